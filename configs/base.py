@@ -1,0 +1,77 @@
+"""Every knob, with values under which the main job runs anywhere: two cores, no network, no accelerator.
+
+    python -m lco_jax.train --config=configs/base.py --workdir=runs/mine --config.optimizer.learning_rate=1e-3
+    python -m lco_jax.train --config=configs/qwen2_5_vl_7b.py:reference
+
+What follows the colon names a recipe (configs/recipes.py). The other files here say only what differs from this one.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import recipes
+
+
+def get_config(recipe: str = "") -> ConfigDict:
+    """The base configuration, with `recipe` ("", "paper" or "reference") applied."""
+    config = ConfigDict()
+    config.name = "base"
+    config.seed = 0  # of the adapter, the data order and dropout
+
+    config.model = ConfigDict()
+    config.model.path = "builtin:tiny"  # a folder, a hub id, or the built-in checkpoint
+    config.model.dtype = "float32"  # of the frozen base and the activations: float32 or bfloat16
+    config.model.remat = "full"  # what a layer recomputes in its backward pass: full, dots, none
+
+    config.lora = ConfigDict()
+    config.lora.rank = 16
+    config.lora.alpha = 32.0
+    config.lora.dropout = 0.05
+    config.lora.targets = r"layers\.(self_attn|mlp)\.\w+_proj"  # pattern over whole module paths
+
+    config.data = ConfigDict()
+    # name -> kind (jsonl, tfds, parquet), that kind's arguments, and the weight in the mixture
+    config.data.sources = {"bundled": {"kind": "jsonl", "path": "assets:triplets_train.jsonl", "weight": 1.0}}
+    config.data.on_bad = "error"  # a bad record stops the run by file and line; "skip" counts it instead
+    config.data.max_negatives = -1  # hard negatives used of a record; -1: all
+    config.data.max_length = 96  # tokens of a text, before the template
+    config.data.row_length = 256  # tokens of a packed row; must hold the longest text with its template
+
+    config.train = ConfigDict()
+    config.train.batch_size = 48  # records of a global batch; all of their texts are candidates
+    config.train.steps = 0  # 0: as many as `epochs` makes
+    config.train.epochs = 10.0
+    config.train.temperature = 0.03
+    config.train.chunk_rows = 0  # GradCache: rows a device embeds at a time; 0: all at once
+    config.train.max_nonfinite = 5  # so many non-finite steps in a row stop the run
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 1e-3  # the peak
+    config.optimizer.schedule = "cosine"  # or linear, constant
+    config.optimizer.warmup_steps = 10
+    config.optimizer.beta1 = 0.9
+    config.optimizer.beta2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.clip_norm = 1.0
+
+    config.mesh = ConfigDict()  # devices; -1: whatever the others leave
+    config.mesh.data = -1  # copies of the model
+    config.mesh.fsdp = 1  # ways a weight is split between copies that share it
+    config.mesh.tensor = 1  # ways a matrix product is split
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 50  # steps
+    config.checkpoint.keep = 2
+
+    config.eval = ConfigDict()
+    config.eval.path = "assets:triplets_heldout.jsonl"  # held-out triplets, jsonl; "": no evaluation
+    config.eval.batch_size = 64
+
+    config.export = ConfigDict()
+    config.export.merged = True  # beside the adapter, the whole model
+    config.export.dtype = "float32"  # or bfloat16
+
+    config.log = ConfigDict()
+    config.log.tensorboard = False
+    config.log.wandb_project = ""
+    return recipes.apply(config, recipe)

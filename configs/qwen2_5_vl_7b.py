@@ -1,0 +1,17 @@
+"""Qwen2.5-VL-7B-Instruct on all-NLI: the paper's text-only recipe, or `:reference` for the released code's."""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config(recipe: str = "paper") -> ConfigDict:
+    """What differs from base."""
+    config = base.get_config(recipe)
+    config.name = "qwen2_5_vl_7b"
+    config.model.path = "Qwen/Qwen2.5-VL-7B-Instruct"
+    config.data.sources = {
+        "all-nli": {"kind": "parquet", "path": "sentence-transformers/all-nli", "files": "triplet/train-*.parquet"}
+    }
+    config.eval.path = ""
+    return config

@@ -1,0 +1,8 @@
+"""lco-jax: language-centric omnimodal embeddings (LCO-Embedding, arXiv 2510.11693) in JAX."""
+
+from lco_jax.core.errors import LcoError
+from lco_jax.core.sharding import make_mesh
+from lco_jax.embedder import OmniEmbedder
+
+__version__ = "0.1.0"
+__all__ = ["LcoError", "OmniEmbedder", "make_mesh"]

@@ -1,0 +1,105 @@
+"""The merged model: the source checkpoint with the adapter added in, for transformers, sentence-transformers and vLLM.
+
+Every file of the source that is not a weight is copied, every key keeps its name, and one shard at a time is in memory.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
+from lco_jax.checkpoint.peft import layer_tensors
+from lco_jax.checkpoint.sentence_transformers import write_modules
+from lco_jax.checkpoint.tensors import TensorFolder, nbytes, write_shards
+from lco_jax.core.errors import LcoError
+from lco_jax.core.files import read_json, write_json, written_aside
+from lco_jax.core.lora import LoraConfig
+from lco_jax.data.prompts import ChatTokenizer
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+COPIED = ("*.json", "*.txt", "*.jinja", "*.model")  # tokenizer, templates, processors, generation config
+
+
+class _Merged:
+    """The tensors of the merged model, made one at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, adapters: dict | None, config: LoraConfig | None, dtype: np.dtype):
+        self.tensors, self.dtype = checkpoint.tensors, dtype
+        self.pairs = {}
+        if adapters is not None and config is not None:
+            self.scale = np.float32(config.scale)
+            for layer, module, a, b in layer_tensors(adapters):
+                name = f"layers.{layer}.{module}.weight"
+                if name not in checkpoint.decoder_keys:
+                    raise LcoError(f"the adapter adapts {name}, which {checkpoint.folder} does not have")
+                self.pairs[checkpoint.decoder_keys[name]] = (a, b)
+
+    def target_dtype(self, key: str) -> np.dtype:
+        """Floating-point tensors change dtype; whatever else is there stays as it is."""
+        source = self.tensors.dtype(key)
+        return self.dtype if source.kind == "f" or source == ml_dtypes.bfloat16 else source
+
+    def __call__(self, key: str) -> np.ndarray:
+        value = self.tensors.read(key)
+        if key in self.pairs:
+            a, b = self.pairs[key]
+            if value.shape != (b.shape[0], a.shape[1]):
+                raise LcoError(f"the adapter of {key} is for {(b.shape[0], a.shape[1])}, and the matrix is {value.shape}")
+            value = value.astype(np.float32) + self.scale * (b @ a)
+        return value.astype(self.target_dtype(key), copy=False)
+
+
+def export_merged(
+    source: str | Path,
+    out: Path,
+    adapters: dict | None = None,
+    config: LoraConfig | None = None,
+    dtype: str = "bfloat16",
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write `source` + adapter as a Hugging Face folder: aside, read back tensor by tensor, compared, then renamed.
+
+    adapters, config: as from `peft.read_peft` or a training state; None exports the source in another dtype or sharding.
+    """
+    if dtype not in DTYPES:
+        raise LcoError(f"dtype {dtype!r} is not supported; these are: {', '.join(DTYPES)}")
+    checkpoint = open_checkpoint(source)
+    merged = _Merged(checkpoint, adapters, config, DTYPES[dtype])
+    sizes = {key: nbytes(checkpoint.tensors.shape(key), merged.target_dtype(key)) for key in checkpoint.tensors}
+    with written_aside(out) as aside:
+        for pattern in COPIED:
+            for file in checkpoint.folder.glob(pattern):
+                if file.name != "model.safetensors.index.json" and not file.name.startswith("."):
+                    shutil.copyfile(file, aside / file.name)
+        write_json(aside / "config.json", _with_dtype(read_json(checkpoint.folder / "config.json"), dtype))
+        template = ChatTokenizer(checkpoint.folder).tokenizer.chat_template
+        write_modules(aside, template, checkpoint.config.hidden_size)
+        write_shards(aside, sizes, merged, max_shard_bytes)
+        written = TensorFolder(aside)
+        if set(written) != set(sizes):
+            raise LcoError(f"{out}: the written files lack {sorted(set(sizes) - set(written))[0]}; is the disk full?")
+        for key in sizes:
+            want, got = merged(key), written.read(key)
+            if want.dtype != got.dtype or not np.array_equal(want.view(np.uint8), got.view(np.uint8)):
+                raise LcoError(f"{out}: {key} reads back differently from what was written; is the disk sound?")
+        open_checkpoint(aside)
+
+
+def _with_dtype(config: dict, dtype: str) -> dict:
+    """A config.json that announces the dtype, in whichever spelling and wherever it already does."""
+    spelled = json.loads(json.dumps(config))
+
+    def visit(node: dict) -> None:
+        for key, value in node.items():
+            if key in ("torch_dtype", "dtype") and isinstance(value, str):
+                node[key] = dtype
+            elif isinstance(value, dict):
+                visit(value)
+
+    visit(spelled)
+    if "dtype" not in spelled:
+        spelled["torch_dtype"] = dtype  # 4.x reads this one, 5.x both
+    return spelled

@@ -1,0 +1,150 @@
+"""The PEFT adapter format: adapter_config.json + adapter_model.safetensors, read and written.
+
+Dimensions: L layers, O output features, I input features, r rank.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import load_file, save_file
+
+from lco_jax.checkpoint.tensors import resolve
+from lco_jax.core.errors import LcoError
+from lco_jax.core.files import read_json, write_json, written_aside
+from lco_jax.core.lora import LoraConfig
+
+# whatever stands before it, transformers 4.x and 5.x, full or thinker-only, with or without PEFT's adapter name
+_KEY = re.compile(r"base_model\.model\.(?:.+\.)?layers\.(\d+)\.(.+)\.lora_([AB])(?:\.\w+)?\.weight")
+_PREFIX = "base_model.model.model.language_model.layers"  # module path of the decoder in transformers 5.x
+# what a PEFT config may ask for that these three pure functions do not do: (key, values that mean "not asked for")
+_UNSUPPORTED: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("use_dora", (None, False)),
+    ("bias", (None, "none")),
+    ("lora_bias", (None, False)),
+    ("fan_in_fan_out", (None, False)),
+    ("modules_to_save", (None, [])),
+    ("rank_pattern", (None, {})),
+    ("alpha_pattern", (None, {})),
+    ("layer_replication", (None, [])),
+    ("target_parameters", (None, [])),
+    ("trainable_token_indices", (None, [], {})),
+)
+
+
+def layer_tensors(adapters: dict[str, Any]) -> Iterator[tuple[int, str, np.ndarray, np.ndarray]]:
+    """(layer, module, A [r, I], B [O, r]) of every adapted matrix, e.g. (3, "mlp.up_proj", …), on the host."""
+    pairs = flatten_dict(adapters, sep=".")
+    for path in sorted(path for path in pairs if path.endswith(".weight.a")):
+        stem = path.removesuffix(".a")
+        a, b = np.asarray(pairs[path]), np.asarray(pairs[f"{stem}.b"])
+        module = stem.removeprefix("layers.").removesuffix(".weight")
+        for layer in range(a.shape[0]):
+            yield layer, module, a[layer], b[layer]
+
+
+def write_peft(folder: Path, adapters: dict[str, Any], config: LoraConfig, base: str) -> None:
+    """Write the adapter folder aside, read it back, compare, and only then move it into place.
+
+    base: the checkpoint it belongs to, as PEFT's `base_model_name_or_path`.
+    """
+    tensors, modules = {}, set()
+    for layer, module, a, b in layer_tensors(adapters):
+        modules.add(module)
+        stem = f"{_PREFIX}.{layer}.{module}"
+        tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = a, b
+    alternatives = "|".join(re.escape(module) for module in sorted(modules))
+    content = {
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.use_rslora,
+        # a pattern, not a list of names: PEFT would find gate_proj and up_proj in the vision tower as well
+        "target_modules": rf".*(?:language_model|model)\.layers\.\d+\.(?:{alternatives})",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    with written_aside(folder) as aside:
+        save_file(
+            {key: np.ascontiguousarray(value) for key, value in tensors.items()},
+            aside / "adapter_model.safetensors",
+            metadata={"format": "pt"},
+        )
+        write_json(aside / "adapter_config.json", content)
+        back, _ = read_peft(aside)
+        for (layer, module, *want), (_, _, *got) in zip(layer_tensors(adapters), layer_tensors(back), strict=True):
+            if not all(np.array_equal(x, y) for x, y in zip(want, got, strict=True)):
+                raise LcoError(f"{folder}: layer {layer} {module} did not survive writing; is the disk full?")
+
+
+def read_peft(path_or_id: str | Path) -> tuple[dict[str, Any], LoraConfig]:
+    """An adapter tree (numpy, float32) and its configuration, from a PEFT folder or hub id.
+
+    Layers that the adapter leaves out get A = B = 0, which adapts nothing. Raises for what it cannot represent.
+    """
+    folder = resolve(path_or_id, ["adapter_config.json", "adapter_model.safetensors"])
+    where = folder / "adapter_config.json"
+    content = read_json(where)
+    if content.get("peft_type") != "LORA":
+        raise LcoError(f"{where}: peft_type is {content.get('peft_type')!r}; only LORA adapters are supported")
+    for key, fine in _UNSUPPORTED:
+        if content.get(key) not in fine:
+            raise LcoError(f"{where}: {key} = {content[key]!r} is not supported")
+    file = folder / "adapter_model.safetensors"
+    if not file.exists():
+        raise LcoError(f"{file} does not exist (pickled adapters are never loaded; convert them to safetensors)")
+    found: dict[str, dict[int, np.ndarray]] = {}
+    for key, value in load_file(file).items():
+        match = _KEY.fullmatch(key)
+        if not match:
+            raise LcoError(f"{file}: unknown key {key}")
+        layers = found.setdefault(f"layers.{match[2]}.weight.{match[3].lower()}", {})
+        if int(match[1]) in layers:
+            raise LcoError(f"{file}: {key} is the same parameter as another key")
+        rank = value.shape[0 if match[3] == "A" else 1]
+        if rank != content["r"]:
+            raise LcoError(f"{file}: {key} has rank {rank}, and adapter_config.json says r = {content['r']}")
+        layers[int(match[1])] = value.astype(np.float32)
+    depth = max((max(layers) for layers in found.values()), default=-1) + 1
+    stacked = {}
+    for path, layers in found.items():
+        other = found.get(path[:-1] + ("b" if path.endswith("a") else "a"), {})
+        if layers.keys() != other.keys():
+            raise LcoError(f"{file}: {path.removesuffix('.a').removesuffix('.b')} has an A without its B, or a B without its A")
+        blank = np.zeros_like(next(iter(layers.values())))
+        stacked[path] = np.stack([layers.get(i, blank) for i in range(depth)])
+    if not stacked:
+        raise LcoError(f"{file} holds no LoRA weights")
+    modules = "|".join(sorted({re.escape(path[len("layers.") : -len(".weight.a")]) for path in stacked}))
+    return unflatten_dict(stacked, sep="."), LoraConfig(
+        rank=content["r"],
+        alpha=content["lora_alpha"],
+        dropout=content.get("lora_dropout") or 0.0,
+        targets=rf"layers\.(?:{modules})",
+        use_rslora=bool(content.get("use_rslora")),
+    )
+
+
+def check_fits(adapters: dict[str, Any], params: dict[str, Any], where: str) -> None:
+    """Raise unless every adapter leaf matches the matrix of `params` it belongs to."""
+    leaves = flatten_dict(params, sep=".")
+    for path, value in flatten_dict(adapters, sep=".").items():
+        stem, side = path.rsplit(".", 1)
+        if stem not in leaves:
+            raise LcoError(f"{where} adapts {stem}, which the model does not have")
+        *stack, out_features, in_features = leaves[stem].shape
+        want = (*stack, in_features) if side == "a" else (*stack, out_features)
+        got = (*value.shape[:-2], value.shape[-1] if side == "a" else value.shape[-2])
+        if want != got:
+            raise LcoError(f"{where}: {stem}.{side} has shape {value.shape}, which does not fit {leaves[stem].shape}")

@@ -1,0 +1,44 @@
+"""The files that make a merged checkpoint a sentence-transformers model (≥ 6) with the numbers of `OmniEmbedder`."""
+
+from pathlib import Path
+
+from lco_jax.core.files import write_json
+from lco_jax.data.prompts import PROMPTS
+
+# Prepended to the chat template that sentence-transformers applies: it puts our prompt after a user's content, as
+# `encode` does for strings, unless the content already ends in one. Other users of the checkpoint see the template
+# as it was.
+_PROMPT_JINJA = """\
+{{%- if messages[-1]['role'] == 'user' and messages[-1]['content'] is not string -%}}
+{{%- set parts = messages[-1]['content'] -%}}
+{{%- if not (parts[-1]['type'] == 'text' and parts[-1]['text'].endswith('in one word:')) -%}}
+{{%- set kinds = parts | map(attribute='type') | unique | list -%}}
+{{%- set prompt = {text!r} if kinds == ['text'] else {mixed!r} -%}}
+{{%- set messages = messages[:-1] + [{{'role': 'user', 'content': parts + [{{'type': 'text', 'text': prompt}}]}}] -%}}
+{{%- endif -%}}
+{{%- endif -%}}
+"""
+_HIDDEN = {"method": "forward", "method_output_name": "last_hidden_state"}
+_MODULES = ("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")
+
+
+def write_modules(folder: Path, template: str, hidden_size: int) -> None:
+    """modules.json and each module's configuration. template: the checkpoint's chat template."""
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for i, (name, path) in enumerate(_MODULES)
+    ]
+    write_json(folder / "modules.json", modules)
+    prompted = _PROMPT_JINJA.format(text=PROMPTS["text"], mixed=PROMPTS["mixed"]) + template
+    transformer = {
+        "transformer_task": "feature-extraction",
+        "modality_config": {"message": {**_HIDDEN, "format": "structured"}},
+        "module_output_name": "token_embeddings",
+        "processing_kwargs": {"chat_template": {"add_generation_prompt": True, "chat_template": prompted}},
+    }
+    write_json(folder / "sentence_bert_config.json", transformer)
+    pooling = {"word_embedding_dimension": hidden_size, "pooling_mode": "lasttoken", "include_prompt": True}
+    write_json(folder / "1_Pooling" / "config.json", pooling)
+    (folder / "2_Normalize").mkdir(exist_ok=True)
+    general = {"model_type": "SentenceTransformer", "prompts": {}, "default_prompt_name": None}
+    write_json(folder / "config_sentence_transformers.json", {**general, "similarity_fn_name": "cosine"})

@@ -1,0 +1,125 @@
+"""Packed rows: many short sequences side by side in rows of one static length, told apart by segment ids.
+
+Dimensions: C GradCache chunks, R rows, T tokens in a row, S slots (the most sequences a row holds), N sequences,
+B records, M hard negatives a record (the most).
+
+No sequence is ever padded to the longest and none can see another, so an embedding cannot depend on its neighbours.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+
+from lco_jax.core.weights import GOLDEN_RATIO
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["input_ids", "segment_ids", "position_ids", "token_keys", "last_tokens"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class PackedRows:
+    """The decoder's input; leading axes are free (the training step puts GradCache chunks before R).
+
+    input_ids: int32 [R, T]. segment_ids: int32 [R, T], 1, 2, … along a row, 0 for padding.
+    position_ids: int32 [R, T, 3], restarting at 0 in every segment; the axes are time, height and width (M-RoPE).
+    token_keys: uint32 [R, T], identity of a token (sequence, position), for dropout.
+    last_tokens: int32 [R, S], index in its row of each segment's last token; 0 in empty slots.
+    """
+
+    input_ids: Array
+    segment_ids: Array
+    position_ids: Array
+    token_keys: Array
+    last_tokens: Array
+
+    def map(self, function) -> "PackedRows":
+        """`function` applied to every array."""
+        return PackedRows(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["rows", "sequences"], meta_fields=[])
+@dataclass(frozen=True)
+class Batch:
+    """A global batch on the mesh.
+
+    rows: `PackedRows` of [C, R, T], rows split over the mesh axes (data, fsdp).
+    sequences: int32 [B, 2 + M], replicated: where anchor, positive and negatives of each record lie among the
+    C · R · S slots; -1 for a negative that a record does not have.
+    """
+
+    rows: PackedRows
+    sequences: Array
+
+
+class Placement(NamedTuple):
+    """Where each of N sequences went: row [N], slot within the row [N], first token's index [N]."""
+
+    row: np.ndarray
+    slot: np.ndarray
+    start: np.ndarray
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.row.max(initial=-1)) + 1
+
+    @property
+    def num_slots(self) -> int:
+        return int(self.slot.max(initial=-1)) + 1
+
+
+def place(lengths: Sequence[int], row_length: int) -> Placement:
+    """Best fit, longest first: each sequence goes to the fullest row that still holds it. Deterministic."""
+    lengths = np.asarray(lengths, np.int64)
+    if len(lengths) and lengths.max() > row_length:
+        raise ValueError(f"a sequence of {lengths.max()} tokens does not fit a row of {row_length}")
+    free = np.full(len(lengths), row_length, np.int64)  # as many rows as sequences is always enough
+    used = np.zeros(len(lengths), np.int64)
+    row, slot, start = (np.zeros(len(lengths), np.int32) for _ in range(3))
+    opened = 0
+    for i in np.argsort(-lengths, kind="stable"):
+        room = np.where(free[:opened] >= lengths[i], free[:opened], row_length + 1)
+        best = int(room.argmin()) if opened and room.min() <= row_length else opened
+        opened = max(opened, best + 1)
+        row[i], slot[i], start[i] = best, used[best], row_length - free[best]
+        free[best] -= lengths[i]
+        used[best] += 1
+    return Placement(row, slot, start)
+
+
+def fill_rows(
+    sequences: Sequence[np.ndarray],
+    sequence_ids: Sequence[int],
+    placement: Placement,
+    num_rows: int,
+    row_length: int,
+    num_slots: int,
+) -> PackedRows:
+    """Token ids of N sequences -> `PackedRows` of [num_rows, row_length], as `placement` says.
+
+    sequence_ids: an identity of each sequence that does not depend on packing (the dropout key of its tokens).
+    """
+    shape = (num_rows, row_length)
+    input_ids, segment_ids, position_ids = (np.zeros(shape, np.int32) for _ in range(3))
+    token_keys, last_tokens = np.zeros(shape, np.uint32), np.zeros((num_rows, num_slots), np.int32)
+    for tokens, identity, row, slot, start in zip(sequences, sequence_ids, *placement, strict=True):
+        span = slice(start, start + len(tokens))
+        positions = np.arange(len(tokens), dtype=np.uint32)
+        input_ids[row, span], segment_ids[row, span], position_ids[row, span] = tokens, slot + 1, positions
+        token_keys[row, span] = np.uint32(identity * GOLDEN_RATIO % 2**32) + positions
+        last_tokens[row, slot] = start + len(tokens) - 1
+    return PackedRows(input_ids, segment_ids, np.repeat(position_ids[..., None], 3, -1), token_keys, last_tokens)
+
+
+def bucket(n: int, granularity: int = 8) -> int:
+    """The least m ≥ n of the form k · 2^j with k ≤ 2 · granularity: few distinct sizes, waste under 1 / granularity."""
+    step = 1
+    while n > 2 * granularity * step:
+        step *= 2
+    return -(-n // step) * step

@@ -1,0 +1,80 @@
+"""A weight is a value that knows how to be multiplied: `dot(x, w)` dispatches on the leaf.
+
+Dimensions: I input features, O output features, r LoRA rank; weights are stored as the checkpoints store them, [O, I].
+
+A module never asks what its weight is. It reads a leaf from the parameter tree and calls `dot`; the leaf may be an
+array or a `LoraWeight` around one, so LoRA (`core/lora.py`) is a change of the tree and never of the forward code.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+GOLDEN_RATIO = 0x9E3779B9  # 2^32 / phi: successive multiples of it spread evenly over the 32-bit integers
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["base", "a", "b", "seed"], meta_fields=["scale", "dropout"])
+@dataclass(frozen=True)
+class LoraWeight:
+    """W + scale · B A, kept factored (Hu et al. 2021, arXiv 2106.09685).
+
+    base: the frozen weight, [O, I], itself any leaf that `dot` takes.
+    a: [r, I]; b: [O, r]; both float32, cast to the activations' dtype where they are multiplied.
+    seed: uint32 scalar, the dropout key of this matrix in this step.
+    scale, dropout: static, so that a stack of them goes through `nn.scan`.
+    """
+
+    base: Array
+    a: Array
+    b: Array
+    seed: Array
+    scale: float
+    dropout: float
+
+
+def matmul_precision(x: Array) -> jax.lax.Precision:
+    """Full float32 products where the input is float32 (accelerators default to TF32 or bfloat16 passes)."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def dot(x: Array, w: Array | LoraWeight, token_keys: Array | None = None) -> Array:
+    """x [..., I] times w [O, I] -> [..., O] in the dtype of x.
+
+    token_keys: uint32 [...], an identity of every token that does not depend on where it is packed; needed
+    by a LoRA leaf with dropout, ignored otherwise.
+    """
+    if isinstance(w, LoraWeight):
+        update = _product(dropout(x, token_keys, w.seed, w.dropout), w.a) * w.scale
+        return dot(x, w.base) + _product(update, w.b)
+    return _product(x, w)
+
+
+def _product(x: Array, w: Array) -> Array:
+    return jnp.einsum("...i,oi->...o", x, w.astype(x.dtype), precision=matmul_precision(x))
+
+
+def mix_bits(x: Array) -> Array:
+    """A bijection of the uint32s in which every input bit moves every output bit (Wellons' lowbias32)."""
+    x = x.astype(jnp.uint32)
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def dropout(x: Array, token_keys: Array | None, seed: Array, rate: float) -> Array:
+    """Zero each element of x [..., I] with probability `rate` and scale the rest by 1 / (1 - rate).
+
+    The mask is a hash of (seed, token key, channel): the same token gets the same mask in any row, chunk or mesh,
+    and the backward pass recomputes it instead of storing it.
+    """
+    if rate == 0.0:
+        return x
+    if token_keys is None:
+        raise ValueError("LoRA dropout needs token_keys")
+    channels = jnp.arange(x.shape[-1], dtype=jnp.uint32) * jnp.uint32(GOLDEN_RATIO)
+    bits = mix_bits(mix_bits(token_keys ^ seed)[..., None] + channels)
+    keep = bits >= jnp.uint32(round(rate * 2**32))
+    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)

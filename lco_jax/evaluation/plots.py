@@ -1,0 +1,44 @@
+"""Pictures of a run, written as PNG."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+matplotlib.use("Agg")
+SHOWN = 24  # records in the similarity picture: what a page can show
+
+
+def plot_loss(path: Path, steps: list[int], losses: list[float], rates: list[float]) -> None:
+    """The training loss, its running mean, and the learning rate behind it."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    rate_axes = axes.twinx()
+    rate_axes.fill_between(steps, rates, color="0.92", zorder=0)
+    rate_axes.set_ylabel("learning rate", color="0.6")
+    rate_axes.tick_params(colors="0.6")
+    axes.set_zorder(1)
+    axes.patch.set_visible(False)
+    axes.plot(steps, losses, color="tab:blue", alpha=0.35, label="loss of a step")
+    width = max(len(losses) // 20, 1)
+    kernel = np.ones(width) / width
+    axes.plot(steps[width - 1 :], np.convolve(losses, kernel, "valid"), color="tab:blue", label=f"mean of {width}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("InfoNCE loss")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def plot_similarity(path: Path, before: np.ndarray, after: np.ndarray) -> None:
+    """Cosines of held-out anchors with held-out positives, before and after; the diagonal holds the right pairs."""
+    figure = Figure(figsize=(9, 4.4), layout="constrained")
+    for axes, matrix, title in zip(figure.subplots(1, 2), (before, after), ("before", "after"), strict=True):
+        n = min(SHOWN, len(matrix))
+        image = axes.imshow(matrix[:n, :n], vmin=min(0.0, float(after[:n, :n].min())), vmax=1.0, cmap="viridis")
+        axes.set_title(title)
+        axes.set_xlabel("positive")
+        axes.set_ylabel("anchor")
+    figure.colorbar(image, ax=figure.axes, label="cosine")
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,68 @@
+"""The decoder's geometry, read from a Hugging Face config.json in any of its spellings."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from lco_jax.core.errors import LcoError
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Geometry of a Qwen2.5-style text decoder. mrope_section: rotary frequencies per axis (time, height, width)."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, ...]
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], where: str) -> "DecoderConfig":
+        """Read a flat (hub, transformers 4.x) or nested (`text_config`, 5.x) config.
+
+        `where` names the file in errors. Raises for what this decoder does not implement instead of ignoring it.
+        """
+        text = {**config, **config.get("text_config", {})}
+        rope = {"rope_type": "default"}
+        for key in ("rope_scaling", "rope_parameters"):  # 4.x, 5.x
+            rope |= text.get(key) or {}
+
+        def need(key: str) -> Any:
+            if text.get(key) is None:
+                raise LcoError(f"{where} has no {key!r}, which a text decoder needs")
+            return text[key]
+
+        rope_type = rope.get("rope_type") if rope.get("rope_type") != "default" else rope.get("type", "default")
+        if rope_type not in ("default", "mrope"):
+            raise LcoError(f"{where}: rope type {rope_type!r} is not supported (default and mrope are)")
+        if text.get("use_sliding_window"):
+            raise LcoError(f"{where}: use_sliding_window is true; sliding-window attention is not supported")
+        if text.get("hidden_act", "silu") != "silu":
+            raise LcoError(f"{where}: hidden_act {text['hidden_act']!r} is not supported (silu is)")
+        heads = need("num_attention_heads")
+        head_dim = text.get("head_dim") or need("hidden_size") // heads
+        section = tuple(rope.get("mrope_section") or (head_dim // 2,))
+        if sum(section) != head_dim // 2:
+            raise LcoError(f"{where}: mrope_section {section} does not add up to half the head_dim, {head_dim // 2}")
+        tied = config.get("tie_word_embeddings", False) or config.get("text_config", {}).get("tie_word_embeddings")
+        return cls(
+            vocab_size=need("vocab_size"),
+            hidden_size=need("hidden_size"),
+            intermediate_size=need("intermediate_size"),
+            num_layers=need("num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=text.get("num_key_value_heads") or heads,
+            head_dim=head_dim,
+            rms_norm_eps=text.get("rms_norm_eps", 1e-6),
+            rope_theta=float(rope.get("rope_theta") or need("rope_theta")),
+            mrope_section=section,
+            max_position_embeddings=need("max_position_embeddings"),
+            tie_word_embeddings=bool(tied),
+        )

@@ -1,0 +1,62 @@
+"""Where the numbers of a run go: a JSONL file always, TensorBoard and Weights & Biases when the config asks."""
+
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lco_jax.core.errors import LcoError
+from lco_jax.core.files import write_text
+
+
+class MetricsLog:
+    """One line a step in `workdir/metrics.jsonl`.
+
+    first_step: where this process begins; lines of later steps, left by a run that was killed after its last
+    checkpoint, are dropped, so that the file always reads like one uninterrupted run.
+    """
+
+    def __init__(self, workdir: Path, first_step: int, config: Mapping[str, Any], name: str):
+        self.path = workdir / "metrics.jsonl"
+        kept = [line for line in read_metrics(self.path) if line["step"] < first_step]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115, closed in close()
+        self._tensorboard = self._wandb = None
+        if config["tensorboard"]:
+            writer = _optional("tensorboardX", "config.log.tensorboard", "tensorboard").SummaryWriter
+            self._tensorboard = writer(str(workdir / "tensorboard"), purge_step=first_step)
+        if config["wandb_project"]:
+            wandb = _optional("wandb", "config.log.wandb_project", "wandb")
+            self._wandb = wandb.init(project=config["wandb_project"], name=name, id=name, resume="allow", dir=workdir)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record the numbers of a step (0-based)."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._tensorboard:
+            for key, value in values.items():
+                self._tensorboard.add_scalar(key, value, step)
+        if self._wandb:
+            self._wandb.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a metrics file; a last line torn by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last newline is torn
+    return [json.loads(line) for line in lines]
+
+
+def _optional(module: str, key: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise LcoError(f"{key} needs the package {module}: pip install 'lco-jax[{extra}]'") from None

@@ -1,0 +1,74 @@
+"""A run's configuration and folder: what `train` begins or resumes and `convert` exports."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from lco_jax.checkpoint.hf import Checkpoint, abstract_params
+from lco_jax.checkpoint.store import RunStore
+from lco_jax.core import lora
+from lco_jax.core.errors import LcoError
+from lco_jax.core.files import read_json, write_json
+from lco_jax.training.optimizer import OptimizerConfig, make_optimizer
+from lco_jax.training.step import State, init_state, state_shardings
+
+# what may change between the parts of a resumed run: it moves no number, or says where and how long
+FREE = ("mesh", "checkpoint", "eval", "export", "log", "name")
+
+
+@dataclass(frozen=True)
+class Training:
+    """The parts of a run that depend on its configuration and checkpoint alone."""
+
+    lora: lora.LoraConfig
+    tx: optax.GradientTransformation
+    abstract_adapters: dict[str, Any]
+    shardings: State
+
+    @classmethod
+    def build(cls, config: Mapping[str, Any], checkpoint: Checkpoint, total_steps: int, mesh: Mesh) -> "Training":
+        """From config.lora, config.optimizer and the checkpoint's geometry; nothing is allocated."""
+        lora_config = lora.LoraConfig(**config["lora"])
+        tx = make_optimizer(OptimizerConfig(**config["optimizer"]), total_steps)
+        params = abstract_params(checkpoint.config)
+        adapters = jax.eval_shape(lambda key: lora.init(key, params, lora_config), jax.random.key(0))
+        return cls(lora_config, tx, adapters, state_shardings(adapters, tx, mesh))
+
+    def fresh(self, params: dict[str, Any], seed: int, mesh: Mesh) -> State:
+        """Step 0: new adapters."""
+        return init_state(lora.init(jax.random.key(seed), params, self.lora), self.tx, mesh)
+
+    def restore(self, store: RunStore, step: int) -> tuple[State, dict[str, Any]]:
+        """(state, data position) of a checkpoint."""
+        adapters = self.abstract_adapters
+        make = lambda a: {"step": jax.numpy.int32(0), "adapters": a, "optimizer": self.tx.init(a)}  # noqa: E731
+        return store.restore(step, jax.eval_shape(make, adapters), self.shardings)
+
+
+def claim_workdir(workdir: Path, config: ConfigDict, total_steps: int) -> None:
+    """Write `workdir/config.json`, or check that the one there describes the same run. Raises by the key that differs."""
+    content = json.loads(config.to_json()) | {"total_steps": total_steps}
+    path = workdir / "config.json"
+    if path.exists():
+        was, now = (_flat({k: v for k, v in c.items() if k not in FREE}) for c in (read_json(path), content))
+        for key in sorted(was.keys() | now.keys()):
+            if was.get(key) != now.get(key):
+                raise LcoError(
+                    f"{workdir} holds a run with config.{key} = {was.get(key)!r}, and this one has {now.get(key)!r}; "
+                    "give another --workdir, or the same configuration to resume"
+                )
+    if jax.process_index() == 0:
+        write_json(path, content)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for key, node in tree.items() for k, v in _flat(node, f"{prefix}.{key}" if prefix else key).items()}

@@ -1,0 +1,102 @@
+"""The training step: embed, compare, differentiate, update. One jitted, donated function on a mesh.
+
+Dimensions: C GradCache chunks, R rows, S slots, B records, M hard negatives a record, D hidden.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from lco_jax.core import lora
+from lco_jax.core.packing import Batch, PackedRows
+from lco_jax.core.sharding import constrain, replicated, shardings
+from lco_jax.core.weights import GOLDEN_RATIO
+from lco_jax.models.decoder import Decoder, embed_rows
+from lco_jax.training.losses import info_nce
+
+State = dict[str, Any]  # {"step": int32, "adapters": tree, "optimizer": optax state}; all of it is checkpointed
+Step = Callable[[State, dict[str, Any], Batch], tuple[State, dict[str, Array]]]
+
+
+def init_state(adapters: dict[str, Any], tx: optax.GradientTransformation, mesh: Mesh) -> State:
+    """Step 0 of a run, on the mesh: adapters by the sharding rules, their moments beside them."""
+    where = state_shardings(adapters, tx, mesh)
+    make = lambda adapters: {"step": jnp.int32(0), "adapters": adapters, "optimizer": tx.init(adapters)}  # noqa: E731
+    return jax.jit(make, out_shardings=where)(jax.device_put(adapters, where["adapters"]))
+
+
+def state_shardings(adapters: dict[str, Any], tx: optax.GradientTransformation, mesh: Mesh) -> State:
+    """A sharding for every leaf of the state (`jit` of `tx.init` alone would drop them)."""
+    by_rule = shardings(adapters, mesh)
+    moments = optax.tree_map_params(
+        tx,
+        lambda _, sharding: sharding,
+        jax.eval_shape(tx.init, adapters),
+        by_rule,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    return {"step": replicated(mesh), "adapters": by_rule, "optimizer": moments}
+
+
+def embed_chunks(decoder: Decoder, params: dict[str, Any], rows: PackedRows) -> Array:
+    """Rows of [C, R, T] -> embeddings [C, R, S, D], one chunk in memory at a time.
+
+    GradCache (Gao et al. 2021, arXiv 2101.06983) as a scan over checkpointed chunks: the forward pass keeps embeddings
+    only, the backward pass recomputes one chunk at a time, and the gradients are exact.
+    """
+    embed = partial(embed_rows, decoder, params)
+    if rows.input_ids.shape[0] == 1:
+        return embed(rows.map(lambda x: x[0]))[None]
+    return jax.lax.map(jax.checkpoint(embed), rows)
+
+
+def contrastive_loss(
+    adapters: dict[str, Any],
+    params: dict[str, Any],
+    batch: Batch,
+    decoder: Decoder,
+    config: lora.LoraConfig,
+    temperature: float,
+    seed: Array | int,
+) -> tuple[Array, dict[str, Array]]:
+    """InfoNCE of a global batch under `adapters`; seed: the step's dropout key."""
+    embeddings = embed_chunks(decoder, lora.attach(params, adapters, config, seed), batch.rows)
+    flat = constrain(embeddings.reshape(-1, embeddings.shape[-1]))  # every device needs every candidate
+    present = batch.sequences >= 0
+    return info_nce(flat[jnp.maximum(batch.sequences, 0)], present, temperature)
+
+
+def make_train_step(
+    decoder: Decoder,
+    tx: optax.GradientTransformation,
+    config: lora.LoraConfig,
+    temperature: float,
+    seed: int,
+    mesh: Mesh,
+    state_sharding: State,
+) -> Step:
+    """(state, frozen parameters, batch) -> (state, metrics). Call it inside `jax.set_mesh(mesh)`.
+
+    A step whose loss or gradient is not finite changes nothing but the step count, and says so in `metrics["finite"]`.
+    """
+
+    def train_step(state: State, params: dict[str, Any], batch: Batch) -> tuple[State, dict[str, Array]]:
+        dropout_seed = jnp.uint32(seed) + state["step"].astype(jnp.uint32) * jnp.uint32(GOLDEN_RATIO)
+        loss = partial(contrastive_loss, decoder=decoder, config=config, temperature=temperature, seed=dropout_seed)
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state["adapters"], params, batch)
+        norm = optax.global_norm(grads)
+        updates, optimizer = tx.update(grads, state["optimizer"], state["adapters"])
+        new = {"adapters": optax.apply_updates(state["adapters"], updates), "optimizer": optimizer}
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        old = {key: state[key] for key in new}
+        kept = jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
+        tokens = jnp.sum(batch.rows.segment_ids > 0)
+        return {"step": state["step"] + 1, **kept}, {**metrics, "grad_norm": norm, "finite": finite, "tokens": tokens}
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(state_sharding, replicated(mesh)))
