@@ -20,7 +20,7 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.model = ConfigDict()
     config.model.path = "builtin:tiny"  # a folder, a hub id, or the built-in checkpoint
     config.model.dtype = "float32"  # of the frozen base and the activations: float32 or bfloat16
-    config.model.remat = "full"  # what a layer recomputes in its backward pass: full, dots, none
+    config.model.remat = "none"  # what a layer recomputes in its backward pass, to save memory: full, dots, none
 
     config.lora = ConfigDict()
     config.lora.rank = 16
@@ -33,19 +33,19 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.data.sources = {"bundled": {"kind": "jsonl", "path": "assets:triplets_train.jsonl", "weight": 1.0}}
     config.data.on_bad = "error"  # a bad record stops the run by file and line; "skip" counts it instead
     config.data.max_negatives = -1  # hard negatives used of a record; -1: all
-    config.data.max_length = 96  # tokens of a text, before the template
-    config.data.row_length = 256  # tokens of a packed row; must hold the longest text with its template
+    config.data.max_length = 64  # tokens of a text, before the template
+    config.data.row_length = 128  # tokens of a packed row; must hold the longest text with its template
 
     config.train = ConfigDict()
     config.train.batch_size = 48  # records of a global batch; all of their texts are candidates
     config.train.steps = 0  # 0: as many as `epochs` makes
-    config.train.epochs = 10.0
+    config.train.epochs = 6.0
     config.train.temperature = 0.03
     config.train.chunk_rows = 0  # GradCache: rows a device embeds at a time; 0: all at once
     config.train.max_nonfinite = 5  # so many non-finite steps in a row stop the run
 
     config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = 1e-3  # the peak
+    config.optimizer.learning_rate = 2e-3  # the peak
     config.optimizer.schedule = "cosine"  # or linear, constant
     config.optimizer.warmup_steps = 10
     config.optimizer.beta1 = 0.9

@@ -1,4 +1,4 @@
-"""The published recipes (../shared is not needed: paper = arXiv 2510.11693, reference = its released code).
+"""The published recipes: `paper` is arXiv 2510.11693, `reference` the code released with it.
 
 They differ, and a gap in a reproduction can be attributed only if both can be run: the paper decays the rate with a
 cosine and uses α = 16 for text alone; the code decays it linearly and uses α = 128.
@@ -24,6 +24,7 @@ COMMON = {
     "checkpoint.every": 100,
     "export.dtype": "bfloat16",
     "model.dtype": "bfloat16",
+    "model.remat": "full",
 }
 
 

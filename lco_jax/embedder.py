@@ -21,7 +21,7 @@ from lco_jax.core.sharding import ROWS, make_mesh, replicated, row_shards, shard
 from lco_jax.data.prompts import ChatTokenizer, Messages, as_messages
 from lco_jax.models.decoder import Decoder, embed_rows
 
-MIN_ROW = 64  # tokens; row lengths are this times a power of two
+MIN_ROW = 256  # tokens; row lengths are this times a power of two
 
 
 class OmniEmbedder:
@@ -70,6 +70,7 @@ class OmniEmbedder:
         *,
         prompt: str | None = None,
         max_length: int | None = None,
+        progress: tqdm | None = None,
     ) -> np.ndarray:
         """Embed strings, {"text": …} or chat-message lists, in any mixture -> float32 [N, D], in input order.
 
@@ -80,6 +81,7 @@ class OmniEmbedder:
         normalize: unit length; the hidden state as the final norm left it when False.
         max_length: cut texts to so many tokens before the prompt (the reference's evaluation cuts at 300); by
         default nothing is cut, and an input longer than the model's context raises.
+        progress: a bar of the caller's to advance, in the place of one of our own.
         """
         if batch_size < 1:
             raise LcoError(f"batch_size is {batch_size}; it must be at least 1")
@@ -89,12 +91,14 @@ class OmniEmbedder:
         tokens = self._tokenize(conversations)
         vectors = np.zeros((len(items), self.dimension), np.float32)
         order = np.argsort([-len(ids) for ids in tokens], kind="stable")  # neighbours in a batch are alike in length
-        progress = tqdm(total=len(items), desc="embedding", unit="input", disable=not show_progress)
-        with progress, jax.set_mesh(self.mesh):
+        bar = progress or tqdm(total=len(items), desc="embedding", unit="input", disable=not show_progress)
+        with jax.set_mesh(self.mesh):
             for start in range(0, len(items), batch_size):
                 chosen = order[start : start + batch_size]
                 vectors[chosen] = self._forward([tokens[i] for i in chosen], normalize)
-                progress.update(len(chosen))
+                bar.update(len(chosen))
+        if progress is None:
+            bar.close()
         return vectors[0] if single else vectors
 
     @staticmethod
@@ -121,7 +125,6 @@ class OmniEmbedder:
         row_length = MIN_ROW
         while row_length < len(tokens[0]):
             row_length *= 2
-        row_length = min(row_length, max(self.decoder.config.max_position_embeddings, len(tokens[0])))
         placement = place([len(ids) for ids in tokens], row_length)
         shards = row_shards(self.mesh)
         num_rows = bucket(-(-placement.num_rows // shards), 2) * shards

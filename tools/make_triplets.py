@@ -33,10 +33,10 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-SEED, N_TRAIN, N_HELDOUT = 2, 600, 128
+SEED, N_TRAIN, N_HELDOUT = 10, 600, 128
 MIN_CLASS, MIN_PHRASE, MIN_WORD = 8, 4, 4  # how often each must occur in train
 # The chances that a positive keeps a phrase and its frame, and that a negative rewords a slot and changes two slots.
-HARD, EASY, EASY_SHARE = (0.25, 0.3, 0.2, 0.2), (0.65, 0.7, 0.8, 0.8), 0.5
+HARD, EASY, EASY_SHARE = (0.25, 0.3, 0.2, 0.2), (0.7, 0.8, 0.85, 0.8), 0.53
 ASSETS = Path(__file__).resolve().parent.parent / "lco_jax" / "assets"
 
 # "class notes = paraphrase | paraphrase", entries end at "/" or the line's end; "+" marks a grammatical plural, ">" a
@@ -58,7 +58,7 @@ cows 5 = +some cows | a herd of cattle / ducks 6 = +several ducks | a flock of w
 ACTIONS = """
 walk = walking _; walks _ | strolling with _ | out for a walk with _ / bike = cycling; cycles | traveling by bike
 feed = feeding _; feeds _; fed | giving food to _ / read = reading _; reads _ | looking through _
-eat = eating _; eats _ | snacking on _ / phone = talking on the phone; talks on the phone | making a call
+eat = eating _; eats _ | enjoying _ / phone = talking on the phone; talks on the phone | making a call
 photo = taking pictures of _; takes pictures of _ | photographing _; ; photographed | aiming a camera at _
 cook = cooking _; cooks _; cooked | preparing _; ; prepared / buy = buying _; buys _ | paying for _
 cut = cutting _; cuts _; cut | slicing _; slices _; sliced / throw = throwing _; throws _ | tossing _
@@ -85,13 +85,13 @@ dog = a dog | a hound / cat = a cat | a feline / horse = a horse | a pony / duck
 mouse = a mouse | a small rodent / ball = a ball | >a round toy / frisbee = a frisbee | a flying disc
 stones = +stones | +rocks / flowers = +flowers | +blossoms / book = a book | a paperback / map = a map | a chart
 letter = a letter | a written note / newspaper = a newspaper | the daily news / icecream = ice cream | a frozen dessert
-soup = soup | broth / fish = fish | >seafood / pasta = pasta | +noodles / bread = bread | a loaf of bread
+soup = soup | stew / fish = fish | >seafood / pasta = pasta | +noodles / bread = bread | a loaf of bread
 apples = +apples | >fresh fruit / vegetables = +carrots and onions | >+some vegetables / grass = grass | >green plants
 dishes = +dishes | +plates and cups / car = a car | an automobile / boat = a boat | a small ship / wood = wood | timber
 fence = a fence | a wooden railing / log = a log | a fallen tree / wall = a brick wall | a wall of bricks
 shed = a shed | a small hut / boxes = +boxes | +crates / suitcase = a suitcase | a travel bag / bus = a bus | a coach
 train = a train | an express / plane = a plane | a flight / piano = the piano | the keyboard
-drums = +the drums | a drum set / violin = the violin | the fiddle / trumpet = the trumpet | the horn
+drums = +the drums | the drum kit / violin = the violin | the fiddle / trumpet = the trumpet | the horn
 that_ice = ice melts in the heat | frozen water turns liquid when it gets warm
 that_earth = the earth goes around the sun | our planet circles a star
 that_plants = plants need light to grow | green leaves live on sunshine
@@ -134,17 +134,17 @@ WATER = harbor lake river / LEARN = school museum lab library / DAY = mrswch
 ACTIVITIES = """
 ALL / walk / dog / park river street beach square / ANY ; ALL family / feed / ducks / park river lake / DAY
 CARE farmer / feed / dog cat horse / farm yard / ANY ; chef CARE / cook / soup fish pasta vegetables / EATERY / mnh
-CARE oldman / read / book newspaper letter / park beach yard library home / mnsch
+CARE oldman / read / book newspaper letter / park beach pool yard library home / mnsch
 ALL family / eat / icecream bread apples / park street beach square market / msch
 ALL family tourists / photo / flowers boat ducks / park river lake harbor / DAY
 SPORT oldman tourists / bike / - / park river street forest / mnrsw ; ALL family / eat / soup fish pasta / EATERY / mn
 CARE oldman / phone / - / park street square home station airport hotel / mnrsch
 chef CARE / cut / bread apples vegetables fish / kitchen restaurant market / mnh
 chef woman man girl boy women / serve / soup pasta fish icecream / restaurant market yard / mns
-chef CARE / wash / dishes apples vegetables / EATERY / mn ; SPORT / soccer / - / park stadium beach school yard / mnrsw
+chef CARE / wash / dishes apples vegetables / EATERY / mn ; SPORT / soccer / - / park stadium beach field yard / mnrsw
 CARE family chef / buy / bread apples fish flowers vegetables / market square harbor / mrsch
-SPORT / tennis basketball / - / park stadium gym school / mns ; SPORT family / swim / - / pool lake beach / mns
-SPORT oldman / run / - / park river street beach forest stadium / mnrsw ; dog horse ducks / swim / - / lake beach / mns
+SPORT / tennis basketball / - / park stadium gym yard / mns ; SPORT family / swim / - / pool lake / mns
+SPORT oldman / run / - / park river street beach forest stadium / mnrsw ; dog horse ducks / swim / - / lake / mns
 SPORT / throw / ball frisbee / park beach field yard / mnsw ; SPORT / throw / stones / lake beach river / mnrsch
 woman man women men girl boy / lift / - / gym beach home yard / mns ; TRIP sailor / wait board / boat / WATER / ANY
 musician woman man girl boy oldman / instrument / piano violin trumpet / stage church school home / mnch
@@ -153,7 +153,7 @@ band musician ALL / sing / - / stage church school street home park / mnsch
 ALL family / dance / - / stage school street home square beach / mns ; TRIP / wait board / plane / airport / mnch
 dog cat horse monkey cows ducks / sleep / - / farm field lake forest yard / mnrsw
 dog cat horse monkey cows / drink / - / farm river lake forest field / mnrsw
-horse cows ducks / eat / grass / farm field lake river / mrsw ; WORK / build / SHED / farm harbor yard field / mnsch
+horse cows ducks / eat / grass / farm field lake river / mrsw ; WORK / build / SHED / farm harbor yard workshop / mnsch
 dog cat monkey ducks / eat / fish bread apples / farm lake river yard / mrsw
 dog cat monkey / chase / ball mouse ducks / farm field yard lake / mnrsw
 dog horse / chase / cat / farm field yard street / mnrsw ; WORK women / paint / SHED / farm harbor yard beach / msh
@@ -253,6 +253,8 @@ def render(slots: Slots, frame: str) -> str:
     if frame in ("front", "inner") and place.split()[0] in ("along", "by", "beside"):
         return ""
     text = " ".join(options.get(frame, "").split())
+    if re.search(r"\b(cook|perform).*\b\1", text):  # "a cook is cooking"
+        return ""
     return f"{text[0].upper()}{text[1:]}." if 5 <= len(text.split()) <= 20 else ""
 
 
@@ -270,7 +272,7 @@ class Generator:
         pool, seen, chosen = list(self.scenes), Counter(), []
         for _ in range(n):
             tries = [self.rng.randrange(len(pool)) for _ in range(60)]
-            best = max(tries, key=lambda i: sum((1 + seen[kv]) ** -2.0 for kv in enumerate(pool[i])))
+            best = max(tries, key=lambda i: sum(10**9 // (1 + seen[kv]) ** 2 for kv in enumerate(pool[i])))
             chosen.append(pool.pop(best))
             seen.update(enumerate(chosen[-1]))
         return chosen

@@ -75,8 +75,9 @@ def export_merged(
                 if file.name != "model.safetensors.index.json" and not file.name.startswith("."):
                     shutil.copyfile(file, aside / file.name)
         write_json(aside / "config.json", _with_dtype(read_json(checkpoint.folder / "config.json"), dtype))
-        template = ChatTokenizer(checkpoint.folder).tokenizer.chat_template
-        write_modules(aside, template, checkpoint.config.hidden_size)
+        if not checkpoint.backbone.prefix:  # transformers' AutoModel, and so that library, has no full Qwen2.5-Omni
+            template = ChatTokenizer(checkpoint.folder).tokenizer.chat_template
+            write_modules(aside, template, checkpoint.config.hidden_size, checkpoint.backbone.modalities)
         write_shards(aside, sizes, merged, max_shard_bytes)
         written = TensorFolder(aside)
         if set(written) != set(sizes):

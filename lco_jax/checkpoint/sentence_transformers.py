@@ -1,5 +1,6 @@
 """The files that make a merged checkpoint a sentence-transformers model (≥ 6) with the numbers of `OmniEmbedder`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lco_jax.core.files import write_json
@@ -22,8 +23,11 @@ _HIDDEN = {"method": "forward", "method_output_name": "last_hidden_state"}
 _MODULES = ("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")
 
 
-def write_modules(folder: Path, template: str, hidden_size: int) -> None:
-    """modules.json and each module's configuration. template: the checkpoint's chat template."""
+def write_modules(folder: Path, template: str, hidden_size: int, modalities: Sequence[str]) -> None:
+    """modules.json and each module's configuration.
+
+    template: the checkpoint's chat template. modalities: what it renders; all of them go through it as messages.
+    """
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
         for i, (name, path) in enumerate(_MODULES)
@@ -32,7 +36,7 @@ def write_modules(folder: Path, template: str, hidden_size: int) -> None:
     prompted = _PROMPT_JINJA.format(text=PROMPTS["text"], mixed=PROMPTS["mixed"]) + template
     transformer = {
         "transformer_task": "feature-extraction",
-        "modality_config": {"message": {**_HIDDEN, "format": "structured"}},
+        "modality_config": {**dict.fromkeys(modalities, _HIDDEN), "message": {**_HIDDEN, "format": "structured"}},
         "module_output_name": "token_embeddings",
         "processing_kwargs": {"chat_template": {"add_generation_prompt": True, "chat_template": prompted}},
     }

@@ -13,6 +13,8 @@ class Backbone:
 
     prefix: what stands before `model.`, `visual.` … in its key names.
     text_config: where in config.json the decoder's configuration lies, as a path of keys.
+    towers: the parts that turn other modalities into the decoder's tokens, carried along untouched for now.
+    modalities: what the family takes.
     ignored: parts of a full checkpoint that an embedder has no use for.
     """
 
@@ -20,19 +22,23 @@ class Backbone:
     prefix: str = ""
     text_config: tuple[str, ...] = ()
     towers: tuple[str, ...] = ("visual",)
+    modalities: tuple[str, ...] = ("text", "image", "video")
     ignored: tuple[str, ...] = ()
 
 
+OMNI_TOWERS = ("visual", "audio_tower")
+OMNI_MODALITIES = ("text", "image", "video", "audio")
 BACKBONES = {
     backbone.model_type: backbone
     for backbone in (
         Backbone("qwen2_5_vl"),
-        Backbone("qwen2_5_omni_thinker", towers=("visual", "audio_tower")),
+        Backbone("qwen2_5_omni_thinker", towers=OMNI_TOWERS, modalities=OMNI_MODALITIES),
         Backbone(
             "qwen2_5_omni",
             prefix="thinker.",
             text_config=("thinker_config",),
-            towers=("visual", "audio_tower"),
+            towers=OMNI_TOWERS,
+            modalities=OMNI_MODALITIES,
             ignored=("talker", "token2wav"),
         ),
     )

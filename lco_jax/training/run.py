@@ -11,11 +11,12 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lco_jax.checkpoint.hf import Checkpoint, abstract_params
+from lco_jax.checkpoint.hf import Checkpoint, abstract_params, open_checkpoint
 from lco_jax.checkpoint.store import RunStore
 from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, write_json
+from lco_jax.core.sharding import make_mesh
 from lco_jax.training.optimizer import OptimizerConfig, make_optimizer
 from lco_jax.training.step import State, init_state, state_shardings
 
@@ -66,6 +67,20 @@ def claim_workdir(workdir: Path, config: ConfigDict, total_steps: int) -> None:
                 )
     if jax.process_index() == 0:
         write_json(path, content)
+
+
+def adapters_of_run(workdir: Path) -> tuple[str, dict[str, Any], lora.LoraConfig, int]:
+    """(checkpoint path, adapters on the host, their configuration, step) of a run's newest checkpoint."""
+    config = read_json(workdir / "config.json")
+    store = RunStore(workdir / "checkpoints", config["checkpoint"]["keep"])
+    step = store.latest_step()
+    if step is None:
+        raise LcoError(f"{workdir} has no checkpoint yet")
+    mesh = make_mesh(devices=jax.local_devices()[:1])
+    training = Training.build(config, open_checkpoint(config["model"]["path"]), config["total_steps"], mesh)
+    state, _ = training.restore(store, step)
+    store.close()
+    return config["model"]["path"], jax.device_get(state["adapters"]), training.lora, step
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,124 @@
+"""LoRA over parameter trees: init, attach, merge, and the dropout that belongs to it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from lco_jax import LcoError, OmniEmbedder
+from lco_jax.checkpoint.hf import load_decoder, open_checkpoint
+from lco_jax.checkpoint.peft import read_peft, write_peft
+from lco_jax.core import lora
+from lco_jax.core.sharding import make_mesh
+from lco_jax.core.weights import LoraWeight, dot, dropout
+
+
+@pytest.fixture(scope="module")
+def model(cases):
+    return load_decoder(open_checkpoint(cases["vl"].path), make_mesh(devices=jax.devices()[:1]))
+
+
+def random_adapters(params, config, seed=0):
+    adapters = lora.init(jax.random.key(seed), params, config)
+    keys = iter(jax.random.split(jax.random.key(seed + 1), 1000))
+    return jax.tree.map(lambda x: 0.1 * jax.random.normal(next(keys), x.shape), adapters)
+
+
+def test_default_targets_are_every_linear_of_the_decoder(model):
+    paths = lora.target_paths(model[1], lora.LoraConfig())
+    names = {path.split(".")[-2] for path in paths}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_init_adapts_nothing_and_is_what_peft_draws(model):
+    decoder, params = model
+    config = lora.LoraConfig(rank=4, alpha=8)
+    adapters = lora.init(jax.random.key(0), params, config)
+    for pair in jax.tree.leaves(adapters, is_leaf=lambda x: isinstance(x, dict) and "a" in x):
+        a, b = pair["a"], pair["b"]
+        bound = a.shape[-1] ** -0.5
+        assert (np.asarray(b) == 0).all()
+        assert 0.95 * bound < np.abs(a).max() <= bound
+        assert abs(float(a.std()) - bound / 3**0.5) < 0.1 * bound
+        assert a.dtype == b.dtype == jnp.float32
+    q, k = adapters["layers"]["self_attn"]["q_proj"], adapters["layers"]["self_attn"]["k_proj"]
+    assert not np.array_equal(q["weight"]["a"], k["weight"]["a"])
+
+
+def test_adapter_equals_merged(cases, model, tmp_path):
+    """Attached leaves, merged arrays, and an adapter folder loaded by the embedder: one embedding."""
+    decoder, params = model
+    config = lora.LoraConfig(rank=4, alpha=8)
+    adapters = random_adapters(params, config)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    base = OmniEmbedder.from_pretrained(cases["vl"].path, mesh=mesh)
+    attached = OmniEmbedder(decoder, lora.attach(params, adapters, config), base.tokenizer, base.mesh)
+    merged = OmniEmbedder(decoder, lora.merge(params, adapters, config), base.tokenizer, base.mesh)
+    write_peft(tmp_path / "adapter", adapters, config, "base")
+    loaded = OmniEmbedder.from_pretrained(cases["vl"].path, adapter=tmp_path / "adapter", mesh=mesh)
+    want = attached.encode(reference.TEXTS)
+    assert np.abs(want - base.encode(reference.TEXTS)).max() > 1e-2
+    assert np.abs(merged.encode(reference.TEXTS) - want).max() < 1e-5
+    assert np.abs(loaded.encode(reference.TEXTS) - want).max() < 1e-5
+
+
+def test_peft_round_trip(model, tmp_path):
+    config = lora.LoraConfig(rank=4, alpha=7, dropout=0.1, targets=r"layers\.self_attn\.[qv]_proj", use_rslora=True)
+    adapters = random_adapters(model[1], config)
+    write_peft(tmp_path / "adapter", adapters, config, "some/base")
+    back, read = read_peft(tmp_path / "adapter")
+    jax.tree.map(np.testing.assert_array_equal, back, jax.device_get(adapters))
+    assert (read.rank, read.alpha, read.dropout, read.use_rslora, read.scale) == (4, 7, 0.1, True, 3.5)
+    assert lora.target_paths(model[1], read) == lora.target_paths(model[1], config)
+
+
+def test_gradient_is_of_the_adapter_alone_and_dot_is_what_it_says():
+    rng = np.random.default_rng(0)
+    x, base, a, b = (jnp.array(rng.normal(size=s), jnp.float32) for s in ((5, 8), (6, 8), (3, 8), (6, 3)))
+    w = LoraWeight(base, a, b, jnp.uint32(0), 0.5, 0.0)
+    np.testing.assert_allclose(dot(x, w), x @ (base + 0.5 * b @ a).T, atol=1e-5)
+    assert dot(x.astype(jnp.bfloat16), w).dtype == jnp.bfloat16
+
+
+def test_dropout_is_a_function_of_the_token_not_of_its_place():
+    keys = jnp.arange(4000, dtype=jnp.uint32) * 7
+    x = jnp.ones((4000, 64))
+    seed, rate = jnp.uint32(3), 0.2
+    dropped = np.asarray(dropout(x, keys, seed, rate))
+    order = np.random.default_rng(0).permutation(4000)
+    np.testing.assert_array_equal(np.asarray(dropout(x, keys[order], seed, rate)), dropped[order])
+    zero = dropped == 0
+    spread = 4 * (rate * (1 - rate) / zero.size) ** 0.5
+    assert abs(zero.mean() - rate) < spread
+    np.testing.assert_allclose(dropped[~zero], 1 / (1 - rate), rtol=1e-6)
+    # independent along tokens, channels and seeds: no column, row or other draw is special
+    assert np.abs(zero.mean(0) - rate).max() < 5 * (rate * (1 - rate) / 4000) ** 0.5
+    assert np.abs(zero.mean(1) - rate).max() < 6 * (rate * (1 - rate) / 64) ** 0.5
+    other = np.asarray(dropout(x, keys, jnp.uint32(4), rate)) == 0
+    assert abs((zero & other).mean() - rate**2) < 4 * (rate**2 / zero.size) ** 0.5
+    assert abs((zero[:-1] & zero[1:]).mean() - rate**2) < 4 * (rate**2 / zero.size) ** 0.5
+    assert abs((zero[:, :-1] & zero[:, 1:]).mean() - rate**2) < 4 * (rate**2 / zero.size) ** 0.5
+
+
+def test_every_matrix_and_layer_has_its_own_dropout(model):
+    config = lora.LoraConfig(rank=4, alpha=8, dropout=0.1)
+    tree = lora.attach(model[1], lora.init(jax.random.key(0), model[1], config), config, 5)
+    leaves = [x for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, LoraWeight)) if isinstance(x, LoraWeight)]
+    seeds = np.concatenate([np.asarray(x.seed) for x in leaves])
+    assert len(set(seeds.tolist())) == len(seeds) == 7 * reference.LAYERS
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"targets": "nothing"}, "matches no module; there are: .*self_attn.q_proj"),
+        ({"targets": "["}, "not a regular expression"),
+        ({"targets": ".*norm"}, "is no linear layer"),
+        ({"rank": 0}, "at least 1"),
+        ({"dropout": 1.0}, "must lie in"),
+    ],
+)
+def test_mistakes_are_told(model, settings, says):
+    with pytest.raises(LcoError, match=says):
+        lora.target_paths(model[1], lora.LoraConfig(**settings))

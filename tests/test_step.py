@@ -1,0 +1,223 @@
+"""The training step: the loss of the reference, the gradient of the global batch, the same on any mesh and chunking."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import peft
+import pytest
+import reference
+import torch
+from safetensors.numpy import load_file
+
+from lco_jax import make_mesh
+from lco_jax.checkpoint.hf import abstract_params, load_decoder, open_checkpoint
+from lco_jax.checkpoint.peft import write_peft
+from lco_jax.core import lora
+from lco_jax.data import pipeline
+from lco_jax.data.prompts import ChatTokenizer
+from lco_jax.data.records import Record
+from lco_jax.data.sources import JsonlSource
+from lco_jax.training.losses import info_nce
+from lco_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from lco_jax.training.step import init_state, make_train_step, state_shardings
+
+PROMPT = "\nSummarize the above text in one word:"
+STEPS, BATCH, TEMPERATURE = 20, 6, 0.03
+
+
+@pytest.fixture(scope="module")
+def records():
+    return list(JsonlSource("assets:triplets_heldout.jsonl"))[:18]
+
+
+def run(path, records, adapters=None, *, mesh=(1, 1, 1), chunk_rows=0, steps=STEPS, batch=BATCH, dropout=0.0, negatives=1):
+    """Train from `path`; returns (losses, adapters, metrics of the last step)."""
+    mesh = make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
+    checkpoint = open_checkpoint(path)
+    decoder, params = load_decoder(checkpoint, mesh)
+    config = lora.LoraConfig(rank=8, alpha=16, dropout=dropout)
+    if adapters is None:
+        adapters = lora.init(jax.random.key(0), params, config)
+    tx = make_optimizer(OptimizerConfig(learning_rate=4e-4, warmup_steps=5), STEPS)
+    layout = pipeline.Layout(batch, 128, negatives, chunk_rows)
+    tokenizer = ChatTokenizer(checkpoint.folder)
+    losses, metrics = [], {}
+    with jax.set_mesh(mesh):
+        state = init_state(adapters, tx, mesh)
+        step = make_train_step(decoder, tx, config, TEMPERATURE, 0, mesh, state_shardings(adapters, tx, mesh))
+        for i in range(steps):
+            chosen = [records[(i * batch + j) % len(records)] for j in range(batch)]
+            local = pipeline._prepare(chosen, layout, tokenizer, None, 1, 0)
+            state, metrics = step(state, params, pipeline.global_batch(local, layout, mesh))
+            losses.append(float(metrics["loss"]))
+    return np.array(losses), jax.device_get(state["adapters"]), jax.device_get(metrics)
+
+
+def torch_run(model, tokenizer, records, init):
+    """The reference's recipe on torch + peft, from the same adapter, over the same batches."""
+    targets = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "language_model.layers" in n]
+    settings = peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=targets)
+    tuned = peft.get_peft_model(model, settings)
+    parameters = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.tensor(init[name.replace(".default", "")]))
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, weight_decay=0.0)
+    rate = learning_rate(OptimizerConfig(learning_rate=4e-4, warmup_steps=5), STEPS)
+
+    def embed(texts):
+        turns = [[{"role": "user", "content": [{"type": "text", "text": text + PROMPT}]}] for text in texts]
+        return reference.embed(tuned, tokenizer(turns))
+
+    losses = []
+    with torch.enable_grad():
+        for i in range(STEPS):
+            chosen = [records[(i * BATCH + j) % len(records)] for j in range(BATCH)]
+            anchors, positives = embed([r.anchor for r in chosen]), embed([r.positive for r in chosen])
+            candidates = torch.cat([positives, embed([r.negatives[0] for r in chosen])])
+            loss = torch.nn.functional.cross_entropy(anchors @ candidates.T / TEMPERATURE, torch.arange(BATCH))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            optimizer.param_groups[0]["lr"] = float(rate(i))
+            optimizer.step()
+            losses.append(loss.item())
+    final = {name.replace(".default", ""): p.detach().numpy() for name, p in parameters.items()}
+    tuned.unload()
+    return np.array(losses), final
+
+
+@pytest.mark.slow
+def test_trajectory_equals_torch_and_peft(cases, records, tmp_path):
+    """20 steps from one adapter: every loss within 1e-4, the final adapter within 1e-3 relative."""
+    case = cases["vl"]
+    config = lora.LoraConfig(rank=8, alpha=16)
+    init = lora.init(jax.random.key(3), abstract_params(open_checkpoint(case.path).config), config)
+    write_peft(tmp_path / "init", init, config, str(case.path))
+    losses, final, _ = run(case.path, records, init)
+    flat = load_file(tmp_path / "init" / "adapter_model.safetensors")
+    want_losses, want = torch_run(case.model, ChatTokenizer(case.path), records, flat)
+    assert want_losses[-1] < want_losses[0] - 0.2  # it is a real trajectory
+    assert np.abs(losses - want_losses).max() < 1e-4
+    write_peft(tmp_path / "final", final, config, str(case.path))
+    got = load_file(tmp_path / "final" / "adapter_model.safetensors")
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        assert np.linalg.norm(got[key] - value) < 1e-3 * np.linalg.norm(value), key
+
+
+@pytest.fixture(scope="module")
+def one_device(cases, records):
+    """20 steps with dropout on one device: what every other layout has to repeat."""
+    return run(cases["vl"].path, records, dropout=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(2, 2, 2), (8, 1, 1), (1, 8, 1)])
+def test_eight_devices_equal_one(cases, records, one_device, mesh):
+    losses, _, _ = run(cases["vl"].path, records, dropout=0.1, mesh=mesh)
+    assert np.abs(losses - one_device[0]).max() < 1e-5 * np.abs(one_device[0]).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk_rows", [1, 4])
+def test_gradcache_chunks_change_nothing(cases, records, one_device, chunk_rows):
+    losses, adapters, _ = run(cases["vl"].path, records, dropout=0.1, chunk_rows=chunk_rows)
+    assert np.abs(losses - one_device[0]).max() < 1e-5 * np.abs(one_device[0]).max()
+    for got, want in zip(jax.tree.leaves(adapters), jax.tree.leaves(one_device[1]), strict=True):
+        assert np.linalg.norm(got - want) < 1e-3 * np.linalg.norm(want)
+
+
+def test_chunked_and_sharded_step_in_short(cases, records):
+    """Three steps of the above, for the quick lane."""
+    plain, _, _ = run(cases["vl"].path, records, steps=3, dropout=0.1)
+    other, _, _ = run(cases["vl"].path, records, steps=3, dropout=0.1, mesh=(2, 2, 2), chunk_rows=1)
+    assert np.abs(plain - other).max() < 1e-5 * np.abs(plain).max()
+
+
+@pytest.mark.slow
+def test_dropout_moves_the_loss(cases, records, one_device):
+    """Or the tests above would show nothing."""
+    without, _, _ = run(cases["vl"].path, records, dropout=0.0)
+    assert np.abs(without - one_device[0]).max() > 1e-2
+
+
+def test_any_number_of_negatives(cases, records):
+    """A record without negatives adds no candidates; one with three adds three."""
+    mixed = [
+        Record(r.anchor, r.positive, tuple(s.negatives[0] for s in records[j : j + n]), r.where)
+        for j, (r, n) in enumerate(zip(records, (0, 3, 1, 2, 0, 1), strict=False))
+    ]
+    losses, _, metrics = run(cases["vl"].path, mixed, steps=1, negatives=3)
+    cut, _, _ = run(cases["vl"].path, mixed, steps=1, negatives=1)
+    assert losses[0] > cut[0]  # more candidates, more to tell apart
+    none, _, _ = run(cases["vl"].path, [Record(r.anchor, r.positive, (), "") for r in mixed], steps=1, negatives=0)
+    assert none[0] < cut[0]
+    assert int(metrics["tokens"]) > 0
+
+
+def test_info_nce_equals_torch():
+    rng = np.random.default_rng(0)
+    e = rng.normal(size=(5, 4, 16)).astype(np.float32)
+    e /= np.linalg.norm(e, axis=-1, keepdims=True)
+    present = np.ones((5, 4), bool)
+    present[[1, 3, 3], [2, 2, 3]] = False
+    loss, metrics = info_nce(jnp.array(e), jnp.array(present), 0.03)
+    candidates = np.concatenate([e[:, 1], e[:, 2:][present[:, 2:]]])
+    logits = torch.tensor(e[:, 0] @ candidates.T / 0.03)
+    want = torch.nn.functional.cross_entropy(logits, torch.arange(5))
+    assert abs(float(loss) - float(want)) < 1e-5
+    assert float(metrics["accuracy"]) == float((logits.argmax(1) == torch.arange(5)).float().mean())
+    wrong = (e[:, 0] @ candidates.T)[np.arange(5)[:, None] != np.arange(len(candidates))]
+    assert abs(float(metrics["negative_similarity"]) - wrong.mean()) < 1e-6
+    scaled = jnp.array(e) * jnp.where(jnp.array(present), 1.0, jnp.nan)[..., None]  # what is absent cannot matter
+    assert np.isfinite(float(info_nce(jnp.where(present[..., None], scaled, 7.0), jnp.array(present), 0.03)[0]))
+
+
+def test_a_step_that_is_not_finite_changes_nothing(cases, records):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    decoder, params = load_decoder(open_checkpoint(cases["vl"].path), mesh)
+    config = lora.LoraConfig(rank=4, alpha=8)
+    adapters = lora.init(jax.random.key(0), params, config)
+    tx = make_optimizer(OptimizerConfig(schedule="constant"), 10)
+    layout = pipeline.Layout(4, 128, 1)
+    local = pipeline._prepare(records[:4], layout, ChatTokenizer(cases["vl"].path), None, 1, 0)
+    broken = jax.tree.map(lambda x: x, params)
+    broken["norm"]["weight"] = params["norm"]["weight"].at[0].set(jnp.nan)
+    with jax.set_mesh(mesh):
+        batch = pipeline.global_batch(local, layout, mesh)
+        step = make_train_step(decoder, tx, config, 0.03, 0, mesh, state_shardings(adapters, tx, mesh))
+        before = jax.device_get(init_state(adapters, tx, mesh))
+        after, metrics = step(init_state(adapters, tx, mesh), broken, batch)
+        assert not bool(metrics["finite"])
+        assert int(after["step"]) == 1
+        for key in ("adapters", "optimizer"):
+            jax.tree.map(np.testing.assert_array_equal, jax.device_get(after[key]), before[key])
+        good, metrics = step(init_state(adapters, tx, mesh), params, batch)
+        assert bool(metrics["finite"])
+        moved = jax.tree.map(lambda x, y: bool((x != y).any()), jax.device_get(good["adapters"]), before["adapters"])
+        assert any(jax.tree.leaves(moved))
+
+
+def test_schedules():
+    for schedule, half in (("cosine", 0.5), ("linear", 0.5), ("constant", 1.0)):
+        rate = learning_rate(OptimizerConfig(learning_rate=2.0, schedule=schedule, warmup_steps=10), 110)
+        assert float(rate(0)) == 0.0
+        assert float(rate(5)) == pytest.approx(1.0)
+        assert float(rate(10)) == pytest.approx(2.0)
+        assert float(rate(60)) == pytest.approx(2.0 * half, abs=1e-6)
+        assert float(rate(110)) == pytest.approx(0.0 if schedule != "constant" else 2.0, abs=1e-6)
+
+
+def test_weight_decay_and_clipping_reach_the_update():
+    params = {"w": jnp.ones(4)}
+    grads = {"w": jnp.full(4, 1e6)}
+    updates = []
+    for decay in (0.0, 0.1):
+        tx = make_optimizer(OptimizerConfig(learning_rate=1.0, schedule="constant", weight_decay=decay), 10)
+        updates.append(tx.update(grads, tx.init(params), params)[0]["w"])
+    np.testing.assert_allclose(updates[0] - updates[1], 0.1, atol=1e-6)
+    tx = make_optimizer(OptimizerConfig(schedule="constant", clip_norm=1.0), 10)
+    state = tx.update(grads, tx.init(params), params)[1]
+    assert float(optax.global_norm(optax.tree_utils.tree_get(state, "mu"))) == pytest.approx(0.1, rel=1e-4)

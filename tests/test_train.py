@@ -1,0 +1,167 @@
+"""The main job in real processes: killed, resumed, preempted, on several processes; and what it leaves behind."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lco_jax import OmniEmbedder
+from lco_jax.training.metrics import read_metrics
+
+ROOT = Path(__file__).parent.parent
+STEPS = 24
+SMALL = [  # the real job, made short
+    "--config=configs/base.py", f"--config.train.steps={STEPS}", "--config.train.batch_size=8", "--config.eval.path=",
+    "--config.optimizer.warmup_steps=4", "--config.checkpoint.every=4", "--config.export.merged=False",
+    "--config.lora.rank=4",
+]  # fmt: skip
+
+
+def start(workdir, *flags, devices=1):
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    command = [sys.executable, "-m", "lco_jax.train", *SMALL, f"--workdir={workdir}", *flags]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process, code=0):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    return output
+
+
+def losses(workdir):
+    lines = read_metrics(Path(workdir) / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(len(lines)))
+    return [line["loss"] for line in lines]
+
+
+def wait_for_lines(workdir, count, process):
+    while process.poll() is None and len(read_metrics(Path(workdir) / "metrics.jsonl")) < count:
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory):
+    """The uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("quiet")
+    finish(start(workdir))
+    return workdir
+
+
+def adapter_bytes(workdir):
+    return (Path(workdir) / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed_bit_for_bit(quiet, tmp_path):
+    """SIGKILL ten times, among them while a checkpoint is being written; the same losses, the same adapter."""
+    rng, kills = random.Random(0), 0
+    while kills < 10:
+        process = start(tmp_path)
+        done = len(read_metrics(tmp_path / "metrics.jsonl"))
+        if kills % 2:  # right after a step that saves, while orbax writes in the background
+            wait_for_lines(tmp_path, (done // 4 + 1) * 4, process)
+            time.sleep(rng.uniform(0, 0.03))
+        else:
+            wait_for_lines(tmp_path, done + 1, process)
+            time.sleep(rng.uniform(0, 0.3))
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.wait()
+        kills += 1
+        if len(read_metrics(tmp_path / "metrics.jsonl")) > STEPS - 6:
+            (tmp_path / "again").mkdir(exist_ok=True)  # nearly through: begin a second run of the same kind
+            for name in ("checkpoints", "metrics.jsonl", "config.json"):
+                (tmp_path / name).rename(tmp_path / "again" / f"{name}.{kills}")
+    assert kills == 10
+    finish(start(tmp_path))
+    assert losses(tmp_path) == losses(quiet)
+    assert adapter_bytes(tmp_path) == adapter_bytes(quiet)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_cleanly(quiet, tmp_path):
+    process = start(tmp_path, "--config.checkpoint.every=1000")
+    wait_for_lines(tmp_path, 3, process)
+    process.send_signal(signal.SIGTERM)
+    assert "the same command resumes" in finish(process)
+    assert 3 <= len(losses(tmp_path)) < STEPS
+    assert "resuming" in finish(start(tmp_path))
+    assert losses(tmp_path) == losses(quiet)
+    assert adapter_bytes(tmp_path) == adapter_bytes(quiet)
+
+
+@pytest.mark.slow
+def test_resumed_on_another_mesh(quiet, tmp_path):
+    process = start(tmp_path)
+    wait_for_lines(tmp_path, 6, process)
+    process.kill()
+    process.wait()
+    finish(start(tmp_path, "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2", devices=8))
+    assert np.abs(np.array(losses(tmp_path)) - losses(quiet)).max() < 1e-4
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(quiet, tmp_path):
+    """Real processes on loopback, four devices each: every process reads its share, one set of outputs."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+    processes = [start(tmp_path, *flags, f"--process_id={i}", devices=4) for i in range(2)]
+    for process in processes:
+        finish(process)
+    assert np.abs(np.array(losses(tmp_path)) - losses(quiet)).max() < 1e-4
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+
+
+@pytest.mark.slow
+def test_a_finished_run_and_another_configuration(quiet):
+    before = losses(quiet)
+    finish(start(quiet))  # nothing left to do: exports again
+    assert losses(quiet) == before
+    output = finish(start(quiet, "--config.optimizer.learning_rate=5.0"), code=2)
+    assert "config.optimizer.learning_rate" in output
+    assert "another --workdir" in output
+    assert "Traceback" not in output
+    assert losses(quiet) == before
+
+
+@pytest.mark.slow
+def test_repeated_non_finite_steps_stop_the_run(tmp_path):
+    flags = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=0.0", "--config.train.max_nonfinite=3"]
+    output = finish(start(tmp_path, *flags, "--config.lora.dropout=0.0"), code=2)
+    assert "not finite in 3 steps in a row" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_the_whole_job(tmp_path):
+    """Evaluation, pictures, TensorBoard, merged model: everything on, and the merged model is the adapter's."""
+    flags = ["--config.eval.path=assets:triplets_heldout.jsonl", "--config.export.merged=True", "--config.log.tensorboard=True"]
+    output = finish(start(tmp_path, *flags))
+    for name in ("adapter", "merged", "loss.png", "similarity.png"):
+        assert str(tmp_path / name) in output
+        assert (tmp_path / name).exists()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert 0 < results["before"]["mrr"] < results["after"]["mrr"] <= 1
+    assert list((tmp_path / "tensorboard").iterdir())
+    texts = ["A man rides a horse.", "Two dogs are running."]
+    merged = OmniEmbedder.from_pretrained(tmp_path / "merged").encode(texts)
+    adapted = OmniEmbedder.from_pretrained("builtin:tiny", adapter=tmp_path / "adapter").encode(texts)
+    assert np.abs(merged - adapted).max() < 1e-5
+    out = tmp_path / "export"
+    command = [sys.executable, "-m", "lco_jax.convert", f"--workdir={tmp_path}", f"--out={out}", "--dtype=float32"]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+    again = OmniEmbedder.from_pretrained(out).encode(texts)
+    assert np.abs(again - merged).max() < 1e-6
+    assert adapter_bytes(tmp_path) == (tmp_path / "export-adapter" / "adapter_model.safetensors").read_bytes()
