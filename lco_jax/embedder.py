@@ -29,9 +29,7 @@ class OmniEmbedder:
 
     def __init__(self, decoder: Decoder, params: dict[str, Any], tokenizer: ChatTokenizer, mesh: Mesh):
         self.decoder, self.params, self.tokenizer, self.mesh = decoder, params, tokenizer, mesh
-        self._embed = jax.jit(
-            lambda params, rows: embed_rows(decoder, params, rows), out_shardings=replicated(mesh)
-        )
+        self._embed = jax.jit(lambda params, rows: embed_rows(decoder, params, rows), out_shardings=replicated(mesh))
 
     @classmethod
     def from_pretrained(

@@ -15,7 +15,7 @@ import transformers
 from safetensors.numpy import save_file
 
 try:
-    import torchvision  # noqa: F401, transformers' processors need its Python part
+    import torchvision
 except RuntimeError:  # the registry's build is for CUDA; on a CPU torch its operators must at least have a schema
     for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
         del sys.modules[name]
@@ -57,7 +57,12 @@ def _config(family: str, base: dict) -> dict:
     text = {**TEXT, "vocab_size": base["vocab_size"], "bos_token_id": base["bos_token_id"]}
     if family.startswith("vl"):
         text |= {"hidden_size": 96}  # head_dim 16
-        top = {"architectures": base["architectures"], "model_type": "qwen2_5_vl", **ids, "vision_config": _vision(96, in_chans=3)}
+        top = {
+            "architectures": base["architectures"],
+            "model_type": "qwen2_5_vl",
+            **ids,
+            "vision_config": _vision(96, in_chans=3),
+        }
         if family == "vl":
             rope = {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
             return {**text, **rope, **top, "tie_word_embeddings": False, "torch_dtype": "float32"}
@@ -78,7 +83,11 @@ def _config(family: str, base: dict) -> dict:
     }  # fmt: skip
     if family == "omni":
         return thinker
-    return {"architectures": ["Qwen2_5OmniForConditionalGeneration"], "model_type": "qwen2_5_omni", "thinker_config": thinker}
+    return {
+        "architectures": ["Qwen2_5OmniForConditionalGeneration"],
+        "model_type": "qwen2_5_omni",
+        "thinker_config": thinker,
+    }
 
 
 def model_class(family: str) -> type:

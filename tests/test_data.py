@@ -101,18 +101,19 @@ def test_a_bad_record_is_named_by_file_and_line(tmp_path, line):
     assert BAD_RECORDS[line] in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b'{"anchor": "\xff", "positive": "p"}', rb'{"anchor": "a\ud800b", "positive": "p"}'])
-def test_a_text_that_is_no_unicode_is_a_bad_record(tmp_path, tokenizer, content):
+@pytest.mark.parametrize("anchor", [b"\xff", rb"a\ud800b"])
+def test_a_text_that_is_no_unicode_is_a_bad_record(tmp_path, tokenizer, anchor):
     """A lone surrogate is valid JSON, and the tokenizer cannot take it: the scan must find it, not step 7000."""
     path = tmp_path / "data.jsonl"
-    path.write_bytes(content + b"\n")
+    path.write_bytes(b'{"anchor": "' + anchor + b'", "positive": "p"}\n')
     with pytest.raises(LcoError, match=r"data\.jsonl:1: "):
         tokenizer([as_messages(text, "") for text in JsonlSource(path)[0].texts])
 
 
 def test_bad_records_can_be_skipped(tmp_path):
     path = tmp_path / "data.jsonl"
-    lines = [f'{{"anchor": "é{i}今", "positive": "p{i}", "negative": {["n"] * i!r}}}'.replace("'", '"') for i in range(3)]
+    good = [{"anchor": f"é{i}今", "positive": f"p{i}", "negative": ["n"] * i} for i in range(3)]
+    lines = [json.dumps(content, ensure_ascii=False) for content in good]
     bad = list(BAD_RECORDS)
     path.write_text("\n".join([bad[0], lines[0], "", bad[3], bad[5], lines[1], lines[2]]), encoding="utf-8")
     source = JsonlSource(path, on_bad="skip")
@@ -145,6 +146,7 @@ def test_a_missing_file_is_an_error(tmp_path):
 
 LABELS = ("entailment", "neutral", "contradiction")
 SNLI = [  # premise, hypothesis, label
+    ("A dog runs.", "The annotators did not agree.", -1),  # not the last label, contradiction
     ("A dog runs.", "An animal moves.", 0),
     ("A dog runs.", "A dog sleeps.", 2),
     ("A man eats.", "A man eats an apple.", 1),
@@ -152,11 +154,11 @@ SNLI = [  # premise, hypothesis, label
     ("Kids play.", "Nobody is there.", 2),  # no entailment: none
     ("Ein Mädchen singt.", "Jemand singt.", 0),
     ("Ein Mädchen singt.", "Ein Kind singt.", 0),
-    ("A dog runs.", "Unsettled.", -1),
     ("Ein Mädchen singt.", "Alle schweigen.", 2),
     ("Ein Mädchen singt.", "Es ist still.", 2),
     ("Ein Mädchen singt.", "Sie hat eine Stimme.", 0),
-    ("Unsettled premise.", "x", -1),
+    ("A bus waits.", "A vehicle waits.", 0),
+    ("A bus waits.", "Nor did they here.", -1),
 ]
 TRIPLETS = [
     ("A dog runs.", "An animal moves.", ("A dog sleeps.",)),
@@ -166,11 +168,11 @@ TRIPLETS = [
 ]
 
 
-def write_snli(data_dir, rows, features=None):
+def write_nli(data_dir, rows, name="snli", features=None):
     """What TFDS's own `builder.download_and_prepare(file_format="array_record")` leaves, without TensorFlow."""
     from tensorflow_datasets.proto import tf_example_pb2
 
-    folder = data_dir / "snli" / "1.1.0"
+    folder = data_dir / name / "1.1.0"
     folder.mkdir(parents=True)
     core = "tensorflow_datasets.core.features"
     text = {"pythonClassName": f"{core}.text_feature.Text", "text": {}}
@@ -186,7 +188,7 @@ def write_snli(data_dir, rows, features=None):
         example.features.feature["hypothesis"].bytes_list.value.append(hypothesis.encode())
         example.features.feature["label"].int64_list.value.append(label_index)
         serialized.append(example.SerializeToString())
-    writer = ArrayRecordWriter(str(folder / "snli-train.array_record-00000-of-00001"), "group_size:1")
+    writer = ArrayRecordWriter(str(folder / f"{name}-train.array_record-00000-of-00001"), "group_size:1")
     for record in serialized:
         writer.write(record)
     writer.close()
@@ -197,31 +199,33 @@ def write_snli(data_dir, rows, features=None):
         "numBytes": str(sum(map(len, serialized))),
     }
     info = {
-        "name": "snli",
+        "name": name,
         "version": "1.1.0",
         "fileFormat": "array_record",
-        "moduleName": "tensorflow_datasets.datasets.snli.snli_dataset_builder",
         "splits": [split],
     }
     (folder / "dataset_info.json").write_text(json.dumps(info))
     return str(data_dir)
 
 
-def test_tfds_rows_become_triplets(tmp_path):
-    source = open_source("nli", {"kind": "tfds", "name": "snli", "data_dir": write_snli(tmp_path, SNLI)})
+@pytest.mark.parametrize("name", ["snli", "my_nli"])  # TFDS has code for the first; the second is only files
+def test_tfds_rows_become_triplets(tmp_path, name):
+    source = open_source("nli", {"kind": "tfds", "name": name, "data_dir": write_nli(tmp_path, SNLI, name)})
     assert [(r.anchor, r.positive, r.negatives) for r in source] == TRIPLETS
     assert source.max_negatives == 1
-    assert "snli" in source[0].where
+    assert name in source[0].where
     assert "A dog runs." in source[0].where
 
 
 def test_tfds_without_a_triplet_is_an_error(tmp_path):
+    premises = {triplet[0] for triplet in TRIPLETS}
+    data_dir = write_nli(tmp_path, [row for row in SNLI if row[0] not in premises])
     with pytest.raises(LcoError, match="no premise with an entailment and a contradiction"):
-        nli_source("snli", data_dir=write_snli(tmp_path, SNLI[2:5]))
+        nli_source("snli", data_dir=data_dir)
 
 
 def test_tfds_errors_are_one_sentence(tmp_path):
-    data_dir = write_snli(tmp_path / "data", SNLI)
+    data_dir = write_nli(tmp_path / "data", SNLI)
     missing = str(tmp_path / "missing")
     for arguments, named in (
         ({"name": "no_such_dataset", "data_dir": data_dir}, "no_such_dataset"),
@@ -243,23 +247,25 @@ def test_a_tfds_dataset_of_another_kind_is_an_error(tmp_path, change):
         shape = {"shape": {}, "dtype": "int64", "encoding": "none"}
         features["label"] = {"pythonClassName": f"{core}.scalar.Scalar", "tensor": shape}
     with pytest.raises(LcoError) as error:
-        nli_source("snli", data_dir=write_snli(tmp_path, SNLI, features))
+        nli_source("my_nli", data_dir=write_nli(tmp_path, SNLI, "my_nli", features))
     assert "label" in sentence(error)
-    assert "snli" in str(error.value)
+    assert "my_nli" in str(error.value)
 
 
 def test_tfds_is_read_without_tensorflow_and_torch(tmp_path):
-    """A decoy of tensorflow lies on the path, so that an import of it is seen even where it is not installed."""
+    """A decoy of tensorflow lies on the path, so that an import of it is seen even where it is not installed.
+
+    torch is hidden: transformers imports it wherever it finds it.
+    """
     (tmp_path / "decoy" / "tensorflow").mkdir(parents=True)
     (tmp_path / "decoy" / "tensorflow" / "__init__.py").write_text("")
     code = (
-        "import sys; from lco_jax.data.sources import nli_source; "
-        f"print(len(nli_source('snli', data_dir={write_snli(tmp_path, SNLI)!r})), "
-        "[name for name in ('tensorflow', 'torch') if name in sys.modules])"
+        "import sys; sys.modules['torch'] = None; from lco_jax.data.sources import nli_source; "
+        f"print(len(nli_source('snli', data_dir={write_nli(tmp_path, SNLI)!r})), 'tensorflow' in sys.modules)"
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'decoy'}:{ROOT}"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout == f"{len(TRIPLETS)} []\n", done.stderr
+    assert done.stdout == f"{len(TRIPLETS)} False\n", done.stderr
 
 
 # ---- parquet
@@ -408,7 +414,7 @@ def order(sources, weights, seed, count):
 
 
 def test_stream_is_a_function_of_the_seed():
-    sources, weights = {"a": numbered(20, "a"), "b": numbered(30, "b")}, {"a": 1.0, "b": 2.0}
+    sources, weights = {"a": numbered(200, "a"), "b": numbered(300, "b")}, {"a": 1.0, "b": 2.0}
     first = order(sources, weights, 0, 200)
     assert order(sources, weights, 0, 200) == first
     for seed in (1, 2, 2**31):
@@ -426,8 +432,8 @@ def test_every_epoch_is_another_permutation():
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (3.0, 1.0, 0.5), (0.05, 0.15, 0.8)])
 def test_mixture_weights_are_respected(weights):
-    sources = {"a": numbered(7, "a"), "b": numbered(500, "b"), "c": numbered(31, "c")}
-    names = [where[0] for where in order(sources, dict(zip("abc", weights, strict=True)), 0, 3000)]
+    sources = {"a": numbered(250, "a"), "b": numbered(900, "b"), "c": numbered(500, "c")}
+    names = [where[0] for where in order(sources, dict(zip("abc", weights, strict=True)), 0, 2000)]
     share = np.array([names.count(name) for name in "abc"]) / len(names)
     assert np.abs(share - np.array(weights) / sum(weights)).max() < 0.02
 

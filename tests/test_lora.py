@@ -104,7 +104,9 @@ def test_dropout_is_a_function_of_the_token_not_of_its_place():
 def test_every_matrix_and_layer_has_its_own_dropout(model):
     config = lora.LoraConfig(rank=4, alpha=8, dropout=0.1)
     tree = lora.attach(model[1], lora.init(jax.random.key(0), model[1], config), config, 5)
-    leaves = [x for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, LoraWeight)) if isinstance(x, LoraWeight)]
+    leaves = [
+        x for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, LoraWeight)) if isinstance(x, LoraWeight)
+    ]
     seeds = np.concatenate([np.asarray(x.seed) for x in leaves])
     assert len(set(seeds.tolist())) == len(seeds) == 7 * reference.LAYERS
 

@@ -31,7 +31,9 @@ def records():
     return list(JsonlSource("assets:triplets_heldout.jsonl"))[:18]
 
 
-def run(path, records, adapters=None, *, mesh=(1, 1, 1), chunk_rows=0, steps=STEPS, batch=BATCH, dropout=0.0, negatives=1):
+def run(
+    path, records, adapters=None, *, mesh=(1, 1, 1), chunk_rows=0, steps=STEPS, batch=BATCH, dropout=0.0, negatives=1
+):
     """Train from `path`; returns (losses, adapters, metrics of the last step)."""
     mesh = make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
     checkpoint = open_checkpoint(path)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,7 +29,9 @@ SMALL = [  # the real job, made short
 def start(workdir, *flags, devices=1):
     environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     command = [sys.executable, "-m", "lco_jax.train", *SMALL, f"--workdir={workdir}", *flags]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def finish(process, code=0):
@@ -73,15 +76,13 @@ def test_killed_at_random_moments_and_resumed_bit_for_bit(quiet, tmp_path):
         else:
             wait_for_lines(tmp_path, done + 1, process)
             time.sleep(rng.uniform(0, 0.3))
-        if process.poll() is not None:
-            break
+        assert process.poll() is None, process.communicate()[0]
         process.kill()
         process.wait()
         kills += 1
-        if len(read_metrics(tmp_path / "metrics.jsonl")) > STEPS - 6:
-            (tmp_path / "again").mkdir(exist_ok=True)  # nearly through: begin a second run of the same kind
-            for name in ("checkpoints", "metrics.jsonl", "config.json"):
-                (tmp_path / name).rename(tmp_path / "again" / f"{name}.{kills}")
+        if len(read_metrics(tmp_path / "metrics.jsonl")) > STEPS - 6:  # nearly through: from the beginning
+            shutil.rmtree(tmp_path)
+            tmp_path.mkdir()
     assert kills == 10
     finish(start(tmp_path))
     assert losses(tmp_path) == losses(quiet)
@@ -138,7 +139,11 @@ def test_a_finished_run_and_another_configuration(quiet):
 
 @pytest.mark.slow
 def test_repeated_non_finite_steps_stop_the_run(tmp_path):
-    flags = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=0.0", "--config.train.max_nonfinite=3"]
+    flags = [
+        "--config.optimizer.learning_rate=1e30",
+        "--config.optimizer.clip_norm=0.0",
+        "--config.train.max_nonfinite=3",
+    ]
     output = finish(start(tmp_path, *flags, "--config.lora.dropout=0.0"), code=2)
     assert "not finite in 3 steps in a row" in output
     assert "Traceback" not in output
@@ -147,7 +152,11 @@ def test_repeated_non_finite_steps_stop_the_run(tmp_path):
 @pytest.mark.slow
 def test_the_whole_job(tmp_path):
     """Evaluation, pictures, TensorBoard, merged model: everything on, and the merged model is the adapter's."""
-    flags = ["--config.eval.path=assets:triplets_heldout.jsonl", "--config.export.merged=True", "--config.log.tensorboard=True"]
+    flags = [
+        "--config.eval.path=assets:triplets_heldout.jsonl",
+        "--config.export.merged=True",
+        "--config.log.tensorboard=True",
+    ]
     output = finish(start(tmp_path, *flags))
     for name in ("adapter", "merged", "loss.png", "similarity.png"):
         assert str(tmp_path / name) in output

@@ -137,13 +137,19 @@ def _weights(vocabulary: int) -> dict[str, np.ndarray]:
     """Every tensor by its hub name: matrices normal with variance 1 / fan-in, gains 1, biases 0, embeddings normal."""
     head_dim = HIDDEN // HEADS
     kv, vision, merged = KV_HEADS * head_dim, VISION_HIDDEN, 4 * VISION_HIDDEN
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocabulary, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+    }
     for i in range(LAYERS):
         layer = f"model.layers.{i}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
             shapes[f"{layer}{norm}.weight"] = (HIDDEN,)
         for name, size in (("q", HIDDEN), ("k", kv), ("v", kv)):
-            shapes |= {f"{layer}self_attn.{name}_proj.weight": (size, HIDDEN), f"{layer}self_attn.{name}_proj.bias": (size,)}
+            shapes |= {
+                f"{layer}self_attn.{name}_proj.weight": (size, HIDDEN),
+                f"{layer}self_attn.{name}_proj.bias": (size,),
+            }
         shapes |= {f"{layer}self_attn.o_proj.weight": (HIDDEN, HIDDEN), f"{layer}mlp.down_proj.weight": (HIDDEN, MLP)}
         shapes |= {f"{layer}mlp.{name}_proj.weight": (MLP, HIDDEN) for name in ("gate", "up")}
     linears = {"attn.qkv": (3 * vision, vision), "attn.proj": (vision, vision), "mlp.gate_proj": (VISION_MLP, vision),

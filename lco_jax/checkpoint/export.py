@@ -47,7 +47,9 @@ class _Merged:
         if key in self.pairs:
             a, b = self.pairs[key]
             if value.shape != (b.shape[0], a.shape[1]):
-                raise LcoError(f"the adapter of {key} is for {(b.shape[0], a.shape[1])}, and the matrix is {value.shape}")
+                raise LcoError(
+                    f"the adapter of {key} is for {(b.shape[0], a.shape[1])}, and the matrix is {value.shape}"
+                )
             value = value.astype(np.float32) + self.scale * (b @ a)
         return value.astype(self.target_dtype(key), copy=False)
 

@@ -121,7 +121,9 @@ def read_peft(path_or_id: str | Path) -> tuple[dict[str, Any], LoraConfig]:
     for path, layers in found.items():
         other = found.get(path[:-1] + ("b" if path.endswith("a") else "a"), {})
         if layers.keys() != other.keys():
-            raise LcoError(f"{file}: {path.removesuffix('.a').removesuffix('.b')} has an A without its B, or a B without its A")
+            raise LcoError(
+                f"{file}: {path.removesuffix('.a').removesuffix('.b')} has an A without its B, or a B without its A"
+            )
         blank = np.zeros_like(next(iter(layers.values())))
         stacked[path] = np.stack([layers.get(i, blank) for i in range(depth)])
     if not stacked:

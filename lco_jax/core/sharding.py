@@ -62,7 +62,10 @@ def row_shards(mesh: Mesh) -> int:
 
 def _fit(shape: tuple[int, ...], axes: Sequence[str | tuple[str, ...] | None], mesh: Mesh) -> PartitionSpec:
     """The spec without those mesh axes that do not divide their array axis (jax has no uneven shards)."""
-    ways = [math.prod(mesh.shape[name] for name in (axis if isinstance(axis, tuple) else (axis,) if axis else ())) for axis in axes]
+    ways = [
+        math.prod(mesh.shape[name] for name in (axis if isinstance(axis, tuple) else (axis,) if axis else ()))
+        for axis in axes
+    ]
     return PartitionSpec(*(axis if size % n == 0 else None for axis, size, n in zip(axes, shape, ways, strict=True)))
 
 

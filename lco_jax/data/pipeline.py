@@ -58,8 +58,7 @@ def open_sources(config: Mapping[str, Any]) -> dict[str, Source]:
 def record_stream(sources: Mapping[str, Source], weights: Mapping[str, float], seed: int) -> grain.MapDataset:
     """The endless shuffled mixture: every epoch of every source in another order, drawn in proportion to weight."""
     parts = [
-        grain.MapDataset.source(source).seed(seed + i).shuffle().repeat()
-        for i, source in enumerate(sources.values())
+        grain.MapDataset.source(source).seed(seed + i).shuffle().repeat() for i, source in enumerate(sources.values())
     ]
     if len(parts) == 1:
         return parts[0]

@@ -121,7 +121,9 @@ def nli_source(name: str, split: str = "train", data_dir: str | None = None) -> 
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LcoError(f"the TFDS dataset {name!r} ({split}, data_dir {data_dir}) cannot be read: {reason}") from None
     if missing := {"premise", "hypothesis", "label"} - set(features):
-        raise LcoError(f"the TFDS dataset {name!r} has no feature {min(missing)!r}; its features: {', '.join(features)}")
+        raise LcoError(
+            f"the TFDS dataset {name!r} has no feature {min(missing)!r}; its features: {', '.join(features)}"
+        )
     label_names = features["label"].names
     sides: dict[str, dict[str, list[str]]] = {}
     for row in rows:

@@ -1,0 +1,24 @@
+"""SNLI from TFDS, as triplets, on the built-in checkpoint: how to train on a TFDS dataset.
+
+    python -m lco_jax.train --config=configs/snli.py --config.data.sources.snli.data_dir=DIR
+
+DIR holds the dataset as array_record files (`tfds build snli --file_format=array_record` writes them).
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+from configs import base
+
+
+def get_config(recipe: str = "") -> ConfigDict:
+    """What differs from base."""
+    config = base.get_config(recipe)
+    config.name = "snli"
+    config.data.sources = {
+        "snli": {"kind": "tfds", "name": "snli", "split": "train", "data_dir": config_dict.placeholder(str)}
+    }
+    config.data.row_length = 256
+    config.train.batch_size = 64
+    config.train.epochs = 10.0
+    config.eval.path = ""
+    return config
