@@ -46,13 +46,14 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_items(path: Path, id_field: str | None) -> Iterator[tuple[Any, Any]]:
-    """(id, input) of every line. Raises naming the file and line of a bad one."""
+def read_items(path: Path, id_field: str | None) -> Iterator[tuple[Any, Any, str]]:
+    """(id, input, file and line) of every line. Raises naming the file and line of a bad one."""
+    kind: type | None = None
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file):
             where = f"{path}:{number + 1}"
             if path.suffix == ".txt":
-                yield number, line.rstrip("\n")
+                yield number, line.rstrip("\n"), where
                 continue
             if not line.strip():
                 continue
@@ -63,7 +64,11 @@ def read_items(path: Path, id_field: str | None) -> Iterator[tuple[Any, Any]]:
             as_messages(item, where)
             if id_field and (not isinstance(item, dict) or id_field not in item):
                 raise LcoError(f"{where}: the input has no field {id_field!r}")
-            yield item[id_field] if id_field else number, item
+            if id_field:
+                kind = kind or type(item[id_field])
+                if type(item[id_field]) is not kind or kind not in (int, str):
+                    raise LcoError(f"{where}: {id_field!r} must be a number or a string, the same in every line")
+            yield item[id_field] if id_field else number, item, where
 
 
 def main() -> int:
@@ -79,8 +84,15 @@ def main() -> int:
         total = sum(1 for _ in read_items(args.input, args.id_field))  # every line is checked before any is embedded
     except (OSError, UnicodeDecodeError) as error:
         raise LcoError(f"--input={args.input} cannot be read: {error}") from None
+    if args.output.is_dir():
+        raise LcoError(f"--output={args.output} is a folder")
+    if args.max_length is not None and args.max_length < 1:
+        raise LcoError(f"--max-length={args.max_length}: max_length must be at least 1")
     embedder = OmniEmbedder.from_pretrained(args.model, args.adapter, args.dtype)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LcoError(f"--output={args.output} cannot be written: {error.strerror}") from None
     aside = args.output.with_name(f".{args.output.name}.{os.getpid()}.tmp")
     items = read_items(args.input, args.id_field)
     write = _write_npy if args.output.suffix == ".npy" else _write_parquet
@@ -95,11 +107,11 @@ def main() -> int:
 
 
 def _embedded(
-    embedder: OmniEmbedder, items: Iterator[tuple[Any, Any]], args: argparse.Namespace, progress: tqdm
+    embedder: OmniEmbedder, items: Iterator[tuple[Any, Any, str]], args: argparse.Namespace, progress: tqdm
 ) -> Iterator[tuple[list[Any], np.ndarray]]:
     while chunk := list(islice(items, CHUNK)):
-        ids, inputs = zip(*chunk, strict=True)
-        options = {"prompt": args.prompt, "max_length": args.max_length}
+        ids, inputs, names = zip(*chunk, strict=True)
+        options = {"prompt": args.prompt, "max_length": args.max_length, "names": names}
         yield list(ids), embedder.encode(list(inputs), args.batch_size, progress=progress, **options)
 
 

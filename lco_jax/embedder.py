@@ -18,8 +18,8 @@ from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
 from lco_jax.core.packing import PackedRows, bucket, fill_rows, place
 from lco_jax.core.sharding import ROWS, make_mesh, replicated, row_shards, shardings
-from lco_jax.data.prompts import ChatTokenizer, Messages, as_messages
-from lco_jax.models.decoder import Decoder, embed_rows
+from lco_jax.data.prompts import ChatTokenizer, as_messages
+from lco_jax.models.decoder import Decoder, pool_rows
 
 MIN_ROW = 256  # tokens; row lengths are this times a power of two
 
@@ -29,7 +29,7 @@ class OmniEmbedder:
 
     def __init__(self, decoder: Decoder, params: dict[str, Any], tokenizer: ChatTokenizer, mesh: Mesh):
         self.decoder, self.params, self.tokenizer, self.mesh = decoder, params, tokenizer, mesh
-        self._embed = jax.jit(lambda params, rows: embed_rows(decoder, params, rows), out_shardings=replicated(mesh))
+        self._pool = jax.jit(lambda params, rows: pool_rows(decoder, params, rows), out_shardings=replicated(mesh))
 
     @classmethod
     def from_pretrained(
@@ -69,6 +69,7 @@ class OmniEmbedder:
         prompt: str | None = None,
         max_length: int | None = None,
         progress: tqdm | None = None,
+        names: Sequence[str] | None = None,
     ) -> np.ndarray:
         """Embed strings, {"text": …} or chat-message lists, in any mixture -> float32 [N, D], in input order.
 
@@ -80,45 +81,47 @@ class OmniEmbedder:
         max_length: cut texts to so many tokens before the prompt (the reference's evaluation cuts at 300); by
         default nothing is cut, and an input longer than the model's context raises.
         progress: a bar of the caller's to advance, in the place of one of our own.
+        names: what errors call the inputs (a file and line, say); by default "input 0" and so on.
         """
         if batch_size < 1:
             raise LcoError(f"batch_size is {batch_size}; it must be at least 1")
         single = isinstance(inputs, str | dict) or _is_conversation(inputs)
         items = [inputs] if single else list(inputs)
-        conversations = [self._conversation(item, f"input {i}", prompt, max_length) for i, item in enumerate(items)]
-        tokens = self._tokenize(conversations)
+        names = names or [f"input {i}" for i in range(len(items))]
+        tokens = self._tokenize(items, names, prompt, max_length)
         vectors = np.zeros((len(items), self.dimension), np.float32)
         order = np.argsort([-len(ids) for ids in tokens], kind="stable")  # neighbours in a batch are alike in length
         bar = progress or tqdm(total=len(items), desc="embedding", unit="input", disable=not show_progress)
         with jax.set_mesh(self.mesh):
             for start in range(0, len(items), batch_size):
                 chosen = order[start : start + batch_size]
-                vectors[chosen] = self._forward([tokens[i] for i in chosen], normalize)
+                vectors[chosen] = self._forward([tokens[i] for i in chosen])
                 bar.update(len(chosen))
         if progress is None:
             bar.close()
+        if normalize:
+            vectors = _unit(vectors)
         return vectors[0] if single else vectors
 
     @staticmethod
     def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Cosine similarities of every row of a [N, D] with every row of b [M, D] -> [N, M]; single vectors count as one row."""
-        a, b = (np.atleast_2d(np.asarray(x, np.float32)) for x in (a, b))
-        a, b = (x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12) for x in (a, b))
+        """Cosines of every row of a [N, D] with every row of b [M, D] -> [N, M]; a single vector counts as one row."""
+        a, b = (_unit(np.atleast_2d(np.asarray(x, np.float32))) for x in (a, b))
         return a @ b.T
 
-    def _conversation(self, item: Any, where: str, prompt: str | None, max_length: int | None) -> Messages:
-        if max_length is not None and isinstance(item, str):
-            item = self.tokenizer.cut(item, max_length)
-        elif max_length is not None and isinstance(item, dict) and isinstance(item.get("text"), str):
-            item = {**item, "text": self.tokenizer.cut(item["text"], max_length)}
-        return as_messages(item, where, prompt)
+    def _tokenize(
+        self, items: Sequence[Any], names: Sequence[str], prompt: str | None, max_length: int | None
+    ) -> list[np.ndarray]:
+        conversations = []
+        for item, name in zip(items, names, strict=True):
+            if max_length is not None and isinstance(item, str):
+                item = self.tokenizer.cut(item, max_length)
+            elif max_length is not None and isinstance(item, dict) and isinstance(item.get("text"), str):
+                item = {**item, "text": self.tokenizer.cut(item["text"], max_length)}
+            conversations.append(as_messages(item, name, prompt))
+        return self.tokenizer(conversations, names)
 
-    def _tokenize(self, conversations: Sequence[Messages], at_once: int = 1024) -> list[np.ndarray]:
-        return [
-            ids for i in range(0, len(conversations), at_once) for ids in self.tokenizer(conversations[i : i + at_once])
-        ]
-
-    def _forward(self, tokens: Sequence[np.ndarray], normalize: bool) -> np.ndarray:
+    def _forward(self, tokens: Sequence[np.ndarray]) -> np.ndarray:
         """Pack, run, and pick each sequence's slot: [N, D]. Row lengths and counts come in a few static sizes."""
         row_length = MIN_ROW
         while row_length < len(tokens[0]):
@@ -130,8 +133,12 @@ class OmniEmbedder:
         rows = fill_rows(tokens, range(len(tokens)), placement, num_rows, row_length, num_slots)
         split = NamedSharding(self.mesh, PartitionSpec(ROWS))
         on_mesh: PackedRows = rows.map(lambda x: jax.make_array_from_callback(x.shape, split, lambda index: x[index]))
-        slots = np.asarray(self._embed(self.params, on_mesh))
+        slots = np.asarray(self._pool(self.params, on_mesh))
         return slots[placement.row, placement.slot]
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def _is_conversation(inputs: Iterable[Any]) -> bool:

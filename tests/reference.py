@@ -74,7 +74,8 @@ def _config(family: str, base: dict) -> dict:
     thinker = {
         "architectures": ["Qwen2_5OmniThinkerForConditionalGeneration"], "model_type": "qwen2_5_omni_thinker",
         "torch_dtype": "float32", "audio_token_index": 1, "image_token_index": ids["image_token_id"],
-        "video_token_index": ids["video_token_id"], "vision_start_token_id": ids["vision_start_token_id"], "tie_word_embeddings": False, "text_config": text,
+        "video_token_index": ids["video_token_id"], "vision_start_token_id": ids["vision_start_token_id"],
+        "tie_word_embeddings": False, "text_config": text,
         "vision_config": _vision(80, model_type="qwen2_5_omni_vision_encoder"),
         "audio_config": {
             "model_type": "qwen2_5_omni_audio_encoder", "d_model": 32, "encoder_layers": 1, "num_hidden_layers": 1,

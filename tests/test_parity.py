@@ -36,7 +36,7 @@ def test_chat_messages_are_rendered_as_they_are(cases):
     case = cases["vl"]
     embedder = OmniEmbedder.from_pretrained(case.path)
     system = [{"role": "system", "content": "You only speak in nouns."}]
-    inputs = [system + user("one two"), user("three"), user("a") + [{"role": "assistant", "content": "b"}] + user("c")]
+    inputs = [system + user("one two"), user("three"), [*user("a"), {"role": "assistant", "content": "b"}, *user("c")]]
     assert np.abs(embedder.encode(inputs) - golden(case, embedder, inputs)).max() < TOLERANCE
 
 

@@ -64,7 +64,7 @@ def export_merged(
 ) -> None:
     """Write `source` + adapter as a Hugging Face folder: aside, read back tensor by tensor, compared, then renamed.
 
-    adapters, config: as from `peft.read_peft` or a training state; None exports the source in another dtype or sharding.
+    adapters, config: as from `peft.read_peft` or a training state; None exports the source in another dtype or split.
     """
     if dtype not in DTYPES:
         raise LcoError(f"dtype {dtype!r} is not supported; these are: {', '.join(DTYPES)}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from lco_jax.checkpoint.tensors import resolve
@@ -18,7 +19,10 @@ from lco_jax.core.files import read_json, write_json, written_aside
 from lco_jax.core.lora import LoraConfig
 
 # whatever stands before it, transformers 4.x and 5.x, full or thinker-only, with or without PEFT's adapter name
-_KEY = re.compile(r"base_model\.model\.(?:.+\.)?layers\.(\d+)\.(.+)\.lora_([AB])(?:\.\w+)?\.weight")
+_KEY = re.compile(
+    r"base_model\.model\.(?:thinker\.)?(?:model\.)?(?:language_model\.)?(?:model\.)?"
+    r"layers\.(\d+)\.(.+)\.lora_([AB])(?:\.\w+)?\.weight"
+)
 _PREFIX = "base_model.model.model.language_model.layers"  # module path of the decoder in transformers 5.x
 # what a PEFT config may ask for that these three pure functions do not do: (key, values that mean "not asked for")
 _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...]], ...] = (
@@ -32,6 +36,9 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("layer_replication", (None, [])),
     ("target_parameters", (None, [])),
     ("trainable_token_indices", (None, [], {})),
+    ("alora_invocation_tokens", (None, [])),
+    ("use_qalora", (None, False)),
+    ("use_bdlora", (None, False)),
 )
 
 
@@ -98,14 +105,21 @@ def read_peft(path_or_id: str | Path) -> tuple[dict[str, Any], LoraConfig]:
     content = read_json(where)
     if content.get("peft_type") != "LORA":
         raise LcoError(f"{where}: peft_type is {content.get('peft_type')!r}; only LORA adapters are supported")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(content.get(key), int | float):
+            raise LcoError(f"{where}: {key} is {content.get(key)!r}, and must be a number")
     for key, fine in _UNSUPPORTED:
         if content.get(key) not in fine:
             raise LcoError(f"{where}: {key} = {content[key]!r} is not supported")
     file = folder / "adapter_model.safetensors"
     if not file.exists():
         raise LcoError(f"{file} does not exist (pickled adapters are never loaded; convert them to safetensors)")
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LcoError(f"{file} is torn or not a safetensors file: {error}") from None
     found: dict[str, dict[int, np.ndarray]] = {}
-    for key, value in load_file(file).items():
+    for key, value in tensors.items():
         match = _KEY.fullmatch(key)
         if not match:
             raise LcoError(f"{file}: unknown key {key}")
@@ -124,6 +138,8 @@ def read_peft(path_or_id: str | Path) -> tuple[dict[str, Any], LoraConfig]:
             raise LcoError(
                 f"{file}: {path.removesuffix('.a').removesuffix('.b')} has an A without its B, or a B without its A"
             )
+        if len(shapes := sorted({value.shape for value in layers.values()})) > 1:
+            raise LcoError(f"{file}: {path} has layers of different shapes: {shapes}")
         blank = np.zeros_like(next(iter(layers.values())))
         stacked[path] = np.stack([layers.get(i, blank) for i in range(depth)])
     if not stacked:

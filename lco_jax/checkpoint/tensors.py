@@ -56,6 +56,8 @@ class TensorFolder:
         if weight_map is None:
             files = sorted(f.name for f in folder.glob("*.safetensors") if not f.name.startswith("adapter"))
         else:
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise LcoError(f"{index} has no weight_map of keys to files")
             files = sorted(set(weight_map.values()))
         if not files:
             raise LcoError(f"{folder} holds no *.safetensors (pickled weights are never loaded; convert them first)")

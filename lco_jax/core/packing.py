@@ -6,7 +6,7 @@ B records, M hard negatives a record (the most).
 No sequence is ever padded to the longest and none can see another, so an embedding cannot depend on its neighbours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import NamedTuple
@@ -39,7 +39,7 @@ class PackedRows:
     token_keys: Array
     last_tokens: Array
 
-    def map(self, function) -> "PackedRows":
+    def map(self, function: Callable[[Array], Array]) -> "PackedRows":
         """`function` applied to every array."""
         return PackedRows(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
 

@@ -85,7 +85,7 @@ def shardings(tree: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
 
 
 def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
-    """Pin x to the mesh that `jax.set_mesh` made current; without one, x as it is. Unnamed trailing axes: replicated."""
+    """Pin x to the mesh that `jax.set_mesh` made current (without one, x as it is); axes not named are replicated."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x

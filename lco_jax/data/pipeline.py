@@ -57,6 +57,9 @@ def open_sources(config: Mapping[str, Any]) -> dict[str, Source]:
 
 def record_stream(sources: Mapping[str, Source], weights: Mapping[str, float], seed: int) -> grain.MapDataset:
     """The endless shuffled mixture: every epoch of every source in another order, drawn in proportion to weight."""
+    for name in sources:
+        if not isinstance(weights[name], int | float) or not weights[name] > 0:
+            raise LcoError(f"config.data.sources.{name}.weight is {weights[name]!r}; it must be a number above 0")
     parts = [
         grain.MapDataset.source(source).seed(seed + i).shuffle().repeat() for i, source in enumerate(sources.values())
     ]
@@ -92,7 +95,7 @@ def _prepare(
             conversations.append(as_messages(tokenizer.cut(text, max_length), record.where))
             index.append(i * stride + offset)
             side.append(j)
-    tokens = tokenizer(conversations)
+    tokens = tokenizer(conversations, [records[(i - offset) // stride].where for i in index])
     for ids, i in zip(tokens, index, strict=True):
         if len(ids) > layout.row_length:
             raise LcoError(

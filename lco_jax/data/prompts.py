@@ -17,6 +17,7 @@ from lco_jax.core.files import read_json
 
 Messages = list[dict[str, Any]]
 PROMPTS = {"text": "\nSummarize the above text in one word:", "mixed": "\nSummarize the above in one word:"}
+RENDERED_AT_ONCE = 1024  # conversations in memory as text
 MEDIA = ("image", "audio", "video")  # what a later version embeds, and this one turns away by name
 
 
@@ -60,6 +61,8 @@ class ChatTokenizer:
             except (OSError, ValueError) as error:
                 raise LcoError(f"{folder} has no tokenizer that loads: {str(error).splitlines()[0]}") from None
         self.max_tokens = max_tokens
+        if not len(self.tokenizer.get_vocab()) > len(self.tokenizer.get_added_vocab()):
+            raise LcoError(f"{folder} has no tokenizer: tokenizer.json, or vocab.json and merges.txt, is missing")
         if self.tokenizer.chat_template is None:  # AutoTokenizer does not read this one
             self.tokenizer.chat_template = _template_file(folder / "chat_template.json")
 
@@ -69,20 +72,26 @@ class ChatTokenizer:
 
     def cut(self, text: str, max_length: int | None) -> str:
         """The first `max_length` tokens of a text, decoded again, as the reference cuts; shorter texts as they are."""
-        if max_length is None or len(text) <= max_length:  # a token is at least one character
+        if max_length is None:
+            return text
+        if max_length < 1:
+            raise LcoError(f"max_length is {max_length}; it must be at least 1, or None to cut nothing")
+        if 3 * len(text.encode()) <= max_length:  # a token is at least a byte, and NFC makes at most three of one
             return text
         ids = self.tokenizer(text).input_ids
         return text if len(ids) <= max_length else self.tokenizer.decode(ids[:max_length])
 
-    def __call__(self, conversations: Sequence[Messages]) -> list[np.ndarray]:
-        """Token ids (int32) of each conversation, nothing padded. Raises for one that exceeds the context."""
-        if not conversations:
-            return []
-        ids = self.tokenizer([self.render(messages) for messages in conversations]).input_ids
+    def __call__(self, conversations: Sequence[Messages], names: Sequence[str] | None = None) -> list[np.ndarray]:
+        """Token ids (int32) of each conversation, nothing padded. Raises, by name, for one that exceeds the context."""
+        ids: list[list[int]] = []
+        for i in range(0, len(conversations), RENDERED_AT_ONCE):
+            texts = [self.render(messages) for messages in conversations[i : i + RENDERED_AT_ONCE]]
+            ids += self.tokenizer(texts).input_ids
         for i, sequence in enumerate(ids):
             if len(sequence) > self.max_tokens:
+                name = names[i] if names else f"input {i}"
                 raise LcoError(
-                    f"input {i} of this batch has {len(sequence)} tokens, and the model takes {self.max_tokens}; "
+                    f"{name}: {len(sequence)} tokens (template included), and the model takes {self.max_tokens}; "
                     "cut it with max_length"
                 )
         return [np.asarray(sequence, np.int32) for sequence in ids]

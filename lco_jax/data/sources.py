@@ -12,6 +12,7 @@ import pyarrow.dataset
 import pyarrow.lib
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from ml_collections import ConfigDict
 
 from lco_jax.core.errors import LcoError
 from lco_jax.data.records import Record, parse_record
@@ -119,12 +120,16 @@ def nli_source(name: str, split: str = "train", data_dir: str | None = None) -> 
         features, rows = builder.info.features, builder.as_data_source(split=split)
     except Exception as error:  # TFDS raises many kinds for one cause: it is not there in this form
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if data_dir is not None and not (folder := Path(data_dir) / name.split(":")[0]).is_dir():
+            reason = f"there is no folder {folder}"
         raise LcoError(f"the TFDS dataset {name!r} ({split}, data_dir {data_dir}) cannot be read: {reason}") from None
     if missing := {"premise", "hypothesis", "label"} - set(features):
         raise LcoError(
             f"the TFDS dataset {name!r} has no feature {min(missing)!r}; its features: {', '.join(features)}"
         )
-    label_names = features["label"].names
+    label_names = getattr(features["label"], "names", None)
+    if not label_names:
+        raise LcoError(f"the TFDS dataset {name!r} has a label without names; it needs a ClassLabel")
     sides: dict[str, dict[str, list[str]]] = {}
     for row in rows:
         if row["label"] >= 0:  # -1: the annotators did not agree
@@ -169,8 +174,9 @@ def parquet_source(path: str, columns: Columns, files: str = "**/*.parquet", on_
             if missing := [name for name in wanted if name not in table.schema.names]:
                 raise LcoError(f"{file} has no column {missing[0]!r}; its columns: {', '.join(table.schema.names)}")
             rows = table.to_table(columns=wanted).to_pylist()
-        except pyarrow.lib.ArrowInvalid as error:
-            raise LcoError(f"{file} is torn or not a parquet file: {error}") from None
+        except (pyarrow.lib.ArrowException, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise LcoError(f"{file} is torn or not a parquet file: {reason}") from None
         for number, row in enumerate(rows):
             negatives = [row[name] for name in columns.negatives if row[name] is not None]
             flat = [side for cell in negatives for side in (cell if isinstance(cell, list) else [cell])]
@@ -196,6 +202,8 @@ def _asset(path: str | Path) -> Path:
 
 def open_source(name: str, spec: Mapping[str, Any], on_bad: str = "error") -> Source:
     """Open one entry of `config.data.sources`: its `kind` (jsonl, tfds, parquet) and that kind's arguments."""
+    if not isinstance(spec, Mapping | ConfigDict):
+        raise LcoError(f"config.data.sources.{name} must be a mapping with a kind, and is {spec!r:.60}")
     arguments = {key: value for key, value in spec.items() if key not in ("kind", "weight") and value is not None}
     kind = spec.get("kind")
     try:
@@ -204,7 +212,10 @@ def open_source(name: str, spec: Mapping[str, Any], on_bad: str = "error") -> So
         if kind == "tfds":
             return nli_source(**arguments)
         if kind == "parquet":
-            columns = dict(arguments.pop("columns", {}))
+            columns = arguments.pop("columns", {})
+            if not isinstance(columns, Mapping | ConfigDict):
+                raise LcoError(f"config.data.sources.{name}.columns must be a mapping, and is {columns!r:.60}")
+            columns = dict(columns)
             negatives = columns.pop("negatives", Columns.negatives)
             negatives = (negatives,) if isinstance(negatives, str) else tuple(negatives)
             return parquet_source(**arguments, columns=Columns(**columns, negatives=negatives), on_bad=on_bad)

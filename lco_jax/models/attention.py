@@ -1,6 +1,7 @@
 """Attention over packed rows: causal, and never across segments.
 
-Dimensions: B rows, T query tokens, S key tokens (S = T), K key-value heads, G query heads per key-value head, H head_dim.
+Dimensions: B rows, T query tokens, S key tokens (S = T), K key-value heads, G query heads per key-value head,
+H head_dim.
 """
 
 import jax

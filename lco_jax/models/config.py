@@ -29,7 +29,9 @@ class DecoderConfig:
 
         `where` names the file in errors. Raises for what this decoder does not implement instead of ignoring it.
         """
-        text = {**config, **config.get("text_config", {})}
+        if not isinstance(config.get("text_config") or {}, dict):
+            raise LcoError(f"{where}: text_config is {config['text_config']!r:.60}, and must be an object")
+        text = {**config, **(config.get("text_config") or {})}
         rope = {"rope_type": "default"}
         for key in ("rope_scaling", "rope_parameters"):  # 4.x, 5.x
             rope |= text.get(key) or {}
@@ -37,6 +39,8 @@ class DecoderConfig:
         def need(key: str) -> Any:
             if text.get(key) is None:
                 raise LcoError(f"{where} has no {key!r}, which a text decoder needs")
+            if not isinstance(text[key], int | float) or not text[key] > 0:
+                raise LcoError(f"{where}: {key} is {text[key]!r:.60}, and must be a number above 0")
             return text[key]
 
         rope_type = rope.get("rope_type") if rope.get("rope_type") != "default" else rope.get("type", "default")
@@ -51,7 +55,7 @@ class DecoderConfig:
         section = tuple(rope.get("mrope_section") or (head_dim // 2,))
         if sum(section) != head_dim // 2:
             raise LcoError(f"{where}: mrope_section {section} does not add up to half the head_dim, {head_dim // 2}")
-        tied = config.get("tie_word_embeddings", False) or config.get("text_config", {}).get("tie_word_embeddings")
+        tied = config.get("tie_word_embeddings", False) or (config.get("text_config") or {}).get("tie_word_embeddings")
         return cls(
             vocab_size=need("vocab_size"),
             hidden_size=need("hidden_size"),

@@ -115,11 +115,16 @@ class Decoder(nn.Module):
         return RMSNorm(c.rms_norm_eps, self.param_dtype, name="norm")(x)
 
 
-def embed_rows(decoder: Decoder, params: dict[str, Any], rows: PackedRows) -> Array:
-    """L2-normalised embeddings of every slot, float32 [B, S, D]: the hidden state at each segment's last token.
+def pool_rows(decoder: Decoder, params: dict[str, Any], rows: PackedRows) -> Array:
+    """The hidden state at each segment's last token, after the final norm: float32 [B, S, D].
 
-    Empty slots hold the embedding of their row's first token; whoever reads the result knows which slots are filled.
+    Empty slots hold that of their row's first token; whoever reads the result knows which slots are filled.
     """
     hidden = decoder.apply({"params": params}, rows)
-    pooled = jnp.take_along_axis(hidden, rows.last_tokens[..., None], axis=1).astype(jnp.float32)
+    return jnp.take_along_axis(hidden, rows.last_tokens[..., None], axis=1).astype(jnp.float32)
+
+
+def embed_rows(decoder: Decoder, params: dict[str, Any], rows: PackedRows) -> Array:
+    """`pool_rows`, L2-normalised: the embeddings."""
+    pooled = pool_rows(decoder, params, rows)
     return pooled / jnp.maximum(jnp.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12)

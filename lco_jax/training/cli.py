@@ -1,9 +1,10 @@
-"""The command line of training jobs: --config with every key overridable, --workdir, and how processes find each other."""
+"""The command line of training jobs: --config, any key of which can be set, --workdir, and how processes meet."""
 
 import difflib
 import logging
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ from lco_jax.core.errors import LcoError
 def parse(argv: list[str], doc: str | None) -> flags.FlagValues:
     """The flags in argv; --help prints `doc` and every key of the config. Raises `LcoError` for what it cannot read."""
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "the configuration file", flag_values=values)
+    config_flags.DEFINE_config_file("config", None, "the configuration file", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "where the run lives; by default runs/NAME", flag_values=values)
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for several processes", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "how many processes", flag_values=values)
@@ -26,10 +27,11 @@ def parse(argv: list[str], doc: str | None) -> flags.FlagValues:
     wants_help = any(arg in ("--help", "-h", "-help") for arg in argv[1:])
     if not wants_help and not any(arg.lstrip("-").split("=")[0] == "config" for arg in argv[1:]):
         raise LcoError("--config is missing; for a first run: --config=configs/base.py")
+    config = _load(argv)
     try:
         rest = values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise LcoError(_explain(error, argv, values)) from None
+        raise LcoError(_explain(error, argv, values, config)) from None
     if len(rest) > 1:
         raise LcoError(f"{rest[1]!r} is no flag; flags look like --workdir=runs/mine (--help lists them)")
     if wants_help:
@@ -42,16 +44,37 @@ def parse(argv: list[str], doc: str | None) -> flags.FlagValues:
     return values
 
 
-def _explain(error: Exception, argv: list[str], values: flags.FlagValues) -> str:
+def _load(argv: Sequence[str]) -> ConfigDict | None:
+    """The configuration that --config names, as its file has it. Raises naming the file if it does not load."""
+    for arg, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+        if arg.startswith("-") and arg.lstrip("-").split("=")[0] == "config":
+            path = arg.split("=", 1)[1] if "=" in arg else following
+            break
+    else:
+        return None
+    if not path:
+        raise LcoError("--config needs a file; for a first run: --config=configs/base.py")
+    if not Path(path.split(":")[0]).is_file():
+        raise LcoError(f"--config={path}: there is no such file")
+    try:
+        config = config_flags.config_flags.ConfigFileFlagParser("config").parse(path)
+    except Exception as error:  # a configuration is code, which can raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise LcoError(f"--config={path} does not load: {reason}") from None
+    if not isinstance(config, ConfigDict):
+        raise LcoError(f"--config={path}: get_config() returns a {type(config).__name__}, and must return a ConfigDict")
+    return config
+
+
+def _explain(error: Exception, argv: list[str], values: flags.FlagValues, config: ConfigDict | None) -> str:
     """One sentence for a flag that could not be read, with the nearest key where one was misspelt."""
     for arg in argv[1:]:
         name = arg.lstrip("-").split("=")[0]
-        if name == "config" and "=" in arg:
-            path = arg.split("=", 1)[1].split(":")[0]
-            if not Path(path).exists():
-                return f"--config={path}: there is no such file"
-        if name.startswith("config.") and values["config"].value is not None:
-            known = sorted(_keys(values["config"].value))
+        if not arg.startswith("-") or name.removeprefix("no") in values:
+            continue  # a value, or a flag there is
+        if name.removeprefix("no").startswith("config.") and config is not None:
+            known = sorted(_keys(config))
+            name = name.removeprefix("no")
             key = name.removeprefix("config.")
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)

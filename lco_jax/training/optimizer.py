@@ -9,7 +9,7 @@ from lco_jax.core.errors import LcoError
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """learning_rate: the peak; schedule: cosine, linear or constant; warmup_steps before it; clip_norm 0: no clipping."""
+    """learning_rate: the peak; schedule: cosine, linear or constant, after warmup_steps; clip_norm 0: no clipping."""
 
     learning_rate: float = 4e-4
     schedule: str = "cosine"

@@ -54,7 +54,7 @@ class Training:
 
 
 def claim_workdir(workdir: Path, config: ConfigDict, total_steps: int) -> None:
-    """Write `workdir/config.json`, or check that the one there describes the same run. Raises by the key that differs."""
+    """Write `workdir/config.json`, or check that the one there describes this run. Raises by the key that differs."""
     content = json.loads(config.to_json()) | {"total_steps": total_steps}
     path = workdir / "config.json"
     if path.exists():
