@@ -26,6 +26,7 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.lora.rank = 16
     config.lora.alpha = 32.0
     config.lora.dropout = 0.05
+    config.lora.use_rslora = False  # scale by alpha / sqrt(rank) instead of alpha / rank
     config.lora.targets = r"layers\.(self_attn|mlp)\.\w+_proj"  # pattern over whole module paths
 
     config.data = ConfigDict()

@@ -1,5 +1,9 @@
 """lco-jax: language-centric omnimodal embeddings (LCO-Embedding, arXiv 2510.11693) in JAX."""
 
+import os
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is absent is how it should be
+
 from lco_jax.core.errors import LcoError
 from lco_jax.core.sharding import make_mesh
 from lco_jax.embedder import OmniEmbedder

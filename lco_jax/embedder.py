@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import load_decoder, open_checkpoint
-from lco_jax.checkpoint.peft import check_fits, read_peft
+from lco_jax.checkpoint.peft import fit, read_peft
 from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
 from lco_jax.core.packing import PackedRows, bucket, fill_rows, place
@@ -36,12 +36,13 @@ class OmniEmbedder:
         cls,
         path_or_id: str | os.PathLike[str],
         adapter: str | os.PathLike[str] | None = None,
-        dtype: str = "float32",
+        dtype: Any = "float32",
         mesh: Mesh | None = None,
     ) -> "OmniEmbedder":
         """Load a checkpoint folder or hub id, with a PEFT adapter merged in (in float32) if one is given.
 
-        dtype: "float32" or "bfloat16", of the weights and the activations; embeddings are float32 either way.
+        dtype: "float32" or "bfloat16", or jax's dtype of that name: of the weights and the activations; embeddings are
+        float32 either way.
         mesh: from `lco_jax.make_mesh`; by default one copy of the model on every device.
         """
         checkpoint = open_checkpoint(path_or_id)
@@ -49,9 +50,8 @@ class OmniEmbedder:
         decoder, params = load_decoder(checkpoint, mesh, dtype, remat="none")
         if adapter is not None:
             adapters, config = read_peft(adapter)
-            check_fits(adapters, params, str(adapter))
             merge = jax.jit(lora.merge, static_argnums=2, donate_argnums=0, out_shardings=shardings(params, mesh))
-            params = merge(params, adapters, config)
+            params = merge(params, fit(adapters, params, str(adapter)), config)
         return cls(decoder, params, ChatTokenizer(checkpoint.folder, decoder.config.max_position_embeddings), mesh)
 
     @property

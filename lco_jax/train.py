@@ -12,6 +12,8 @@ Any key of the config can be set on the command line, e.g. --config.optimizer.le
     checkpoints/  config.json  what resuming needs
 """
 
+import dataclasses
+import math
 import signal
 import sys
 import time
@@ -44,7 +46,7 @@ from lco_jax.evaluation.retrieval import Retrieval, retrieval
 from lco_jax.training import cli
 from lco_jax.training.metrics import MetricsLog, read_metrics
 from lco_jax.training.optimizer import OptimizerConfig, learning_rate
-from lco_jax.training.run import Training, claim_workdir
+from lco_jax.training.run import Training, check_config, claim_workdir
 from lco_jax.training.step import State, make_train_step
 
 
@@ -54,6 +56,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     lead = jax.process_index() == 0
 
     # ---- what there is: mesh, checkpoint, data
+    check_config(config)
     mesh = make_mesh(**config.mesh)
     pipeline.check_mesh(mesh)
     checkpoint = open_checkpoint(config.model.path)
@@ -62,9 +65,11 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     batch_size = config.train.batch_size
     total_steps = config.train.steps or max(int(config.train.epochs * records / batch_size), 1)
     training = Training.build(config, checkpoint, total_steps, mesh)
-    claim_workdir(workdir, config, total_steps)
     _say(f"{config.model.path} on {mesh.size} × {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
+    skipped = sum(source.skipped for source in sources.values())
     _say(f"{records:,} records, {total_steps:,} steps of {batch_size}, LoRA rank {training.lora.rank}")
+    if skipped:
+        _say(f"{skipped:,} bad records skipped")
 
     decoder, params = load_decoder(checkpoint, mesh, config.model.dtype, config.model.remat)
     tokenizer = ChatTokenizer(checkpoint.folder, decoder.config.max_position_embeddings)
@@ -80,23 +85,25 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         max_negatives=most if config.data.max_negatives < 0 else min(most, config.data.max_negatives),
         chunk_rows=config.train.chunk_rows,
     )
-    weights = {name: source.get("weight", 1.0) for name, source in config.data.sources.items()}
+    pipeline.check_lengths(layout, tokenizer, config.data.max_length)
+    weights = {name: config.data.sources[name].get("weight", len(source)) for name, source in sources.items()}
     stream = pipeline.record_stream(sources, weights, config.seed)
     iterator = pipeline.local_batches(stream, layout, tokenizer, config.data.max_length)
     store = RunStore(workdir / "checkpoints", config.checkpoint.keep)
     step = store.latest_step() or 0
+    claim_workdir(workdir, config, total_steps, begun=step > 0)
     if step:
         state, position = training.restore(store, step)
         iterator.set_state(position)
         _say(f"resuming {workdir} at step {step}")
     else:
-        state = training.fresh(params, config.seed, mesh)
+        state = training.fresh(seed=config.seed)
 
     # ---- the loop
     train_step = make_train_step(
         decoder, training.tx, training.lora, config.train.temperature, config.seed, mesh, training.shardings
     )
-    log = MetricsLog(workdir, step, config.log, config.name) if lead else None
+    log = MetricsLog(workdir, step, config) if lead else None
     watch = _Watch(config, log, total_steps, step)
     with jax.set_mesh(mesh), watch.progress:
         for batch in pipeline.batches(iterator, layout, mesh) if step < total_steps else ():
@@ -112,6 +119,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         watch.flush()
     store.wait()
     store.close()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on there is nothing to save
     if log:
         log.close()
     if step < total_steps:
@@ -123,13 +131,13 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 class _Watch:
-    """Metrics to the log and the progress bar, one step late so that the device never waits for the host."""
+    """Metrics to the log and the progress bar, one step late: the next step is under way before these are fetched."""
 
     def __init__(self, config: ConfigDict, log: MetricsLog | None, total_steps: int, first_step: int):
         self.log, self.batch_size, self.limit = log, config.train.batch_size, config.train.max_nonfinite
         self.rate = learning_rate(OptimizerConfig(**config.optimizer), total_steps)
         self.pending: tuple[int, Mapping[str, Any]] | None = None
-        self.skipped = self.in_a_row = 0
+        self.skipped, self.in_a_row = log.skipped if log else 0, 0
         self.since = time.perf_counter()
         self.progress = tqdm(
             total=total_steps, initial=first_step, desc="training", unit="step", disable=log is None, mininterval=0.5
@@ -151,16 +159,21 @@ class _Watch:
         self.since = now
         finite = bool(values.pop("finite"))
         self.in_a_row = 0 if finite else self.in_a_row + 1
-        self.skipped += not finite
+        values = {key: value if math.isfinite(value) else None for key, value in values.items()}  # JSON has no NaN
         values |= {
-            "learning_rate": float(self.rate(step)),
+            "learning_rate": float(self.rate(step - self.skipped)),  # a skipped step does not advance the schedule
             "tokens_per_s": values.pop("tokens") / (now - since),
             "triplets_per_s": self.batch_size / (now - since),
-            "skipped_steps": self.skipped,
+            "skipped_steps": (skipped := self.skipped + (not finite)),
         }
+        self.skipped = skipped
         if self.log:
             self.log.write(step, values)
-        self.progress.set_postfix(loss=f"{values['loss']:.4f}", rate=f"{values['triplets_per_s']:.0f}/s", refresh=False)
+        self.progress.set_postfix(
+            loss="-" if values["loss"] is None else f"{values['loss']:.4f}",
+            rate=f"{values['triplets_per_s']:.0f}/s",
+            refresh=False,
+        )
         self.progress.update()
         if self.in_a_row >= self.limit:
             raise LcoError(
@@ -197,18 +210,31 @@ def _finish(
     before: Retrieval | None,
     params: dict[str, Any],
 ) -> dict[str, Any]:
-    """Evaluate again, export, draw."""
-    no_dropout = lora.LoraConfig(**{**vars(training.lora), "dropout": 0.0})
+    """Evaluate again, and let one process write everything."""
+    no_dropout = dataclasses.replace(training.lora, dropout=0.0)
     after = evaluate(lora.attach(params, state["adapters"], no_dropout))
     adapters = multihost_utils.process_allgather(state["adapters"], tiled=True)
-    if jax.process_index() != 0:
-        return {}
+    results = _export(config, workdir, adapters, training, before, after) if jax.process_index() == 0 else {}
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("exported")  # a process that leaves early ends the job for all
+    return results
+
+
+def _export(
+    config: ConfigDict,
+    workdir: Path,
+    adapters: dict[str, Any],
+    training: Training,
+    before: Retrieval | None,
+    after: Retrieval | None,
+) -> dict[str, Any]:
+    """Adapter, merged model, pictures, results.json; tell what there is."""
     write_peft(workdir / "adapter", adapters, training.lora, config.model.path)
     outputs = {"adapter": str(workdir / "adapter")}
     if config.export.merged:
         export_merged(config.model.path, workdir / "merged", adapters, training.lora, config.export.dtype)
         outputs["merged model"] = str(workdir / "merged")
-    lines = read_metrics(workdir / "metrics.jsonl")
+    lines = [line for line in read_metrics(workdir / "metrics.jsonl") if line["loss"] is not None]
     columns = [[line[key] for line in lines] for key in ("step", "loss", "learning_rate")]
     plot_loss(workdir / "loss.png", *columns)
     outputs["loss curve"] = str(workdir / "loss.png")

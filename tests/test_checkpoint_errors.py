@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from lco_jax import LcoError, make_mesh
 from lco_jax.checkpoint.hf import abstract_params, load_decoder, open_checkpoint
-from lco_jax.checkpoint.peft import check_fits, read_peft, write_peft
+from lco_jax.checkpoint.peft import fit, read_peft, write_peft
 from lco_jax.checkpoint.tensors import TensorFolder
 from lco_jax.core import lora
 from lco_jax.core.files import read_json, write_json
@@ -472,7 +472,7 @@ def test_a_good_adapter_reads_back(adapted):
     back, config = read_peft(folder)
     assert same(flatten_dict(back, sep="."), flatten_dict(adapters, sep="."))
     assert (config.rank, config.alpha, config.use_rslora) == (4, 8.0, False)
-    check_fits(back, params, "it")
+    fit(back, params, "it")
 
 
 def test_an_adapter_in_bfloat16_is_read_as_float32(adapted):
@@ -643,15 +643,15 @@ def test_an_adapter_of_another_model_does_not_fit(adapted, cases):
     folder, adapters, params = adapted
     other = abstract_params(open_checkpoint(cases["omni"].path).config)  # hidden size 80, this one has 96
     with pytest.raises(LcoError) as error:
-        check_fits(adapters, other, str(folder))
+        fit(adapters, other, str(folder))
     assert str(folder) in str(error.value)
     assert "proj.weight." in str(error.value)
-    shallow = jax.tree.map(lambda x: x[:2], adapters)
+    deep = jax.tree.map(lambda x: np.concatenate([x, x]), adapters)
     with pytest.raises(LcoError, match="does not fit"):
-        check_fits(shallow, params, str(folder))
+        fit(deep, params, str(folder))
     pair = adapters["layers"]["self_attn"]["q_proj"]["weight"]
     with pytest.raises(LcoError, match=r"adapts layers\.mlp\.router\.weight, which the model does not have"):
-        check_fits({"layers": {"mlp": {"router": {"weight": pair}}}}, params, str(folder))
+        fit({"layers": {"mlp": {"router": {"weight": pair}}}}, params, str(folder))
 
 
 def test_every_refusal_here_is_of_damage(cases):

@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from lco_jax import LcoError, OmniEmbedder
 from lco_jax.checkpoint.export import export_merged
 from lco_jax.checkpoint.hf import abstract_params, open_checkpoint
-from lco_jax.checkpoint.peft import write_peft
+from lco_jax.checkpoint.peft import read_peft, write_peft
 from lco_jax.core import lora
 
 CONFIG = lora.LoraConfig(rank=4, alpha=8)
@@ -95,8 +95,6 @@ def test_our_loader_reads_the_merged_model_and_vision_is_untouched(adapted, case
 
 def test_bfloat16_export(cases, adapted, tmp_path):
     adapter, merged, tokenizer, want = adapted["vl"]
-    from lco_jax.checkpoint.peft import read_peft
-
     adapters, config = read_peft(adapter)
     export_merged(cases["vl"].path, tmp_path / "half", adapters, config)
     half, full = load_file(tmp_path / "half" / "model.safetensors"), open_checkpoint(merged).tensors
@@ -142,3 +140,53 @@ def test_export_replaces_its_own_earlier_output(cases, tmp_path):
         export_merged(cases["vl_tied"].path, tmp_path / "out", dtype="float32")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     shutil.rmtree(tmp_path / "out")
+
+
+def test_the_prompt_by_modality_in_the_sentence_transformers_template(adapted):
+    """What that library renders for text, an image, and both: the reference's prompts."""
+    import jinja2
+
+    configured = json.loads((adapted["vl"][1] / "sentence_bert_config.json").read_text())
+    settings = configured["processing_kwargs"]["chat_template"]
+    template = jinja2.Environment().from_string(settings.pop("chat_template"))
+    text, image = {"type": "text", "text": "a fox"}, {"type": "image"}
+    for parts, prompt in (
+        ([text], "\nSummarize the above text in one word:"),
+        ([image], "\nSummarize the above image in one word:"),
+        ([image, text], "\nSummarize the above in one word:"),
+    ):
+        rendered = template.render(messages=[{"role": "user", "content": parts}], **settings)
+        assert rendered.endswith(prompt + "<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_peft_says_so_where_modules_have_other_names(adapted):
+    """Omni in transformers 4.x has `model.layers`: an adapter that silently loads nothing would be worse."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj = torch.nn.Linear(4, 4)
+
+    old = torch.nn.Module()
+    old.model = torch.nn.Module()
+    old.model.layers = torch.nn.ModuleList([Layer()])
+    with pytest.raises(ValueError, match="not found in the base model"):
+        peft.PeftModel.from_pretrained(old, adapted["omni"][0])
+
+
+def test_an_adapter_of_the_first_layers_alone(cases, tmp_path):
+    """PEFT's layers_to_transform: the layers it leaves out stay as they are."""
+    path = cases["vl"].path
+    rng = np.random.default_rng(0)
+    whole = lora.init(jax.random.key(0), abstract_params(open_checkpoint(path).config), CONFIG)
+    whole = jax.tree.map(lambda x: (0.1 * rng.normal(size=x.shape)).astype(np.float32), whole)
+    write_peft(tmp_path / "first", jax.tree.map(lambda x: x[:1], whole), CONFIG, "base")
+    zeroed = jax.tree.map(lambda x: np.concatenate([x[:1], 0 * x[1:]]), whole)
+    write_peft(tmp_path / "zeroed", zeroed, CONFIG, "base")
+    first, want = (
+        OmniEmbedder.from_pretrained(path, tmp_path / name).encode(reference.TEXTS) for name in ("first", "zeroed")
+    )
+    np.testing.assert_array_equal(first, want)
+    adapters, config = read_peft(tmp_path / "first")
+    export_merged(path, tmp_path / "merged", adapters, config, "float32")
+    assert np.abs(OmniEmbedder.from_pretrained(tmp_path / "merged").encode(reference.TEXTS) - want).max() < 1e-5

@@ -31,6 +31,11 @@ def records():
     return list(JsonlSource("assets:triplets_heldout.jsonl"))[:18]
 
 
+def begin(adapters, tx, mesh):
+    """Step 0 on the mesh."""
+    return jax.jit(lambda a: init_state(a, tx), out_shardings=state_shardings(adapters, tx, mesh))(adapters)
+
+
 def run(
     path, records, adapters=None, *, mesh=(1, 1, 1), chunk_rows=0, steps=STEPS, batch=BATCH, dropout=0.0, negatives=1
 ):
@@ -46,7 +51,7 @@ def run(
     tokenizer = ChatTokenizer(checkpoint.folder)
     losses, metrics = [], {}
     with jax.set_mesh(mesh):
-        state = init_state(adapters, tx, mesh)
+        state = begin(adapters, tx, mesh)
         step = make_train_step(decoder, tx, config, TEMPERATURE, 0, mesh, state_shardings(adapters, tx, mesh))
         for i in range(steps):
             chosen = [records[(i * batch + j) % len(records)] for j in range(batch)]
@@ -190,13 +195,13 @@ def test_a_step_that_is_not_finite_changes_nothing(cases, records):
     with jax.set_mesh(mesh):
         batch = pipeline.global_batch(local, layout, mesh)
         step = make_train_step(decoder, tx, config, 0.03, 0, mesh, state_shardings(adapters, tx, mesh))
-        before = jax.device_get(init_state(adapters, tx, mesh))
-        after, metrics = step(init_state(adapters, tx, mesh), broken, batch)
+        before = jax.device_get(begin(adapters, tx, mesh))
+        after, metrics = step(begin(adapters, tx, mesh), broken, batch)
         assert not bool(metrics["finite"])
         assert int(after["step"]) == 1
         for key in ("adapters", "optimizer"):
             jax.tree.map(np.testing.assert_array_equal, jax.device_get(after[key]), before[key])
-        good, metrics = step(init_state(adapters, tx, mesh), params, batch)
+        good, metrics = step(begin(adapters, tx, mesh), params, batch)
         assert bool(metrics["finite"])
         moved = jax.tree.map(lambda x, y: bool((x != y).any()), jax.device_get(good["adapters"]), before["adapters"])
         assert any(jax.tree.leaves(moved))

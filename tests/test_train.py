@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lco_jax import OmniEmbedder
+from lco_jax import LcoError, OmniEmbedder
+from lco_jax.train import train
+from lco_jax.training import cli
 from lco_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -135,6 +137,30 @@ def test_a_finished_run_and_another_configuration(quiet):
     assert "another --workdir" in output
     assert "Traceback" not in output
     assert losses(quiet) == before
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("train.batch_size=0", "config.train.batch_size is 0"),
+        ("train.temperature=-0.1", "config.train.temperature is -0.1"),
+        ("checkpoint.every=0", "config.checkpoint.every is 0"),
+        ("optimizer.clip_norm=-1.0", "config.optimizer.clip_norm is -1.0"),
+        ("seed=-1", "config.seed is -1"),
+        ("model.remat=ful", "remat is 'ful'"),
+        ("model.dtype=bf16", "dtype 'bf16'"),
+        ("data.row_length=40", "config.data.row_length 40 does not hold"),
+        ("mesh.tensor=3", "mesh .* needs"),
+        ("optimizer.schedule=cubic", "optimizer.schedule is 'cubic'"),
+        ("eval.path=nowhere.jsonl", "nowhere.jsonl cannot be read"),
+    ],
+)
+def test_a_value_that_cannot_be_is_told_and_claims_no_workdir(tmp_path, monkeypatch, flag, says):
+    monkeypatch.chdir(ROOT)
+    args = cli.parse(["train", *SMALL, f"--config.{flag}"], "")
+    with pytest.raises(LcoError, match=says):
+        train(args.config, tmp_path)
+    assert not (tmp_path / "config.json").exists()
 
 
 @pytest.mark.slow

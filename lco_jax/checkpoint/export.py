@@ -20,7 +20,8 @@ from lco_jax.core.lora import LoraConfig
 from lco_jax.data.prompts import ChatTokenizer
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-COPIED = ("*.json", "*.txt", "*.jinja", "*.model")  # tokenizer, templates, processors, generation config
+# tokenizer, templates, processors, generation config, and the speakers that a full Omni does not load without
+COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "spk_dict.pt")
 
 
 class _Merged:

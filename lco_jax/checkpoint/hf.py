@@ -23,15 +23,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lco_jax.checkpoint import builtin
-from lco_jax.checkpoint.tensors import TensorFolder, resolve
+from lco_jax.checkpoint.tensors import TensorFolder
 from lco_jax.core.errors import LcoError
-from lco_jax.core.files import read_json
+from lco_jax.core.files import read_json, resolve
 from lco_jax.core.packing import PackedRows
 from lco_jax.core.sharding import shardings
 from lco_jax.models.config import DecoderConfig
-from lco_jax.models.decoder import Decoder
+from lco_jax.models.decoder import REMAT_POLICIES, Decoder
 from lco_jax.models.registry import Backbone, find_backbone
 
+# never code, and no pickle that is ever opened: a full Qwen2.5-Omni needs its speakers copied along
+CHECKPOINT_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "spk_dict.pt"]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _DECODER = re.compile(r"model\.(?:language_model\.)?((?:embed_tokens|layers|norm)\..+)")
 _BUFFER = re.compile(r".*\.rotary_emb\.inv_freq")  # old files store this constant
@@ -50,7 +52,7 @@ class Checkpoint:
 
 def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
     """Open a folder or hub id and check every key: unknown, missing, duplicate or misshapen ones raise by name."""
-    folder = builtin.build() if str(path_or_id) == builtin.NAME else resolve(path_or_id)
+    folder = builtin.build() if str(path_or_id) == builtin.NAME else resolve(path_or_id, CHECKPOINT_FILES)
     backbone, config = find_backbone(read_json(folder / "config.json"), str(folder / "config.json"))
     tensors = TensorFolder(folder)
     expected = {name: shape for _, name, shape in _per_layer(abstract_params(config))}
@@ -102,15 +104,19 @@ def _per_layer(params: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ..
 
 
 def load_decoder(
-    checkpoint: Checkpoint, mesh: Mesh, dtype: str = "float32", remat: str = "full"
+    checkpoint: Checkpoint, mesh: Mesh, dtype: Any = "float32", remat: str = "full"
 ) -> tuple[Decoder, dict[str, Any]]:
     """The decoder and its parameters in `dtype`, sharded over `mesh`.
 
     Each process reads only the slices its devices hold; the host holds one tensor's slice at a time.
     """
-    if dtype not in DTYPES:
-        raise LcoError(f"dtype {dtype!r} is not supported; these are: {', '.join(DTYPES)}")
-    abstract = abstract_params(checkpoint.config, DTYPES[dtype])
+    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    if name not in DTYPES:
+        raise LcoError(f"dtype {name!r} is not supported; these are: {', '.join(DTYPES)}")
+    if remat not in REMAT_POLICIES:
+        raise LcoError(f"remat is {remat!r}; it is one of: {', '.join(REMAT_POLICIES)}")
+    dtype = DTYPES[name]
+    abstract = abstract_params(checkpoint.config, dtype)
     flat_shardings = flatten_dict(shardings(abstract, mesh), sep=".")
     leaves = flatten_dict(abstract, sep=".")
     params: dict[str, Any] = {}
@@ -126,7 +132,7 @@ def load_decoder(
         tensor = _read_sharded(checkpoint.tensors, key, one_layer, leaves[path].dtype)
         params[path] = _write_layer(params[path], tensor, layer.setdefault(path, 0))
         layer[path] += 1
-    decoder = Decoder(checkpoint.config, dtype=DTYPES[dtype], param_dtype=DTYPES[dtype], remat=remat)
+    decoder = Decoder(checkpoint.config, dtype=dtype, param_dtype=dtype, remat=remat)
     return decoder, unflatten_dict(params, sep=".")
 
 

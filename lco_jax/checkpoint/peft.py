@@ -13,9 +13,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from lco_jax.checkpoint.tensors import resolve
 from lco_jax.core.errors import LcoError
-from lco_jax.core.files import read_json, write_json, written_aside
+from lco_jax.core.files import read_json, resolve, write_json, written_aside
 from lco_jax.core.lora import LoraConfig
 
 # whatever stands before it, transformers 4.x and 5.x, full or thinker-only, with or without PEFT's adapter name
@@ -23,7 +22,7 @@ _KEY = re.compile(
     r"base_model\.model\.(?:thinker\.)?(?:model\.)?(?:language_model\.)?(?:model\.)?"
     r"layers\.(\d+)\.(.+)\.lora_([AB])(?:\.\w+)?\.weight"
 )
-_PREFIX = "base_model.model.model.language_model.layers"  # module path of the decoder in transformers 5.x
+_MODULES = "model.language_model.layers"  # where transformers 5.x has the decoder of every backbone here
 # what a PEFT config may ask for that these three pure functions do not do: (key, values that mean "not asked for")
 _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("use_dora", (None, False)),
@@ -61,7 +60,7 @@ def write_peft(folder: Path, adapters: dict[str, Any], config: LoraConfig, base:
     tensors, modules = {}, set()
     for layer, module, a, b in layer_tensors(adapters):
         modules.add(module)
-        stem = f"{_PREFIX}.{layer}.{module}"
+        stem = f"base_model.model.{_MODULES}.{layer}.{module}"
         tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = a, b
     alternatives = "|".join(re.escape(module) for module in sorted(modules))
     content = {
@@ -72,8 +71,9 @@ def write_peft(folder: Path, adapters: dict[str, Any], config: LoraConfig, base:
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
         "use_rslora": config.use_rslora,
-        # a pattern, not a list of names: PEFT would find gate_proj and up_proj in the vision tower as well
-        "target_modules": rf".*(?:language_model|model)\.layers\.\d+\.(?:{alternatives})",
+        # a pattern, not names: PEFT would find gate_proj and up_proj in the vision tower as well. And of whole paths:
+        # where a model names its modules otherwise (Omni in transformers 4.x), PEFT raises instead of loading nothing
+        "target_modules": rf"{re.escape(_MODULES)}\.\d+\.(?:{alternatives})",
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -98,7 +98,8 @@ def write_peft(folder: Path, adapters: dict[str, Any], config: LoraConfig, base:
 def read_peft(path_or_id: str | Path) -> tuple[dict[str, Any], LoraConfig]:
     """An adapter tree (numpy, float32) and its configuration, from a PEFT folder or hub id.
 
-    Layers that the adapter leaves out get A = B = 0, which adapts nothing. Raises for what it cannot represent.
+    Layers that the adapter leaves out get A = B = 0, which adapts nothing; `fit` does the same for those beyond the
+    last one it names. Raises for what it cannot represent.
     """
     folder = resolve(path_or_id, ["adapter_config.json", "adapter_model.safetensors"])
     where = folder / "adapter_config.json"
@@ -135,9 +136,7 @@ def read_peft(path_or_id: str | Path) -> tuple[dict[str, Any], LoraConfig]:
     for path, layers in found.items():
         other = found.get(path[:-1] + ("b" if path.endswith("a") else "a"), {})
         if layers.keys() != other.keys():
-            raise LcoError(
-                f"{file}: {path.removesuffix('.a').removesuffix('.b')} has an A without its B, or a B without its A"
-            )
+            raise LcoError(f"{file}: {path[:-2]} has an A without its B, or a B without its A")
         if len(shapes := sorted({value.shape for value in layers.values()})) > 1:
             raise LcoError(f"{file}: {path} has layers of different shapes: {shapes}")
         blank = np.zeros_like(next(iter(layers.values())))
@@ -154,15 +153,16 @@ def read_peft(path_or_id: str | Path) -> tuple[dict[str, Any], LoraConfig]:
     )
 
 
-def check_fits(adapters: dict[str, Any], params: dict[str, Any], where: str) -> None:
-    """Raise unless every adapter leaf matches the matrix of `params` it belongs to."""
-    leaves = flatten_dict(params, sep=".")
+def fit(adapters: dict[str, Any], params: dict[str, Any], where: str) -> dict[str, Any]:
+    """The adapters, with as many layers as `params` has. Raises unless every leaf matches the matrix it belongs to."""
+    leaves, fitted = flatten_dict(params, sep="."), {}
     for path, value in flatten_dict(adapters, sep=".").items():
         stem, side = path.rsplit(".", 1)
         if stem not in leaves:
             raise LcoError(f"{where} adapts {stem}, which the model does not have")
         *stack, out_features, in_features = leaves[stem].shape
-        want = (*stack, in_features) if side == "a" else (*stack, out_features)
-        got = (*value.shape[:-2], value.shape[-1] if side == "a" else value.shape[-2])
-        if want != got:
+        want = (stack[0], value.shape[1], in_features) if side == "a" else (stack[0], out_features, value.shape[2])
+        if value.shape[1:] != want[1:] or value.shape[0] > want[0]:
             raise LcoError(f"{where}: {stem}.{side} has shape {value.shape}, which does not fit {leaves[stem].shape}")
+        fitted[path] = np.pad(value, ((0, want[0] - value.shape[0]), (0, 0), (0, 0)))
+    return unflatten_dict(fitted, sep=".")

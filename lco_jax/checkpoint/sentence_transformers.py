@@ -12,9 +12,9 @@ from lco_jax.data.prompts import PROMPTS
 _PROMPT_JINJA = """\
 {{%- if messages[-1]['role'] == 'user' and messages[-1]['content'] is not string -%}}
 {{%- set parts = messages[-1]['content'] -%}}
-{{%- if not (parts[-1]['type'] == 'text' and parts[-1]['text'].endswith('in one word:')) -%}}
 {{%- set kinds = parts | map(attribute='type') | unique | list -%}}
-{{%- set prompt = {text!r} if kinds == ['text'] else {mixed!r} -%}}
+{{%- set prompt = {text!r}.replace('text', kinds[0]) if kinds | length == 1 else {mixed!r} -%}}
+{{%- if not (parts[-1]['type'] == 'text' and parts[-1]['text'].endswith(prompt)) -%}}
 {{%- set messages = messages[:-1] + [{{'role': 'user', 'content': parts + [{{'type': 'text', 'text': prompt}}]}}] -%}}
 {{%- endif -%}}
 {{%- endif -%}}

@@ -15,12 +15,16 @@ from lco_jax.core.errors import LcoError
 
 
 class RunStore:
-    """Checkpoints of one run under `folder`, the newest `keep` of them."""
+    """Checkpoints of one run under `folder`, the newest `keep` of them. read_only: the run may be in progress."""
 
-    def __init__(self, folder: Path, keep: int):
+    def __init__(self, folder: Path, keep: int, read_only: bool = False):
         if keep < 1:
             raise LcoError(f"config.checkpoint.keep is {keep}; it must be at least 1")
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
+        if read_only and not folder.is_dir():
+            raise LcoError(f"{folder} does not exist; the run has saved nothing yet")
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=not read_only, create=not read_only, read_only=read_only
+        )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def latest_step(self) -> int | None:

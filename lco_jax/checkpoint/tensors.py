@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,8 +9,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -22,24 +19,6 @@ DTYPES = {  # safetensors' names of the dtypes
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
-CHECKPOINT_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]  # never pickles, never code
-
-
-def resolve(path_or_id: str | os.PathLike[str], patterns: list[str] | None = None) -> Path:
-    """A local folder as it is, or a hub id downloaded to the hub's cache. Raises if it is neither."""
-    path = Path(path_or_id).expanduser()
-    if path.is_dir():
-        return path
-    name = str(path_or_id)
-    if path.exists():
-        raise LcoError(f"{name} is a file; give the folder that holds config.json and the *.safetensors")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise LcoError(f"{name} is no folder here, and no hub id (those look like owner/name)")
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns or CHECKPOINT_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise LcoError(f"{name} is no folder here and could not be fetched from the hub: {reason}") from None
 
 
 class TensorFolder:

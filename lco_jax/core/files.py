@@ -3,12 +3,36 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
 from lco_jax.core.errors import LcoError
+
+
+def resolve(path_or_id: str | os.PathLike[str], patterns: Sequence[str], kind: str = "model") -> Path:
+    """A local folder as it is, or the files of a hub repository that match `patterns`, in the hub's cache.
+
+    kind: "model" or "dataset". Raises if it is neither a folder nor to be had from the hub.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        return path
+    name = str(path_or_id)
+    if path.exists():
+        raise LcoError(f"{name} is a file, and must be a folder")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise LcoError(f"{name} is no folder here, and no hub id (those look like owner/name)")
+    try:
+        return Path(snapshot_download(name, repo_type=kind, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise LcoError(f"{name} is no folder here and could not be fetched from the hub: {reason}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -31,15 +55,17 @@ def written_aside(target: Path) -> Iterator[Path]:
     Replaces an earlier folder of that name only if this function wrote it or it is empty (a mark says so).
     """
     mark = ".written-by-lco-jax"
+    if target.is_file():
+        raise LcoError(f"{target} is a file; give an output folder")
     if target.exists() and any(target.iterdir()) and not (target / mark).exists():
         raise LcoError(f"{target} exists and was not written by lco_jax; give another output folder")
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+    aside.chmod(0o755)
     try:
         yield aside
         (aside / mark).touch()
-        old = target.with_name(f".{target.name}.{os.getpid()}.old")
+        old = aside.with_suffix(".old")
         if target.exists():
             target.rename(old)
         aside.rename(target)

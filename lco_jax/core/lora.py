@@ -95,8 +95,10 @@ def attach(params: Tree, adapters: Tree, config: LoraConfig, seed: Array | int =
 
 
 def merge_weight(base: Array, a: Array, b: Array, scale: float) -> Array:
-    """base + scale · B A, computed in float32, in the dtype of base."""
-    delta = jnp.einsum("...or,...ri->...oi", b, a, precision=jax.lax.Precision.HIGHEST)
+    """base + scale · B A, computed in float32, in the dtype of base; one layer of a stack at a time, to save memory."""
+    if base.ndim > 2:
+        return jax.lax.map(lambda layer: merge_weight(*layer, scale), (base, a, b))
+    delta = jnp.einsum("or,ri->oi", b, a, precision=jax.lax.Precision.HIGHEST)
     return (base.astype(jnp.float32) + scale * delta).astype(base.dtype)
 
 

@@ -141,6 +141,16 @@ def global_batch(local: LocalBatch, layout: Layout, mesh: Mesh) -> Batch:
     return Batch(rows.map(to_mesh), placed)
 
 
+def check_lengths(layout: Layout, tokenizer: ChatTokenizer, max_length: int) -> None:
+    """Raise unless a row holds a text of `max_length` tokens with its template, so that none fails hours into a run."""
+    template = len(tokenizer([as_messages("", "")])[0])
+    if layout.row_length < max_length + template:
+        raise LcoError(
+            f"config.data.row_length {layout.row_length} does not hold config.data.max_length {max_length} tokens with "
+            f"their template of {template}; it must be at least {max_length + template}"
+        )
+
+
 def check_mesh(mesh: Mesh) -> None:
     """Raise unless every process holds whole rows: the tensor axis must not reach across processes."""
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)

@@ -19,6 +19,7 @@ Messages = list[dict[str, Any]]
 PROMPTS = {"text": "\nSummarize the above text in one word:", "mixed": "\nSummarize the above in one word:"}
 RENDERED_AT_ONCE = 1024  # conversations in memory as text
 MEDIA = ("image", "audio", "video")  # what a later version embeds, and this one turns away by name
+MEDIA_KEYS = (*MEDIA, *(f"{kind}_path" for kind in MEDIA))
 
 
 def as_messages(item: Any, where: str, prompt: str | None = None) -> Messages:
@@ -36,14 +37,24 @@ def as_messages(item: Any, where: str, prompt: str | None = None) -> Messages:
                 if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
                     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
                     raise LcoError(f"{where}: a message part of type {kind!r} is not supported yet; only text is")
+                check_text(part["text"], where)
         return item
     if isinstance(item, dict):
-        if media := [key for key in item if key.split("_")[0] in MEDIA and item[key] not in (None, "")]:
+        if media := [key for key in MEDIA_KEYS if item.get(key) not in (None, "")]:
             raise LcoError(f"{where} has {media[0]!r}, which is not supported yet; only text is")
         if isinstance(item.get("text"), str):
+            check_text(item["text"], where)
             text = item["text"] + (PROMPTS["text"] if prompt is None else prompt)
             return [{"role": "user", "content": [{"type": "text", "text": text}]}]
     raise LcoError(f'{where} is {type(item).__name__}: {item!r:.80}; give a string, {{"text": …}} or chat messages')
+
+
+def check_text(text: str, where: str) -> None:
+    """Raise if a string cannot be written as UTF-8 (JSON lets half a surrogate pair through)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise LcoError(f"{where} holds half of a surrogate pair, which is no text") from None
 
 
 class ChatTokenizer:
@@ -63,8 +74,11 @@ class ChatTokenizer:
         self.max_tokens = max_tokens
         if not len(self.tokenizer.get_vocab()) > len(self.tokenizer.get_added_vocab()):
             raise LcoError(f"{folder} has no tokenizer: tokenizer.json, or vocab.json and merges.txt, is missing")
-        if self.tokenizer.chat_template is None:  # AutoTokenizer does not read this one
+        # the precedence of the checkpoints' own processors; AutoTokenizer does not read the .json one
+        if not (folder / "chat_template.jinja").exists() and (folder / "chat_template.json").exists():
             self.tokenizer.chat_template = _template_file(folder / "chat_template.json")
+        if self.tokenizer.chat_template is None:
+            raise LcoError(f"{folder} has no chat template (chat_template.jinja, .json, or in tokenizer_config.json)")
 
     def render(self, messages: Messages) -> str:
         """The templated text, ending where the assistant's answer would begin."""
@@ -99,8 +113,6 @@ class ChatTokenizer:
 
 def _template_file(path: Path) -> str:
     """The template in a chat_template.json (Qwen2.5-VL and Omni keep it there)."""
-    if not path.exists():
-        raise LcoError(f"{path.parent} has no chat template (chat_template.json, .jinja, or in tokenizer_config.json)")
     template = read_json(path).get("chat_template")
     if not isinstance(template, str):
         raise LcoError(f"{path} holds no chat_template string")

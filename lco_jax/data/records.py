@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lco_jax.core.errors import LcoError
-from lco_jax.data.prompts import MEDIA
+from lco_jax.data.prompts import MEDIA, check_text
 
 FIELDS = ("text", *(f"{kind}_path" for kind in MEDIA))
 
@@ -51,7 +51,8 @@ def parse_record(content: Any, where: str) -> Record:
 
 def _side(side: Any, name: str, where: str) -> str:
     if isinstance(side, str):
-        return _encodable(side, name, where)
+        check_text(side, f"{where}: {name}")
+        return side
     if not isinstance(side, Mapping):
         raise LcoError(f"{where}: {name} must be a string or an object with text, and is {side!r:.60}")
     if unknown := set(side) - set(FIELDS):
@@ -61,12 +62,6 @@ def _side(side: Any, name: str, where: str) -> str:
             raise LcoError(f"{where}: {name}.{field} must be a string, and is {side[field]!r:.60}")
         if field != "text" and side.get(field):
             raise LcoError(f"{where}: {name} has {field}; this version trains on text only")
-    return _encodable(side.get("text") or "", name, where)
-
-
-def _encodable(text: str, name: str, where: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise LcoError(f"{where}: {name} holds half of a surrogate pair, which is no text") from None
+    text = side.get("text") or ""
+    check_text(text, f"{where}: {name}")
     return text

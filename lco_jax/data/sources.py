@@ -2,19 +2,19 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow.dataset
 import pyarrow.lib
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from ml_collections import ConfigDict
 
 from lco_jax.core.errors import LcoError
+from lco_jax.core.files import resolve
 from lco_jax.data.records import Record, parse_record
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -41,10 +41,10 @@ class _Checked:
             raise LcoError(f"on_bad is {on_bad!r}; it is one of: {', '.join(ON_BAD)}")
         self.on_bad, self.skipped, self.max_negatives, self.kept = on_bad, 0, 0, []
 
-    def check(self, token: Any, parse: Callable[[], Record]) -> None:
-        """Parse one record; keep `token` (its line, its row) if it is good, else raise or count."""
+    def check_record(self, content: Any, where: str, token: Any = None) -> None:
+        """Parse one record (or what a function returns); keep `token`, by default the record, or raise or count."""
         try:
-            record = parse()
+            record = parse_record(content() if callable(content) else content, where)
         except LcoError as error:
             if self.on_bad == "error":
                 raise LcoError(f"{error} (set on_bad to 'skip' to leave such records out)") from None
@@ -53,7 +53,7 @@ class _Checked:
                 logger.warning("skipped: %s", error)
             return
         self.max_negatives = max(self.max_negatives, len(record.negatives))
-        self.kept.append(token)
+        self.kept.append(record if token is None else token)
 
     def finish(self, what: str) -> None:
         if self.skipped:
@@ -72,7 +72,9 @@ class JsonlSource:
             with open(self.path, "rb") as file:
                 for number, line in enumerate(file, 1):
                     if line.strip():
-                        checked.check((offset, number), lambda line=line, number=number: self._parse(line, number))
+                        checked.check_record(
+                            partial(_json, line, self._where(number)), self._where(number), (offset, number)
+                        )
                     offset += len(line)
         except OSError as error:
             raise LcoError(f"{self.path} cannot be read: {error.strerror}") from None
@@ -87,15 +89,17 @@ class JsonlSource:
         offset, number = self.lines[index]
         with open(self.path, "rb") as file:
             file.seek(offset)
-            return self._parse(file.readline(), int(number))
+            return parse_record(_json(file.readline(), self._where(number)), self._where(number))
 
-    def _parse(self, line: bytes, number: int) -> Record:
-        where = f"{self.path}:{number}"
-        try:
-            content = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise LcoError(f"{where}: not valid JSON: {error}") from None
-        return parse_record(content, where)
+    def _where(self, number: int) -> str:
+        return f"{self.path}:{number}"
+
+
+def _json(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LcoError(f"{where}: not valid JSON: {error}") from None
 
 
 class ListSource(list[Record]):
@@ -107,7 +111,7 @@ class ListSource(list[Record]):
         self.max_negatives = max((len(record.negatives) for record in records), default=0)
 
 
-def nli_source(name: str, split: str = "train", data_dir: str | None = None) -> ListSource:
+def nli_source(name: str, split: str = "train", data_dir: str | None = None, on_bad: str = "error") -> ListSource:
     """A TFDS dataset with `premise`, `hypothesis` and `label` as triplets: premise, entailed, contradicted.
 
     Every premise that has both gives one triplet per entailed hypothesis, with its contradictions in turn. Needs no
@@ -135,15 +139,17 @@ def nli_source(name: str, split: str = "train", data_dir: str | None = None) -> 
         if row["label"] >= 0:  # -1: the annotators did not agree
             kind = sides.setdefault(row["premise"].decode(), {})
             kind.setdefault(label_names[row["label"]], []).append(row["hypothesis"].decode())
-    records = []
+    checked = _Checked(on_bad)
     for premise, kinds in sides.items():
         contradictions = kinds.get("contradiction", [])
         for i, entailed in enumerate(kinds.get("entailment", []) if contradictions else []):
             where = f"tfds:{name}/{split}, premise {premise!r:.40}"
-            records.append(Record(premise, entailed, (contradictions[i % len(contradictions)],), where))
-    if not records:
+            negative = contradictions[i % len(contradictions)]
+            checked.check_record({"anchor": premise, "positive": entailed, "negative": negative}, where)
+    if not checked.kept and not checked.skipped:
         raise LcoError(f"the TFDS dataset {name!r} ({split}) has no premise with an entailment and a contradiction")
-    return ListSource(records)
+    checked.finish(name)
+    return ListSource(checked.kept, checked.skipped)
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,7 @@ def parquet_source(path: str, columns: Columns, files: str = "**/*.parquet", on_
         paths = [folder]
     else:
         if not folder.is_dir():
-            folder = _hub_dataset(path, files)
+            folder = resolve(path, [files, files.removeprefix("**/")], kind="dataset")
         paths = sorted(folder.glob(files))
     if not paths:
         raise LcoError(f"{path} holds no file that matches {files!r}")
@@ -182,17 +188,9 @@ def parquet_source(path: str, columns: Columns, files: str = "**/*.parquet", on_
             flat = [side for cell in negatives for side in (cell if isinstance(cell, list) else [cell])]
             content = {"anchor": row[columns.anchor], "positive": row[columns.positive], "negatives": flat}
             where = f"{file}, row {number}"
-            checked.check((content, where), lambda content=content, where=where: parse_record(content, where))
+            checked.check_record(content, where)
     checked.finish(path)
-    return ListSource([parse_record(*token) for token in checked.kept], checked.skipped)
-
-
-def _hub_dataset(name: str, files: str) -> Path:
-    try:
-        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=[files, files.removeprefix("**/")]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise LcoError(f"{name} is no folder here and could not be fetched as a hub dataset: {reason}") from None
+    return ListSource(checked.kept, checked.skipped)
 
 
 def _asset(path: str | Path) -> Path:
@@ -210,7 +208,7 @@ def open_source(name: str, spec: Mapping[str, Any], on_bad: str = "error") -> So
         if kind == "jsonl":
             return JsonlSource(**arguments, on_bad=on_bad)
         if kind == "tfds":
-            return nli_source(**arguments)
+            return nli_source(**arguments, on_bad=on_bad)
         if kind == "parquet":
             columns = arguments.pop("columns", {})
             if not isinstance(columns, Mapping | ConfigDict):

@@ -9,8 +9,6 @@ from jax import Array
 
 from lco_jax.core.sharding import ROWS, constrain
 
-METRICS = ("loss", "accuracy", "positive_similarity", "negative_similarity")
-
 
 def info_nce(embeddings: Array, present: Array, temperature: float) -> tuple[Array, dict[str, Array]]:
     """One-way InfoNCE of every anchor against all positives and all hard negatives of the global batch.

@@ -1,10 +1,13 @@
 """Where the numbers of a run go: a JSONL file always, TensorBoard and Weights & Biases when the config asks."""
 
+import hashlib
 import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import write_text
@@ -17,22 +20,32 @@ class MetricsLog:
     checkpoint, are dropped, so that the file always reads like one uninterrupted run.
     """
 
-    def __init__(self, workdir: Path, first_step: int, config: Mapping[str, Any], name: str):
+    def __init__(self, workdir: Path, first_step: int, config: ConfigDict):
         self.path = workdir / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if line["step"] < first_step]
+        self.skipped = kept[-1]["skipped_steps"] if kept else 0  # steps that were not finite, so far
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115, closed in close()
         self._tensorboard = self._wandb = None
-        if config["tensorboard"]:
+        if config.log.tensorboard:
             writer = _optional("tensorboardX", "config.log.tensorboard", "tensorboard").SummaryWriter
             self._tensorboard = writer(str(workdir / "tensorboard"), purge_step=first_step)
-        if config["wandb_project"]:
+        if config.log.wandb_project:
             wandb = _optional("wandb", "config.log.wandb_project", "wandb")
-            self._wandb = wandb.init(project=config["wandb_project"], name=name, id=name, resume="allow", dir=workdir)
+            identity = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]  # one run a workdir
+            self._wandb = wandb.init(
+                project=config.log.wandb_project,
+                name=config.name,
+                id=identity,
+                resume="allow",
+                dir=workdir,
+                config=json.loads(config.to_json()),
+            )
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Record the numbers of a step (0-based)."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Record the numbers of a step (0-based); None is a number that was not finite."""
+        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+        values = {key: value for key, value in values.items() if value is not None}
         if self._tensorboard:
             for key, value in values.items():
                 self._tensorboard.add_scalar(key, value, step)

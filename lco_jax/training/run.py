@@ -30,7 +30,7 @@ class Training:
 
     lora: lora.LoraConfig
     tx: optax.GradientTransformation
-    abstract_adapters: dict[str, Any]
+    abstract_params: dict[str, Any]
     shardings: State
 
     @classmethod
@@ -40,24 +40,40 @@ class Training:
         tx = make_optimizer(OptimizerConfig(**config["optimizer"]), total_steps)
         params = abstract_params(checkpoint.config)
         adapters = jax.eval_shape(lambda key: lora.init(key, params, lora_config), jax.random.key(0))
-        return cls(lora_config, tx, adapters, state_shardings(adapters, tx, mesh))
+        return cls(lora_config, tx, params, state_shardings(adapters, tx, mesh))
 
-    def fresh(self, params: dict[str, Any], seed: int, mesh: Mesh) -> State:
-        """Step 0: new adapters."""
-        return init_state(lora.init(jax.random.key(seed), params, self.lora), self.tx, mesh)
+    def fresh(self, adapters: dict[str, Any] | None = None, seed: int = 0) -> State:
+        """Step 0, with the adapters given or new ones."""
+
+        def make(key: jax.Array) -> State:
+            new = lora.init(key, self.abstract_params, self.lora) if adapters is None else adapters
+            return init_state(new, self.tx)
+
+        return jax.jit(make, out_shardings=self.shardings)(jax.random.key(seed))
 
     def restore(self, store: RunStore, step: int) -> tuple[State, dict[str, Any]]:
         """(state, data position) of a checkpoint."""
-        adapters = self.abstract_adapters
-        make = lambda a: {"step": jax.numpy.int32(0), "adapters": a, "optimizer": self.tx.init(a)}  # noqa: E731
-        return store.restore(step, jax.eval_shape(make, adapters), self.shardings)
+        return store.restore(step, jax.eval_shape(self.fresh), self.shardings)
 
 
-def claim_workdir(workdir: Path, config: ConfigDict, total_steps: int) -> None:
-    """Write `workdir/config.json`, or check that the one there describes this run. Raises by the key that differs."""
+def check_config(config: ConfigDict) -> None:
+    """Raise, by key, for a value that no run can have. What other parts check themselves is not repeated here."""
+    positive = ("train.batch_size", "train.temperature", "train.max_nonfinite", "checkpoint.every", "eval.batch_size")
+    not_negative = ("seed", "train.chunk_rows", "train.steps", "optimizer.clip_norm", "optimizer.warmup_steps")
+    flat = _flat(json.loads(config.to_json()))
+    for keys, fine, says in ((positive, lambda x: x > 0, "above 0"), (not_negative, lambda x: x >= 0, "0 or more")):
+        for key in keys:
+            if not fine(flat[key]):
+                raise LcoError(f"config.{key} is {flat[key]}; it must be {says}")
+    if not config.train.steps and not config.train.epochs > 0:
+        raise LcoError(f"config.train.epochs is {config.train.epochs}; it must be above 0 where train.steps is 0")
+
+
+def claim_workdir(workdir: Path, config: ConfigDict, total_steps: int, begun: bool) -> None:
+    """Write `workdir/config.json`; where a run has `begun`, raise by the key in which the one there differs."""
     content = json.loads(config.to_json()) | {"total_steps": total_steps}
     path = workdir / "config.json"
-    if path.exists():
+    if begun and path.exists():
         was, now = (_flat({k: v for k, v in c.items() if k not in FREE}) for c in (read_json(path), content))
         for key in sorted(was.keys() | now.keys()):
             if was.get(key) != now.get(key):
@@ -72,7 +88,7 @@ def claim_workdir(workdir: Path, config: ConfigDict, total_steps: int) -> None:
 def adapters_of_run(workdir: Path) -> tuple[str, dict[str, Any], lora.LoraConfig, int]:
     """(checkpoint path, adapters on the host, their configuration, step) of a run's newest checkpoint."""
     config = read_json(workdir / "config.json")
-    store = RunStore(workdir / "checkpoints", config["checkpoint"]["keep"])
+    store = RunStore(workdir / "checkpoints", config["checkpoint"]["keep"], read_only=True)
     step = store.latest_step()
     if step is None:
         raise LcoError(f"{workdir} has no checkpoint yet")

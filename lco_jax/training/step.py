@@ -24,11 +24,9 @@ State = dict[str, Any]  # {"step": int32, "adapters": tree, "optimizer": optax s
 Step = Callable[[State, dict[str, Any], Batch], tuple[State, dict[str, Array]]]
 
 
-def init_state(adapters: dict[str, Any], tx: optax.GradientTransformation, mesh: Mesh) -> State:
-    """Step 0 of a run, on the mesh: adapters by the sharding rules, their moments beside them."""
-    where = state_shardings(adapters, tx, mesh)
-    make = lambda adapters: {"step": jnp.int32(0), "adapters": adapters, "optimizer": tx.init(adapters)}  # noqa: E731
-    return jax.jit(make, out_shardings=where)(jax.device_put(adapters, where["adapters"]))
+def init_state(adapters: dict[str, Any], tx: optax.GradientTransformation) -> State:
+    """Step 0 of a run. Jit it with `out_shardings` from `state_shardings` to have it on a mesh."""
+    return {"step": jnp.int32(0), "adapters": adapters, "optimizer": tx.init(adapters)}
 
 
 def state_shardings(adapters: dict[str, Any], tx: optax.GradientTransformation, mesh: Mesh) -> State:
