@@ -30,8 +30,13 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.lora.targets = r"layers\.(self_attn|mlp)\.\w+_proj"  # pattern over whole module paths
 
     config.data = ConfigDict()
-    # name -> kind (jsonl, tfds, parquet), that kind's arguments, and the weight in the mixture
-    config.data.sources = {"bundled": {"kind": "jsonl", "path": "assets:triplets_train.jsonl", "weight": 1.0}}
+    # name -> kind (jsonl, tfds, parquet), that kind's arguments, and a weight in the mixture (by default its size)
+    config.data.sources = {
+        "bundled": {
+            "kind": "jsonl",
+            "path": "assets:triplets_train.jsonl",
+        }
+    }
     config.data.on_bad = "error"  # a bad record stops the run by file and line; "skip" counts it instead
     config.data.max_negatives = -1  # hard negatives used of a record; -1: all
     config.data.max_length = 64  # tokens of a text, before the template
@@ -46,7 +51,7 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.train.max_nonfinite = 5  # so many non-finite steps in a row stop the run
 
     config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = 2e-3  # the peak
+    config.optimizer.learning_rate = 4e-3  # the peak
     config.optimizer.schedule = "cosine"  # or linear, constant
     config.optimizer.warmup_steps = 10
     config.optimizer.beta1 = 0.9

@@ -52,7 +52,7 @@ from lco_jax.training.step import State, make_train_step
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Run or resume; returns results.json's content, or {} when a SIGTERM ended the run early (after saving it)."""
-    stop = _on_sigterm()
+    previous_handler, stop = signal.getsignal(signal.SIGTERM), _on_sigterm()
     lead = jax.process_index() == 0
 
     # ---- what there is: mesh, checkpoint, data
@@ -71,13 +71,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if skipped:
         _say(f"{skipped:,} bad records skipped")
 
-    decoder, params = load_decoder(checkpoint, mesh, config.model.dtype, config.model.remat)
-    tokenizer = ChatTokenizer(checkpoint.folder, decoder.config.max_position_embeddings)
-    held_out = _held_out(config)
-    evaluate = lambda params: _evaluate(params, decoder, tokenizer, mesh, held_out, config)  # noqa: E731
-    before = evaluate(params)
-
-    # ---- where the run stands: state and position in the data
+    tokenizer = ChatTokenizer(checkpoint.folder, checkpoint.config.max_position_embeddings)
     most = max(source.max_negatives for source in sources.values())
     layout = pipeline.Layout(
         batch_size=batch_size,
@@ -86,6 +80,13 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         chunk_rows=config.train.chunk_rows,
     )
     pipeline.check_lengths(layout, tokenizer, config.data.max_length)
+
+    decoder, params = load_decoder(checkpoint, mesh, config.model.dtype, config.model.remat)
+    held_out = _held_out(config)
+    evaluate = lambda params: _evaluate(params, decoder, tokenizer, mesh, held_out, config)  # noqa: E731
+    before = evaluate(params)
+
+    # ---- where the run stands: state and position in the data
     weights = {name: config.data.sources[name].get("weight", len(source)) for name, source in sources.items()}
     stream = pipeline.record_stream(sources, weights, config.seed)
     iterator = pipeline.local_batches(stream, layout, tokenizer, config.data.max_length)
@@ -119,7 +120,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         watch.flush()
     store.wait()
     store.close()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on there is nothing to save
+    signal.signal(signal.SIGTERM, previous_handler)  # from here on there is nothing to save
     if log:
         log.close()
     if step < total_steps:
@@ -245,10 +246,11 @@ def _export(
         for name, result in (("before", before), ("after", after)):
             results[name] = {"recall_at_1": result.recall_at_1, "mrr": result.mrr}
     write_json(workdir / "results.json", results)
-    _say(f"\n{'':14}{'before':>10}{'after':>10}")
-    for key, label in (("recall_at_1", "recall@1"), ("mrr", "MRR")) if before and after else ():
-        _say(f"{label:14}{results['before'][key]:10.3f}{results['after'][key]:10.3f}")
-    _say(f"{'loss':14}{results['first_loss']:10.3f}{results['last_loss']:10.3f}\n")
+    _say(f"\nloss {results['first_loss']:.3f} at the first step, {results['last_loss']:.3f} at the last")
+    if before and after:
+        _say(f"\n{'held out':14}{'before':>10}{'after':>10}")
+        _say(f"{'recall@1':14}{before.recall_at_1:10.3f}{after.recall_at_1:10.3f}")
+        _say(f"{'MRR':14}{before.mrr:10.3f}{after.mrr:10.3f}\n")
     for label, path in outputs.items():
         _say(f"{label:14}{path}")
     return results

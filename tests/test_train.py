@@ -178,17 +178,14 @@ def test_repeated_non_finite_steps_stop_the_run(tmp_path):
 @pytest.mark.slow
 def test_the_whole_job(tmp_path):
     """Evaluation, pictures, TensorBoard, merged model: everything on, and the merged model is the adapter's."""
-    flags = [
-        "--config.eval.path=assets:triplets_heldout.jsonl",
-        "--config.export.merged=True",
-        "--config.log.tensorboard=True",
-    ]
+    flags = ["--config.eval.path=assets:triplets_heldout.jsonl", "--config.export.merged=True"]
+    flags += ["--config.log.tensorboard=True", "--config.train.batch_size=32", "--config.train.steps=40"]
     output = finish(start(tmp_path, *flags))
     for name in ("adapter", "merged", "loss.png", "similarity.png"):
         assert str(tmp_path / name) in output
         assert (tmp_path / name).exists()
     results = json.loads((tmp_path / "results.json").read_text())
-    assert 0 < results["before"]["mrr"] < results["after"]["mrr"] <= 1
+    assert 0 < results["before"]["mrr"] < results["after"]["mrr"] - 0.05 <= 1
     assert list((tmp_path / "tensorboard").iterdir())
     texts = ["A man rides a horse.", "Two dogs are running."]
     merged = OmniEmbedder.from_pretrained(tmp_path / "merged").encode(texts)
