@@ -85,6 +85,8 @@ class OmniEmbedder:
         """
         if batch_size < 1:
             raise LcoError(f"batch_size is {batch_size}; it must be at least 1")
+        if not isinstance(inputs, Iterable):
+            raise LcoError(f"inputs is {type(inputs).__name__}; give a list of inputs, or one string or conversation")
         single = isinstance(inputs, str | dict) or _is_conversation(inputs)
         items = [inputs] if single else list(inputs)
         names = names or [f"input {i}" for i in range(len(items))]

@@ -65,7 +65,21 @@ def test_mistakes_name_the_input(embedder, inputs, says):
         embedder.encode(inputs)
 
 
+def test_a_cache_that_several_processes_fill_at_once(tmp_path):
+    """Whoever comes second keeps what is there, and both go on."""
+    from lco_jax.core.files import written_aside
+
+    with written_aside(tmp_path / "cache", first_wins=True) as mine:
+        (mine / "who").write_text("mine")
+        with written_aside(tmp_path / "cache", first_wins=True) as theirs:
+            (theirs / "who").write_text("theirs")
+    assert (tmp_path / "cache" / "who").read_text() == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
 def test_batch_size_must_be_positive(embedder):
+    with pytest.raises(LcoError, match="inputs is int"):
+        embedder.encode(5)
     with pytest.raises(LcoError, match="batch_size is 0"):
         embedder.encode(["a"], batch_size=0)
 

@@ -55,13 +55,14 @@ CHAT_TEMPLATE = """\
 
 def build(folder: Path | None = None) -> Path:
     """The checkpoint's folder; written on the first call, by default under ~/.cache/lco_jax."""
+    cached = folder is None
     if folder is None:
         cache = Path(os.environ.get("LCO_JAX_CACHE", Path.home() / ".cache" / "lco_jax"))
         corpus = hashlib.sha256(TRIPLETS.read_bytes()).hexdigest()[:8]
         folder = cache / f"tiny-{VERSION}-{corpus}"
         if (folder / "config.json").exists():
             return folder
-    with written_aside(folder) as aside:
+    with written_aside(folder, first_wins=cached) as aside:
         ids = _write_tokenizer(aside)
         _write_configs(aside, ids)
         save_file(_weights(len(ids["vocabulary"])), aside / "model.safetensors", metadata={"format": "pt"})

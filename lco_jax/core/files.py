@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
+def written_aside(target: Path, first_wins: bool = False) -> Iterator[Path]:
     """A fresh folder beside `target` that takes its place when the block ends well, and vanishes when it does not.
 
     Replaces an earlier folder of that name only if this function wrote it or it is empty (a mark says so).
+    first_wins: for caches that several processes fill with the same content; a folder that came meanwhile stays.
     """
     mark = ".written-by-lco-jax"
     if target.is_file():
@@ -65,6 +66,10 @@ def written_aside(target: Path) -> Iterator[Path]:
     try:
         yield aside
         (aside / mark).touch()
+        if first_wins:
+            with suppress(OSError):  # it is there already
+                aside.rename(target)
+            return
         old = aside.with_suffix(".old")
         if target.exists():
             target.rename(old)

@@ -88,7 +88,7 @@ def make_train_step(
         dropout_seed = jnp.uint32(seed) + state["step"].astype(jnp.uint32) * jnp.uint32(GOLDEN_RATIO)
         loss = partial(contrastive_loss, decoder=decoder, config=config, temperature=temperature, seed=dropout_seed)
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state["adapters"], params, batch)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, optimizer = tx.update(grads, state["optimizer"], state["adapters"])
         new = {"adapters": optax.apply_updates(state["adapters"], updates), "optimizer": optimizer}
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
