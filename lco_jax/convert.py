@@ -10,7 +10,8 @@ compared before it is called done.
 import argparse
 from pathlib import Path
 
-from lco_jax.checkpoint.export import DTYPES, export_merged
+from lco_jax.checkpoint.export import export_merged
+from lco_jax.checkpoint.hf import DTYPES
 from lco_jax.checkpoint.peft import read_peft, write_peft
 from lco_jax.core.errors import LcoError, run_main
 from lco_jax.training.run import adapters_of_run

@@ -82,7 +82,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     pipeline.check_lengths(layout, tokenizer, config.data.max_length)
 
     decoder, params = load_decoder(checkpoint, mesh, config.model.dtype, config.model.remat)
-    held_out = _held_out(config)
+    held_out = list(JsonlSource(config.eval.path, config.data.on_bad)) if config.eval.path else []
     evaluate = lambda params: _evaluate(params, decoder, tokenizer, mesh, held_out, config)  # noqa: E731
     before = evaluate(params)
 
@@ -165,9 +165,9 @@ class _Watch:
             "learning_rate": float(self.rate(step - self.skipped)),  # a skipped step does not advance the schedule
             "tokens_per_s": values.pop("tokens") / (now - since),
             "triplets_per_s": self.batch_size / (now - since),
-            "skipped_steps": (skipped := self.skipped + (not finite)),
+            "skipped_steps": self.skipped + (not finite),
         }
-        self.skipped = skipped
+        self.skipped = values["skipped_steps"]
         if self.log:
             self.log.write(step, values)
         self.progress.set_postfix(
@@ -254,10 +254,6 @@ def _export(
     for label, path in outputs.items():
         _say(f"{label:14}{path}")
     return results
-
-
-def _held_out(config: ConfigDict) -> list:
-    return list(JsonlSource(config.eval.path, config.data.on_bad)) if config.eval.path else []
 
 
 def _on_sigterm() -> Callable[[], bool]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
+from lco_jax.checkpoint.hf import DTYPES, Checkpoint, open_checkpoint
 from lco_jax.checkpoint.peft import layer_tensors
 from lco_jax.checkpoint.sentence_transformers import write_modules
 from lco_jax.checkpoint.tensors import TensorFolder, nbytes, write_shards
@@ -19,7 +19,6 @@ from lco_jax.core.files import read_json, write_json, written_aside
 from lco_jax.core.lora import LoraConfig
 from lco_jax.data.prompts import ChatTokenizer
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 # tokenizer, templates, processors, generation config, and the speakers that a full Omni does not load without
 COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "spk_dict.pt")
 
@@ -70,7 +69,7 @@ def export_merged(
     if dtype not in DTYPES:
         raise LcoError(f"dtype {dtype!r} is not supported; these are: {', '.join(DTYPES)}")
     checkpoint = open_checkpoint(source)
-    merged = _Merged(checkpoint, adapters, config, DTYPES[dtype])
+    merged = _Merged(checkpoint, adapters, config, np.dtype(DTYPES[dtype]))
     sizes = {key: nbytes(checkpoint.tensors.shape(key), merged.target_dtype(key)) for key in checkpoint.tensors}
     with written_aside(out) as aside:
         for pattern in COPIED:

@@ -42,12 +42,11 @@ class Training:
         adapters = jax.eval_shape(lambda key: lora.init(key, params, lora_config), jax.random.key(0))
         return cls(lora_config, tx, params, state_shardings(adapters, tx, mesh))
 
-    def fresh(self, adapters: dict[str, Any] | None = None, seed: int = 0) -> State:
-        """Step 0, with the adapters given or new ones."""
+    def fresh(self, seed: int = 0) -> State:
+        """Step 0, with new adapters."""
 
         def make(key: jax.Array) -> State:
-            new = lora.init(key, self.abstract_params, self.lora) if adapters is None else adapters
-            return init_state(new, self.tx)
+            return init_state(lora.init(key, self.abstract_params, self.lora), self.tx)
 
         return jax.jit(make, out_shardings=self.shardings)(jax.random.key(seed))
 
