@@ -20,6 +20,7 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.model = ConfigDict()
     config.model.path = "builtin:tiny"  # a folder, a hub id, or the built-in checkpoint
     config.model.dtype = "float32"  # of the frozen base and the activations: float32 or bfloat16
+    config.model.tower_dtype = ""  # of the frozen towers; "": the same
     config.model.remat = "none"  # what a layer recomputes in its backward pass, to save memory: full, dots, none
 
     config.lora = ConfigDict()
@@ -30,14 +31,24 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.lora.targets = r"layers\.(self_attn|mlp)\.\w+_proj"  # pattern over whole module paths
 
     config.data = ConfigDict()
-    # name -> kind (jsonl, tfds, parquet), that kind's arguments, and a weight in the mixture (by default its size)
+    # name -> kind (jsonl, tfds, files, parquet), its arguments, and a weight in the mixture (by default its size)
     config.data.sources = {
         "bundled": {
             "kind": "jsonl",
             "path": "assets:triplets_train.jsonl",
         }
     }
-    config.data.on_bad = "error"  # a bad record stops the run by file and line; "skip" counts it instead
+    config.data.on_bad = "error"  # a bad record stops the run by file and line; "skip" leaves it out and says so
+    config.data.batches = "mixed"  # or homogeneous: all records of a batch from one source
+    config.data.threads = 2  # that read and prepare records
+    config.data.media = ConfigDict()  # caps (lco_jax.MediaConfig says more); the reference's
+    config.data.media.image_max_side = 700  # larger images are shrunk to fit a square of so many pixels
+    config.data.media.fps = 2.0  # frames a second taken of a video
+    config.data.media.max_frames = 64  # the most of one video
+    config.data.media.video_max_pixels = 602_112  # of a frame
+    config.data.media.max_audio_seconds = 300.0  # longer sound is cut, with a warning
+    config.data.media.use_audio_in_video = False  # a video's sound track is embedded with it
+    config.data.media.allow_remote = False  # fetch http(s) URLs
     config.data.max_negatives = -1  # hard negatives used of a record; -1: all
     config.data.max_length = 64  # tokens of a text, before the template
     config.data.row_length = 128  # tokens of a packed row; must hold the longest text with its template
@@ -47,6 +58,7 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.train.steps = 0  # 0: as many as `epochs` makes
     config.train.epochs = 6.0
     config.train.temperature = 0.03
+    config.train.ignore_duplicates = False  # whatever says the same as a positive is no negative of its anchor
     config.train.chunk_rows = 0  # GradCache: rows a device embeds at a time; 0: all at once
     config.train.max_nonfinite = 5  # so many non-finite steps in a row stop the run
 

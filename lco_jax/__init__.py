@@ -6,7 +6,8 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.sharding import make_mesh
+from lco_jax.data.media import MediaConfig
 from lco_jax.embedder import OmniEmbedder
 
 __version__ = "0.1.0"
-__all__ = ["LcoError", "OmniEmbedder", "make_mesh"]
+__all__ = ["LcoError", "MediaConfig", "OmniEmbedder", "make_mesh"]

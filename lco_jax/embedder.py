@@ -3,33 +3,69 @@
 Dimensions: N inputs, D hidden, R rows, T tokens in a row, S slots.
 """
 
+import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from PIL import Image
 from tqdm import tqdm
 
-from lco_jax.checkpoint.hf import load_decoder, open_checkpoint
+from lco_jax.checkpoint.hf import load_model, open_checkpoint
 from lco_jax.checkpoint.peft import fit, read_peft
 from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
-from lco_jax.core.packing import PackedRows, bucket, fill_rows, place
+from lco_jax.core.packing import Placement, bucket, fill_rows, place
+from lco_jax.core.shapes import ShapeLog
 from lco_jax.core.sharding import ROWS, make_mesh, replicated, row_shards, shardings
-from lco_jax.data.prompts import ChatTokenizer, as_messages
-from lco_jax.models.decoder import Decoder, pool_rows
+from lco_jax.data.inputs import Preparation, named, prepare_ahead
+from lco_jax.data.media import MediaConfig
+from lco_jax.data.processor import Processor, lay_media
+from lco_jax.data.prompts import ChatTokenizer
+from lco_jax.data.tower_rows import Processed
+from lco_jax.models.decoder import pool_rows
+from lco_jax.models.model import Model
 
 MIN_ROW = 256  # tokens; row lengths are this times a power of two
+MAX_TOKENS = 16_384  # in one forward pass, unless a single input has more
+BLOCK_INPUTS, BLOCK_BYTES = 8192, 2**28  # inputs sorted by length and embedded together: at most so many, so large
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Block:
+    """Consecutive inputs' vectors. first: index of the first; vectors: float32 [n, D]; skipped: {index: why}.
+
+    A skipped input's vector is NaN.
+    """
+
+    first: int
+    vectors: np.ndarray
+    skipped: dict[int, str] = field(default_factory=dict)
 
 
 class OmniEmbedder:
-    """Embeds text (other modalities come with their towers). Build one with `from_pretrained`."""
+    """Embeds text, images, audio, video and any mix of them. Build one with `from_pretrained`.
 
-    def __init__(self, decoder: Decoder, params: dict[str, Any], tokenizer: ChatTokenizer, mesh: Mesh):
-        self.decoder, self.params, self.tokenizer, self.mesh = decoder, params, tokenizer, mesh
-        self._pool = jax.jit(lambda params, rows: pool_rows(decoder, params, rows), out_shardings=replicated(mesh))
+    skipped: {index: why} of the inputs that the last `encode(…, on_error="skip")` could not embed.
+    """
+
+    def __init__(self, model: Model, params: dict[str, Any], processor: Processor, mesh: Mesh):
+        self.model, self.params, self.processor, self.mesh = model, params, processor, mesh
+        self.skipped: dict[int, str] = {}
+        self.tower_shapes, self.decoder_shapes = ShapeLog("towers"), ShapeLog("decoder")
+        decoder, shards = model.decoder, row_shards(mesh)
+        rows = NamedSharding(mesh, PartitionSpec(ROWS))
+        self._media = jax.jit(lambda params, media: model.media_tokens(params, media, shards), out_shardings=rows)
+        self._pool = jax.jit(
+            lambda params, rows, media: pool_rows(decoder, params["decoder"], rows, media),
+            out_shardings=replicated(mesh),
+        )
 
     @classmethod
     def from_pretrained(
@@ -38,26 +74,53 @@ class OmniEmbedder:
         adapter: str | os.PathLike[str] | None = None,
         dtype: Any = "float32",
         mesh: Mesh | None = None,
+        *,
+        modalities: Iterable[str] | None = None,
+        media: MediaConfig | None = None,
+        video_positions: str = "4.57",
     ) -> "OmniEmbedder":
         """Load a checkpoint folder or hub id, with a PEFT adapter merged in (in float32) if one is given.
 
         dtype: "float32" or "bfloat16", or jax's dtype of that name: of the weights and the activations; embeddings are
         float32 either way.
         mesh: from `lco_jax.make_mesh`; by default one copy of the model on every device.
+        modalities: what will be embedded, by default all that the checkpoint takes; ("text",) loads no tower.
+        media: caps on images, sound and video (`lco_jax.MediaConfig`).
+        video_positions: whose rule Qwen2.5-VL's video positions follow: transformers "4.57", with which LCO was
+        trained, or "5".
         """
         checkpoint = open_checkpoint(path_or_id)
         mesh = make_mesh() if mesh is None else mesh
-        decoder, params = load_decoder(checkpoint, mesh, dtype, remat="none")
+        processor = Processor(checkpoint.folder, checkpoint.config.max_position_embeddings, media, video_positions)
+        if modalities is not None:
+            processor.modalities = _chosen(modalities, processor.modalities)
+        towers = [name for name, kinds in checkpoint.backbone.reads.items() if set(kinds) & set(processor.modalities)]
+        model, params = load_model(checkpoint, mesh, dtype, remat="none", towers=towers)
         if adapter is not None:
             adapters, config = read_peft(adapter)
-            merge = jax.jit(lora.merge, static_argnums=2, donate_argnums=0, out_shardings=shardings(params, mesh))
-            params = merge(params, fit(adapters, params, str(adapter)), config)
-        return cls(decoder, params, ChatTokenizer(checkpoint.folder, decoder.config.max_position_embeddings), mesh)
+            decoder = params["decoder"]
+            merge = jax.jit(lora.merge, static_argnums=2, donate_argnums=0, out_shardings=shardings(decoder, mesh))
+            params["decoder"] = merge(decoder, fit(adapters, decoder, str(adapter)), config)
+        return cls(model, params, processor, mesh)
 
     @property
     def dimension(self) -> int:
         """D."""
-        return self.decoder.config.hidden_size
+        return self.model.decoder.config.hidden_size
+
+    @property
+    def tokenizer(self) -> ChatTokenizer:
+        """The checkpoint's tokenizer and chat template."""
+        return self.processor.tokenizer
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What can be embedded: "text", and of "image", "video", "audio" what the checkpoint takes."""
+        return self.processor.modalities
+
+    def supports(self, modality: str | Sequence[str]) -> bool:
+        """Whether a modality, or a mix of several in one input, can be embedded."""
+        return set([modality] if isinstance(modality, str) else modality) <= {*self.modalities, "message"}
 
     def encode(
         self,
@@ -68,42 +131,77 @@ class OmniEmbedder:
         *,
         prompt: str | None = None,
         max_length: int | None = None,
+        on_error: str = "raise",
+        workers: int = 0,
+        max_tokens: int = MAX_TOKENS,
         progress: tqdm | None = None,
         names: Sequence[str] | None = None,
     ) -> np.ndarray:
-        """Embed strings, {"text": …} or chat-message lists, in any mixture -> float32 [N, D], in input order.
+        """Embed a list of inputs, in any mixture -> float32 [N, D], in input order; a single input gives [D].
 
-        A single string, mapping or conversation gives [D], as in sentence-transformers. Strings and mappings get the
-        reference's prompt (or `prompt`, placed after the text); chat messages are rendered as they are.
+        An input is a string, a PIL image, an array, a path or URL of a media file, {"text": …, "image": …, "audio": …,
+        "video": …} with any of these, {"array": …, "sampling_rate": …} or {"array": …, "fps": …}, or a list of chat
+        messages. All but messages get the reference's prompt for their modality (or `prompt`); messages are rendered as
+        they are.
 
-        batch_size: the most inputs in one forward pass; it changes the speed and never a vector.
+        batch_size, max_tokens: the most inputs, and tokens, in one forward pass: they change the speed, not a vector.
         normalize: unit length; the hidden state as the final norm left it when False.
         max_length: cut texts to so many tokens before the prompt (the reference's evaluation cuts at 300); by
         default nothing is cut, and an input longer than the model's context raises.
+        on_error: "raise", or "skip": a bad input's vector is NaN, and `skipped` says why.
+        workers: processes that prepare media while the device computes; 0: threads of this process.
         progress: a bar of the caller's to advance, in the place of one of our own.
         names: what errors call the inputs (a file and line, say); by default "input 0" and so on.
         """
-        if batch_size < 1:
-            raise LcoError(f"batch_size is {batch_size}; it must be at least 1")
-        if not isinstance(inputs, Iterable):
-            raise LcoError(f"inputs is {type(inputs).__name__}; give a list of inputs, or one string or conversation")
-        single = isinstance(inputs, str | dict) or _is_conversation(inputs)
+        if not isinstance(inputs, Iterable | os.PathLike | Image.Image):
+            raise LcoError(f"inputs is {type(inputs).__name__}; give a list of inputs, or a single one")
+        single = _is_single(inputs)
         items = [inputs] if single else list(inputs)
-        names = names or [f"input {i}" for i in range(len(items))]
-        tokens = self._tokenize(items, names, prompt, max_length)
-        vectors = np.zeros((len(items), self.dimension), np.float32)
-        order = np.argsort([-len(ids) for ids in tokens], kind="stable")  # neighbours in a batch are alike in length
         bar = progress or tqdm(total=len(items), desc="embedding", unit="input", disable=not show_progress)
-        with jax.set_mesh(self.mesh):
-            for start in range(0, len(items), batch_size):
-                chosen = order[start : start + batch_size]
-                vectors[chosen] = self._forward([tokens[i] for i in chosen])
-                bar.update(len(chosen))
+        options = {"prompt": prompt, "max_length": max_length, "on_error": on_error, "workers": workers}
+        blocks = self.encode_blocks(items, batch_size, normalize, max_tokens=max_tokens, names=names, **options)
+        vectors, skipped = np.zeros((len(items), self.dimension), np.float32), {}
+        for block in blocks:
+            vectors[block.first : block.first + len(block.vectors)] = block.vectors
+            skipped |= block.skipped
+            bar.update(len(block.vectors))
+        self.skipped = skipped
         if progress is None:
             bar.close()
-        if normalize:
-            vectors = _unit(vectors)
         return vectors[0] if single else vectors
+
+    def encode_blocks(
+        self,
+        inputs: Iterable[Any],
+        batch_size: int = 32,
+        normalize: bool = True,
+        *,
+        prompt: str | None = None,
+        max_length: int | None = None,
+        on_error: str = "raise",
+        workers: int = 0,
+        max_tokens: int = MAX_TOKENS,
+        names: Iterable[str] | None = None,
+    ) -> Iterator[Block]:
+        """As `encode`, for any number of inputs in bounded memory: consecutive `Block`s as they are ready."""
+        for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
+            if value < 1:
+                raise LcoError(f"{name} is {value}; it must be at least 1")
+        if on_error not in ("raise", "skip"):
+            raise LcoError(f"on_error is {on_error!r}; it is one of: raise, skip")
+        preparation = Preparation(self.processor, prompt, max_length)
+        first, ready = 0, []
+        held = 0
+        for result in prepare_ahead(preparation, named(inputs, names), workers):
+            if isinstance(result, LcoError) and on_error == "raise":
+                raise result
+            ready.append(result)
+            held += 0 if isinstance(result, LcoError) else sum(placed.item.values.nbytes for placed in result.media)
+            if len(ready) >= BLOCK_INPUTS or held >= BLOCK_BYTES:
+                yield self._block(first, ready, batch_size, max_tokens, normalize)
+                first, ready, held = first + len(ready), [], 0
+        if ready:
+            yield self._block(first, ready, batch_size, max_tokens, normalize)
 
     @staticmethod
     def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -111,37 +209,86 @@ class OmniEmbedder:
         a, b = (_unit(np.atleast_2d(np.asarray(x, np.float32))) for x in (a, b))
         return a @ b.T
 
-    def _tokenize(
-        self, items: Sequence[Any], names: Sequence[str], prompt: str | None, max_length: int | None
-    ) -> list[np.ndarray]:
-        conversations = []
-        for item, name in zip(items, names, strict=True):
-            if max_length is not None and isinstance(item, str):
-                item = self.tokenizer.cut(item, max_length)
-            elif max_length is not None and isinstance(item, dict) and isinstance(item.get("text"), str):
-                item = {**item, "text": self.tokenizer.cut(item["text"], max_length)}
-            conversations.append(as_messages(item, name, prompt))
-        return self.tokenizer(conversations, names)
+    def _block(
+        self, first: int, ready: list[Processed | LcoError], batch_size: int, max_tokens: int, normalize: bool
+    ) -> Block:
+        """Embed what is ready, neighbours in a batch alike in length, one batch ahead of the one being fetched."""
+        vectors = np.full((len(ready), self.dimension), np.nan, np.float32)
+        skipped = {first + i: str(one) for i, one in enumerate(ready) if isinstance(one, LcoError)}
+        good = [i for i, one in enumerate(ready) if not isinstance(one, LcoError)]
+        good.sort(key=lambda i: -len(ready[i]))
+        waiting: tuple[list[int], Placement, Array] | None = None
+        with jax.set_mesh(self.mesh):
+            for chosen in [*_batches(good, ready, batch_size, max_tokens), None]:
+                started = None if chosen is None else (chosen, *self._start([ready[i] for i in chosen]))
+                if waiting is not None:
+                    indices, placement, slots = waiting
+                    vectors[indices] = np.asarray(slots)[placement.row, placement.slot]
+                waiting = started
+        for reason in skipped.values():
+            logger.warning("skipped: %s", reason)
+        return Block(first, _unit(vectors) if normalize else vectors, skipped)
 
-    def _forward(self, tokens: Sequence[np.ndarray]) -> np.ndarray:
-        """Pack, run, and pick each sequence's slot: [N, D]. Row lengths and counts come in a few static sizes."""
+    def _start(self, batch: list[Processed]) -> tuple[Placement, Array]:
+        """Pack a batch and start its forward pass: where each input went, and every slot's vector [R, S, D] to come.
+
+        Row lengths and counts come in a few static sizes, so that few programs are compiled.
+        """
         row_length = MIN_ROW
-        while row_length < len(tokens[0]):
+        while row_length < len(batch[0]):
             row_length *= 2
-        placement = place([len(ids) for ids in tokens], row_length)
+        placement = place([len(one) for one in batch], row_length)
         shards = row_shards(self.mesh)
-        num_rows = bucket(-(-placement.num_rows // shards), 2) * shards
+        per_shard = bucket(-(-placement.num_rows // shards), 2)
         num_slots = -(-placement.num_slots // 8) * 8
-        rows = fill_rows(tokens, range(len(tokens)), placement, num_rows, row_length, num_slots)
+        by_shard = [np.flatnonzero(placement.row // per_shard == shard) for shard in range(shards)]
+        media, laid = lay_media(self.processor.rows, [[batch[i] for i in chosen] for chosen in by_shard])
+        sequences = [one for inputs in laid for one in inputs]
+        order = np.concatenate(by_shard)
+        rows = fill_rows(
+            sequences, order, Placement(*(x[order] for x in placement)), per_shard * shards, row_length, num_slots
+        )
         split = NamedSharding(self.mesh, PartitionSpec(ROWS))
-        on_mesh: PackedRows = rows.map(lambda x: jax.make_array_from_callback(x.shape, split, lambda index: x[index]))
-        slots = np.asarray(self._pool(self.params, on_mesh))
-        return slots[placement.row, placement.slot]
+        on_mesh = jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, split, lambda index: x[index]), (rows, media)
+        )
+        tokens = None
+        if media:
+            self.tower_shapes.note(on_mesh[1])
+            tokens = self._media(self.params, on_mesh[1])
+        self.decoder_shapes.note(on_mesh[0], tokens)
+        return placement, self._pool(self.params, on_mesh[0], tokens)
+
+
+def _batches(order: list[int], ready: Sequence[Any], batch_size: int, max_tokens: int) -> Iterator[list[int]]:
+    """Runs of `order` of at most so many inputs and, but for a single long one, tokens."""
+    batch: list[int] = []
+    tokens = 0
+    for i in order:
+        if batch and (len(batch) == batch_size or tokens + len(ready[i]) > max_tokens):
+            yield batch
+            batch, tokens = [], 0
+        batch.append(i)
+        tokens += len(ready[i])
+    if batch:
+        yield batch
+
+
+def _chosen(modalities: Iterable[str], known: tuple[str, ...]) -> tuple[str, ...]:
+    chosen = set(modalities) | {"text"}
+    if unknown := chosen - set(known):
+        raise LcoError(f"modalities has {min(unknown)!r}; this checkpoint takes {', '.join(known)}")
+    return tuple(kind for kind in known if kind in chosen)
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def _is_conversation(inputs: Iterable[Any]) -> bool:
+def _is_single(inputs: Any) -> bool:
+    """Whether this is one input rather than a list of them."""
+    if isinstance(inputs, np.ndarray):
+        return inputs.ndim > 1  # else a list of strings
+    if isinstance(inputs, str | Mapping | os.PathLike | Image.Image):
+        return True
     return isinstance(inputs, list) and bool(inputs) and all(isinstance(x, dict) and "role" in x for x in inputs)

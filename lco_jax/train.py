@@ -1,4 +1,4 @@
-"""The main job: text-only contrastive LoRA training of a multimodal LLM's decoder.
+"""The main job: contrastive LoRA training of a multimodal LLM's decoder, on text or on any modality.
 
     python -m lco_jax.train --config=configs/base.py [--workdir=runs/base] [--config.KEY=VALUE …]
 
@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from lco_jax.checkpoint.export import export_merged
-from lco_jax.checkpoint.hf import load_decoder, open_checkpoint
+from lco_jax.checkpoint.hf import Checkpoint, load_model, open_checkpoint
 from lco_jax.checkpoint.peft import write_peft
 from lco_jax.checkpoint.store import RunStore
 from lco_jax.core import lora
@@ -38,11 +38,14 @@ from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.files import write_json
 from lco_jax.core.sharding import make_mesh
 from lco_jax.data import pipeline
-from lco_jax.data.prompts import ChatTokenizer
+from lco_jax.data.media import MediaConfig
+from lco_jax.data.processor import Processor
+from lco_jax.data.scan import ListSource, Source
 from lco_jax.data.sources import JsonlSource
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation.plots import plot_loss, plot_similarity
 from lco_jax.evaluation.retrieval import Retrieval, retrieval
+from lco_jax.models.model import Model
 from lco_jax.training import cli
 from lco_jax.training.metrics import MetricsLog, read_metrics
 from lco_jax.training.optimizer import OptimizerConfig, learning_rate
@@ -71,25 +74,33 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if skipped:
         _say(f"{skipped:,} bad records skipped")
 
-    tokenizer = ChatTokenizer(checkpoint.folder, checkpoint.config.max_position_embeddings)
+    media = MediaConfig(**config.data.media)
+    processor = Processor(checkpoint.folder, checkpoint.config.max_position_embeddings, media)
     most = max(source.max_negatives for source in sources.values())
     layout = pipeline.Layout(
         batch_size=batch_size,
         row_length=config.data.row_length,
         max_negatives=most if config.data.max_negatives < 0 else min(most, config.data.max_negatives),
         chunk_rows=config.train.chunk_rows,
+        on_bad=config.data.on_bad,
     )
-    pipeline.check_lengths(layout, tokenizer, config.data.max_length)
+    pipeline.check_lengths(layout, processor.tokenizer, config.data.max_length)
 
-    decoder, params = load_decoder(checkpoint, mesh, config.model.dtype, config.model.remat)
-    held_out = list(JsonlSource(config.eval.path, config.data.on_bad)) if config.eval.path else []
-    evaluate = lambda params: _evaluate(params, decoder, tokenizer, mesh, held_out, config)  # noqa: E731
+    held_out = JsonlSource(config.eval.path, config.data.on_bad) if config.eval.path else ListSource([])
+    towers = _towers(checkpoint, {"held-out data": held_out, **sources})
+    model, params = load_model(
+        checkpoint, mesh, config.model.dtype, config.model.remat, towers, config.model.tower_dtype or None
+    )
+    evaluate = lambda params: _evaluate(params, model, processor, mesh, list(held_out), config)  # noqa: E731
     before = evaluate(params)
 
     # ---- where the run stands: state and position in the data
     weights = {name: config.data.sources[name].get("weight", len(source)) for name, source in sources.items()}
-    stream = pipeline.record_stream(sources, weights, config.seed)
-    iterator = pipeline.local_batches(stream, layout, tokenizer, config.data.max_length)
+    if config.data.batches not in ("mixed", "homogeneous"):
+        raise LcoError(f"config.data.batches is {config.data.batches!r}; it is one of: mixed, homogeneous")
+    run = batch_size if config.data.batches == "homogeneous" else 1
+    stream = pipeline.record_stream(sources, weights, config.seed, run)
+    iterator = pipeline.local_batches(stream, layout, processor, config.data.max_length, config.data.threads)
     store = RunStore(workdir / "checkpoints", config.checkpoint.keep)
     step = store.latest_step() or 0
     claim_workdir(workdir, config, total_steps, begun=step > 0)
@@ -102,12 +113,19 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     # ---- the loop
     train_step = make_train_step(
-        decoder, training.tx, training.lora, config.train.temperature, config.seed, mesh, training.shardings
+        model,
+        training.tx,
+        training.lora,
+        config.train.temperature,
+        config.seed,
+        mesh,
+        training.shardings,
+        config.train.ignore_duplicates,
     )
     log = MetricsLog(workdir, step, config) if lead else None
     watch = _Watch(config, log, total_steps, step)
     with jax.set_mesh(mesh), watch.progress:
-        for batch in pipeline.batches(iterator, layout, mesh) if step < total_steps else ():
+        for batch in pipeline.batches(iterator, layout, processor.rows, mesh) if step < total_steps else ():
             state, metrics = train_step(state, params, batch)
             watch.record(step, metrics)
             step += 1
@@ -183,19 +201,31 @@ class _Watch:
             )
 
 
+def _towers(checkpoint: Checkpoint, sources: Mapping[str, Source]) -> list[str]:
+    """The towers that the data needs. Raises for data that the checkpoint does not take."""
+    backbone = checkpoint.backbone
+    for name, source in sources.items():
+        if closed := sorted(source.modalities - set(backbone.modalities)):
+            raise LcoError(f"{name} holds {closed[0]}, and this checkpoint takes {', '.join(backbone.modalities)}")
+    used = frozenset().union(*(source.modalities for source in sources.values()))
+    return [tower for tower, kinds in backbone.reads.items() if used & set(kinds)]
+
+
 def _evaluate(
     params: dict[str, Any],
-    decoder: Any,
-    tokenizer: ChatTokenizer,
+    model: Model,
+    processor: Processor,
     mesh: Mesh,
     records: list,
     config: ConfigDict,
 ) -> Retrieval | None:
     if not records:
         return None
-    embedder = OmniEmbedder(decoder, params, tokenizer, mesh)
-    encode = lambda texts: embedder.encode(  # noqa: E731
-        texts, config.eval.batch_size, max_length=config.data.max_length
+    embedder = OmniEmbedder(model, params, processor, mesh)
+    encode = lambda sides: embedder.encode(  # noqa: E731
+        [{"text": side} if isinstance(side, str) else side for side in sides],
+        config.eval.batch_size,
+        max_length=config.data.max_length,
     )
     result = retrieval(encode, records)
     _say(f"held-out retrieval ({len(records)} anchors): recall@1 {result.recall_at_1:.3f}, MRR {result.mrr:.3f}")
@@ -213,7 +243,7 @@ def _finish(
 ) -> dict[str, Any]:
     """Evaluate again, and let one process write everything."""
     no_dropout = dataclasses.replace(training.lora, dropout=0.0)
-    after = evaluate(lora.attach(params, state["adapters"], no_dropout))
+    after = evaluate({**params, "decoder": lora.attach(params["decoder"], state["adapters"], no_dropout)})
     adapters = multihost_utils.process_allgather(state["adapters"], tiled=True)
     results = _export(config, workdir, adapters, training, before, after) if jax.process_index() == 0 else {}
     if jax.process_count() > 1:

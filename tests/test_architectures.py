@@ -1,15 +1,19 @@
 """The full-size architectures, held by shapes alone: ours under `eval_shape`, transformers' on the meta device."""
 
+import copy
+import math
+
 import jax.numpy as jnp
 import pytest
-import reference  # noqa: F401, makes torchvision importable
+import reference
 import torch
 import transformers
 from flax.traverse_util import flatten_dict
 
-from lco_jax.checkpoint.hf import _per_layer, abstract_params
+from lco_jax.checkpoint.hf import _per_layer, abstract_params, tower_module
 from lco_jax.core.sharding import make_mesh, shardings
 from lco_jax.models.config import DecoderConfig
+from lco_jax.models.registry import find_backbone
 
 SIZES = {  # as in the hub's config.json files
     "3b": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
@@ -22,35 +26,121 @@ COMMON = {
     "use_sliding_window": False,
 }  # fmt: skip
 ROPE = {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"}
-PARAMETERS = {"3b": 3_085_938_688, "7b": 7_070_619_136}  # of the decoder without its head, as published
+LLAVA_TEXT = {  # whole: what is not said here is left to the classes' defaults
+    "mistral_7b": {
+        "architectures": ["MistralForCausalLM"], "intermediate_size": 14336, "max_position_embeddings": 32768,
+        "model_type": "mistral", "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0,
+        "sliding_window": None, "torch_dtype": "bfloat16", "vocab_size": 32064,
+    },
+    "vicuna_7b": {
+        "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 4096, "model_type": "llama",
+        "pad_token_id": 0, "rms_norm_eps": 1e-05, "torch_dtype": "float16", "vocab_size": 32064,
+    },
+    "llama3_8b": {
+        "architectures": ["LlamaForCausalLM"], "bos_token_id": 128000, "eos_token_id": 128009,
+        "intermediate_size": 14336, "max_position_embeddings": 8192, "model_type": "llama", "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "torch_dtype": "bfloat16", "vocab_size": 128320,
+    },
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("size", ["3b", "7b"])
-@pytest.mark.parametrize("family", ["Qwen2_5_VL", "Qwen2_5OmniThinker"])
-def test_names_shapes_and_dtypes(family, size):
-    text = {**SIZES[size], **COMMON, "rope_scaling": ROPE}
-    if family == "Qwen2_5_VL":
-        tied = size == "3b"
-        config = {**text, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "tie_word_embeddings": tied}
-        theirs = transformers.Qwen2_5_VLConfig.from_dict({**config, "model_type": "qwen2_5_vl"})
-    else:
-        tied = False
-        config = {"tie_word_embeddings": False, "text_config": {**text, "model_type": "qwen2_5_omni_text"}}
-        ids = {"vision_start_token_id": 1, "vision_end_token_id": 2, "audio_start_token_id": 3, "audio_end_token_id": 4}
-        theirs = transformers.Qwen2_5OmniThinkerConfig.from_dict({**config, **ids})
-    with torch.device("meta"):
-        model = getattr(transformers, f"{family}ForConditionalGeneration")._from_config(theirs, dtype=torch.bfloat16)
-    want = {
-        name.removeprefix("model.language_model."): (tuple(p.shape), str(p.dtype).removeprefix("torch."))
-        for name, p in model.named_parameters()
-        if name.startswith("model.language_model.")
+def vision(size, **extra):
+    return {
+        "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+        "out_hidden_size": SIZES[size]["hidden_size"], "patch_size": 14, "spatial_merge_size": 2,
+        "spatial_patch_size": 14, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+        "temporal_patch_size": 2, **extra,
+    }  # fmt: skip
+
+
+def vl(size):
+    rope = {"type": "mrope", "mrope_section": [16, 24, 24]}
+    text = {**SIZES[size], **COMMON, "rope_scaling": rope, "tie_word_embeddings": size == "3b"}
+    return {**text, "model_type": "qwen2_5_vl", "vision_config": vision(size, in_chans=3, tokens_per_second=2)}
+
+
+def omni(size):
+    audio = {
+        "activation_function": "gelu", "d_model": 1280, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120,
+        "encoder_layers": 32, "max_source_positions": 1500, "model_type": "qwen2_5_omni_audio_encoder",
+        "n_window": 100, "num_hidden_layers": 32, "num_mel_bins": 128, "output_dim": SIZES[size]["hidden_size"],
+        "scale_embedding": False,
+    }  # fmt: skip
+    return {
+        "model_type": "qwen2_5_omni_thinker", "tie_word_embeddings": False, "audio_config": audio,
+        "text_config": {**SIZES[size], **COMMON, "rope_scaling": ROPE, "model_type": "qwen2_5_omni_text"},
+        "vision_config": vision(size, in_channels=3, model_type="qwen2_5_omni_vision_encoder", tokens_per_second=25),
+        "vision_start_token_id": 1, "vision_end_token_id": 2, "audio_start_token_id": 3, "audio_end_token_id": 4,
+    }  # fmt: skip
+
+
+def llava(text):
+    return {
+        "ignore_index": -100, "image_token_index": 32000, "model_type": "llava_next", "projector_hidden_act": "gelu",
+        "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+        "text_config": LLAVA_TEXT[text], "tie_word_embeddings": False, "use_image_newline_parameter": True,
+        "vision_config": {
+            "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model",
+            "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768,
+            "vocab_size": 32000,
+        },
+        "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
+    }  # fmt: skip
+
+
+CHECKPOINTS = {
+    **{f"vl_{size}": vl(size) for size in SIZES},
+    **{f"omni_{size}": omni(size) for size in SIZES},
+    **{f"llava_{text}": llava(text) for text in LLAVA_TEXT},
+}
+PARAMETERS = {  # as published: of Qwen's decoders without their heads, and of VL's whole towers
+    "vl_3b": {"decoder": 3_085_938_688, "visual": 668_684_288},
+    "vl_7b": {"decoder": 7_070_619_136, "visual": 676_550_144},
+    "omni_3b": {"decoder": 3_085_938_688},
+    "omni_7b": {"decoder": 7_070_619_136},
+}
+
+
+def ours(name, config):
+    """The backbone, the decoder's geometry, {part.name: (shape, dtype)} that we load, and prefixes of unused layers."""
+    backbone, model_config = find_backbone(config, name)
+    decoder = DecoderConfig.from_hf(model_config, name)
+    trees, unused = {"decoder": abstract_params(decoder, jnp.bfloat16)}, []
+    for tower, (_, read) in backbone.towers.items():
+        geometry = read(model_config, name, decoder)
+        trees[tower] = abstract_params(tower_module(backbone, tower, geometry, jnp.bfloat16), jnp.bfloat16)
+        unused += [f"{tower}.layers.{i}." for i in getattr(geometry, "unused_layers", ())]
+    leaves = {
+        f"{part}.{key}": (shape, str(flatten_dict(tree, sep=".")[path].dtype))
+        for part, tree in trees.items()
+        for path, key, shape in _per_layer(tree)
     }
-    ours = DecoderConfig.from_hf(config, "config.json")
-    params = abstract_params(ours, jnp.bfloat16)
-    got = {name: (shape, str(flatten_dict(params, sep=".")[path].dtype)) for path, name, shape in _per_layer(params)}
+    return backbone, decoder, leaves, tuple(unused)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_names_shapes_and_dtypes(name):
+    """Of the decoder and of every tower; keys as the hub's files spell them and as transformers 5 does."""
+    config = CHECKPOINTS[name]
+    theirs = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config))
+    with torch.device("meta"):
+        model = reference.model_class(name)._from_config(theirs, dtype=torch.bfloat16)
+    backbone, decoder, got, unused = ours(name, config)
+    want = {}
+    for key, parameter in model.named_parameters():
+        called = backbone.name_of(reference.hub_key(key, name))
+        assert backbone.name_of(key) == called
+        if called not in (None, "lm_head.weight") and not called.startswith(unused or "-"):
+            want[called] = (tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
     assert got == want
-    assert ours.tie_word_embeddings == tied
-    assert sum(int(leaf.size) for leaf in flatten_dict(params).values()) == PARAMETERS[size]
+    assert decoder.tie_word_embeddings == (name == "vl_3b")
+    for part, count in PARAMETERS.get(name, {}).items():
+        assert sum(math.prod(shape) for key, (shape, _) in got.items() if key.startswith(f"{part}.")) == count
+    text = theirs.get_text_config()
+    assert decoder.rope_theta == text.rope_parameters["rope_theta"]
+    assert decoder.rms_norm_eps == text.rms_norm_eps
+    assert decoder.head_dim == model.model.language_model.layers[0].self_attn.head_dim
+    assert decoder.max_position_embeddings == text.max_position_embeddings
 
 
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (1, 2, 4), (2, 2, 2)])

@@ -1,5 +1,7 @@
 """Records, sources, the batches made of them and their packing."""
 
+import copy
+import io
 import json
 import os
 import subprocess
@@ -17,12 +19,16 @@ from ml_collections import ConfigDict
 
 from lco_jax import LcoError, make_mesh
 from lco_jax.checkpoint import builtin
-from lco_jax.core.packing import bucket, fill_rows, place
+from lco_jax.core.packing import TokenSequence, bucket, fill_rows, place
 from lco_jax.data import pipeline
 from lco_jax.data.pipeline import Layout, local_batches, record_stream
+from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import ChatTokenizer, as_messages
-from lco_jax.data.records import Record, parse_record
-from lco_jax.data.sources import Columns, JsonlSource, ListSource, nli_source, open_source, parquet_source
+from lco_jax.data.records import Record, parse_record, side_key
+from lco_jax.data.scan import ListSource
+from lco_jax.data.sources import Columns, JsonlSource, open_source, parquet_source
+from lco_jax.data.tfds import nli_source
+from lco_jax.evaluation.retrieval import retrieval
 
 ROOT = Path(__file__).parents[1]
 LAYOUT = Layout(batch_size=8, row_length=128, max_negatives=2)
@@ -31,6 +37,11 @@ LAYOUT = Layout(batch_size=8, row_length=128, max_negatives=2)
 @pytest.fixture(scope="module")
 def tokenizer(cache):
     return ChatTokenizer(builtin.build())
+
+
+@pytest.fixture(scope="module")
+def processor(cache):
+    return Processor(builtin.build())
 
 
 def sentence(error):
@@ -65,7 +76,7 @@ def reference_side(text):
 def test_records(content, negatives):
     record = parse_record(content, "here")
     assert record == Record("a", "p", negatives, "here")
-    assert record.texts == ("a", "p", *negatives)
+    assert record.sides == ("a", "p", *negatives)
 
 
 GOOD = '{"anchor": "a", "positive": "p", "negative": "n"}'
@@ -80,9 +91,32 @@ BAD_RECORDS = {  # line -> what the message says about it
     '{"anchor": "a", "positive": {}}': "positive is empty",
     '{"anchor": "a", "positive": "p", "negativ": "n"}': "'negativ'",
     '{"anchor": {"txt": "a"}, "positive": "p"}': "'txt'",
-    '{"anchor": {"text": "a", "image_path": "x.jpg"}, "positive": "p"}': "image_path",
-    '{"anchor": "a", "positive": "p", "negative": [{"audio_path": "x.wav"}]}': "audio_path",
-    '{"anchor": "a", "positive": "p", "negative": {"video_path": "x.mp4"}}': "video_path",
+    '{"anchor": {"text": "a", "image_path": "x.jpg"}, "positive": "p"}': "anchor.image_path: there is no file",
+    '{"anchor": "a", "positive": "p", "negative": [{"audio_path": "x.wav"}]}': "negative.audio_path: there is no",
+    '{"anchor": "a", "positive": "p", "negative": {"video_path": "x.mp4"}}': "negative.video_path: there is no file",
+    '{"anchor": {"image_path": 3}, "positive": "p"}': "anchor.image_path must be a path",
+    '{"anchor": {"image_path": ["data:,", ""]}, "positive": "p"}': "anchor.image_path[1] must be a path",
+    '{"anchor": {"image_path": [["data:,"]]}, "positive": "p"}': "anchor.image_path[0] must be a path",
+    '{"anchor": {"video_path": "1.png"}, "positive": "p"}': "anchor.video_path is an image, '1.png'",
+    '{"anchor": {"video_path": ["data:,", ["1.png"], 3]}, "positive": "p"}': "there is no file",
+    '{"anchor": {"image": "data:,", "image_path": "data:,"}, "positive": "p"}': "both image and image_path",
+    '{"anchor": {"content": 3}, "positive": "p"}': "anchor.content must be",
+    '{"anchor": {"content": ["a"]}, "positive": "p"}': "anchor.content must be",
+    '{"anchor": {"content": "a", "text": "b"}, "positive": "p"}': "both content and text",
+    '{"anchor": {"content": [{"type": "text", "text": ""}]}, "positive": "p"}': "anchor is empty",
+    '{"anchor": [], "positive": "p"}': "anchor is empty",
+    '{"anchor": ["a"], "positive": "p"}': "anchor must be",
+    '{"anchor": "a", "positive": [{"type": "picture", "image": "data:,"}]}': "positive[0].type is 'picture'",
+    '{"anchor": "a", "positive": [{"type": ["image"], "image": "data:,"}]}': "positive[0].type is ['image']",
+    '{"anchor": "a", "positive": [{"type": "image", "audio": "data:,"}]}': "positive[0] has the unknown key 'audio'",
+    '{"anchor": "a", "positive": [{"type": "image"}]}': "positive[0] is a part of type 'image'; it needs",
+    '{"anchor": "a", "positive": [{"type": "image", "image": "data:,", "image_path": "data:,"}]}': "it needs",
+    '{"anchor": "a", "positive": [{"type": "text", "text": 3}]}': "positive[0].text must be a string",
+    '{"anchor": "a", "positive": [{"type": "image", "image": ""}]}': "positive[0].image must be a path",
+    '{"anchor": "a", "positive": [{"type": "video", "video": []}]}': "positive[0].video must be a path",
+    '{"anchor": "a", "positive": [{"type": "video", "video": ["data:,", 1]}]}': "positive[0].video[1] must be a path",
+    '{"anchor": "a", "positive": [{"type": "text", "text": "b"}, {"text": "c"}]}': "positive must be",
+    '{"anchor": "a", "positive": "p", "negative": ["n", {"type": "image", "url": "x"}]}': "unknown key 'url'",
     '{"anchor": 3, "positive": "p"}': "anchor must be",
     '{"anchor": null, "positive": "p"}': "anchor must be",
     '{"anchor": "a", "positive": {"text": 3}}': "positive.text",
@@ -107,7 +141,153 @@ def test_a_text_that_is_no_unicode_is_a_bad_record(tmp_path, tokenizer, anchor):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"anchor": "' + anchor + b'", "positive": "p"}\n')
     with pytest.raises(LcoError, match=r"data\.jsonl:1: "):
-        tokenizer([as_messages(text, "") for text in JsonlSource(path)[0].texts])
+        tokenizer([as_messages(text, "") for text in JsonlSource(path)[0].sides])
+
+
+def image(path):
+    return {"type": "image", "image": path}
+
+
+def video(path):
+    return {"type": "video", "video": path}
+
+
+def audio(path):
+    return {"type": "audio", "audio": path}
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+@pytest.mark.parametrize(
+    ("side", "want"),
+    [
+        ({"text": "a", "image_path": "i.png"}, (image("/r/i.png"), text("a"))),
+        ({"text": "", "image_path": "i.png", "audio_path": "", "video_path": None}, (image("/r/i.png"),)),
+        (
+            {"audio_path": "a.wav", "video_path": "v.mp4", "image_path": "i.png", "text": "t"},
+            (image("/r/i.png"), video("/r/v.mp4"), audio("/r/a.wav"), text("t")),
+        ),
+        ({"image_path": ["/abs/i.png", "sub/j.png"]}, (image("/abs/i.png"), image("/r/sub/j.png"))),
+        ({"image_path": []}, ""),
+        ({"video_path": [["1.png", "2.png"], "v.mp4"]}, (video(["/r/1.png", "/r/2.png"]), video("/r/v.mp4"))),
+        ({"video_path": ["1.png", "2.JPG"]}, (video(["/r/1.png", "/r/2.JPG"]),)),
+        ({"video_path": ["1.mp4", "2.gif"]}, (video("/r/1.mp4"), video("/r/2.gif"))),
+        ({"image": "i.png", "audio": ["a.wav"], "text": "t"}, (image("/r/i.png"), audio("/r/a.wav"), text("t"))),
+        ({"image_path": "https://host/i.png"}, (image("https://host/i.png"),)),
+        ({"audio_path": "data:audio/wav;base64,AAAA"}, (audio("data:audio/wav;base64,AAAA"),)),
+        ({"image_path": "FILE:///abs/i.png"}, (image("FILE:///abs/i.png"),)),
+        ({"content": [image("i.png"), text("t"), audio("a.wav")]}, (image("/r/i.png"), text("t"), audio("/r/a.wav"))),
+        ({"content": "only text"}, "only text"),
+        ([text("t"), {"type": "image", "image_path": "i.png"}], (text("t"), image("/r/i.png"))),
+        ([text("t"), text(""), text(" u")], "t u"),
+        ([image("i.png"), text("")], (image("/r/i.png"),)),
+        (video(["1.png", "2.png"]), (video(["/r/1.png", "/r/2.png"]),)),
+        ({"type": "image", "image": b"encoded"}, (image(b"encoded"),)),
+        ({"type": "image", "text": None, "image": "i.png", "image_path": None}, (image("/r/i.png"),)),
+    ],
+)
+def test_a_side_may_hold_media(side, want):
+    """In every spelling, on every side; text alone stays a string."""
+    if want:
+        assert parse_record({"anchor": side, "positive": side}, "here", "/r") == Record(want, want, (), "here")
+    record = parse_record({"anchor": "a", "positive": "p", "negative": side}, "here", "/r")
+    assert record.negatives == ((want,) if want else ())
+
+
+def test_negatives_are_one_side_or_several():
+    parts = [image("i.png"), text("t")]
+    for given, count in (
+        (parts, 1),
+        ([parts], 1),
+        ([parts, [image("j.png")]], 2),
+        ([parts, "n", {"image_path": "i.png"}, image("j.png")], 4),
+        ([{"text": "n"}, {"image_path": "i.png"}, ""], 2),
+    ):
+        assert len(parse_record({"anchor": "a", "positive": "p", "negative": given}, "here").negatives) == count
+
+
+def write_jsonl(path, *records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    return path
+
+
+def test_paths_start_at_the_folder_of_the_file(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "set" / "data.jsonl", {"anchor": {"image_path": "m/i.png"}, "positive": "p"})
+    for root in ("set", "elsewhere"):
+        (tmp_path / root / "m").mkdir(parents=True)
+        (tmp_path / root / "m" / "i.png").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    own, other = JsonlSource("set/data.jsonl"), JsonlSource(path, media_root="elsewhere")
+    monkeypatch.chdir("/")  # what a source gives does not depend on where the process stands
+    assert own.root == str(tmp_path / "set")
+    assert other[0].anchor == (image(str(tmp_path / "elsewhere" / "m" / "i.png")),)
+
+
+def test_a_missing_media_file_is_found_by_the_scan(tmp_path):
+    records = [{"anchor": {"image_path": f"{i}.png", "text": "a"}, "positive": "p"} for i in range(3)]
+    path = write_jsonl(tmp_path / "data.jsonl", *records)
+    for i in (0, 2):
+        (tmp_path / f"{i}.png").write_bytes(b"")
+    with pytest.raises(LcoError) as error:
+        JsonlSource(path)
+    assert f"{path}:2: anchor.image_path: there is no file {tmp_path / '1.png'}; " in sentence(error)
+    source = JsonlSource(path, on_bad="skip")
+    assert source.skipped == 1
+    assert [record.where for record in (source[0], source[1])] == [f"{path}:1", f"{path}:3"]
+    assert len(open_source("x", {"kind": "jsonl", "path": str(path), "check_media": False})) == 3
+
+
+def test_each_file_is_looked_for_once(tmp_path, monkeypatch):
+    (tmp_path / "i.png").write_bytes(b"")
+    asked = []
+    monkeypatch.setattr(os.path, "isfile", lambda path: asked.append(path) or True)
+    records = [{"anchor": {"image_path": "i.png"}, "positive": {"image_path": "https://host/i.png"}}] * 5
+    source = JsonlSource(write_jsonl(tmp_path / "data.jsonl", *records))
+    assert [source[i].where for i in range(5)]
+    assert asked == [str(tmp_path / "i.png")]
+
+
+def test_sides_that_say_the_same_have_one_key():
+    pixels = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    sides = [
+        "a",
+        (image("a"),),
+        (image("a"), text("a")),
+        (text("a"), image("a")),
+        (audio("a"),),
+        (image(b"a"),),
+        (image(pixels),),
+        (image(pixels.reshape(1, 4, 3)),),
+        (image(pixels.astype(np.int8)),),
+        (image(pixels[::-1]),),
+        (video({"array": pixels[None], "fps": 2.0}),),
+        (video({"array": pixels[None], "fps": 1.0}),),
+        (video(["a", "b"]),),
+        (video(["ab"]),),
+    ]
+    assert len({side_key(side) for side in sides}) == len(sides)
+    assert {side_key(side) for side in copy.deepcopy(sides)} == {side_key(side) for side in sides}
+    assert side_key((image(pixels[:, ::-1].copy()[:, ::-1]),)) == side_key(
+        (image(pixels),)
+    )  # memory order is no content
+
+
+@pytest.mark.parametrize("shared", ["words", (image("a.png"), text("t")), (image(np.ones((2, 2, 3), np.uint8)),)])
+def test_retrieval_takes_equal_sides_for_one(shared):
+    """x and y share what is right, z is as near to a wrong image as to its own positive."""
+    wrong = (image("wrong.png"),)
+    again = copy.deepcopy(shared)
+    records = [Record("x", shared, (wrong,), ""), Record("y", again, (again,), ""), Record("z", "another", (), "")]
+    vectors = {side_key(side): [1, 0] for side in ("x", "y", shared)} | {
+        side_key(side): [0, 1] for side in ("z", "another", wrong)
+    }
+    result = retrieval(lambda sides: np.array([vectors[side_key(side)] for side in sides]), records)
+    assert result.similarity.shape == (3, 5)
+    assert result.recall_at_1 == 2 / 3
+    assert result.mrr == (1 + 1 + 1 / 2) / 3
 
 
 def test_bad_records_can_be_skipped(tmp_path):
@@ -168,25 +348,38 @@ TRIPLETS = [
 ]
 
 
-def write_nli(data_dir, rows, name="snli", features=None):
-    """What TFDS's own `builder.download_and_prepare(file_format="array_record")` leaves, without TensorFlow."""
+CORE = "tensorflow_datasets.core.features"
+TEXT = {"pythonClassName": f"{CORE}.text_feature.Text", "text": {}}
+NUMBER = {
+    "pythonClassName": f"{CORE}.scalar.Scalar",
+    "tensor": {"shape": {}, "dtype": "int64", "encoding": "none"},
+}
+
+
+def class_label(count):
+    return {"pythonClassName": f"{CORE}.class_label_feature.ClassLabel", "classLabel": {"numClasses": str(count)}}
+
+
+def write_tfds(data_dir, name, features, rows, labels=None):
+    """What TFDS's own `builder.download_and_prepare(file_format="array_record")` leaves, without TensorFlow.
+
+    features: as in features.json. rows: feature -> what its `tf.train.Feature` holds. labels: names by feature.
+    """
     from tensorflow_datasets.proto import tf_example_pb2
 
     folder = data_dir / name / "1.1.0"
     folder.mkdir(parents=True)
-    core = "tensorflow_datasets.core.features"
-    text = {"pythonClassName": f"{core}.text_feature.Text", "text": {}}
-    label = {"pythonClassName": f"{core}.class_label_feature.ClassLabel", "classLabel": {"numClasses": "3"}}
-    features = features or {"premise": text, "hypothesis": text, "label": label}
-    content = {"pythonClassName": f"{core}.features_dict.FeaturesDict", "featuresDict": {"features": features}}
+    content = {"pythonClassName": f"{CORE}.features_dict.FeaturesDict", "featuresDict": {"features": features}}
     (folder / "features.json").write_text(json.dumps(content))
-    (folder / "label.labels.txt").write_text("\n".join(LABELS) + "\n")
+    for feature, names in (labels or {}).items():
+        (folder / f"{feature}.labels.txt").write_text("\n".join(names) + "\n")
     serialized = []
-    for premise, hypothesis, label_index in rows:
+    for row in rows:
         example = tf_example_pb2.Example()
-        example.features.feature["premise"].bytes_list.value.append(premise.encode())
-        example.features.feature["hypothesis"].bytes_list.value.append(hypothesis.encode())
-        example.features.feature["label"].int64_list.value.append(label_index)
+        for feature, value in row.items():
+            values = value if isinstance(value, list) else [value]
+            kinds = {bytes: "bytes_list", int: "int64_list", float: "float_list"}
+            getattr(example.features.feature[feature], kinds[type(values[0])]).value.extend(values)
         serialized.append(example.SerializeToString())
     writer = ArrayRecordWriter(str(folder / f"{name}-train.array_record-00000-of-00001"), "group_size:1")
     for record in serialized:
@@ -198,14 +391,15 @@ def write_nli(data_dir, rows, name="snli", features=None):
         "shardLengths": [str(len(rows))],
         "numBytes": str(sum(map(len, serialized))),
     }
-    info = {
-        "name": name,
-        "version": "1.1.0",
-        "fileFormat": "array_record",
-        "splits": [split],
-    }
+    info = {"name": name, "version": "1.1.0", "fileFormat": "array_record", "splits": [split]}
     (folder / "dataset_info.json").write_text(json.dumps(info))
     return str(data_dir)
+
+
+def write_nli(data_dir, rows, name="snli", features=None):
+    features = features or {"premise": TEXT, "hypothesis": TEXT, "label": class_label(3)}
+    rows = [{"premise": p.encode(), "hypothesis": h.encode(), "label": label} for p, h, label in rows]
+    return write_tfds(data_dir, name, features, rows, {"label": LABELS})
 
 
 @pytest.mark.parametrize("name", ["snli", "my_nli"])  # TFDS has code for the first; the second is only files
@@ -239,13 +433,9 @@ def test_tfds_errors_are_one_sentence(tmp_path):
 
 @pytest.mark.parametrize("change", ["no label", "label without names"])
 def test_a_tfds_dataset_of_another_kind_is_an_error(tmp_path, change):
-    core = "tensorflow_datasets.core.features"
-    features = {
-        name: {"pythonClassName": f"{core}.text_feature.Text", "text": {}} for name in ("premise", "hypothesis")
-    }
+    features = {"premise": TEXT, "hypothesis": TEXT}
     if change == "label without names":
-        shape = {"shape": {}, "dtype": "int64", "encoding": "none"}
-        features["label"] = {"pythonClassName": f"{core}.scalar.Scalar", "tensor": shape}
+        features["label"] = NUMBER
     with pytest.raises(LcoError) as error:
         nli_source("my_nli", data_dir=write_nli(tmp_path, SNLI, "my_nli", features))
     assert "label" in sentence(error)
@@ -260,12 +450,274 @@ def test_tfds_is_read_without_tensorflow_and_torch(tmp_path):
     (tmp_path / "decoy" / "tensorflow").mkdir(parents=True)
     (tmp_path / "decoy" / "tensorflow" / "__init__.py").write_text("")
     code = (
-        "import sys; sys.modules['torch'] = None; from lco_jax.data.sources import nli_source; "
+        "import sys; sys.modules['torch'] = None; from lco_jax.data.tfds import nli_source; "
         f"print(len(nli_source('snli', data_dir={write_nli(tmp_path, SNLI)!r})), 'tensorflow' in sys.modules)"
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'decoy'}:{ROOT}"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == f"{len(TRIPLETS)} False\n", done.stderr
+
+
+# ---- TFDS with media
+
+WORDS = ("sports_car", "dog")
+
+
+def png(pixels):
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "png")
+    return out.getvalue()
+
+
+def shape(*sizes):
+    return {"dimensions": [str(size) for size in sizes]}  # -1: any
+
+
+IMAGE = {"pythonClassName": f"{CORE}.image_feature.Image", "image": {"dtype": "uint8", "shape": shape(4, 5, 3)}}
+AUDIO = {
+    "pythonClassName": f"{CORE}.audio_feature.Audio",
+    "audio": {"dtype": "int64", "shape": shape(-1), "fileFormat": "wav", "encoding": "none", "sampleRate": "8000"},
+}
+VIDEO = {
+    "pythonClassName": f"{CORE}.video_feature.Video",
+    "video": {"dtype": "uint8", "shape": shape(-1, 4, 5, 3), "encodingFormat": "png"},
+}
+
+
+def captioned(data_dir, features, rows, name="my_set", **spec):
+    """The source of a set that is written for it, with a class label of two words and a text in every row."""
+    features = {**features, "label": class_label(2), "colour": TEXT, "count": NUMBER}
+    rows = [{"label": i % 2, "colour": b"gr\xc3\xbcn", "count": 3 + i, **row} for i, row in enumerate(rows)]
+    folder = write_tfds(data_dir, name, features, rows, {"label": WORDS})
+    return open_source("mine", {"kind": "tfds", "name": name, "data_dir": folder, "caption": "a {label}", **spec})
+
+
+def pictures(count):
+    return np.random.default_rng(0).integers(0, 256, (count, 4, 5, 3), dtype=np.uint8)
+
+
+def test_tfds_images_become_pairs(tmp_path):
+    """The image as it is stored: nothing of it is decoded here."""
+    stored = [png(pixels) for pixels in pictures(2)] + [b"no image at all"]
+    source = captioned(tmp_path, {"image": IMAGE}, [{"image": x} for x in stored], caption="{count} {colour} {label}s")
+    assert (len(source), source.max_negatives, source.skipped) == (3, 0, 0)
+    captions = ["3 grün sports cars", "4 grün dogs", "5 grün sports cars"]
+    where = [f"tfds:my_set/train, row {i}" for i in range(3)]
+    wanted = [Record((image(x),), c, (), w) for x, c, w in zip(stored, captions, where, strict=True)]
+    assert [source[i] for i in (2, 0, 1)] == [wanted[i] for i in (2, 0, 1)]
+
+
+def test_tfds_captions_can_be_the_anchor_and_words_be_replaced(tmp_path):
+    rows = [{"image": png(pixels)} for pixels in pictures(2)]
+    values = {"label": {"sports car": "Ferrari", "dog": "poodle"}, "count": {3: "three", "4": "four"}}
+    source = captioned(tmp_path, {"image": IMAGE}, rows, caption="{count} {label}", values=values, reverse=True)
+    assert [source[i].anchor for i in range(2)] == ["three Ferrari", "four poodle"]
+    assert source[1].positive == (image(rows[1]["image"]),)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored", "want"),
+    [
+        ("int64", [0, 16384, -32768], [0, 0.5, -1]),
+        ("int16", [0, 16384, -32768], [0, 0.5, -1]),
+        ("int64", [0, 2**30, -(2**31)], [0, 0.5, -1]),
+        ("float32", [0.0, 0.5, -1.0], [0, 0.5, -1]),
+    ],
+)
+def test_tfds_audio_becomes_pairs(tmp_path, dtype, stored, want):
+    """TFDS builds its Audio with TensorFlow, which is not here."""
+    feature = {**AUDIO, "audio": {**AUDIO["audio"], "dtype": dtype}}
+    source = captioned(tmp_path, {"speech": feature}, [{"speech": stored}, {"speech": stored[:2]}])
+    for index, length in ((0, 3), (1, 2)):
+        (part,) = source[index].anchor
+        assert part["type"] == "audio"
+        assert part["audio"]["sampling_rate"] == 8000
+        assert part["audio"]["array"].dtype == np.float32
+        assert part["audio"]["array"].tolist() == want[:length]
+    assert source[1].positive == "a dog"
+
+
+def test_tfds_audio_of_two_channels_and_another_rate(tmp_path):
+    feature = {**AUDIO, "audio": {**AUDIO["audio"], "shape": shape(-1, 2)}}
+    rows = [{"speech": [0, 16384, 32767, -32767, -8192, -8192]}]
+    source = captioned(tmp_path, {"speech": feature}, rows, sampling_rate=16000)
+    assert source[0].anchor[0]["audio"]["array"].tolist() == [0.25, 0, -0.25]
+    assert source[0].anchor[0]["audio"]["sampling_rate"] == 16000
+
+
+def test_tfds_audio_may_be_stored_as_its_file(tmp_path):
+    feature = {**AUDIO, "audio": {**AUDIO["audio"], "lazyDecode": True}}
+    source = captioned(tmp_path, {"speech": feature}, [{"speech": b"RIFF..."}])
+    assert source[0].anchor == (audio(b"RIFF..."),)
+
+
+@pytest.mark.parametrize("fps", [None, 2.5])
+def test_tfds_video_becomes_pairs(tmp_path, fps):
+    frames = pictures(5)
+    rows = [{"clip": [png(pixels) for pixels in frames[:3]]}, {"clip": [png(pixels) for pixels in frames[3:]]}]
+    source = captioned(tmp_path, {"clip": VIDEO}, rows, fps=fps)
+    for index, want in ((0, frames[:3]), (1, frames[3:])):
+        (part,) = source[index].anchor
+        assert part["type"] == "video"
+        assert part["video"].get("fps") == fps
+        assert part["video"]["array"].dtype == np.uint8
+        assert np.array_equal(part["video"]["array"], want)
+
+
+def test_tfds_of_several_media_takes_the_one_that_is_named(tmp_path):
+    rows = [{"image": png(pictures(1)[0]), "mask": b"not this", "speech": [0]}]
+    features = {"image": IMAGE, "mask": IMAGE, "speech": AUDIO}
+    source = captioned(tmp_path / "a", features, rows, feature="image")
+    assert source[0].anchor == (image(rows[0]["image"]),)
+    assert captioned(tmp_path / "b", features, rows, feature="speech")[0].anchor[0]["type"] == "audio"
+
+
+DEPTH = {**IMAGE, "image": {"dtype": "float32", "shape": shape(4, 5, 1)}}
+SILENT = {**AUDIO, "audio": {**AUDIO["audio"], "sampleRate": "0"}}
+BAD_CAPTIONED = {  # case -> features, spec, what the message says
+    "no field": ({"image": IMAGE}, {"caption": "a {lable}"}, ("'lable'", "colour, count, label")),
+    "media as a field": ({"image": IMAGE}, {"caption": "a {image}"}, ("'image'", "colour, count, label")),
+    "no template": ({"image": IMAGE}, {"caption": "a {label"}, ("'a {label'",)),
+    "a number for a template": ({"image": IMAGE}, {"caption": 3}, ("caption 3",)),
+    "a position for a field": ({"image": IMAGE}, {"caption": "a {}"}, ("''", "colour, count, label")),
+    "a wrong format": ({"image": IMAGE}, {"caption": "{label:d}"}, ("row 0", "'{label:d}'")),
+    "a wrong item": ({"image": IMAGE}, {"caption": "{colour[x]}"}, ("row 0", "'{colour[x]}'")),
+    "an empty caption": ({"image": IMAGE}, {"caption": " "}, ("row 0", "caption is empty")),
+    "values of no field": ({"image": IMAGE}, {"values": {"lable": {}}}, ("'lable'",)),
+    "values that lack one": ({"image": IMAGE}, {"values": {"label": {"dog": "cat"}}}, ("row 0", "'sports car'")),
+    "values of no mapping": ({"image": IMAGE}, {"values": {"label": "cat"}}, ("values.label", "'cat'")),
+    "values that are no mapping": ({"image": IMAGE}, {"values": "cat"}, ("config.data.sources.mine.values", "'cat'")),
+    "no media": ({}, {}, ("no feature of images, audio or video", "colour, count, label")),
+    "several": ({"image": IMAGE, "mask": IMAGE}, {}, ("several", "image, mask")),
+    "no such feature": ({"image": IMAGE, "mask": IMAGE}, {"feature": "imag"}, ("'imag'", "image, mask")),
+    "a feature of no media": ({"image": IMAGE}, {"feature": "label"}, ("'label'", "image")),
+    "no sampling rate": ({"speech": SILENT}, {}, ("'speech'", "sampling_rate")),
+    "a sampling rate of none": ({"speech": SILENT}, {"sampling_rate": -1}, ("sampling_rate", "-1")),
+    "a sampling rate of images": ({"image": IMAGE}, {"sampling_rate": 8000}, ("sampling_rate", "'image'")),
+    "frames of images": ({"image": IMAGE}, {"fps": 2}, ("fps", "'image'")),
+    "images of floats": ({"image": DEPTH}, {}, ("float32", "'image'")),
+    "an unknown argument": ({"image": IMAGE}, {"captoin": "a"}, ("config.data.sources.mine", "'captoin'")),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CAPTIONED)
+def test_a_wrong_source_of_captions_is_an_error(tmp_path, case):
+    features, spec, named = BAD_CAPTIONED[case]
+    rows = [{key: [0] if key == "speech" else b"" for key in features}]
+    with pytest.raises(LcoError) as error:
+        captioned(tmp_path, features, rows, **spec)
+    assert all(part in sentence(error) for part in named)
+    assert "my_set" in str(error.value) or "config.data.sources.mine" in str(error.value)
+
+
+def test_tfds_rows_that_cannot_be_used_are_named(tmp_path):
+    """Nothing but the first row is read when the source is opened."""
+    images = [{"image": b"x"}] * 4
+    rows = [{}, {"label": -1}, {"colour": b"\xff"}, {"count": 0, "colour": b"red"}]
+    source = captioned(
+        tmp_path,
+        {"image": IMAGE},
+        [x | y for x, y in zip(images, rows, strict=True)] + [{}],
+        caption="{label} {colour}",
+    )
+    for index, named in ((1, "has no label"), (2, "cannot be read"), (4, "it has no image")):
+        with pytest.raises(LcoError) as error:
+            source[index]
+        assert f"tfds:my_set/train, row {index}" in sentence(error)
+        assert named in str(error.value)
+
+
+def test_tfds_of_neither_kind_asks_for_a_caption(tmp_path):
+    with pytest.raises(LcoError) as error:
+        captioned(tmp_path, {"image": IMAGE}, [{"image": b""}], caption=None)
+    assert "its features: colour, count, image, label" in sentence(error)
+    assert "give a caption" in str(error.value)
+
+
+# ---- files
+
+
+def spoken(folder, *names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes(b"")
+    return folder
+
+
+def test_files_become_pairs_by_their_names(tmp_path):
+    folder = spoken(tmp_path / "fsdd", "7_theo_0.wav", "0_ann_12.WAV", "notes.txt")
+    spec = {
+        "kind": "files",
+        "glob": f"{folder}/*_*_*",
+        "pattern": r"(?P<digit>\d)_(?P<speaker>\w+)_\d+\.(?i:wav)",
+        "caption": "the spoken digit {digit}",
+        "values": {"digit": {"7": "seven", "0": "zero"}},
+    }
+    wanted = [
+        Record((audio(str(folder / name)),), f"the spoken digit {digit}", (), str(folder / name))
+        for name, digit in (("0_ann_12.WAV", "zero"), ("7_theo_0.wav", "seven"))
+    ]
+    for given in (spec, ConfigDict({**spec, "weight": 2.0})):
+        source = open_source("digits", given)
+        assert [source[i] for i in range(len(source))] == wanted
+        assert (source.skipped, source.max_negatives) == (0, 0)
+    reverse = open_source("digits", {**spec, "reverse": True})
+    assert (reverse[1].anchor, reverse[1].positive) == (wanted[1].positive, wanted[1].anchor)
+
+
+def test_folders_can_be_part_of_the_pattern(tmp_path):
+    spoken(tmp_path / "train" / "cat", "1.jpg", "2.png")
+    spoken(tmp_path / "train" / "sea lion", "1.mp4")
+    source = open_source(
+        "x", {"kind": "files", "glob": f"{tmp_path}/**", "pattern": "(?P<name>[^/]+)/[^/]+", "caption": "a {name}"}
+    )
+    assert [record.positive for record in map(source.__getitem__, range(3))] == ["a cat", "a cat", "a sea lion"]
+    assert [record.anchor[0]["type"] for record in map(source.__getitem__, range(3))] == ["image", "image", "video"]
+
+
+def test_files_that_do_not_fit_are_named_or_skipped(tmp_path):
+    names = ("1_a.wav", "10_a.wav", "2_a.txt", "3_a.wav", "x.wav")
+    spec = {
+        "kind": "files",
+        "glob": f"{spoken(tmp_path / 'x', *names)}/*",
+        "pattern": r"(?P<digit>\d)_\w+\.\w+",  # the tail of 10_a.wav must not pass for a 0
+        "caption": "{digit}",
+        "values": {"digit": {"1": "one", "2": "two"}},
+    }
+    bad = {"10_a.wav": "does not match", "2_a.txt": "no image, video or audio", "3_a.wav": "'3'", "x.wav": "does not"}
+    for name, named in bad.items():
+        with pytest.raises(LcoError) as error:
+            open_source("x", {**spec, "glob": f"{tmp_path}/x/{name}"})
+        assert str(tmp_path / "x" / name) in sentence(error)
+        assert named in str(error.value)
+    source = open_source("x", spec, "skip")
+    assert (len(source), source.skipped) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"glob": "no/such/*.wav"}, "no/such/*.wav holds no usable record"),
+        ({"pattern": "(?P<digit"}, "'(?P<digit'"),
+        ({"pattern": r"\d\.wav"}, "no field 'digit' for its caption; those there are: none"),
+        ({"caption": "{digt}"}, "no field 'digt' for its caption; those there are: digit"),
+        ({"values": {"digt": {}}}, "'digt'"),
+        ({"patern": "x"}, "'patern'"),
+        ({"caption": None}, "'caption'"),
+    ],
+)
+def test_a_wrong_source_of_files_is_named(tmp_path, change, named):
+    spec = {
+        "kind": "files",
+        "glob": f"{spoken(tmp_path, '1.wav')}/*",
+        "pattern": r"(?P<digit>\d)\.wav",
+        "caption": "{digit}",
+    }
+    with pytest.raises(LcoError) as error:
+        open_source("x", {**spec, **change})
+    assert named in sentence(error)
 
 
 # ---- parquet
@@ -280,7 +732,7 @@ def write_table(path, **columns):
 def test_parquet_file(tmp_path):
     path = write_table(tmp_path / "x.parquet", anchor=["a", "b"], positive=["p", "q"], negative=["n", None])
     source = open_source("x", {"kind": "parquet", "path": path})
-    assert [record.texts for record in source] == [("a", "p", "n"), ("b", "q")]
+    assert [record.sides for record in source] == [("a", "p", "n"), ("b", "q")]
     assert source.max_negatives == 1
     assert source[1].where == f"{path}, row 1"
 
@@ -305,12 +757,48 @@ def test_parquet_columns_can_be_renamed_and_hold_lists(tmp_path):
         ConfigDict({"kind": "parquet", "path": path, "columns": columns, "weight": 2.0}),
     ):
         source = open_source("x", spec)
-        assert [record.texts for record in source] == [("a", "p", "n1", "n2", "n3", "e"), ("b", "q", "f")]
+        assert [record.sides for record in source] == [("a", "p", "n1", "n2", "n3", "e"), ("b", "q", "f")]
         assert source.max_negatives == 4
     one = open_source("x", {"kind": "parquet", "path": path, "columns": {**columns, "negatives": "hard"}})
     assert one[0].negatives == ("n1", "n2", "n3")
     none = open_source("x", {"kind": "parquet", "path": path, "columns": {**columns, "negatives": []}})
     assert none.max_negatives == 0
+
+
+def test_parquet_columns_may_hold_sides_of_media(tmp_path):
+    """Structs and lists of structs, spelt as in jsonl, and so with None wherever a row has nothing."""
+    spoken(tmp_path / "media", "i.png", "j.png", "k.png")
+    path = write_table(
+        tmp_path / "x.parquet",
+        anchor=[{"text": "a", "image_path": "i.png"}, {"text": "b", "image_path": None}],
+        positive=[[image("j.png"), text("p")], [text("q")]],
+        negative=[[{"image_path": ["k.png"]}], None],
+    )
+    source = open_source("x", {"kind": "parquet", "path": path, "media_root": str(tmp_path / "media")})
+    i, j, k = (image(str(tmp_path / "media" / f"{name}.png")) for name in "ijk")
+    assert [record.sides for record in source] == [((i, text("a")), (j, text("p")), (k,)), ("b", "q")]
+    with pytest.raises(LcoError) as error:
+        open_source("x", {"kind": "parquet", "path": path})
+    assert f"{path}, row 0: anchor.image_path: there is no file {tmp_path / 'i.png'}" in sentence(error)
+    assert len(open_source("x", {"kind": "parquet", "path": path, "check_media": False})) == 2
+
+
+def test_parquet_columns_may_hold_encoded_media(tmp_path):
+    path = write_table(
+        tmp_path / "x.parquet",
+        picture=[{"bytes": b"encoded", "path": "i.png"}, {"bytes": None, "path": "i.png"}],
+        caption=["p", "q"],
+        sounds=[[b"one", b"two"], None],
+    )
+    spoken(tmp_path, "i.png")
+    columns = {"anchor": "picture", "positive": "caption", "negatives": "sounds"}
+    kinds = {"picture": "image", "sounds": "audio"}
+    source = open_source("x", {"kind": "parquet", "path": path, "columns": {**columns, "kinds": kinds}})
+    assert source[0].sides == ((image(b"encoded"),), "p", (audio(b"one"),), (audio(b"two"),))
+    assert source[1].sides == ((image(str(tmp_path / "i.png")),), "q")
+    for wrong, named in (({"pictur": "image"}, "'pictur'"), ({"picture": "jpeg"}, "'jpeg'")):
+        with pytest.raises(LcoError, match=named):
+            open_source("x", {"kind": "parquet", "path": path, "columns": {**columns, "kinds": wrong}})
 
 
 def test_parquet_with_a_missing_column_is_an_error(tmp_path):
@@ -367,7 +855,9 @@ def test_parquet_that_is_nowhere_is_an_error(tmp_path):
         ({"kind": "jsonl", "pth": "x"}, "'pth'"),
         ({"kind": "jsonl"}, "'path'"),
         ({"kind": "jsonl", "path": "x", "columns": {"anchor": "y"}}, "'columns'"),
+        ({"kind": "jsonl", "path": "x", "media": "y"}, "'media'"),
         ({"kind": "tfds", "path": "x"}, "'path'"),
+        ({"kind": "tfds", "name": "x", "feature": "image"}, "'feature'"),
         ({"kind": "parquet", "path": "x", "columns": {"anchr": "y"}}, "'anchr'"),
         ({"kind": "parquet", "path": "x", "columns": "anchor"}, "columns"),
         ("x.jsonl", "kind"),
@@ -462,9 +952,9 @@ def by_sequence(local):
     """{(record, side): token ids}; each pair must occur once."""
     sequences = {
         (int(record), int(side)): ids.tolist()
-        for record, side, ids in zip(local.record, local.side, local.tokens, strict=True)
+        for record, side, ids in zip(local.record, local.side, [one.input_ids for one in local.inputs], strict=True)
     }
-    assert len(sequences) == len(local.tokens)
+    assert len(sequences) == len([one.input_ids for one in local.inputs])
     return sequences
 
 
@@ -472,62 +962,65 @@ def dropout_keys(local):
     """{(record, side): the dropout key of every token}, as `global_batch` sets them."""
     place_ = local.placement
     identity = local.record * pipeline.MAX_SIDES + local.side
-    rows = fill_rows(local.tokens, identity, place_, place_.num_rows, LAYOUT.row_length, place_.num_slots)
+    sequences = [TokenSequence(one.input_ids, one.position_ids) for one in local.inputs]
+    rows = fill_rows(sequences, identity, place_, place_.num_rows, LAYOUT.row_length, place_.num_slots)
     keys = {}
     for record, side, ids, row, start in zip(
-        local.record, local.side, local.tokens, place_.row, place_.start, strict=True
+        local.record, local.side, [one.input_ids for one in local.inputs], place_.row, place_.start, strict=True
     ):
         keys[int(record), int(side)] = rows.token_keys[row, start : start + len(ids)].tolist()
     return keys
 
 
-def process_batches(monkeypatch, tokenizer, processes, me, seed=0):
+def process_batches(monkeypatch, processor, processes, me, seed=0):
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     monkeypatch.setattr(jax, "process_index", lambda: me)
-    return local_batches(record_stream({"a": numbered(21, negatives=2)}, {"a": 1.0}, seed), LAYOUT, tokenizer, None)
+    return local_batches(record_stream({"a": numbered(21, negatives=2)}, {"a": 1.0}, seed), LAYOUT, processor, None)
 
 
-def test_a_batch_holds_every_text_of_its_records(monkeypatch, tokenizer):
+def test_a_batch_holds_every_text_of_its_records(monkeypatch, processor):
     stream = record_stream({"a": numbered(21, negatives=2)}, {"a": 1.0}, 0)
-    for k, local in enumerate(take(process_batches(monkeypatch, tokenizer, 1, 0), 4)):
+    for k, local in enumerate(take(process_batches(monkeypatch, processor, 1, 0), 4)):
         records = [stream[i] for i in range(8 * k, 8 * k + 8)]
         want = {
-            (i, j): tokenizer([as_messages(text, "")])[0].tolist()
+            (i, j): processor.tokenizer([as_messages(text, "")])[0].tolist()
             for i, record in enumerate(records)
-            for j, text in enumerate(record.texts)
+            for j, text in enumerate(record.sides)
         }
         assert by_sequence(local) == want
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_share_the_batch_that_one_would_read(monkeypatch, tokenizer, processes):
-    whole = take(process_batches(monkeypatch, tokenizer, 1, 0), 6)
-    shares = [take(process_batches(monkeypatch, tokenizer, processes, me), 6) for me in range(processes)]
+def test_processes_share_the_batch_that_one_would_read(monkeypatch, processor, processes):
+    whole = take(process_batches(monkeypatch, processor, 1, 0), 6)
+    shares = [take(process_batches(monkeypatch, processor, processes, me), 6) for me in range(processes)]
     for k, local in enumerate(whole):
         for view in (by_sequence, dropout_keys):
             parts = [view(share[k]) for share in shares]
             assert sum(len(part) for part in parts) == len(view(local))
             assert {key: value for part in parts for key, value in part.items()} == view(local)
-        assert len({tuple(keys) for keys in dropout_keys(local).values()}) == len(local.tokens)
+        assert len({tuple(keys) for keys in dropout_keys(local).values()}) == len(
+            [one.input_ids for one in local.inputs]
+        )
 
 
-def test_the_batch_must_divide_by_the_processes(monkeypatch, tokenizer):
+def test_the_batch_must_divide_by_the_processes(monkeypatch, processor):
     with pytest.raises(LcoError, match="8 does not divide by the 3 processes"):
-        process_batches(monkeypatch, tokenizer, 3, 0)
+        process_batches(monkeypatch, processor, 3, 0)
 
 
-def test_the_stream_resumes_where_it_stood(monkeypatch, tokenizer):
+def test_the_stream_resumes_where_it_stood(monkeypatch, processor):
     """Also in another number of processes, and through the JSON that the checkpoint stores."""
-    want = [by_sequence(local) for local in take(process_batches(monkeypatch, tokenizer, 1, 0), 9)]
+    want = [by_sequence(local) for local in take(process_batches(monkeypatch, processor, 1, 0), 9)]
     for stop in (0, 1, 4):
-        iterator = process_batches(monkeypatch, tokenizer, 1, 0)
+        iterator = process_batches(monkeypatch, processor, 1, 0)
         take(iterator, stop)
         state = json.loads(json.dumps(iterator.get_state()))
-        again = process_batches(monkeypatch, tokenizer, 1, 0)
+        again = process_batches(monkeypatch, processor, 1, 0)
         take(again, 2)  # whatever was read before does not matter
         again.set_state(state)
         assert [by_sequence(local) for local in take(again, 9 - stop)] == want[stop:]
-        halves = [process_batches(monkeypatch, tokenizer, 2, me) for me in range(2)]
+        halves = [process_batches(monkeypatch, processor, 2, me) for me in range(2)]
         for half in halves:
             half.set_state(state)
         assert [by_sequence(x) | by_sequence(y) for x, y in zip(*(take(h, 3) for h in halves), strict=True)] == want[
@@ -535,39 +1028,39 @@ def test_the_stream_resumes_where_it_stood(monkeypatch, tokenizer):
         ]
 
 
-def test_max_negatives_limits_what_is_read(tokenizer):
+def test_max_negatives_limits_what_is_read(processor):
     source = numbered(9, negatives=3)
     for most in (0, 1, 3):
         layout = Layout(batch_size=9, row_length=128, max_negatives=most)
-        local = next(local_batches(record_stream({"a": source}, {"a": 1.0}, 0), layout, tokenizer, None))
+        local = next(local_batches(record_stream({"a": source}, {"a": 1.0}, 0), layout, processor, None))
         assert np.bincount(local.side).tolist() == [9, 9] + [6] * most
 
 
-def test_texts_are_cut_before_the_template(tokenizer):
+def test_texts_are_cut_before_the_template(processor):
     record = Record("a long anchor with many more words than five in it", "short", (), "mem:0")
     layout = Layout(batch_size=1, row_length=128, max_negatives=0)
-    local = next(local_batches(record_stream({"a": ListSource([record])}, {"a": 1.0}, 0), layout, tokenizer, 5))
-    first_five = tokenizer.tokenizer.decode(tokenizer.tokenizer(record.anchor).input_ids[:5])
-    want = tokenizer([as_messages(first_five, ""), as_messages("short", "")])
-    assert [ids.tolist() for ids in local.tokens] == [ids.tolist() for ids in want]
+    local = next(local_batches(record_stream({"a": ListSource([record])}, {"a": 1.0}, 0), layout, processor, 5))
+    first_five = processor.tokenizer.tokenizer.decode(processor.tokenizer.tokenizer(record.anchor).input_ids[:5])
+    want = processor.tokenizer([as_messages(first_five, ""), as_messages("short", "")])
+    assert [ids.tolist() for ids in [one.input_ids for one in local.inputs]] == [ids.tolist() for ids in want]
 
 
 @pytest.mark.parametrize("words", [200, 40_000])  # beyond the row; beyond the model's context as well
-def test_a_text_that_fits_no_row_is_named(tokenizer, words):
+def test_a_text_that_fits_no_row_is_named(processor, words):
     records = list(numbered(8))
     records[5] = Record("a", "b", ("word " * words,), "corpus.jsonl:17")
-    iterator = local_batches(record_stream({"a": ListSource(records)}, {"a": 1.0}, 0), LAYOUT, tokenizer, None)
+    iterator = local_batches(record_stream({"a": ListSource(records)}, {"a": 1.0}, 0), LAYOUT, processor, None)
     with pytest.raises(LcoError) as error:
         next(iterator)
     assert "corpus.jsonl:17" in sentence(error)
 
 
 @pytest.mark.parametrize(("mesh", "chunk_rows"), [((1, 1, 1), 0), ((2, 2, 2), 0), ((4, 2, 1), 1), ((1, 1, 1), 2)])
-def test_a_global_batch_holds_every_sequence_where_it_says(tokenizer, mesh, chunk_rows):
+def test_a_global_batch_holds_every_sequence_where_it_says(processor, mesh, chunk_rows):
     layout = Layout(batch_size=12, row_length=128, max_negatives=2, chunk_rows=chunk_rows)
-    local = next(local_batches(record_stream({"a": numbered(40, negatives=2)}, {"a": 1.0}, 0), layout, tokenizer, None))
+    local = next(local_batches(record_stream({"a": numbered(40, negatives=2)}, {"a": 1.0}, 0), layout, processor, None))
     mesh = make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
-    batch = pipeline.global_batch(local, layout, mesh)
+    batch = pipeline.global_batch(local, layout, processor.rows, mesh)
     rows, want = batch.rows.map(np.asarray), by_sequence(local)
     slots = rows.last_tokens.shape[-1]
     if chunk_rows:
@@ -581,7 +1074,7 @@ def test_a_global_batch_holds_every_sequence_where_it_says(tokenizer, mesh, chun
             assert rows.input_ids[chunk, row][mine].tolist() == want[record, side]
             assert rows.last_tokens[chunk, row, slot] == np.flatnonzero(mine)[-1]
             assert rows.position_ids[chunk, row][mine].T.tolist() == [list(range(mine.sum()))] * 3
-    assert (rows.segment_ids > 0).sum() == sum(map(len, local.tokens))
+    assert (rows.segment_ids > 0).sum() == sum(map(len, [one.input_ids for one in local.inputs]))
 
 
 # ---- the cut

@@ -44,7 +44,7 @@ def test_normalize_is_a_choice(embedder):
 def test_prompt_and_cut(embedder):
     assert np.abs(embedder.encode("a dog", prompt="\nIn one word:") - embedder.encode("a dog")).max() > 1e-3
     long = "one two three four five six"
-    cut = embedder.tokenizer.cut(long, 3)
+    cut = embedder.processor.tokenizer.cut(long, 3)
     assert cut != long
     np.testing.assert_array_equal(embedder.encode(long, max_length=3), embedder.encode(cut))
     np.testing.assert_array_equal(embedder.encode({"text": long}, max_length=3), embedder.encode(cut))
@@ -54,9 +54,12 @@ def test_prompt_and_cut(embedder):
     ("inputs", "says"),
     [
         ([1], "input 0 is int"),
-        (["a", {"image": "cat.png"}], "input 1 has 'image'"),
+        (["a", {"image": "cat.png"}], "input 1: image cat.png does not exist"),
+        (["a", {"audio": {"array": np.zeros(16000), "sampling_rate": 16000}}], "input 1 has audio"),
+        (["no-such-cat.png"], "input 0: no-such-cat.png looks like a media file"),
         ([{}], "input 0 is dict"),
-        ([[{"role": "user", "content": [{"type": "image", "image": "x"}]}]], "part of type 'image'"),
+        ([[{"role": "user", "content": [{"type": "image", "image": "x"}]}]], "input 0: image x does not exist"),
+        ([[{"role": "user", "content": [{"type": "smell", "smell": "x"}]}]], "input 0: a message part is dict"),
         (["x " * 40000], "input 0: .* tokens .* the model takes 32768"),
     ],
 )
@@ -86,7 +89,7 @@ def test_batch_size_must_be_positive(embedder):
 
 def test_few_compilations_for_many_lengths(embedder):
     """Static shapes: a thousand texts of every length compile a handful of programs."""
-    before = embedder._pool._cache_size()
+    before = len(embedder.decoder_shapes)
     rng = np.random.default_rng(0)
     embedder.encode(["word " * int(n) for n in rng.integers(1, 150, 400)], batch_size=32)
-    assert embedder._pool._cache_size() - before <= 8
+    assert len(embedder.decoder_shapes) - before <= 8

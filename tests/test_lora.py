@@ -12,6 +12,7 @@ from lco_jax.checkpoint.peft import read_peft, write_peft
 from lco_jax.core import lora
 from lco_jax.core.sharding import make_mesh
 from lco_jax.core.weights import LoraWeight, dot, dropout
+from lco_jax.models.model import Model
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +54,9 @@ def test_adapter_equals_merged(cases, model, tmp_path):
     adapters = random_adapters(params, config)
     mesh = make_mesh(devices=jax.devices()[:1])
     base = OmniEmbedder.from_pretrained(cases["vl"].path, mesh=mesh)
-    attached = OmniEmbedder(decoder, lora.attach(params, adapters, config), base.tokenizer, base.mesh)
-    merged = OmniEmbedder(decoder, lora.merge(params, adapters, config), base.tokenizer, base.mesh)
+    one = Model(decoder, {})
+    attached = OmniEmbedder(one, {"decoder": lora.attach(params, adapters, config)}, base.processor, base.mesh)
+    merged = OmniEmbedder(one, {"decoder": lora.merge(params, adapters, config)}, base.processor, base.mesh)
     write_peft(tmp_path / "adapter", adapters, config, "base")
     loaded = OmniEmbedder.from_pretrained(cases["vl"].path, adapter=tmp_path / "adapter", mesh=mesh)
     want = attached.encode(reference.TEXTS)

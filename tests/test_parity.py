@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from lco_jax import OmniEmbedder, make_mesh
-from lco_jax.core.packing import fill_rows, place
+from lco_jax.core.packing import TokenSequence, fill_rows, place
 from lco_jax.models.decoder import embed_rows
 from lco_jax.models.layers import apply_rotary, rotary_angles
 
@@ -69,8 +69,10 @@ def test_a_segment_does_not_see_its_neighbours(cases):
     assert placement.num_rows < len(sequences)
 
     def run(sequences):
-        rows = fill_rows(sequences, range(5), placement, placement.num_rows, 64, placement.num_slots)
-        return np.asarray(embed_rows(embedder.decoder, embedder.params, rows))[placement.row, placement.slot]
+        packed = map(TokenSequence.text, sequences)
+        rows = fill_rows(packed, range(5), placement, placement.num_rows, 64, placement.num_slots)
+        vectors = embed_rows(embedder.model.decoder, embedder.params["decoder"], rows)
+        return np.asarray(vectors)[placement.row, placement.slot]
 
     before = run(sequences)
     for changed in range(5):

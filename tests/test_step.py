@@ -11,10 +11,11 @@ import torch
 from safetensors.numpy import load_file
 
 from lco_jax import make_mesh
-from lco_jax.checkpoint.hf import abstract_params, load_decoder, open_checkpoint
+from lco_jax.checkpoint.hf import abstract_params, load_model, open_checkpoint
 from lco_jax.checkpoint.peft import write_peft
 from lco_jax.core import lora
 from lco_jax.data import pipeline
+from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import ChatTokenizer
 from lco_jax.data.records import Record
 from lco_jax.data.sources import JsonlSource
@@ -42,21 +43,21 @@ def run(
     """Train from `path`; returns (losses, adapters, metrics of the last step)."""
     mesh = make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
     checkpoint = open_checkpoint(path)
-    decoder, params = load_decoder(checkpoint, mesh)
+    model, params = load_model(checkpoint, mesh, towers=())
     config = lora.LoraConfig(rank=8, alpha=16, dropout=dropout)
     if adapters is None:
-        adapters = lora.init(jax.random.key(0), params, config)
+        adapters = lora.init(jax.random.key(0), params["decoder"], config)
     tx = make_optimizer(OptimizerConfig(learning_rate=4e-4, warmup_steps=5), STEPS)
     layout = pipeline.Layout(batch, 128, negatives, chunk_rows)
-    tokenizer = ChatTokenizer(checkpoint.folder)
+    processor = Processor(checkpoint.folder)
     losses, metrics = [], {}
     with jax.set_mesh(mesh):
         state = begin(adapters, tx, mesh)
-        step = make_train_step(decoder, tx, config, TEMPERATURE, 0, mesh, state_shardings(adapters, tx, mesh))
+        step = make_train_step(model, tx, config, TEMPERATURE, 0, mesh, state_shardings(adapters, tx, mesh))
         for i in range(steps):
             chosen = [records[(i * batch + j) % len(records)] for j in range(batch)]
-            local = pipeline._prepare(chosen, layout, tokenizer, None, 1, 0)
-            state, metrics = step(state, params, pipeline.global_batch(local, layout, mesh))
+            local = pipeline._prepare(chosen, layout, processor, None, 1, 0)
+            state, metrics = step(state, params, pipeline.global_batch(local, layout, processor.rows, mesh))
             losses.append(float(metrics["loss"]))
     return np.array(losses), jax.device_get(state["adapters"]), jax.device_get(metrics)
 
@@ -184,17 +185,18 @@ def test_info_nce_equals_torch():
 
 def test_a_step_that_is_not_finite_changes_nothing(cases, records):
     mesh = make_mesh(devices=jax.devices()[:1])
-    decoder, params = load_decoder(open_checkpoint(cases["vl"].path), mesh)
+    model, params = load_model(open_checkpoint(cases["vl"].path), mesh, towers=())
+    processor = Processor(cases["vl"].path)
     config = lora.LoraConfig(rank=4, alpha=8)
-    adapters = lora.init(jax.random.key(0), params, config)
+    adapters = lora.init(jax.random.key(0), params["decoder"], config)
     tx = make_optimizer(OptimizerConfig(schedule="constant"), 10)
     layout = pipeline.Layout(4, 128, 1)
-    local = pipeline._prepare(records[:4], layout, ChatTokenizer(cases["vl"].path), None, 1, 0)
+    local = pipeline._prepare(records[:4], layout, processor, None, 1, 0)
     broken = jax.tree.map(lambda x: x, params)
-    broken["norm"]["weight"] = params["norm"]["weight"].at[0].set(jnp.nan)
+    broken["decoder"]["norm"]["weight"] = params["decoder"]["norm"]["weight"].at[0].set(jnp.nan)
     with jax.set_mesh(mesh):
-        batch = pipeline.global_batch(local, layout, mesh)
-        step = make_train_step(decoder, tx, config, 0.03, 0, mesh, state_shardings(adapters, tx, mesh))
+        batch = pipeline.global_batch(local, layout, processor.rows, mesh)
+        step = make_train_step(model, tx, config, 0.03, 0, mesh, state_shardings(adapters, tx, mesh))
         before = jax.device_get(begin(adapters, tx, mesh))
         after, metrics = step(begin(adapters, tx, mesh), broken, batch)
         assert not bool(metrics["finite"])

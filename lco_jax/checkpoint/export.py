@@ -33,9 +33,9 @@ class _Merged:
             self.scale = np.float32(config.scale)
             for layer, module, a, b in layer_tensors(adapters):
                 name = f"layers.{layer}.{module}.weight"
-                if name not in checkpoint.decoder_keys:
+                if name not in checkpoint.keys["decoder"]:
                     raise LcoError(f"the adapter adapts {name}, which {checkpoint.folder} does not have")
-                self.pairs[checkpoint.decoder_keys[name]] = (a, b)
+                self.pairs[checkpoint.keys["decoder"][name]] = (a, b)
 
     def target_dtype(self, key: str) -> np.dtype:
         """Floating-point tensors change dtype; whatever else is there stays as it is."""

@@ -1,21 +1,16 @@
 """Hugging Face checkpoints -> parameter trees, tensor by tensor, from disk to their shards.
 
-The key table: a decoder tensor keeps its name; what stands before it depends on who wrote the file.
-
-| written by                        | decoder                  | head        | towers                       |
-|-----------------------------------|--------------------------|-------------|------------------------------|
-| the hub, transformers ≤ 4.57      | `model.*`                | `lm_head.*` | `visual.*`, `audio_tower.*`  |
-| transformers 5.x                  | `model.language_model.*` | `lm_head.*` | `model.visual.*`, …          |
-| a full Qwen2.5-Omni, before each  | `thinker.`               |             | `talker.*`, `token2wav.*` ignored |
+Which key is which parameter is said by each backbone's key table (`models/registry.py`).
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,77 +25,128 @@ from lco_jax.core.packing import PackedRows
 from lco_jax.core.sharding import shardings
 from lco_jax.models.config import DecoderConfig
 from lco_jax.models.decoder import REMAT_POLICIES, Decoder
+from lco_jax.models.model import Model
 from lco_jax.models.registry import Backbone, find_backbone
 
 # never code, and no pickle that is ever opened: a full Qwen2.5-Omni needs its speakers copied along
 CHECKPOINT_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "spk_dict.pt"]
+HEAD = "lm_head.weight"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-_DECODER = re.compile(r"model\.(?:language_model\.)?((?:embed_tokens|layers|norm)\..+)")
-_BUFFER = re.compile(r".*\.rotary_emb\.inv_freq")  # old files store this constant
+_STACK = re.compile(r"(layers|blocks)\.(.+)")  # what is under these is stacked along a leading axis
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open checkpoint. `decoder_keys`: {our name, e.g. layers.3.mlp.up_proj.weight: key in the files}."""
+    """An open checkpoint.
+
+    config: the decoder's geometry; towers: each tower's, by name. model_config: the part of config.json that describes
+    the model. keys: part ("decoder" or a tower) -> {our name, e.g. layers.3.mlp.up_proj.weight: key in the files}.
+    """
 
     folder: Path
     backbone: Backbone
     config: DecoderConfig
+    towers: dict[str, Any]
+    model_config: dict[str, Any]
     tensors: TensorFolder
-    decoder_keys: dict[str, str]
+    keys: dict[str, dict[str, str]]
 
 
 def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
     """Open a folder or hub id and check every key: unknown, missing, duplicate or misshapen ones raise by name."""
     folder = builtin.build() if str(path_or_id) == builtin.NAME else resolve(path_or_id, CHECKPOINT_FILES)
-    backbone, config = find_backbone(read_json(folder / "config.json"), str(folder / "config.json"))
+    where = str(folder / "config.json")
+    backbone, model_config = find_backbone(read_json(folder / "config.json"), where)
+    config = DecoderConfig.from_hf(model_config, where)
+    towers = {name: read(model_config, where, config) for name, (_, read) in backbone.towers.items()}
     tensors = TensorFolder(folder)
-    expected = {name: shape for _, name, shape in _per_layer(abstract_params(config))}
-    head, head_shape = None, (config.vocab_size, config.hidden_size)
-    decoder_keys: dict[str, str] = {}
-    for key in tensors:
-        inner = key.removeprefix(backbone.prefix)
-        if key.split(".")[0] in backbone.ignored or _BUFFER.fullmatch(inner):
-            continue
-        if backbone.prefix and inner == key:
-            raise LcoError(f"{folder}: unknown key {key} (a {backbone.model_type} key starts with {backbone.prefix})")
-        if re.match(rf"(model\.)?({'|'.join(backbone.towers)})\.", inner):
-            continue
-        if inner == "lm_head.weight":
-            head, name, shape = key, inner, head_shape
-        elif match := _DECODER.fullmatch(inner):
-            name = match[1]
-            if name not in expected:
-                raise LcoError(f"{folder}: unknown key {key}")
-            if name in decoder_keys:
-                raise LcoError(f"{folder}: {key} and {decoder_keys[name]} are the same parameter")
-            decoder_keys[name], shape = key, expected[name]
-        else:
+    parts = {"decoder": abstract_params(config)}
+    parts |= {name: abstract_params(tower_module(backbone, name, towers[name])) for name in towers}
+    expected = {f"{part}.{name}": shape for part, tree in parts.items() for _, name, shape in _per_layer(tree)}
+    keys = _match_keys(folder, backbone, tensors, towers)
+    for name, key in keys.items():
+        shape = (config.vocab_size, config.hidden_size) if name == HEAD else expected.get(name)
+        if shape is None:
             raise LcoError(f"{folder}: unknown key {key}")
         if tensors.shape(key) != shape:
             raise LcoError(f"{folder}: {key} has shape {tensors.shape(key)}, and config.json makes it {shape}")
-    if missing := sorted(expected.keys() - decoder_keys.keys()):
+    if missing := sorted(name.removeprefix("decoder.") for name in expected.keys() - keys.keys()):
         raise LcoError(f"{folder}: missing key {missing[0]}" + f" and {len(missing) - 1} more" * (len(missing) > 1))
-    if head is None and not config.tie_word_embeddings:
+    if HEAD not in keys and not config.tie_word_embeddings:
         raise LcoError(f"{folder}: missing key lm_head.weight (config.json does not tie it to embed_tokens)")
-    return Checkpoint(folder, backbone, config, tensors, decoder_keys)
+    by_part: dict[str, dict[str, str]] = {part: {} for part in parts}
+    for name in expected:
+        part, _, rest = name.partition(".")
+        by_part[part][rest] = keys[name]
+    return Checkpoint(folder, backbone, config, towers, model_config, tensors, by_part)
 
 
-def abstract_params(config: DecoderConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """The decoder's parameter tree as shapes and dtypes, nothing allocated."""
-    one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    rows = PackedRows(one, one, jax.ShapeDtypeStruct((1, 1, 3), jnp.int32), one, one)
-    return jax.eval_shape(Decoder(config, param_dtype=dtype).init, jax.random.key(0), rows)["params"]
+def _match_keys(folder: Path, backbone: Backbone, tensors: TensorFolder, towers: dict[str, Any]) -> dict[str, str]:
+    """{our name: key in the files} of what an embedder needs, and the head. Raises for unknown and duplicate keys."""
+    unused = {f"{tower}.layers.{i}" for tower, c in towers.items() for i in getattr(c, "unused_layers", ())}
+    keys: dict[str, str] = {}
+    for key in tensors:
+        if key.split(".")[0] in backbone.ignored:
+            continue
+        if not key.startswith(backbone.prefix):
+            raise LcoError(f"{folder}: unknown key {key} (a {backbone.model_type} key starts with {backbone.prefix})")
+        try:
+            name = backbone.name_of(key.removeprefix(backbone.prefix))
+        except KeyError:
+            raise LcoError(f"{folder}: unknown key {key}") from None
+        if name is None or ".".join(name.split(".")[:3]) in unused:
+            continue
+        if name in keys:
+            raise LcoError(f"{folder}: {key} and {keys[name]} are the same parameter")
+        keys[name] = key
+    return keys
+
+
+def abstract_params(module: DecoderConfig | nn.Module, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """The parameter tree of a decoder or a tower as shapes and dtypes, nothing allocated."""
+    if isinstance(module, DecoderConfig):
+        one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        rows = PackedRows(one, one, jax.ShapeDtypeStruct((1, 1, 3), jnp.int32), one, one, one)
+        init = partial(jax.eval_shape, Decoder(module, param_dtype=dtype).init, jax.random.key(0), rows)
+    else:
+        init = partial(jax.eval_shape, module.clone(param_dtype=dtype).init, jax.random.key(0), **module.example())
+    return init()["params"]
+
+
+def tower_module(backbone: Backbone, name: str, config: Any, dtype: Any = jnp.float32) -> nn.Module:
+    """The tower `name` of a backbone."""
+    return backbone.towers[name][0](config, dtype=dtype, param_dtype=dtype)
 
 
 def _per_layer(params: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """(path in the tree, name in a checkpoint, shape there); a stacked leaf yields one entry a layer, in order."""
     for path, leaf in flatten_dict(params, sep=".").items():
-        if path.startswith("layers."):
+        if match := _STACK.fullmatch(path):
             for i in range(leaf.shape[0]):
-                yield path, f"layers.{i}.{path.removeprefix('layers.')}", leaf.shape[1:]
+                yield path, f"{match[1]}.{i}.{match[2]}", leaf.shape[1:]
         else:
             yield path, path, leaf.shape
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    mesh: Mesh,
+    dtype: Any = "float32",
+    remat: str = "full",
+    towers: Iterable[str] | None = None,
+    tower_dtype: Any = None,
+) -> tuple[Model, dict[str, Any]]:
+    """The decoder with `towers` (by default all of them), and {"decoder": parameters, tower: parameters}.
+
+    tower_dtype: of the towers' parameters and activations, by default `dtype`. Sharded and read as by `load_decoder`.
+    """
+    decoder, params = load_decoder(checkpoint, mesh, dtype, remat)
+    modules, tree = {}, {"decoder": params}
+    for name in checkpoint.towers if towers is None else towers:
+        in_dtype = _dtype(dtype if tower_dtype is None else tower_dtype)
+        modules[name] = tower_module(checkpoint.backbone, name, checkpoint.towers[name], in_dtype)
+        tree[name] = _load_part(checkpoint, name, abstract_params(modules[name], in_dtype), mesh)
+    return Model(decoder, modules), tree
 
 
 def load_decoder(
@@ -110,20 +156,29 @@ def load_decoder(
 
     Each process reads only the slices its devices hold; the host holds one tensor's slice at a time.
     """
+    if remat not in REMAT_POLICIES:
+        raise LcoError(f"remat is {remat!r}; it is one of: {', '.join(REMAT_POLICIES)}")
+    dtype = _dtype(dtype)
+    decoder = Decoder(checkpoint.config, dtype=dtype, param_dtype=dtype, remat=remat)
+    return decoder, _load_part(checkpoint, "decoder", abstract_params(checkpoint.config, dtype), mesh)
+
+
+def _dtype(dtype: Any) -> Any:
     name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     if name not in DTYPES:
         raise LcoError(f"dtype {name!r} is not supported; these are: {', '.join(DTYPES)}")
-    if remat not in REMAT_POLICIES:
-        raise LcoError(f"remat is {remat!r}; it is one of: {', '.join(REMAT_POLICIES)}")
-    dtype = DTYPES[name]
-    abstract = abstract_params(checkpoint.config, dtype)
-    flat_shardings = flatten_dict(shardings(abstract, mesh), sep=".")
+    return DTYPES[name]
+
+
+def _load_part(checkpoint: Checkpoint, part: str, abstract: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """One part's parameters. Each process reads only the slices its devices hold; the host holds one tensor's slice."""
+    flat_shardings = flatten_dict(shardings({part: abstract}, mesh)[part], sep=".")
     leaves = flatten_dict(abstract, sep=".")
     params: dict[str, Any] = {}
     layer: dict[str, int] = {}
     for path, name, _ in _per_layer(abstract):
-        key, sharding = checkpoint.decoder_keys[name], flat_shardings[path]
-        if not path.startswith("layers."):
+        key, sharding = checkpoint.keys[part][name], flat_shardings[path]
+        if not _STACK.fullmatch(path):
             params[path] = _read_sharded(checkpoint.tensors, key, sharding, leaves[path].dtype)
             continue
         if path not in params:
@@ -132,8 +187,7 @@ def load_decoder(
         tensor = _read_sharded(checkpoint.tensors, key, one_layer, leaves[path].dtype)
         params[path] = _write_layer(params[path], tensor, layer.setdefault(path, 0))
         layer[path] += 1
-    decoder = Decoder(checkpoint.config, dtype=dtype, param_dtype=dtype, remat=remat)
-    return decoder, unflatten_dict(params, sep=".")
+    return unflatten_dict(params, sep=".")
 
 
 def _read_sharded(tensors: TensorFolder, key: str, sharding: NamedSharding, dtype: Any) -> jax.Array:

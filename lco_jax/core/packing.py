@@ -6,7 +6,7 @@ B records, M hard negatives a record (the most).
 No sequence is ever padded to the longest and none can see another, so an embedding cannot depend on its neighbours.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from lco_jax.core.weights import GOLDEN_RATIO
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["input_ids", "segment_ids", "position_ids", "token_keys", "last_tokens"],
+    data_fields=["input_ids", "segment_ids", "position_ids", "token_keys", "last_tokens", "media_slots"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class PackedRows:
     position_ids: int32 [R, T, 3], restarting at 0 in every segment; the axes are time, height and width (M-RoPE).
     token_keys: uint32 [R, T], identity of a token (sequence, position), for dropout.
     last_tokens: int32 [R, S], index in its row of each segment's last token; 0 in empty slots.
+    media_slots: int32 [R, T], which media token of the row's shard takes the token's place; -1 for none.
     """
 
     input_ids: Array
@@ -38,24 +39,29 @@ class PackedRows:
     position_ids: Array
     token_keys: Array
     last_tokens: Array
+    media_slots: Array
 
     def map(self, function: Callable[[Array], Array]) -> "PackedRows":
         """`function` applied to every array."""
         return PackedRows(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["rows", "sequences"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["rows", "sequences", "content", "media"], meta_fields=[])
 @dataclass(frozen=True)
 class Batch:
     """A global batch on the mesh.
 
     rows: `PackedRows` of [C, R, T], rows split over the mesh axes (data, fsdp).
     sequences: int32 [B, 2 + M], replicated: where anchor, positive and negatives of each record lie among the
-    C · R · S slots; -1 for a negative that a record does not have.
+    C · R · S slots; -1 for a negative that a record does not have, and throughout for a record that was left out.
+    content: int32 [B, 2 + M], replicated: equal for sides that say the same.
+    media: what each tower reads: tower -> argument -> rows, split over the mesh as the batch's are; {} for text alone.
     """
 
     rows: PackedRows
     sequences: Array
+    content: Array
+    media: dict[str, dict[str, Array]]
 
 
 class Placement(NamedTuple):
@@ -74,9 +80,9 @@ class Placement(NamedTuple):
         return int(self.slot.max(initial=-1)) + 1
 
 
-def place(lengths: Sequence[int], row_length: int) -> Placement:
+def place(lengths: Iterable[int], row_length: int) -> Placement:
     """Best fit, longest first: each sequence goes to the fullest row that still holds it. Deterministic."""
-    lengths = np.asarray(lengths, np.int64)
+    lengths = np.fromiter(lengths, np.int64)
     if len(lengths) and lengths.max() > row_length:
         raise ValueError(f"a sequence of {lengths.max()} tokens does not fit a row of {row_length}")
     free = np.full(len(lengths), row_length, np.int64)  # as many rows as sequences is always enough
@@ -93,28 +99,49 @@ def place(lengths: Sequence[int], row_length: int) -> Placement:
     return Placement(row, slot, start)
 
 
+@dataclass(frozen=True)
+class TokenSequence:
+    """Tokens on the host. input_ids: int32 [n]; position_ids: int32 [n, 3]; media_slots: int32 [n], None for text."""
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    media_slots: np.ndarray | None = None
+
+    @classmethod
+    def text(cls, input_ids: np.ndarray) -> "TokenSequence":
+        """Plain text, whose position is the same on every axis."""
+        return cls(input_ids, np.repeat(np.arange(len(input_ids), dtype=np.int32)[:, None], 3, axis=1))
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
 def fill_rows(
-    sequences: Sequence[np.ndarray],
-    sequence_ids: Sequence[int],
+    sequences: Iterable[TokenSequence],
+    sequence_ids: Iterable[int],
     placement: Placement,
     num_rows: int,
     row_length: int,
     num_slots: int,
 ) -> PackedRows:
-    """Token ids of N sequences -> `PackedRows` of [num_rows, row_length], as `placement` says.
+    """N sequences -> `PackedRows` of [num_rows, row_length], as `placement` says.
 
     sequence_ids: an identity of each sequence that does not depend on packing (the dropout key of its tokens).
     """
     shape = (num_rows, row_length)
-    input_ids, segment_ids, position_ids = (np.zeros(shape, np.int32) for _ in range(3))
-    token_keys, last_tokens = np.zeros(shape, np.uint32), np.zeros((num_rows, num_slots), np.int32)
-    for tokens, identity, row, slot, start in zip(sequences, sequence_ids, *placement, strict=True):
-        span = slice(start, start + len(tokens))
-        positions = np.arange(len(tokens), dtype=np.uint32)
-        input_ids[row, span], segment_ids[row, span], position_ids[row, span] = tokens, slot + 1, positions
-        token_keys[row, span] = np.uint32(identity * GOLDEN_RATIO % 2**32) + positions
-        last_tokens[row, slot] = start + len(tokens) - 1
-    return PackedRows(input_ids, segment_ids, np.repeat(position_ids[..., None], 3, -1), token_keys, last_tokens)
+    input_ids, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    media_slots = np.full(shape, -1, np.int32)
+    position_ids, token_keys = np.zeros((*shape, 3), np.int32), np.zeros(shape, np.uint32)
+    last_tokens = np.zeros((num_rows, num_slots), np.int32)
+    for sequence, identity, row, slot, start in zip(sequences, sequence_ids, *placement, strict=True):
+        span = slice(start, start + len(sequence))
+        input_ids[row, span], position_ids[row, span] = sequence.input_ids, sequence.position_ids
+        segment_ids[row, span] = slot + 1
+        token_keys[row, span] = np.uint32(identity * GOLDEN_RATIO % 2**32) + np.arange(len(sequence), dtype=np.uint32)
+        last_tokens[row, slot] = start + len(sequence) - 1
+        if sequence.media_slots is not None:
+            media_slots[row, span] = sequence.media_slots
+    return PackedRows(input_ids, segment_ids, position_ids, token_keys, last_tokens, media_slots)
 
 
 def bucket(n: int, granularity: int = 8) -> int:

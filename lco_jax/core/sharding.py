@@ -8,6 +8,7 @@ import logging
 import math
 import re
 from collections.abc import Sequence
+from types import EllipsisType
 from typing import Any
 
 import jax
@@ -22,11 +23,13 @@ AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # what the rows of a batch are split over
 logger = logging.getLogger(__name__)
 
-_COLUMN = r"(.+\.)?layers\.(self_attn\.[qkv]_proj|mlp\.(gate|up)_proj)"  # split by output features
-_ROW = r"(.+\.)?layers\.(self_attn\.o_proj|mlp\.down_proj)"  # split by input features
-# (pattern of the whole dotted path, mesh axis of each array axis); L is the stacked layers' axis
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"embed_tokens\.weight", ("tensor", "fsdp")),  # [V, D]
+_COLUMN = r"(decoder\.)?layers\.(self_attn\.[qkv]_proj|mlp\.(gate|up)_proj)"  # split by output features
+_ROW = r"(decoder\.)?layers\.(self_attn\.o_proj|mlp\.down_proj)"  # split by input features
+_TOWER = r"(visual|audio_tower|vision_tower)"
+# (pattern of the whole dotted path, mesh axis of each array axis or ... for a replica everywhere); L is the stacked
+# layers' axis. A decoder may stand alone or, beside its towers, under `decoder`.
+RULES: tuple[tuple[str, tuple[str | None, ...] | EllipsisType], ...] = (
+    (r"(decoder\.)?embed_tokens\.weight", ("tensor", "fsdp")),  # [V, D]
     (rf"{_COLUMN}\.weight", (None, "tensor", "fsdp")),  # [L, O, I]
     (rf"{_ROW}\.weight", (None, "fsdp", "tensor")),
     (rf"{_COLUMN}\.bias", (None, "tensor")),  # [L, O]
@@ -34,8 +37,10 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (rf"{_COLUMN}\.weight\.b", (None, "tensor", None)),  # [L, O, r]
     (rf"{_ROW}\.weight\.a", (None, None, "tensor")),
     (rf"{_ROW}\.weight\.b", (None, "fsdp", None)),
-    (r"layers\.\w+_layernorm\.weight", (None, None)),
-    (r"norm\.weight", (None,)),
+    (r"(decoder\.)?layers\.\w+_layernorm\.weight", (None, None)),
+    (r"(decoder\.)?norm\.weight", (None,)),
+    (rf"{_TOWER}\.(blocks|layers)\..+\.(qkv|[qkv]|proj|\w+_proj|fc[12])\.weight", (None, None, "fsdp")),
+    (rf"{_TOWER}\..+", ...),  # small
 )
 
 
@@ -76,6 +81,7 @@ def shardings(tree: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
         rule = next((axes for pattern, axes in RULES if re.fullmatch(pattern, path)), None)
         if rule is None:
             raise LcoError(f"no sharding rule names the parameter {path}; add one to lco_jax/core/sharding.py")
+        rule = (None,) * len(leaf.shape) if rule is ... else rule
         spec = _fit(leaf.shape, rule, mesh)
         lost = [axis for axis, kept in zip(rule, spec, strict=True) if axis and axis != kept]
         if lost:

@@ -4,49 +4,113 @@ An input is a user turn whose content is followed by an instruction to say it in
 is generated from the hidden state that we take as the embedding (the paper, section 3; cf. PromptEOL).
 """
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json
 
 Messages = list[dict[str, Any]]
-PROMPTS = {"text": "\nSummarize the above text in one word:", "mixed": "\nSummarize the above in one word:"}
+EXTENSIONS = {
+    "image": ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif"),
+    "video": ("mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "mpeg"),
+    "audio": ("wav", "flac", "mp3", "ogg", "opus", "m4a", "aac"),
+}
+MEDIA = ("image", "video", "audio")  # the order in which the media of one content stand before its text
+KINDS = ("text", *MEDIA)
+PROMPTS = {kind: f"\nSummarize the above {kind} in one word:" for kind in KINDS}
+PROMPTS["mixed"] = "\nSummarize the above in one word:"
+SOURCES = ("url", "path")  # other names that a part's medium may go by, as in transformers
 RENDERED_AT_ONCE = 1024  # conversations in memory as text
-MEDIA = ("image", "audio", "video")  # what a later version embeds, and this one turns away by name
-MEDIA_KEYS = (*MEDIA, *(f"{kind}_path" for kind in MEDIA))
 
 
 def as_messages(item: Any, where: str, prompt: str | None = None) -> Messages:
-    """One user turn for a string or {"text": …}, with the prompt after it; a list of chat messages as it is.
+    """Chat messages of one input.
 
+    A string, {"text": …, "image": …, "video": …, "audio": …} (any of them, each a medium or a list) or a sequence of
+    chat parts becomes one user turn with the prompt after it; a list of chat messages stays as it is, but for media
+    parts, which all become {"type": kind, kind: medium, …}.
     where: names the input in errors. prompt: instead of the reference's.
     """
+    if isinstance(item, list | tuple) and item and all(isinstance(x, dict) and "role" in x for x in item):
+        return [{**message, "content": _parts(message.get("content"), where)} for message in item]
     if isinstance(item, str):
         item = {"text": item}
-    if isinstance(item, list) and item and all(isinstance(message, dict) and "role" in message for message in item):
-        for message in item:
-            content = message.get("content")
-            parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-            for part in parts:
-                if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-                    raise LcoError(f"{where}: a message part of type {kind!r} is not supported yet; only text is")
-                check_text(part["text"], where)
-        return item
-    if isinstance(item, dict):
-        if media := [key for key in MEDIA_KEYS if item.get(key) not in (None, "")]:
-            raise LcoError(f"{where} has {media[0]!r}, which is not supported yet; only text is")
-        if isinstance(item.get("text"), str):
-            check_text(item["text"], where)
-            text = item["text"] + (PROMPTS["text"] if prompt is None else prompt)
-            return [{"role": "user", "content": [{"type": "text", "text": text}]}]
-    raise LcoError(f'{where} is {type(item).__name__}: {item!r:.80}; give a string, {{"text": …}} or chat messages')
+    if isinstance(item, dict) and item and not item.keys() - set(KINDS):
+        item = [{"type": kind, kind: medium} for kind in (*MEDIA, "text") for medium in _media(item.get(kind), kind)]
+    if not isinstance(item, list | tuple) or not item or not all(isinstance(x, dict) and "type" in x for x in item):
+        raise LcoError(f'{where} is {describe(item)}; give a string, a medium, {{"text": …}} or chat messages')
+    parts = _parts(list(item), where)
+    if prompt is None:
+        kinds = {part["type"] for part in parts if part["type"] != "text" or part["text"]} or {"text"}
+        prompt = PROMPTS[kinds.pop() if len(kinds) == 1 else "mixed"]
+    if parts[-1]["type"] == "text":
+        return [{"role": "user", "content": [*parts[:-1], {"type": "text", "text": parts[-1]["text"] + prompt}]}]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
+
+
+def _media(given: Any, kind: str) -> list[Any]:
+    """The media under a key: one, a list of them, or none. A list of pictures under "video" is one clip's frames."""
+    if given is None or (kind != "text" and isinstance(given, str) and not given):  # "": absent, as in the reference
+        return []
+    if not isinstance(given, list) or kind == "text":
+        return [given]
+    clips = [isinstance(x, dict) or getattr(x, "ndim", 0) == 4 or is_media_file(x) == "video" for x in given]
+    return given if kind != "video" or all(clips) else [given]
+
+
+def _parts(content: Any, where: str) -> list[dict[str, Any]]:
+    """A message's content as a list of parts whose media go by their kind. Raises for what no part can be."""
+    parts = []
+    for part in content if isinstance(content, list | tuple) else [{"type": "text", "text": content}]:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in KINDS:
+            raise LcoError(f"{where}: a message part is {describe(part)}; its type is one of: {', '.join(KINDS)}")
+        if kind == "text":
+            if not isinstance(part.get("text"), str):
+                raise LcoError(f"{where}: a text part holds {describe(part.get('text'))}, and must hold a string")
+            check_text(part["text"], where)
+            parts.append({"type": "text", "text": part["text"]})
+            continue
+        given = [key for key in (kind, *SOURCES) if part.get(key) is not None]
+        if len(given) != 1:
+            raise LcoError(f"{where}: a part of type {kind!r} must hold its medium once, under {kind!r}")
+        rest = {key: value for key, value in part.items() if key not in (*SOURCES, kind)}
+        parts.append({**rest, kind: part[given[0]]})
+    if not parts:
+        raise LcoError(f"{where}: a message has no content")
+    return parts
+
+
+def media_parts(messages: Messages) -> list[dict[str, Any]]:
+    """The media parts of a conversation, in the order in which its template renders them."""
+    return [part for message in messages for part in message["content"] if part["type"] != "text"]
+
+
+def is_media_file(source: Any) -> str | None:
+    """The kind of medium that a path or URL names by its extension, or None."""
+    if not isinstance(source, str | os.PathLike) or len(str(source)) > 4096 or "\n" in str(source):
+        return None
+    name = str(source)
+    if name.startswith("data:"):
+        kind = name[5:].split("/")[0]
+        return kind if kind in MEDIA else None
+    if name.startswith(("http://", "https://")):
+        name = name.split("?")[0].split("#")[0]
+    suffix = name.rsplit(".", 1)[-1].lower() if "." in name else ""
+    return next((kind for kind, suffixes in EXTENSIONS.items() if suffix in suffixes), None)
+
+
+def describe(value: Any) -> str:
+    """A value in a few words, for errors."""
+    shape = f" of shape {value.shape}" if hasattr(value, "shape") else f" {value!r:.60}"
+    return type(value).__name__ + shape
 
 
 def check_text(text: str, where: str) -> None:
@@ -58,20 +122,21 @@ def check_text(text: str, where: str) -> None:
 
 
 class ChatTokenizer:
-    """The checkpoint's own tokenizer and chat template.
+    """The checkpoint's own tokenizer and chat template; `folder` is its folder."""
 
-    folder: a checkpoint folder. max_tokens: what the model's context holds; longer inputs raise by name.
-    """
-
-    def __init__(self, folder: str | Path, max_tokens: int = 32768):
+    def __init__(self, folder: str | Path):
         folder = Path(folder)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # transformers warns about its own processors' future
             try:
-                self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+                # a plain config says which tokenizer; a model's own class would import much that is not needed
+                config = PreTrainedConfig()
+                config.model_type = read_json(folder / "config.json").get("model_type", "")
+                self.tokenizer = AutoTokenizer.from_pretrained(
+                    folder, config=config, trust_remote_code=False, local_files_only=True
+                )
             except (OSError, ValueError) as error:
                 raise LcoError(f"{folder} has no tokenizer that loads: {str(error).splitlines()[0]}") from None
-        self.max_tokens = max_tokens
         if not len(self.tokenizer.get_vocab()) > len(self.tokenizer.get_added_vocab()):
             raise LcoError(f"{folder} has no tokenizer: tokenizer.json, or vocab.json and merges.txt, is missing")
         # the precedence of the checkpoints' own processors; AutoTokenizer does not read the .json one
@@ -95,19 +160,12 @@ class ChatTokenizer:
         ids = self.tokenizer(text).input_ids
         return text if len(ids) <= max_length else self.tokenizer.decode(ids[:max_length])
 
-    def __call__(self, conversations: Sequence[Messages], names: Sequence[str] | None = None) -> list[np.ndarray]:
-        """Token ids (int32) of each conversation, nothing padded. Raises, by name, for one that exceeds the context."""
+    def __call__(self, conversations: Sequence[Messages]) -> list[np.ndarray]:
+        """Token ids (int32) of each conversation, nothing padded."""
         ids: list[list[int]] = []
         for i in range(0, len(conversations), RENDERED_AT_ONCE):
             texts = [self.render(messages) for messages in conversations[i : i + RENDERED_AT_ONCE]]
             ids += self.tokenizer(texts).input_ids
-        for i, sequence in enumerate(ids):
-            if len(sequence) > self.max_tokens:
-                name = names[i] if names else f"input {i}"
-                raise LcoError(
-                    f"{name}: {len(sequence)} tokens (template included), and the model takes {self.max_tokens}; "
-                    "cut it with max_length"
-                )
         return [np.asarray(sequence, np.int32) for sequence in ids]
 
 

@@ -1,4 +1,4 @@
-"""Attention over packed rows: causal, and never across segments.
+"""Attention over packed rows: never across segments; causal in decoders, two-way in towers.
 
 Dimensions: B rows, T query tokens, S key tokens (S = T), K key-value heads, G query heads per key-value head,
 H head_dim.
@@ -12,30 +12,41 @@ from jax import Array
 from lco_jax.core.weights import matmul_precision
 
 BLOCK = 1024  # queries whose scores are in memory at once
+SCORES = 2**22  # and, in very long rows, about so many scores a head
 
 
-def packed_attention(query: Array, key: Array, value: Array, segment_ids: Array) -> Array:
-    """Block-diagonal causal attention, scores and softmax in float32.
+def packed_attention(query: Array, key: Array, value: Array, segment_ids: Array, causal: bool = True) -> Array:
+    """Block-diagonal attention, scores and softmax in float32.
 
     query: [B, T, K, G, H]; key, value: [B, S, K, H]; segment_ids: int [B, T]. Returns [B, T, K, G, H].
     Key-value heads are shared by the G axis, never repeated in memory. Padding (segment 0) attends to padding, so that
     no row of the softmax is empty. Long rows go through in blocks of queries: memory grows with T, not with T².
     """
     tokens = query.shape[1]
-    if tokens <= BLOCK or tokens % BLOCK:
-        return _attend(query, key, value, segment_ids, segment_ids, jnp.int32(0))
+    most = max(min(BLOCK, SCORES // tokens), 1)
+    size = next(n for n in range(most, 0, -1) if tokens % n == 0)
+    if tokens <= BLOCK or size < most // 4:  # short, or of a length with no good divisor
+        return _attend(query, key, value, segment_ids, segment_ids, jnp.int32(0), causal)
 
     @jax.checkpoint  # the backward pass recomputes a block's scores instead of keeping every block's
     def block(inputs: tuple[Array, Array, Array]) -> Array:
-        return _attend(inputs[0], key, value, inputs[1], segment_ids, inputs[2])
+        return _attend(inputs[0], key, value, inputs[1], segment_ids, inputs[2], causal)
 
-    queries = rearrange(query, "b (n t) k g h -> n b t k g h", t=BLOCK)
-    segments = rearrange(segment_ids, "b (n t) -> n b t", t=BLOCK)
-    mixed = jax.lax.map(block, (queries, segments, jnp.arange(0, tokens, BLOCK)))
+    queries = rearrange(query, "b (n t) k g h -> n b t k g h", t=size)
+    segments = rearrange(segment_ids, "b (n t) -> n b t", t=size)
+    mixed = jax.lax.map(block, (queries, segments, jnp.arange(0, tokens, size)))
     return rearrange(mixed, "n b t k g h -> b (n t) k g h")
 
 
-def _attend(query: Array, key: Array, value: Array, query_segments: Array, key_segments: Array, first: Array) -> Array:
+def _attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    query_segments: Array,
+    key_segments: Array,
+    first: Array,
+    causal: bool,
+) -> Array:
     """The queries that begin at token `first` of the row, against all of its keys."""
     precision = matmul_precision(query)
     groups = query.shape[3]
@@ -43,9 +54,10 @@ def _attend(query: Array, key: Array, value: Array, query_segments: Array, key_s
     query = rearrange(query * query.shape[-1] ** -0.5, "b t k g h -> b k (g t) h")
     key, value = (rearrange(x, "b s k h -> b k s h") for x in (key, value))
     scores = jnp.einsum("bkth,bksh->bkts", query, key, precision=precision, preferred_element_type=jnp.float32)
-    causal = first + jnp.arange(query_segments.shape[1])[:, None] >= jnp.arange(key_segments.shape[1])
-    same = query_segments[:, :, None] == key_segments[:, None, :]
-    seen = jnp.tile(same & causal, (1, groups, 1))
+    seen = query_segments[:, :, None] == key_segments[:, None, :]
+    if causal:
+        seen &= first + jnp.arange(query_segments.shape[1])[:, None] >= jnp.arange(key_segments.shape[1])
+    seen = jnp.tile(seen, (1, groups, 1))
     weights = jax.nn.softmax(jnp.where(seen[:, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
     mixed = jnp.einsum("bkts,bksh->bkth", weights.astype(value.dtype), value, precision=precision)
     return rearrange(mixed, "b k (g t) h -> b t k g h", g=groups)

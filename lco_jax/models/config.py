@@ -5,10 +5,30 @@ from typing import Any
 
 from lco_jax.core.errors import LcoError
 
+# what nested text configs leave out: transformers writes only what differs from its classes' defaults
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "max_position_embeddings": 2048, "vocab_size": 32000, "rope_theta": 10000.0,
+    },
+    "mistral": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "max_position_embeddings": 131072, "vocab_size": 32000, "rope_theta": 10000.0,
+        "sliding_window": 4096,
+    },
+}  # fmt: skip
+
+
+def positive(config: dict[str, Any], key: str, where: str) -> int:
+    """config[key], an integer above 0. Raises, by `where` and key, for anything else."""
+    if not isinstance(config.get(key), int) or isinstance(config[key], bool) or config[key] < 1:
+        raise LcoError(f"{where}.{key} is {config.get(key)!r:.60}, and must be an integer above 0")
+    return config[key]
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Geometry of a Qwen2.5-style text decoder. mrope_section: rotary frequencies per axis (time, height, width)."""
+    """Geometry of a text decoder. mrope_section: rotary frequencies per axis (time, height, width)."""
 
     vocab_size: int
     hidden_size: int
@@ -22,6 +42,7 @@ class DecoderConfig:
     mrope_section: tuple[int, ...]
     max_position_embeddings: int
     tie_word_embeddings: bool
+    qkv_bias: bool
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], where: str) -> "DecoderConfig":
@@ -32,6 +53,8 @@ class DecoderConfig:
         if not isinstance(config.get("text_config") or {}, dict):
             raise LcoError(f"{where}: text_config is {config['text_config']!r:.60}, and must be an object")
         text = {**config, **(config.get("text_config") or {})}
+        kind = text.get("model_type")
+        text = {**DEFAULTS.get(kind, {}), **text}
         rope = {"rope_type": "default"}
         for key in ("rope_scaling", "rope_parameters"):  # 4.x, 5.x
             rope |= text.get(key) or {}
@@ -46,8 +69,12 @@ class DecoderConfig:
         rope_type = rope.get("rope_type") if rope.get("rope_type") != "default" else rope.get("type", "default")
         if rope_type not in ("default", "mrope"):
             raise LcoError(f"{where}: rope type {rope_type!r} is not supported (default and mrope are)")
-        if text.get("use_sliding_window"):
-            raise LcoError(f"{where}: use_sliding_window is true; sliding-window attention is not supported")
+        window = text.get("sliding_window") if kind == "mistral" else None
+        if text.get("use_sliding_window") or (window and window < need("max_position_embeddings")):
+            key = f"sliding_window is {window}" if window else "use_sliding_window is true"
+            raise LcoError(f"{where}: {key}; sliding-window attention is not supported")
+        if kind in DEFAULTS and (text.get("attention_bias") or text.get("mlp_bias")):
+            raise LcoError(f"{where}: attention_bias and mlp_bias are not supported for {kind}")
         if text.get("hidden_act", "silu") != "silu":
             raise LcoError(f"{where}: hidden_act {text['hidden_act']!r} is not supported (silu is)")
         heads = need("num_attention_heads")
@@ -69,4 +96,5 @@ class DecoderConfig:
             mrope_section=section,
             max_position_embeddings=need("max_position_embeddings"),
             tie_word_embeddings=bool(tied),
+            qkv_bias=kind not in DEFAULTS,
         )

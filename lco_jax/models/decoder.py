@@ -1,7 +1,7 @@
-"""The Qwen2.5 text decoder, shared by Qwen2.5-VL and the Qwen2.5-Omni thinker (upstream: modeling_qwen2_5_vl.py).
+"""The text decoder of every backbone: Qwen2.5, Mistral, Llama (upstream: modeling_qwen2_5_vl.py, modeling_llama.py).
 
 Dimensions: B rows, T tokens in a row, S slots, D hidden, V vocabulary, L layers, K key-value heads,
-G query heads per key-value head, H head_dim, F MLP width.
+G query heads per key-value head, H head_dim, F MLP width, P shards of the rows, M media tokens of a shard.
 
 Parameter names are the checkpoint's; the layers are stacked along a leading axis L and run by `nn.scan`. There is no
 vocabulary head: contrastive learning pools hidden states and never looks at logits.
@@ -32,7 +32,7 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with biased q, k, v."""
+    """Grouped-query attention; Qwen2.5's q, k and v have biases."""
 
     config: DecoderConfig
     param_dtype: Any
@@ -42,9 +42,9 @@ class Attention(nn.Module):
         """x [B, T, D] -> [B, T, D]."""
         c = self.config
         linear = partial(Linear, param_dtype=self.param_dtype)
-        q = linear(c.num_heads * c.head_dim, use_bias=True, name="q_proj")(x, rows.token_keys)
-        k = linear(c.num_kv_heads * c.head_dim, use_bias=True, name="k_proj")(x, rows.token_keys)
-        v = linear(c.num_kv_heads * c.head_dim, use_bias=True, name="v_proj")(x, rows.token_keys)
+        q = linear(c.num_heads * c.head_dim, use_bias=c.qkv_bias, name="q_proj")(x, rows.token_keys)
+        k = linear(c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias, name="k_proj")(x, rows.token_keys)
+        v = linear(c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias, name="v_proj")(x, rows.token_keys)
         q = apply_rotary(rearrange(q, "b t (k g h) -> b t k g h", k=c.num_kv_heads, h=c.head_dim), angles)
         k = apply_rotary(rearrange(k, "b t (k h) -> b t k h", h=c.head_dim), angles)
         v = rearrange(v, "b t (k h) -> b t k h", h=c.head_dim)
@@ -96,10 +96,12 @@ class Decoder(nn.Module):
     remat: str = "full"
 
     @nn.compact
-    def __call__(self, rows: PackedRows) -> Array:
-        """rows of [B, T] -> [B, T, D] in `dtype`."""
+    def __call__(self, rows: PackedRows, media: Array | None = None) -> Array:
+        """rows of [B, T], and the media tokens [P, M, D] that their `media_slots` point to -> [B, T, D] in `dtype`."""
         c = self.config
         x = Embedding(c.vocab_size, c.hidden_size, self.dtype, self.param_dtype, name="embed_tokens")(rows.input_ids)
+        if media is not None:
+            x = place_media(x, rows.media_slots, media)
         angles = rotary_angles(rows.position_ids, c.head_dim, c.rope_theta, c.mrope_section)
         layer = DecoderLayer
         if self.remat != "none":
@@ -115,16 +117,28 @@ class Decoder(nn.Module):
         return RMSNorm(c.rms_norm_eps, self.param_dtype, name="norm")(x)
 
 
-def pool_rows(decoder: Decoder, params: dict[str, Any], rows: PackedRows) -> Array:
+def place_media(x: Array, media_slots: Array, media: Array) -> Array:
+    """x [B, T, D] with media tokens in the place of those embeddings whose slot is not -1.
+
+    media_slots: int [B, T]; media: [P, M, D]. The rows of shard p, which lie side by side, look into media[p] only, so
+    no device needs another's media.
+    """
+    slots = rearrange(media_slots, "(p b) t -> p (b t)", p=media.shape[0])
+    tokens = jnp.take_along_axis(media, jnp.maximum(slots, 0)[..., None], axis=1).reshape(x.shape)
+    return constrain(jnp.where((media_slots >= 0)[..., None], tokens.astype(x.dtype), x), ROWS)
+
+
+def pool_rows(decoder: Decoder, params: dict[str, Any], rows: PackedRows, media: Array | None = None) -> Array:
     """The hidden state at each segment's last token, after the final norm: float32 [B, S, D].
 
-    Empty slots hold that of their row's first token; whoever reads the result knows which slots are filled.
+    media: as `Decoder` takes it. Empty slots hold the state of their row's first token; whoever reads the result knows
+    which slots are filled.
     """
-    hidden = decoder.apply({"params": params}, rows)
+    hidden = decoder.apply({"params": params}, rows, media)
     return jnp.take_along_axis(hidden, rows.last_tokens[..., None], axis=1).astype(jnp.float32)
 
 
-def embed_rows(decoder: Decoder, params: dict[str, Any], rows: PackedRows) -> Array:
+def embed_rows(decoder: Decoder, params: dict[str, Any], rows: PackedRows, media: Array | None = None) -> Array:
     """`pool_rows`, L2-normalised: the embeddings."""
-    pooled = pool_rows(decoder, params, rows)
+    pooled = pool_rows(decoder, params, rows, media)
     return pooled / jnp.maximum(jnp.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12)

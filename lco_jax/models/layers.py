@@ -57,6 +57,23 @@ class RMSNorm(nn.Module):
         return gain.astype(x.dtype) * wide.astype(x.dtype)
 
 
+class LayerNorm(nn.Module):
+    """Layer norm with gain and bias, in float32."""
+
+    eps: float
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x [..., D] -> [..., D]."""
+        gain = leaf(self, "weight", (x.shape[-1],), nn.initializers.ones, self.param_dtype).astype(jnp.float32)
+        bias = leaf(self, "bias", (x.shape[-1],), nn.initializers.zeros, self.param_dtype).astype(jnp.float32)
+        wide = x.astype(jnp.float32)
+        wide -= jnp.mean(wide, axis=-1, keepdims=True)
+        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (wide * gain + bias).astype(x.dtype)
+
+
 class Embedding(nn.Module):
     """Token ids -> vectors, in `dtype`."""
 

@@ -4,6 +4,7 @@ Dimensions: C GradCache chunks, R rows, S slots, B records, M hard negatives a r
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,13 +12,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lco_jax.core import lora
 from lco_jax.core.packing import Batch, PackedRows
-from lco_jax.core.sharding import constrain, replicated, shardings
+from lco_jax.core.shapes import ShapeLog
+from lco_jax.core.sharding import ROWS, constrain, replicated, row_shards, shardings
 from lco_jax.core.weights import GOLDEN_RATIO
 from lco_jax.models.decoder import Decoder, embed_rows
+from lco_jax.models.model import Model
 from lco_jax.training.losses import info_nce
 
 State = dict[str, Any]  # {"step": int32, "adapters": tree, "optimizer": optax state}; all of it is checkpointed
@@ -42,13 +45,13 @@ def state_shardings(adapters: dict[str, Any], tx: optax.GradientTransformation, 
     return {"step": replicated(mesh), "adapters": by_rule, "optimizer": moments}
 
 
-def embed_chunks(decoder: Decoder, params: dict[str, Any], rows: PackedRows) -> Array:
-    """Rows of [C, R, T] -> embeddings [C, R, S, D], one chunk in memory at a time.
+def embed_chunks(decoder: Decoder, params: dict[str, Any], rows: PackedRows, media: Array | None = None) -> Array:
+    """Rows of [C, R, T] and their media tokens [P, M, D] -> embeddings [C, R, S, D], one chunk in memory at a time.
 
     GradCache (Gao et al. 2021, arXiv 2101.06983) as a scan over checkpointed chunks: the forward pass keeps embeddings
     only, the backward pass recomputes one chunk at a time, and the gradients are exact.
     """
-    embed = partial(embed_rows, decoder, params)
+    embed = partial(embed_rows, decoder, params, media=media)
     if rows.input_ids.shape[0] == 1:
         return embed(rows.map(lambda x: x[0]))[None]
     return jax.lax.map(jax.checkpoint(embed), rows)
@@ -58,36 +61,55 @@ def contrastive_loss(
     adapters: dict[str, Any],
     params: dict[str, Any],
     batch: Batch,
+    media: Array | None,
     decoder: Decoder,
     config: lora.LoraConfig,
     temperature: float,
     seed: Array | int,
+    ignore_duplicates: bool = False,
 ) -> tuple[Array, dict[str, Array]]:
-    """InfoNCE of a global batch under `adapters`; seed: the step's dropout key."""
-    embeddings = embed_chunks(decoder, lora.attach(params, adapters, config, seed), batch.rows)
+    """InfoNCE of a global batch under `adapters`.
+
+    params: the decoder's; media: what its towers made of the batch; seed: the step's dropout key.
+    """
+    embeddings = embed_chunks(decoder, lora.attach(params, adapters, config, seed), batch.rows, media)
     flat = constrain(embeddings.reshape(-1, embeddings.shape[-1]))  # every device needs every candidate
     present = batch.sequences >= 0
-    return info_nce(flat[jnp.maximum(batch.sequences, 0)], present, temperature)
+    content = batch.content if ignore_duplicates else None
+    return info_nce(flat[jnp.maximum(batch.sequences, 0)], present, temperature, content)
 
 
 def make_train_step(
-    decoder: Decoder,
+    model: Model,
     tx: optax.GradientTransformation,
     config: lora.LoraConfig,
     temperature: float,
     seed: int,
     mesh: Mesh,
     state_sharding: State,
+    ignore_duplicates: bool = False,
 ) -> Step:
     """(state, frozen parameters, batch) -> (state, metrics). Call it inside `jax.set_mesh(mesh)`.
 
     A step whose loss or gradient is not finite changes nothing but the step count, and says so in `metrics["finite"]`.
+    Towers are frozen and run in a program of their own: no chunk's backward pass repeats them, and the shapes of media
+    and of rows, which vary apart, are compiled apart.
     """
+    shards = row_shards(mesh)
 
-    def train_step(state: State, params: dict[str, Any], batch: Batch) -> tuple[State, dict[str, Array]]:
+    def update(
+        state: State, params: dict[str, Any], batch: Batch, media: Array | None
+    ) -> tuple[State, dict[str, Array]]:
         dropout_seed = jnp.uint32(seed) + state["step"].astype(jnp.uint32) * jnp.uint32(GOLDEN_RATIO)
-        loss = partial(contrastive_loss, decoder=decoder, config=config, temperature=temperature, seed=dropout_seed)
-        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state["adapters"], params, batch)
+        loss = partial(
+            contrastive_loss,
+            decoder=model.decoder,
+            config=config,
+            temperature=temperature,
+            seed=dropout_seed,
+            ignore_duplicates=ignore_duplicates,
+        )
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state["adapters"], params, batch, media)
         norm = optax.tree.norm(grads)
         updates, optimizer = tx.update(grads, state["optimizer"], state["adapters"])
         new = {"adapters": optax.apply_updates(state["adapters"], updates), "optimizer": optimizer}
@@ -97,4 +119,21 @@ def make_train_step(
         tokens = jnp.sum(batch.rows.segment_ids > 0)
         return {"step": state["step"] + 1, **kept}, {**metrics, "grad_norm": norm, "finite": finite, "tokens": tokens}
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(state_sharding, replicated(mesh)))
+    see = jax.jit(
+        lambda params, media: model.media_tokens(params, media, shards),
+        out_shardings=NamedSharding(mesh, PartitionSpec(ROWS)),
+    )
+    update = jax.jit(update, donate_argnums=0, out_shardings=(state_sharding, replicated(mesh)))
+    tower_shapes, decoder_shapes = ShapeLog("towers"), ShapeLog("training step")
+
+    def train_step(state: State, params: dict[str, Any], batch: Batch) -> tuple[State, dict[str, Array]]:
+        media = None
+        if batch.media:
+            tower_shapes.note(batch.media)
+            media = see(params, batch.media)
+        batch = replace(batch, media={})
+        decoder_shapes.note(batch, media)
+        state, metrics = update(state, params["decoder"], batch, media)
+        return state, {**metrics, "programs": len(tower_shapes) + len(decoder_shapes)}
+
+    return train_step

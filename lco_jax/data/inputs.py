@@ -1,0 +1,175 @@
+"""What `encode` takes -> conversations; conversations -> model inputs, ahead of time, in threads or processes."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lco_jax.core.errors import LcoError
+from lco_jax.data.processor import Processor
+from lco_jax.data.prompts import ChatTokenizer, Messages, as_messages, describe, is_media_file
+from lco_jax.data.tower_rows import Processed
+
+TEXTS_AT_ONCE, MEDIA_AT_ONCE = 256, 4  # inputs that one task prepares
+
+
+def as_content(item: Any, where: str) -> Any:
+    """Anything that `encode` takes as what `as_messages` takes: media by their kind, text as it is.
+
+    A string that ends like a media file is one (as in sentence-transformers), and must then exist; {"text": …} is
+    always text. Arrays of 3 axes are images and of 4 axes videos; sound needs its sampling rate.
+    """
+    if isinstance(item, Image.Image):
+        return {"image": item}
+    if isinstance(item, str | os.PathLike):
+        kind = is_media_file(item) if not isinstance(item, str) or not any(c.isspace() for c in item.strip()) else None
+        if kind is None and isinstance(item, str):
+            looks_spaced = is_media_file(item) and Path(item).is_file()
+            return {is_media_file(item): item} if looks_spaced else item
+        if kind is None:
+            raise LcoError(f"{where}: {item} does not end like an image, video or audio file")
+        if not str(item).startswith(("data:", "http://", "https://")) and not Path(item).exists():
+            raise LcoError(
+                f'{where}: {item} looks like a media file and does not exist; text can be given as {{"text": …}}'
+            )
+        return {kind: item}
+    if isinstance(item, dict) and "array" in item:
+        return {"audio" if "sampling_rate" in item else "video": item}
+    if isinstance(item, np.ndarray):
+        kinds = {3: "image", 4: "video"}
+        if item.ndim not in kinds:
+            raise LcoError(f'{where} is {describe(item)}; give sound as {{"array": …, "sampling_rate": …}}')
+        return {kinds[item.ndim]: item}
+    return item
+
+
+def conversation(
+    item: Any, where: str, tokenizer: ChatTokenizer, prompt: str | None = None, max_length: int | None = None
+) -> Messages:
+    """`as_messages`, with texts first cut to `max_length` tokens; chat messages stay as long as they are."""
+    if max_length is not None and isinstance(item, str):
+        item = tokenizer.cut(item, max_length)
+    elif max_length is not None and isinstance(item, dict) and isinstance(item.get("text"), str):
+        item = {**item, "text": tokenizer.cut(item["text"], max_length)}
+    elif max_length is not None and isinstance(item, tuple):
+        item = tuple({**p, "text": tokenizer.cut(p["text"], max_length)} if p["type"] == "text" else p for p in item)
+    return as_messages(item, where, prompt)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Raw inputs -> model inputs, an error in the place of each bad one; it can be sent to a process."""
+
+    processor: Processor
+    prompt: str | None = None
+    max_length: int | None = None
+
+    def __call__(self, items: Sequence[tuple[Any, str]]) -> list[Processed | LcoError]:
+        """items: (input, its name in errors)."""
+        results: list[Processed | LcoError | None] = [None] * len(items)
+        good, conversations = [], []
+        for i, (item, name) in enumerate(items):
+            try:
+                content = as_content(item, name)
+                conversations.append(
+                    conversation(content, name, self.processor.tokenizer, self.prompt, self.max_length)
+                )
+                good.append(i)
+            except LcoError as error:
+                results[i] = error
+        for i, result in zip(good, self.processor.attempt(conversations, [items[i][1] for i in good]), strict=True):
+            results[i] = result
+        return results  # type: ignore[return-value]
+
+
+def prepare_ahead(
+    preparation: Preparation, items: Iterable[tuple[Any, str]], workers: int
+) -> Iterator[Processed | LcoError]:
+    """The prepared inputs in order, a bounded number of them ahead of whoever reads.
+
+    workers: processes; 0 prepares in threads of this one. A process that dies (a codec that crashes on a malicious
+    file) costs its own input and no other.
+    """
+    if workers < 0:
+        raise LcoError(f"workers is {workers}; it must be 0 or more")
+    pool = _pool(preparation, workers)
+    pending: deque[tuple[list[tuple[Any, str]], Future]] = deque()
+    source = _tasks(iter(items))
+    try:
+        while True:
+            while len(pending) < 2 * max(workers, 1) + 1 and (task := next(source, None)):
+                try:
+                    pending.append((task, _submit(pool, preparation, task)))
+                except BrokenProcessPool:
+                    pool = _pool(preparation, workers)
+                    pending.append((task, _submit(pool, preparation, task)))
+            if not pending:
+                return
+            task, future = pending.popleft()
+            try:
+                results = future.result()
+            except BrokenProcessPool:
+                results = [_alone(preparation, item) for item in task]
+            yield from results
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _tasks(items: Iterator[tuple[Any, str]]) -> Iterator[list[tuple[Any, str]]]:
+    """Groups of inputs: many texts or a few media, whatever comes first."""
+    group: list[tuple[Any, str]] = []
+    media = 0
+    for item in items:
+        group.append(item)
+        media += not isinstance(item[0], str) or is_media_file(item[0]) is not None
+        if media >= MEDIA_AT_ONCE or len(group) >= TEXTS_AT_ONCE:
+            yield group
+            group, media = [], 0
+    if group:
+        yield group
+
+
+_in_process: Callable[[Sequence[tuple[Any, str]]], list[Processed | LcoError]]
+
+
+def _begin(preparation: Preparation) -> None:
+    global _in_process
+    _in_process = preparation
+
+
+def _run(task: Sequence[tuple[Any, str]]) -> list[Processed | LcoError]:
+    return _in_process(task)
+
+
+def _pool(preparation: Preparation, workers: int) -> Executor:
+    if workers == 0:
+        return ThreadPoolExecutor(2)
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=(preparation,))
+
+
+def _submit(pool: Executor, preparation: Preparation, task: list[tuple[Any, str]]) -> Future:
+    return pool.submit(preparation, task) if isinstance(pool, ThreadPoolExecutor) else pool.submit(_run, task)
+
+
+def _alone(preparation: Preparation, item: tuple[Any, str]) -> Processed | LcoError:
+    """One input in a process of its own, after a crash: whose fault was it?"""
+    with _pool(preparation, 1) as pool:
+        try:
+            return pool.submit(_run, [item]).result()[0]
+        except BrokenProcessPool:
+            return LcoError(f"{item[1]}: the process that decoded it crashed; the file is broken or malicious")
+
+
+def named(inputs: Iterable[Any], names: Iterable[str] | None) -> Iterator[tuple[Any, str]]:
+    """(input, name) of each; by default "input 0" and so on."""
+    if names is None:
+        return ((item, f"input {i}") for i, item in enumerate(inputs))
+    return zip(inputs, names, strict=True)

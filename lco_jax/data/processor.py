@@ -1,0 +1,138 @@
+"""Chat messages with media -> tokens, positions and tower inputs, for whichever checkpoint; and tower inputs -> rows.
+
+Dimensions: P shards of the rows.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lco_jax.core.errors import LcoError
+from lco_jax.core.files import read_json
+from lco_jax.core.packing import TokenSequence, bucket
+from lco_jax.data.llava import LlavaMedia
+from lco_jax.data.media import MediaConfig
+from lco_jax.data.prompts import KINDS, ChatTokenizer, Messages, media_parts
+from lco_jax.data.qwen import QwenMedia
+from lco_jax.data.tower_rows import Processed, TowerRows
+
+MODALITIES = {"llava_next": ("text", "image"), "qwen2_5_vl": ("text", "image", "video")}  # the others take all
+MediaRows = dict[str, dict[str, np.ndarray]]  # tower -> argument -> rows
+
+
+class Processor:
+    """What a checkpoint's tokenizer, template and processors do, in numpy.
+
+    folder: a checkpoint folder. max_tokens: what the model's context holds; longer inputs raise by name.
+    media: caps on media. video_positions: "4.57" or "5", whose positions Qwen2.5-VL's videos get.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        max_tokens: int = 32768,
+        media: MediaConfig | None = None,
+        video_positions: str = "4.57",
+    ):
+        self.folder, self.max_tokens = Path(folder), max_tokens
+        config = read_json(self.folder / "config.json")
+        config = config.get("thinker_config", config)  # a full Qwen2.5-Omni
+        media = MediaConfig() if media is None else media
+        self.tokenizer = ChatTokenizer(self.folder)
+        self.modalities = MODALITIES.get(config.get("model_type"), KINDS)
+        if config.get("model_type") == "llava_next":
+            self.codec: QwenMedia | LlavaMedia = LlavaMedia(self.folder, config, media)
+        else:
+            self.codec = QwenMedia(self.folder, config, media, video_positions)
+
+    @property
+    def rows(self) -> dict[str, TowerRows]:
+        """How each tower's rows are laid out."""
+        return self.codec.rows
+
+    def __call__(self, conversations: Sequence[Messages], names: Sequence[str] | None = None) -> list[Processed]:
+        """Chat messages -> what the model reads. names: what errors call them. Raises for the first that is bad."""
+        names = names or [f"input {i}" for i in range(len(conversations))]
+        results = self.attempt(conversations, names)
+        if errors := [result for result in results if isinstance(result, LcoError)]:
+            raise errors[0]
+        return results  # type: ignore[return-value]
+
+    def attempt(self, conversations: Sequence[Messages], names: Sequence[str]) -> list[Processed | LcoError]:
+        """As calling it, with an error in the place of each bad input."""
+        all_ids = self.tokenizer([_without_media(messages) for messages in conversations])
+        return [
+            self._process(messages, ids, name)
+            for messages, ids, name in zip(conversations, all_ids, names, strict=True)
+        ]
+
+    def _process(self, messages: Messages, ids: np.ndarray, name: str) -> Processed | LcoError:
+        try:
+            parts = media_parts(messages)
+            if closed := [part["type"] for part in parts if part["type"] not in self.modalities]:
+                raise LcoError(f"{name} has {closed[0]}, and this model takes {', '.join(self.modalities)}")
+            if parts:
+                loaded = [(part["type"], self.codec.load(part, name)) for part in parts]
+                processed = self.codec.expand(ids, loaded, name)
+            else:
+                processed = Processed(ids, TokenSequence.text(ids).position_ids)
+            if len(processed) > self.max_tokens:
+                raise LcoError(
+                    f"{name}: {len(processed)} tokens (template included), and the model takes {self.max_tokens}; "
+                    "cut texts with max_length, and media by their caps"
+                )
+        except LcoError as error:
+            return error
+        return processed
+
+
+def _without_media(messages: Messages) -> Messages:
+    """The messages as templates need them: media parts by their type alone."""
+    return [
+        {**message, "content": [p if p["type"] == "text" else {"type": p["type"]} for p in message["content"]]}
+        for message in messages
+    ]
+
+
+def lay_media(
+    layouts: dict[str, TowerRows],
+    shards: Sequence[Sequence[Processed]],
+    agree: Callable[[np.ndarray], np.ndarray] = lambda need: need,
+) -> tuple[MediaRows, list[list[TokenSequence]]]:
+    """Lay the media of each shard's inputs into tower rows: (rows, P times as many as a shard has; the inputs' tokens).
+
+    agree: makes the shapes of all processes one (the largest): int array -> int array, elementwise.
+    """
+    towers = sorted({placed.tower for inputs in shards for one in inputs for placed in one.media})
+    known = sorted(layouts)
+    items = {
+        tower: [[placed.item for one in inputs for placed in one.media if placed.tower == tower] for inputs in shards]
+        for tower in known
+    }
+    widths = np.array([max(layouts[t].width(x) for x in items[t]) if t in towers else 0 for t in known], np.int64)
+    widths = agree(widths)
+    laid = {t: [layouts[t].lay(x, int(w)) for x in items[t]] for t, w in zip(known, widths, strict=True) if w}
+    rows = agree(np.array([max((x.rows for x in laid[t]), default=0) if t in laid else 0 for t in known], np.int64))
+    media: MediaRows = {}
+    slots: list[dict[str, Any]] = [{} for _ in shards]
+    offset = 0
+    for tower, width, count in zip(known, widths, rows, strict=True):
+        if not count:
+            continue
+        count = bucket(int(count), 4)
+        media[tower] = layouts[tower].fill(list(zip(items[tower], laid[tower], strict=True)), count, int(width))
+        for shard, where in enumerate(laid[tower]):
+            slots[shard][tower] = iter([tokens + offset for tokens in where.tokens])
+        offset += count * layouts[tower].tokens_per_row(int(width))
+    return media, [[_with_slots(one, slots[shard]) for one in inputs] for shard, inputs in enumerate(shards)]
+
+
+def _with_slots(one: Processed, slots: dict[str, Any]) -> TokenSequence:
+    if not one.media:
+        return TokenSequence(one.input_ids, one.position_ids)
+    media_slots = np.full(len(one), -1, np.int32)
+    for placed in one.media:
+        media_slots[placed.at] = next(slots[placed.tower])
+    return TokenSequence(one.input_ids, one.position_ids, media_slots)

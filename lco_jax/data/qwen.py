@@ -1,0 +1,252 @@
+"""Qwen2.5-VL's and Qwen2.5-Omni's processor without torch: media -> patches and mels, placeholders -> tokens.
+
+Dimensions: T pictures of a clip, X and Y their height and width, V values of a patch, C mel channels.
+Sources: processing_qwen2_5_vl.py, processing_qwen2_5_omni.py and `get_rope_index` of the two models. Where transformers
+4.57 and 5.x differ (the positions of Qwen2.5-VL's videos), 4.57 is the default: LCO was trained with it.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import WhisperFeatureExtractor
+
+from lco_jax.core.errors import LcoError
+from lco_jax.core.files import read_json
+from lco_jax.data.audio import load_audio
+from lco_jax.data.images import load_image
+from lco_jax.data.media import MediaConfig
+from lco_jax.data.pixels import Pixels, resize
+from lco_jax.data.positions import frame_times, grid_positions, interleave, line_positions
+from lco_jax.data.tower_rows import ChunkRows, Item, Mel, Patches, PatchRows, Placed, Processed, TowerRows
+from lco_jax.data.video import load_video
+
+ASSUMED_FPS = 2.0  # what the processors assume of a clip, and the reference never tells them otherwise
+IMAGE_PIXELS = (3_136, 1_003_520)  # the least and most of an image, and
+VIDEO_PIXELS = (100_352, 602_112)  # of a clip's picture, where a checkpoint does not say
+VIDEO_POSITIONS = ("4.57", "5")  # whose rule of Qwen2.5-VL's video positions
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video. patches: its pictures; seconds_per_frame: of a pair of pictures; sound: what is heard meanwhile."""
+
+    patches: Patches
+    seconds_per_frame: float
+    sound: Mel | None
+
+
+class QwenMedia:
+    """Media of one checkpoint. video_positions: "4.57" (what LCO was trained with) or "5", for Qwen2.5-VL's videos."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], media: MediaConfig, video_positions: str = "4.57"):
+        if video_positions not in VIDEO_POSITIONS:
+            raise LcoError(f"video_positions is {video_positions!r}; it is one of: {', '.join(VIDEO_POSITIONS)}")
+        self.folder, self.media, self.video_positions = folder, media, video_positions
+        self.omni = "audio_config" in config
+        vision = config["vision_config"]
+        self.merge, self.patch = vision["spatial_merge_size"], vision["patch_size"]
+        self.frames_per_patch = vision["temporal_patch_size"]
+        values = 3 * self.frames_per_patch * self.patch**2
+        window = vision["window_size"] // self.patch
+        self.rows: dict[str, TowerRows] = {"visual": PatchRows(window, self.merge, values)}
+        if self.omni:
+            audio = config["audio_config"]
+            self.rows["audio_tower"] = ChunkRows(audio["n_window"], audio["num_mel_bins"])
+        self.ids_per_second = config.get("position_id_per_seconds", 25) if self.omni else vision["tokens_per_second"]
+        self.ids_per_chunk = int(self.ids_per_second * config.get("seconds_per_chunk", 2))
+
+        def token(name: str) -> int | None:
+            return next((config[key] for key in (f"{name}_token_id", f"{name}_token_index") if key in config), None)
+
+        self.placeholders = {kind: token(kind) for kind in ("image", "video", "audio") if token(kind) is not None}
+        self.audio_bos, self.audio_eos = token("audio_start"), token("audio_end")
+
+    # ---- media
+
+    @cached_property
+    def _preprocessor(self) -> dict[str, Any]:
+        return read_json(self.folder / "preprocessor_config.json")
+
+    @cached_property
+    def pixels(self) -> Pixels:
+        """How pictures are normalised."""
+        return Pixels.read(self.folder)
+
+    @cached_property
+    def feature_extractor(self) -> WhisperFeatureExtractor:
+        """transformers' own."""
+        return WhisperFeatureExtractor.from_dict(self._preprocessor)
+
+    @cached_property
+    def image_pixels(self) -> tuple[int, int]:
+        """The least and most pixels of an image: the caller's, or else the checkpoint's."""
+        low, high = _limits(self._preprocessor, IMAGE_PIXELS)
+        return self.media.image_min_pixels or low, self.media.image_max_pixels or high
+
+    @cached_property
+    def video_pixels(self) -> tuple[int, int]:
+        """The least and most pixels of a clip's picture."""
+        path = self.folder / "video_preprocessor_config.json"
+        config = read_json(path) if path.exists() else {} if self.omni else self._preprocessor
+        low, high = _limits(config, VIDEO_PIXELS)
+        high = min(high, self.media.video_max_pixels or high)
+        return min(self.media.video_min_pixels or low, high), high
+
+    def load(self, part: dict[str, Any], where: str) -> Patches | Mel | Clip:
+        """The medium of a chat part. A part may carry its own min_pixels and max_pixels."""
+        kind = part["type"]
+        if kind == "image":
+            return self._image(part, where)
+        if kind == "audio" and self.omni:
+            return self._mel(load_audio(part["audio"], where, self.media))
+        if kind == "video":
+            return self._video(part, where)
+        raise LcoError(f"{where} has {kind}, which this checkpoint does not take")
+
+    def _image(self, part: dict[str, Any], where: str) -> Patches:
+        low, high = _pixels(part, self.image_pixels, where)
+        image = np.asarray(load_image(part["image"], where, self.media))
+        size = smart_resize(*image.shape[:2], self.patch * self.merge, low, high)
+        return self._patches(resize(image, *size)[None])
+
+    def _video(self, part: dict[str, Any], where: str) -> Clip:
+        low, high = _pixels(part, self.video_pixels, where)
+
+        def fit(frames: int, height: int, width: int) -> tuple[int, int]:
+            return smart_resize(height, width, self.patch * self.merge, low, high)
+
+        video = load_video(part["video"], where, self.media, fit)
+        if video.audio is not None and not self.omni:
+            raise LcoError(f"{where} has a video with sound, which this checkpoint does not take")
+        sound = None if video.audio is None else self._mel(video.audio)
+        seconds = self.frames_per_patch / (video.fps or ASSUMED_FPS)
+        frames = np.stack([resize(frame, *fit(*video.frames.shape[:3])) for frame in video.frames])
+        return Clip(self._patches(frames), seconds, sound)
+
+    def _patches(self, frames: np.ndarray) -> Patches:
+        """uint8 [T, X, Y, 3] -> patches; the last picture stands in for those that are missing of a pair."""
+        p, m, t = self.patch, self.merge, self.frames_per_patch
+        values = self.pixels.normalize(frames)
+        values = np.concatenate([values, np.repeat(values[-1:], -len(values) % t, axis=0)])
+        grid = len(values) // t, frames.shape[1] // p, frames.shape[2] // p
+        values = values.reshape(grid[0], t, 3, grid[1] // m, m, p, grid[2] // m, m, p)
+        return Patches(values.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(math.prod(grid), -1), grid)
+
+    def _mel(self, audio: np.ndarray) -> Mel:
+        """float32 samples at 16 kHz -> [ceil(samples / hop), C].
+
+        The extractor pads to 300 s before its transform. Frames past the sound's end only need the silence that they
+        look at, so a little of it gives the same numbers in a hundredth of the time.
+        """
+        extractor = self.feature_extractor
+        hop = extractor.hop_length
+        room = min(-(-(len(audio) + extractor.n_fft) // hop) * hop, extractor.n_samples)
+        mel = extractor(
+            audio, sampling_rate=extractor.sampling_rate, max_length=room, truncation=True, return_tensors="np"
+        )["input_features"][0]
+        return Mel(np.ascontiguousarray(mel[:, : -(-len(audio) // hop)].T, np.float32))
+
+    # ---- tokens
+
+    def expand(self, ids: np.ndarray, media: list[tuple[str, Any]], where: str) -> Processed:
+        """Token ids with one placeholder a medium -> the tokens and positions of the whole.
+
+        media: (kind, what `load` made of it), in the order of their placeholders.
+        """
+        kinds = {token: kind for kind, token in self.placeholders.items()}
+        found = np.flatnonzero(np.isin(ids, list(kinds)))
+        if [kinds[int(ids[i])] for i in found] != [kind for kind, _ in media]:
+            raise LcoError(
+                f"{where}: its placeholders are not its {len(media)} media; does its text hold special tokens?"
+            )
+        tokens, positions, placed = [], [], []
+        begin, position, length = 0, 0, 0
+        for at, (kind, medium) in zip(found, media, strict=True):
+            tokens.append(ids[begin:at])
+            positions.append(line_positions(position, at - begin))
+            length, position = length + at - begin, position + at - begin
+            block, where_to, parts, position = self._block(kind, medium, int(position))
+            placed += [Placed(tower, item, length + index) for tower, item, index in parts]
+            tokens.append(block)
+            positions.append(where_to)
+            length, begin = length + len(block), at + 1
+        tokens.append(ids[begin:])
+        positions.append(line_positions(position, len(ids) - begin))
+        return Processed(np.concatenate(tokens), np.concatenate(positions), tuple(placed))
+
+    def _block(
+        self, kind: str, medium: Any, start: int
+    ) -> tuple[np.ndarray, np.ndarray, list[tuple[str, Item, np.ndarray]], int]:
+        """(tokens, positions, [(tower, item, index of its tokens in the block)], the next text's position)."""
+        if kind == "audio":
+            length = _mel_tokens(medium)
+            block = np.full(length, self.placeholders["audio"], np.int32)
+            return block, line_positions(start, length), [("audio_tower", medium, np.arange(length))], start + length
+        patches = medium.patches if kind == "video" else medium
+        frames, height, width = patches.grid[0], patches.grid[1] // self.merge, patches.grid[2] // self.merge
+        times = self._times(medium, frames) if kind == "video" else np.zeros(frames, np.int64)
+        positions = grid_positions(start, times, height, width)
+        block = np.full(len(positions), self.placeholders[kind], np.int32)
+        if kind == "video" and medium.sound is not None:
+            return self._with_sound(medium, block, positions, start)
+        after = int(positions.max()) + 1
+        if kind == "video" and not self.omni and self.video_positions == "5":
+            after = start + max(height, width)
+        return block, positions, [("visual", patches, np.arange(len(block)))], after
+
+    def _times(self, clip: Clip, frames: int) -> np.ndarray:
+        if self.omni or self.video_positions == "5":
+            return frame_times(frames, clip.seconds_per_frame, self.ids_per_second)
+        return frame_times(frames, int(clip.seconds_per_frame), self.ids_per_second)
+
+    def _with_sound(
+        self, clip: Clip, block: np.ndarray, positions: np.ndarray, start: int
+    ) -> tuple[np.ndarray, np.ndarray, list[tuple[str, Item, np.ndarray]], int]:
+        """Both streams between audio_bos and audio_eos, which share the positions of vision_bos and vision_eos."""
+        assert clip.sound is not None
+        length = _mel_tokens(clip.sound)
+        is_sound = interleave(positions[:, 0] - start, length, self.ids_per_chunk)
+        tokens = np.where(is_sound, self.placeholders["audio"], block[0])
+        where_to = np.empty((len(tokens), 3), np.int32)
+        where_to[is_sound], where_to[~is_sound] = line_positions(start, length), positions
+        after = int(where_to.max()) + 1
+        tokens = np.concatenate([[self.audio_bos], tokens, [self.audio_eos]]).astype(np.int32)
+        where_to = np.concatenate([line_positions(start - 1, 1), where_to, line_positions(after, 1)])
+        parts = [("visual", clip.patches, 1 + np.flatnonzero(~is_sound))]
+        parts.append(("audio_tower", clip.sound, 1 + np.flatnonzero(is_sound)))
+        return tokens, where_to, parts, after
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The multiples of `factor` nearest to a size, scaled into the limits where they leave them (as upstream)."""
+    rounded = tuple(round(side / factor) * factor for side in (height, width))  # Python's round: half to even
+    if math.prod(rounded) > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        return tuple(max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+    if math.prod(rounded) < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        return tuple(math.ceil(side * grow / factor) * factor for side in (height, width))
+    return rounded
+
+
+def _limits(config: dict[str, Any], default: tuple[int, int]) -> tuple[int, int]:
+    """The least and most pixels that a processor's configuration says, in either spelling."""
+    size = config.get("size") or {}
+    low = config.get("min_pixels") or size.get("shortest_edge") or default[0]
+    return low, config.get("max_pixels") or size.get("longest_edge") or default[1]
+
+
+def _pixels(part: dict[str, Any], limits: tuple[int, int], where: str) -> tuple[int, int]:
+    low, high = (part.get(key) or limit for key, limit in zip(("min_pixels", "max_pixels"), limits, strict=True))
+    if not 0 < low <= high:
+        raise LcoError(f"{where}: min_pixels {low} and max_pixels {high} leave no size")
+    return low, high
+
+
+def _mel_tokens(mel: Mel) -> int:
+    """How many tokens the audio tower makes of it: two convolutions' and a pooling's worth of frames each."""
+    return (len(mel.values) + 1) // 2 // 2

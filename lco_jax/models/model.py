@@ -1,0 +1,60 @@
+"""A decoder and the towers that turn other modalities into its tokens.
+
+Dimensions: B rows, T tokens in a row, S slots, P shards of the rows, N rows of a tower's input (all shards'), K tokens
+that such a row gives, M media tokens of a shard, D the decoder's hidden size.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax import Array
+
+from lco_jax.core.packing import bucket
+from lco_jax.core.sharding import ROWS, constrain
+from lco_jax.models.decoder import Decoder
+
+TOWER_INPUTS = 16_384  # patches, frames or the like that a shard has in a tower at once; what its activations cost
+
+TowerInputs = Mapping[str, Mapping[str, Array]]  # tower -> argument -> array of N rows
+
+
+@dataclass(frozen=True)
+class Model:
+    """`decoder`, and `towers` by name. Parameters: {"decoder": tree, tower: tree, …}."""
+
+    decoder: Decoder
+    towers: dict[str, nn.Module]
+
+    def media_tokens(self, params: dict[str, Any], inputs: TowerInputs, shards: int) -> Array:
+        """Every tower's tokens, tower after tower in the order of `inputs`: [P, M, D].
+
+        inputs: what each tower takes, N rows a tower, split over the P = `shards` ways that rows are split. M takes
+        few values; what is beyond the last token is zero. Towers are frozen: no gradient flows into them.
+        """
+        parts = []
+        for name, arguments in inputs.items():
+            tokens = _in_chunks(self.towers[name], params[name], dict(arguments), shards)
+            parts.append(rearrange(tokens, "(p n) k d -> p (n k) d", p=shards))
+        tokens = jnp.concatenate(parts, axis=1)
+        room = bucket(tokens.shape[1], 4) - tokens.shape[1]
+        return jax.lax.stop_gradient(constrain(jnp.pad(tokens, ((0, 0), (0, room), (0, 0))), ROWS))
+
+
+def _in_chunks(tower: nn.Module, params: dict[str, Any], arguments: dict[str, Array], shards: int) -> Array:
+    """Rows through a tower -> [N, K, D], a part of each shard's rows at a time."""
+    per_shard = next(iter(arguments.values())).shape[0] // shards
+    fits = max(TOWER_INPUTS // tower.row_size(arguments), 1)
+    size = next(n for n in range(min(fits, per_shard), 0, -1) if per_shard % n == 0)
+    if size == per_shard:
+        return tower.apply({"params": params}, **arguments)
+    chunks = {
+        key: constrain(rearrange(x, "(p c n) ... -> c (p n) ...", p=shards, n=size), None, ROWS)
+        for key, x in arguments.items()
+    }
+    tokens = jax.lax.map(lambda chunk: tower.apply({"params": params}, **chunk), chunks)
+    return rearrange(tokens, "c (p n) k d -> (p c n) k d", p=shards)

@@ -1,0 +1,884 @@
+"""Loading images, sound and video: values, layouts, every refusal, and files that are torn."""
+
+import base64
+import io
+import os
+import tempfile
+import threading
+import time
+import warnings
+import zlib
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import pairwise
+
+import av
+import numpy as np
+import pytest
+import soundfile
+import soxr
+import torch
+from PIL import Image, ImageFile
+
+from lco_jax import LcoError
+from lco_jax.data.audio import MIN_SAMPLES, audio_tokens, load_audio
+from lco_jax.data.images import load_image
+from lco_jax.data.media import MediaConfig, resolve
+from lco_jax.data.video import Video, load_video, sampled_indices
+
+CONFIG = MediaConfig()
+RNG = np.random.default_rng(0)
+RGB = RNG.integers(0, 256, (24, 32, 3), np.uint8)
+TONE = (np.sin(np.arange(16000) / 20) * 0.4 * np.linspace(0, 1, 16000)).astype(np.float32)
+
+
+def sentence(error, where="input 3: "):
+    """The message of an LcoError, which must be one line, no fragment, and begin with the item's name."""
+    text = str(error.value)
+    assert text.startswith(where), text
+    assert text.isprintable()
+    assert not text.endswith(":")
+    return text
+
+
+def refused(load, source, *words, config=CONFIG):
+    with pytest.raises(LcoError) as error:
+        load(source, "input 3", config)
+    text = sentence(error)
+    for word in words:
+        assert word in text, text
+    return text
+
+
+def image_bytes(image, kind, **options):
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def sound_bytes(samples, kind, rate=16000, **options):
+    stream = io.BytesIO()
+    soundfile.write(stream, samples, rate, format=kind, **options)
+    return stream.getvalue()
+
+
+def shade(i):
+    return 4 * i + 8
+
+
+def numbers(frames):
+    """The frame numbers that `film` wrote in the brightness."""
+    return np.rint((frames.mean((1, 2, 3)) - 8) / 4).astype(int).tolist()
+
+
+def encodes(codec):
+    try:
+        return bool(av.codec.Codec(codec, "w"))
+    except av.codec.codec.UnknownCodecError:
+        return False
+
+
+def film(codec, container, count=30, size=(48, 32), rate=10, pixels="yuv420p", sound=None, seconds=3.0, options=None):
+    """A video as bytes. Frame i has brightness shade(i) everywhere; sound: the codec of a tone."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/film"  # FFmpeg opens it again to move the header to the front
+        with av.open(path, "w", format=container, options=options or {}) as file:
+            video = file.add_stream(codec, rate=rate)
+            video.width, video.height, video.pix_fmt = *size, pixels
+            video.bit_rate = 4_000_000
+            audio = file.add_stream(sound, rate=16000, layout="mono") if sound else None
+            file.start_encoding()
+            for i in range(count):
+                picture = np.full((size[1], size[0], 3), shade(i), np.uint8)
+                file.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            file.mux(video.encode(None))
+            if sound:
+                mux_sound(file, audio, np.resize(TONE, int(seconds * 16000)))
+        with open(path, "rb") as stream:
+            return stream.read()
+
+
+def sound_track(codec, container, samples, rate=16000):
+    """Sound at 16 kHz as bytes, through PyAV."""
+    with tempfile.TemporaryDirectory() as folder:
+        with av.open(f"{folder}/sound", "w", format=container) as file:
+            mux_sound(file, file.add_stream(codec, rate=rate, layout="mono"), samples)
+        with open(f"{folder}/sound", "rb") as stream:
+            return stream.read()
+
+
+def mux_sound(file, track, samples):
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples[None]), "fltp", "mono")
+    frame.sample_rate = 16000
+    size = track.codec_context.frame_size or 1024
+    fifo = av.AudioFifo()
+    for part in av.AudioResampler(track.format, track.layout, track.rate).resample(frame):
+        fifo.write(part)
+    while part := fifo.read(size) or fifo.read(size, partial=True):
+        file.mux(track.encode(part))
+    file.mux(track.encode(None))
+
+
+# ---- the configuration
+
+
+def test_the_defaults_are_the_references():
+    assert (CONFIG.fps, CONFIG.max_frames, CONFIG.video_max_pixels) == (2.0, 64, 768 * 28 * 28)
+    assert MediaConfig(fps=1, max_frames=np.int64(2), image_max_pixels=None)  # whole numbers do for floats
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("fps", value) for value in (0, -1.0, float("nan"), float("inf"), "2", None, True)],
+        *[("max_frames", value) for value in (1, 0, 2.5, None)],
+        *[("image_min_pixels", value) for value in (0, -1, 1.5, "a")],
+        *[("video_max_pixels", value) for value in (0, True)],
+        *[("max_audio_seconds", 0), ("max_image_pixels", None), ("max_file_bytes", 0), ("decode_seconds", -1)],
+        *[("allow_remote", 1), ("use_audio_in_video", "yes")],
+    ],
+)
+def test_a_value_that_makes_no_sense_is_named(field, value):
+    with pytest.raises(LcoError, match=rf"^media\.{field} is .*it must be "):
+        MediaConfig(**{field: value})
+
+
+def test_a_minimum_above_its_maximum_is_named():
+    with pytest.raises(LcoError, match="image_min_pixels is 9"):
+        MediaConfig(image_min_pixels=9, image_max_pixels=8)
+
+
+# ---- where bytes come from
+
+
+def test_every_way_to_give_a_file(tmp_path, monkeypatch):
+    content = image_bytes(Image.fromarray(RGB), "PNG")
+    path = tmp_path / "a cat%20.png"
+    path.write_bytes(content)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    encoded = base64.b64encode(content).decode()
+    sources = [
+        path,
+        str(path),
+        f"file://{path}",
+        f"file://localhost{path}",
+        path.as_uri(),
+        "~/a cat%20.png",
+        content,
+        bytearray(content),
+        f"data:image/png;base64,{encoded}",
+        f"DATA:;base64,{encoded[:50]}\n{encoded[50:]}",
+        "data:image/png," + "".join(f"%{byte:02x}" for byte in content),
+        resolve(path, "image", "elsewhere", CONFIG),
+    ]
+    for source in sources:
+        np.testing.assert_array_equal(np.asarray(load_image(source, "input 3", CONFIG)), RGB)
+
+
+@pytest.mark.parametrize("load", [load_image, load_audio, load_video])
+def test_what_cannot_be_read_is_named(tmp_path, load):
+    (tmp_path / "empty").touch()
+    (tmp_path / "big").write_bytes(bytes(11))
+    os.mkfifo(tmp_path / "pipe")
+    refused(load, tmp_path / "none.png", "none.png does not exist")
+    refused(load, f"file://{tmp_path}/none.png", "none.png does not exist")
+    refused(load, str(tmp_path / "empty" / "x"), "cannot be read: Not a directory")
+    refused(load, tmp_path, "is a folder")
+    refused(load, tmp_path / "empty", "is empty")
+    refused(load, tmp_path / "pipe", "is a pipe or a device")
+    refused(load, "/dev/zero", "/dev/zero is a pipe or a device")
+    refused(load, tmp_path / "big", "11 bytes", "max_file_bytes is 10", config=MediaConfig(max_file_bytes=10))
+    refused(load, bytes(11), "max_file_bytes is 10", config=MediaConfig(max_file_bytes=10))
+    refused(load, "data:,0123456789a", "max_file_bytes is 10", config=MediaConfig(max_file_bytes=10))
+    refused(load, "a\0b", "cannot be read", r"'a\x00b'")
+    refused(load, "a\nb\udc80", r"'a\nb\udc80'")
+    refused(load, "~nobody-of-that-name/x", "cannot be read")
+    refused(load, "x" * 5000, "…")
+    refused(load, "", "is a folder")  # as a path, it is the current one
+    refused(load, b"", "0 bytes is empty")
+    refused(load, "data:,", "is empty")
+    refused(load, "data:image/png;base64", "has no comma")
+    refused(load, "data:;base64,a&b=", "not valid base64")
+    refused(load, "s3://bucket/cat.png", "s3://bucket/cat.png cannot be fetched; give")
+    refused(load, "https://a.b/cat.png?key=secret", "https://a.b/cat.png is remote", "set allow_remote")
+    refused(load, b"no media in here" * 99, "1584 bytes")
+    refused(load, 3, "cannot be a int; give")
+    refused(load, None, "NoneType")
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+
+    path = tmp_path / "cat.png"
+    path.write_bytes(b"x")
+    monkeypatch.setattr(type(path), "open", denied)  # the tests may run as root, whom no mode stops
+    refused(load_image, path, "cat.png cannot be read: Permission denied")
+
+
+class Server(BaseHTTPRequestHandler):
+    """Answers by path."""
+
+    content = image_bytes(Image.fromarray(RGB), "PNG")
+
+    def do_GET(self):
+        if self.path.startswith("/to"):
+            self.send_response(302)
+            self.send_header(
+                "Location", {"/to-cat": "/cat", "/to-ftp": "ftp://a/b", "/to-file": "file:///etc/passwd"}[self.path]
+            )
+            self.end_headers()
+            return
+        self.send_response(404 if self.path == "/none" else 200)
+        if self.path in ("/cat", "/short", "/none"):
+            self.send_header("Content-Length", str(len(self.content) + (self.path == "/short")))
+        self.end_headers()
+        if self.path == "/slow":
+            for _ in range(40):
+                self.wfile.write(b"x")
+                time.sleep(0.05)
+        self.wfile.write(self.content)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_urls(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    base, config = f"http://127.0.0.1:{server.server_port}", MediaConfig(allow_remote=True)
+    try:
+        for path in ("/cat", "/cat?a=b", "/to-cat", "/unsized"):
+            np.testing.assert_array_equal(np.asarray(load_image(base + path, "input 3", config)), RGB)
+        refused(load_image, base + "/none", "/none cannot be fetched", "404", config=config)
+        refused(load_image, base + "/short", "of 2", "the server sent", config=config)
+        refused(load_image, base + "/to-ftp", "cannot be fetched", config=config)
+        refused(load_image, base + "/to-file", "cannot be fetched", config=config)
+        small = MediaConfig(allow_remote=True, max_file_bytes=99)
+        refused(load_image, base + "/cat", "max_file_bytes", config=small)
+        refused(load_image, base + "/unsized", "max_file_bytes", config=small)
+        hasty = MediaConfig(allow_remote=True, decode_seconds=0.2)
+        refused(load_image, base + "/slow", "more than 0.2 seconds", config=hasty)
+        refused(load_image, "http://127.0.0.1:1/x", "cannot be fetched", config=config)
+        refused(load_image, "http://[broken/x", "cannot be fetched", config=config)
+        refused(load_image, "http://", "cannot be fetched", config=config)
+        refused(load_image, "http://a b/\n", "cannot be fetched", config=config)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+# ---- images
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "TGA", "PCX", "WEBP", "GIF", "JPEG", "JPEG2000", "AVIF"])
+def test_image_formats(tmp_path, kind):
+    grid = np.repeat(np.repeat(RGB[::8, ::8], 8, 0), 8, 1)  # of 12 colours, so that GIF keeps it as well
+    path = tmp_path / "cat.png"  # names tell nothing
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95, "subsampling": 0}}
+    path.write_bytes(image_bytes(Image.fromarray(grid), kind, **options.get(kind, {})))
+    image = load_image(path, "input 3", CONFIG)
+    assert (image.mode, image.size) == ("RGB", (32, 24))
+    assert abs(np.asarray(image, int) - grid).max() <= {"JPEG": 12, "AVIF": 99}.get(kind, 0)  # and colours bleed
+
+
+def test_modes_become_rgb():
+    grey, alpha = RGB[:, :, 0], RGB[:, :, 1]
+    pixels = {}
+    for name, image in {
+        "L": Image.fromarray(grey),
+        "LA": Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)]),
+        "RGBA": Image.fromarray(np.dstack([RGB, alpha])),
+        "I;16": Image.fromarray(grey.astype(np.uint16) * 257),
+        "I": Image.fromarray(grey.astype(np.int32)),
+        "F": Image.fromarray(grey.astype(np.float32)),
+        "1": Image.fromarray(grey > 127),
+        "CMYK": Image.fromarray(RGB).convert("CMYK"),
+        "YCbCr": Image.fromarray(RGB).convert("YCbCr"),
+        "HSV": Image.fromarray(RGB).convert("HSV"),
+        "P": Image.fromarray(RGB).quantize(16),
+    }.items():
+        assert image.mode == name
+        loaded = load_image(image, "input 3", CONFIG)
+        assert loaded.mode == "RGB"
+        assert loaded is not image
+        pixels[name] = np.asarray(loaded, int)
+    for name in ("L", "I;16", "I", "F"):
+        np.testing.assert_array_equal(pixels[name], grey[..., None].repeat(3, 2))
+    np.testing.assert_array_equal(pixels["1"], (grey > 127)[..., None].repeat(3, 2) * 255)
+    np.testing.assert_array_equal(pixels["CMYK"], RGB)
+    weight = alpha[..., None] / 255
+    assert abs(pixels["RGBA"] - (RGB * weight + 255 * (1 - weight))).max() <= 1
+    assert abs(pixels["LA"] - (grey[..., None] * weight + 255 * (1 - weight))).max() <= 1
+
+
+def test_transparency_lies_over_white():
+    """As the reference's to_rgb, on a file and in every way that a format can say it."""
+    image = Image.fromarray(np.dstack([RGB, np.where(RGB[..., 0] > 99, 255, 0).astype(np.uint8)]))
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    white.paste(image, mask=image.split()[3])
+    loaded = load_image(image_bytes(image, "PNG"), "input 3", CONFIG)
+    np.testing.assert_array_equal(np.asarray(loaded), np.asarray(white))
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.paste(0, (0, 0, 4, 8))
+    for kind in ("PNG", "GIF"):
+        pixels = np.asarray(load_image(image_bytes(palette, kind, transparency=0), "input 3", CONFIG))
+        assert (pixels[:, :4] == 255).all()
+        assert (pixels[:, 4:] == [40, 50, 60]).all()
+
+
+def test_the_orientation_is_not_applied_and_animations_give_their_first_frame():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.fromarray(RGB)
+    for kind in ("JPEG", "PNG"):
+        assert load_image(image_bytes(image, kind, exif=exif), "input 3", CONFIG).size == image.size
+    frames = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (255, 0, 128)]
+    for kind in ("GIF", "WEBP", "PNG", "TIFF"):
+        content = image_bytes(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
+        assert load_image(content, "input 3", CONFIG).getpixel((3, 3)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("array", "pixels"),
+    [
+        (RGB, RGB),
+        (RGB.transpose(2, 0, 1), RGB),
+        (RGB[::-1, ::2], RGB[::-1, ::2]),
+        (RGB[:, :, 0], RGB[:, :, :1].repeat(3, 2)),
+        (RGB[:, :, :1], RGB[:, :, :1].repeat(3, 2)),
+        (RGB[None, :, :, 0], RGB[:, :, :1].repeat(3, 2)),
+        (np.dstack([RGB, np.full((24, 32), 255, np.uint8)]), RGB),
+        (np.dstack([RGB, np.zeros((24, 32), np.uint8)]), np.full_like(RGB, 255)),
+        (RGB[:3, :4], RGB[:3, :4]),  # the last axis can be channels, so it is
+        (RGB / np.float32(255), RGB),
+        (RGB / 255.0, RGB),
+        (np.eye(8, dtype=np.float16), np.eye(8, dtype=np.uint8)[..., None].repeat(3, 2) * 255),
+        (np.array([[0.0, 1.0]]), np.array([[[0] * 3, [255] * 3]])),
+    ],
+)
+def test_image_arrays(array, pixels):
+    np.testing.assert_array_equal(np.asarray(load_image(array, "input 3", CONFIG)), pixels)
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (RGB[:, :, :2], "shape (24, 32, 2) is in no known layout; give height x width, or"),
+        (RGB[None], "(1, 24, 32, 3) is in no known layout"),
+        (RGB[0, 0], "(3,) is in no known layout"),
+        (np.array(3, np.uint8), "() is in no known layout"),
+        (RGB[:0], "32 x 0 and has no pixels"),
+        (RGB.astype(int), "holds int64; give uint8, or floats in [0, 1]"),
+        (RGB > 3, "holds bool"),
+        (RGB.astype(complex), "holds complex128"),
+        (RGB.astype(object), "holds object"),
+        (RGB.astype(np.float32), "holds float32 from 0 to 255; floats must be in [0, 1]"),
+        (RGB / 255.0 - 0.1, "from -0.1 to 0.9"),
+        (np.full((8, 8), np.nan), "holds NaN or infinity"),
+        (np.full((8, 8), np.inf), "holds NaN or infinity"),
+        (np.zeros((1, 201), np.uint8), "the absolute aspect ratio must be smaller than 200, and is 201.0"),
+        (Image.new("RGB", (0, 5)), "0 x 5 and has no pixels"),
+        (Image.new("L", (2, 402)), "PIL image is 2 x 402: the absolute aspect ratio must be smaller than 200"),
+        (Image.fromarray(np.full((8, 8), 256, np.int32)), "32-bit pixels (mode I) beyond 0 to 255"),
+        (Image.fromarray(np.full((8, 8), np.nan, np.float32)), "32-bit pixels (mode F)"),
+        ({"image": 3}, "an image cannot be a dict; give"),
+        ([1, 2], "cannot be a list"),
+    ],
+)
+def test_images_that_are_refused(array, words):
+    refused(load_image, array, words)
+
+
+def test_big_images_are_refused_by_their_header_and_pillows_own_limit_is_out_of_it(monkeypatch):
+    image = Image.fromarray(RGB)
+    content = image_bytes(image, "PNG")
+    at_limit, below = MediaConfig(max_image_pixels=768), MediaConfig(max_image_pixels=767)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for source in (content, image, RGB):
+            assert load_image(source, "input 3", at_limit).size == (32, 24)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("decoded"))
+    for source in (content, image, RGB):
+        refused(load_image, source, "32 x 24 pixels, and max_image_pixels is 767", config=below)
+    bomb = bytearray(content)
+    bomb[16:24] = (60000).to_bytes(4, "big") * 2
+    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
+    assert "60000 x 60000" in refused(load_image, bytes(bomb), "max_image_pixels is 200000000")
+    assert Image.MAX_IMAGE_PIXELS == 10
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA"])
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
+def test_an_image_is_never_loaded_in_part(kind, part):
+    content = image_bytes(Image.fromarray(RGB).resize((64, 64)), kind)
+    refused(load_image, content[: int(len(content) * part)], "image of ")
+
+
+def test_images_hold_no_file_and_start_no_program(tmp_path):
+    path = tmp_path / "cat.gif"
+    frames = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (255, 0)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image = load_image(path, "input 3", CONFIG)
+        assert str(path) not in map(os.path.realpath, (f"/proc/self/fd/{n}" for n in os.listdir("/proc/self/fd")))
+    assert image.getpixel((0, 0)) == (255, 0, 0)
+    refused(load_image, image_bytes(Image.fromarray(RGB), "EPS"), "no format that is read here (PNG, JPEG")
+
+
+# ---- sound
+
+
+@pytest.mark.parametrize(
+    ("kind", "subtype", "error"),
+    [
+        ("WAV", "PCM_16", 1e-4),
+        ("WAV", "PCM_U8", 1e-2),
+        ("WAV", "PCM_24", 1e-6),
+        ("WAV", "FLOAT", 0),
+        ("FLAC", "PCM_16", 1e-4),
+        ("AIFF", "PCM_16", 1e-4),
+        ("OGG", "VORBIS", 0.05),
+        ("MP3", "MPEG_LAYER_III", 0.05),
+    ],
+)
+def test_sound_formats(tmp_path, kind, subtype, error):
+    path = tmp_path / "sound.raw"  # names tell nothing
+    path.write_bytes(sound_bytes(TONE, kind, subtype=subtype))
+    samples = load_audio(path, "input 3", CONFIG)
+    assert (samples.dtype, samples.ndim) == (np.float32, 1)
+    np.testing.assert_allclose(samples[:16000], TONE, atol=error)
+
+
+@pytest.mark.parametrize(("kind", "subtype"), [("MP3", None), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("FLAC", None)])
+def test_blocks_join_without_a_seam(tmp_path, kind, subtype):
+    """soundfile.read is the reference's way; read block by block, its MP3s would lose samples at each."""
+    path = tmp_path / "sound"
+    path.write_bytes(sound_bytes(np.resize(TONE, 16000 * 35), kind, subtype=subtype))
+    for source in (path, path.read_bytes()):
+        samples = load_audio(source, "input 3", CONFIG)
+        np.testing.assert_allclose(samples, soundfile.read(path, dtype="float32")[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("codec", "container", "rate", "error"),
+    [
+        ("aac", "mp4", 16000, 0.05),
+        ("aac", "adts", 16000, 0.05),
+        ("flac", "matroska", 16000, 1e-4),
+        ("libopus", "webm", 48000, 0.05),
+        ("pcm_s16le", "mov", 16000, 1e-4),
+    ],
+)
+def test_sound_that_libsndfile_does_not_know(codec, container, rate, error):
+    if not encodes(codec):
+        pytest.skip(f"this PyAV has no {codec}")
+    content = sound_track(codec, container, TONE, rate)
+    with pytest.raises(soundfile.SoundFileError):
+        soundfile.SoundFile(io.BytesIO(content))
+    samples = load_audio(content, "input 3", CONFIG)
+    assert samples.dtype == np.float32
+    assert abs(len(samples) - 16000) < 3000  # encoders fill up to whole frames, and some put one before
+    assert min(np.abs(samples[lag:][:13000] - TONE[:13000]).max() for lag in range(len(samples) - 13000)) < error
+
+
+def test_sound_is_averaged_and_resampled_as_the_reference_does():
+    left, right = TONE, TONE[::-1]
+    for rate in (8000, 11025, 22050, 44100, 48000):
+        both = np.stack([left, right], 1)
+        samples = load_audio(sound_bytes(both, "WAV", rate, subtype="FLOAT"), "input 3", CONFIG)
+        wanted = soxr.resample((left + right) / 2, rate, 16000, quality="HQ")
+        length = int(np.ceil(16000 * (16000 / rate)))  # librosa's
+        assert len(samples) == length
+        np.testing.assert_allclose(samples[: len(wanted)], wanted[:length], atol=1e-6)
+        for source in (
+            {"array": both, "sampling_rate": rate},
+            {"array": both.T, "sample_rate": rate},
+            (both, float(rate)),
+        ):
+            np.testing.assert_allclose(load_audio(source, "input 3", CONFIG), samples, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("array", "samples"),
+    [
+        (TONE, TONE),
+        (TONE.astype(np.float64) * 30, TONE * 30),
+        (np.zeros(16000), np.zeros(16000)),  # silence is a sound
+        ((TONE * 32768).astype(np.int16), np.trunc(TONE * 32768) / 32768),
+        (np.full(400, -(2**31), np.int32), np.full(400, -1)),
+        (np.full(400, 255, np.uint8), np.full(400, 127 / 128)),
+        (np.full((400, 2), [0, 256], np.int16), np.full(400, 128 / 32768)),
+        (np.full((8, 400), 0.5), np.full(400, 0.5)),
+        (TONE[:, None], TONE),
+        (TONE[None], TONE),
+    ],
+)
+def test_sound_arrays(array, samples):
+    loaded = load_audio({"array": array, "sampling_rate": 16000, "path": None}, "input 3", CONFIG)
+    assert loaded.dtype == np.float32
+    np.testing.assert_allclose(loaded, samples, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (
+            TONE,
+            'without its rate; give a path, bytes, a data: URI, a URL or {"array": numpy array, "sampling_rate": Hz}',
+        ),
+        ({"array": TONE}, 'has no "sampling_rate"'),
+        ({"sampling_rate": 16000}, "audio array is a NoneType"),
+        ({"array": [0.0] * 999, "sampling_rate": 16000}, "audio array is a list; give a numpy array"),
+        ({"array": TONE, "sampling_rate": 16000, "offset": 3}, "unknown key 'offset'"),
+        ((TONE, 16000, 3), "cannot be a tuple"),
+        *[((TONE, rate), "has a sampling rate of") for rate in (0, -1, 1e-9, 768001, np.nan, np.inf, "16000", True)],
+        ((TONE[:0], 16000), "is empty"),
+        ((TONE.reshape(100, 160), 16000), "(100, 160) is in no known layout; give [samples]"),
+        ((TONE.reshape(9, -1)[:, :1000] if len(TONE) % 9 == 0 else np.zeros((9, 1000)), 16000), "at most 8 channels"),
+        ((np.zeros((4, 4)), 16000), "(4, 4) is in no known layout"),
+        ((np.zeros((2, 0)), 16000), "is empty"),
+        ((np.zeros((1, 2, 400)), 16000), "must have one axis"),
+        ((TONE.astype(np.int64), 16000), "holds int64; give floats, int16, int32 or uint8"),
+        ((TONE > 0, 16000), "holds bool"),
+        ((TONE.astype(complex), 16000), "holds complex64" if TONE.astype(np.complex64) is None else "holds complex128"),
+        ((np.where(np.arange(999) == 7, np.nan, 0), 16000), "holds NaN or infinity"),
+        ((np.where(np.arange(999) == 7, np.inf, 0), 16000), "holds NaN or infinity"),
+        ((np.full(999, 1e300), 16000), "holds NaN or infinity"),
+        ((np.full((999, 2), [np.inf, -np.inf]), 16000), "holds NaN or infinity"),
+        ((np.full(999, 1e30), 16000), "is torn: its samples reach 1e+30"),
+        ((TONE[:320], 16000), "is too short: 320 samples at 16 kHz (0.0200 seconds), and the model needs 321"),
+        ((TONE[:1], 16000), "is too short: 1 samples"),
+        ((TONE[:640], 48000), "is too short: 214 samples"),
+        (sound_bytes(TONE[:0], "WAV"), "is empty"),
+        (sound_bytes(np.where(np.arange(999) == 7, np.nan, 0), "WAV", subtype="FLOAT"), "holds NaN or infinity"),
+        (image_bytes(Image.fromarray(RGB), "PNG"), "has no sound track"),
+    ],
+)
+def test_sound_that_is_refused(source, words):
+    refused(load_audio, source, words)
+
+
+def test_the_shortest_sound_makes_one_token():
+    assert MIN_SAMPLES == 321
+    assert audio_tokens(MIN_SAMPLES) == 1
+    assert max(audio_tokens(samples) for samples in range(1, MIN_SAMPLES)) < 1
+    assert audio_tokens(16000 * 30) == 750  # the model's 25 tokens a second
+    assert len(load_audio((TONE[:MIN_SAMPLES], 16000), "input 3", CONFIG)) == MIN_SAMPLES
+
+
+def test_long_sound_is_cut_with_a_warning_and_not_read_beyond(caplog, monkeypatch):
+    config = MediaConfig(max_audio_seconds=2)
+    long = np.resize(TONE, 16000 * 60)
+    for source in (
+        (long, 16000),
+        sound_bytes(long, "FLAC"),
+        film("mpeg4", "avi", 60, rate=1, sound="pcm_s16le", seconds=60),
+    ):
+        caplog.clear()
+        samples = load_audio(source, "input 3", config)
+        assert len(samples) == 32000
+        np.testing.assert_allclose(samples, np.resize(TONE, 32000), atol=1e-4)
+        (record,) = caplog.records
+        assert record.message.startswith("input 3: audio ")
+        assert "cut from 60.0 to 2.0 seconds (max_audio_seconds)" in record.message
+    caplog.clear()
+    assert len(load_audio((long[:32000], 16000), "input 3", config)) == 32000
+    assert not caplog.records
+
+    taken = []
+    read = soundfile.SoundFile.read
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda *a, **k: taken.append(len(b := read(*a, **k))) or b)
+    load_audio(sound_bytes(long, "WAV"), "input 3", config)
+    assert sum(taken) < 16000 * 12
+    refused(load_audio, sound_bytes(long, "WAV"), "decode_seconds", config=MediaConfig(decode_seconds=1e-9))
+
+
+# ---- video
+
+
+def test_sampling_is_the_references():
+    """Rounded as torch rounds: with float64 one index in a hundred pairs of lengths would differ."""
+    for total in [*range(2, 300), 1800, 12345, 107892]:
+        for count in {2, 4, 6, 10, 30, 62, 64, total} & set(range(total + 1)):
+            indices = sampled_indices(total, count)
+            np.testing.assert_array_equal(indices, torch.linspace(0, total - 1, count).round().long().numpy())
+            assert all(a < b for a, b in pairwise(indices))
+
+
+FILMS = [
+    ("mpeg4", "mp4", "yuv420p"),
+    ("libx264", "mp4", "yuv420p"),
+    ("mpeg4", "avi", "yuv420p"),
+    ("libx264", "mpegts", "yuv420p"),
+    ("libvpx", "webm", "yuv420p"),
+    ("libvpx-vp9", "webm", "yuv420p"),
+    ("ffv1", "matroska", "bgr0"),
+    ("mjpeg", "mov", "yuvj420p"),
+    ("gif", "gif", "rgb8"),
+]
+
+
+@pytest.mark.parametrize(("codec", "container", "pixels"), FILMS)
+def test_video_formats(tmp_path, codec, container, pixels):
+    if not encodes(codec):
+        pytest.skip(f"this PyAV has no {codec}")
+    path = tmp_path / "film"
+    path.write_bytes(film(codec, container, pixels=pixels))
+    for source in (path, path.read_bytes()):
+        video = load_video(source, "input 3", CONFIG)
+        assert (video.frames.dtype, video.frames.shape) == (np.uint8, (6, 32, 48, 3))
+        assert (video.fps, video.audio) == (None, None)
+        assert numbers(video.frames) == [0, 6, 12, 17, 23, 29]
+    if codec == "ffv1":  # lossless: exactly those pixels
+        assert set(video.frames[2].ravel()) == {shade(12)}
+
+
+@pytest.mark.parametrize(
+    ("count", "rate", "config", "kept"),
+    [
+        (1, 10, CONFIG, [0]),
+        (2, 10, CONFIG, [0, 1]),
+        (3, 10, CONFIG, [0, 2]),
+        (5, 10, CONFIG, [0, 1, 3, 4]),  # 1 wanted, 4 at least
+        (35, 10, CONFIG, [0, 7, 14, 20, 27, 34]),  # 7 wanted, made even
+        (20, 1, CONFIG, list(range(20))),  # never more than there are
+        (21, 1, CONFIG, [int(x) for x in np.rint(np.linspace(0, 20, 20, dtype=np.float32))]),
+        (50, 10, MediaConfig(max_frames=5), [0, 16, 33, 49]),
+        (50, 10, MediaConfig(max_frames=2), [0, 49]),
+        (50, 10, MediaConfig(fps=0.01), [0, 16, 33, 49]),
+        (50, 10, MediaConfig(fps=1e9, max_frames=6), [0, 10, 20, 29, 39, 49]),
+    ],
+)
+def test_how_many_frames_are_taken(count, rate, config, kept):
+    video = load_video(film("ffv1", "matroska", count=count, rate=rate, pixels="bgr0"), "input 3", config)
+    assert numbers(video.frames) == kept
+
+
+def test_frames_are_fitted_one_by_one():
+    asked = []
+
+    def fit(*of):
+        asked.append(of)
+        return 28, 56
+
+    content = film("ffv1", "matroska", pixels="bgr0")
+    frames = load_video(content, "input 3", CONFIG, fit).frames
+    assert (asked, frames.shape, numbers(frames)) == ([(6, 32, 48)], (6, 28, 56, 3), [0, 6, 12, 17, 23, 29])
+    noise = RNG.integers(0, 256, (5, 24, 32, 3), np.uint8)
+    wanted = np.stack([Image.fromarray(frame).resize((56, 28), Image.Resampling.BICUBIC) for frame in noise])
+    for source in (noise, list(noise)):
+        np.testing.assert_array_equal(load_video(source, "input 3", CONFIG, fit).frames, wanted)
+    assert asked[1:] == [(5, 24, 32)] * 2
+
+
+def test_a_torn_or_lying_file_gives_the_frames_that_exist():
+    whole = film("mpeg4", "mp4", count=30, options={"movflags": "faststart"}, size=(480, 320))
+    cut = film("libvpx", "webm", count=30, size=(480, 320))
+    with av.open(io.BytesIO(whole)) as file:
+        end = [packet.pos + packet.size for packet in file.demux(video=0) if packet.size]
+    frames = load_video(whole[: end[19]], "input 3", CONFIG).frames  # the header still says 30
+    assert numbers(frames) == [0, 6, 13, 19]
+    frames = load_video(cut[: int(len(cut) * 0.7)], "input 3", CONFIG).frames
+    assert len(frames) in (2, 4)
+    assert numbers(frames)[0] == 0
+    avi = film("mpeg4", "avi", count=30)
+    for claimed in (7, 3000, 2**31 - 1):
+        lying = bytearray(avi)
+        for place in (48, avi.index(b"strh") + 8 + 32):  # total frames of the file, length of the stream
+            lying[place : place + 4] = claimed.to_bytes(4, "little")
+        assert numbers(load_video(bytes(lying), "input 3", CONFIG).frames) == [0, 6, 12, 17, 23, 29]
+
+
+def test_a_videos_own_sound():
+    config = MediaConfig(use_audio_in_video=True)
+    content = film("mpeg4", "mp4", sound="aac")
+    video = load_video(content, "input 3", config)
+    assert video.audio.dtype == np.float32
+    assert abs(len(video.audio) - 48000) < 2048
+    assert np.abs(video.audio).max() > 0.3
+    np.testing.assert_array_equal(video.audio, load_audio(content, "input 3", CONFIG))
+    assert load_video(content, "input 3", CONFIG).audio is None
+    assert len(load_video(content, "input 3", MediaConfig(use_audio_in_video=True, max_audio_seconds=1)).audio) == 16000
+    refused(load_video, film("mpeg4", "mp4"), "has no sound track", config=config)
+    refused(load_video, sound_bytes(TONE, "WAV"), "has no video stream")
+
+
+CLIP = np.stack([np.full((8, 12, 3), shade(i), np.uint8) for i in range(60)])
+
+
+@pytest.mark.parametrize(
+    ("source", "kept", "fps"),
+    [
+        (CLIP[:7], list(range(7)), None),
+        ({"array": CLIP[:7]}, list(range(7)), None),
+        ({"array": CLIP[:7], "fps": None}, list(range(7)), None),
+        ({"array": CLIP[:7], "fps": 2}, list(range(7)), 2),
+        ({"array": CLIP[:7], "fps": 0.5}, list(range(7)), 0.5),
+        ({"array": CLIP[:30], "fps": 10}, [0, 6, 12, 17, 23, 29], 2),
+        ({"array": CLIP[:35], "fps": 10.0}, [0, 7, 14, 20, 27, 34], 6 * 10 / 35),
+        ({"array": CLIP[:1], "fps": 10}, [0], 10),
+        ({"array": CLIP[:3], "fps": 3}, [0, 2], 2),
+        (CLIP[:7, :, :, 0], list(range(7)), None),
+        (CLIP[:7, :, :, :1], list(range(7)), None),
+        (np.concatenate([CLIP[:7], np.full((7, 8, 12, 1), 255, np.uint8)], 3), list(range(7)), None),
+        (CLIP[:7].transpose(0, 3, 1, 2), list(range(7)), None),
+        (CLIP[:7] / np.float32(255), list(range(7)), None),
+        (list(CLIP[:7]), list(range(7)), None),
+        (tuple(Image.fromarray(frame) for frame in CLIP[:7]), list(range(7)), None),
+        ([image_bytes(Image.fromarray(frame), "PNG") for frame in CLIP[:3]], [0, 1, 2], None),
+    ],
+)
+def test_video_arrays(source, kept, fps):
+    video = load_video(source, "input 3", CONFIG)
+    assert isinstance(video, Video)
+    assert (numbers(video.frames), video.fps) == (kept, pytest.approx(fps))
+    assert (video.frames.dtype, video.frames.shape[1:]) == (np.uint8, (8, 12, 3))
+
+
+def test_long_arrays_and_lists_are_capped():
+    config = MediaConfig(max_frames=5)
+    spread = [0, 15, 30, 44, 59]
+    assert numbers(load_video(CLIP, "input 3", config).frames) == spread
+    missing = [frame if i in spread else "none.png" for i, frame in enumerate(CLIP)]  # those are never opened
+    assert numbers(load_video(missing, "input 3", config).frames) == spread
+    video = load_video({"array": CLIP, "fps": 2}, "input 3", config)
+    assert (numbers(video.frames), video.fps) == ([0, 20, 39, 59], pytest.approx(2 * 4 / 60))
+    video = load_video({"array": CLIP, "audio": (TONE, 16000)}, "input 3", config)
+    np.testing.assert_array_equal(video.audio, TONE)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (CLIP[:0], "(0, 8, 12, 3) has no frames"),
+        ([], "is an empty list"),
+        (CLIP[0], "(8, 12, 3) is in no known layout; give frames x height x width, or"),
+        (CLIP[:, :, :, :2], "(60, 8, 12, 2) is in no known layout"),
+        (CLIP[None], "no known layout"),
+        (CLIP[:, :0], "frame 0: image array of shape (0, 12, 3) is 12 x 0 and has no pixels"),
+        (CLIP.astype(int), "holds int64"),
+        (np.full((4, 8, 8, 3), np.nan), "frame 0: image array of shape (8, 8, 3) holds NaN"),
+        (CLIP.astype(np.float32), "floats must be in [0, 1]"),
+        (np.zeros((4, 1, 201, 3), np.uint8), "aspect ratio"),
+        ({"array": list(CLIP)}, "video array is a list; give a numpy array"),
+        ({"frames": CLIP}, "unknown key 'frames'"),
+        ({"array": CLIP, "audio": TONE}, "audio cannot be a numpy array without its rate"),
+        *[({"array": CLIP, "fps": fps}, "has an fps of") for fps in (0, -1, np.nan, np.inf, "2", True)],
+        ([CLIP[0], CLIP[0, :4]], "frame 1 is 12 x 4, and frame 0 is 12 x 8; the frames of a video must have one size"),
+        ([CLIP[0], "none.png"], "frame 1: image none.png does not exist"),
+        ([[CLIP[0]]], "frame 0: an image cannot be a list"),
+        (film("mpeg4", "mp4", size=(804, 4)), "aspect ratio must be smaller than 200, and is 201.0"),
+        (film("mpeg4", "mp4")[:500], "cannot be decoded"),
+        (film("mpeg4", "mp4", count=0), "video of "),
+        (b"ffconcat version 1.0\nfile other.avi\n", "cannot be decoded"),
+    ],
+)
+def test_videos_that_are_refused(source, words):
+    refused(load_video, source, words)
+
+
+def test_video_is_bounded_in_size_and_time():
+    content = film("mpeg4", "mp4")
+    refused(load_video, content, "48 x 32 pixels, and max_image_pixels", config=MediaConfig(max_image_pixels=999))
+    refused(load_video, CLIP, "max_image_pixels", config=MediaConfig(max_image_pixels=9))
+    refused(
+        load_video, content, "takes more than 1e-09 seconds (decode_seconds)", config=MediaConfig(decode_seconds=1e-9)
+    )
+
+
+@pytest.mark.parametrize("name", ["other.avi", "PATH"])
+def test_a_video_reaches_no_other_file(tmp_path, monkeypatch, name):
+    """FFmpeg's playlists do, unless told not to."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.avi").write_bytes(film("mpeg4", "avi"))
+    name = name.replace("PATH", str(tmp_path / "other.avi"))
+    for text in (
+        f"ffconcat version 1.0\nfile {name}\n",
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{name}\n#EXT-X-ENDLIST\n",
+    ):
+        (tmp_path / "list.m3u8").write_text(text)
+        for load in (load_video, load_audio):
+            refused(load, tmp_path / "list.m3u8", "cannot be decoded")
+
+
+# ---- torn files
+
+
+def torn_files(count):
+    """(what loads it, torn bytes), made of valid files of every kind by flipping bytes, cutting and doubling parts."""
+    picture = Image.fromarray(RGB).resize((48, 40), Image.Resampling.NEAREST)
+    frames = [picture.rotate(angle) for angle in (0, 90, 180)]
+    h264 = "libx264" if encodes("libx264") else "mpeg4"
+    valid = [
+        *[("image", image_bytes(picture, kind)) for kind in ("PNG", "JPEG", "WEBP")],
+        ("image", image_bytes(frames[0], "GIF", save_all=True, append_images=frames[1:])),
+        *[("audio", sound_bytes(TONE[:6000], kind)) for kind in ("WAV", "FLAC", "OGG")],
+        ("mp3", sound_bytes(TONE[:6000], "MP3")),
+        ("audio", sound_bytes(TONE[:6000], "WAV", subtype="FLOAT")),
+        ("clip", film("mpeg4", "mp4", 12, sound="aac")),
+        ("clip", film(h264, "mp4", 12, sound="aac", options={"movflags": "faststart"})),
+        ("video", film("mpeg4", "avi", 12, sound="pcm_s16le")),
+        ("video", film("mpeg4", "matroska", 12)),
+    ]
+    random = np.random.default_rng(7)
+    for i in range(count):
+        kind, content = valid[i % len(valid)]
+        torn = np.frombuffer(content, np.uint8).copy()
+        way = random.integers(4)
+        span = min(len(torn), 200) if way == 1 else len(torn)  # headers are where the lies matter
+        if way < 3:
+            places = random.integers(0, span, random.integers(1, 1 + max(2, len(torn) // 200)))
+            torn[places] = random.integers(0, 256, len(places))
+        torn = torn.tobytes()
+        if way >= 2:
+            torn = torn[: random.integers(1, len(torn))] + torn[random.integers(len(torn)) :] * int(random.integers(2))
+        yield kind, torn
+
+
+def load_torn(kind, content):
+    """None if it loads to something valid, the sentence if it is refused; anything else fails."""
+    config = MediaConfig(decode_seconds=5, use_audio_in_video=kind == "clip")
+    try:
+        if kind == "image":
+            image = load_image(content, "input 3", config)
+            assert image.mode == "RGB"
+            assert min(np.asarray(image).shape) > 0
+        elif kind in ("audio", "mp3"):
+            samples = load_audio(content, "input 3", config)
+            assert (samples.dtype, samples.ndim) == (np.float32, 1)
+            assert np.isfinite(samples).all()
+            assert len(samples) >= MIN_SAMPLES
+        else:
+            video = load_video(content, "input 3", config, lambda frames, height, width: (28, 28))
+            assert video.frames.dtype == np.uint8
+            assert video.frames.shape[1:] == (28, 28, 3)
+            assert video.frames.shape[0] > 0
+            assert (video.audio is not None) == config.use_audio_in_video
+            assert video.audio is None or np.isfinite(video.audio).all()
+    except LcoError as error:
+        return str(error)
+    return None
+
+
+def test_five_hundred_torn_files(capfd):
+    loaded = refused_count = 0
+    slowest = 0.0
+    for kind, content in torn_files(500):
+        start = time.monotonic()
+        if (said := load_torn(kind, content)) is None:
+            loaded += 1
+        else:
+            refused_count += 1
+            assert said.startswith("input 3: ")
+            assert said.isprintable()
+        slowest = max(slowest, time.monotonic() - start)
+        printed = capfd.readouterr().err
+        assert not printed or kind == "mp3", printed  # libmpg123 has its say, and nothing stops it
+    assert loaded + refused_count == 500
+    assert loaded > 50
+    assert refused_count > 100
+    assert slowest < 6
