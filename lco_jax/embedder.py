@@ -159,12 +159,12 @@ class OmniEmbedder:
         items = [inputs] if single else list(inputs)
         bar = progress or tqdm(total=len(items), desc="embedding", unit="input", disable=not show_progress)
         options = {"prompt": prompt, "max_length": max_length, "on_error": on_error, "workers": workers}
-        blocks = self.encode_blocks(items, batch_size, normalize, max_tokens=max_tokens, names=names, **options)
+        options |= {"max_tokens": max_tokens, "progress": bar, "names": names}
+        blocks = self.encode_blocks(items, batch_size, normalize, **options)
         vectors, skipped = np.zeros((len(items), self.dimension), np.float32), {}
         for block in blocks:
             vectors[block.first : block.first + len(block.vectors)] = block.vectors
             skipped |= block.skipped
-            bar.update(len(block.vectors))
         self.skipped = skipped
         if progress is None:
             bar.close()
@@ -181,10 +181,15 @@ class OmniEmbedder:
         on_error: str = "raise",
         workers: int = 0,
         max_tokens: int = MAX_TOKENS,
+        block_inputs: int = BLOCK_INPUTS,
+        progress: tqdm | None = None,
         names: Iterable[str] | None = None,
     ) -> Iterator[Block]:
-        """As `encode`, for any number of inputs in bounded memory: consecutive `Block`s as they are ready."""
-        for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
+        """As `encode`, for any number of inputs in bounded memory: consecutive `Block`s as they are ready.
+
+        block_inputs: the most inputs in a block. Where blocks end depends on it and on the inputs, and not on time.
+        """
+        for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens), ("block_inputs", block_inputs)):
             if value < 1:
                 raise LcoError(f"{name} is {value}; it must be at least 1")
         if on_error not in ("raise", "skip"):
@@ -197,11 +202,11 @@ class OmniEmbedder:
                 raise result
             ready.append(result)
             held += 0 if isinstance(result, LcoError) else sum(placed.item.values.nbytes for placed in result.media)
-            if len(ready) >= BLOCK_INPUTS or held >= BLOCK_BYTES:
-                yield self._block(first, ready, batch_size, max_tokens, normalize)
+            if len(ready) >= block_inputs or held >= BLOCK_BYTES:
+                yield self._block(first, ready, batch_size, max_tokens, normalize, progress)
                 first, ready, held = first + len(ready), [], 0
         if ready:
-            yield self._block(first, ready, batch_size, max_tokens, normalize)
+            yield self._block(first, ready, batch_size, max_tokens, normalize, progress)
 
     @staticmethod
     def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -210,7 +215,13 @@ class OmniEmbedder:
         return a @ b.T
 
     def _block(
-        self, first: int, ready: list[Processed | LcoError], batch_size: int, max_tokens: int, normalize: bool
+        self,
+        first: int,
+        ready: list[Processed | LcoError],
+        batch_size: int,
+        max_tokens: int,
+        normalize: bool,
+        progress: tqdm | None,
     ) -> Block:
         """Embed what is ready, neighbours in a batch alike in length, one batch ahead of the one being fetched."""
         vectors = np.full((len(ready), self.dimension), np.nan, np.float32)
@@ -224,9 +235,13 @@ class OmniEmbedder:
                 if waiting is not None:
                     indices, placement, slots = waiting
                     vectors[indices] = np.asarray(slots)[placement.row, placement.slot]
+                    if progress is not None:
+                        progress.update(len(indices))
                 waiting = started
         for reason in skipped.values():
             logger.warning("skipped: %s", reason)
+        if progress is not None:
+            progress.update(len(skipped))
         return Block(first, _unit(vectors) if normalize else vectors, skipped)
 
     def _start(self, batch: list[Processed]) -> tuple[Placement, Array]:

@@ -102,7 +102,7 @@ PARAMETERS = {  # as published: of Qwen's decoders without their heads, and of V
 
 
 def ours(name, config):
-    """The backbone, the decoder's geometry, {part.name: (shape, dtype)} that we load, and prefixes of unused layers."""
+    """The backbone, the decoder's geometry, {part: parameters}, and what names of unused layers begin with."""
     backbone, model_config = find_backbone(config, name)
     decoder = DecoderConfig.from_hf(model_config, name)
     trees, unused = {"decoder": abstract_params(decoder, jnp.bfloat16)}, []
@@ -110,12 +110,7 @@ def ours(name, config):
         geometry = read(model_config, name, decoder)
         trees[tower] = abstract_params(tower_module(backbone, tower, geometry, jnp.bfloat16), jnp.bfloat16)
         unused += [f"{tower}.layers.{i}." for i in getattr(geometry, "unused_layers", ())]
-    leaves = {
-        f"{part}.{key}": (shape, str(flatten_dict(tree, sep=".")[path].dtype))
-        for part, tree in trees.items()
-        for path, key, shape in _per_layer(tree)
-    }
-    return backbone, decoder, leaves, tuple(unused)
+    return backbone, decoder, trees, tuple(unused)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -125,7 +120,12 @@ def test_names_shapes_and_dtypes(name):
     theirs = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config))
     with torch.device("meta"):
         model = reference.model_class(name)._from_config(theirs, dtype=torch.bfloat16)
-    backbone, decoder, got, unused = ours(name, config)
+    backbone, decoder, trees, unused = ours(name, config)
+    got = {
+        f"{part}.{key}": (shape, str(flatten_dict(tree, sep=".")[path].dtype))
+        for part, tree in trees.items()
+        for path, key, shape in _per_layer(tree)
+    }
     want = {}
     for key, parameter in model.named_parameters():
         called = backbone.name_of(reference.hub_key(key, name))
@@ -154,3 +154,14 @@ def test_every_large_matrix_is_split_over_fsdp_and_tensor(mesh):
         shard = sharding.shard_shape(leaf.shape)
         if leaf.size > 10**6:
             assert leaf.size == ways * torch.Size(shard).numel(), path
+
+
+@pytest.mark.parametrize("fsdp", [2, 8])
+@pytest.mark.parametrize("name", ["omni_7b", "llava_mistral_7b"])
+def test_every_large_matrix_of_a_towers_layers_is_split_over_fsdp(name, fsdp):
+    trees = ours(name, CHECKPOINTS[name])[2]
+    del trees["decoder"]
+    for path, sharding in flatten_dict(shardings(trees, make_mesh(-1, fsdp, 1)), sep=".").items():
+        leaf = flatten_dict(trees, sep=".")[path]
+        if leaf.size > 10**6 and path.split(".")[1] in ("blocks", "layers"):
+            assert leaf.size == fsdp * math.prod(sharding.shard_shape(leaf.shape)), path

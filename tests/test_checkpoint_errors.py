@@ -402,9 +402,10 @@ def test_loading_reads_tensor_by_tensor(folder, reads):
     checkpoint = open_checkpoint(folder)
     assert not reads  # opening reads headers alone
     load_decoder(checkpoint, one_device())
-    assert sorted(key for key, _ in reads) == sorted(checkpoint.keys["decoder"].values())  # each once, no tower, no head
+    keys = checkpoint.keys["decoder"].values()
+    assert sorted(key for key, _ in reads) == sorted(keys)  # each once, no tower, no head
     assert all(shape == checkpoint.tensors.shape(key) for key, shape in reads)
-    largest = max(np.prod(checkpoint.tensors.shape(key)) for key in checkpoint.keys["decoder"].values())
+    largest = max(np.prod(checkpoint.tensors.shape(key)) for key in keys)
     assert max(np.prod(shape) for _, shape in reads) <= largest
 
 
@@ -412,9 +413,10 @@ def test_loading_onto_shards_reads_only_their_slices(folder, reads):
     checkpoint = open_checkpoint(folder)
     _, params = load_decoder(checkpoint, make_mesh(1, 8, 1))
     size = {key: np.prod(checkpoint.tensors.shape(key)) for key in checkpoint.tensors}
-    matrices = [key for name, key in checkpoint.keys["decoder"].items() if name.startswith("layers.") and "proj.w" in name]
+    keys = checkpoint.keys["decoder"]
+    matrices = [key for name, key in keys.items() if name.startswith("layers.") and "proj.w" in name]
     assert len(matrices) == 3 * 7
-    for key in [*matrices, checkpoint.keys["decoder"]["embed_tokens.weight"]]:
+    for key in [*matrices, keys["embed_tokens.weight"]]:
         parts = [np.prod(shape) for read, shape in reads if read == key]
         assert max(parts) <= size[key] / 8
         assert sum(parts) == size[key]  # and no slice twice

@@ -39,8 +39,9 @@ RULES: tuple[tuple[str, tuple[str | None, ...] | EllipsisType], ...] = (
     (rf"{_ROW}\.weight\.b", (None, "fsdp", None)),
     (r"(decoder\.)?layers\.\w+_layernorm\.weight", (None, None)),
     (r"(decoder\.)?norm\.weight", (None,)),
-    (rf"{_TOWER}\.(blocks|layers)\..+\.(qkv|[qkv]|proj|\w+_proj|fc[12])\.weight", (None, None, "fsdp")),
-    (rf"{_TOWER}\..+", ...),  # small
+    (rf"{_TOWER}\.(blocks|layers)\.(.+\.)?(proj|out_proj|down_proj|fc2)\.weight", (None, "fsdp", None)),
+    (rf"{_TOWER}\.(blocks|layers)\.(.+\.)?(qkv|[qkv]|\w+_proj|fc1)\.weight", (None, None, "fsdp")),
+    (rf"{_TOWER}\..+", ...),  # the rest is small
 )
 
 

@@ -1,12 +1,15 @@
 """What `encode` takes -> conversations; conversations -> model inputs, ahead of time, in threads or processes."""
 
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +132,7 @@ def _tasks(items: Iterator[tuple[Any, str]]) -> Iterator[list[tuple[Any, str]]]:
     media = 0
     for item in items:
         group.append(item)
-        media += not isinstance(item[0], str) or is_media_file(item[0]) is not None
+        media += not _is_text(item[0])
         if media >= MEDIA_AT_ONCE or len(group) >= TEXTS_AT_ONCE:
             yield group
             group, media = [], 0
@@ -137,12 +140,26 @@ def _tasks(items: Iterator[tuple[Any, str]]) -> Iterator[list[tuple[Any, str]]]:
         yield group
 
 
+def _is_text(item: Any) -> bool:
+    if isinstance(item, str):
+        return is_media_file(item) is None
+    return isinstance(item, dict) and item.keys() == {"text"}
+
+
 _in_process: Callable[[Sequence[tuple[Any, str]]], list[Processed | LcoError]]
 
 
 def _begin(preparation: Preparation) -> None:
+    """What a worker does first. A Ctrl-C is its parent's to handle, and when that is killed nobody else would end it."""
     global _in_process
     _in_process = preparation
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
+
+
+def _end_with(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _run(task: Sequence[tuple[Any, str]]) -> list[Processed | LcoError]:

@@ -56,7 +56,8 @@ class QwenMedia:
         if self.omni:
             audio = config["audio_config"]
             self.rows["audio_tower"] = ChunkRows(audio["n_window"], audio["num_mel_bins"])
-        self.ids_per_second = config.get("position_id_per_seconds", 25) if self.omni else vision["tokens_per_second"]
+        key, default, owner = ("position_id_per_seconds", 25, config) if self.omni else ("tokens_per_second", 4, vision)
+        self.ids_per_second = owner.get(key, default)
         self.ids_per_chunk = int(self.ids_per_second * config.get("seconds_per_chunk", 2))
 
         def token(name: str) -> int | None:
@@ -213,7 +214,7 @@ class QwenMedia:
         tokens = np.where(is_sound, self.placeholders["audio"], block[0])
         where_to = np.empty((len(tokens), 3), np.int32)
         where_to[is_sound], where_to[~is_sound] = line_positions(start, length), positions
-        after = int(where_to.max()) + 1
+        after = int(where_to[-1].max()) + 1  # upstream goes on from the chunk that is last, not from the latest time
         tokens = np.concatenate([[self.audio_bos], tokens, [self.audio_eos]]).astype(np.int32)
         where_to = np.concatenate([line_positions(start - 1, 1), where_to, line_positions(after, 1)])
         parts = [("visual", clip.patches, 1 + np.flatnonzero(~is_sound))]

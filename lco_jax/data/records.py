@@ -73,7 +73,7 @@ def parse_record(content: Any, where: str, root: str = "", exists: Callable[[str
         raise LcoError(f"{where}: a record is an object with anchor and positive, and this is {content!r:.60}")
     if unknown := set(content) - {"anchor", "positive", "negative", "negatives"}:
         raise LcoError(f"{where}: unknown key {min(unknown)!r}; a record has anchor, positive and negative")
-    reader = _Reader(where, root, exists)
+    reader = Reader(where, root, exists)
     sides = {}
     for name in ("anchor", "positive"):
         if name not in content:
@@ -100,8 +100,11 @@ def _is_still(value: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class _Reader:
-    """Reads the sides of one record. Every `name` says where in the record its value stands, for errors."""
+class Reader:
+    """Reads the sides of one record. Every `name` says where in the record its value stands, for errors.
+
+    where, root, exists: as for `parse_record`.
+    """
 
     where: str
     root: str
@@ -183,7 +186,7 @@ class _Reader:
         if self.exists and not self.exists(found):
             raise LcoError(
                 f"{self.where}: {name}: there is no file {found}; relative paths start at the folder of the records, "
-                "or at the source's media_root"
+                "or at media_root"
             )
         return found
 

@@ -1,0 +1,37 @@
+"""Photos from TFDS and a caption template, on the built-in checkpoint: how to train on a media dataset.
+
+    python -m lco_jax.train --config=configs/cifar10.py --config.data.sources.photos.data_dir=DIR
+
+DIR holds the dataset as array_record files (`tfds build cifar10 --file_format=array_record` writes them). With
+`:mnist` in the place of nothing after the file's name, mnist.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+from configs import base
+
+LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SETS = {"cifar10": ("a photo of a {label}.", LABELS), "mnist": ("the handwritten digit {label}.", DIGITS)}
+
+
+def get_config(name: str = "cifar10") -> ConfigDict:
+    """What differs from base. name: cifar10 or mnist."""
+    config = base.get_config()
+    caption, labels = SETS[name]
+    config.name = name
+    config.data.sources = {
+        "photos": {
+            "kind": "tfds",
+            "name": name,
+            "split": "train",
+            "data_dir": config_dict.placeholder(str),
+            "caption": caption,
+            "values": {"label": {str(i): label for i, label in enumerate(labels)}},
+        }
+    }
+    config.train.batch_size = 32
+    config.train.steps = 100
+    config.train.ignore_duplicates = True  # ten captions: most batches hold each several times
+    config.eval.path = ""
+    return config

@@ -1,0 +1,222 @@
+"""What `lco_jax.embed` reads: lines, rows of a table or a folder of media -> inputs for `encode`, one at a time."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.lib
+import pyarrow.parquet
+
+from lco_jax.core.errors import LcoError
+from lco_jax.data.media import MediaConfig
+from lco_jax.data.prompts import as_messages, check_text, describe, is_media_file, media_parts
+from lco_jax.data.records import FIELDS, Reader, is_parts
+
+KEYS = tuple(key for key in FIELDS if key != "content")  # of an object or table: what is embedded; others are metadata
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+ROWS_AT_ONCE = 64  # of a table, in memory; rows may hold whole images
+
+
+class Item(NamedTuple):
+    """content: as `encode` takes it, text never bare. where: a file and line, for errors."""
+
+    id: int | str
+    content: Any
+    where: str
+
+
+class Scan(NamedTuple):
+    """total: inputs. kinds: "text", "image" and so on -> where the first of it stands. ids: int or str."""
+
+    total: int
+    kinds: dict[str, str]
+    ids: type
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A .txt (a text a line), .jsonl or .parquet file, or a folder of media.
+
+    id_field: the key or column that is an input's id; by default the line or row number from 0, and in a folder the
+    path within it. root: the folder that relative paths of media start from, by default the file's own.
+    """
+
+    path: Path
+    id_field: str | None = None
+    root: Path | None = None
+
+    def __post_init__(self):
+        if not self.path.exists():
+            raise LcoError(f"--input={self.path} does not exist")
+        if not self.path.is_dir() and self.path.suffix not in SUFFIXES:
+            raise LcoError(f"--input={self.path}: give a file that ends in {', '.join(SUFFIXES)}, or a folder of media")
+        if self.id_field and (self.path.is_dir() or self.path.suffix == ".txt"):
+            raise LcoError(f"--id-field={self.id_field}: --input={self.path} has no fields; leave the flag out")
+
+    def items(self, check_media: bool = False) -> Iterator[Item]:
+        """Every input, in order. check_media: look whether the local files that it names are there.
+
+        Raises naming the file and line of the first that is malformed.
+        """
+        exists = lru_cache(maxsize=100_000)(os.path.isfile) if check_media else None
+        read = self._folder if self.path.is_dir() else getattr(self, f"_{self.path.suffix[1:]}")
+        try:
+            yield from read(exists)
+        except OSError as error:
+            raise LcoError(f"--input={self.path} cannot be read: {error.strerror or error}") from None
+
+    def fingerprint(self) -> str:
+        """What tells whether it has changed: size and time of change of the file, or of each medium of the folder."""
+        if not self.path.is_dir():
+            found = self.path.stat()
+            return f"{found.st_size} bytes of {found.st_mtime_ns}"
+        seen, count = blake2b(digest_size=8), 0
+        for count, (name, entry) in enumerate(_walk(self.path), 1):  # noqa: B007
+            found = entry.stat()
+            seen.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0".encode(errors="surrogateescape"))
+        return f"{count} files with digest {seen.hexdigest()}"
+
+    def _txt(self, _: Callable | None) -> Iterator[Item]:
+        for number, line, where in self._lines():
+            yield Item(number, {"text": line}, where)
+
+    def _jsonl(self, exists: Callable[[str], bool] | None) -> Iterator[Item]:
+        for number, line, where in self._lines():
+            if not line.strip():
+                continue
+            try:
+                item = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise LcoError(f"{where}: not valid JSON: {error}") from None
+            yield Item(self._id(item, number, where), self._content(item, where, exists), where)
+
+    def _parquet(self, exists: Callable[[str], bool] | None) -> Iterator[Item]:
+        try:
+            with pyarrow.parquet.ParquetFile(self.path) as file:
+                names = file.schema_arrow.names
+                if not any(name in KEYS for name in names):
+                    raise LcoError(f"{self.path} has none of the columns {', '.join(KEYS)}; it has {', '.join(names)}")
+                if self.id_field and self.id_field not in names:
+                    raise LcoError(f"{self.path} has no column {self.id_field!r}; its columns: {', '.join(names)}")
+                columns = [name for name in names if name in (*KEYS, self.id_field)]
+                number = 0
+                for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns):
+                    for row in batch.to_pylist():
+                        where = f"{self.path}, row {number}"
+                        content = {key: _cell(value) for key, value in row.items() if key in KEYS}
+                        yield Item(self._id(row, number, where), self._content(content, where, exists), where)
+                        number += 1
+        except (pyarrow.lib.ArrowException, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise LcoError(f"{self.path} is torn or not a parquet file: {reason}") from None
+
+    def _folder(self, _: Callable | None) -> Iterator[Item]:
+        name = None
+        for name, entry in _walk(self.path):
+            check_text(name, f"the file name {os.fsencode(name)!r} in {self.path}")
+            kind = is_media_file(name)
+            yield Item(name, ({"type": kind, kind: entry.path},), name)
+        if name is None:
+            raise LcoError(f"--input={self.path} holds no image, video or audio file")
+
+    def _lines(self) -> Iterator[tuple[int, str, str]]:
+        """(number from 0, line without its end, file and line for errors)."""
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file):
+                where = f"{self.path}:{number + 1}"
+                try:
+                    text = line.decode("utf-8" if number else "utf-8-sig")  # some editors begin files with a mark
+                except UnicodeDecodeError:
+                    raise LcoError(f"{where}: not valid UTF-8; save the file in that encoding") from None
+                yield number, text.removesuffix("\n").removesuffix("\r"), where
+
+    def _id(self, item: Any, number: int, where: str) -> int | str:
+        if self.id_field is None:
+            return number
+        if not isinstance(item, Mapping) or self.id_field not in item:
+            raise LcoError(f"{where}: the input has no field {self.id_field!r}")
+        value = item[self.id_field]
+        if type(value) is int and -(2**63) <= value < 2**63:
+            return value
+        if not isinstance(value, str):
+            raise LcoError(f"{where}: {self.id_field!r} is {describe(value)}; an id is a string or a 64-bit integer")
+        check_text(value, f"{where}: {self.id_field!r}")
+        return value
+
+    def _content(self, item: Any, where: str, exists: Callable[[str], bool] | None) -> Any:
+        reader = Reader(where, os.path.abspath(self.root or self.path.parent), exists)
+        if isinstance(item, str):
+            side = reader.side(item, "input")
+        elif isinstance(item, list) and is_parts(item):
+            side = reader.side(item, "input")
+        elif isinstance(item, list) and item and all(isinstance(message, dict) and "role" in message for message in item):
+            messages = as_messages(item, where)
+            for part in media_parts(messages):
+                part[part["type"]] = reader.media(part["type"], part[part["type"]], f"a part of type {part['type']!r}")
+            return messages
+        elif isinstance(item, Mapping):
+            given = {key: item[key] for key in KEYS if item.get(key) is not None}
+            side = reader.side(given, "input")
+            if not side and "text" not in given:
+                raise LcoError(f"{where} holds nothing to embed; it needs one of: {', '.join(KEYS)}")
+        else:
+            raise LcoError(
+                f"{where} is {describe(item)}; give a string, an object with any of {', '.join(KEYS)}, or a list of "
+                "chat messages"
+            )
+        return {"text": side} if isinstance(side, str) else side
+
+
+def scan(items: Iterable[Item], media: MediaConfig, check_media: bool) -> Scan:
+    """Go through all inputs once. check_media: raise for addresses that `media` does not let us fetch."""
+    total, kinds, ids = 0, {}, None
+    for item in items:
+        total += 1
+        ids = ids or type(item.id)
+        if type(item.id) is not ids:
+            raise LcoError(f"{item.where}: its id is {describe(item.id)}, and ids must be of one type in all inputs")
+        if isinstance(item.content, dict):
+            kinds.setdefault("text", item.where)
+            continue
+        parts = media_parts(item.content if isinstance(item.content, list) else [{"content": item.content}])
+        for part in parts:
+            kind = part["type"]
+            kinds.setdefault(kind, item.where)
+            if check_media and not media.allow_remote and _is_remote(part[kind]):
+                raise LcoError(
+                    f"{item.where}: its {kind} is at an http address; give --allow-remote to have it fetched, if you "
+                    "trust the input with your network"
+                )
+    return Scan(total, kinds, ids or int)
+
+
+def _is_remote(source: Any) -> bool:
+    if isinstance(source, list):
+        return any(map(_is_remote, source))
+    return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
+
+
+def _cell(cell: Any) -> Any:
+    """A table's cell as in jsonl: Hugging Face's {"bytes": …, "path": …} become the one that is there."""
+    if isinstance(cell, Mapping) and cell.keys() & {"bytes", "path"}:
+        return cell.get("bytes") or cell.get("path")
+    return [_cell(value) for value in cell] if isinstance(cell, list) else cell
+
+
+def _walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, os.DirEntry]]:
+    """(path within the folder, entry) of every file that ends like a medium, in the order of the paths.
+
+    Hidden files and folders are left out: they are no pictures, whatever they end in.
+    """
+    with os.scandir(folder) as entries:
+        found = [entry for entry in entries if not entry.name.startswith(".")]
+    for entry in sorted(found, key=lambda entry: entry.name + "/" * entry.is_dir(follow_symlinks=False)):
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(Path(entry.path), f"{prefix}{entry.name}/")
+        elif is_media_file(entry.name) and entry.is_file():
+            yield prefix + entry.name, entry

@@ -1,0 +1,167 @@
+"""Vectors on their way into a file: numbered parts in a folder beside it, joined when all are there.
+
+A kill at any moment, SIGKILL too, costs the part in the making: parts, manifest and output are each written aside and
+then renamed. Dimensions: n rows of a part, N of all, D hidden.
+"""
+
+import fcntl
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from lco_jax.core.errors import LcoError
+from lco_jax.core.files import read_json, write_json
+
+PART_SECONDS = 30.0  # of work that a part holds, unless it is full before, or a block of inputs takes longer
+_PART = re.compile(r"(\d{12})-(\d{12})\.parquet")  # its first row, and the one after its last
+
+
+class VectorParts:
+    """The parts of `output`, a .npy or .parquet, in `<output>.partial`. Enter it to write.
+
+    work: flag -> value of all that makes the vectors what they are; a folder of other work is refused.
+    part_rows: rows that fill a part. done: rows in whole parts, from which the caller goes on.
+    """
+
+    def __init__(self, output: Path, work: Mapping[str, Any], part_rows: int):
+        self.output, self.work, self.part_rows = output, dict(work), part_rows
+        self.folder = output.with_name(f"{output.name}.partial")
+        self.done, self._waiting, self._since = 0, list[pa.Table](), time.monotonic()
+
+    def __enter__(self) -> "VectorParts":
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.folder, os.O_RDONLY)
+        except OSError as error:
+            raise LcoError(f"--output={self.output} cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets it go, however we end
+            self._check_manifest()
+            for part in self._whole_parts():
+                self.done = _range(part)[1]
+        except BlockingIOError:
+            os.close(self._lock)
+            raise LcoError(f"another process writes --output={self.output} just now; wait for it or end it") from None
+        except LcoError:
+            os.close(self._lock)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.folder.exists() and not self.done:
+            self._remove()
+        os.close(self._lock)
+
+    def _check_manifest(self) -> None:
+        """Write what this work is, or compare it with what the folder holds. "raise" may become "skip" on the way."""
+        manifest = self.folder / "manifest.json"
+        if not manifest.exists():
+            if strange := [x.name for x in self.folder.iterdir() if x.suffix != ".tmp"]:
+                raise LcoError(f"{self.folder} holds {min(strange)} and no manifest of ours; give another --output")
+        elif (before := read_json(manifest)) != self.work:
+            loosened = before.get("--on-error") == "raise" and self.work.get("--on-error") == "skip"
+            for key in sorted(before.keys() | self.work.keys()):
+                was, now = before.get(key), self.work.get(key)
+                if was != now and not (loosened and key == "--on-error"):
+                    raise LcoError(
+                        f"{self.folder} holds the beginning of other work: {key} was {was!r} and is {now!r}; give "
+                        "another --output, or remove the folder to start anew"
+                    )
+        write_json(manifest, self.work)
+
+    def _whole_parts(self) -> Iterator[Path]:
+        """The parts that follow each other from row 0. What lies beyond a gap is made again, and deleted here."""
+        end = 0
+        for part in sorted(x for x in self.folder.iterdir() if _PART.fullmatch(x.name)):
+            if _range(part)[0] == end:
+                end = _range(part)[1]
+                yield part
+            else:
+                part.unlink()
+
+    def add(self, ids: Sequence[int | str], vectors: np.ndarray, reasons: Mapping[int, str]) -> None:
+        """Take the next rows. vectors: float32 [n, D]; reasons: {row: why it has no vector}."""
+        n, dimension = vectors.shape
+        missing = np.zeros(n, bool)
+        missing[list(reasons)] = True
+        values = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
+        columns = {
+            "id": pa.array(ids),
+            "embedding": pa.FixedSizeListArray.from_arrays(values, dimension, mask=pa.array(missing)),
+            "reason": pa.array([reasons.get(i) for i in range(n)], pa.string()),
+        }
+        self._waiting.append(pa.table(columns))
+        if sum(map(len, self._waiting)) >= self.part_rows or time.monotonic() - self._since >= PART_SECONDS:
+            self._write_part()
+
+    def _write_part(self) -> None:
+        table = pa.concat_tables(self._waiting)
+        end = self.done + len(table)
+        try:
+            aside = self.folder / "part.tmp"
+            pyarrow.parquet.write_table(table, aside, compression="none", use_dictionary=False)
+            _rename(aside, self.folder / f"{self.done:012d}-{end:012d}.parquet")
+        except OSError as error:
+            raise LcoError(f"{self.folder} cannot be written: {error.strerror or error}") from None
+        self.done, self._waiting, self._since = end, [], time.monotonic()
+
+    def finish(self, total: int, dimension: int, ids: type) -> int:
+        """Join the parts into the output, list the skipped beside it, and remove the folder; how many were skipped.
+
+        total: N; dimension: D; ids: int or str. A row without a vector is NaN in .npy and null in .parquet.
+        """
+        if self._waiting:
+            self._write_part()
+        if self.done != total:
+            raise LcoError(f"{self.folder} holds {self.done} of {total} vectors: the input changed while it was read")
+        aside, skipped = self.folder / "output.tmp", self.output.with_name(f"{self.output.name}.skipped.jsonl")
+        write = _write_npy if self.output.suffix == ".npy" else _write_parquet
+        schema = pa.schema(
+            {"id": pa.int64() if ids is int else pa.string(), "embedding": pa.list_(pa.float32(), dimension)}
+        )
+        try:
+            count = self._write_skipped(self.folder / "skipped.tmp")
+            write(aside, self._tables(), total, schema)
+            if count:
+                _rename(self.folder / "skipped.tmp", skipped)
+            else:
+                skipped.unlink(missing_ok=True)  # of an earlier output
+            _rename(aside, self.output)
+        except OSError as error:
+            raise LcoError(f"--output={self.output} cannot be written: {error.strerror or error}") from None
+        self._remove()
+        return count
+
+    def _tables(self, columns: Sequence[str] = ("id", "embedding")) -> Iterator[pa.Table]:
+        for part in self._whole_parts():
+            try:
+                table = pyarrow.parquet.read_table(part, columns=list(columns), memory_map=True)
+            except (pa.ArrowException, OSError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise LcoError(f"{part} is torn; remove it, and the same command makes it again: {reason}") from None
+            yield table
+
+    def _write_skipped(self, path: Path) -> int:
+        count = index = 0
+        with open(path, "w", encoding="utf-8") as file:
+            for table in self._tables(["id", "reason"]):
+                reasons = table["reason"].drop_null() if table["reason"].null_count < len(table) else ()
+                for row, name in zip(table["reason"].to_pylist(), table["id"].to_pylist(), strict=True) if len(reasons) else ():
+                    pass
+                index += len(table)
+        return count
+
+    def _remove(self) -> None:
+        """Delete our files, the manifest last: a kill on the way leaves a folder that the same command continues."""
+        names = sorted((x.name for x in self.folder.iterdir()), reverse=True)
+        for name in [*(x for x in names if _PART.fullmatch(x) or x.endswith(".tmp")), "manifest.json"]:
+            (self.folder / name).unlink(missing_ok=True)
+        self.folder.rmdir()
