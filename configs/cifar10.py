@@ -1,9 +1,9 @@
 """Photos from TFDS and a caption template, on the built-in checkpoint: how to train on a media dataset.
 
     python -m lco_jax.train --config=configs/cifar10.py --config.data.sources.photos.data_dir=DIR
+    python -m lco_jax.train --config=configs/cifar10.py:mnist --config.data.sources.photos.data_dir=DIR
 
-DIR holds the dataset as array_record files (`tfds build cifar10 --file_format=array_record` writes them). With
-`:mnist` in the place of nothing after the file's name, mnist.
+DIR holds the dataset as array_record files (`tfds build cifar10 --file_format=array_record` writes them).
 """
 
 from ml_collections import ConfigDict, config_dict

@@ -16,7 +16,7 @@ import numpy as np
 
 from lco_jax.core.packing import bucket, place
 
-WINDOWED = 256  # patches in the sub-rows in which windows are attended: several windows, little waste
+WINDOWED = 128  # patches in the sub-rows in which windows are attended: whole tiles of a matrix unit, little waste
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class PatchRows:
 
     def width(self, items: Iterable[Patches]) -> int:
         """Sub-rows of the largest frame, rounded up to one of a few sizes, in patches."""
-        return self.sub_row * bucket(max((self._frame(item).sub_rows for item in items), default=1) or 1, 2)
+        return self.sub_row * bucket(max((self._frame(item).sub_rows for item in items), default=1) or 1, 3)
 
     def _frame(self, item: Patches) -> _Frame:
         return _frame(item.grid[1:], self.window // self.merge, self.merge, self.sub_row)

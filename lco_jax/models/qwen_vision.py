@@ -1,6 +1,6 @@
 """The vision tower of Qwen2.5-VL and Qwen2.5-Omni (upstream: modeling_qwen2_5_vl.py, modeling_qwen2_5_omni.py).
 
-Dimensions: B rows, T patches in a row, W windowed sub-rows (of WINDOW_ROW patches or so) in a row, P values of a patch,
+Dimensions: B rows, T patches in a row, W sub-rows of whole windows in a row, P values of a patch,
 D hidden, K heads, H head_dim, F MLP width, M merged patches (4 to a token), O the decoder's hidden size.
 
 Patches arrive in window order (`data/tower_rows.py` lays them out): most blocks attend within a window and so reshape
