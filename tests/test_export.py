@@ -45,7 +45,7 @@ def adapted(cases, tmp_path_factory):
 
 def tokens_of(tokenizer):
     prompt = "\nSummarize the above text in one word:"
-    return tokenizer([[{"role": "user", "content": t + prompt}] for t in reference.TEXTS])
+    return tokenizer([[{"role": "user", "content": [{"type": "text", "text": t + prompt}]}] for t in reference.TEXTS])
 
 
 def load(family, folder, **options):
@@ -55,7 +55,7 @@ def load(family, folder, **options):
     return model.eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("family", reference.FAMILIES)
+@pytest.mark.parametrize("family", [*reference.FAMILIES, *reference.LLAVA])
 def test_transformers_loads_the_merged_model(adapted, family):
     _, merged, tokenizer, want = adapted[family]
     got = reference.embed(load(family, merged, dtype=torch.float32), tokens_of(tokenizer))
@@ -63,7 +63,7 @@ def test_transformers_loads_the_merged_model(adapted, family):
     assert (merged / "model.safetensors.index.json").exists()  # the shard limit was heeded
 
 
-@pytest.mark.parametrize("family", ["vl", "omni"])
+@pytest.mark.parametrize("family", ["vl", "omni", "llava_mistral"])
 def test_peft_loads_the_adapter(adapted, cases, family):
     adapter, _, tokenizer, want = adapted[family]
     tuned = peft.PeftModel.from_pretrained(load(family, cases[family].path, dtype=torch.float32), adapter)

@@ -38,6 +38,7 @@ def as_messages(item: Any, where: str, prompt: str | None = None) -> Messages:
     parts, which all become {"type": kind, kind: medium, …}.
     where: names the input in errors. prompt: instead of the reference's.
     """
+    item = [item] if isinstance(item, dict) and "role" in item else item
     if isinstance(item, list | tuple) and item and all(isinstance(x, dict) and "role" in x for x in item):
         return [{**message, "content": _parts(message.get("content"), where)} for message in item]
     if isinstance(item, str):
