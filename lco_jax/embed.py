@@ -1,32 +1,62 @@
-"""Embed a file of texts.
+"""Embed a file of texts and media, or a folder of media.
 
     python -m lco_jax.embed --model=runs/base/merged --input=texts.txt --output=vectors.npy
-    python -m lco_jax.embed --model=Qwen/Qwen2.5-VL-3B-Instruct --adapter=my/adapter --dtype=bfloat16 \\
-        --input=corpus.jsonl --id-field=doc_id --output=vectors.parquet
+    python -m lco_jax.embed --model=Qwen/Qwen2.5-Omni-3B --adapter=my/adapter --dtype=bfloat16 \\
+        --input=corpus.jsonl --id-field=doc_id --on-error=skip --output=vectors.parquet
 
-Input: a .txt file of one text a line, or a .jsonl file of strings, {"text": …} objects or chat-message lists. Output:
-.npy holds float32 [N, D] in input order; .parquet holds the columns id and embedding (id: the --id-field of a jsonl
-object, else the line number, from 0).
+Input, one of:
+  .txt      a text a line
+  .jsonl    a line each: a string (text), an object with any of text, image, audio and video (media: a path, an
+            address, or a list of them; also under image_path and so on), or a list of chat messages
+  .parquet  columns of these names; media are paths, encoded bytes, or structs of both (bytes, path)
+  a folder  every image, video and audio file in it, by extension
+Other keys and columns are metadata and left alone. Relative paths start at the folder of the file that has them.
+
+Output: .npy holds float32 [N, D] in input order; .parquet holds the columns id and embedding (id: the --id-field, else
+the line or row number from 0, or the path within the folder). With --on-error=skip, an input that cannot be read keeps
+its row, NaN or null, and <output>.skipped.jsonl says why.
+
+What is done lies in <output>.partial until all is; the same command after a kill goes on from there.
 """
 
 import argparse
-import json
+import logging
 import os
+import re
+import sys
+from collections import deque
 from collections.abc import Iterator
-from itertools import islice
+from dataclasses import fields
+from hashlib import blake2b
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
 from tqdm import tqdm
 
+from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from lco_jax.core.errors import LcoError, run_main
-from lco_jax.data.prompts import as_messages
+from lco_jax.data.corpus import Corpus, Scan, scan
+from lco_jax.data.media import MediaConfig
+from lco_jax.data.vectors import VectorParts
 from lco_jax.embedder import OmniEmbedder
 
-CHUNK = 8192  # inputs sorted by length and embedded together; what is in memory at once
+TEXTS_A_PART, MEDIA_A_PART = 8192, 512
+MEDIA_FLAGS = {  # a flag for each field of MediaConfig
+    "fps": "frames a second that are taken of a video",
+    "max_frames": "the most frames that are taken of a video",
+    "image_max_side": "first shrink longer images to so many pixels a side",
+    "image_min_pixels": "enlarge smaller images to so many pixels (default: the checkpoint's)",
+    "image_max_pixels": "shrink bigger images to so many pixels (default: the checkpoint's)",
+    "video_min_pixels": "the same of each frame",
+    "video_max_pixels": "the same of each frame",
+    "max_audio_seconds": "cut longer sound",
+    "max_image_pixels": "refuse bigger images",
+    "max_file_bytes": "refuse bigger files",
+    "decode_seconds": "the longest that a file may take to fetch, and to decode",
+    "allow_remote": "fetch http and https addresses; only for inputs that you trust with your network",
+    "use_audio_in_video": "embed a video file's own sound with it",
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,105 +66,149 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--model", required=True, help="a checkpoint folder or hub id")
     parser.add_argument("--adapter", help="a PEFT adapter folder or hub id")
-    parser.add_argument("--input", type=Path, required=True, help=".txt or .jsonl")
+    parser.add_argument("--input", type=Path, required=True, help=".txt, .jsonl, .parquet or a folder of media")
     parser.add_argument("--output", type=Path, required=True, help=".npy or .parquet")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--max-length", type=int, help="cut texts to so many tokens")
-    parser.add_argument("--prompt", help="instead of the reference's, placed after the text")
-    parser.add_argument("--id-field", help="the field of a jsonl object that is its id")
+    parser.add_argument("--prompt", help="instead of the reference's, placed after the content")
+    parser.add_argument("--id-field", help="the key of a jsonl object, or column of a parquet, that is its id")
+    parser.add_argument("--media-root", type=Path, help="where relative paths of media start")
+    parser.add_argument("--on-error", choices=["raise", "skip"], default="raise", help="of media that cannot be read")
+    parser.add_argument("--workers", type=int, help="processes that prepare media (default: one a CPU, at most 8)")
+    parser.add_argument(
+        "--part-size", type=int, help=f"inputs embedded together (default: {TEXTS_A_PART}; {MEDIA_A_PART} with media)"
+    )
+    group = parser.add_argument_group("caps on media")
+    for field in fields(MediaConfig):
+        flag, text = _flag(field.name), MEDIA_FLAGS[field.name]
+        if field.type is bool:
+            group.add_argument(flag, action="store_true", help=text)
+        else:
+            default = "" if field.default is None else f" (default: {field.default:,})"
+            group.add_argument(flag, type=float if field.type is float else int, help=text + default)
     return parser.parse_args()
 
 
-def read_items(path: Path, id_field: str | None) -> Iterator[tuple[Any, Any, str]]:
-    """(id, input, file and line) of every line. Raises naming the file and line of a bad one."""
-    kind: type | None = None
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file):
-            where = f"{path}:{number + 1}"
-            if path.suffix == ".txt":
-                yield number, line.rstrip("\n"), where
-                continue
-            if not line.strip():
-                continue
-            try:
-                item = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise LcoError(f"{where}: not valid JSON: {error}") from None
-            as_messages(item, where)
-            if id_field and (not isinstance(item, dict) or id_field not in item):
-                raise LcoError(f"{where}: the input has no field {id_field!r}")
-            if id_field:
-                kind = kind or type(item[id_field])
-                if type(item[id_field]) is not kind or kind not in (int, str):
-                    raise LcoError(f"{where}: {id_field!r} must be a number or a string, the same in every line")
-            yield item[id_field] if id_field else number, item, where
-
-
 def main() -> int:
-    """Read, embed and write chunk by chunk; the output appears when it is whole."""
+    """Check every input, then embed and write part by part; the output appears when it is whole."""
     args = parse_args()
-    if args.input.suffix not in (".txt", ".jsonl"):
-        raise LcoError(f"--input={args.input}: the file must end in .txt or .jsonl")
     if args.output.suffix not in (".npy", ".parquet"):
         raise LcoError(f"--output={args.output}: the file must end in .npy or .parquet")
-    if args.id_field and args.output.suffix == ".npy":
-        raise LcoError("--id-field needs a .parquet output; an .npy has no place for ids")
-    try:
-        total = sum(1 for _ in read_items(args.input, args.id_field))  # every line is checked before any is embedded
-    except (OSError, UnicodeDecodeError) as error:
-        raise LcoError(f"--input={args.input} cannot be read: {error}") from None
     if args.output.is_dir():
         raise LcoError(f"--output={args.output} is a folder")
-    if args.max_length is not None and args.max_length < 1:
-        raise LcoError(f"--max-length={args.max_length}: max_length must be at least 1")
-    embedder = OmniEmbedder.from_pretrained(args.model, args.adapter, args.dtype)
+    if args.id_field and args.output.suffix == ".npy":
+        raise LcoError("--id-field needs a .parquet output; an .npy has no place for ids")
+    for name, least in (("batch_size", 1), ("max_length", 1), ("part_size", 1), ("workers", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise LcoError(f"{_flag(name)}={getattr(args, name)}: it must be at least {least}")
+    media = _media_config(args)
+    corpus = Corpus(args.input, args.id_field, args.media_root)
+    as_it_was = corpus.fingerprint()
+    strict = args.on_error == "raise"  # then what is missing is found before hours of work, not after
+    with tqdm(corpus.items(strict), desc="checking", unit="input", leave=False, delay=2) as items:
+        found = scan(items, media, strict)
+    checkpoint = open_checkpoint(args.model)
+    modalities = _modalities(checkpoint, found, media, strict)
+    part_size = args.part_size or (MEDIA_A_PART if _has_media(found) else TEXTS_A_PART)
+    parts = VectorParts(args.output, _work(args, as_it_was, media, checkpoint), part_size)
     try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LcoError(f"--output={args.output} cannot be written: {error.strerror}") from None
-    aside = args.output.with_name(f".{args.output.name}.{os.getpid()}.tmp")
-    items = read_items(args.input, args.id_field)
-    write = _write_npy if args.output.suffix == ".npy" else _write_parquet
-    try:
-        with tqdm(total=total, desc="embedding", unit="input") as progress:
-            write(aside, _embedded(embedder, items, args, progress), total, embedder.dimension)
-        aside.replace(args.output)
-    finally:
-        aside.unlink(missing_ok=True)
-    print(f"{total:,} vectors of {embedder.dimension}: {args.output}")
+        with parts:
+            embedder = OmniEmbedder.from_pretrained(
+                checkpoint.folder, args.adapter, args.dtype, modalities=modalities, media=media
+            )
+            _embed(embedder, corpus, found, parts, args)
+            if corpus.fingerprint() != as_it_was:
+                raise LcoError(f"--input={corpus.path} changed meanwhile; remove {parts.folder} and start anew")
+            skipped = parts.finish(found.total, embedder.dimension, found.ids)
+    except (LcoError, KeyboardInterrupt):
+        if parts.done:
+            kept = f"{parts.done:,} of {found.total:,} vectors are kept in {parts.folder}"
+            print(f"{kept}; the same command goes on from there", file=sys.stderr)
+        raise
+    print(f"{found.total:,} vectors of {embedder.dimension}: {args.output}")
+    if skipped:
+        print(f"{skipped:,} of them are empty: {args.output}.skipped.jsonl says which inputs were skipped, and why")
     return 0
 
 
-def _embedded(
-    embedder: OmniEmbedder, items: Iterator[tuple[Any, Any, str]], args: argparse.Namespace, progress: tqdm
-) -> Iterator[tuple[list[Any], np.ndarray]]:
-    while chunk := list(islice(items, CHUNK)):
-        ids, inputs, names = zip(*chunk, strict=True)
-        options = {"prompt": args.prompt, "max_length": args.max_length, "names": names}
-        yield list(ids), embedder.encode(list(inputs), args.batch_size, progress=progress, **options)
+def _embed(embedder: OmniEmbedder, corpus: Corpus, found: Scan, parts: VectorParts, args: argparse.Namespace) -> None:
+    """Embed what `parts` does not hold yet."""
+    workers = args.workers if args.workers is not None else min(os.cpu_count() or 1, 8) if _has_media(found) else 0
+    ids: deque[int | str] = deque()  # of inputs on their way, which are no more than a block and what is prepared ahead
 
+    rest = islice(corpus.items(), parts.done, None)
 
-def _write_npy(path: Path, chunks: Iterator[tuple[list[Any], np.ndarray]], total: int, dimension: int) -> None:
-    with open(path, "wb") as file:
-        header = {"descr": "<f4", "fortran_order": False, "shape": (total, dimension)}
-        np.lib.format.write_array_header_1_0(file, header)
-        for _, vectors in chunks:
-            file.write(vectors.astype("<f4", copy=False).tobytes())
+    def inputs() -> Iterator[tuple[Any, str]]:
+        for item in rest:
+            ids.append(item.id)
+            yield item.content, item.where
 
-
-def _write_parquet(path: Path, chunks: Iterator[tuple[list[Any], np.ndarray]], total: int, dimension: int) -> None:
-    writer = None
-    for ids, vectors in chunks:
-        column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), dimension)
-        table = pa.table({"id": pa.array(ids), "embedding": column})
-        writer = writer or pyarrow.parquet.ParquetWriter(path, table.schema)
-        writer.write_table(table)
-    if writer is None:
-        writer = pyarrow.parquet.ParquetWriter(
-            path, pa.schema([("id", pa.int64()), ("embedding", pa.list_(pa.float32(), dimension))])
+    logging.getLogger("lco_jax.embedder").setLevel(logging.ERROR)  # what it skips is counted and listed here
+    contents, names = tee(inputs())
+    count = 0
+    with tqdm(total=found.total, initial=parts.done, desc="embedding", unit="input") as progress:
+        blocks = embedder.encode_blocks(
+            (content for content, _ in contents),
+            args.batch_size,
+            prompt=args.prompt,
+            max_length=args.max_length,
+            on_error=args.on_error,
+            workers=workers,
+            block_inputs=parts.part_rows,
+            progress=progress,
+            names=(where for _, where in names),
         )
-    writer.close()
+        for block in blocks:
+            reasons = {index - block.first: reason for index, reason in block.skipped.items()}
+            parts.add([ids.popleft() for _ in block.vectors], block.vectors, reasons)
+            if count := count + len(reasons):
+                progress.set_postfix(skipped=count)
+
+
+def _has_media(found: Scan) -> bool:
+    return bool(found.kinds.keys() - {"text"})
+
+
+def _media_config(args: argparse.Namespace) -> MediaConfig:
+    given = {field.name: getattr(args, field.name) for field in fields(MediaConfig)}
+    try:
+        return MediaConfig(**{name: value for name, value in given.items() if value is not None})
+    except LcoError as error:
+        raise LcoError(re.sub(r"^media\.(\w+)", lambda found: _flag(found[1]), str(error))) from None
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _modalities(checkpoint: Checkpoint, found: Scan, media: MediaConfig, strict: bool) -> tuple[str, ...]:
+    """The modalities whose towers are needed. strict: raise for one that the checkpoint does not take."""
+    known = checkpoint.backbone.modalities
+    for kind, where in found.kinds.items():
+        if strict and kind not in known:
+            raise LcoError(f"{where} has {kind}, and {checkpoint.folder.name} takes {', '.join(known)}")
+    sounds = {"audio"} if media.use_audio_in_video and "video" in found.kinds else set()
+    return tuple(kind for kind in known if kind == "text" or kind in found.kinds.keys() | sounds)
+
+
+def _work(args: argparse.Namespace, as_it_was: str, media: MediaConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Flag -> value of all that vectors and their order depend on. Speed is not part of it: that may change."""
+    work = {_flag(name): getattr(args, name) for name in ("dtype", "prompt", "max_length", "id_field", "on_error")}
+    work |= {_flag(field.name): getattr(media, field.name) for field in fields(media)}
+    root = None if args.media_root is None else os.path.abspath(args.media_root)
+    work |= {"--input": os.path.abspath(args.input), "what --input holds": as_it_was, "--media-root": root}
+    work |= {"--model": args.model, "--adapter": args.adapter, "what --model holds": _files(args.model, checkpoint)}
+    return work if args.adapter is None else {**work, "what --adapter holds": _files(args.adapter)}
+
+
+def _files(path_or_id: str, checkpoint: Checkpoint | None = None) -> str:
+    """What tells whether weights have changed: of a folder its files' sizes and times, of a hub id the revision."""
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        found = sorted((x.name, x.stat().st_size, x.stat().st_mtime_ns) for x in folder.iterdir() if x.is_file())
+        return f"{len(found)} files with digest {blake2b(repr(found).encode(), digest_size=8).hexdigest()}"
+    return str(path_or_id) if checkpoint is None else checkpoint.folder.name
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from lco_jax.core.errors import LcoError
 from lco_jax.core.packing import Placement, bucket, fill_rows, place
 from lco_jax.core.shapes import ShapeLog
 from lco_jax.core.sharding import ROWS, make_mesh, replicated, row_shards, shardings
-from lco_jax.data.inputs import Preparation, named, prepare_ahead
+from lco_jax.data.inputs import Preparation, named, one_ahead, prepare_ahead
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.processor import Processor, lay_media
 from lco_jax.data.prompts import ChatTokenizer
@@ -33,7 +33,7 @@ from lco_jax.models.model import Model
 
 MIN_ROW = 256  # tokens; row lengths are this times a power of two
 MAX_TOKENS = 16_384  # in one forward pass, unless a single input has more
-BLOCK_INPUTS, BLOCK_BYTES = 8192, 2**28  # inputs sorted by length and embedded together: at most so many, so large
+BLOCK_INPUTS, BLOCK_BYTES = 8192, 2**27  # inputs sorted by length and embedded together: at most so many, so large
 logger = logging.getLogger(__name__)
 
 
@@ -195,18 +195,11 @@ class OmniEmbedder:
         if on_error not in ("raise", "skip"):
             raise LcoError(f"on_error is {on_error!r}; it is one of: raise, skip")
         preparation = Preparation(self.processor, prompt, max_length)
-        first, ready = 0, []
-        held = 0
-        for result in prepare_ahead(preparation, named(inputs, names), workers):
-            if isinstance(result, LcoError) and on_error == "raise":
-                raise result
-            ready.append(result)
-            held += 0 if isinstance(result, LcoError) else sum(placed.item.values.nbytes for placed in result.media)
-            if len(ready) >= block_inputs or held >= BLOCK_BYTES:
-                yield self._block(first, ready, batch_size, max_tokens, normalize, progress)
-                first, ready, held = first + len(ready), [], 0
-        if ready:
+        prepared = prepare_ahead(preparation, named(inputs, names), workers)
+        first = 0
+        for ready in one_ahead(_gather(prepared, block_inputs, raises=on_error == "raise")):
             yield self._block(first, ready, batch_size, max_tokens, normalize, progress)
+            first += len(ready)
 
     @staticmethod
     def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -273,6 +266,24 @@ class OmniEmbedder:
             tokens = self._media(self.params, on_mesh[1])
         self.decoder_shapes.note(on_mesh[0], tokens)
         return placement, self._pool(self.params, on_mesh[0], tokens)
+
+
+def _gather(
+    prepared: Iterator[Processed | LcoError], block_inputs: int, raises: bool
+) -> Iterator[list[Processed | LcoError]]:
+    """Blocks of at most so many inputs and, but for a single large one, bytes."""
+    ready: list[Processed | LcoError] = []
+    held = 0
+    for one in prepared:
+        if isinstance(one, LcoError) and raises:
+            raise one
+        ready.append(one)
+        held += 0 if isinstance(one, LcoError) else sum(placed.item.values.nbytes for placed in one.media)
+        if len(ready) >= block_inputs or held >= BLOCK_BYTES:
+            yield ready
+            ready, held = [], 0
+    if ready:
+        yield ready
 
 
 def _batches(order: list[int], ready: Sequence[Any], batch_size: int, max_tokens: int) -> Iterator[list[int]]:

@@ -1,11 +1,16 @@
 """Checkpoints shared by the tests of a session."""
 
+import functools
 import os
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import reference
+
+from lco_jax import OmniEmbedder, embed
+from lco_jax.core.errors import run_main
 
 
 class Case(NamedTuple):
@@ -38,3 +43,29 @@ def cases(tmp_path_factory, cache):
 def case(request, cases):
     """Each family in turn."""
     return cases[request.param]
+
+
+@pytest.fixture(scope="session")
+def load(cache):
+    """`OmniEmbedder.from_pretrained` that loads and compiles once."""
+    return functools.cache(OmniEmbedder.from_pretrained)
+
+
+@pytest.fixture(scope="session")
+def tiny(load):
+    return load("builtin:tiny", None, "float32")
+
+
+@pytest.fixture
+def run_embed(monkeypatch, capsys, load):
+    """`embed` with some arguments in this process: (exit status, stdout, stderr); any other exception fails."""
+    monkeypatch.setattr(OmniEmbedder, "from_pretrained", load)
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["embed", "--model=builtin:tiny", *map(str, args)])
+        with pytest.raises(SystemExit) as done:
+            run_main(embed.main)
+        out, err = capsys.readouterr()
+        return done.value.code or 0, out, err
+
+    return run

@@ -1,6 +1,5 @@
 """The command lines: what a user who mistypes sees, and `python -m lco_jax.embed` end to end."""
 
-import functools
 import json
 import os
 import subprocess
@@ -12,7 +11,7 @@ import pyarrow.parquet
 import pytest
 import reference
 
-from lco_jax import LcoError, OmniEmbedder, embed, train
+from lco_jax import LcoError, train
 from lco_jax.core.errors import run_main
 from lco_jax.training import cli
 
@@ -187,32 +186,6 @@ def test_a_user_sees_one_line_and_status_2(monkeypatch, capsys):
 # ---- embed
 
 
-@pytest.fixture(scope="module")
-def load(cache):
-    """`OmniEmbedder.from_pretrained` that loads and compiles once."""
-    return functools.cache(OmniEmbedder.from_pretrained)
-
-
-@pytest.fixture(scope="module")
-def tiny(load):
-    return load("builtin:tiny", None, "float32")
-
-
-@pytest.fixture
-def run_embed(monkeypatch, capsys, load):
-    """`embed` with some arguments in this process: (exit status, stdout, stderr); any other exception fails."""
-    monkeypatch.setattr(OmniEmbedder, "from_pretrained", load)
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["embed", "--model=builtin:tiny", *map(str, args)])
-        with pytest.raises(SystemExit) as done:
-            run_main(embed.main)
-        out, err = capsys.readouterr()
-        return done.value.code or 0, out, err
-
-    return run
-
-
 def test_embed_a_txt(tmp_path, tiny):
     texts, out = tmp_path / "texts.txt", tmp_path / "new" / "vectors.npy"
     texts.write_text("\n".join([*TEXTS, ""]), encoding="utf-8")
@@ -247,14 +220,13 @@ def test_embed_a_jsonl(tmp_path, tiny, run_embed, ids):
         assert np.abs(want - tiny.encode(inputs)).max() > 1e-3
 
 
-def test_embed_in_chunks_keeps_the_order(tmp_path, tiny, run_embed, monkeypatch):
-    monkeypatch.setattr(embed, "CHUNK", 3)
+def test_embed_in_parts_keeps_the_order(tmp_path, tiny, run_embed):
     texts = [f"{'word ' * (i % 5)}{i}" for i in range(8)]
     lines = tmp_path / "texts.txt"
     lines.write_text("\n".join(texts))
     for suffix in ("npy", "parquet"):
         out = tmp_path / f"vectors.{suffix}"
-        assert run_embed(f"--input={lines}", f"--output={out}", "--batch-size=2")[0] == 0
+        assert run_embed(f"--input={lines}", f"--output={out}", "--batch-size=2", "--part-size=3")[0] == 0
         table = pyarrow.parquet.read_table(out).to_pydict() if suffix == "parquet" else {"embedding": np.load(out)}
         assert np.abs(np.array(table["embedding"], np.float32) - tiny.encode(texts)).max() < 1e-6
         assert table.get("id", list(range(8))) == list(range(8))
@@ -280,6 +252,7 @@ def embed_cases():
         "torn": ('{"text": "x"', "not valid JSON"),
         "number": ("3", "int"),
         "no text": ('{"txt": "x"}', "text"),
+        "no content": ('{"text": null, "image": ""}', "text"),
         "image": ('{"text": "x", "image": "a.png"}', "image"),
         "image part": ('[{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]', "image"),
     }
@@ -295,7 +268,7 @@ def embed_cases():
             "in.jsonl", f'{GOOD}\n[{{"role": "user", "content": "x"}}]', "out.parquet", field, ("in.jsonl:2", "'key'"),
         ),
         "line: ids of two kinds": (
-            "in.jsonl", f'{GOOD}\n{{"text": "x", "key": "one"}}', "out.parquet", field, ("in.jsonl", "key"),
+            "in.jsonl", f'{GOOD}\n{{"text": "x", "key": "one"}}', "out.parquet", field, ("in.jsonl:2", "one type"),
         ),
         "line: too long": ("in.txt", "fine\n" + "word " * 40_000, "out.npy", [], ("in.txt:2", "32768")),
         "not utf-8": ("in.txt", b"fine\n\xff\xfe\n", "out.npy", [], ("in.txt",)),
@@ -303,8 +276,8 @@ def embed_cases():
         "output suffix": ("in.txt", "fine", "out.txt", [], ("out.txt", ".parquet")),
         "no input": ("in.txt", None, "out.npy", [], ("in.txt",)),
         "id without parquet": ("in.jsonl", GOOD, "out.npy", field, ("--id-field", ".parquet")),
-        "batch size": ("in.txt", "fine", "out.npy", ["--batch-size=0"], ("batch_size",)),
-        "max length": ("in.txt", "fine and long", "out.npy", ["--max-length=-1"], ("max_length",)),
+        "batch size": ("in.txt", "fine", "out.npy", ["--batch-size=0"], ("--batch-size=0",)),
+        "max length": ("in.txt", "fine and long", "out.npy", ["--max-length=-1"], ("--max-length=-1",)),
         "model": ("in.txt", "fine", "out.npy", ["--model=/no/such/model"], ("/no/such/model",)),
         "adapter": ("in.txt", "fine", "out.npy", ["--adapter=/no/such/adapter"], ("/no/such/adapter",)),
         "output below a file": ("in.txt", "fine", "in.txt/out.npy", [], ("out.npy",)),

@@ -62,7 +62,9 @@ def test_the_bundled_triplets_are_what_the_tool_writes():
 
 
 @pytest.mark.parametrize("recipe", ["paper", "reference"])
-@pytest.mark.parametrize("name", ["qwen2_5_vl_3b", "qwen2_5_vl_7b", "qwen2_5_omni_3b", "qwen2_5_omni_7b", "llava_next_8b"])
+@pytest.mark.parametrize(
+    "name", ["qwen2_5_vl_3b", "qwen2_5_vl_7b", "qwen2_5_omni_3b", "qwen2_5_omni_7b", "llava_next_8b"]
+)
 def test_configs_hold_the_published_recipes(monkeypatch, name, recipe):
     from lco_jax.training import cli
     from lco_jax.training.run import check_config

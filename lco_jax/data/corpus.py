@@ -150,14 +150,13 @@ class Corpus:
 
     def _content(self, item: Any, where: str, exists: Callable[[str], bool] | None) -> Any:
         reader = Reader(where, os.path.abspath(self.root or self.path.parent), exists)
-        if isinstance(item, str):
+        if isinstance(item, str) or (isinstance(item, list) and is_parts(item)):
             side = reader.side(item, "input")
-        elif isinstance(item, list) and is_parts(item):
-            side = reader.side(item, "input")
-        elif isinstance(item, list) and item and all(isinstance(message, dict) and "role" in message for message in item):
+        elif isinstance(item, list) and item and all(isinstance(x, dict) and "role" in x for x in item):
             messages = as_messages(item, where)
             for part in media_parts(messages):
-                part[part["type"]] = reader.media(part["type"], part[part["type"]], f"a part of type {part['type']!r}")
+                kind = part["type"]
+                part |= reader.media(kind, part[kind], f"a part of type {kind!r}")
             return messages
         elif isinstance(item, Mapping):
             given = {key: item[key] for key in KEYS if item.get(key) is not None}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -21,6 +21,7 @@ from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import ChatTokenizer, Messages, as_messages, describe, is_media_file
 from lco_jax.data.tower_rows import Processed
 
+Item = TypeVar("Item")
 TEXTS_AT_ONCE, MEDIA_AT_ONCE = 256, 4  # inputs that one task prepares
 
 
@@ -33,18 +34,19 @@ def as_content(item: Any, where: str) -> Any:
     if isinstance(item, Image.Image):
         return {"image": item}
     if isinstance(item, str | os.PathLike):
-        kind = is_media_file(item) if not isinstance(item, str) or not any(c.isspace() for c in item.strip()) else None
-        if kind is None and isinstance(item, str):
-            looks_spaced = is_media_file(item) and Path(item).is_file()
-            return {is_media_file(item): item} if looks_spaced else item
+        kind = is_media_file(item)
+        remote = str(item).startswith(("data:", "http://", "https://"))
+        there = kind is not None and (remote or Path(item).is_file())
+        if isinstance(item, str) and not there and (kind is None or any(c.isspace() for c in item)):
+            return item  # a text, perhaps one that ends in a file's name
         if kind is None:
             raise LcoError(f"{where}: {item} does not end like an image, video or audio file")
-        if not str(item).startswith(("data:", "http://", "https://")) and not Path(item).exists():
-            raise LcoError(
-                f'{where}: {item} looks like a media file and does not exist; text can be given as {{"text": …}}'
-            )
+        if not there:
+            raise LcoError(f'{where}: {item} looks like a media file and is none; text can be given as {{"text": …}}')
         return {kind: item}
     if isinstance(item, dict) and "array" in item:
+        if "video_metadata" in item:  # as sentence-transformers spells it
+            item = {"array": item["array"], "fps": item["video_metadata"]["fps"]}
         return {"audio" if "sampling_rate" in item else "video": item}
     if isinstance(item, np.ndarray):
         kinds = {3: "image", 4: "video"}
@@ -150,7 +152,7 @@ _in_process: Callable[[Sequence[tuple[Any, str]]], list[Processed | LcoError]]
 
 
 def _begin(preparation: Preparation) -> None:
-    """What a worker does first. A Ctrl-C is its parent's to handle, and when that is killed nobody else would end it."""
+    """What a worker does first. Ctrl-C is its parent's to handle, and if that is killed, nobody else would end it."""
     global _in_process
     _in_process = preparation
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -183,6 +185,16 @@ def _alone(preparation: Preparation, item: tuple[Any, str]) -> Processed | LcoEr
             return pool.submit(_run, [item]).result()[0]
         except BrokenProcessPool:
             return LcoError(f"{item[1]}: the process that decoded it crashed; the file is broken or malicious")
+
+
+def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The items, the next of which is made in a thread while the caller has the one before."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item
 
 
 def named(inputs: Iterable[Any], names: Iterable[str] | None) -> Iterator[tuple[Any, str]]:

@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, write_json
 
 PART_SECONDS = 30.0  # of work that a part holds, unless it is full before, or a block of inputs takes longer
+MANIFEST = "manifest.json"
 _PART = re.compile(r"(\d{12})-(\d{12})\.parquet")  # its first row, and the one after its last
 
 
@@ -55,14 +57,18 @@ class VectorParts:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.folder.exists() and not self.done:
-            self._remove()
-        os.close(self._lock)
+    def __exit__(self, failure: type | None, *_: object) -> None:
+        try:
+            if failure is not None and self._waiting:
+                self._write_part()
+            if self.folder.exists() and not self.done:
+                self._remove()
+        finally:
+            os.close(self._lock)
 
     def _check_manifest(self) -> None:
         """Write what this work is, or compare it with what the folder holds. "raise" may become "skip" on the way."""
-        manifest = self.folder / "manifest.json"
+        manifest = self.folder / MANIFEST
         if not manifest.exists():
             if strange := [x.name for x in self.folder.iterdir() if x.suffix != ".tmp"]:
                 raise LcoError(f"{self.folder} holds {min(strange)} and no manifest of ours; give another --output")
@@ -150,18 +156,58 @@ class VectorParts:
             yield table
 
     def _write_skipped(self, path: Path) -> int:
-        count = index = 0
+        """A line of JSON a row without a vector; how many."""
+        count = first = 0
         with open(path, "w", encoding="utf-8") as file:
             for table in self._tables(["id", "reason"]):
-                reasons = table["reason"].drop_null() if table["reason"].null_count < len(table) else ()
-                for row, name in zip(table["reason"].to_pylist(), table["id"].to_pylist(), strict=True) if len(reasons) else ():
-                    pass
-                index += len(table)
+                if table["reason"].null_count < len(table):
+                    rows = zip(table["id"].to_pylist(), table["reason"].to_pylist(), strict=True)
+                    for index, (name, reason) in enumerate(rows, first):
+                        if reason is not None:
+                            file.write(
+                                json.dumps({"index": index, "id": name, "reason": reason}, ensure_ascii=False) + "\n"
+                            )
+                            count += 1
+                first += len(table)
         return count
 
     def _remove(self) -> None:
         """Delete our files, the manifest last: a kill on the way leaves a folder that the same command continues."""
         names = sorted((x.name for x in self.folder.iterdir()), reverse=True)
-        for name in [*(x for x in names if _PART.fullmatch(x) or x.endswith(".tmp")), "manifest.json"]:
+        for name in [*(x for x in names if _PART.fullmatch(x) or x.endswith(".tmp")), MANIFEST]:
             (self.folder / name).unlink(missing_ok=True)
-        self.folder.rmdir()
+        with suppress(OSError):  # somebody put a file of theirs there
+            self.folder.rmdir()
+
+
+def _range(part: Path) -> tuple[int, int]:
+    """Its first row, and the one after its last."""
+    first, end = part.stem.split("-")
+    return int(first), int(end)
+
+
+def _rename(aside: Path, target: Path) -> None:
+    """Into place, once its bytes are on the disk: then a power cut cannot leave the name without them."""
+    with open(aside, "rb") as file:
+        os.fsync(file.fileno())
+    aside.replace(target)
+
+
+def _write_npy(path: Path, tables: Iterator[pa.Table], total: int, schema: pa.Schema) -> None:
+    dimension = schema.field("embedding").type.list_size
+    with open(path, "wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (total, dimension)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for table in tables:
+            column = table["embedding"].combine_chunks()
+            vectors = np.full((len(column), dimension), np.nan, "<f4")
+            vectors[column.is_valid().to_numpy(zero_copy_only=False)] = (
+                column.flatten().to_numpy().reshape(-1, dimension)
+            )
+            file.write(vectors.tobytes())
+
+
+def _write_parquet(path: Path, tables: Iterator[pa.Table], total: int, schema: pa.Schema) -> None:
+    with pyarrow.parquet.ParquetWriter(path, schema, use_dictionary=False) as writer:
+        for table in tables:
+            writer.write_table(table.cast(schema))

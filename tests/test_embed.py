@@ -1,0 +1,524 @@
+"""`python -m lco_jax.embed`: what it reads, what a kill costs, and media through the command line."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from lco_jax import LcoError, MediaConfig
+from lco_jax.data.corpus import Corpus, scan
+from lco_jax.data.vectors import VectorParts
+
+ROOT = Path(__file__).parents[1]
+STRANGE = "path/to/cat.png"  # a text that looks like a file
+
+
+def sentence(error):
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def picture(path, i=0):
+    """A small PNG of noise; no two alike."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def write_lines(path, *items):
+    path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+    return path
+
+
+# ---- what is read
+
+
+def contents(path, **options):
+    return [(item.id, item.content) for item in Corpus(path, **options).items()]
+
+
+def image(path):
+    return {"type": "image", "image": str(path)}
+
+
+def test_lines_of_text(tmp_path):
+    path = tmp_path / "in.txt"
+    path.write_bytes(f"\ufeffone\r\n\n{STRANGE}\n four \nlast".encode())
+    assert contents(path) == [(i, {"text": x}) for i, x in enumerate(["one", "", STRANGE, " four ", "last"])]
+    path.write_bytes(b"one\n\xff\n")
+    with pytest.raises(LcoError, match=r"in\.txt:2: not valid UTF-8"):
+        contents(path)
+
+
+def test_every_kind_of_line(tmp_path):
+    chat = [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "?"}]}]
+    path = write_lines(
+        tmp_path / "in.jsonl",
+        STRANGE,
+        {"text": STRANGE, "title": "metadata", "type": "news", "content": 3},
+        {"text": "a", "image_path": "a.png", "video": ""},
+        {"image": ["a.png", "/b.png"], "audio_path": "c.wav"},
+        {"video": ["1.png", "2.png"]},
+        {"text": ""},
+        chat,
+    )
+    a = tmp_path / "a.png"
+    text = {"type": "text", "text": "a"}
+    clip = {"type": "video", "video": [str(tmp_path / "1.png"), str(tmp_path / "2.png")]}
+    sound = {"type": "audio", "audio": str(tmp_path / "c.wav")}
+    rendered = [{"role": "user", "content": [image(a), {"type": "text", "text": "?"}]}]
+    want = [{"text": STRANGE}, {"text": STRANGE}, (image(a), text), (image(a), image("/b.png"), sound), (clip,)]
+    assert contents(path) == list(enumerate([*want, {"text": ""}, rendered]))
+    assert contents(path, root=Path("/m"))[2] == (2, (image("/m/a.png"), text))
+
+
+def test_the_cells_of_a_table(tmp_path):
+    hf = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    columns = {
+        "image": pa.array([{"bytes": b"x", "path": "a.png"}, {"bytes": None, "path": "a.png"}, None, None], hf),
+        "audio_path": pa.array([None, None, "c.wav", None]),
+        "video": pa.array([None, None, None, b"film"], pa.binary()),
+        "text": pa.array([None, "t", None, None]),
+        "name": pa.array(["p", "q", "r", "s"]),
+        "label": pa.array([1, 2, 3, 4]),
+    }
+    pyarrow.parquet.write_table(pa.table(columns), tmp_path / "in.parquet")
+    sound = {"type": "audio", "audio": str(tmp_path / "c.wav")}
+    want = [({"type": "image", "image": b"x"},), (image(tmp_path / "a.png"), {"type": "text", "text": "t"}), (sound,)]
+    want.append(({"type": "video", "video": b"film"},))
+    assert contents(tmp_path / "in.parquet", id_field="name") == list(zip("pqrs", want, strict=True))
+    assert [name for name, _ in contents(tmp_path / "in.parquet")] == [0, 1, 2, 3]
+    with pytest.raises(LcoError, match="has no column 'nmae'; its columns: image, "):
+        contents(tmp_path / "in.parquet", id_field="nmae")
+
+
+def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
+    names = ["a/2.png", "a/10.JPG", "a.png", "b/c/d.wav", "b.mp4", "z.png"]
+    for name in [*names, "note.txt", "a/x.json", ".hidden/a.png", "._z.png"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = contents(tmp_path)
+    assert [name for name, _ in found] == sorted(names)
+    assert dict(found)["b/c/d.wav"] == ({"type": "audio", "audio": str(tmp_path / "b/c/d.wav")},)
+    corpus = Corpus(tmp_path)
+    before = corpus.fingerprint()
+    assert corpus.fingerprint() == before
+    os.utime(tmp_path / "b.mp4", (1, 1))
+    assert corpus.fingerprint() != before
+    (tmp_path / "none").mkdir()
+    with pytest.raises(LcoError, match="holds no image, video or audio file"):
+        contents(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"text": 5}', "input.text must be a string"),
+        ('{"image": 5}', "input.image must be a path"),
+        ('{"image": "a.png", "image_path": "b.png"}', "both image and image_path"),
+        ('{"image": {"bytes": "x"}}', "input.image must be a path"),
+        ('{"video": "a.png"}', "give a video file, or a list of frames"),
+        ('{"id": 1}', "holds nothing to embed"),
+        ('{"image": "", "text": null}', "holds nothing to embed"),
+        ("null", "NoneType"),
+        ("[]", "is list []"),
+        ('"\\ud800"', "surrogate"),
+        ('[{"role": "user", "content": [{"type": "image"}]}]', "must hold its medium once"),
+        ('[{"role": "user", "content": [{"type": "image", "image": 3}]}]', "must be a path"),
+        ("[" * 100_000, "not valid JSON"),
+        ("9" * 5000, "not valid JSON"),
+    ],
+)
+def test_lines_that_are_refused(tmp_path, line, words):
+    (tmp_path / "in.jsonl").write_text(f'"fine"\n\n{line}\n')
+    with pytest.raises(LcoError) as error:
+        contents(tmp_path / "in.jsonl")
+    assert sentence(error).startswith(f"{tmp_path / 'in.jsonl'}:3")
+    assert words in sentence(error)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(True, "bool True"), (1.5, "float 1.5"), (2**63, "64-bit"), (None, "NoneType"), ("\ud800", "surrogate")],
+)
+def test_ids_that_are_refused(tmp_path, value, words):
+    path = write_lines(tmp_path / "in.jsonl", {"text": "a", "key": value})
+    with pytest.raises(LcoError) as error:
+        contents(path, id_field="key")
+    assert sentence(error).startswith(f"{path}:1: 'key' ")
+    assert words in sentence(error)
+
+
+def test_tables_that_are_refused(tmp_path):
+    path = tmp_path / "in.parquet"
+    path.write_bytes(b"PAR1 and no more")
+    with pytest.raises(LcoError, match="is torn or not a parquet file"):
+        contents(path)
+    pyarrow.parquet.write_table(pa.table({"txt": ["a"]}), path)
+    with pytest.raises(LcoError, match=r"has none of the columns text, .*; it has txt"):
+        contents(path)
+    pyarrow.parquet.write_table(pa.table({"text": ["a", None]}), path)
+    with pytest.raises(LcoError, match=r"in\.parquet, row 1 holds nothing to embed"):
+        contents(path)
+    for name, field in (("in.txt", "key"), (".", "key"), ("in.csv", None), ("no.txt", None)):
+        if name not in (".", "no.txt"):
+            (tmp_path / name).touch()
+        with pytest.raises(LcoError, match="--input="):
+            Corpus(tmp_path / name, field)
+
+
+def test_the_scan_says_what_there_is_and_finds_what_is_missing(tmp_path):
+    path = write_lines(tmp_path / "in.jsonl", "a", {"image": "a.png", "text": "b"}, {"audio": "https://x/b.wav"})
+    remote = MediaConfig(allow_remote=True)
+    found = scan(Corpus(path).items(), MediaConfig(), False)
+    kinds = {"text": 1, "image": 2, "audio": 3}
+    assert found == (3, {kind: f"{path}:{line}" for kind, line in kinds.items()}, int)
+    with pytest.raises(LcoError, match=r"in\.jsonl:2: input\.image: there is no file"):
+        scan(Corpus(path).items(True), remote, True)
+    picture(tmp_path / "a.png")
+    with pytest.raises(LcoError, match=r"in\.jsonl:3: its audio is at an http address; give --allow-remote"):
+        scan(Corpus(path).items(True), MediaConfig(), True)
+    assert scan(Corpus(path).items(True), remote, True) == found
+
+
+# ---- parts
+
+
+def fill(parts, total, step=2):
+    """Rows of a value that is their index, `step` at a time; row 3 is skipped."""
+    for first in range(parts.done, total, step):
+        rows = np.arange(first, min(first + step, total), dtype=np.float32)
+        vectors = np.repeat(rows[:, None], 4, axis=1)
+        vectors[rows == 3] = np.nan
+        parts.add([f"k{i:.0f}" for i in rows], vectors, {int(i) - first: "why" for i in rows if i == 3})
+
+
+def check(output, total):
+    want = np.repeat(np.arange(total, dtype=np.float32)[:, None], 4, axis=1)
+    want[3] = np.nan
+    if output.suffix == ".npy":
+        np.testing.assert_array_equal(np.load(output), want)
+    else:
+        table = pyarrow.parquet.read_table(output).to_pydict()
+        assert table["id"] == [f"k{i}" for i in range(total)]
+        assert table["embedding"] == [None if i == 3 else [float(i)] * 4 for i in range(total)]
+    skipped = output.with_name(output.name + ".skipped.jsonl")
+    assert json.loads(skipped.read_text()) == {"index": 3, "id": "k3", "reason": "why"}
+
+
+@pytest.mark.parametrize("suffix", ["npy", "parquet"])
+def test_parts_become_the_output(tmp_path, suffix):
+    output = tmp_path / "new" / f"out.{suffix}"
+    with VectorParts(output, {}, 4) as parts:
+        fill(parts, 6)
+        names = sorted(x.name for x in parts.folder.iterdir())
+        assert names == ["000000000000-000000000004.parquet", "manifest.json"]
+        assert parts.finish(7 - 1, 4, str) == 1
+    check(output, 6)
+    assert len(list(output.parent.iterdir())) == 2
+    with VectorParts(output, {}, 4) as parts:  # and again, with nothing skipped
+        parts.add([1], np.ones((1, 4), np.float32), {})
+        assert parts.finish(1, 4, int) == 0
+    assert [x.name for x in output.parent.iterdir()] == [output.name]
+
+
+def test_a_gap_is_made_again_and_a_torn_part_named(tmp_path):
+    output = tmp_path / "out.npy"
+
+    def begin():
+        with VectorParts(output, {}, 2) as parts:
+            done = parts.done
+            fill(parts, 8)
+            return done, parts
+
+    assert begin()[0] == 0
+    (tmp_path / "out.npy.partial" / "000000000002-000000000004.parquet").unlink()
+    done, parts = begin()
+    assert done == 2
+    torn = parts.folder / "000000000004-000000000006.parquet"
+    torn.write_bytes(b"torn")
+    with VectorParts(output, {}, 2) as parts, pytest.raises(LcoError) as error:
+        parts.finish(8, 4, str)
+    assert sentence(error).startswith(f"{torn} is torn; remove it")
+    torn.unlink()
+    with VectorParts(output, {}, 2) as parts:
+        assert parts.done == 4
+        fill(parts, 8)
+        parts.finish(8, 4, str)
+    check(output, 8)
+
+
+def test_other_work_is_refused(tmp_path):
+    output, work = tmp_path / "out.npy", {"--dtype": "float32", "--on-error": "raise"}
+    with VectorParts(output, work, 2) as parts:
+        fill(parts, 2)
+        with pytest.raises(LcoError, match="another process writes"):
+            VectorParts(output, work, 2).__enter__()
+    with pytest.raises(LcoError) as error:
+        VectorParts(output, {**work, "--dtype": "bfloat16"}, 2).__enter__()
+    assert "--dtype was 'float32' and is 'bfloat16'; give another --output, or remove the folder" in sentence(error)
+    for _ in range(2):  # what was made while every input was good, a run that skips can use
+        with VectorParts(output, {**work, "--on-error": "skip"}, 2) as parts:
+            assert parts.done == 2
+    with pytest.raises(LcoError, match="--on-error was 'skip' and is 'raise'"):
+        VectorParts(output, work, 2).__enter__()
+    (tmp_path / "out.parquet.partial").mkdir()
+    (tmp_path / "out.parquet.partial" / "mine").touch()
+    with pytest.raises(LcoError, match="holds mine and no manifest of ours"):
+        VectorParts(tmp_path / "out.parquet", work, 2).__enter__()
+
+
+def test_a_folder_without_a_whole_part_vanishes_and_a_failure_keeps_the_rest(tmp_path):
+    def fail(rows):
+        with VectorParts(tmp_path / "out.npy", {}, 100) as parts:
+            fill(parts, rows)
+            raise KeyboardInterrupt
+
+    for rows in (0, 4):
+        with pytest.raises(KeyboardInterrupt):
+            fail(rows)
+        assert (tmp_path / "out.npy.partial").exists() == bool(rows)
+    with VectorParts(tmp_path / "out.npy", {}, 100) as parts:
+        assert parts.done == 4
+
+
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_embed import VectorParts, check, fill
+
+output, steps = Path(sys.argv[1]), 0
+
+def deadly(call, fatal):  # dies just before or just after one of its calls
+    def made(*args, **options):
+        global steps
+        steps += 1
+        if (steps, "before") == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            return call(*args, **options)
+        finally:
+            if (steps, "after") == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+    return made
+
+def run(fatal=None):  # in a process of its own -> its status
+    if os.fork() == 0:
+        for name in ("mkdir", "fsync", "replace", "unlink", "rmdir", "open", "close"):
+            setattr(os, name, deadly(getattr(os, name), fatal))
+        with VectorParts(output, {"a": 1}, 2) as parts:
+            fill(parts, 5)
+            parts.finish(5, 4, str)
+        os._exit(0)
+    return os.wait()[1]
+
+kills = 0
+while True:
+    output.write_bytes(b"old")
+    output.with_name(output.name + ".skipped.jsonl").unlink(missing_ok=True)
+    if status := run((kills // 2 + 1, ("before", "after")[kills % 2])):
+        assert status == signal.SIGKILL, status
+        kills += 1
+        if output.read_bytes() != b"old":
+            check(output, 5)
+        assert run() == 0
+    check(output, 5)
+    assert not output.with_name(output.name + ".partial").exists()
+    if not status:
+        break
+print(kills)
+"""
+
+
+@pytest.mark.parametrize("suffix", ["npy", pytest.param("parquet", marks=pytest.mark.slow)])
+def test_sigkill_at_every_step(tmp_path, suffix):
+    """Before and after each of its calls a process dies; whatever is there is whole, and the next one ends well."""
+    output = tmp_path / f"out.{suffix}"
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(output), str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 40
+    check(output, 5)
+
+
+# ---- end to end
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Ten pictures, of which 6 is torn, and lines that name them between texts."""
+    lines = []
+    for i in range(10):
+        path = picture(tmp_path / "media" / f"{i}.png", i)
+        lines += [{"key": f"p{i}", "image_path": f"media/{i}.png", "source": "noise"}, {"key": f"t{i}", "text": f"{i}"}]
+    path = tmp_path / "media" / "6.png"
+    path.write_bytes(path.read_bytes()[:1500])
+    return write_lines(tmp_path / "in.jsonl", *lines)
+
+
+def wanted(embedder, folder):
+    """Of the lines of `pictures`."""
+    good = [i for i in range(10) if i != 6]
+    vectors = np.full((20, embedder.dimension), np.nan, np.float32)
+    vectors[[2 * i for i in good]] = embedder.encode([folder / "media" / f"{i}.png" for i in good])
+    vectors[1::2] = embedder.encode([{"text": f"{i}"} for i in range(10)])
+    return vectors
+
+
+def test_torn_media_among_good_ones(tmp_path, tiny, run_embed, pictures):
+    """Raised by file and line, what was done is kept, and a run that skips goes on from there."""
+    output = tmp_path / "out.parquet"
+    command = [f"--input={pictures}", f"--output={output}", "--id-field=key", "--part-size=5", "--workers=0"]
+    status, out, err = run_embed(*command)
+    assert (status, out) == (2, "")
+    *_, kept, error = err.rstrip("\n").split("\n")
+    assert error.startswith(f"error: {pictures}:13: image {tmp_path / 'media' / '6.png'} cannot be decoded: ")
+    assert kept == f"10 of 20 vectors are kept in {output}.partial; the same command goes on from there"
+    assert not output.exists()
+    status, out, err = run_embed(*command, "--dtype=bfloat16")
+    assert status == 2
+    assert "--dtype was 'float32' and is 'bfloat16'" in err
+    status, out, err = run_embed(*command, "--on-error=skip", "--batch-size=3")
+    assert status == 0, err
+    assert "embedding:  50%" in err.split("\r")[1], "the bar starts where the run before ended"
+    assert f"1 of them are empty: {output}.skipped.jsonl" in out
+    table = pyarrow.parquet.read_table(output).to_pydict()
+    assert table["id"] == [f"{kind}{i}" for i in range(10) for kind in "pt"]
+    assert [i for i, vector in enumerate(table["embedding"]) if vector is None] == [12]
+    vectors = np.array([[np.nan] * tiny.dimension if x is None else x for x in table["embedding"]], np.float32)
+    np.testing.assert_allclose(vectors, wanted(tiny, tmp_path), atol=1e-5)
+    (line,) = Path(f"{output}.skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["index"] == 12
+    assert json.loads(line)["id"] == "p6"
+    assert json.loads(line)["reason"].startswith(f"{pictures}:13: image ")
+    assert not Path(f"{output}.partial").exists()
+
+
+def test_a_folder_in_processes(tmp_path, tiny, run_embed, pictures):
+    """And sound, which the checkpoint does not take, is skipped or raised before any work."""
+    output = tmp_path / "out.npy"
+    command = [f"--input={tmp_path / 'media'}", f"--output={output}"]
+    (tmp_path / "media" / "a.wav").write_bytes(b"RIFF")
+    status, _, err = run_embed(*command)
+    assert status == 2
+    assert "error: a.wav has audio, and tiny-1-" in err
+    status, out, err = run_embed(*command, "--on-error=skip", "--workers=1")
+    assert status == 0, err
+    assert f"2 of them are empty: {output}.skipped.jsonl" in out
+    want = np.concatenate([wanted(tiny, tmp_path)[::2], np.full((1, tiny.dimension), np.nan)])
+    np.testing.assert_allclose(np.load(output), want, atol=1e-5)
+    reasons = [json.loads(line) for line in Path(f"{output}.skipped.jsonl").read_text().splitlines()]
+    assert [(x["index"], x["id"]) for x in reasons] == [(6, "6.png"), (10, "a.wav")]
+    assert "a.wav has audio" in reasons[1]["reason"]
+
+
+def test_a_table_of_pictures_and_the_caps_on_media(tmp_path, run_embed, pictures, load):
+    content = [(tmp_path / "media" / f"{i}.png").read_bytes() for i in range(3)]
+    pyarrow.parquet.write_table(
+        pa.table({"image": [{"bytes": x, "path": None} for x in content]}), tmp_path / "t.parquet"
+    )
+    command = [f"--input={tmp_path / 't.parquet'}", f"--output={tmp_path / 'out.npy'}", "--workers=0"]
+    assert run_embed(*command)[0] == 0
+    want = load("builtin:tiny", None, "float32").encode([tmp_path / "media" / f"{i}.png" for i in range(3)])
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), want, atol=1e-5)
+    status, _, err = run_embed(*command, "--max-image-pixels=100")
+    assert status == 2
+    assert "t.parquet, row 0: image " in err
+    assert "max_image_pixels is 100" in err
+    for flag, words in (("--max-frames=1", "--max-frames is 1; it must be"), ("--fps=-1", "--fps is -1.0")):
+        assert words in run_embed(*command, flag)[2]
+    assert run_embed(*command, "--workers=-1")[2] == "error: --workers=-1: it must be at least 0\n"
+
+
+def test_texts_load_no_tower(tmp_path, run_embed, monkeypatch):
+    from lco_jax import OmniEmbedder
+
+    (tmp_path / "in.txt").write_text("a\n")
+    seen, before = [], OmniEmbedder.from_pretrained
+
+    def spied(*args, **options):
+        seen.append(options["modalities"])
+        return before(*args, **options)
+
+    monkeypatch.setattr(OmniEmbedder, "from_pretrained", spied)
+    assert run_embed(f"--input={tmp_path / 'in.txt'}", f"--output={tmp_path / 'out.npy'}")[0] == 0
+    assert seen == [("text",)]
+
+
+# ---- real processes
+
+
+def children(process):
+    """Ids of the processes that descend from one."""
+    found = []
+    for task in Path(f"/proc/{process}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += [int(child), *children(child)]
+    return found
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path):
+    """Equal bits to a quiet run, nothing half-written, no part lost, and no worker outlives its parent."""
+    lines = [{"key": i, "text": f"{'word ' * (i % 40)}{i}"} for i in range(1200)]
+    for i in range(0, 1200, 3):
+        picture(tmp_path / f"{i}.png", i)
+        lines[i] = {"key": i, "image_path": f"{i}.png"}
+    source = write_lines(tmp_path / "in.jsonl", *lines)
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+
+    def start(output):
+        command = [sys.executable, "-m", "lco_jax.embed", "--model=builtin:tiny", f"--input={source}"]
+        command += [f"--output={output}", "--part-size=50", "--workers=1"]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    quiet, output = tmp_path / "quiet.npy", tmp_path / "out.npy"
+    assert start(quiet).wait() == 0
+    parts = Path(f"{output}.partial")
+    draw = random.Random(0)
+    kept = 0
+    for _ in range(4):
+        job = start(output)
+        wait_for = kept + 50 * draw.randrange(1, 5)
+        while job.poll() is None and done(parts) < wait_for:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.2))
+        workers = children(job.pid)
+        job.kill()
+        assert job.wait() == -signal.SIGKILL, "it ended before it was killed"
+        assert workers
+        assert not output.exists()
+        assert done(parts) >= wait_for
+        kept = done(parts)
+        end = time.monotonic() + 20
+        while any(Path(f"/proc/{worker}").exists() for worker in workers):
+            assert time.monotonic() < end, "a worker outlives its parent"
+            time.sleep(0.1)
+    assert start(output).wait() == 0
+    assert output.read_bytes() == quiet.read_bytes()
+    assert not parts.exists()
+
+
+def done(parts):
+    return max((int(x.stem.split("-")[1]) for x in parts.glob("*-*.parquet")), default=0)
+
+
+@pytest.mark.slow
+def test_memory_stays_flat():
+    """The full job, 20,000 images, is `python tools/memory.py`."""
+    command = [sys.executable, "tools/memory.py", "--images=3000", "--limit-mb=200"]
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
