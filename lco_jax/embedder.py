@@ -91,9 +91,10 @@ class OmniEmbedder:
         """
         checkpoint = open_checkpoint(path_or_id)
         mesh = make_mesh() if mesh is None else mesh
-        processor = Processor(checkpoint.folder, checkpoint.config.max_position_embeddings, media, video_positions)
-        if modalities is not None:
-            processor.modalities = _chosen(modalities, processor.modalities)
+        known = checkpoint.backbone.modalities
+        chosen = known if modalities is None else _chosen(modalities, known)
+        context = checkpoint.config.max_position_embeddings
+        processor = Processor(checkpoint.folder, context, media, video_positions, chosen)
         towers = [name for name, kinds in checkpoint.backbone.reads.items() if set(kinds) & set(processor.modalities)]
         model, params = load_model(checkpoint, mesh, dtype, remat="none", towers=towers)
         if adapter is not None:
@@ -119,7 +120,7 @@ class OmniEmbedder:
         return self.processor.modalities
 
     def supports(self, modality: str | Sequence[str]) -> bool:
-        """Whether a modality, or a mix of several in one input, can be embedded."""
+        """Whether a modality, or a mix of several in one input, can be embedded. "message": chat messages can."""
         return set([modality] if isinstance(modality, str) else modality) <= {*self.modalities, "message"}
 
     def encode(
@@ -248,7 +249,7 @@ class OmniEmbedder:
         placement = place([len(one) for one in batch], row_length)
         shards = row_shards(self.mesh)
         per_shard = bucket(-(-placement.num_rows // shards), 2)
-        num_slots = -(-placement.num_slots // 8) * 8
+        num_slots = max(bucket(placement.num_slots, 4), 8)
         by_shard = [np.flatnonzero(placement.row // per_shard == shard) for shard in range(shards)]
         media, laid = lay_media(self.processor.rows, [[batch[i] for i in chosen] for chosen in by_shard])
         sequences = [one for inputs in laid for one in inputs]

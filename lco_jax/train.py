@@ -75,7 +75,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         _say(f"{skipped:,} bad records skipped")
 
     media = MediaConfig(**config.data.media)
-    processor = Processor(checkpoint.folder, checkpoint.config.max_position_embeddings, media)
+    context = checkpoint.config.max_position_embeddings
+    processor = Processor(checkpoint.folder, context, media, modalities=checkpoint.backbone.modalities)
     most = max(source.max_negatives for source in sources.values())
     layout = pipeline.Layout(
         batch_size=batch_size,
@@ -87,7 +88,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     pipeline.check_lengths(layout, processor.tokenizer, config.data.max_length)
 
     held_out = JsonlSource(config.eval.path, config.data.on_bad) if config.eval.path else ListSource([])
-    towers = _towers(checkpoint, {"held-out data": held_out, **sources})
+    towers = _towers(checkpoint, {"held-out data": held_out, **sources}, media)
     model, params = load_model(
         checkpoint, mesh, config.model.dtype, config.model.remat, towers, config.model.tower_dtype or None
     )
@@ -201,13 +202,14 @@ class _Watch:
             )
 
 
-def _towers(checkpoint: Checkpoint, sources: Mapping[str, Source]) -> list[str]:
+def _towers(checkpoint: Checkpoint, sources: Mapping[str, Source], media: MediaConfig) -> list[str]:
     """The towers that the data needs. Raises for data that the checkpoint does not take."""
     backbone = checkpoint.backbone
     for name, source in sources.items():
         if closed := sorted(source.modalities - set(backbone.modalities)):
             raise LcoError(f"{name} holds {closed[0]}, and this checkpoint takes {', '.join(backbone.modalities)}")
     used = frozenset().union(*(source.modalities for source in sources.values()))
+    used |= {"audio"} if media.use_audio_in_video and "video" in used else set()
     return [tower for tower, kinds in backbone.reads.items() if used & set(kinds)]
 
 

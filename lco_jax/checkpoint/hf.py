@@ -128,6 +128,20 @@ def _per_layer(params: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ..
             yield path, path, leaf.shape
 
 
+def load_decoder(
+    checkpoint: Checkpoint, mesh: Mesh, dtype: Any = "float32", remat: str = "full"
+) -> tuple[Decoder, dict[str, Any]]:
+    """The decoder and its parameters in `dtype`, sharded over `mesh`.
+
+    Each process reads only the slices its devices hold; the host holds one tensor's slice at a time.
+    """
+    if remat not in REMAT_POLICIES:
+        raise LcoError(f"remat is {remat!r}; it is one of: {', '.join(REMAT_POLICIES)}")
+    dtype = _dtype(dtype)
+    decoder = Decoder(checkpoint.config, dtype=dtype, param_dtype=dtype, remat=remat)
+    return decoder, _load_part(checkpoint, "decoder", abstract_params(checkpoint.config, dtype), mesh)
+
+
 def load_model(
     checkpoint: Checkpoint,
     mesh: Mesh,
@@ -147,20 +161,6 @@ def load_model(
         modules[name] = tower_module(checkpoint.backbone, name, checkpoint.towers[name], in_dtype)
         tree[name] = _load_part(checkpoint, name, abstract_params(modules[name], in_dtype), mesh)
     return Model(decoder, modules), tree
-
-
-def load_decoder(
-    checkpoint: Checkpoint, mesh: Mesh, dtype: Any = "float32", remat: str = "full"
-) -> tuple[Decoder, dict[str, Any]]:
-    """The decoder and its parameters in `dtype`, sharded over `mesh`.
-
-    Each process reads only the slices its devices hold; the host holds one tensor's slice at a time.
-    """
-    if remat not in REMAT_POLICIES:
-        raise LcoError(f"remat is {remat!r}; it is one of: {', '.join(REMAT_POLICIES)}")
-    dtype = _dtype(dtype)
-    decoder = Decoder(checkpoint.config, dtype=dtype, param_dtype=dtype, remat=remat)
-    return decoder, _load_part(checkpoint, "decoder", abstract_params(checkpoint.config, dtype), mesh)
 
 
 def _dtype(dtype: Any) -> Any:

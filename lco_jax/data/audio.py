@@ -14,6 +14,7 @@ import soxr
 
 from lco_jax.core.errors import LcoError
 from lco_jax.data.media import READABLE, Deadline, MediaConfig, Medium, decoded, decoding, open_container, resolve
+from lco_jax.data.tower_rows import mel_tokens
 
 RATE = 16_000  # Hz, the model's
 HOP = 160  # samples a mel frame
@@ -25,9 +26,8 @@ logger = logging.getLogger(__name__)
 
 
 def audio_tokens(samples: int) -> int:
-    """Tokens that the Qwen2.5-Omni audio tower makes of so many samples: a strided convolution, then a pooling."""
-    mel_frames = -(-samples // HOP)
-    return ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1
+    """Tokens that the Qwen2.5-Omni audio tower makes of so many samples."""
+    return mel_tokens(-(-samples // HOP))
 
 
 MIN_SAMPLES = next(n for n in itertools.count(1) if audio_tokens(n) >= 1)  # 321, or 20 ms

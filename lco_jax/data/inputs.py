@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context, parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -51,7 +52,10 @@ def as_content(item: Any, where: str) -> Any:
     if isinstance(item, np.ndarray):
         kinds = {3: "image", 4: "video"}
         if item.ndim not in kinds:
-            raise LcoError(f'{where} is {describe(item)}; give sound as {{"array": …, "sampling_rate": …}}')
+            raise LcoError(
+                f'{where} is {describe(item)}; give sound as {{"array": …, "sampling_rate": …}}, a grey picture as '
+                '{"image": array}'
+            )
         return {kinds[item.ndim]: item}
     return item
 
@@ -60,13 +64,7 @@ def conversation(
     item: Any, where: str, tokenizer: ChatTokenizer, prompt: str | None = None, max_length: int | None = None
 ) -> Messages:
     """`as_messages`, with texts first cut to `max_length` tokens; chat messages stay as long as they are."""
-    if max_length is not None and isinstance(item, str):
-        item = tokenizer.cut(item, max_length)
-    elif max_length is not None and isinstance(item, dict) and isinstance(item.get("text"), str):
-        item = {**item, "text": tokenizer.cut(item["text"], max_length)}
-    elif max_length is not None and isinstance(item, tuple):
-        item = tuple({**p, "text": tokenizer.cut(p["text"], max_length)} if p["type"] == "text" else p for p in item)
-    return as_messages(item, where, prompt)
+    return as_messages(item, where, prompt, partial(tokenizer.cut, max_length=max_length))
 
 
 @dataclass(frozen=True)
@@ -123,6 +121,8 @@ def prepare_ahead(
                 results = future.result()
             except BrokenProcessPool:
                 results = [_alone(preparation, item) for item in task]
+            except Exception:  # of what cannot be sent to a process, or what no check of ours foresaw
+                results = [_here(preparation, item) for item in task]
             yield from results
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -185,6 +185,14 @@ def _alone(preparation: Preparation, item: tuple[Any, str]) -> Processed | LcoEr
             return pool.submit(_run, [item]).result()[0]
         except BrokenProcessPool:
             return LcoError(f"{item[1]}: the process that decoded it crashed; the file is broken or malicious")
+
+
+def _here(preparation: Preparation, item: tuple[Any, str]) -> Processed | LcoError:
+    """One input in this process, whose failure is its own."""
+    try:
+        return preparation([item])[0]
+    except Exception as error:
+        return LcoError(f"{item[1]} cannot be prepared: {type(error).__name__}: {error!s:.200}")
 
 
 def one_ahead(items: Iterator[Item]) -> Iterator[Item]:

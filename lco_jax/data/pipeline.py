@@ -174,7 +174,7 @@ def global_batch(local: LocalBatch, layout: Layout, layouts: Mapping[str, TowerR
     shards = row_shards(mesh) // processes  # the row shards that this process feeds
     place_ = local.placement
     need = _agree(np.array([place_.num_rows, place_.num_slots], np.int32))
-    num_rows, num_slots = max(int(need[0]), 1), max(-(-int(need[1]) // 8) * 8, 8)
+    num_rows, num_slots = max(int(need[0]), 1), max(bucket(int(need[1]), 4), 8)
     per_shard = -(-num_rows // shards)
     if layout.chunk_rows:
         chunk_rows, chunks = layout.chunk_rows, bucket(-(-per_shard // layout.chunk_rows))

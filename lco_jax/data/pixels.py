@@ -3,12 +3,13 @@
 They cannot be used themselves: importing one imports torchvision where it is installed, and fails where that is broken.
 Ours are equal to the last bit (a test holds it), and serve the frames of clips as well, which have no PIL processor.
 
-Dimensions: T pictures, X and Y their height and width.
+Pictures stay uint8 until rows are filled (`data/tower_rows.py`); normalising them is a table of 256 levels.
+
+Dimensions: X and Y the height and width of a picture.
 """
 
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,38 +21,32 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 BICUBIC = 3  # PIL's number for it, and so the configs'
 
 
-@dataclass(frozen=True)
-class Pixels:
-    """How a checkpoint normalises pictures: mean and std of each channel, after `scale`."""
-
-    mean: tuple[float, ...] = CLIP_MEAN
-    std: tuple[float, ...] = CLIP_STD
-    scale: float = 1 / 255
-
-    @classmethod
-    def read(cls, folder: Path) -> "Pixels":
-        """From preprocessor_config.json. Raises for what is not implemented."""
-        path = folder / "preprocessor_config.json"
-        config = read_json(path)
-        if config.get("resample", BICUBIC) != BICUBIC:
-            raise LcoError(f"{path}: resample is {config['resample']!r}; only {BICUBIC} (bicubic) is supported")
-        if off := [key for key in ("do_resize", "do_rescale", "do_normalize") if config.get(key) is False]:
-            raise LcoError(f"{path}: {off[0]} is false, which is not supported")
-        mean, std = tuple(config.get("image_mean", CLIP_MEAN)), tuple(config.get("image_std", CLIP_STD))
-        return cls(mean, std, config.get("rescale_factor", 1 / 255))
-
-    def normalize(self, pictures: np.ndarray) -> np.ndarray:
-        """uint8 [T, X, Y, 3] -> float32 [T, 3, X, Y]."""
-        levels = _levels(self)
-        return np.stack([levels[channel][pictures[..., channel]] for channel in range(3)], axis=1)
-
-
-@lru_cache
-def _levels(pixels: Pixels) -> np.ndarray:
-    """What each of the 256 levels of each channel becomes: float32 [3, 256]."""
-    scaled = (np.arange(256, dtype=np.float64) * pixels.scale).astype(np.float32)
-    mean, std = (np.array(x, np.float32)[:, None] for x in (pixels.mean, pixels.std))
+def read_levels(folder: Path) -> np.ndarray:
+    """What each of the 256 levels of each channel becomes: float32 [3, 256]. Raises for what is not implemented."""
+    config, where = processor_config(folder, "image_processor")
+    if config.get("resample", BICUBIC) != BICUBIC:
+        raise LcoError(f"{where}: resample is {config['resample']!r}; only {BICUBIC} (bicubic) is supported")
+    if off := [key for key in ("do_resize", "do_rescale", "do_normalize") if config.get(key) is False]:
+        raise LcoError(f"{where}: {off[0]} is false, which is not supported")
+    scaled = (np.arange(256, dtype=np.float64) * config.get("rescale_factor", 1 / 255)).astype(np.float32)
+    mean, std = (
+        np.array(config.get(key, default), np.float32)[:, None]
+        for key, default in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD))
+    )
     return (scaled - mean) / std
+
+
+def processor_config(folder: Path, part: str) -> tuple[dict[str, Any], Path]:
+    """(configuration, its file) of a checkpoint's image_processor, video_processor or feature_extractor.
+
+    The hub's files and transformers 4.x's are flat, preprocessor_config.json or video_preprocessor_config.json; 5.x
+    nests all parts in processor_config.json. Raises if there is neither.
+    """
+    flat = folder / ("video_preprocessor_config.json" if part == "video_processor" else "preprocessor_config.json")
+    nested = folder / "processor_config.json"
+    if not flat.exists() and nested.exists() and isinstance(config := read_json(nested).get(part), dict):
+        return config, nested
+    return read_json(flat), flat
 
 
 def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:

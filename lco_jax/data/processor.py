@@ -11,6 +11,7 @@ import numpy as np
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json
+from lco_jax.core.hf_config import complete
 from lco_jax.core.packing import TokenSequence, bucket
 from lco_jax.data.llava import LlavaMedia
 from lco_jax.data.media import MediaConfig
@@ -18,7 +19,6 @@ from lco_jax.data.prompts import KINDS, ChatTokenizer, Messages, media_parts
 from lco_jax.data.qwen import QwenMedia
 from lco_jax.data.tower_rows import Processed, TowerRows
 
-MODALITIES = {"llava_next": ("text", "image"), "qwen2_5_vl": ("text", "image", "video")}  # the others take all
 MediaRows = dict[str, dict[str, np.ndarray]]  # tower -> argument -> rows
 
 
@@ -27,6 +27,7 @@ class Processor:
 
     folder: a checkpoint folder. max_tokens: what the model's context holds; longer inputs raise by name.
     media: caps on media. video_positions: "4.57" or "5", whose positions Qwen2.5-VL's videos get.
+    modalities: what is taken; whatever else comes raises by name.
     """
 
     def __init__(
@@ -35,13 +36,15 @@ class Processor:
         max_tokens: int = 32768,
         media: MediaConfig | None = None,
         video_positions: str = "4.57",
+        modalities: tuple[str, ...] = KINDS,
     ):
         self.folder, self.max_tokens = Path(folder), max_tokens
         config = read_json(self.folder / "config.json")
-        config = config.get("thinker_config", config)  # a full Qwen2.5-Omni
+        thinker = config.get("thinker_config")  # of a full Qwen2.5-Omni
+        config = complete({"model_type": "qwen2_5_omni_thinker", **thinker} if thinker else config)
         media = MediaConfig() if media is None else media
         self.tokenizer = ChatTokenizer(self.folder)
-        self.modalities = MODALITIES.get(config.get("model_type"), KINDS)
+        self.modalities = modalities
         if config.get("model_type") == "llava_next":
             self.codec: QwenMedia | LlavaMedia = LlavaMedia(self.folder, config, media)
         else:
@@ -62,11 +65,19 @@ class Processor:
 
     def attempt(self, conversations: Sequence[Messages], names: Sequence[str]) -> list[Processed | LcoError]:
         """As calling it, with an error in the place of each bad input."""
-        all_ids = self.tokenizer([_without_media(messages) for messages in conversations])
+        rendered = [self._render(messages, name) for messages, name in zip(conversations, names, strict=True)]
+        ids = iter(self.tokenizer.ids([text for text in rendered if isinstance(text, str)]))
         return [
-            self._process(messages, ids, name)
-            for messages, ids, name in zip(conversations, all_ids, names, strict=True)
+            self._process(messages, next(ids), name) if isinstance(text, str) else text
+            for messages, text, name in zip(conversations, rendered, names, strict=True)
         ]
+
+    def _render(self, messages: Messages, name: str) -> str | LcoError:
+        try:
+            return self.tokenizer.render(_without_media(messages))
+        except Exception as error:  # a template may raise anything on turns it does not foresee
+            reason = str(error).strip() or type(error).__name__
+            return LcoError(f"{name}: the checkpoint's chat template does not take these messages: {reason:.200}")
 
     def _process(self, messages: Messages, ids: np.ndarray, name: str) -> Processed | LcoError:
         try:
@@ -75,6 +86,8 @@ class Processor:
                 raise LcoError(f"{name} has {closed[0]}, and this model takes {', '.join(self.modalities)}")
             if parts:
                 loaded = [(part["type"], self.codec.load(part, name)) for part in parts]
+                if "audio" not in self.modalities and any(getattr(x, "sound", None) is not None for _, x in loaded):
+                    raise LcoError(f"{name} has a video with sound, and this model takes {', '.join(self.modalities)}")
                 processed = self.codec.expand(ids, loaded, name)
             else:
                 processed = Processed(ids, TokenSequence.text(ids).position_ids)

@@ -6,7 +6,7 @@ is generated from the hidden state that we take as the embedding (the paper, sec
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +26,39 @@ MEDIA = ("image", "video", "audio")  # the order in which the media of one conte
 KINDS = ("text", *MEDIA)
 PROMPTS = {kind: f"\nSummarize the above {kind} in one word:" for kind in KINDS}
 PROMPTS["mixed"] = "\nSummarize the above in one word:"
+OPTIONS = {  # what a part may say of its medium, in the place of `MediaConfig`
+    "image": ("min_pixels", "max_pixels"),
+    "video": ("min_pixels", "max_pixels", "fps", "max_frames"),
+    "audio": (),
+}
 SOURCES = ("url", "path")  # other names that a part's medium may go by, as in transformers
-RENDERED_AT_ONCE = 1024  # conversations in memory as text
+TOKENIZED_AT_ONCE = 1024  # texts that the tokenizer is given
 
 
-def as_messages(item: Any, where: str, prompt: str | None = None) -> Messages:
+def as_messages(
+    item: Any, where: str, prompt: str | None = None, cut: Callable[[str], str] = lambda text: text
+) -> Messages:
     """Chat messages of one input.
 
     A string, {"text": …, "image": …, "video": …, "audio": …} (any of them, each a medium or a list) or a sequence of
     chat parts becomes one user turn with the prompt after it; a list of chat messages stays as it is, but for media
     parts, which all become {"type": kind, kind: medium, …}.
-    where: names the input in errors. prompt: instead of the reference's.
+    where: names the input in errors. prompt: instead of the reference's. cut: shortens texts; those of chat messages
+    stay as long as they are.
     """
     item = [item] if isinstance(item, dict) and "role" in item else item
     if isinstance(item, list | tuple) and item and all(isinstance(x, dict) and "role" in x for x in item):
+        if strange := [message["role"] for message in item if not isinstance(message["role"], str)]:
+            raise LcoError(f"{where}: a message's role is {strange[0]!r:.60}, and must be a string")
         return [{**message, "content": _parts(message.get("content"), where)} for message in item]
     if isinstance(item, str):
         item = {"text": item}
     if isinstance(item, dict) and item and not item.keys() - set(KINDS):
-        item = [{"type": kind, kind: medium} for kind in (*MEDIA, "text") for medium in _media(item.get(kind), kind)]
+        kinds = (*MEDIA, "text")
+        item = [{"type": kind, kind: x} for kind in kinds for x in _media(item.get(kind), kind, where)]
     if not isinstance(item, list | tuple) or not item or not all(isinstance(x, dict) and "type" in x for x in item):
         raise LcoError(f'{where} is {describe(item)}; give a string, a medium, {{"text": …}} or chat messages')
-    parts = _parts(list(item), where)
+    parts = [{**x, "text": cut(x["text"])} if x["type"] == "text" else x for x in _parts(list(item), where)]
     if prompt is None:
         kinds = {part["type"] for part in parts if part["type"] != "text" or part["text"]} or {"text"}
         prompt = PROMPTS[kinds.pop() if len(kinds) == 1 else "mixed"]
@@ -56,10 +67,12 @@ def as_messages(item: Any, where: str, prompt: str | None = None) -> Messages:
     return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
 
 
-def _media(given: Any, kind: str) -> list[Any]:
+def _media(given: Any, kind: str, where: str) -> list[Any]:
     """The media under a key: one, a list of them, or none. A list of pictures under "video" is one clip's frames."""
     if given is None or (kind != "text" and isinstance(given, str) and not given):  # "": absent, as in the reference
         return []
+    if isinstance(given, list) and not given:
+        raise LcoError(f"{where}: its {kind} is an empty list")
     if not isinstance(given, list) or kind == "text":
         return [given]
     clips = [isinstance(x, dict) or getattr(x, "ndim", 0) == 4 or is_media_file(x) == "video" for x in given]
@@ -82,8 +95,13 @@ def _parts(content: Any, where: str) -> list[dict[str, Any]]:
         given = [key for key in (kind, *SOURCES) if part.get(key) is not None]
         if len(given) != 1:
             raise LcoError(f"{where}: a part of type {kind!r} must hold its medium once, under {kind!r}")
-        rest = {key: value for key, value in part.items() if key not in (*SOURCES, kind)}
-        parts.append({**rest, kind: part[given[0]]})
+        options = {
+            key: value for key, value in part.items() if key not in ("type", *SOURCES, kind) and value is not None
+        }
+        if unknown := sorted(options.keys() - set(OPTIONS[kind])):
+            takes = ", ".join((kind, *SOURCES, *OPTIONS[kind]))
+            raise LcoError(f"{where}: a part of type {kind!r} has the unknown key {unknown[0]!r}; it takes {takes}")
+        parts.append({"type": kind, kind: part[given[0]], **options})
     if not parts:
         raise LcoError(f"{where}: a message has no content")
     return parts
@@ -158,16 +176,19 @@ class ChatTokenizer:
             raise LcoError(f"max_length is {max_length}; it must be at least 1, or None to cut nothing")
         if 3 * len(text.encode()) <= max_length:  # a token is at least a byte, and NFC makes at most three of one
             return text
-        ids = self.tokenizer(text).input_ids
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids  # the template adds what begins a text
         return text if len(ids) <= max_length else self.tokenizer.decode(ids[:max_length])
+
+    def ids(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids (int32) of each rendered text, nothing padded."""
+        ids: list[list[int]] = []
+        for i in range(0, len(texts), TOKENIZED_AT_ONCE):
+            ids += self.tokenizer(list(texts[i : i + TOKENIZED_AT_ONCE])).input_ids
+        return [np.asarray(sequence, np.int32) for sequence in ids]
 
     def __call__(self, conversations: Sequence[Messages]) -> list[np.ndarray]:
         """Token ids (int32) of each conversation, nothing padded."""
-        ids: list[list[int]] = []
-        for i in range(0, len(conversations), RENDERED_AT_ONCE):
-            texts = [self.render(messages) for messages in conversations[i : i + RENDERED_AT_ONCE]]
-            ids += self.tokenizer(texts).input_ids
-        return [np.asarray(sequence, np.int32) for sequence in ids]
+        return self.ids([self.render(messages) for messages in conversations])
 
 
 def _template_file(path: Path) -> str:

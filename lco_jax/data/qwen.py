@@ -6,7 +6,7 @@ Sources: processing_qwen2_5_vl.py, processing_qwen2_5_omni.py and `get_rope_inde
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,12 @@ import numpy as np
 from transformers import WhisperFeatureExtractor
 
 from lco_jax.core.errors import LcoError
-from lco_jax.core.files import read_json
 from lco_jax.data.audio import load_audio
 from lco_jax.data.images import load_image
 from lco_jax.data.media import MediaConfig
-from lco_jax.data.pixels import Pixels, resize
+from lco_jax.data.pixels import processor_config, read_levels, resize
 from lco_jax.data.positions import frame_times, grid_positions, interleave, line_positions
-from lco_jax.data.tower_rows import ChunkRows, Item, Mel, Patches, PatchRows, Placed, Processed, TowerRows
+from lco_jax.data.tower_rows import ChunkRows, Item, Mel, Patches, PatchRows, Placed, Processed, TowerRows, mel_tokens
 from lco_jax.data.video import load_video
 
 ASSUMED_FPS = 2.0  # what the processors assume of a clip, and the reference never tells them otherwise
@@ -50,15 +49,14 @@ class QwenMedia:
         vision = config["vision_config"]
         self.merge, self.patch = vision["spatial_merge_size"], vision["patch_size"]
         self.frames_per_patch = vision["temporal_patch_size"]
-        values = 3 * self.frames_per_patch * self.patch**2
         window = vision["window_size"] // self.patch
-        self.rows: dict[str, TowerRows] = {"visual": PatchRows(window, self.merge, values)}
+        patch_rows = PatchRows(window, self.merge, (3, self.frames_per_patch, self.patch**2))
+        self.rows: dict[str, TowerRows] = {"visual": patch_rows}
         if self.omni:
             audio = config["audio_config"]
             self.rows["audio_tower"] = ChunkRows(audio["n_window"], audio["num_mel_bins"])
-        key, default, owner = ("position_id_per_seconds", 25, config) if self.omni else ("tokens_per_second", 4, vision)
-        self.ids_per_second = owner.get(key, default)
-        self.ids_per_chunk = int(self.ids_per_second * config.get("seconds_per_chunk", 2))
+        self.ids_per_second = config["position_id_per_seconds"] if self.omni else vision["tokens_per_second"]
+        self.ids_per_chunk = int(self.ids_per_second * config.get("seconds_per_chunk", 0))
 
         def token(name: str) -> int | None:
             return next((config[key] for key in (f"{name}_token_id", f"{name}_token_index") if key in config), None)
@@ -69,30 +67,34 @@ class QwenMedia:
     # ---- media
 
     @cached_property
-    def _preprocessor(self) -> dict[str, Any]:
-        return read_json(self.folder / "preprocessor_config.json")
-
-    @cached_property
-    def pixels(self) -> Pixels:
-        """How pictures are normalised."""
-        return Pixels.read(self.folder)
+    def levels(self) -> np.ndarray:
+        """How pictures are normalised: float32 [3, 256]."""
+        return read_levels(self.folder)
 
     @cached_property
     def feature_extractor(self) -> WhisperFeatureExtractor:
-        """transformers' own."""
-        return WhisperFeatureExtractor.from_dict(self._preprocessor)
+        """transformers' own. Raises if it hears less than the caps let through."""
+        config, where = processor_config(self.folder, "feature_extractor")
+        extractor = WhisperFeatureExtractor.from_dict(config)
+        if self.media.max_audio_seconds * extractor.sampling_rate > extractor.n_samples:
+            most = extractor.n_samples // extractor.sampling_rate
+            raise LcoError(f"media.max_audio_seconds is {self.media.max_audio_seconds}, and {where} takes {most}")
+        return extractor
 
     @cached_property
     def image_pixels(self) -> tuple[int, int]:
         """The least and most pixels of an image: the caller's, or else the checkpoint's."""
-        low, high = _limits(self._preprocessor, IMAGE_PIXELS)
+        low, high = _limits(processor_config(self.folder, "image_processor")[0], IMAGE_PIXELS)
         return self.media.image_min_pixels or low, self.media.image_max_pixels or high
 
     @cached_property
     def video_pixels(self) -> tuple[int, int]:
-        """The least and most pixels of a clip's picture."""
-        path = self.folder / "video_preprocessor_config.json"
-        config = read_json(path) if path.exists() else {} if self.omni else self._preprocessor
+        """The least and most pixels of a clip's picture. Omni's processor has limits of its own, whatever files say."""
+        config: dict[str, Any] = {}
+        if not self.omni:
+            nested = (self.folder / "processor_config.json").exists()
+            own = (self.folder / "video_preprocessor_config.json").exists() or nested
+            config = processor_config(self.folder, "video_processor" if own else "image_processor")[0]
         low, high = _limits(config, VIDEO_PIXELS)
         high = min(high, self.media.video_max_pixels or high)
         return min(self.media.video_min_pixels or low, high), high
@@ -112,7 +114,7 @@ class QwenMedia:
         low, high = _pixels(part, self.image_pixels, where)
         image = np.asarray(load_image(part["image"], where, self.media))
         size = smart_resize(*image.shape[:2], self.patch * self.merge, low, high)
-        return self._patches(resize(image, *size)[None])
+        return self._patches(resize(image, *size)[None], 1)
 
     def _video(self, part: dict[str, Any], where: str) -> Clip:
         low, high = _pixels(part, self.video_pixels, where)
@@ -120,22 +122,26 @@ class QwenMedia:
         def fit(frames: int, height: int, width: int) -> tuple[int, int]:
             return smart_resize(height, width, self.patch * self.merge, low, high)
 
-        video = load_video(part["video"], where, self.media, fit)
+        try:
+            media = replace(self.media, **{key: part[key] for key in ("fps", "max_frames") if key in part})
+        except LcoError as error:
+            raise LcoError(f"{where}: {error}") from None
+        video = load_video(part["video"], where, media, fit)
         if video.audio is not None and not self.omni:
             raise LcoError(f"{where} has a video with sound, which this checkpoint does not take")
         sound = None if video.audio is None else self._mel(video.audio)
         seconds = self.frames_per_patch / (video.fps or ASSUMED_FPS)
         frames = np.stack([resize(frame, *fit(*video.frames.shape[:3])) for frame in video.frames])
-        return Clip(self._patches(frames), seconds, sound)
+        return Clip(self._patches(frames, self.frames_per_patch), seconds, sound)
 
-    def _patches(self, frames: np.ndarray) -> Patches:
-        """uint8 [T, X, Y, 3] -> patches; the last picture stands in for those that are missing of a pair."""
-        p, m, t = self.patch, self.merge, self.frames_per_patch
-        values = self.pixels.normalize(frames)
-        values = np.concatenate([values, np.repeat(values[-1:], -len(values) % t, axis=0)])
-        grid = len(values) // t, frames.shape[1] // p, frames.shape[2] // p
-        values = values.reshape(grid[0], t, 3, grid[1] // m, m, p, grid[2] // m, m, p)
-        return Patches(values.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(math.prod(grid), -1), grid)
+    def _patches(self, frames: np.ndarray, together: int) -> Patches:
+        """uint8 [T, X, Y, 3] -> patches of `together` pictures; the last stands in for those that are missing."""
+        p, m, t = self.patch, self.merge, together
+        frames = np.concatenate([frames, np.repeat(frames[-1:], -len(frames) % t, axis=0)])
+        grid = len(frames) // t, frames.shape[1] // p, frames.shape[2] // p
+        values = frames.reshape(grid[0], t, grid[1] // m, m, p, grid[2] // m, m, p, 3)
+        values = values.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+        return Patches(values.reshape(math.prod(grid), 3, t, p * p), grid, self.levels)
 
     def _mel(self, audio: np.ndarray) -> Mel:
         """float32 samples at 16 kHz -> [ceil(samples / hop), C].
@@ -184,7 +190,7 @@ class QwenMedia:
     ) -> tuple[np.ndarray, np.ndarray, list[tuple[str, Item, np.ndarray]], int]:
         """(tokens, positions, [(tower, item, index of its tokens in the block)], the next text's position)."""
         if kind == "audio":
-            length = _mel_tokens(medium)
+            length = mel_tokens(len(medium.values))
             block = np.full(length, self.placeholders["audio"], np.int32)
             return block, line_positions(start, length), [("audio_tower", medium, np.arange(length))], start + length
         patches = medium.patches if kind == "video" else medium
@@ -209,7 +215,7 @@ class QwenMedia:
     ) -> tuple[np.ndarray, np.ndarray, list[tuple[str, Item, np.ndarray]], int]:
         """Both streams between audio_bos and audio_eos, which share the positions of vision_bos and vision_eos."""
         assert clip.sound is not None
-        length = _mel_tokens(clip.sound)
+        length = mel_tokens(len(clip.sound.values))
         is_sound = interleave(positions[:, 0] - start, length, self.ids_per_chunk)
         tokens = np.where(is_sound, self.placeholders["audio"], block[0])
         where_to = np.empty((len(tokens), 3), np.int32)
@@ -243,11 +249,7 @@ def _limits(config: dict[str, Any], default: tuple[int, int]) -> tuple[int, int]
 
 def _pixels(part: dict[str, Any], limits: tuple[int, int], where: str) -> tuple[int, int]:
     low, high = (part.get(key) or limit for key, limit in zip(("min_pixels", "max_pixels"), limits, strict=True))
-    if not 0 < low <= high:
-        raise LcoError(f"{where}: min_pixels {low} and max_pixels {high} leave no size")
+    whole = isinstance(low, int) and isinstance(high, int)
+    if not whole or not 0 < low <= high:
+        raise LcoError(f"{where}: min_pixels {low} and max_pixels {high} are no limits of a size")
     return low, high
-
-
-def _mel_tokens(mel: Mel) -> int:
-    """How many tokens the audio tower makes of it: two convolutions' and a pooling's worth of frames each."""
-    return (len(mel.values) + 1) // 2 // 2

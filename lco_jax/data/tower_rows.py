@@ -21,13 +21,15 @@ WINDOWED = 128  # patches in the sub-rows in which windows are attended: whole t
 
 @dataclass(frozen=True)
 class Patches:
-    """An image or a clip. values: float32 [frames · height · width, V], squares of patches side by side.
+    """An image or a clip. values: uint8 [frames · height · width, 3, pictures, pixels], squares side by side.
 
-    grid: frames (pairs of pictures), and patches down and across.
+    pictures: of a patch; an image has one, which stands for all. grid: frames (of so many pictures), and patches down
+    and across. levels: float32 [3, 256], what each level of each channel becomes.
     """
 
     values: np.ndarray
     grid: tuple[int, int, int]
+    levels: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,14 @@ class Mel:
 
 @dataclass(frozen=True)
 class Tiles:
-    """An image cut into tiles. values: float32 [tiles, 3, X, X].
+    """An image cut into tiles. values: uint8 [tiles, 3, X, X]; levels: as of `Patches`.
 
     order: which of its tiles' tokens it gives the decoder: indices into tiles × K (a tile's last is the newline).
     """
 
     values: np.ndarray
     order: np.ndarray
+    levels: np.ndarray
 
 
 Item = Patches | Mel | Tiles
@@ -111,11 +114,14 @@ class _Frame(NamedTuple):
 
 @dataclass(frozen=True)
 class PatchRows:
-    """Qwen2.5's vision tower. window: patches of a window's side; merge: of a token's side; values: V."""
+    """Qwen2.5's vision tower. window: patches of a window's side; merge: of a token's side.
+
+    shape: of a patch, (channels, pictures, pixels); V is their product.
+    """
 
     window: int
     merge: int
-    values: int
+    shape: tuple[int, int, int]
 
     @property
     def sub_row(self) -> int:
@@ -152,14 +158,15 @@ class PatchRows:
     def fill(self, shards: Sequence[tuple[Sequence[Patches], Laid]], rows: int, width: int) -> dict[str, np.ndarray]:
         """patches [P · N, T, V], coordinates [P · N, T, 2], frame_ids [P · N, T], window_ids [P · N, W, T / W]."""
         room = len(shards) * rows * width
-        patches, coordinates = np.zeros((room, self.values), np.float32), np.zeros((room, 2), np.int32)
+        patches, coordinates = np.zeros((room, *self.shape), np.float32), np.zeros((room, 2), np.int32)
         frame_ids, window_ids = np.zeros(room, np.int32), np.zeros(room, np.int32)
         for shard, (items, laid) in enumerate(shards):
             frames = windows = 0  # so far in this shard: ids need only differ within it
             for item, slots in zip(items, laid.inputs, strict=True):
                 frame, count = self._frame(item), item.grid[0]
                 slots = slots + shard * rows * width
-                patches[slots] = item.values
+                for channel, levels in enumerate(item.levels):
+                    patches[slots, channel] = levels[item.values[:, channel]]
                 coordinates[slots] = np.tile(frame.coordinates, (count, 1))
                 which = np.repeat(np.arange(count), len(frame.slots))
                 each = int(frame.windows.max()) + 1
@@ -168,29 +175,34 @@ class PatchRows:
                 frames, windows = frames + count, windows + count * each
         shape = (len(shards) * rows, width)
         return {
-            "patches": patches.reshape(*shape, self.values),
+            "patches": patches.reshape(*shape, -1),
             "coordinates": coordinates.reshape(*shape, 2),
             "frame_ids": frame_ids.reshape(shape),
             "window_ids": window_ids.reshape(shape[0], width // self.sub_row, self.sub_row),
         }
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)  # the sizes of a batch
 def _frame(grid: tuple[int, int], window: int, merge: int, sub_row: int) -> _Frame:
     """Lay out one frame. grid: patches down and across; window: squares of merge × merge patches on a window's side."""
     height, width = grid[0] // merge, grid[1] // merge
     i, j, a, b = (x.reshape(-1) for x in np.indices((height, width, merge, merge)))  # the order patches come in
     coordinates = np.stack([i * merge + a, j * merge + b], axis=1).astype(np.int32)
-    windows = (i // window) * -(-width // window) + j // window
+    windows = ((i // window) * -(-width // window) + j // window).astype(np.int32)
     if len(windows) <= sub_row:
-        return _Frame(np.arange(len(windows)), windows, coordinates, 0)
+        return _Frame(np.arange(len(windows), dtype=np.int32), windows, coordinates, 0)
     sizes = np.bincount(windows)
     placed = place(sizes, sub_row)
     order = np.argsort(windows, kind="stable")
-    within = np.empty(len(windows), np.int64)  # the place of each patch among its window's
+    within = np.empty(len(windows), np.int32)  # the place of each patch among its window's
     within[order] = np.arange(len(windows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     slots = placed.row[windows] * sub_row + placed.start[windows] + within
     return _Frame(slots, windows, coordinates, placed.num_rows)
+
+
+def mel_tokens(frames: int) -> int:
+    """How many tokens Qwen2.5-Omni's tower makes of so many mel frames: a convolution of stride 2, then pairs."""
+    return (frames + 1) // 2 // 2
 
 
 @dataclass(frozen=True)
@@ -211,7 +223,7 @@ class ChunkRows:
         """A clip's chunks in consecutive rows; `inputs` holds the first."""
         chunks = [-(-len(item.values) // width) for item in items]
         first = np.cumsum([0, *chunks])
-        tokens = [np.arange((len(item.values) + 1) // 2 // 2) for item in items]
+        tokens = [np.arange(mel_tokens(len(item.values))) for item in items]
         starts = [x * (self.n_window // 2) for x in first]
         return Laid(int(first[-1]), list(first[:-1]), [x + start for x, start in zip(tokens, starts, strict=False)])
 
@@ -261,5 +273,6 @@ class TileRows:
         for shard, (items, laid) in enumerate(shards):
             for item, first in zip(items, laid.inputs, strict=True):
                 row = shard * rows + int(first)
-                pixels[row : row + len(item.values)] = item.values
+                for channel, levels in enumerate(item.levels):
+                    pixels[row : row + len(item.values), channel] = levels[item.values[:, channel]]
         return {"pixels": pixels}

@@ -1,7 +1,7 @@
 """LLaVA-NeXT's vision side: a CLIP tower, the projector, and the newline token (upstream: modeling_llava_next.py).
 
-Dimensions: B tiles, X height and width of a tile, N patches a side, T = N² patches of a tile, D hidden, K heads, H
-head_dim, F MLP width, O the decoder's hidden size.
+Dimensions: B tiles, X height and width of a tile, T patches of a tile, D hidden, K heads, H head_dim, F MLP width, O
+the decoder's hidden size.
 
 Tiles never see each other. How an image is cut into tiles, and which of their tokens reach the decoder in which order,
 is the processor's business (`data/llava.py`).
@@ -21,9 +21,7 @@ from lco_jax.core.errors import LcoError
 from lco_jax.core.weights import dot
 from lco_jax.models.attention import packed_attention
 from lco_jax.models.config import positive
-from lco_jax.models.layers import LayerNorm, Linear, leaf
-
-DEFAULTS = {"layer_norm_eps": 1e-5, "hidden_act": "quick_gelu", "num_channels": 3}  # the hub's files rely on them
+from lco_jax.models.layers import LayerNorm, Linear, leaf, stacked
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,9 @@ class ClipConfig:
     @classmethod
     def from_hf(cls, config: dict[str, Any], where: str, out_hidden_size: int) -> "ClipConfig":
         """Read `vision_config` and the choice of features. Raises, by key, for what is missing or not implemented."""
-        vision = {**DEFAULTS, **(config.get("vision_config") or {})}
+        vision = config.get("vision_config")
+        if not isinstance(vision, dict):
+            raise LcoError(f"{where} has no vision_config, which the vision tower needs")
         expected = {
             "hidden_act of vision_config": (vision["hidden_act"], "quick_gelu"),
             "projector_hidden_act": (config.get("projector_hidden_act", "gelu"), "gelu"),
@@ -185,14 +185,7 @@ class LlavaVision(nn.Module):
         c = self.config
         x = Embeddings(c, self.param_dtype, name="embeddings")(pixels.astype(self.dtype))
         x = LayerNorm(c.layer_norm_eps, self.param_dtype, name="pre_layrnorm")(x)
-        layers = nn.scan(
-            Layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=c.num_layers,
-        )
-        x, _ = layers(c, self.param_dtype, name="layers")(x, None)
+        x, _ = stacked(Layer, c.num_layers)(c, self.param_dtype, name="layers")(x, None)
         x = Projector(c.out_hidden_size, self.param_dtype, name="projector")(x[:, 1:])
         newline = leaf(self, "image_newline", (c.out_hidden_size,), nn.initializers.normal(1.0), self.param_dtype)
         newline = jnp.broadcast_to(newline.astype(x.dtype), (x.shape[0], 1, c.out_hidden_size))

@@ -3,20 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+from lco_jax.core import hf_config
 from lco_jax.core.errors import LcoError
 
-# what nested text configs leave out: transformers writes only what differs from its classes' defaults
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {
-        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "max_position_embeddings": 2048, "vocab_size": 32000, "rope_theta": 10000.0,
-    },
-    "mistral": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "max_position_embeddings": 131072, "vocab_size": 32000, "rope_theta": 10000.0,
-        "sliding_window": 4096,
-    },
-}  # fmt: skip
+WITHOUT_BIAS = ("llama", "mistral")  # the others' q, k and v have one
 
 
 def positive(config: dict[str, Any], key: str, where: str) -> int:
@@ -54,7 +44,7 @@ class DecoderConfig:
             raise LcoError(f"{where}: text_config is {config['text_config']!r:.60}, and must be an object")
         text = {**config, **(config.get("text_config") or {})}
         kind = text.get("model_type")
-        text = {**DEFAULTS.get(kind, {}), **text}
+        text = {**hf_config.TEXT.get(kind, {}), **text}
         rope = {"rope_type": "default"}
         for key in ("rope_scaling", "rope_parameters"):  # 4.x, 5.x
             rope |= text.get(key) or {}
@@ -73,7 +63,7 @@ class DecoderConfig:
         if text.get("use_sliding_window") or (window and window < need("max_position_embeddings")):
             key = f"sliding_window is {window}" if window else "use_sliding_window is true"
             raise LcoError(f"{where}: {key}; sliding-window attention is not supported")
-        if kind in DEFAULTS and (text.get("attention_bias") or text.get("mlp_bias")):
+        if kind in WITHOUT_BIAS and (text.get("attention_bias") or text.get("mlp_bias")):
             raise LcoError(f"{where}: attention_bias and mlp_bias are not supported for {kind}")
         if text.get("hidden_act", "silu") != "silu":
             raise LcoError(f"{where}: hidden_act {text['hidden_act']!r} is not supported (silu is)")
@@ -96,5 +86,5 @@ class DecoderConfig:
             mrope_section=section,
             max_position_embeddings=need("max_position_embeddings"),
             tie_word_embeddings=bool(tied),
-            qkv_bias=kind not in DEFAULTS,
+            qkv_bias=kind not in WITHOUT_BIAS,
         )

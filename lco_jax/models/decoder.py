@@ -21,7 +21,7 @@ from lco_jax.core.packing import PackedRows
 from lco_jax.core.sharding import ROWS, constrain
 from lco_jax.models.attention import packed_attention
 from lco_jax.models.config import DecoderConfig
-from lco_jax.models.layers import Embedding, Linear, RMSNorm, apply_rotary, rotary_angles
+from lco_jax.models.layers import Embedding, Linear, RMSNorm, apply_rotary, rotary_angles, stacked
 
 # What a layer keeps for its backward pass, from the least memory to the least recomputation.
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
@@ -106,14 +106,7 @@ class Decoder(nn.Module):
         layer = DecoderLayer
         if self.remat != "none":
             layer = nn.remat(DecoderLayer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        stack = nn.scan(
-            layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=c.num_layers,
-        )
-        x, _ = stack(c, self.param_dtype, name="layers")(x, angles, rows)
+        x, _ = stacked(layer, c.num_layers)(c, self.param_dtype, name="layers")(x, angles, rows)
         return RMSNorm(c.rms_norm_eps, self.param_dtype, name="norm")(x)
 
 

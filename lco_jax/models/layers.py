@@ -25,6 +25,11 @@ def leaf(module: nn.Module, name: str, shape: tuple[int, ...], init: nn.initiali
     return module.param(name, init, shape, dtype)
 
 
+def stacked(layer: type[nn.Module], length: int, in_axes: Any = nn.broadcast) -> Any:
+    """`length` layers run one after the other, their parameters stacked along a leading axis L (`nn.scan`)."""
+    return nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=in_axes, length=length)
+
+
 class Linear(nn.Module):
     """y = x Wᵀ + b, with W stored [O, I] as in the checkpoints."""
 

@@ -22,7 +22,7 @@ from lco_jax.core.errors import LcoError
 from lco_jax.core.weights import matmul_precision
 from lco_jax.models.attention import packed_attention
 from lco_jax.models.config import positive
-from lco_jax.models.layers import LayerNorm, Linear, leaf
+from lco_jax.models.layers import LayerNorm, Linear, leaf, stacked
 
 NORM_EPS = 1e-5
 
@@ -148,14 +148,7 @@ class QwenAudio(nn.Module):
         x = nn.gelu(convolution(stride=2, name="conv2")(x), approximate=False)
         x += _sinusoids(x.shape[1], c.hidden_size).astype(x.dtype)
         valid = (jnp.arange(x.shape[1]) < ((frames + 1) // 2)[:, None]).astype(jnp.int32)
-        layers = nn.scan(
-            Layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=c.num_layers,
-        )
-        x, _ = layers(c, self.param_dtype, name="layers")(x, valid)
+        x, _ = stacked(Layer, c.num_layers)(c, self.param_dtype, name="layers")(x, valid)
         x = rearrange(x, "b (m pair) d -> b m pair d", pair=2).mean(axis=2)
         x = LayerNorm(NORM_EPS, self.param_dtype, name="ln_post")(x)
         return Linear(c.out_hidden_size, True, self.param_dtype, name="proj")(x)

@@ -1,6 +1,6 @@
 """The vision tower of Qwen2.5-VL and Qwen2.5-Omni (upstream: modeling_qwen2_5_vl.py, modeling_qwen2_5_omni.py).
 
-Dimensions: B rows, T patches in a row, W sub-rows of whole windows in a row, P values of a patch,
+Dimensions: B rows, T patches in a row, W sub-rows of whole windows in a row, V values of a patch,
 D hidden, K heads, H head_dim, F MLP width, M merged patches (4 to a token), O the decoder's hidden size.
 
 Patches arrive in window order (`data/tower_rows.py` lays them out): most blocks attend within a window and so reshape
@@ -23,7 +23,7 @@ from lco_jax.core.errors import LcoError
 from lco_jax.core.weights import dot
 from lco_jax.models.attention import packed_attention
 from lco_jax.models.config import positive
-from lco_jax.models.layers import Linear, RMSNorm, apply_rotary, leaf
+from lco_jax.models.layers import Linear, RMSNorm, apply_rotary, leaf, stacked
 
 ROPE_THETA = 10_000.0
 NORM_EPS = 1e-6
@@ -140,7 +140,7 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, patches: Array) -> Array:
-        """patches [B, T, P], their values in the order (channel, time, height, width) -> [B, T, D]."""
+        """patches [B, T, V], their values in the order (channel, time, height, width) -> [B, T, D]."""
         c = self.config
         shape = (c.hidden_size, c.in_channels, c.temporal_patch_size, c.patch_size, c.patch_size)
         init = nn.initializers.normal(math.prod(shape[1:]) ** -0.5)
@@ -202,19 +202,13 @@ class QwenVision(nn.Module):
     def __call__(self, patches: Array, coordinates: Array, frame_ids: Array, window_ids: Array) -> Array:
         """Rows in window order -> [B, M, O], M = T / 4.
 
-        patches: [B, T, P]. coordinates: int [B, T, 2], row and column of each patch in its frame.
+        patches: [B, T, V]. coordinates: int [B, T, 2], row and column of each patch in its frame.
         frame_ids: int [B, T], 0 for padding. window_ids: int [B, W, T / W], 0 for padding.
         """
         c = self.config
         x = PatchEmbed(c, self.param_dtype, name="patch_embed")(patches.astype(self.dtype))
         angles = _angles(coordinates, c.hidden_size // c.num_heads)
-        blocks = nn.scan(
-            Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=c.depth,
-        )
+        blocks = stacked(Block, c.depth, (0, nn.broadcast, nn.broadcast, nn.broadcast))
         full = jnp.isin(jnp.arange(c.depth), np.array(c.full_blocks, np.int32))
         x, _ = blocks(c, self.param_dtype, name="blocks")(x, full, angles, frame_ids, window_ids)
         return Merger(c, self.param_dtype, name="merger")(x)

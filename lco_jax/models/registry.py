@@ -19,6 +19,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from lco_jax.core import hf_config
 from lco_jax.core.errors import LcoError
 from lco_jax.models.clip import ClipConfig, LlavaVision
 from lco_jax.models.config import DecoderConfig
@@ -27,7 +28,7 @@ from lco_jax.models.qwen_vision import QwenVision, VisionConfig
 
 KeyTable = tuple[tuple[str, str | None], ...]
 _DECODER = r"((?:embed_tokens|layers|norm)\..+)"
-_BUFFER = (r".*\.(rotary_emb\.inv_freq|position_ids)", None)  # constants that old files store
+_BUFFER = (r".*\.(rotary_(pos_)?emb\.inv_freq|position_ids)", None)  # constants that old files store
 
 QWEN_KEYS: KeyTable = (
     _BUFFER,
@@ -90,6 +91,8 @@ class Backbone:
 
 
 def _vision(config: dict[str, Any], where: str, decoder: DecoderConfig, fused: bool) -> VisionConfig:
+    if len(decoder.mrope_section) != 3:
+        raise LcoError(f"{where}: the rope of its text decoder has no mrope_section, which images need")
     return _fits(VisionConfig.from_hf(config, where, fused), "vision_config.out_hidden_size", where, decoder)
 
 
@@ -145,5 +148,5 @@ def find_backbone(config: dict[str, Any], where: str) -> tuple[Backbone, dict[st
     for key in backbone.inner_config:
         if not isinstance(config.get(key), dict):
             raise LcoError(f"{where} has no {key!r}, which a {model_type} checkpoint needs")
-        config = config[key]
-    return backbone, config
+        config = {"model_type": f"{model_type}_thinker", **config[key]}
+    return backbone, hf_config.complete(config)

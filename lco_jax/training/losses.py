@@ -66,7 +66,7 @@ def info_nce(
         by_tile = jax.lax.map(lambda tile: jax.checkpoint(sums)(*tile), (split(anchors), split(own)))
         totals = jax.tree.map(jnp.sum, by_tile)
     negatives = jnp.maximum(totals.pop("negatives"), 1)
-    count = jnp.maximum(jnp.sum(present[:, 0]), 1)
+    count = jnp.sum(present[:, 0])  # of a batch without a record the mean is NaN, and its step is skipped
     metrics = {key: value / (negatives if key == "negative_similarity" else count) for key, value in totals.items()}
     return metrics["loss"], metrics
 

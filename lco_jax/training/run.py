@@ -64,6 +64,8 @@ def check_config(config: ConfigDict) -> None:
         for key in keys:
             if not fine(flat[key]):
                 raise LcoError(f"config.{key} is {flat[key]}; it must be {says}")
+    if (length := config.data.row_length) > 1024 and length % 128:  # attention goes through long rows in blocks
+        raise LcoError(f"config.data.row_length is {length}; beyond 1,024 it must be a multiple of 128")
     if not config.train.steps and not config.train.epochs > 0:
         raise LcoError(f"config.train.epochs is {config.train.epochs}; it must be above 0 where train.steps is 0")
 
