@@ -2,19 +2,23 @@
 
 from typing import Any
 
-TEXT: dict[str, dict[str, Any]] = {  # by the model_type of a text_config
+TEXT: dict[str, dict[str, Any]] = {  # by the model_type of a text_config, or of a flat config
+    "qwen2_5_vl": {"rms_norm_eps": 1e-5},
+    "qwen2_5_vl_text": {"rms_norm_eps": 1e-5},
+    "qwen2_5_omni_text": {"rms_norm_eps": 1e-6},
     "llama": {
         "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "max_position_embeddings": 2048, "rope_theta": 10000.0,
+        "num_attention_heads": 32, "max_position_embeddings": 2048, "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
     },
     "mistral": {
         "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rope_theta": 10000.0,
-        "sliding_window": 4096,
+        "rms_norm_eps": 1e-6, "sliding_window": 4096,
     },
     "qwen2": {
         "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 32768, "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-6,
     },
 }  # fmt: skip
 _QWEN_VISION = {

@@ -41,6 +41,8 @@ class LlavaMedia:
         """The image of a chat part."""
         if part["type"] != "image":
             raise LcoError(f"{where} has {part['type']}, which this checkpoint does not take")
+        if options := sorted(part.keys() - {"type", "image"}):
+            raise LcoError(f"{where}: an image has {options[0]}, and LLaVA-NeXT's tiles have sizes of their own")
         image = np.asarray(load_image(part["image"], where, self.media))
         height, width = image.shape[:2]
         best = self._best_resolution(height, width)

@@ -39,13 +39,16 @@ def read_levels(folder: Path) -> np.ndarray:
 def processor_config(folder: Path, part: str) -> tuple[dict[str, Any], Path]:
     """(configuration, its file) of a checkpoint's image_processor, video_processor or feature_extractor.
 
-    The hub's files and transformers 4.x's are flat, preprocessor_config.json or video_preprocessor_config.json; 5.x
-    nests all parts in processor_config.json. Raises if there is neither.
+    transformers 5.x nests all parts in processor_config.json, and takes those first; the hub's files and 4.x's are
+    flat, preprocessor_config.json or video_preprocessor_config.json. Clips fall back on images' part. Raises if there
+    is none.
     """
-    flat = folder / ("video_preprocessor_config.json" if part == "video_processor" else "preprocessor_config.json")
     nested = folder / "processor_config.json"
-    if not flat.exists() and nested.exists() and isinstance(config := read_json(nested).get(part), dict):
+    if nested.exists() and isinstance(config := read_json(nested).get(part), dict):
         return config, nested
+    flat = folder / ("video_preprocessor_config.json" if part == "video_processor" else "preprocessor_config.json")
+    if part == "video_processor" and not flat.exists():
+        return processor_config(folder, "image_processor")
     return read_json(flat), flat
 
 

@@ -8,6 +8,7 @@ Sources: processing_qwen2_5_vl.py, processing_qwen2_5_omni.py and `get_rope_inde
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +91,7 @@ class QwenMedia:
     @cached_property
     def video_pixels(self) -> tuple[int, int]:
         """The least and most pixels of a clip's picture. Omni's processor has limits of its own, whatever files say."""
-        config: dict[str, Any] = {}
-        if not self.omni:
-            nested = (self.folder / "processor_config.json").exists()
-            own = (self.folder / "video_preprocessor_config.json").exists() or nested
-            config = processor_config(self.folder, "video_processor" if own else "image_processor")[0]
+        config = {} if self.omni else processor_config(self.folder, "video_processor")[0]
         low, high = _limits(config, VIDEO_PIXELS)
         high = min(high, self.media.video_max_pixels or high)
         return min(self.media.video_min_pixels or low, high), high
@@ -248,8 +245,9 @@ def _limits(config: dict[str, Any], default: tuple[int, int]) -> tuple[int, int]
 
 
 def _pixels(part: dict[str, Any], limits: tuple[int, int], where: str) -> tuple[int, int]:
-    low, high = (part.get(key) or limit for key, limit in zip(("min_pixels", "max_pixels"), limits, strict=True))
-    whole = isinstance(low, int) and isinstance(high, int)
+    """`limits`, or what a part says of its own."""
+    low, high = (part.get(key, limit) for key, limit in zip(("min_pixels", "max_pixels"), limits, strict=True))
+    whole = all(isinstance(x, Integral) and not isinstance(x, bool) for x in (low, high))
     if not whole or not 0 < low <= high:
-        raise LcoError(f"{where}: min_pixels {low} and max_pixels {high} are no limits of a size")
+        raise LcoError(f"{where}: min_pixels {low!r:.40} and max_pixels {high!r:.40} are no limits of a size")
     return low, high

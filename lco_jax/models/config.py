@@ -81,7 +81,7 @@ class DecoderConfig:
             num_heads=heads,
             num_kv_heads=text.get("num_key_value_heads") or heads,
             head_dim=head_dim,
-            rms_norm_eps=text.get("rms_norm_eps", 1e-6),
+            rms_norm_eps=need("rms_norm_eps"),
             rope_theta=float(rope.get("rope_theta") or need("rope_theta")),
             mrope_section=section,
             max_position_embeddings=need("max_position_embeddings"),
