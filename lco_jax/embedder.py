@@ -29,7 +29,7 @@ from lco_jax.data.processor import Processor, lay_media
 from lco_jax.data.prompts import ChatTokenizer
 from lco_jax.data.tower_rows import Processed
 from lco_jax.models.decoder import pool_rows
-from lco_jax.models.model import Model
+from lco_jax.models.model import MediaPrograms, Model
 
 MIN_ROW = 256  # tokens; row lengths are this times a power of two
 MAX_TOKENS = 16_384  # in one forward pass, unless a single input has more
@@ -58,10 +58,8 @@ class OmniEmbedder:
     def __init__(self, model: Model, params: dict[str, Any], processor: Processor, mesh: Mesh):
         self.model, self.params, self.processor, self.mesh = model, params, processor, mesh
         self.skipped: dict[int, str] = {}
-        self.tower_shapes, self.decoder_shapes = ShapeLog("towers"), ShapeLog("decoder")
-        decoder, shards = model.decoder, row_shards(mesh)
-        rows = NamedSharding(mesh, PartitionSpec(ROWS))
-        self._media = jax.jit(lambda params, media: model.media_tokens(params, media, shards), out_shardings=rows)
+        self.towers, self.decoder_shapes = MediaPrograms(model, mesh), ShapeLog("decoder")
+        decoder = model.decoder
         self._pool = jax.jit(
             lambda params, rows, media: pool_rows(decoder, params["decoder"], rows, media),
             out_shardings=replicated(mesh),
@@ -261,10 +259,7 @@ class OmniEmbedder:
         on_mesh = jax.tree.map(
             lambda x: jax.make_array_from_callback(x.shape, split, lambda index: x[index]), (rows, media)
         )
-        tokens = None
-        if media:
-            self.tower_shapes.note(on_mesh[1])
-            tokens = self._media(self.params, on_mesh[1])
+        tokens = self.towers(self.params, on_mesh[1])
         self.decoder_shapes.note(on_mesh[0], tokens)
         return placement, self._pool(self.params, on_mesh[0], tokens)
 

@@ -106,7 +106,7 @@ def test_trajectory_equals_torch_and_peft(cases, records, tmp_path):
     losses, final, _ = run(case.path, records, init)
     flat = load_file(tmp_path / "init" / "adapter_model.safetensors")
     want_losses, want = torch_run(case.model, ChatTokenizer(case.path), records, flat)
-    assert want_losses[-1] < want_losses[0] - 0.2  # it is a real trajectory
+    assert want_losses[18] < want_losses[0] - 0.2  # the same batch again: it is a real trajectory
     assert np.abs(losses - want_losses).max() < 1e-4
     write_peft(tmp_path / "final", final, config, str(case.path))
     got = load_file(tmp_path / "final" / "adapter_model.safetensors")

@@ -6,6 +6,7 @@ that such a row gives, M media tokens of a shard, D the decoder's hidden size.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -13,9 +14,11 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lco_jax.core.packing import bucket
-from lco_jax.core.sharding import ROWS, constrain
+from lco_jax.core.shapes import ShapeLog
+from lco_jax.core.sharding import ROWS, constrain, row_shards
 from lco_jax.models.decoder import Decoder
 
 TOWER_INPUTS = 16_384  # patches, frames or the like that a shard has in a tower at once; what its activations cost
@@ -31,18 +34,50 @@ class Model:
     towers: dict[str, nn.Module]
 
     def media_tokens(self, params: dict[str, Any], inputs: TowerInputs, shards: int) -> Array:
-        """Every tower's tokens, tower after tower in the order of `inputs`: [P, M, D].
+        """Every tower's tokens, in the order of the towers' names: [P, M, D].
 
         inputs: what each tower takes, N rows a tower, split over the P = `shards` ways that rows are split. M takes
         few values; what is beyond the last token is zero. Towers are frozen: no gradient flows into them.
         """
+        return _join([self.tower_tokens(name, params[name], inputs[name], shards) for name in sorted(inputs)])
+
+    def tower_tokens(self, name: str, params: dict[str, Any], arguments: Mapping[str, Array], shards: int) -> Array:
+        """One tower's tokens, shard by shard: [P, N / P · K, D]."""
+        tokens = _in_chunks(self.towers[name], params, dict(arguments), shards)
+        return rearrange(tokens, "(p n) k d -> p (n k) d", p=shards)
+
+
+class MediaPrograms:
+    """`Model.media_tokens`, each tower compiled by itself, so that the shapes of one do not multiply another's.
+
+    shapes: what each tower has met.
+    """
+
+    def __init__(self, model: Model, mesh: Mesh):
+        rows, shards = NamedSharding(mesh, PartitionSpec(ROWS)), row_shards(mesh)
+        self._towers = {
+            name: jax.jit(partial(model.tower_tokens, name, shards=shards), out_shardings=rows) for name in model.towers
+        }
+        self._join = jax.jit(_join, out_shardings=rows)
+        self.shapes = {name: ShapeLog(name) for name in model.towers}
+
+    def __call__(self, params: dict[str, Any], inputs: TowerInputs) -> Array | None:
+        """As `Model.media_tokens`; None where there are no media."""
         parts = []
-        for name, arguments in inputs.items():
-            tokens = _in_chunks(self.towers[name], params[name], dict(arguments), shards)
-            parts.append(rearrange(tokens, "(p n) k d -> p (n k) d", p=shards))
-        tokens = jnp.concatenate(parts, axis=1)
-        room = bucket(tokens.shape[1], 1) - tokens.shape[1]  # few sizes: the decoder's program has one of them
-        return jax.lax.stop_gradient(constrain(jnp.pad(tokens, ((0, 0), (0, room), (0, 0))), ROWS))
+        for name in sorted(inputs):
+            self.shapes[name].note(inputs[name])
+            parts.append(self._towers[name](params[name], inputs[name]))
+        return self._join(parts) if parts else None
+
+    def __len__(self) -> int:
+        """How many programs there are."""
+        return sum(map(len, self.shapes.values()))
+
+
+def _join(parts: list[Array]) -> Array:
+    tokens = jnp.concatenate(parts, axis=1)
+    room = bucket(tokens.shape[1], 1) - tokens.shape[1]  # few sizes: the decoder's program has one of them
+    return jax.lax.stop_gradient(constrain(jnp.pad(tokens, ((0, 0), (0, room), (0, 0))), ROWS))
 
 
 def _in_chunks(tower: nn.Module, params: dict[str, Any], arguments: dict[str, Array], shards: int) -> Array:

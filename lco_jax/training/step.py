@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from lco_jax.core import lora
 from lco_jax.core.packing import Batch, PackedRows
 from lco_jax.core.shapes import ShapeLog
-from lco_jax.core.sharding import ROWS, constrain, replicated, row_shards, shardings
+from lco_jax.core.sharding import constrain, replicated, shardings
 from lco_jax.core.weights import GOLDEN_RATIO
 from lco_jax.models.decoder import Decoder, embed_rows
-from lco_jax.models.model import Model
+from lco_jax.models.model import MediaPrograms, Model
 from lco_jax.training.losses import info_nce
 
 State = dict[str, Any]  # {"step": int32, "adapters": tree, "optimizer": optax state}; all of it is checkpointed
@@ -95,7 +95,6 @@ def make_train_step(
     Towers are frozen and run in a program of their own: no chunk's backward pass repeats them, and the shapes of media
     and of rows, which vary apart, are compiled apart.
     """
-    shards = row_shards(mesh)
 
     def update(
         state: State, params: dict[str, Any], batch: Batch, media: Array | None
@@ -119,21 +118,14 @@ def make_train_step(
         tokens = jnp.sum(batch.rows.segment_ids > 0)
         return {"step": state["step"] + 1, **kept}, {**metrics, "grad_norm": norm, "finite": finite, "tokens": tokens}
 
-    see = jax.jit(
-        lambda params, media: model.media_tokens(params, media, shards),
-        out_shardings=NamedSharding(mesh, PartitionSpec(ROWS)),
-    )
     update = jax.jit(update, donate_argnums=0, out_shardings=(state_sharding, replicated(mesh)))
-    tower_shapes, decoder_shapes = ShapeLog("towers"), ShapeLog("training step")
+    towers, shapes = MediaPrograms(model, mesh), ShapeLog("training step")
 
     def train_step(state: State, params: dict[str, Any], batch: Batch) -> tuple[State, dict[str, Array]]:
-        media = None
-        if batch.media:
-            tower_shapes.note(batch.media)
-            media = see(params, batch.media)
+        media = towers(params, batch.media)
         batch = replace(batch, media={})
-        decoder_shapes.note(batch, media)
+        shapes.note(batch, media)
         state, metrics = update(state, params["decoder"], batch, media)
-        return state, {**metrics, "programs": len(tower_shapes) + len(decoder_shapes)}
+        return state, {**metrics, "programs": len(towers) + len(shapes)}
 
     return train_step
