@@ -21,7 +21,7 @@ from lco_jax.training.optimizer import OptimizerConfig, make_optimizer
 from lco_jax.training.step import State, init_state, state_shardings
 
 # what may change between the parts of a resumed run: it moves no number, or says where and how long
-FREE = ("mesh", "checkpoint", "eval", "export", "log", "name")
+FREE = ("mesh", "checkpoint", "eval", "export", "log", "name", "data.threads")
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ def claim_workdir(workdir: Path, config: ConfigDict, total_steps: int, begun: bo
     content = json.loads(config.to_json()) | {"total_steps": total_steps}
     path = workdir / "config.json"
     if begun and path.exists():
-        was, now = (_flat({k: v for k, v in c.items() if k not in FREE}) for c in (read_json(path), content))
+        was, now = _flat(read_json(path)), _flat(content)
         for key in sorted(was.keys() | now.keys()):
-            if was.get(key) != now.get(key):
+            if was.get(key) != now.get(key) and key not in FREE and key.split(".")[0] not in FREE:
                 raise LcoError(
                     f"{workdir} holds a run with config.{key} = {was.get(key)!r}, and this one has {now.get(key)!r}; "
                     "give another --workdir, or the same configuration to resume"
