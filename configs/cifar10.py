@@ -27,7 +27,8 @@ def get_config(name: str = "cifar10") -> ConfigDict:
             "split": "train",
             "data_dir": config_dict.placeholder(str),
             "caption": caption,
-            "values": {"label": {str(i): label for i, label in enumerate(labels)}},
+            # a copy of the set without label.labels.txt has numbers for names
+            "values": {"label": {name: label for i, label in enumerate(labels) for name in (str(i), label)}},
         }
     }
     config.train.batch_size = 32

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from lco_jax.core.errors import LcoError, run_main
-from lco_jax.data.corpus import Corpus, Scan, scan
+from lco_jax.data.corpus import Contents, Corpus, scan
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.vectors import VectorParts
 from lco_jax.embedder import OmniEmbedder
@@ -132,7 +132,9 @@ def main() -> int:
     return 0
 
 
-def _embed(embedder: OmniEmbedder, corpus: Corpus, found: Scan, parts: VectorParts, args: argparse.Namespace) -> None:
+def _embed(
+    embedder: OmniEmbedder, corpus: Corpus, found: Contents, parts: VectorParts, args: argparse.Namespace
+) -> None:
     """Embed what `parts` does not hold yet."""
     workers = args.workers if args.workers is not None else min(os.cpu_count() or 1, 8) if _has_media(found) else 0
     ids: deque[int | str] = deque()  # of inputs on their way, which are no more than a block and what is prepared ahead
@@ -166,7 +168,7 @@ def _embed(embedder: OmniEmbedder, corpus: Corpus, found: Scan, parts: VectorPar
                 progress.set_postfix(skipped=count)
 
 
-def _has_media(found: Scan) -> bool:
+def _has_media(found: Contents) -> bool:
     return bool(found.kinds.keys() - {"text"})
 
 
@@ -182,7 +184,7 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _modalities(checkpoint: Checkpoint, found: Scan, media: MediaConfig, strict: bool) -> tuple[str, ...]:
+def _modalities(checkpoint: Checkpoint, found: Contents, media: MediaConfig, strict: bool) -> tuple[str, ...]:
     """The modalities whose towers are needed. strict: raise for one that the checkpoint does not take."""
     known = checkpoint.backbone.modalities
     for kind, where in found.kinds.items():

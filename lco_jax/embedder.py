@@ -156,7 +156,13 @@ class OmniEmbedder:
             raise LcoError(f"inputs is {type(inputs).__name__}; give a list of inputs, or a single one")
         single = _is_single(inputs)
         items = [inputs] if single else list(inputs)
-        bar = progress or tqdm(total=len(items), desc="embedding", unit="input", disable=not show_progress)
+        bar = (
+            progress
+            if progress is not None
+            else tqdm(  # an empty one is false
+                total=len(items), desc="embedding", unit="input", disable=not show_progress
+            )
+        )
         options = {"prompt": prompt, "max_length": max_length, "on_error": on_error, "workers": workers}
         options |= {"max_tokens": max_tokens, "progress": bar, "names": names}
         blocks = self.encode_blocks(items, batch_size, normalize, **options)

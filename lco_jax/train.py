@@ -97,8 +97,6 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     # ---- where the run stands: state and position in the data
     weights = {name: config.data.sources[name].get("weight", len(source)) for name, source in sources.items()}
-    if config.data.batches not in ("mixed", "homogeneous"):
-        raise LcoError(f"config.data.batches is {config.data.batches!r}; it is one of: mixed, homogeneous")
     run = batch_size if config.data.batches == "homogeneous" else 1
     stream = pipeline.record_stream(sources, weights, config.seed, run)
     iterator = pipeline.local_batches(stream, layout, processor, config.data.max_length, config.data.threads)

@@ -342,7 +342,8 @@ print(kills)
 """
 
 
-@pytest.mark.parametrize("suffix", ["npy", pytest.param("parquet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["npy", "parquet"])
 def test_sigkill_at_every_step(tmp_path, suffix):
     """Before and after each of its calls a process dies; whatever is there is whole, and the next one ends well."""
     output = tmp_path / f"out.{suffix}"

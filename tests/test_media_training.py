@@ -17,13 +17,13 @@ from lco_jax import LcoError, make_mesh
 from lco_jax.checkpoint.hf import load_model, open_checkpoint
 from lco_jax.checkpoint.peft import layer_tensors
 from lco_jax.core import lora
-from lco_jax.core.sharding import row_shards
 from lco_jax.data import pipeline
 from lco_jax.data.inputs import conversation
 from lco_jax.data.processor import Processor
 from lco_jax.data.records import Record
 from lco_jax.data.scan import ListSource
 from lco_jax.data.sources import JsonlSource
+from lco_jax.models.model import MediaPrograms
 from lco_jax.train import train
 from lco_jax.training.losses import info_nce
 from lco_jax.training.metrics import read_metrics
@@ -62,10 +62,9 @@ def our_gradient(path, records, adapters, mesh, chunk_rows=1):
     processor = Processor(checkpoint.folder)
     layout = pipeline.Layout(len(records), 1024, 1, chunk_rows)
     local = pipeline._prepare(records, layout, processor, None, 1, 0)
-    shards = row_shards(mesh)
     with jax.set_mesh(mesh):
         batch = pipeline.global_batch(local, layout, processor.rows, mesh)
-        tokens = jax.jit(lambda params, rows: model.media_tokens(params, rows, shards))(params, batch.media)
+        tokens = MediaPrograms(model, mesh)(params, batch.media)
         loss = jax.value_and_grad(contrastive_loss, has_aux=True)
         run = jax.jit(lambda a: loss(a, params["decoder"], batch, tokens, model.decoder, CONFIG, TEMPERATURE, 0))
         (value, _), gradient = run(adapters)

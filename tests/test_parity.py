@@ -9,6 +9,7 @@ import transformers
 
 from lco_jax import OmniEmbedder, make_mesh
 from lco_jax.core.packing import TokenSequence, fill_rows, place
+from lco_jax.data.positions import line_positions
 from lco_jax.models.decoder import embed_rows
 from lco_jax.models.layers import apply_rotary, rotary_angles
 
@@ -69,7 +70,7 @@ def test_a_segment_does_not_see_its_neighbours(cases):
     assert placement.num_rows < len(sequences)
 
     def run(sequences):
-        packed = map(TokenSequence.text, sequences)
+        packed = [TokenSequence(ids, line_positions(0, len(ids))) for ids in sequences]
         rows = fill_rows(packed, range(5), placement, placement.num_rows, 64, placement.num_slots)
         vectors = embed_rows(embedder.model.decoder, embedder.params["decoder"], rows)
         return np.asarray(vectors)[placement.row, placement.slot]

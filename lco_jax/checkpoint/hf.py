@@ -6,7 +6,7 @@ Which key is which parameter is said by each backbone's key table (`models/regis
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,7 @@ def _match_keys(folder: Path, backbone: Backbone, tensors: TensorFolder, towers:
     return keys
 
 
+@lru_cache(maxsize=64)  # opening, loading and training each ask for it, and tracing a module takes its time
 def abstract_params(module: DecoderConfig | nn.Module, dtype: Any = jnp.float32) -> dict[str, Any]:
     """The parameter tree of a decoder or a tower as shapes and dtypes, nothing allocated."""
     if isinstance(module, DecoderConfig):

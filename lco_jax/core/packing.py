@@ -107,11 +107,6 @@ class TokenSequence:
     position_ids: np.ndarray
     media_slots: np.ndarray | None = None
 
-    @classmethod
-    def text(cls, input_ids: np.ndarray) -> "TokenSequence":
-        """Plain text, whose position is the same on every axis."""
-        return cls(input_ids, np.repeat(np.arange(len(input_ids), dtype=np.int32)[:, None], 3, axis=1))
-
     def __len__(self) -> int:
         return len(self.input_ids)
 

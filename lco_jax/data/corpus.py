@@ -30,7 +30,7 @@ class Item(NamedTuple):
     where: str
 
 
-class Scan(NamedTuple):
+class Contents(NamedTuple):
     """total: inputs. kinds: "text", "image" and so on -> where the first of it stands. ids: int or str."""
 
     total: int
@@ -171,7 +171,7 @@ class Corpus:
         return {"text": side} if isinstance(side, str) else side
 
 
-def scan(items: Iterable[Item], media: MediaConfig, check_media: bool) -> Scan:
+def scan(items: Iterable[Item], media: MediaConfig, check_media: bool) -> Contents:
     """Go through all inputs once. check_media: raise for addresses that `media` does not let us fetch."""
     total, kinds, ids = 0, {}, None
     for item in items:
@@ -191,7 +191,7 @@ def scan(items: Iterable[Item], media: MediaConfig, check_media: bool) -> Scan:
                     f"{item.where}: its {kind} is at an http address; give --allow-remote to have it fetched, if you "
                     "trust the input with your network"
                 )
-    return Scan(total, kinds, ids or int)
+    return Contents(total, kinds, ids or int)
 
 
 def _is_remote(source: Any) -> bool:

@@ -15,6 +15,7 @@ from lco_jax.core.hf_config import complete
 from lco_jax.core.packing import TokenSequence, bucket
 from lco_jax.data.llava import LlavaMedia
 from lco_jax.data.media import MediaConfig
+from lco_jax.data.positions import line_positions
 from lco_jax.data.prompts import KINDS, ChatTokenizer, Messages, media_parts
 from lco_jax.data.qwen import QwenMedia
 from lco_jax.data.tower_rows import Processed, TowerRows
@@ -90,7 +91,7 @@ class Processor:
                     raise LcoError(f"{name} has a video with sound, and this model takes {', '.join(self.modalities)}")
                 processed = self.codec.expand(ids, loaded, name)
             else:
-                processed = Processed(ids, TokenSequence.text(ids).position_ids)
+                processed = Processed(ids, line_positions(0, len(ids)))
             if len(processed) > self.max_tokens:
                 raise LcoError(
                     f"{name}: {len(processed)} tokens (template included), and the model takes {self.max_tokens}; "

@@ -128,8 +128,7 @@ class QwenMedia:
             raise LcoError(f"{where} has a video with sound, which this checkpoint does not take")
         sound = None if video.audio is None else self._mel(video.audio)
         seconds = self.frames_per_patch / (video.fps or ASSUMED_FPS)
-        frames = np.stack([resize(frame, *fit(*video.frames.shape[:3])) for frame in video.frames])
-        return Clip(self._patches(frames, self.frames_per_patch), seconds, sound)
+        return Clip(self._patches(video.frames, self.frames_per_patch), seconds, sound)
 
     def _patches(self, frames: np.ndarray, together: int) -> Patches:
         """uint8 [T, X, Y, 3] -> patches of `together` pictures; the last stands in for those that are missing."""

@@ -10,7 +10,6 @@ import numpy as np
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.stream import VideoStream
-from PIL import Image
 
 from lco_jax.core.errors import LcoError
 from lco_jax.data.audio import load_audio
@@ -26,6 +25,7 @@ from lco_jax.data.media import (
     packets,
     resolve,
 )
+from lco_jax.data.pixels import resize
 
 Fit = Callable[[int, int, int], tuple[int, int]]  # (frames, height, width) -> the (height, width) they are resized to
 MIN_FRAMES = 4  # of a file; this and the factor are the reference's
@@ -96,14 +96,6 @@ def _frames_to_keep(total: int, rate: float, config: MediaConfig) -> int:
     return max(int(wanted) // FACTOR * FACTOR, 1)
 
 
-def _fitted(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [height, width, 3]. size: (height, width)."""
-    height, width = size
-    return np.asarray(
-        image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
-    )
-
-
 def _from_file(medium: Medium, config: MediaConfig, fit: Fit | None) -> np.ndarray:
     """Decodes once if the container tells its number of frames right, and once more if it does not."""
     deadline = Deadline(config.decode_seconds, medium.label)
@@ -146,7 +138,7 @@ def _decode(
             check_size(frame.width, frame.height, medium.label, config)
             if size is None:  # the first frame is always wanted; later ones of another size follow it
                 size = fit(count, frame.height, frame.width) if fit else (frame.height, frame.width)
-            kept.append(_fitted(Image.fromarray(frame.to_ndarray(format="rgb24")), size))
+            kept.append(resize(frame.to_ndarray(format="rgb24"), *size))
     return kept, index + 1
 
 
@@ -209,5 +201,5 @@ def _load_all(
                 f"{where}: frame {index} is {image.width} x {image.height}, and frame 0 is {first[0]} x {first[1]}; "
                 "the frames of a video must have one size"
             )
-        kept.append(_fitted(image, size))
+        kept.append(resize(np.asarray(image), *size))
     return np.stack(kept)

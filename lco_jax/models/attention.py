@@ -1,15 +1,20 @@
 """Attention over packed rows: never across segments; causal in decoders, two-way in towers.
 
 Dimensions: B rows, T query tokens, S key tokens (S = T), K key-value heads, G query heads per key-value head,
-H head_dim.
+H head_dim, D hidden.
 """
 
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
 
 from lco_jax.core.weights import matmul_precision
+from lco_jax.models.layers import Linear
 
 BLOCK = 1024  # queries whose scores are in memory at once
 SCORES = 2**22  # and, in very long rows, about so many scores a head
@@ -61,3 +66,22 @@ def _attend(
     weights = jax.nn.softmax(jnp.where(seen[:, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
     mixed = jnp.einsum("bkts,bksh->bkth", weights.astype(value.dtype), value, precision=precision)
     return rearrange(mixed, "b k (g t) h -> b t k g h", g=groups)
+
+
+class TowerAttention(nn.Module):
+    """Two-way attention of a tower without rotary positions. key_bias: CLIP's keys have one, the audio tower's none."""
+
+    num_heads: int
+    key_bias: bool = True
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, segment_ids: Array) -> Array:
+        """x [B, T, D]; segment_ids as of `packed_attention` -> [B, T, D]."""
+        linear = partial(Linear, x.shape[-1], param_dtype=self.param_dtype)
+        q = linear(use_bias=True, name="q_proj")(x)
+        k = linear(use_bias=self.key_bias, name="k_proj")(x)
+        v = linear(use_bias=True, name="v_proj")(x)
+        q, k, v = (rearrange(y, "b t (k h) -> b t k h", k=self.num_heads) for y in (q, k, v))
+        mixed = packed_attention(q[..., None, :], k, v, segment_ids, causal=False)
+        return linear(use_bias=True, name="out_proj")(rearrange(mixed, "b t k 1 h -> b t (k h)"))

@@ -19,9 +19,9 @@ from jax import Array
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.weights import dot
-from lco_jax.models.attention import packed_attention
-from lco_jax.models.config import positive
-from lco_jax.models.layers import LayerNorm, Linear, leaf, stacked
+from lco_jax.models.attention import TowerAttention
+from lco_jax.models.config import positive, section
+from lco_jax.models.layers import LayerNorm, Linear, Projector, leaf, stacked
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,7 @@ class ClipConfig:
     @classmethod
     def from_hf(cls, config: dict[str, Any], where: str, out_hidden_size: int) -> "ClipConfig":
         """Read `vision_config` and the choice of features. Raises, by key, for what is missing or not implemented."""
-        vision = config.get("vision_config")
-        if not isinstance(vision, dict):
-            raise LcoError(f"{where} has no vision_config, which the vision tower needs")
+        vision = section(config, "vision_config", where)
         expected = {
             "hidden_act of vision_config": (vision["hidden_act"], "quick_gelu"),
             "projector_hidden_act": (config.get("projector_hidden_act", "gelu"), "gelu"),
@@ -61,9 +59,7 @@ class ClipConfig:
             if value != supported:
                 raise LcoError(f"{where}: {key} is {value!r:.60}; only {supported!r} is supported")
 
-        def need(key: str) -> int:
-            return positive(vision, key, f"{where}: vision_config")
-
+        need = partial(positive, vision, where=f"{where}: vision_config")
         depth, feature = need("num_hidden_layers"), config.get("vision_feature_layer", -2)
         if not isinstance(feature, int) or not -depth - 1 <= feature <= depth:
             raise LcoError(f"{where}: vision_feature_layer is {feature!r:.60}, and must be one of the {depth} layers")
@@ -79,24 +75,6 @@ class ClipConfig:
             layer_norm_eps=vision["layer_norm_eps"],
             out_hidden_size=out_hidden_size,
         )
-
-
-class Attention(nn.Module):
-    """Two-way attention within a tile."""
-
-    config: ClipConfig
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """x [B, 1 + T, D] -> [B, 1 + T, D]."""
-        linear = partial(Linear, self.config.hidden_size, True, self.param_dtype)
-        q, k, v = (
-            rearrange(linear(name=f"{name}_proj")(x), "b t (k h) -> b t k h", k=self.config.num_heads) for name in "qkv"
-        )
-        everyone = jnp.ones(x.shape[:2], jnp.int32)
-        mixed = packed_attention(q[..., None, :], k, v, everyone, causal=False)
-        return linear(name="out_proj")(rearrange(mixed, "b t k 1 h -> b t (k h)"))
 
 
 class MLP(nn.Module):
@@ -122,7 +100,9 @@ class Layer(nn.Module):
     def __call__(self, x: Array, _: None) -> tuple[Array, None]:
         """x [B, 1 + T, D] -> ([B, 1 + T, D], nothing to collect)."""
         norm = partial(LayerNorm, self.config.layer_norm_eps, self.param_dtype)
-        x += Attention(self.config, self.param_dtype, name="self_attn")(norm(name="layer_norm1")(x))
+        everyone = jnp.ones(x.shape[:2], jnp.int32)
+        attention = TowerAttention(self.config.num_heads, param_dtype=self.param_dtype, name="self_attn")
+        x += attention(norm(name="layer_norm1")(x), everyone)
         x += MLP(self.config, self.param_dtype, name="mlp")(norm(name="layer_norm2")(x))
         return x, None
 
@@ -150,19 +130,6 @@ class Embeddings(nn.Module):
         return jnp.concatenate([first, x], axis=1) + positions.astype(x.dtype)
 
 
-class Projector(nn.Module):
-    """Two layers with exact GELU between them."""
-
-    features: int
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """x [B, T, D] -> [B, T, O]."""
-        x = nn.gelu(Linear(self.features, True, self.param_dtype, name="linear_1")(x), approximate=False)
-        return Linear(self.features, True, self.param_dtype, name="linear_2")(x)
-
-
 class LlavaVision(nn.Module):
     """Tiles -> the decoder's tokens. dtype: of the activations."""
 
@@ -186,7 +153,7 @@ class LlavaVision(nn.Module):
         x = Embeddings(c, self.param_dtype, name="embeddings")(pixels.astype(self.dtype))
         x = LayerNorm(c.layer_norm_eps, self.param_dtype, name="pre_layrnorm")(x)
         x, _ = stacked(Layer, c.num_layers)(c, self.param_dtype, name="layers")(x, None)
-        x = Projector(c.out_hidden_size, self.param_dtype, name="projector")(x[:, 1:])
+        x = Projector(c.out_hidden_size, c.out_hidden_size, self.param_dtype, name="projector")(x[:, 1:])
         newline = leaf(self, "image_newline", (c.out_hidden_size,), nn.initializers.normal(1.0), self.param_dtype)
         newline = jnp.broadcast_to(newline.astype(x.dtype), (x.shape[0], 1, c.out_hidden_size))
         return jnp.concatenate([x, newline], axis=1)

@@ -16,6 +16,13 @@ def positive(config: dict[str, Any], key: str, where: str) -> int:
     return config[key]
 
 
+def section(config: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    """config[key], a tower's part of a config.json. Raises if there is none."""
+    if not isinstance(config.get(key), dict):
+        raise LcoError(f"{where} has no {key}, which one of its towers needs")
+    return config[key]
+
+
 @dataclass(frozen=True)
 class DecoderConfig:
     """Geometry of a text decoder. mrope_section: rotary frequencies per axis (time, height, width)."""

@@ -47,6 +47,20 @@ class Linear(nn.Module):
         return y
 
 
+class Projector(nn.Module):
+    """Two layers with exact GELU between them."""
+
+    hidden: int
+    features: int
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x [..., I] -> [..., O]."""
+        x = nn.gelu(Linear(self.hidden, True, self.param_dtype, name="linear_1")(x), approximate=False)
+        return Linear(self.features, True, self.param_dtype, name="linear_2")(x)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm in float32, the gain applied in the activations' dtype (as Qwen2RMSNorm does)."""
 

@@ -33,22 +33,18 @@ class Model:
     decoder: Decoder
     towers: dict[str, nn.Module]
 
-    def media_tokens(self, params: dict[str, Any], inputs: TowerInputs, shards: int) -> Array:
-        """Every tower's tokens, in the order of the towers' names: [P, M, D].
-
-        inputs: what each tower takes, N rows a tower, split over the P = `shards` ways that rows are split. M takes
-        few values; what is beyond the last token is zero. Towers are frozen: no gradient flows into them.
-        """
-        return _join([self.tower_tokens(name, params[name], inputs[name], shards) for name in sorted(inputs)])
-
     def tower_tokens(self, name: str, params: dict[str, Any], arguments: Mapping[str, Array], shards: int) -> Array:
-        """One tower's tokens, shard by shard: [P, N / P · K, D]."""
+        """One tower's tokens, shard by shard: [P, N / P · K, D].
+
+        arguments: N rows, split over the P = `shards` ways that rows are split. Towers are frozen: no gradient flows
+        into them.
+        """
         tokens = _in_chunks(self.towers[name], params, dict(arguments), shards)
-        return rearrange(tokens, "(p n) k d -> p (n k) d", p=shards)
+        return jax.lax.stop_gradient(rearrange(tokens, "(p n) k d -> p (n k) d", p=shards))
 
 
 class MediaPrograms:
-    """`Model.media_tokens`, each tower compiled by itself, so that the shapes of one do not multiply another's.
+    """A model's towers, each compiled by itself, so that the shapes of one do not multiply another's.
 
     shapes: what each tower has met.
     """
@@ -62,7 +58,10 @@ class MediaPrograms:
         self.shapes = {name: ShapeLog(name) for name in model.towers}
 
     def __call__(self, params: dict[str, Any], inputs: TowerInputs) -> Array | None:
-        """As `Model.media_tokens`; None where there are no media."""
+        """Every tower's tokens, in the order of the towers' names: [P, M, D]; None where there are no media.
+
+        inputs: what each tower takes. M takes few values; what is beyond the last token is zero.
+        """
         parts = []
         for name in sorted(inputs):
             self.shapes[name].note(inputs[name])
@@ -77,7 +76,7 @@ class MediaPrograms:
 def _join(parts: list[Array]) -> Array:
     tokens = jnp.concatenate(parts, axis=1)
     room = bucket(tokens.shape[1], 1) - tokens.shape[1]  # few sizes: the decoder's program has one of them
-    return jax.lax.stop_gradient(constrain(jnp.pad(tokens, ((0, 0), (0, room), (0, 0))), ROWS))
+    return jnp.pad(tokens, ((0, 0), (0, room), (0, 0)))
 
 
 def _in_chunks(tower: nn.Module, params: dict[str, Any], arguments: dict[str, Array], shards: int) -> Array:

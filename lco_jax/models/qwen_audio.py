@@ -20,8 +20,8 @@ from jax import Array
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.weights import matmul_precision
-from lco_jax.models.attention import packed_attention
-from lco_jax.models.config import positive
+from lco_jax.models.attention import TowerAttention
+from lco_jax.models.config import positive, section
 from lco_jax.models.layers import LayerNorm, Linear, leaf, stacked
 
 NORM_EPS = 1e-5
@@ -42,15 +42,10 @@ class AudioConfig:
     @classmethod
     def from_hf(cls, config: dict[str, Any], where: str) -> "AudioConfig":
         """Read `audio_config`. Raises, by key, for what is missing or not implemented."""
-        audio = config.get("audio_config")
-        if not isinstance(audio, dict):
-            raise LcoError(f"{where} has no audio_config, which the audio tower needs")
+        audio = section(config, "audio_config", where)
         if audio.get("activation_function", "gelu") != "gelu" or audio.get("scale_embedding"):
             raise LcoError(f"{where}: audio_config has an activation or scale_embedding that is not supported")
-
-        def need(key: str) -> int:
-            return positive(audio, key, f"{where}: audio_config")
-
+        need = partial(positive, audio, where=f"{where}: audio_config")
         if need("n_window") % 2:  # pairs of pooled tokens would reach across chunks
             raise LcoError(f"{where}: audio_config.n_window is {audio['n_window']}; only even windows are supported")
         return cls(
@@ -88,24 +83,6 @@ class Convolution(nn.Module):
         return y + bias.astype(x.dtype)
 
 
-class Attention(nn.Module):
-    """Two-way attention within a chunk; the keys have no bias."""
-
-    config: AudioConfig
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Array, valid: Array) -> Array:
-        """x [B, T, D]; valid: int [B, T], 1 where there is sound -> [B, T, D]."""
-        linear = partial(Linear, self.config.hidden_size, param_dtype=self.param_dtype)
-        q = linear(use_bias=True, name="q_proj")(x)
-        k = linear(name="k_proj")(x)
-        v = linear(use_bias=True, name="v_proj")(x)
-        q, k, v = (rearrange(y, "b t (k h) -> b t k h", k=self.config.num_heads) for y in (q, k, v))
-        mixed = packed_attention(q[..., None, :], k, v, valid, causal=False)
-        return linear(use_bias=True, name="out_proj")(rearrange(mixed, "b t k 1 h -> b t (k h)"))
-
-
 class Layer(nn.Module):
     """Pre-norm attention and MLP, each with its residual."""
 
@@ -116,7 +93,10 @@ class Layer(nn.Module):
     def __call__(self, x: Array, valid: Array) -> tuple[Array, None]:
         """x [B, T, D] -> ([B, T, D], nothing to collect)."""
         norm = partial(LayerNorm, NORM_EPS, self.param_dtype)
-        x += Attention(self.config, self.param_dtype, name="self_attn")(norm(name="self_attn_layer_norm")(x), valid)
+        attention = TowerAttention(
+            self.config.num_heads, key_bias=False, param_dtype=self.param_dtype, name="self_attn"
+        )
+        x += attention(norm(name="self_attn_layer_norm")(x), valid)
         y = Linear(self.config.intermediate_size, True, self.param_dtype, name="fc1")(norm(name="final_layer_norm")(x))
         x += Linear(self.config.hidden_size, True, self.param_dtype, name="fc2")(nn.gelu(y, approximate=False))
         return x, None

@@ -10,6 +10,7 @@ order is the host's business nothing is permuted here.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -22,8 +23,8 @@ from jax import Array
 from lco_jax.core.errors import LcoError
 from lco_jax.core.weights import dot
 from lco_jax.models.attention import packed_attention
-from lco_jax.models.config import positive
-from lco_jax.models.layers import Linear, RMSNorm, apply_rotary, leaf, stacked
+from lco_jax.models.config import positive, section
+from lco_jax.models.layers import Linear, Projector, RMSNorm, apply_rotary, leaf, stacked
 
 ROPE_THETA = 10_000.0
 NORM_EPS = 1e-6
@@ -49,15 +50,10 @@ class VisionConfig:
     @classmethod
     def from_hf(cls, config: dict[str, Any], where: str, fused: bool) -> "VisionConfig":
         """Read `vision_config`. Raises, by key, for what is missing or not implemented."""
-        vision = config.get("vision_config")
-        if not isinstance(vision, dict):
-            raise LcoError(f"{where} has no vision_config, which the vision tower needs")
+        vision = section(config, "vision_config", where)
         if vision.get("hidden_act", "silu") != "silu":
             raise LcoError(f"{where}: vision_config.hidden_act {vision['hidden_act']!r} is not supported (silu is)")
-
-        def need(key: str) -> int:
-            return positive(vision, key, f"{where}: vision_config")
-
+        need = partial(positive, vision, where=f"{where}: vision_config")
         return cls(
             in_channels=vision.get("in_channels") or vision.get("in_chans") or 3,
             full_blocks=tuple(vision.get("fullatt_block_indexes", (7, 15, 23, 31))),
@@ -147,20 +143,6 @@ class PatchEmbed(nn.Module):
         return dot(patches, leaf(self, "weight", shape, init, self.param_dtype).reshape(c.hidden_size, -1))
 
 
-class Merge(nn.Module):
-    """Two layers with exact GELU between them; named as torch's Sequential names them."""
-
-    hidden: int
-    features: int
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """x [B, M, 4 D] -> [B, M, O]."""
-        x = nn.gelu(Linear(self.hidden, True, self.param_dtype, name="0")(x), approximate=False)
-        return Linear(self.features, True, self.param_dtype, name="2")(x)
-
-
 class Merger(nn.Module):
     """Four patches of a square -> one of the decoder's tokens."""
 
@@ -172,7 +154,7 @@ class Merger(nn.Module):
         """x [B, T, D], the patches of a square side by side -> [B, M, O]."""
         merge = self.config.spatial_merge_size**2
         x = rearrange(RMSNorm(NORM_EPS, self.param_dtype, name="ln_q")(x), "b (m u) d -> b m (u d)", u=merge)
-        return Merge(merge * self.config.hidden_size, self.config.out_hidden_size, self.param_dtype, name="mlp")(x)
+        return Projector(x.shape[-1], self.config.out_hidden_size, self.param_dtype, name="mlp")(x)
 
 
 class QwenVision(nn.Module):

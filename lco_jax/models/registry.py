@@ -13,7 +13,7 @@ pattern that matches counts. Names are the checkpoint's own below `decoder`, `vi
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,8 @@ QWEN_KEYS: KeyTable = (
     (rf"model\.(?:language_model\.)?{_DECODER}", r"decoder.\1"),
     (r"lm_head\.weight", "lm_head.weight"),
     (r"(?:model\.)?visual\.patch_embed\.proj\.weight", "visual.patch_embed.weight"),
+    (r"(?:model\.)?visual\.merger\.mlp\.0\.(.+)", r"visual.merger.mlp.linear_1.\1"),  # torch numbers them
+    (r"(?:model\.)?visual\.merger\.mlp\.2\.(.+)", r"visual.merger.mlp.linear_2.\1"),
     (r"(?:model\.)?visual\.(.+)", r"visual.\1"),
     (r"(?:model\.)?audio_tower\.audio_bos_eos_token\.weight", None),  # stored and never used
     (r"(?:model\.)?audio_tower\.(.+)", r"audio_tower.\1"),
@@ -72,10 +74,6 @@ class Backbone:
     prefix: str = ""
     inner_config: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
-    patterns: tuple[tuple[re.Pattern[str], str | None], ...] = field(init=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "patterns", tuple((re.compile(key), name) for key, name in self.keys))
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -84,8 +82,8 @@ class Backbone:
 
     def name_of(self, key: str) -> str | None:
         """Our name of a key without prefix; None for one that is known and not needed. KeyError for an unknown one."""
-        for pattern, name in self.patterns:
-            if match := pattern.fullmatch(key):
+        for pattern, name in self.keys:
+            if match := re.fullmatch(pattern, key):
                 return None if name is None else match.expand(name)
         raise KeyError(key)
 
