@@ -51,7 +51,6 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.data.media.allow_remote = False  # fetch http(s) URLs
     config.data.max_negatives = -1  # hard negatives used of a record; -1: all
     config.data.max_length = 64  # tokens of a text, before the template
-    config.data.row_length = 128  # tokens of a packed row; must hold the longest text with its template
 
     config.train = ConfigDict()
     config.train.batch_size = 48  # records of a global batch; all of their texts are candidates
@@ -59,7 +58,7 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.train.epochs = 6.0
     config.train.temperature = 0.03
     config.train.ignore_duplicates = False  # whatever says the same as a positive is no negative of its anchor
-    config.train.chunk_rows = 0  # GradCache: rows a device embeds at a time; 0: all at once
+    config.train.chunk_tokens = 0  # GradCache: tokens a device embeds at a time; 0: all at once
     config.train.max_nonfinite = 5  # so many non-finite steps in a row stop the run
 
     config.optimizer = ConfigDict()

@@ -14,7 +14,6 @@ COMMON = {
     "lora.rank": 64,
     "lora.dropout": 0.05,
     "data.max_length": 650,
-    "data.row_length": 1024,
     "train.epochs": 2.0,
     "train.temperature": 0.03,
     "optimizer.learning_rate": 4e-4,

@@ -17,7 +17,6 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.data.sources = {
         "snli": {"kind": "tfds", "name": "snli", "split": "train", "data_dir": config_dict.placeholder(str)}
     }
-    config.data.row_length = 256
     config.train.batch_size = 64
     config.train.epochs = 10.0
     config.eval.path = ""

@@ -1,6 +1,6 @@
 """`OmniEmbedder`: a checkpoint, and perhaps an adapter, as a function from inputs to unit vectors.
 
-Dimensions: N inputs, D hidden, R rows, T tokens in a row, S slots.
+Dimensions: N inputs, D hidden, R streams, S sequences of a stream.
 """
 
 import logging
@@ -16,11 +16,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 from tqdm import tqdm
 
+from lco_jax.checkpoint import peft
 from lco_jax.checkpoint.hf import load_model, open_checkpoint
-from lco_jax.checkpoint.peft import fit, read_peft
 from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
-from lco_jax.core.packing import Placement, bucket, fill_rows, place
+from lco_jax.core.packing import Shape, fill, fit, largest, lay_stream, spread, width_of
 from lco_jax.core.shapes import ShapeLog
 from lco_jax.core.sharding import ROWS, make_mesh, replicated, row_shards, shardings
 from lco_jax.data.inputs import Preparation, named, one_ahead, prepare_ahead
@@ -28,10 +28,9 @@ from lco_jax.data.media import MediaConfig
 from lco_jax.data.processor import Processor, lay_media
 from lco_jax.data.prompts import ChatTokenizer
 from lco_jax.data.tower_rows import Processed
-from lco_jax.models.decoder import pool_rows
+from lco_jax.models.decoder import pool
 from lco_jax.models.model import MediaPrograms, Model
 
-MIN_ROW = 256  # tokens; row lengths are this times a power of two
 MAX_TOKENS = 16_384  # in one forward pass, unless a single input has more
 BLOCK_INPUTS, BLOCK_BYTES = 8192, 2**27  # inputs sorted by length and embedded together: at most so many, so large
 logger = logging.getLogger(__name__)
@@ -61,7 +60,7 @@ class OmniEmbedder:
         self.towers, self.decoder_shapes = MediaPrograms(model, mesh), ShapeLog("decoder")
         decoder = model.decoder
         self._pool = jax.jit(
-            lambda params, rows, media: pool_rows(decoder, params["decoder"], rows, media),
+            lambda params, tokens, media: pool(decoder, params["decoder"], tokens, media),
             out_shardings=replicated(mesh),
         )
 
@@ -96,10 +95,10 @@ class OmniEmbedder:
         towers = [name for name, kinds in checkpoint.backbone.reads.items() if set(kinds) & set(processor.modalities)]
         model, params = load_model(checkpoint, mesh, dtype, remat="none", towers=towers)
         if adapter is not None:
-            adapters, config = read_peft(adapter)
+            adapters, config = peft.read_peft(adapter)
             decoder = params["decoder"]
             merge = jax.jit(lora.merge, static_argnums=2, donate_argnums=0, out_shardings=shardings(decoder, mesh))
-            params["decoder"] = merge(decoder, fit(adapters, decoder, str(adapter)), config)
+            params["decoder"] = merge(decoder, peft.fit(adapters, decoder, str(adapter)), config)
         return cls(model, params, processor, mesh)
 
     @property
@@ -124,7 +123,7 @@ class OmniEmbedder:
     def encode(
         self,
         inputs: Any,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         normalize: bool = True,
         show_progress: bool = False,
         *,
@@ -143,7 +142,8 @@ class OmniEmbedder:
         messages. All but messages get the reference's prompt for their modality (or `prompt`); messages are rendered as
         they are.
 
-        batch_size, max_tokens: the most inputs, and tokens, in one forward pass: they change the speed, not a vector.
+        batch_size, max_tokens: the most inputs (None: any number), and tokens, in one forward pass: they change the
+        speed, not a vector.
         normalize: unit length; the hidden state as the final norm left it when False.
         max_length: cut texts to so many tokens before the prompt (the reference's evaluation cuts at 300); by
         default nothing is cut, and an input longer than the model's context raises.
@@ -178,7 +178,7 @@ class OmniEmbedder:
     def encode_blocks(
         self,
         inputs: Iterable[Any],
-        batch_size: int = 32,
+        batch_size: int | None = None,
         normalize: bool = True,
         *,
         prompt: str | None = None,
@@ -195,7 +195,7 @@ class OmniEmbedder:
         block_inputs: the most inputs in a block. Where blocks end depends on it and on the inputs, and not on time.
         """
         for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens), ("block_inputs", block_inputs)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise LcoError(f"{name} is {value}; it must be at least 1")
         if on_error not in ("raise", "skip"):
             raise LcoError(f"on_error is {on_error!r}; it is one of: raise, skip")
@@ -216,7 +216,7 @@ class OmniEmbedder:
         self,
         first: int,
         ready: list[Processed | LcoError],
-        batch_size: int,
+        batch_size: int | None,
         max_tokens: int,
         normalize: bool,
         progress: tqdm | None,
@@ -225,14 +225,14 @@ class OmniEmbedder:
         vectors = np.full((len(ready), self.dimension), np.nan, np.float32)
         skipped = {first + i: str(one) for i, one in enumerate(ready) if isinstance(one, LcoError)}
         good = [i for i, one in enumerate(ready) if not isinstance(one, LcoError)]
-        good.sort(key=lambda i: -len(ready[i]))
-        waiting: tuple[list[int], Placement, Array] | None = None
+        good.sort(key=lambda i: (-width_of(len(ready[i])), ready[i].input_ids.tobytes()))  # like beside like
+        waiting: tuple[list[int], np.ndarray, Array] | None = None
         with jax.set_mesh(self.mesh):
             for chosen in [*_batches(good, ready, batch_size, max_tokens), None]:
                 started = None if chosen is None else (chosen, *self._start([ready[i] for i in chosen]))
                 if waiting is not None:
-                    indices, placement, slots = waiting
-                    vectors[indices] = np.asarray(slots)[placement.row, placement.slot]
+                    indices, which, pooled = waiting
+                    vectors[indices] = np.asarray(pooled).reshape(-1, self.dimension)[which]
                     if progress is not None:
                         progress.update(len(indices))
                 waiting = started
@@ -242,32 +242,28 @@ class OmniEmbedder:
             progress.update(len(skipped))
         return Block(first, _unit(vectors) if normalize else vectors, skipped)
 
-    def _start(self, batch: list[Processed]) -> tuple[Placement, Array]:
-        """Pack a batch and start its forward pass: where each input went, and every slot's vector [R, S, D] to come.
+    def _start(self, batch: list[Processed]) -> tuple[np.ndarray, Array]:
+        """Pack a batch and start its forward pass: which sequence each input is, and all vectors [R · S, D] to come.
 
-        Row lengths and counts come in a few static sizes, so that few programs are compiled.
+        Sizes take few values, so that few programs are compiled.
         """
-        row_length = MIN_ROW
-        while row_length < len(batch[0]):
-            row_length *= 2
-        placement = place([len(one) for one in batch], row_length)
         shards = row_shards(self.mesh)
-        per_shard = bucket(-(-placement.num_rows // shards), 2)
-        num_slots = max(bucket(placement.num_slots, 4), 8)
-        by_shard = [np.flatnonzero(placement.row // per_shard == shard) for shard in range(shards)]
-        media, laid = lay_media(self.processor.rows, [[batch[i] for i in chosen] for chosen in by_shard])
-        sequences = [one for inputs in laid for one in inputs]
-        order = np.concatenate(by_shard)
-        rows = fill_rows(
-            sequences, order, Placement(*(x[order] for x in placement)), per_shard * shards, row_length, num_slots
-        )
+        bins = spread(map(len, batch), shards)
+        members = [np.flatnonzero(bins == shard) for shard in range(shards)]
+        media, laid, _ = lay_media(self.processor.rows, [[batch[i] for i in chosen] for chosen in members])
+        streams = [lay_stream(sequences, head=None) for sequences in laid]
+        shape = fit(largest(stream.need for stream in streams), Shape())
+        tokens, became = fill(streams, members, shape, head=None)
+        which = np.zeros(len(batch), np.int64)
+        for shard, (chosen, slots) in enumerate(zip(members, became, strict=True)):
+            which[chosen] = shard * tokens.last_tokens.shape[1] + slots
         split = NamedSharding(self.mesh, PartitionSpec(ROWS))
-        on_mesh = jax.tree.map(
-            lambda x: jax.make_array_from_callback(x.shape, split, lambda index: x[index]), (rows, media)
+        tokens, media = jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, split, lambda index: x[index]), (tokens, media)
         )
-        tokens = self.towers(self.params, on_mesh[1])
-        self.decoder_shapes.note(on_mesh[0], tokens)
-        return placement, self._pool(self.params, on_mesh[0], tokens)
+        media = self.towers(self.params, media)
+        self.decoder_shapes.note(tokens, media)
+        return which, self._pool(self.params, tokens, media)
 
 
 def _gather(
@@ -288,7 +284,7 @@ def _gather(
         yield ready
 
 
-def _batches(order: list[int], ready: Sequence[Any], batch_size: int, max_tokens: int) -> Iterator[list[int]]:
+def _batches(order: list[int], ready: Sequence[Any], batch_size: int | None, max_tokens: int) -> Iterator[list[int]]:
     """Runs of `order` of at most so many inputs and, but for a single long one, tokens."""
     batch: list[int] = []
     tokens = 0

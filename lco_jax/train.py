@@ -39,6 +39,7 @@ from lco_jax.core.files import write_json
 from lco_jax.core.sharding import make_mesh
 from lco_jax.data import pipeline
 from lco_jax.data.media import MediaConfig
+from lco_jax.data.plan import plan
 from lco_jax.data.processor import Processor
 from lco_jax.data.scan import ListSource, Source
 from lco_jax.data.sources import JsonlSource
@@ -80,12 +81,11 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     most = max(source.max_negatives for source in sources.values())
     layout = pipeline.Layout(
         batch_size=batch_size,
-        row_length=config.data.row_length,
         max_negatives=most if config.data.max_negatives < 0 else min(most, config.data.max_negatives),
-        chunk_rows=config.train.chunk_rows,
+        head=processor.tokenizer.head,
+        chunk_tokens=config.train.chunk_tokens,
         on_bad=config.data.on_bad,
     )
-    pipeline.check_lengths(layout, processor.tokenizer, config.data.max_length)
 
     held_out = JsonlSource(config.eval.path, config.data.on_bad) if config.eval.path else ListSource([])
     towers = _towers(checkpoint, {"held-out data": held_out, **sources}, media)
@@ -99,7 +99,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     weights = {name: config.data.sources[name].get("weight", len(source)) for name, source in sources.items()}
     run = batch_size if config.data.batches == "homogeneous" else 1
     stream = pipeline.record_stream(sources, weights, config.seed, run)
-    iterator = pipeline.local_batches(stream, layout, processor, config.data.max_length, config.data.threads)
+    batches = pipeline.local_batches(stream, layout, processor, config.data.max_length)
+    layout = plan(batches, layout, processor, mesh, config.data.max_length, media=bool(towers))
+    iterator = pipeline.ahead(batches, config.data.threads)
     store = RunStore(workdir / "checkpoints", config.checkpoint.keep)
     step = store.latest_step() or 0
     claim_workdir(workdir, config, total_steps, begun=step > 0)

@@ -163,7 +163,7 @@ def test_help_says_what_there_is(parse, capsys, flag):
         parse(flag, CONFIG)
     assert done.value.code == 0
     out = capsys.readouterr().out
-    for part in ("What the job does.", "--workdir", "--config", f"steps: {steps}", "sources:", "row_length: 128"):
+    for part in ("What the job does.", "--workdir", "--config", f"steps: {steps}", "sources:", "chunk_tokens: 0"):
         assert part in out
     with pytest.raises(SystemExit) as done:
         parse(flag)

@@ -19,9 +19,9 @@ from ml_collections import ConfigDict
 
 from lco_jax import LcoError, make_mesh
 from lco_jax.checkpoint import builtin
-from lco_jax.core.packing import TokenSequence, bucket, fill_rows, place
+from lco_jax.core.packing import Shape, TokenSequence, bucket, fill, fit, lay_stream, place, spread, width_of
 from lco_jax.data import pipeline
-from lco_jax.data.pipeline import Layout, local_batches, record_stream
+from lco_jax.data.pipeline import Layout, ahead, local_batches, record_stream
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import ChatTokenizer, as_messages
 from lco_jax.data.records import Record, parse_record, side_key
@@ -31,7 +31,8 @@ from lco_jax.data.tfds import nli_source
 from lco_jax.evaluation.retrieval import retrieval
 
 ROOT = Path(__file__).parents[1]
-LAYOUT = Layout(batch_size=8, row_length=128, max_negatives=2)
+HEAD = np.zeros(0, np.int32)
+LAYOUT = Layout(batch_size=8, max_negatives=2, head=HEAD)
 
 
 @pytest.fixture(scope="module")
@@ -960,22 +961,20 @@ def by_sequence(local):
 
 def dropout_keys(local):
     """{(record, side): the dropout key of every token}, as `global_batch` sets them."""
-    place_ = local.placement
     identity = local.record * pipeline.MAX_SIDES + local.side
-    sequences = [TokenSequence(one.input_ids, one.position_ids) for one in local.inputs]
-    rows = fill_rows(sequences, identity, place_, place_.num_rows, LAYOUT.row_length, place_.num_slots)
-    keys = {}
-    for record, side, ids, row, start in zip(
-        local.record, local.side, [one.input_ids for one in local.inputs], place_.row, place_.start, strict=True
-    ):
-        keys[int(record), int(side)] = rows.token_keys[row, start : start + len(ids)].tolist()
-    return keys
+    stream = lay_stream([TokenSequence(one.input_ids, one.position_ids) for one in local.inputs], HEAD)
+    tokens, _ = fill([stream], [identity], fit(stream.need, Shape()), HEAD)
+    return {
+        (int(record), int(side)): tokens.token_keys[0, at].tolist()
+        for record, side, at in zip(local.record, local.side, stream.at, strict=True)
+    }
 
 
 def process_batches(monkeypatch, processor, processes, me, seed=0):
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     monkeypatch.setattr(jax, "process_index", lambda: me)
-    return local_batches(record_stream({"a": numbered(21, negatives=2)}, {"a": 1.0}, seed), LAYOUT, processor, None)
+    stream = record_stream({"a": numbered(21, negatives=2)}, {"a": 1.0}, seed)
+    return ahead(local_batches(stream, LAYOUT, processor, None), 2)
 
 
 def test_a_batch_holds_every_text_of_its_records(monkeypatch, processor):
@@ -1031,50 +1030,65 @@ def test_the_stream_resumes_where_it_stood(monkeypatch, processor):
 def test_max_negatives_limits_what_is_read(processor):
     source = numbered(9, negatives=3)
     for most in (0, 1, 3):
-        layout = Layout(batch_size=9, row_length=128, max_negatives=most)
-        local = next(local_batches(record_stream({"a": source}, {"a": 1.0}, 0), layout, processor, None))
+        layout = Layout(batch_size=9, max_negatives=most, head=HEAD)
+        local = local_batches(record_stream({"a": source}, {"a": 1.0}, 0), layout, processor, None)[0]
         assert np.bincount(local.side).tolist() == [9, 9] + [6] * most
 
 
 def test_texts_are_cut_before_the_template(processor):
     record = Record("a long anchor with many more words than five in it", "short", (), "mem:0")
-    layout = Layout(batch_size=1, row_length=128, max_negatives=0)
-    local = next(local_batches(record_stream({"a": ListSource([record])}, {"a": 1.0}, 0), layout, processor, 5))
+    layout = Layout(batch_size=1, max_negatives=0, head=HEAD)
+    local = local_batches(record_stream({"a": ListSource([record])}, {"a": 1.0}, 0), layout, processor, 5)[0]
     first_five = processor.tokenizer.tokenizer.decode(processor.tokenizer.tokenizer(record.anchor).input_ids[:5])
     want = processor.tokenizer([as_messages(first_five, ""), as_messages("short", "")])
     assert [ids.tolist() for ids in [one.input_ids for one in local.inputs]] == [ids.tolist() for ids in want]
 
 
-@pytest.mark.parametrize("words", [200, 40_000])  # beyond the row; beyond the model's context as well
-def test_a_text_that_fits_no_row_is_named(processor, words):
+def test_a_text_beyond_the_context_is_named(processor):
     records = list(numbered(8))
-    records[5] = Record("a", "b", ("word " * words,), "corpus.jsonl:17")
-    iterator = local_batches(record_stream({"a": ListSource(records)}, {"a": 1.0}, 0), LAYOUT, processor, None)
+    records[5] = Record("a", "b", ("word " * 40_000,), "corpus.jsonl:17")
+    batches = local_batches(record_stream({"a": ListSource(records)}, {"a": 1.0}, 0), LAYOUT, processor, None)
     with pytest.raises(LcoError) as error:
-        next(iterator)
+        next(ahead(batches, 2))
     assert "corpus.jsonl:17" in sentence(error)
 
 
-@pytest.mark.parametrize(("mesh", "chunk_rows"), [((1, 1, 1), 0), ((2, 2, 2), 0), ((4, 2, 1), 1), ((1, 1, 1), 2)])
-def test_a_global_batch_holds_every_sequence_where_it_says(processor, mesh, chunk_rows):
-    layout = Layout(batch_size=12, row_length=128, max_negatives=2, chunk_rows=chunk_rows)
-    local = next(local_batches(record_stream({"a": numbered(40, negatives=2)}, {"a": 1.0}, 0), layout, processor, None))
+@pytest.mark.parametrize(("mesh", "chunk_tokens"), [((1, 1, 1), 0), ((2, 2, 2), 0), ((4, 2, 1), 60), ((1, 1, 1), 200)])
+def test_a_global_batch_holds_every_sequence_where_it_says(processor, mesh, chunk_tokens):
+    layout = Layout(batch_size=12, max_negatives=2, head=processor.tokenizer.head, chunk_tokens=chunk_tokens)
+    stream = record_stream({"a": numbered(40, negatives=2)}, {"a": 1.0}, 0)
+    local = local_batches(stream, layout, processor, None)[0]
     mesh = make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
     batch = pipeline.global_batch(local, layout, processor.rows, mesh)
-    rows, want = batch.rows.map(np.asarray), by_sequence(local)
-    slots = rows.last_tokens.shape[-1]
-    if chunk_rows:
-        assert rows.input_ids.shape[1] == chunk_rows * mesh.shape["data"] * mesh.shape["fsdp"]
+    tokens, want = batch.tokens.map(np.asarray), by_sequence(local)
+    chunks, streams, length = tokens.input_ids.shape
+    assert streams == mesh.shape["data"] * mesh.shape["fsdp"]
+    assert (chunks > 1) == bool(chunk_tokens)
+    slots = tokens.last_tokens.shape[-1]
+    seen = np.zeros((chunks, streams, length), bool)
     for (record, side), index in np.ndenumerate(np.asarray(batch.sequences)):
         assert (index >= 0) == ((record, side) in want)
         if index >= 0:
-            row, slot = divmod(int(index), slots)
-            chunk, row = divmod(row, rows.input_ids.shape[1])
-            mine = rows.segment_ids[chunk, row] == slot + 1
-            assert rows.input_ids[chunk, row][mine].tolist() == want[record, side]
-            assert rows.last_tokens[chunk, row, slot] == np.flatnonzero(mine)[-1]
-            assert rows.position_ids[chunk, row][mine].T.tolist() == [list(range(mine.sum()))] * 3
-    assert (rows.segment_ids > 0).sum() == sum(map(len, [one.input_ids for one in local.inputs]))
+            (chunk, stream), slot = divmod(int(index) // slots, streams), int(index) % slots
+            at = row_of(tokens, (chunk, stream), slot)
+            assert tokens.input_ids[chunk, stream, at].tolist() == want[record, side]
+            assert tokens.last_tokens[chunk, stream, slot] == at[-1]
+            assert tokens.position_ids[chunk, stream, at].T.tolist() == [list(range(len(at)))] * 3
+            seen[chunk, stream, at] = True
+    own = sum(len(ids) - len(layout.head) for ids in want.values())
+    assert seen.sum() == own + chunks * streams * len(layout.head)  # the head once a stream, everything else once
+    assert ((tokens.home >= 0) == seen).all()
+
+
+def row_of(tokens, where, slot):
+    """Where in its stream the tokens of a sequence lie."""
+    for group in tokens.rows:
+        if slot < group.shape[-2]:
+            row = group[(*where, slot)]
+            assert (np.diff((row >= 0).astype(int)) <= 0).all()  # begun at the left
+            return row[row >= 0]
+        slot -= group.shape[-2]
+    raise AssertionError
 
 
 # ---- the cut
@@ -1127,18 +1141,90 @@ def test_place_is_a_packing(seed):
 
 def test_place_of_nothing_and_of_too_much():
     assert place([], 16).num_rows == 0
-    assert place([], 16).num_slots == 0
     assert place([16, 16], 16).num_rows == 2
-    with pytest.raises(ValueError, match="17 tokens does not fit a row of 16"):
+    with pytest.raises(ValueError, match="17 does not fit a row of 16"):
         place([3, 17], 16)
 
 
-@pytest.mark.parametrize(("count", "row_length"), [(144, 256), (2304, 256), (2304, 1024)])
-def test_rows_are_nine_tenths_full(count, row_length):
-    """Lengths as NLI has them: about 33 tokens of template, and sentences of 4 to 50."""
-    for seed in range(5):
-        lengths = 33 + np.random.default_rng(seed).lognormal(2.5, 0.5, count).clip(4, 50).astype(int)
-        assert lengths.sum() / (place(lengths, row_length).num_rows * row_length) > 0.9
+def sequences_of(lengths, rng, alphabet=3):
+    """Token sequences that often begin alike."""
+    return [
+        TokenSequence(ids, np.tile(np.arange(n, dtype=np.int32)[:, None], 3))
+        for n, ids in ((n, rng.integers(0, alphabet, n).astype(np.int32)) for n in lengths)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_common_beginnings_lie_once(seed):
+    """As many tokens as a trie of the sequences has nodes; with a head, what is beyond it is a sequence's own."""
+    rng = np.random.default_rng(seed)
+    sequences = sequences_of(rng.integers(1, 12, 60), rng)
+    stream = lay_stream(sequences, None)
+    assert stream.length == len({tuple(s.input_ids[:n]) for s in sequences for n in range(1, len(s) + 1)})
+    head = rng.integers(0, 3, 4).astype(np.int32)
+    shared = lay_stream(sequences, head)
+    common = [
+        sum(1 for n in range(1, 5) if tuple(s.input_ids[:n]) == tuple(head[:n]) and n <= len(s)) for s in sequences
+    ]
+    assert shared.length == 4 + sum(len(s) - n for s, n in zip(sequences, common, strict=True))
+    for one, with_head in ((stream, None), (shared, head)):
+        tokens, which = fill([one], [range(60)], fit(one.need, Shape()), with_head)
+        for i, sequence in enumerate(sequences):
+            at = row_of(tokens, (0,), which[0][i])
+            assert np.array_equal(tokens.input_ids[0, at], sequence.input_ids)
+        slots = np.concatenate([group.reshape(-1) for group in tokens.rows])
+        held = np.flatnonzero(tokens.home[0] >= 0)
+        assert np.array_equal(slots[tokens.home[0, held]], held)  # a token's home is a slot where it stands
+
+
+def test_media_are_never_shared():
+    rng = np.random.default_rng(0)
+    text = sequences_of([9], rng)[0]
+    slots = np.where(np.arange(9) == 4, 7, -1).astype(np.int32)
+    twins = [TokenSequence(text.input_ids, text.position_ids, slots) for _ in range(2)]
+    assert lay_stream(twins, None).length == 4 + 5 + 5
+
+
+def test_the_head_has_the_same_dropout_keys_wherever_it_lies():
+    rng = np.random.default_rng(0)
+    head = np.arange(100, 106, dtype=np.int32)
+    sequences = [
+        TokenSequence(np.concatenate([head[:n], one.input_ids]), np.zeros((n + len(one), 3), np.int32))
+        for n, one in zip((6, 6, 3, 0), sequences_of([5, 7, 4, 6], rng), strict=True)
+    ]
+
+    def keys(chosen):
+        stream = lay_stream([sequences[i] for i in chosen], head)
+        tokens, _ = fill([stream], [chosen], fit(stream.need, Shape()), head)
+        return {i: tokens.token_keys[0, at].tolist() for i, at in zip(chosen, stream.at, strict=True)}
+
+    together, alone = keys([0, 1, 2, 3]), [keys([i])[i] for i in range(4)]
+    assert [together[i] for i in range(4)] == alone
+    assert together[0][:6] == together[1][:6]
+    assert together[2][:3] == together[0][:3]
+    own = [key for i, n in enumerate((6, 6, 3, 0)) for key in together[i][n:]]
+    assert len(set(own)) == len(own)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_fitted_shape_holds_what_it_must(seed):
+    rng = np.random.default_rng(seed)
+    sequences = sequences_of(rng.integers(1, 400, int(rng.integers(1, 80))), rng, alphabet=1000)
+    stream = lay_stream(sequences, None)
+    for floor in (Shape(), Shape(2000, {64: 20, 512: 3}), Shape(10**5, {512: 100})):
+        shape = fit(stream.need, floor)
+        tokens, which = fill([stream], [range(len(sequences))], shape, None)  # raises where it does not fit
+        assert len(set(which[0])) == len(sequences)
+        assert tokens.input_ids.shape == (1, shape.tokens)
+        assert all(shape.rows[w] >= n for w, n in floor.rows.items())
+    assert fit(stream.need, Shape(10**5, {512: 100})) == Shape(10**5, {512: 100})  # the widest group holds them all
+
+
+def test_spread_is_even():
+    sizes = np.random.default_rng(0).integers(1, 100, 500)
+    totals = np.bincount(spread(sizes, 7), sizes)
+    assert totals.max() - totals.min() <= sizes.max()
+    assert all(width_of(int(n)) >= n for n in sizes)
 
 
 @pytest.mark.parametrize("granularity", [2, 8])

@@ -56,11 +56,11 @@ def random_adapters(params):
     return jax.tree.map(lambda x: (rng.normal(0, 0.5, x.shape) * x.shape[-1] ** -0.5).astype(np.float32), shapes)
 
 
-def our_gradient(path, records, adapters, mesh, chunk_rows=1):
+def our_gradient(path, records, adapters, mesh, chunk_tokens=400):
     checkpoint = open_checkpoint(path)
     model, params = load_model(checkpoint, mesh, remat="full")
     processor = Processor(checkpoint.folder)
-    layout = pipeline.Layout(len(records), 1024, 1, chunk_rows)
+    layout = pipeline.Layout(len(records), 1, processor.tokenizer.head, chunk_tokens)
     local = pipeline._prepare(records, layout, processor, None, 1, 0)
     with jax.set_mesh(mesh):
         batch = pipeline.global_batch(local, layout, processor.rows, mesh)
@@ -166,9 +166,8 @@ def config_of(case, path, **changes):
     config = base.get_config()
     config.model.path = str(case.path)
     config.data.sources = {"mixed": {"kind": "jsonl", "path": str(path)}}
-    config.data.row_length = 512
     config.data.media.video_max_pixels = 28 * 28 * 12
-    config.train.batch_size, config.train.steps, config.train.chunk_rows = 8, 12, 1
+    config.train.batch_size, config.train.steps, config.train.chunk_tokens = 8, 12, 600
     config.train.temperature = 0.1
     config.lora.dropout, config.optimizer.warmup_steps = 0.05, 2
     config.checkpoint.every, config.export.merged = 5, False
@@ -205,13 +204,13 @@ def test_a_run_on_every_modality_resumes_and_its_loss_falls(cases, mixed, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [((2, 2, 2), 1)])
+@pytest.mark.parametrize("layout", [((2, 2, 2), 100)])
 def test_any_mesh_and_chunk_equals_one_device(cases, mixed, layout):
     """Loss and gradient of a batch with every modality: media are laid out by shard, and none may be mistaken."""
-    (shape, chunk_rows), records = layout, list(JsonlSource(mixed))[:12]
+    (shape, chunk_tokens), records = layout, list(JsonlSource(mixed))[:12]
     adapters = random_adapters(load_model(open_checkpoint(cases["omni"].path), make_mesh(), towers=())[1]["decoder"])
     want_loss, want = our_gradient(cases["omni"].path, records, adapters, make_mesh(devices=jax.devices()[:1]))
-    loss, got = our_gradient(cases["omni"].path, records, adapters, make_mesh(*shape), chunk_rows)
+    loss, got = our_gradient(cases["omni"].path, records, adapters, make_mesh(*shape), chunk_tokens)
     assert abs(loss - want_loss) < 1e-5
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4 * np.abs(y).max()), got, want)
 

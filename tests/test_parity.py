@@ -8,10 +8,10 @@ import torch
 import transformers
 
 from lco_jax import OmniEmbedder, make_mesh
-from lco_jax.core.packing import TokenSequence, fill_rows, place
+from lco_jax.core.packing import Shape, TokenSequence, fill, fit, lay_stream
 from lco_jax.data.positions import line_positions
-from lco_jax.models.decoder import embed_rows
-from lco_jax.models.layers import apply_rotary, rotary_angles
+from lco_jax.models.decoder import embed
+from lco_jax.models.layers import apply_rotary, rotary_angles, rotation_of
 
 TOLERANCE = 1e-5  # tells right from almost right: never loosen it
 
@@ -61,23 +61,32 @@ def test_same_vectors_alone_in_any_batch_and_on_any_mesh(cases, mesh):
     assert np.abs(backwards[: len(want)][::-1] - want).max() < TOLERANCE
 
 
-def test_a_segment_does_not_see_its_neighbours(cases):
-    """Change one sequence of a row: no other embedding may move by a bit."""
+@pytest.mark.parametrize("shared", [0, 7, None])
+def test_a_sequence_does_not_see_its_neighbours(cases, shared):
+    """Change one sequence of a stream: no other embedding may move by a bit. shared: tokens that all begin with."""
     embedder = OmniEmbedder.from_pretrained(cases["vl"].path)
     rng = np.random.default_rng(0)
     sequences = [rng.integers(0, 500, n).astype(np.int32) for n in (30, 25, 20, 40, 13)]
-    placement = place([len(s) for s in sequences], 64)
-    assert placement.num_rows < len(sequences)
+    head = np.arange(shared or 0, dtype=np.int32)
+    for ids in sequences:
+        ids[: len(head)] = head
+    shape = Shape(160, {32: 4, 48: 4})
+
+    @jax.jit
+    def embeddings(tokens):
+        return embed(embedder.model.decoder, embedder.params["decoder"], tokens)
 
     def run(sequences):
         packed = [TokenSequence(ids, line_positions(0, len(ids))) for ids in sequences]
-        rows = fill_rows(packed, range(5), placement, placement.num_rows, 64, placement.num_slots)
-        vectors = embed_rows(embedder.model.decoder, embedder.params["decoder"], rows)
-        return np.asarray(vectors)[placement.row, placement.slot]
+        stream = lay_stream(packed, None if shared is None else head)
+        assert fit(stream.need, shape) == shape
+        tokens, which = fill([stream], [range(5)], shape, None if shared is None else head)
+        return np.asarray(embeddings(tokens))[0, which[0]]
 
     before = run(sequences)
     for changed in range(5):
-        others = [s if i != changed else (s + 1) % 500 for i, s in enumerate(sequences)]
+        others = [s.copy() for s in sequences]
+        others[changed][len(head) :] = (others[changed][len(head) :] + 1) % 500
         moved = np.abs(run(others) - before).max(axis=1)
         assert moved[changed] > 1e-3
         assert (np.delete(moved, changed) == 0).all()
@@ -99,28 +108,8 @@ def test_mrope_equals_transformers():
     cos, sin = Qwen2_5_VLRotaryEmbedding(config)(torch.tensor(x), torch.tensor(positions).permute(2, 0, 1))
     heads_first = torch.tensor(x).transpose(1, 2)
     want, _ = apply_rotary_pos_emb(heads_first, heads_first, cos, sin)
-    got = apply_rotary(x, rotary_angles(positions, 16, 1e6, tuple(section)))
+    got = apply_rotary(x, rotation_of(rotary_angles(positions, 16, 1e6, tuple(section))))
     assert np.abs(np.asarray(got) - want.transpose(1, 2).numpy()).max() < 1e-5
-
-
-def test_long_rows_in_blocks_equal_the_whole(monkeypatch):
-    """Values and gradients of attention, blocked and not; a pad in the middle and segments across the blocks' edges."""
-    from lco_jax.models import attention
-
-    rng = np.random.default_rng(0)
-    shapes = ((2, 64, 2, 3, 8), (2, 64, 2, 8), (2, 64, 2, 8))
-    query, key, value = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
-    lengths = ([1, 2, 0, 3], [10, 22, 5, 27]), ([1, 1, 2, 2], [10, 22, 5, 27])
-    segments = np.stack([np.repeat(ids, counts) for ids, counts in lengths]).astype(np.int32)
-
-    def loss(query, key, value):
-        return (attention.packed_attention(query, key, value, segments) ** 2).sum()
-
-    whole = attention.packed_attention(query, key, value, segments), jax.grad(loss, (0, 1, 2))(query, key, value)
-    monkeypatch.setattr(attention, "BLOCK", 16)
-    blocks = attention.packed_attention(query, key, value, segments), jax.grad(loss, (0, 1, 2))(query, key, value)
-    for got, want in zip(jax.tree.leaves(blocks), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_long_texts(cases):

@@ -38,7 +38,7 @@ def begin(adapters, tx, mesh):
 
 
 def run(
-    path, records, adapters=None, *, mesh=(1, 1, 1), chunk_rows=0, steps=STEPS, batch=BATCH, dropout=0.0, negatives=1
+    path, records, adapters=None, *, mesh=(1, 1, 1), chunk_tokens=0, steps=STEPS, batch=BATCH, dropout=0.0, negatives=1
 ):
     """Train from `path`; returns (losses, adapters, metrics of the last step)."""
     mesh = make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
@@ -48,8 +48,8 @@ def run(
     if adapters is None:
         adapters = lora.init(jax.random.key(0), params["decoder"], config)
     tx = make_optimizer(OptimizerConfig(learning_rate=4e-4, warmup_steps=5), STEPS)
-    layout = pipeline.Layout(batch, 128, negatives, chunk_rows)
     processor = Processor(checkpoint.folder)
+    layout = pipeline.Layout(batch, negatives, processor.tokenizer.head, chunk_tokens)
     losses, metrics = [], {}
     with jax.set_mesh(mesh):
         state = begin(adapters, tx, mesh)
@@ -129,9 +129,9 @@ def test_eight_devices_equal_one(records, one_device, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk_rows", [1, 4])
-def test_gradcache_chunks_change_nothing(records, one_device, chunk_rows):
-    losses, adapters, _ = run("builtin:tiny", records, dropout=0.1, chunk_rows=chunk_rows)
+@pytest.mark.parametrize("chunk_tokens", [100, 250])
+def test_gradcache_chunks_change_nothing(records, one_device, chunk_tokens):
+    losses, adapters, _ = run("builtin:tiny", records, dropout=0.1, chunk_tokens=chunk_tokens)
     assert np.abs(losses - one_device[0]).max() < 1e-5
     for got, want in zip(jax.tree.leaves(adapters), jax.tree.leaves(one_device[1]), strict=True):
         assert np.linalg.norm(got - want) < 1e-3 * np.linalg.norm(want)
@@ -140,7 +140,7 @@ def test_gradcache_chunks_change_nothing(records, one_device, chunk_rows):
 def test_chunked_and_sharded_step_in_short(records):
     """Three steps of the above, for the quick lane."""
     plain, _, _ = run("builtin:tiny", records, steps=3, dropout=0.1)
-    other, _, _ = run("builtin:tiny", records, steps=3, dropout=0.1, mesh=(2, 2, 2), chunk_rows=1)
+    other, _, _ = run("builtin:tiny", records, steps=3, dropout=0.1, mesh=(2, 2, 2), chunk_tokens=40)
     assert np.abs(plain - other).max() < 1e-5
 
 
@@ -190,7 +190,7 @@ def test_a_step_that_is_not_finite_changes_nothing(cases, records):
     config = lora.LoraConfig(rank=4, alpha=8)
     adapters = lora.init(jax.random.key(0), params["decoder"], config)
     tx = make_optimizer(OptimizerConfig(schedule="constant"), 10)
-    layout = pipeline.Layout(4, 128, 1)
+    layout = pipeline.Layout(4, 1, processor.tokenizer.head)
     local = pipeline._prepare(records[:4], layout, processor, None, 1, 0)
     broken = jax.tree.map(lambda x: x, params)
     broken["decoder"]["norm"]["weight"] = params["decoder"]["norm"]["weight"].at[0].set(jnp.nan)

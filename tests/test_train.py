@@ -149,7 +149,6 @@ def test_a_finished_run_and_another_configuration(quiet):
         ("seed=-1", "config.seed is -1"),
         ("model.remat=ful", "remat is 'ful'"),
         ("model.dtype=bf16", "dtype 'bf16'"),
-        ("data.row_length=40", "config.data.row_length 40 does not hold"),
         ("mesh.tensor=3", "mesh .* needs"),
         ("optimizer.schedule=cubic", "optimizer.schedule is 'cubic'"),
         ("eval.path=nowhere.jsonl", "nowhere.jsonl cannot be read"),

@@ -21,7 +21,7 @@ from lco_jax.checkpoint import builtin
 from lco_jax.checkpoint.tensors import TensorFolder
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, resolve
-from lco_jax.core.packing import PackedRows
+from lco_jax.core.packing import PackedTokens
 from lco_jax.core.sharding import shardings
 from lco_jax.models.config import DecoderConfig
 from lco_jax.models.decoder import REMAT_POLICIES, Decoder
@@ -107,8 +107,9 @@ def abstract_params(module: DecoderConfig | nn.Module, dtype: Any = jnp.float32)
     """The parameter tree of a decoder or a tower as shapes and dtypes, nothing allocated."""
     if isinstance(module, DecoderConfig):
         one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        rows = PackedRows(one, one, jax.ShapeDtypeStruct((1, 1, 3), jnp.int32), one, one, one)
-        init = partial(jax.eval_shape, Decoder(module, param_dtype=dtype).init, jax.random.key(0), rows)
+        three = jax.ShapeDtypeStruct((1, 1, 3), jnp.int32)
+        tokens = PackedTokens(one, three, one, one, (jax.ShapeDtypeStruct((1, 1, 1), jnp.int32),), one, one)
+        init = partial(jax.eval_shape, Decoder(module, param_dtype=dtype).init, jax.random.key(0), tokens)
     else:
         init = partial(jax.eval_shape, module.clone(param_dtype=dtype).init, jax.random.key(0), **module.example())
     return init()["params"]

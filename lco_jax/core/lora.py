@@ -9,7 +9,8 @@ adapted matrix and nothing elsewhere. `jax.grad` is taken of that tree alone.
 import math
 import re
 import zlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -107,3 +108,23 @@ def merge(params: Tree, adapters: Tree, config: LoraConfig) -> Tree:
     leaves, pairs = _adapted_leaves(params, adapters)
     merged = {path: merge_weight(leaves[path], a, b, config.scale) for path, (a, b) in pairs.items()}
     return unflatten_dict({**leaves, **merged}, sep=".")
+
+
+def split_frozen(params: Tree) -> tuple[list[Any], list[Any], Callable[[list[Any], list[Any]], Tree]]:
+    """What of `params` no gradient is taken of, what is tuned, and the function that puts them together again.
+
+    Tuned are the factors of `LoraWeight`s (None for every other leaf); frozen is the rest.
+    """
+    adapted = lambda leaf: isinstance(leaf, LoraWeight)  # noqa: E731
+    leaves, structure = jax.tree.flatten(params, is_leaf=adapted)
+    frozen = [leaf.base if adapted(leaf) else leaf for leaf in leaves]
+    tuned = [(leaf.a, leaf.b, leaf.seed) if adapted(leaf) else None for leaf in leaves]
+
+    def join(frozen: list[Any], tuned: list[Any]) -> Tree:
+        rebuilt = [
+            base if factors is None else replace(leaf, base=base, a=factors[0], b=factors[1], seed=factors[2])
+            for leaf, base, factors in zip(leaves, frozen, tuned, strict=True)
+        ]
+        return structure.unflatten(rebuilt)
+
+    return frozen, tuned, join

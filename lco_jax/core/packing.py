@@ -1,13 +1,19 @@
-"""Packed rows: many short sequences side by side in rows of one static length, told apart by segment ids.
+"""Packed streams: many sequences in one stream of tokens, in which a beginning that they share lies once.
 
-Dimensions: C GradCache chunks, R rows, T tokens in a row, S slots (the most sequences a row holds), N sequences,
-B records, M hard negatives a record (the most).
+Dimensions: C GradCache chunks, R streams (one a device's share), T tokens of a stream, W width and N rows of a group of
+attention rows, U slots of all a stream's attention rows (Σ N · W), S sequences of a stream (Σ N), B records, M hard
+negatives a record (the most), P tokens of the head.
 
-No sequence is ever padded to the longest and none can see another, so an embedding cannot depend on its neighbours.
+In a causal decoder a token's state depends on what stands before it and on nothing else. So sequences that begin alike
+can share the tokens of their beginning, and every matrix product runs over the stream, which has no padding but at its
+end. Attention alone needs whole sequences: `rows` says which tokens of the stream make up each, and they are gathered
+into groups of a few widths, begun at the left, where plain causal attention never sees a pad.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+import heapq
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -17,86 +23,58 @@ from jax import Array
 
 from lco_jax.core.weights import GOLDEN_RATIO
 
+MIN_WIDTH = 32
+
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["input_ids", "segment_ids", "position_ids", "token_keys", "last_tokens", "media_slots"],
-    meta_fields=[],
+    data_fields=["input_ids", "position_ids", "token_keys", "media_slots", "rows", "home", "last_tokens"],
+    meta_fields=["head_length"],
 )
 @dataclass(frozen=True)
-class PackedRows:
+class PackedTokens:
     """The decoder's input; leading axes are free (the training step puts GradCache chunks before R).
 
-    input_ids: int32 [R, T]. segment_ids: int32 [R, T], 1, 2, … along a row, 0 for padding.
-    position_ids: int32 [R, T, 3], restarting at 0 in every segment; the axes are time, height and width (M-RoPE).
+    input_ids: int32 [R, T]. position_ids: int32 [R, T, 3]; the axes are time, height and width (M-RoPE).
     token_keys: uint32 [R, T], identity of a token (sequence, position), for dropout.
-    last_tokens: int32 [R, S], index in its row of each segment's last token; 0 in empty slots.
-    media_slots: int32 [R, T], which media token of the row's shard takes the token's place; -1 for none.
+    media_slots: int32 [R, T], which media token of the stream's shard takes the token's place; -1 for none.
+    rows: int32 [R, N, W] for each width: where in the stream each token of a sequence lies; -1 after its end.
+    home: int32 [R, T], the first of the U slots at which a token stands; -1 for padding.
+    last_tokens: int32 [R, S], where each sequence's last token lies; 0 for the empty rows.
+    head_length: P where at most the stream's first P tokens are shared, and lie in the same column of every row that
+    has them (training, whose backward pass relies on it); None where any may be (inference).
     """
 
     input_ids: Array
-    segment_ids: Array
     position_ids: Array
     token_keys: Array
-    last_tokens: Array
     media_slots: Array
+    rows: tuple[Array, ...]
+    home: Array
+    last_tokens: Array
+    head_length: int | None = None
 
-    def map(self, function: Callable[[Array], Array]) -> "PackedRows":
+    def map(self, function: Callable[[Array], Array]) -> "PackedTokens":
         """`function` applied to every array."""
-        return PackedRows(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
+        return jax.tree.map(function, self)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["rows", "sequences", "content", "media"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["tokens", "sequences", "content", "media"], meta_fields=[])
 @dataclass(frozen=True)
 class Batch:
     """A global batch on the mesh.
 
-    rows: `PackedRows` of [C, R, T], rows split over the mesh axes (data, fsdp).
+    tokens: `PackedTokens` of [C, R, …], streams split over the mesh axes (data, fsdp).
     sequences: int32 [B, 2 + M], replicated: where anchor, positive and negatives of each record lie among the
-    C · R · S slots; -1 for a negative that a record does not have, and throughout for a record that was left out.
+    C · R · S sequences; -1 for a negative that a record does not have, and throughout for a record that was left out.
     content: int32 [B, 2 + M], replicated: equal for sides that say the same.
     media: what each tower reads: tower -> argument -> rows, split over the mesh as the batch's are; {} for text alone.
     """
 
-    rows: PackedRows
+    tokens: PackedTokens
     sequences: Array
     content: Array
     media: dict[str, dict[str, Array]]
-
-
-class Placement(NamedTuple):
-    """Where each of N sequences went: row [N], slot within the row [N], first token's index [N]."""
-
-    row: np.ndarray
-    slot: np.ndarray
-    start: np.ndarray
-
-    @property
-    def num_rows(self) -> int:
-        return int(self.row.max(initial=-1)) + 1
-
-    @property
-    def num_slots(self) -> int:
-        return int(self.slot.max(initial=-1)) + 1
-
-
-def place(lengths: Iterable[int], row_length: int) -> Placement:
-    """Best fit, longest first: each sequence goes to the fullest row that still holds it. Deterministic."""
-    lengths = np.fromiter(lengths, np.int64)
-    if len(lengths) and lengths.max() > row_length:
-        raise ValueError(f"a sequence of {lengths.max()} tokens does not fit a row of {row_length}")
-    free = np.full(len(lengths), row_length, np.int64)  # as many rows as sequences is always enough
-    used = np.zeros(len(lengths), np.int64)
-    row, slot, start = (np.zeros(len(lengths), np.int32) for _ in range(3))
-    opened = 0
-    for i in np.argsort(-lengths, kind="stable"):
-        room = np.where(free[:opened] >= lengths[i], free[:opened], row_length + 1)
-        best = int(room.argmin()) if opened and room.min() <= row_length else opened
-        opened = max(opened, best + 1)
-        row[i], slot[i], start[i] = best, used[best], row_length - free[best]
-        free[best] -= lengths[i]
-        used[best] += 1
-    return Placement(row, slot, start)
 
 
 @dataclass(frozen=True)
@@ -111,32 +89,26 @@ class TokenSequence:
         return len(self.input_ids)
 
 
-def fill_rows(
-    sequences: Iterable[TokenSequence],
-    sequence_ids: Iterable[int],
-    placement: Placement,
-    num_rows: int,
-    row_length: int,
-    num_slots: int,
-) -> PackedRows:
-    """N sequences -> `PackedRows` of [num_rows, row_length], as `placement` says.
+@dataclass(frozen=True)
+class Shape:
+    """Static sizes of a stream. tokens: T; rows: N of each width W; chunks: C."""
 
-    sequence_ids: an identity of each sequence that does not depend on packing (the dropout key of its tokens).
-    """
-    shape = (num_rows, row_length)
-    input_ids, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    media_slots = np.full(shape, -1, np.int32)
-    position_ids, token_keys = np.zeros((*shape, 3), np.int32), np.zeros(shape, np.uint32)
-    last_tokens = np.zeros((num_rows, num_slots), np.int32)
-    for sequence, identity, row, slot, start in zip(sequences, sequence_ids, *placement, strict=True):
-        span = slice(start, start + len(sequence))
-        input_ids[row, span], position_ids[row, span] = sequence.input_ids, sequence.position_ids
-        segment_ids[row, span] = slot + 1
-        token_keys[row, span] = np.uint32(identity * GOLDEN_RATIO % 2**32) + np.arange(len(sequence), dtype=np.uint32)
-        last_tokens[row, slot] = start + len(sequence) - 1
-        if sequence.media_slots is not None:
-            media_slots[row, span] = sequence.media_slots
-    return PackedRows(input_ids, segment_ids, position_ids, token_keys, last_tokens, media_slots)
+    tokens: int = 0
+    rows: Mapping[int, int] = field(default_factory=dict)
+    chunks: int = 1
+
+
+class Stream(NamedTuple):
+    """Sequences laid into one stream. at: of each, where its tokens lie: int32 [n]; length: how many tokens it took."""
+
+    sequences: list[TokenSequence]
+    at: list[np.ndarray]
+    length: int
+
+    @property
+    def need(self) -> Shape:
+        """The least shape that holds it."""
+        return Shape(self.length, Counter(width_of(len(x)) for x in self.at))
 
 
 def bucket(n: int, granularity: int = 8) -> int:
@@ -145,3 +117,154 @@ def bucket(n: int, granularity: int = 8) -> int:
     while n > 2 * granularity * step:
         step *= 2
     return -(-n // step) * step
+
+
+def width_of(length: int) -> int:
+    """The width of the attention row that a sequence of so many tokens is given."""
+    return max(bucket(length, 2), MIN_WIDTH)
+
+
+WIDTHS = tuple(sorted({width_of(n << k) for n in (2, 3) for k in range(20)}))  # up to a million tokens
+
+
+def common_length(a: np.ndarray, b: np.ndarray) -> int:
+    """How many items a and b have in common at their beginning."""
+    differ = a[: len(b)] != b[: len(a)]
+    return int(differ.argmax()) if differ.any() else len(differ)
+
+
+def lay_stream(sequences: Sequence[TokenSequence], head: np.ndarray | None) -> Stream:
+    """Lay sequences side by side, each without what lies there already.
+
+    head: token ids [P] at the start of the stream, the only ones that are shared (training, where dropout must be a
+    sequence's own and gradients of what is shared are summed); None: every common beginning is shared.
+    """
+    ids = [_text_ids(one, i) for i, one in enumerate(sequences)]
+    order: Iterable[int] = range(len(ids))
+    if head is None:
+        order = sorted(order, key=lambda i: ids[i].tobytes())  # in any order of tokens the like lie side by side
+    before = np.zeros(0, np.int32) if head is None else head
+    before_at = np.arange(len(before), dtype=np.int32)
+    length, at = len(before), [before_at] * len(ids)
+    for i in order:
+        shared = common_length(ids[i], before)
+        own = len(ids[i]) - shared
+        at[i] = np.concatenate([before_at[:shared], np.arange(length, length + own, dtype=np.int32)])
+        length += own
+        if head is None:
+            before, before_at = ids[i], at[i]
+    return Stream(list(sequences), at, length)
+
+
+def _text_ids(one: TokenSequence, i: int) -> np.ndarray:
+    """Its token ids, with a number of its own for media, which no other sequence shares."""
+    return one.input_ids if one.media_slots is None else np.where(one.media_slots < 0, one.input_ids, -1 - i)
+
+
+def spread(sizes: Iterable[int], bins: int) -> np.ndarray:
+    """Which of `bins` each item goes to: the largest first, each to the least filled. Deterministic."""
+    sizes = np.fromiter(sizes, np.int64)
+    filled = [(0, i) for i in range(bins)]
+    chosen = np.zeros(len(sizes), np.int64)
+    for i in np.argsort(-sizes, kind="stable"):
+        total, chosen[i] = filled[0]
+        heapq.heapreplace(filled, (total + int(sizes[i]), int(chosen[i])))
+    return chosen
+
+
+def fit(need: Shape, floor: Shape) -> Shape:
+    """A shape that holds `need`: `floor` wherever that does, so that batches alike have one shape; else few values.
+
+    A sequence may lie in a wider row than it needs, so what one group lacks the spare rows of a wider one give.
+    """
+    rows, lacking = dict(floor.rows), 0
+    for width in sorted({*need.rows, *floor.rows}, reverse=True):
+        lacking += need.rows.get(width, 0) - floor.rows.get(width, 0)
+        if lacking > 0:
+            rows[width] = bucket(floor.rows.get(width, 0) + lacking, 4)
+            lacking = floor.rows.get(width, 0) + lacking - rows[width]
+    tokens = floor.tokens if need.tokens <= floor.tokens else bucket(need.tokens, 16)
+    return Shape(tokens, dict(sorted(rows.items())), max(need.chunks, floor.chunks))
+
+
+def largest(shapes: Iterable[Shape]) -> Shape:
+    """The least shape that holds each of `shapes`."""
+    shapes = list(shapes)
+    widths = sorted({width for shape in shapes for width in shape.rows})
+    rows = {width: max(shape.rows.get(width, 0) for shape in shapes) for width in widths}
+    return Shape(max(x.tokens for x in shapes), rows, max(x.chunks for x in shapes))
+
+
+def fill(
+    streams: Sequence[Stream],
+    identities: Sequence[Sequence[int]],
+    shape: Shape,
+    head: np.ndarray | None,
+) -> tuple[PackedTokens, list[np.ndarray]]:
+    """R streams -> their arrays in `shape`, and for each stream which of its S sequences each one became.
+
+    identities: of each sequence, a number that does not depend on packing: the dropout keys of its own tokens come from
+    it, those of the head's tokens are the same everywhere.
+    """
+    size, slots = (len(streams), shape.tokens), sum(shape.rows.values())
+    input_ids, position_ids = np.zeros(size, np.int32), np.zeros((*size, 3), np.int32)
+    token_keys, media_slots = np.zeros(size, np.uint32), np.full(size, -1, np.int32)
+    rows = {width: np.full((len(streams), count, width), -1, np.int32) for width, count in shape.rows.items()}
+    home, last_tokens = np.full(size, -1, np.int32), np.zeros((len(streams), slots), np.int32)
+    widths = sorted(shape.rows)
+    counts = [shape.rows[width] for width in widths]
+    first_row = dict(zip(widths, np.cumsum([0, *counts]), strict=False))
+    first_slot = dict(zip(widths, np.cumsum([0, *(w * n for w, n in zip(widths, counts, strict=True))]), strict=False))
+    became = []
+    for r, (stream, numbers) in enumerate(zip(streams, identities, strict=True)):
+        used, which = dict.fromkeys(widths, 0), np.zeros(len(stream.at), np.int64)
+        for i in sorted(range(len(stream.at)), key=lambda i: -len(stream.at[i])):  # the long ones have less choice
+            one, at = stream.sequences[i], stream.at[i]
+            width = next(w for w in widths if w >= len(at) and used[w] < shape.rows[w])
+            row, used[width] = used[width], used[width] + 1
+            which[i] = first_row[width] + row
+            last_tokens[r, which[i]] = at[-1]
+            rows[width][r, row, : len(at)] = at
+            new = np.flatnonzero(home[r, at] < 0)
+            home[r, at[new]] = first_slot[width] + row * width + new
+            input_ids[r, at[new]], position_ids[r, at[new]] = one.input_ids[new], one.position_ids[new]
+            keys = np.uint32(numbers[i] * GOLDEN_RATIO % 2**32) + new.astype(np.uint32)
+            common = 0 if head is None else common_length(_text_ids(one, i), head)
+            token_keys[r, at[new]] = np.where(new < common, new.astype(np.uint32), keys)
+            if one.media_slots is not None:
+                media_slots[r, at[new]] = one.media_slots[new]
+        became.append(which)
+    groups = tuple(rows[width] for width in widths)
+    arrays = (input_ids, position_ids, token_keys, media_slots, groups, home, last_tokens)
+    return PackedTokens(*arrays, None if head is None else len(head)), became
+
+
+class Placement(NamedTuple):
+    """Where each of N items went: row [N], slot within the row [N], first place taken [N]."""
+
+    row: np.ndarray
+    slot: np.ndarray
+    start: np.ndarray
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.row.max(initial=-1)) + 1
+
+
+def place(lengths: Iterable[int], row_length: int) -> Placement:
+    """Best fit, longest first: each item goes to the fullest row that still holds it. Deterministic."""
+    lengths = np.fromiter(lengths, np.int64)
+    if len(lengths) and lengths.max() > row_length:
+        raise ValueError(f"an item of {lengths.max()} does not fit a row of {row_length}")
+    free = np.full(len(lengths), row_length, np.int64)  # as many rows as items is always enough
+    used = np.zeros(len(lengths), np.int64)
+    row, slot, start = (np.zeros(len(lengths), np.int32) for _ in range(3))
+    opened = 0
+    for i in np.argsort(-lengths, kind="stable"):
+        room = np.where(free[:opened] >= lengths[i], free[:opened], row_length + 1)
+        best = int(room.argmin()) if opened and room.min() <= row_length else opened
+        opened = max(opened, best + 1)
+        row[i], slot[i], start[i] = best, used[best], row_length - free[best]
+        free[best] -= lengths[i]
+        used[best] += 1
+    return Placement(row, slot, start)

@@ -1,6 +1,6 @@
-"""Records -> batches of packed rows on the mesh: deterministic, shuffled, sharded by process, resumable (grain).
+"""Records -> batches of packed streams on the mesh: deterministic, shuffled, sharded by process, resumable (grain).
 
-Dimensions: C GradCache chunks, R rows, T tokens in a row, S slots, B records, M hard negatives a record (the most).
+Dimensions: C GradCache chunks, R streams, B records, M hard negatives a record (the most).
 
 Global batch k holds records [k·B, (k+1)·B) of the shuffled mixture on any number of processes: process p of P reads
 those whose index is p modulo P. The position of the stream is one number, so a run can resume on another mesh.
@@ -8,10 +8,10 @@ those whose index is p modulo P. The position of the stream is one number, so a 
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -21,11 +21,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lco_jax.core.errors import LcoError
-from lco_jax.core.packing import Batch, Placement, bucket, fill_rows, place
+from lco_jax.core.packing import WIDTHS, Batch, Shape, Stream, fill, fit, largest, lay_stream, spread
 from lco_jax.core.sharding import ROWS, replicated, row_shards
 from lco_jax.data.inputs import conversation
-from lco_jax.data.processor import Processor, lay_media
-from lco_jax.data.prompts import ChatTokenizer, as_messages
+from lco_jax.data.processor import MediaRows, MediaShape, Processor, lay_media
 from lco_jax.data.records import Record, Side, side_key
 from lco_jax.data.scan import Source
 from lco_jax.data.sources import open_source
@@ -48,22 +47,26 @@ class LocalBatch:
     record: np.ndarray
     side: np.ndarray
     content: np.ndarray
-    placement: Placement
     skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Shapes that stay fixed through a run. chunk_rows: rows per shard and GradCache chunk; 0: one chunk.
+    """What stays fixed through a run.
 
-    on_bad: whether a record whose media cannot be read stops the run ("error") or is left out of its batch ("skip").
+    head: token ids with which texts begin, computed once a stream. chunk_tokens: the most tokens of a stream, and so of
+    a GradCache chunk, but for a single longer sequence; 0: one chunk. on_bad: whether a record whose media cannot be
+    read stops the run ("error") or is left out of its batch ("skip"). floor, media_floor: the least shapes
+    (`data/plan.py`).
     """
 
     batch_size: int
-    row_length: int
     max_negatives: int
-    chunk_rows: int = 0
+    head: np.ndarray
+    chunk_tokens: int = 0
     on_bad: str = "error"
+    floor: Shape = field(default_factory=Shape)
+    media_floor: MediaShape = field(default_factory=dict)
 
 
 def open_sources(config: Mapping[str, Any]) -> dict[str, Source]:
@@ -107,16 +110,20 @@ def _turn(part: int, turn: int) -> tuple[int, int]:
 
 
 def local_batches(
-    stream: grain.MapDataset, layout: Layout, processor: Processor, max_length: int | None, threads: int = 2
-) -> grain.DatasetIterator:
-    """This process's share of each global batch, prepared and placed ahead of time in threads."""
+    stream: grain.MapDataset, layout: Layout, processor: Processor, max_length: int | None
+) -> grain.MapDataset:
+    """This process's share of each global batch."""
     processes, me = jax.process_count(), jax.process_index()
     if layout.batch_size % processes:
         raise LcoError(f"config.train.batch_size {layout.batch_size} does not divide by the {processes} processes")
     share = stream if processes == 1 else stream[me::processes]
     prepare = partial(_prepare, layout=layout, processor=processor, max_length=max_length, stride=processes, offset=me)
-    batches = share.batch(layout.batch_size // processes, drop_remainder=True, batch_fn=list).map(prepare)
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
+    return share.batch(layout.batch_size // processes, drop_remainder=True, batch_fn=list).map(prepare)
+
+
+def ahead(local: grain.MapDataset, threads: int) -> grain.DatasetIterator:
+    """The batches one after the other, prepared ahead of time in threads."""
+    return iter(local.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
 
 
 def _prepare(
@@ -139,12 +146,6 @@ def _prepare(
     bad: dict[int, str] = {}
     results = processor.attempt(conversations, names)
     for (i, _, _), result in zip(sides, results, strict=True):
-        if not isinstance(result, LcoError) and len(result) > layout.row_length:
-            result = LcoError(
-                f"{records[i].where}: a side of {len(result)} tokens (template included) does not fit "
-                f"config.data.row_length {layout.row_length}; raise it, or lower config.data.max_length or the caps of "
-                "config.data.media"
-            )
         if isinstance(result, LcoError):
             if layout.on_bad == "error":
                 raise result
@@ -155,7 +156,6 @@ def _prepare(
         record=np.array([i * stride + offset for i, *_ in kept], np.int64),
         side=np.array([j for _, j, *_ in kept], np.int64),
         content=np.array([_number(side) for *_, side, _ in kept], np.int32),
-        placement=place([len(result) for *_, result in kept], layout.row_length),
         skipped=tuple(bad.values()),
     )
 
@@ -165,42 +165,64 @@ def _number(side: Side) -> int:
     return int.from_bytes(blake2b(repr(side_key(side)).encode(), digest_size=4).digest(), "little", signed=True)
 
 
+class LaidBatch(NamedTuple):
+    """A process's share of a batch, laid into its streams. bins: of each input, its stream, chunk by chunk.
+
+    members: of each stream, its inputs' numbers.
+    """
+
+    chunks: int
+    bins: np.ndarray
+    members: list[np.ndarray]
+    streams: list[Stream]
+    media: MediaRows
+    media_shape: MediaShape
+
+
+def lay_batch(local: LocalBatch, layout: Layout, layouts: Mapping[str, TowerRows], shards: int) -> LaidBatch:
+    """Spread a share over the `shards` that this process feeds, and over chunks, and lay each part into its stream.
+
+    layouts: how each tower's rows are laid out (`Processor.rows`).
+    """
+    own = [max(len(one) - len(layout.head), 1) for one in local.inputs]
+    chunks = -(-sum(own) // (shards * layout.chunk_tokens)) if layout.chunk_tokens else 1
+    chunks = max(int(agree(np.array([chunks]))[0]), layout.floor.chunks)
+    bins = spread(own, chunks * shards)
+    by_shard = [np.flatnonzero(bins % shards == shard) for shard in range(shards)]
+    media, laid, media_shape = lay_media(
+        layouts, [[local.inputs[i] for i in chosen] for chosen in by_shard], agree, layout.media_floor
+    )
+    sequences = dict(zip(np.concatenate(by_shard), (one for ones in laid for one in ones), strict=True))
+    members = [np.flatnonzero(bins == i) for i in range(chunks * shards)]
+    streams = [lay_stream([sequences[i] for i in chosen], layout.head) for chosen in members]
+    return LaidBatch(chunks, bins, members, streams, media, media_shape)
+
+
 def global_batch(local: LocalBatch, layout: Layout, layouts: Mapping[str, TowerRows], mesh: Mesh) -> Batch:
-    """Every process's share -> one `Batch` on the mesh. Processes agree on its shape, which takes few values.
+    """Every process's share -> one `Batch` on the mesh. Processes agree on its shape, which is nearly always the same.
 
     layouts: how each tower's rows are laid out (`Processor.rows`).
     """
     processes, me = jax.process_count(), jax.process_index()
     shards = row_shards(mesh) // processes  # the row shards that this process feeds
-    place_ = local.placement
-    need = _agree(np.array([place_.num_rows, place_.num_slots], np.int32))
-    num_rows, num_slots = max(int(need[0]), 1), max(bucket(int(need[1]), 4), 8)
-    per_shard = -(-num_rows // shards)
-    if layout.chunk_rows:
-        chunk_rows, chunks = layout.chunk_rows, bucket(-(-per_shard // layout.chunk_rows))
-    else:
-        chunk_rows, chunks = bucket(per_shard), 1
-    here = chunk_rows * shards  # rows of one chunk on this process
-    everywhere = here * processes
-
-    chunk, row = np.divmod(place_.row, here)
-    by_shard = [np.flatnonzero(row // chunk_rows == shard) for shard in range(shards)]
-    media, laid = lay_media(layouts, [[local.inputs[i] for i in chosen] for chosen in by_shard], _agree)
-    order = np.concatenate(by_shard)
-    identity = (local.record * MAX_SIDES + local.side)[order]
-    placed = Placement(*(x[order] for x in place_))
-    sequences = [one for inputs in laid for one in inputs]
-    rows = fill_rows(sequences, identity, placed, chunks * here, layout.row_length, num_slots)
+    laid = lay_batch(local, layout, layouts, shards)
+    shape = fit(agree_shape(largest(stream.need for stream in laid.streams)), layout.floor)
+    identities = [local.record[chosen] * MAX_SIDES + local.side[chosen] for chosen in laid.members]
+    tokens, became = fill(laid.streams, identities, shape, layout.head)
     split, split_media = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, ROWS), (ROWS,)))
 
     def to_mesh(x: np.ndarray) -> Array:
-        x = x.reshape(chunks, here, *x.shape[1:])
-        return jax.make_array_from_process_local_data(split, x, (chunks, everywhere, *x.shape[2:]))
+        x = x.reshape(laid.chunks, shards, *x.shape[1:])
+        return jax.make_array_from_process_local_data(split, x, (laid.chunks, shards * processes, *x.shape[2:]))
 
     def media_to_mesh(x: np.ndarray) -> Array:
         return jax.make_array_from_process_local_data(split_media, x, (len(x) * processes, *x.shape[1:]))
 
-    slots = (chunk * everywhere + me * here + row) * num_slots + place_.slot
+    which = np.zeros(len(local.inputs), np.int64)
+    for chosen, slots in zip(laid.members, became, strict=True):
+        which[chosen] = slots
+    chunk, shard = np.divmod(laid.bins, shards)
+    slots = (chunk * shards * processes + me * shards + shard) * tokens.last_tokens.shape[-1] + which
     table = np.full((2, layout.batch_size, 2 + layout.max_negatives), -1, np.int32)
     table[:, local.record, local.side] = slots, local.content
     if processes > 1:
@@ -208,22 +230,19 @@ def global_batch(local: LocalBatch, layout: Layout, layouts: Mapping[str, TowerR
         table = np.where(every[:, :1] >= 0, every, np.iinfo(np.int32).min).max(axis=0)
         table[0] = np.maximum(table[0], -1)
     everywhere_same = [jax.make_array_from_callback(x.shape, replicated(mesh), x.__getitem__) for x in table]
-    return Batch(rows.map(to_mesh), *everywhere_same, jax.tree.map(media_to_mesh, media))
+    return Batch(tokens.map(to_mesh), *everywhere_same, jax.tree.map(media_to_mesh, laid.media))
 
 
-def _agree(need: np.ndarray) -> np.ndarray:
+def agree(need: np.ndarray) -> np.ndarray:
     """The largest of every process's numbers."""
     return need if jax.process_count() == 1 else multihost_utils.process_allgather(need).max(axis=0)
 
 
-def check_lengths(layout: Layout, tokenizer: ChatTokenizer, max_length: int) -> None:
-    """Raise unless a row holds a text of `max_length` tokens with its template, so that none fails hours into a run."""
-    template = len(tokenizer([as_messages("", "")])[0])
-    if layout.row_length < max_length + template:
-        raise LcoError(
-            f"config.data.row_length {layout.row_length} does not hold config.data.max_length {max_length} tokens with "
-            f"their template of {template}; it must be at least {max_length + template}"
-        )
+def agree_shape(need: Shape) -> Shape:
+    """The least shape that holds every process's."""
+    counts = [need.rows.get(width, 0) for width in WIDTHS]
+    tokens, chunks, *counts = (int(x) for x in agree(np.array([need.tokens, need.chunks, *counts], np.int64)))
+    return Shape(tokens, {width: count for width, count in zip(WIDTHS, counts, strict=True) if count}, chunks)
 
 
 def check_mesh(mesh: Mesh) -> None:

@@ -21,6 +21,7 @@ from lco_jax.data.qwen import QwenMedia
 from lco_jax.data.tower_rows import Processed, TowerRows
 
 MediaRows = dict[str, dict[str, np.ndarray]]  # tower -> argument -> rows
+MediaShape = dict[str, tuple[int, int]]  # tower -> the width of its rows, and how many a shard has
 
 
 class Processor:
@@ -114,33 +115,36 @@ def lay_media(
     layouts: dict[str, TowerRows],
     shards: Sequence[Sequence[Processed]],
     agree: Callable[[np.ndarray], np.ndarray] = lambda need: need,
-) -> tuple[MediaRows, list[list[TokenSequence]]]:
-    """Lay the media of each shard's inputs into tower rows: (rows, P times as many as a shard has; the inputs' tokens).
+    floor: MediaShape | None = None,
+) -> tuple[MediaRows, list[list[TokenSequence]], MediaShape]:
+    """Lay the media of each shard's inputs into tower rows: (rows, P times as many as a shard has; the inputs' tokens;
+    the least shape that holds them).
 
-    agree: makes the shapes of all processes one (the largest): int array -> int array, elementwise.
+    agree: makes the shapes of all processes one (the largest): int array -> int array, elementwise. floor: a shape to
+    keep to wherever it does.
     """
-    towers = sorted({placed.tower for inputs in shards for one in inputs for placed in one.media})
+    floor = floor or {}
     known = sorted(layouts)
     items = {
         tower: [[placed.item for one in inputs for placed in one.media if placed.tower == tower] for inputs in shards]
         for tower in known
     }
-    widths = np.array([max(layouts[t].width(x) for x in items[t]) if t in towers else 0 for t in known], np.int64)
-    widths = agree(widths)
+    need = np.array([max(layouts[t].width(x) for x in items[t]) if any(items[t]) else 0 for t in known], np.int64)
+    widths = np.maximum(agree(need), [floor.get(tower, (0, 0))[0] for tower in known])
     laid = {t: [layouts[t].lay(x, int(w)) for x in items[t]] for t, w in zip(known, widths, strict=True) if w}
-    rows = agree(np.array([max((x.rows for x in laid[t]), default=0) if t in laid else 0 for t in known], np.int64))
+    need = np.array([max((x.rows for x in laid[t]), default=0) if t in laid else 0 for t in known], np.int64)
+    shape = {t: (int(w), int(n)) for t, w, n in zip(known, widths, agree(need), strict=True) if w}
     media: MediaRows = {}
     slots: list[dict[str, Any]] = [{} for _ in shards]
     offset = 0
-    for tower, width, count in zip(known, widths, rows, strict=True):
-        if not count:
-            continue
-        count = bucket(int(count), 4)
-        media[tower] = layouts[tower].fill(list(zip(items[tower], laid[tower], strict=True)), count, int(width))
+    for tower, (width, count) in shape.items():
+        least = floor.get(tower, (0, 0))[1]
+        count = least if count <= least else bucket(count, 4)
+        media[tower] = layouts[tower].fill(list(zip(items[tower], laid[tower], strict=True)), count, width)
         for shard, where in enumerate(laid[tower]):
             slots[shard][tower] = iter([tokens + offset for tokens in where.tokens])
-        offset += count * layouts[tower].tokens_per_row(int(width))
-    return media, [[_with_slots(one, slots[shard]) for one in inputs] for shard, inputs in enumerate(shards)]
+        offset += count * layouts[tower].tokens_per_row(width)
+    return media, [[_with_slots(one, slots[shard]) for one in inputs] for shard, inputs in enumerate(shards)], shape
 
 
 def _with_slots(one: Processed, slots: dict[str, Any]) -> TokenSequence:

@@ -7,6 +7,7 @@ is generated from the hidden state that we take as the embedding (the paper, sec
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json
+from lco_jax.core.packing import common_length
 
 Messages = list[dict[str, Any]]
 EXTENSIONS = {
@@ -163,6 +165,12 @@ class ChatTokenizer:
             self.tokenizer.chat_template = _template_file(folder / "chat_template.json")
         if self.tokenizer.chat_template is None:
             raise LcoError(f"{folder} has no chat template (chat_template.jinja, .json, or in tokenizer_config.json)")
+
+    @cached_property
+    def head(self) -> np.ndarray:
+        """Token ids with which every text of one user turn begins, but for the few that melt into its newline."""
+        a, b = self([as_messages(text, "") for text in ("a", "b")])
+        return a[: common_length(a, b)]
 
     def render(self, messages: Messages) -> str:
         """The templated text, ending where the assistant's answer would begin."""

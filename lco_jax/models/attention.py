@@ -1,9 +1,13 @@
-"""Attention over packed rows: never across segments; causal in decoders, two-way in towers.
+"""The one entry point to attention: which kernel does it, and the plain one in XLA.
 
 Dimensions: B rows, T query tokens, S key tokens (S = T), K key-value heads, G query heads per key-value head,
-H head_dim, D hidden.
+H head_dim, D hidden, R streams, N rows of a stream's group, W their width.
+
+Decoders attend causally within rows that begin with a sequence's first token, so that no mask is needed for what comes
+after its last; towers attend two-way, within segments of a row. A key-value head is shared, never repeated.
 """
 
+import logging
 from functools import partial
 from typing import Any
 
@@ -13,33 +17,97 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
 
+from lco_jax.core.errors import LcoError
 from lco_jax.core.weights import matmul_precision
+from lco_jax.models import kernels
 from lco_jax.models.layers import Linear
 
-BLOCK = 1024  # queries whose scores are in memory at once
-SCORES = 2**22  # and, in very long rows, about so many scores a head
+IMPLEMENTATIONS = ("auto", "xla", *kernels.KERNELS)
+BLOCK = 1024  # queries of a row whose scores are in memory at once
+SCORES = 2**26  # and of all rows and heads about so many (256 MiB of float32)
+
+logger = logging.getLogger(__name__)
+_logged: set[str] = set()
 
 
-def packed_attention(query: Array, key: Array, value: Array, segment_ids: Array, causal: bool = True) -> Array:
-    """Block-diagonal attention, scores and softmax in float32.
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array | None = None,
+    causal: bool = True,
+    implementation: str = "auto",
+) -> Array:
+    """Attention within rows, scores and softmax in float32.
 
-    query: [B, T, K, G, H]; key, value: [B, S, K, H]; segment_ids: int [B, T]. Returns [B, T, K, G, H].
-    Key-value heads are shared by the G axis, never repeated in memory. Padding (segment 0) attends to padding, so that
-    no row of the softmax is empty. Long rows go through in blocks of queries: memory grows with T, not with T².
+    query: [B, T, K, G, H]; key, value: [B, S, K, H] -> [B, T, K, G, H].
+    segment_ids: int [B, T]; a token sees those of its own segment alone. Padding has segment 0 and attends to padding,
+    so that no row of the softmax is empty.
+    implementation: of `IMPLEMENTATIONS`. "auto" takes the kernel that is made for the machine where it has one for
+    these sizes; one that is named is taken wherever it can be, and "xla" elsewhere.
     """
+    chosen = _choose(query, segment_ids, implementation)
+    if chosen == "xla":
+        return _in_blocks(query, key, value, segment_ids, causal)
+    return kernels.KERNELS[chosen].run(query, key, value, segment_ids, causal)
+
+
+def attend_rows(query: Array, key: Array, value: Array, implementation: str = "auto") -> Array:
+    """Causal attention in a group of rows: query [R, N, W, K, G, H]; key, value [R, N, W, K, H].
+
+    The plain kernel takes a part of the N rows at a time, so that memory does not grow with their number.
+    """
+    flat = lambda x: rearrange(x, "r n ... -> (r n) ...")  # noqa: E731
+    one = partial(attention, implementation=implementation)
+    streams, count, width, heads, groups, _ = query.shape
+    size = count
+    if _choose(flat(query), None, implementation) == "xla":
+        most = max(SCORES // (streams * heads * groups * width * min(width, BLOCK)), 1)
+        size = next(n for n in range(min(most, count), 0, -1) if count % n == 0)
+    if size == count:
+        return one(flat(query), flat(key), flat(value)).reshape(query.shape)
+    split = lambda x: rearrange(x, "r (c n) ... -> c (r n) ...", n=size)  # noqa: E731
+    mixed = jax.lax.map(jax.checkpoint(lambda part: one(*part)), (split(query), split(key), split(value)))
+    return rearrange(mixed, "c (r n) ... -> r (c n) ...", r=streams)
+
+
+def attend_last(query: Array, key: Array, value: Array, valid: Array) -> Array:
+    """One query a row against the row's keys: query [B, K, G, H]; key, value [B, S, K, H]; valid bool [B, S]."""
+    ones = jnp.ones((query.shape[0], 1), jnp.int32)
+    return _attend(query[:, None], key, value, (ones, valid.astype(jnp.int32)), jnp.int32(0), causal=False)[:, 0]
+
+
+def _choose(query: Array, segment_ids: Array | None, asked: str) -> str:
+    if asked not in IMPLEMENTATIONS:
+        raise LcoError(f"attention is {asked!r}; it is one of: {', '.join(IMPLEMENTATIONS)}")
+    names = kernels.KERNELS if asked == "auto" else [asked] if asked != "xla" else []
+    fits = [name for name in names if kernels.KERNELS[name].fits(query, segment_ids, forced=asked != "auto")]
+    chosen = fits[0] if fits else "xla"
+    kind = "causal" if segment_ids is None else "within segments"
+    line = f"attention {kind}, rows of {query.shape[1]}, head_dim {query.shape[-1]}, {query.dtype}: {chosen}"
+    if line not in _logged:
+        _logged.add(line)
+        logger.info(line)
+    return chosen
+
+
+def _in_blocks(query: Array, key: Array, value: Array, segment_ids: Array | None, causal: bool) -> Array:
+    """Long rows go through in blocks of queries: memory grows with T, not with T²."""
     tokens = query.shape[1]
-    most = max(min(BLOCK, SCORES // tokens), 1)
+    most = max(min(BLOCK, 4 * BLOCK**2 // tokens), 1)
     size = next(n for n in range(most, 0, -1) if tokens % n == 0)
+    segments = None if segment_ids is None else (segment_ids, segment_ids)
     if tokens <= BLOCK or size < most // 4:  # short, or of a length with no good divisor
-        return _attend(query, key, value, segment_ids, segment_ids, jnp.int32(0), causal)
+        return _attend(query, key, value, segments, jnp.int32(0), causal)
 
     @jax.checkpoint  # the backward pass recomputes a block's scores instead of keeping every block's
-    def block(inputs: tuple[Array, Array, Array]) -> Array:
-        return _attend(inputs[0], key, value, inputs[1], segment_ids, inputs[2], causal)
+    def block(inputs: tuple[Array, Array, Array | None]) -> Array:
+        ids = None if segment_ids is None else (inputs[2], segment_ids)
+        return _attend(inputs[0], key, value, ids, inputs[1], causal)
 
-    queries = rearrange(query, "b (n t) k g h -> n b t k g h", t=size)
-    segments = rearrange(segment_ids, "b (n t) -> n b t", t=size)
-    mixed = jax.lax.map(block, (queries, segments, jnp.arange(0, tokens, size)))
+    split = lambda x: rearrange(x, "b (n t) ... -> n b t ...", t=size)  # noqa: E731
+    ids = None if segment_ids is None else split(segment_ids)
+    mixed = jax.lax.map(block, (split(query), jnp.arange(0, tokens, size), ids))
     return rearrange(mixed, "n b t k g h -> b (n t) k g h")
 
 
@@ -47,21 +115,22 @@ def _attend(
     query: Array,
     key: Array,
     value: Array,
-    query_segments: Array,
-    key_segments: Array,
+    segments: tuple[Array, Array] | None,
     first: Array,
     causal: bool,
 ) -> Array:
-    """The queries that begin at token `first` of the row, against all of its keys."""
+    """The queries that begin at token `first` of the row, against all keys. segments: the queries', the keys'."""
     precision = matmul_precision(query)
-    groups = query.shape[3]
+    tokens, groups = query.shape[1], query.shape[3]
     # heads first and the G axis folded into T: plain batched matrix products (on CPU twice as fast as the einsums)
     query = rearrange(query * query.shape[-1] ** -0.5, "b t k g h -> b k (g t) h")
     key, value = (rearrange(x, "b s k h -> b k s h") for x in (key, value))
     scores = jnp.einsum("bkth,bksh->bkts", query, key, precision=precision, preferred_element_type=jnp.float32)
-    seen = query_segments[:, :, None] == key_segments[:, None, :]
+    seen = jnp.ones((1, tokens, key.shape[2]), bool)
+    if segments is not None:
+        seen &= segments[0][:, :, None] == segments[1][:, None, :]
     if causal:
-        seen &= first + jnp.arange(query_segments.shape[1])[:, None] >= jnp.arange(key_segments.shape[1])
+        seen &= first + jnp.arange(tokens)[:, None] >= jnp.arange(key.shape[2])
     seen = jnp.tile(seen, (1, groups, 1))
     weights = jax.nn.softmax(jnp.where(seen[:, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
     mixed = jnp.einsum("bkts,bksh->bkth", weights.astype(value.dtype), value, precision=precision)
@@ -77,11 +146,11 @@ class TowerAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, segment_ids: Array) -> Array:
-        """x [B, T, D]; segment_ids as of `packed_attention` -> [B, T, D]."""
+        """x [B, T, D]; segment_ids as of `attention` -> [B, T, D]."""
         linear = partial(Linear, x.shape[-1], param_dtype=self.param_dtype)
         q = linear(use_bias=True, name="q_proj")(x)
         k = linear(use_bias=self.key_bias, name="k_proj")(x)
         v = linear(use_bias=True, name="v_proj")(x)
         q, k, v = (rearrange(y, "b t (k h) -> b t k h", k=self.num_heads) for y in (q, k, v))
-        mixed = packed_attention(q[..., None, :], k, v, segment_ids, causal=False)
+        mixed = attention(q[..., None, :], k, v, segment_ids, causal=False)
         return linear(use_bias=True, name="out_proj")(rearrange(mixed, "b t k 1 h -> b t (k h)"))

@@ -1,13 +1,14 @@
 """The text decoder of every backbone: Qwen2.5, Mistral, Llama (upstream: modeling_qwen2_5_vl.py, modeling_llama.py).
 
-Dimensions: B rows, T tokens in a row, S slots, D hidden, V vocabulary, L layers, K key-value heads,
-G query heads per key-value head, H head_dim, F MLP width, P shards of the rows, M media tokens of a shard.
+Dimensions: R streams, T tokens of a stream, S sequences of a stream, N rows and W width of a group of attention rows,
+D hidden, V vocabulary, L layers, K key-value heads, G query heads per key-value head, H head_dim, F MLP width, P shards
+of the streams, M media tokens of a shard.
 
-Parameter names are the checkpoint's; the layers are stacked along a leading axis L and run by `nn.scan`. There is no
-vocabulary head: contrastive learning pools hidden states and never looks at logits.
+Parameter names are the checkpoint's; the layers are stacked along a leading axis L and run by a scan. There is no
+vocabulary head: contrastive learning pools hidden states and never looks at logits. Nor is there more of the last layer
+than it looks at: its queries, its output projection and its MLP are computed for each sequence's last token alone.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,17 +17,22 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
-from lco_jax.core.packing import PackedRows
+from lco_jax.core.lora import split_frozen
+from lco_jax.core.packing import PackedTokens
 from lco_jax.core.sharding import ROWS, constrain
-from lco_jax.models.attention import packed_attention
+from lco_jax.models.attention import attend_last, attend_rows
 from lco_jax.models.config import DecoderConfig
-from lco_jax.models.layers import Embedding, Linear, RMSNorm, apply_rotary, rotary_angles, stacked
+from lco_jax.models.layers import Embedding, Linear, RMSNorm, apply_rotary, rotary_angles, rotation_of, stacked
+from lco_jax.models.streams import from_rows, take, to_rows
 
 # What a layer keeps for its backward pass, from the least memory to the least recomputation.
-REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
+    "full": (),
+    "attention": ("qkv", "mixed"),
+    "gate": ("qkv", "mixed", "gate"),
+    "mlp": ("qkv", "mixed", "gate", "up"),
     "none": None,
 }
 
@@ -36,20 +42,39 @@ class Attention(nn.Module):
 
     config: DecoderConfig
     param_dtype: Any
+    implementation: str
 
     @nn.compact
-    def __call__(self, x: Array, angles: Array, rows: PackedRows) -> Array:
-        """x [B, T, D] -> [B, T, D]."""
+    def __call__(self, x: Array, rotation: Array, tokens: PackedTokens, last: bool) -> Array:
+        """x [R, T, D] -> [R, T, D]; or, for the `last` layer, [R, S, D]."""
         c = self.config
+        keys = tokens.token_keys
         linear = partial(Linear, param_dtype=self.param_dtype)
-        q = linear(c.num_heads * c.head_dim, use_bias=c.qkv_bias, name="q_proj")(x, rows.token_keys)
-        k = linear(c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias, name="k_proj")(x, rows.token_keys)
-        v = linear(c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias, name="v_proj")(x, rows.token_keys)
-        q = apply_rotary(rearrange(q, "b t (k g h) -> b t k g h", k=c.num_kv_heads, h=c.head_dim), angles)
-        k = apply_rotary(rearrange(k, "b t (k h) -> b t k h", h=c.head_dim), angles)
-        v = rearrange(v, "b t (k h) -> b t k h", h=c.head_dim)
-        mixed = rearrange(packed_attention(q, k, v, rows.segment_ids), "b t k g h -> b t (k g h)")
-        return linear(c.hidden_size, name="o_proj")(mixed, rows.token_keys)
+        at_last = (lambda y: take(y, tokens.last_tokens)) if last else (lambda y: y)
+        q = linear(c.num_heads * c.head_dim, use_bias=c.qkv_bias, name="q_proj")(at_last(x), at_last(keys))
+        k = linear(c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias, name="k_proj")(x, keys)
+        v = linear(c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias, name="v_proj")(x, keys)
+        q = apply_rotary(rearrange(q, "r t (k g h) -> r t k g h", k=c.num_kv_heads, h=c.head_dim), at_last(rotation))
+        k = apply_rotary(rearrange(k, "r t (k h) -> r t k h", h=c.head_dim), rotation)
+        v = rearrange(v, "r t (k h) -> r t k h", h=c.head_dim)
+        q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
+        mixed = checkpoint_name(self._last(q, k, v, tokens) if last else self._rows(q, k, v, tokens), "mixed")
+        return linear(c.hidden_size, name="o_proj")(rearrange(mixed, "r t k g h -> r t (k g h)"), at_last(keys))
+
+    def _rows(self, q: Array, k: Array, v: Array, tokens: PackedTokens) -> Array:
+        """Every token: [R, T, K, G, H]."""
+        groups = zip(*(to_rows(y, tokens) for y in (q, k, v)), strict=True)
+        return from_rows([attend_rows(*group, self.implementation) for group in groups], tokens)
+
+    def _last(self, q: Array, k: Array, v: Array, tokens: PackedTokens) -> Array:
+        """Every sequence's last token: [R, S, K, G, H]."""
+        mixed, first = [], 0
+        for rows, *kv in zip(tokens.rows, to_rows(k, tokens), to_rows(v, tokens), strict=True):
+            streams, count, _ = rows.shape
+            flat = [rearrange(y, "r n ... -> (r n) ...") for y in (q[:, first : first + count], *kv, rows >= 0)]
+            mixed.append(rearrange(attend_last(*flat), "(r n) ... -> r n ...", r=streams))
+            first += count
+        return jnp.concatenate(mixed, axis=1)
 
 
 class MLP(nn.Module):
@@ -60,10 +85,10 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, token_keys: Array) -> Array:
-        """x [B, T, D] -> [B, T, D]."""
+        """x [R, T, D] -> [R, T, D]."""
         linear = partial(Linear, param_dtype=self.param_dtype)
-        gate = linear(self.config.intermediate_size, name="gate_proj")(x, token_keys)
-        up = linear(self.config.intermediate_size, name="up_proj")(x, token_keys)
+        gate = checkpoint_name(linear(self.config.intermediate_size, name="gate_proj")(x, token_keys), "gate")
+        up = checkpoint_name(linear(self.config.intermediate_size, name="up_proj")(x, token_keys), "up")
         return linear(self.config.hidden_size, name="down_proj")(nn.silu(gate) * up, token_keys)
 
 
@@ -72,66 +97,92 @@ class DecoderLayer(nn.Module):
 
     config: DecoderConfig
     param_dtype: Any
+    implementation: str
 
     @nn.compact
-    def __call__(self, x: Array, angles: Array, rows: PackedRows) -> tuple[Array, None]:
-        """x [B, T, D] -> ([B, T, D], nothing to collect)."""
+    def __call__(self, x: Array, rotation: Array, tokens: PackedTokens, last: bool = False) -> tuple[Array, None]:
+        """x [R, T, D] -> ([R, T, D], nothing to collect); or [R, S, D], each sequence's last token, from the `last`."""
         norm = partial(RMSNorm, self.config.rms_norm_eps, self.param_dtype)
-        attention = Attention(self.config, self.param_dtype, name="self_attn")
-        x = constrain(x + attention(norm(name="input_layernorm")(x), angles, rows), ROWS)
+        attention = Attention(self.config, self.param_dtype, self.implementation, name="self_attn")
+        mixed = attention(norm(name="input_layernorm")(x), rotation, tokens, last)
+        at_last = (lambda y: take(y, tokens.last_tokens)) if last else (lambda y: y)
+        x = constrain(at_last(x) + mixed, ROWS)
         mlp = MLP(self.config, self.param_dtype, name="mlp")
-        x = constrain(x + mlp(norm(name="post_attention_layernorm")(x), rows.token_keys), ROWS)
+        x = constrain(x + mlp(norm(name="post_attention_layernorm")(x), at_last(tokens.token_keys)), ROWS)
         return x, None
 
 
 class Decoder(nn.Module):
-    """Token ids -> hidden states after the final norm.
+    """Token ids -> the hidden state of each sequence's last token, after the final norm.
 
     dtype: of the activations. param_dtype: of newly initialised parameters. remat: a key of `REMAT_POLICIES`.
+    attention: as `attention.attention` takes it.
     """
 
     config: DecoderConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: str = "full"
+    attention: str = "auto"
 
     @nn.compact
-    def __call__(self, rows: PackedRows, media: Array | None = None) -> Array:
-        """rows of [B, T], and the media tokens [P, M, D] that their `media_slots` point to -> [B, T, D] in `dtype`."""
+    def __call__(self, tokens: PackedTokens, media: Array | None = None) -> Array:
+        """tokens of [R, T], the media tokens [P, M, D] that their `media_slots` point to -> [R, S, D] in `dtype`."""
         c = self.config
-        x = Embedding(c.vocab_size, c.hidden_size, self.dtype, self.param_dtype, name="embed_tokens")(rows.input_ids)
+        x = Embedding(c.vocab_size, c.hidden_size, self.dtype, self.param_dtype, name="embed_tokens")(tokens.input_ids)
         if media is not None:
-            x = place_media(x, rows.media_slots, media)
-        angles = rotary_angles(rows.position_ids, c.head_dim, c.rope_theta, c.mrope_section)
-        layer = DecoderLayer
-        if self.remat != "none":
-            layer = nn.remat(DecoderLayer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        x, _ = stacked(layer, c.num_layers)(c, self.param_dtype, name="layers")(x, angles, rows)
+            x = place_media(x, tokens.media_slots, media)
+        angles = rotary_angles(tokens.position_ids, c.head_dim, c.rope_theta, c.mrope_section)
+        rotation = rotation_of(angles).astype(x.dtype)
+        layer = (c, self.param_dtype, self.attention)
+        if self.is_initializing():
+            x, _ = stacked(DecoderLayer, c.num_layers)(*layer, name="layers")(x, rotation, tokens)
+            x = take(x, tokens.last_tokens)
+        else:
+            x = self._layers(DecoderLayer(*layer, parent=None), x, rotation, tokens)
         return RMSNorm(c.rms_norm_eps, self.param_dtype, name="norm")(x)
+
+    def _layers(self, layer: DecoderLayer, x: Array, rotation: Array, tokens: PackedTokens) -> Array:
+        """All layers: all but the last in a scan. What is frozen is indexed and not scanned over, for slices of it
+        would be copies."""
+        run = lambda params, x, last: layer.apply({"params": params}, x, rotation, tokens, last)[0]  # noqa: E731
+        if self.remat != "none":
+            policy = jax.checkpoint_policies.save_only_these_names(*REMAT_POLICIES[self.remat])
+            run = jax.checkpoint(run, policy=policy, prevent_cse=False, static_argnums=2)
+        frozen, tuned, join = split_frozen(self.get_variable("params", "layers"))
+        end = self.config.num_layers - 1
+
+        def params(i: Array | int, tuned: Any) -> Any:
+            return join(jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), frozen), tuned)
+
+        def body(x: Array, slices: tuple[Array, Any]) -> tuple[Array, None]:
+            return run(params(*slices), x, False), None
+
+        x, _ = jax.lax.scan(body, x, (jnp.arange(end), jax.tree.map(lambda w: w[:end], tuned)))
+        return run(params(end, jax.tree.map(lambda w: w[end], tuned)), x, True)
 
 
 def place_media(x: Array, media_slots: Array, media: Array) -> Array:
-    """x [B, T, D] with media tokens in the place of those embeddings whose slot is not -1.
+    """x [R, T, D] with media tokens in the place of those embeddings whose slot is not -1.
 
-    media_slots: int [B, T]; media: [P, M, D]. The rows of shard p, which lie side by side, look into media[p] only, so
-    no device needs another's media.
+    media_slots: int [R, T]; media: [P, M, D]. The streams of shard p, which lie side by side, look into media[p] only,
+    so no device needs another's media.
     """
-    slots = rearrange(media_slots, "(p b) t -> p (b t)", p=media.shape[0])
-    tokens = jnp.take_along_axis(media, jnp.maximum(slots, 0)[..., None], axis=1).reshape(x.shape)
+    slots = rearrange(media_slots, "(p r) t -> p (r t)", p=media.shape[0])
+    tokens = take(media, jnp.maximum(slots, 0)).reshape(x.shape)
     return constrain(jnp.where((media_slots >= 0)[..., None], tokens.astype(x.dtype), x), ROWS)
 
 
-def pool_rows(decoder: Decoder, params: dict[str, Any], rows: PackedRows, media: Array | None = None) -> Array:
-    """The hidden state at each segment's last token, after the final norm: float32 [B, S, D].
+def pool(decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, media: Array | None = None) -> Array:
+    """The hidden state at each sequence's last token, after the final norm: float32 [R, S, D].
 
-    media: as `Decoder` takes it. Empty slots hold the state of their row's first token; whoever reads the result knows
-    which slots are filled.
+    media: as `Decoder` takes it. Empty rows hold the state of their stream's first token; whoever reads the result
+    knows which hold a sequence.
     """
-    hidden = decoder.apply({"params": params}, rows, media)
-    return jnp.take_along_axis(hidden, rows.last_tokens[..., None], axis=1).astype(jnp.float32)
+    return decoder.apply({"params": params}, tokens, media).astype(jnp.float32)
 
 
-def embed_rows(decoder: Decoder, params: dict[str, Any], rows: PackedRows, media: Array | None = None) -> Array:
-    """`pool_rows`, L2-normalised: the embeddings."""
-    pooled = pool_rows(decoder, params, rows, media)
+def embed(decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, media: Array | None = None) -> Array:
+    """`pool`, L2-normalised: the embeddings."""
+    pooled = pool(decoder, params, tokens, media)
     return pooled / jnp.maximum(jnp.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12)

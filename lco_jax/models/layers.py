@@ -121,9 +121,14 @@ def rotary_angles(position_ids: Array, head_dim: int, theta: float, mrope_sectio
     return position_ids[..., axis].astype(jnp.float32) * frequencies.astype(np.float32)
 
 
-def apply_rotary(x: Array, angles: Array) -> Array:
-    """Rotate the halves of x [B, T, ..., H] by angles [B, T, H/2]."""
-    angles = angles.reshape(*angles.shape[:2], *[1] * (x.ndim - 3), angles.shape[-1])
-    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+def apply_rotary(x: Array, rotation: Array) -> Array:
+    """Rotate the halves of x [B, T, …, H]. rotation: [B, T, H/2, 2], the angles' cosines and sines (`rotation_of`)."""
+    rotation = rotation.astype(x.dtype).reshape(*rotation.shape[:2], *[1] * (x.ndim - 3), *rotation.shape[2:])
+    cos, sin = rotation[..., 0], rotation[..., 1]
     left, right = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+
+
+def rotation_of(angles: Array) -> Array:
+    """Angles [B, T, H/2] -> [B, T, H/2, 2]: cosines and sines, computed once for all layers."""
+    return jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1)

@@ -22,9 +22,9 @@ from jax import Array
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.weights import dot
-from lco_jax.models.attention import packed_attention
+from lco_jax.models.attention import attention
 from lco_jax.models.config import positive, section
-from lco_jax.models.layers import Linear, Projector, RMSNorm, apply_rotary, leaf, stacked
+from lco_jax.models.layers import Linear, Projector, RMSNorm, apply_rotary, leaf, rotation_of, stacked
 
 ROPE_THETA = 10_000.0
 NORM_EPS = 1e-6
@@ -75,7 +75,7 @@ class Attention(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array, angles: Array, frame_ids: Array, window_ids: Array, full: Array) -> Array:
+    def __call__(self, x: Array, rotation: Array, frame_ids: Array, window_ids: Array, full: Array) -> Array:
         """x [B, T, D]; window_ids [B, W, T / W]; full: whether to attend to frames -> [B, T, D]."""
         size, heads = self.config.hidden_size, self.config.num_heads
         if self.config.fused:
@@ -83,16 +83,16 @@ class Attention(nn.Module):
         else:
             qkv = [Linear(size, use_bias=True, param_dtype=self.param_dtype, name=name)(x) for name in "qkv"]
         q, k, v = (rearrange(y, "b t (k h) -> b t k 1 h", k=heads) for y in qkv)
-        q, k = (apply_rotary(y.astype(jnp.float32), angles).astype(x.dtype) for y in (q, k))
+        q, k = (apply_rotary(y.astype(jnp.float32), rotation).astype(x.dtype) for y in (q, k))
 
         def in_frames(q: Array, k: Array, v: Array) -> Array:
-            return packed_attention(q, k[..., 0, :], v[..., 0, :], frame_ids, causal=False)
+            return attention(q, k[..., 0, :], v[..., 0, :], frame_ids, causal=False)
 
         def in_windows(q: Array, k: Array, v: Array) -> Array:
             w = window_ids.shape[1]
             q, k, v = (rearrange(y, "b (w t) k 1 h -> (b w) t k 1 h", w=w) for y in (q, k, v))
             ids = rearrange(window_ids, "b w t -> (b w) t")
-            mixed = packed_attention(q, k[..., 0, :], v[..., 0, :], ids, causal=False)
+            mixed = attention(q, k[..., 0, :], v[..., 0, :], ids, causal=False)
             return rearrange(mixed, "(b w) t k 1 h -> b (w t) k 1 h", w=w)
 
         mixed = rearrange(jax.lax.cond(full, in_frames, in_windows, q, k, v), "b t k 1 h -> b t (k h)")
@@ -120,10 +120,13 @@ class Block(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array, full: Array, angles: Array, frame_ids: Array, window_ids: Array) -> tuple[Array, None]:
-        """x [B, T, D]; full: whether this block attends to frames -> ([B, T, D], nothing to collect)."""
-        attention = Attention(self.config, self.param_dtype, name="attn")
-        x += attention(RMSNorm(NORM_EPS, self.param_dtype, name="norm1")(x), angles, frame_ids, window_ids, full)
+    def __call__(self, x: Array, full: Array, *where: Array) -> tuple[Array, None]:
+        """x [B, T, D]; full: whether this block attends to frames; where: rotation, frame_ids and window_ids.
+
+        Returns [B, T, D], and nothing to collect.
+        """
+        y = RMSNorm(NORM_EPS, self.param_dtype, name="norm1")(x)
+        x += Attention(self.config, self.param_dtype, name="attn")(y, *where, full)
         x += MLP(self.config, self.param_dtype, name="mlp")(RMSNorm(NORM_EPS, self.param_dtype, name="norm2")(x))
         return x, None
 
@@ -189,10 +192,10 @@ class QwenVision(nn.Module):
         """
         c = self.config
         x = PatchEmbed(c, self.param_dtype, name="patch_embed")(patches.astype(self.dtype))
-        angles = _angles(coordinates, c.hidden_size // c.num_heads)
+        rotation = rotation_of(_angles(coordinates, c.hidden_size // c.num_heads))
         blocks = stacked(Block, c.depth, (0, nn.broadcast, nn.broadcast, nn.broadcast))
         full = jnp.isin(jnp.arange(c.depth), np.array(c.full_blocks, np.int32))
-        x, _ = blocks(c, self.param_dtype, name="blocks")(x, full, angles, frame_ids, window_ids)
+        x, _ = blocks(c, self.param_dtype, name="blocks")(x, full, rotation, frame_ids, window_ids)
         return Merger(c, self.param_dtype, name="merger")(x)
 
 

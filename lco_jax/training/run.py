@@ -61,7 +61,7 @@ def check_config(config: ConfigDict) -> None:
         "data.threads", "train.batch_size", "train.temperature", "train.max_nonfinite", "checkpoint.every",
         "eval.batch_size",
     )  # fmt: skip
-    not_negative = ("seed", "train.chunk_rows", "train.steps", "optimizer.clip_norm", "optimizer.warmup_steps")
+    not_negative = ("seed", "train.chunk_tokens", "train.steps", "optimizer.clip_norm", "optimizer.warmup_steps")
     flat = _flat(json.loads(config.to_json()))
     for keys, fine, says in ((positive, lambda x: x > 0, "above 0"), (not_negative, lambda x: x >= 0, "0 or more")):
         for key in keys:
@@ -69,8 +69,6 @@ def check_config(config: ConfigDict) -> None:
                 raise LcoError(f"config.{key} is {flat[key]}; it must be {says}")
     if config.data.batches not in ("mixed", "homogeneous"):
         raise LcoError(f"config.data.batches is {config.data.batches!r}; it is one of: mixed, homogeneous")
-    if (length := config.data.row_length) > 1024 and length % 128:  # attention goes through long rows in blocks
-        raise LcoError(f"config.data.row_length is {length}; beyond 1,024 it must be a multiple of 128")
     if not config.train.steps and not config.train.epochs > 0:
         raise LcoError(f"config.train.epochs is {config.train.epochs}; it must be above 0 where train.steps is 0")
 

@@ -1,6 +1,6 @@
 """The training step: embed, compare, differentiate, update. One jitted, donated function on a mesh.
 
-Dimensions: C GradCache chunks, R rows, S slots, B records, M hard negatives a record, D hidden.
+Dimensions: C GradCache chunks, R streams, S sequences of a stream, B records, M hard negatives a record, D hidden.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from jax import Array
 from jax.sharding import Mesh
 
 from lco_jax.core import lora
-from lco_jax.core.packing import Batch, PackedRows
+from lco_jax.core.packing import Batch, PackedTokens
 from lco_jax.core.shapes import ShapeLog
 from lco_jax.core.sharding import constrain, replicated, shardings
 from lco_jax.core.weights import GOLDEN_RATIO
-from lco_jax.models.decoder import Decoder, embed_rows
+from lco_jax.models.decoder import Decoder, embed
 from lco_jax.models.model import MediaPrograms, Model
 from lco_jax.training.losses import info_nce
 
@@ -45,16 +45,16 @@ def state_shardings(adapters: dict[str, Any], tx: optax.GradientTransformation, 
     return {"step": replicated(mesh), "adapters": by_rule, "optimizer": moments}
 
 
-def embed_chunks(decoder: Decoder, params: dict[str, Any], rows: PackedRows, media: Array | None = None) -> Array:
-    """Rows of [C, R, T] and their media tokens [P, M, D] -> embeddings [C, R, S, D], one chunk in memory at a time.
+def embed_chunks(decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, media: Array | None = None) -> Array:
+    """Streams of [C, R, T] and their media tokens [P, M, D] -> embeddings [C, R, S, D], one chunk in memory at a time.
 
     GradCache (Gao et al. 2021, arXiv 2101.06983) as a scan over checkpointed chunks: the forward pass keeps embeddings
     only, the backward pass recomputes one chunk at a time, and the gradients are exact.
     """
-    embed = partial(embed_rows, decoder, params, media=media)
-    if rows.input_ids.shape[0] == 1:
-        return embed(rows.map(lambda x: x[0]))[None]
-    return jax.lax.map(jax.checkpoint(embed), rows)
+    one = partial(embed, decoder, params, media=media)
+    if tokens.input_ids.shape[0] == 1:
+        return one(tokens.map(lambda x: x[0]))[None]
+    return jax.lax.map(jax.checkpoint(one), tokens)
 
 
 def contrastive_loss(
@@ -72,7 +72,7 @@ def contrastive_loss(
 
     params: the decoder's; media: what its towers made of the batch; seed: the step's dropout key.
     """
-    embeddings = embed_chunks(decoder, lora.attach(params, adapters, config, seed), batch.rows, media)
+    embeddings = embed_chunks(decoder, lora.attach(params, adapters, config, seed), batch.tokens, media)
     flat = constrain(embeddings.reshape(-1, embeddings.shape[-1]))  # every device needs every candidate
     present = batch.sequences >= 0
     content = batch.content if ignore_duplicates else None
@@ -115,7 +115,7 @@ def make_train_step(
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         old = {key: state[key] for key in new}
         kept = jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
-        tokens = jnp.sum(batch.rows.segment_ids > 0)
+        tokens = sum(jnp.sum(group >= 0) for group in batch.tokens.rows)
         return {"step": state["step"] + 1, **kept}, {**metrics, "grad_norm": norm, "finite": finite, "tokens": tokens}
 
     update = jax.jit(update, donate_argnums=0, out_shardings=(state_sharding, replicated(mesh)))

@@ -1,0 +1,82 @@
+"""Shapes that hold nearly every batch of a run, from a sample of its first ones: its programs are compiled once.
+
+A function of the data and the configuration alone: a run that resumes plans the same shapes. A batch that does not fit
+all the same is given a larger shape of its own.
+"""
+
+from collections import Counter
+from dataclasses import replace
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lco_jax.core.packing import Shape, bucket, largest, width_of
+from lco_jax.core.sharding import row_shards
+from lco_jax.data.pipeline import Layout, LocalBatch, agree, agree_shape, lay_batch
+from lco_jax.data.processor import Processor
+from lco_jax.data.prompts import as_messages
+
+RECORDS, MEDIA_RECORDS = 512, 64  # sampled at least; media take their time to read
+BATCHES, MEDIA_BATCHES = 4, 2
+MARGIN = 4.5  # standard deviations of a sum over a batch: one batch in 300,000 does not fit
+
+
+def plan(
+    batches: grain.MapDataset, layout: Layout, processor: Processor, mesh: Mesh, max_length: int, media: bool
+) -> Layout:
+    """`layout` with floors. batches: `pipeline.local_batches`; media: whether the data hold more than text."""
+    share = layout.batch_size // jax.process_count()
+    shards = row_shards(mesh) // jax.process_count()
+    least, records = (MEDIA_BATCHES, MEDIA_RECORDS) if media else (BATCHES, RECORDS)
+    sample = [batches[i] for i in range(max(least, -(-records // share)))]
+    laid = [lay_batch(local, layout, processor.rows, shards) for local in sample]
+    layout = replace(layout, floor=Shape(chunks=max(one.chunks for one in laid)))
+    if layout.floor.chunks > 1:  # all in as many chunks
+        laid = [lay_batch(local, layout, processor.rows, shards) for local in sample]
+    needs = [largest(stream.need for stream in one.streams) for one in laid]
+    bins = shards * layout.floor.chunks
+    rows = _rows(sample, share, bins)
+    rows[width_of(max_length + _template(processor))] = max(rows.get(width_of(max_length + _template(processor)), 0), 1)
+    floor = largest([*needs, Shape(_tokens(sample, needs, len(layout.head), share, bins), rows, layout.floor.chunks)])
+    floor = agree_shape(Shape(bucket(floor.tokens, 64), floor.rows, floor.chunks))
+    return replace(layout, floor=floor, media_floor=_media(laid, processor))
+
+
+def _tokens(sample: list[LocalBatch], needs: list[Shape], head: int, share: int, bins: int) -> int:
+    """Tokens of a stream: what a batch of independent records needs but once in a very long time."""
+    by_record, uneven = [], 0.0
+    for local, need in zip(sample, needs, strict=True):
+        own = np.maximum([len(one) - head for one in local.inputs], 1)
+        by_record.append(np.bincount(local.record, own))
+        uneven = max(uneven, need.tokens - head - own.sum() / bins)
+    each = np.concatenate(by_record)
+    each = each[each > 0]
+    return head + int(np.ceil((share * each.mean() + MARGIN * share**0.5 * each.std()) / bins + uneven))
+
+
+def _rows(sample: list[LocalBatch], share: int, bins: int) -> dict[int, int]:
+    """Rows of each width, likewise."""
+    counts = Counter(width_of(len(one)) for local in sample for one in local.inputs)
+    here = sum(counts.values()) / len(sample) / bins
+    rows = {}
+    for width, count in counts.items():
+        part = count / sum(counts.values())
+        rows[width] = bucket(int(np.ceil(here * part + MARGIN * (here * part * (1 - part)) ** 0.5)) + 1, 8)
+    return rows
+
+
+def _template(processor: Processor) -> int:
+    return len(processor.tokenizer([as_messages("", "")])[0])
+
+
+def _media(laid: list, processor: Processor) -> dict[str, tuple[int, int]]:
+    """Of each tower, rows as wide as the widest of the sample, and as many as the most, and an eighth more."""
+    floor = {}
+    for tower in sorted(processor.rows):
+        shapes = [one.media_shape[tower] for one in laid if tower in one.media_shape]
+        width, count = agree(np.array([max((x[0] for x in shapes), default=0), max((x[1] for x in shapes), default=0)]))
+        if count:
+            floor[tower] = (int(width), bucket(int(np.ceil(count * 1.125)), 4))
+    return floor

@@ -1,0 +1,214 @@
+"""Attention: every way to compute it is the plain one, gradients too; rows are what their streams hold."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lco_jax import LcoError, make_mesh
+from lco_jax.core.packing import Shape, TokenSequence, fill, lay_stream
+from lco_jax.models import attention, streams
+from lco_jax.models.attention import attend_last, attend_rows
+
+
+def draw(*shape, seed=0, dtype=jnp.float32):
+    return jnp.array(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def inputs(tokens, rows=2, heads=2, groups=3, size=16, dtype=jnp.float32):
+    shapes = ((rows, tokens, heads, groups, size), (rows, tokens, heads, size), (rows, tokens, heads, size))
+    return [draw(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
+
+
+def textbook(query, key, value, segment_ids, causal):
+    """softmax(Q Kᵀ / √H) V in numpy, float64, a query at a time."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    out = np.zeros(query.shape)
+    for b, t, k, g in np.ndindex(query.shape[:4]):
+        seen = [
+            s
+            for s in range(key.shape[1])
+            if (s <= t or not causal) and (segment_ids is None or segment_ids[b, s] == segment_ids[b, t])
+        ]
+        scores = key[b, seen, k] @ query[b, t, k, g] / query.shape[-1] ** 0.5
+        weights = np.exp(scores - scores.max())
+        out[b, t, k, g] = weights @ value[b, seen, k] / weights.sum()
+    return out
+
+
+def value_and_gradients(query, key, value, segment_ids, causal, implementation):
+    def run(*qkv):
+        mixed = attention.attention(*qkv, segment_ids, causal, implementation)
+        return jnp.sum(jnp.sin(mixed.astype(jnp.float32))), mixed
+
+    gradients, mixed = jax.jit(jax.grad(run, argnums=(0, 1, 2), has_aux=True))(query, key, value)
+    return mixed, *gradients
+
+
+SEGMENTS = np.stack([np.repeat([1, 2, 0, 3], [40, 88, 20, 108]), np.repeat([1, 2, 3, 0], [1, 127, 100, 28])])
+CASES = [(None, True), (SEGMENTS, False), (SEGMENTS, True)]
+
+
+@pytest.mark.parametrize(("segment_ids", "causal"), CASES)
+def test_xla_is_the_textbooks(segment_ids, causal):
+    qkv = inputs(256)
+    got = attention.attention(*qkv, segment_ids, causal, "xla")
+    assert np.abs(got - textbook(*qkv, segment_ids, causal)).max() < 1e-5
+
+
+@pytest.mark.parametrize(("segment_ids", "causal"), CASES)
+def test_blocks_equal_the_whole(monkeypatch, segment_ids, causal):
+    qkv = inputs(256)
+    whole = value_and_gradients(*qkv, segment_ids, causal, "xla")
+    monkeypatch.setattr(attention, "BLOCK", 32)
+    blocks = value_and_gradients(*qkv, segment_ids, causal, "xla")
+    for got, want in zip(blocks, whole, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize(("segment_ids", "causal"), CASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-5), (jnp.bfloat16, 4e-2)])
+def test_splash_equals_xla(segment_ids, causal, dtype, tolerance):
+    """The TPU's kernel, interpreted; a head_dim that is no multiple of its lanes."""
+    qkv = inputs(256, dtype=dtype)
+    want = value_and_gradients(*(x.astype(jnp.float32) for x in qkv), segment_ids, causal, "xla")
+    for got, wanted in zip(value_and_gradients(*qkv, segment_ids, causal, "splash"), want, strict=True):
+        assert got.dtype == dtype
+        np.testing.assert_allclose(got.astype(jnp.float32), wanted, atol=tolerance * max(float(abs(wanted).max()), 1))
+
+
+def test_splash_on_a_mesh(monkeypatch):
+    qkv = inputs(128, rows=4)
+    want = value_and_gradients(*qkv, None, True, "xla")
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        chosen = []
+        monkeypatch.setattr(attention, "_in_blocks", lambda *_: chosen.append("xla"))
+        got = value_and_gradients(*qkv, None, True, "splash")
+    assert not chosen
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-5 * max(float(abs(y).max()), 1))
+
+
+def test_splash_lowers_for_a_tpu(monkeypatch):
+    """Its program for the real machine, forwards and backwards: there is none here to run it."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    qkv = inputs(1024, size=128, dtype=jnp.bfloat16)
+    total = lambda *qkv: attention.attention(*qkv).astype(jnp.float32).sum()  # noqa: E731, "auto" takes it
+    text = jax.jit(jax.grad(total)).trace(*qkv).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") >= 3
+
+
+def test_what_auto_takes(monkeypatch):
+    def chosen(tokens, backend, segment_ids=None, **changes):
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        query = inputs(tokens, **{"size": 128, "dtype": jnp.bfloat16, **changes})[0]
+        return attention._choose(query, segment_ids, "auto")
+
+    monkeypatch.setattr("lco_jax.models.kernels._cudnn_works", lambda *_: True)
+    assert chosen(1024, "gpu") == "cudnn"
+    assert chosen(1024, "gpu", dtype=jnp.float32) == chosen(64, "gpu") == chosen(1024, "gpu", size=12) == "xla"
+    assert chosen(1024, "gpu", segment_ids=np.ones((2, 1024))) == "xla"
+    assert chosen(1024, "tpu") == chosen(1024, "tpu", segment_ids=np.ones((2, 1024))) == "splash"
+    assert chosen(64, "tpu") == chosen(1000, "tpu") == "xla"
+    assert chosen(1024, "cpu") == "xla"
+    monkeypatch.setattr("lco_jax.models.kernels._cudnn_works", lambda *_: False)
+    assert chosen(1024, "gpu") == "xla"
+    with pytest.raises(LcoError, match="attention is 'flash'; it is one of: auto, xla, cudnn, splash"):
+        attention.attention(*inputs(8), implementation="flash")
+
+
+def test_cudnn_that_does_not_compile_is_told_and_not_used(monkeypatch, caplog):
+    from lco_jax.models import kernels
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # and there is none
+    kernels._cudnn_works.cache_clear()
+    qkv = inputs(1024, rows=1, heads=1, groups=1, dtype=jnp.bfloat16)
+    mixed = attention.attention(*qkv)
+    kernels._cudnn_works.cache_clear()
+    assert "cuDNN's attention is not used" in caplog.text
+    np.testing.assert_array_equal(mixed, attention.attention(*qkv, implementation="xla"))
+
+
+def test_a_group_of_rows_in_parts(monkeypatch):
+    """Rows a part at a time, on several streams, change nothing."""
+    query, key, value = draw(2, 6, 32, 2, 3, 16), draw(2, 6, 32, 2, 16, seed=1), draw(2, 6, 32, 2, 16, seed=2)
+
+    def run(*qkv):
+        mixed = attend_rows(*qkv)
+        return jnp.sum(jnp.sin(mixed)), mixed
+
+    want = jax.grad(run, argnums=(0, 1, 2), has_aux=True)(query, key, value)
+    monkeypatch.setattr(attention, "SCORES", 2 * 2 * 3 * 32 * 32 * 2)
+    got = jax.grad(run, argnums=(0, 1, 2), has_aux=True)(query, key, value)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), got, want)
+
+
+def test_the_last_token_attends_as_it_does_among_all():
+    query, key, value = inputs(32)
+    lengths = [20, 32]
+    whole = attention.attention(query, key, value)
+    want = np.stack([whole[b, n - 1] for b, n in enumerate(lengths)])
+    valid = np.arange(32) < np.array(lengths)[:, None]
+    last = jnp.stack([query[b, n - 1] for b, n in enumerate(lengths)])
+    np.testing.assert_allclose(attend_last(last, key, value, valid), want, atol=1e-6)
+
+
+# ---- between streams and rows
+
+
+@pytest.fixture(params=[1, 2])
+def packed(request):
+    """Streams whose sequences begin with none, some or all of a head, in rows of two widths, with room to spare."""
+    rng = np.random.default_rng(0)
+    head = np.arange(50, 56, dtype=np.int32)
+    laid = []
+    for _ in range(request.param):
+        lengths = [(6, 20), (6, 33), (2, 9), (0, 12), (6, 1), (4, 40)]
+        ids = [np.concatenate([head[:n], rng.integers(0, 40, m)]).astype(np.int32) for n, m in lengths]
+        sequences = [TokenSequence(x, np.zeros((len(x), 3), np.int32)) for x in ids]
+        laid.append(lay_stream(sequences, head))
+    tokens, which = fill(laid, [range(6)] * len(laid), Shape(130, {32: 5, 48: 3}), head)
+    return tokens.map(jnp.asarray), laid, which
+
+
+def test_rows_hold_the_sequences_and_come_home(packed):
+    tokens, laid, which = packed
+    x = draw(len(laid), 130, 2, 3)
+    rows = streams.to_rows(x, tokens)
+    for r, (stream, slots) in enumerate(zip(laid, which, strict=True)):
+        for at, slot in zip(stream.at, slots, strict=True):
+            row = rows[0][r, slot] if slot < 5 else rows[1][r, slot - 5]
+            np.testing.assert_array_equal(row[: len(at)], x[r, at])
+    home = streams.from_rows(rows, tokens)
+    there = np.asarray(tokens.home >= 0)
+    np.testing.assert_array_equal(home[there], x[there])
+    assert (np.asarray(home)[~there] == 0).all()
+
+
+def test_gathers_have_the_gradient_of_gathers(packed):
+    """Against jax's own transposes, with whatever does not belong to a sequence left out, as in a decoder it is."""
+    tokens, laid, _ = packed
+    x = draw(len(laid), 130, 4)
+    weights = [draw(*group.shape, 4, seed=i) * (group >= 0)[..., None] for i, group in enumerate(tokens.rows)]
+
+    def through_rows(x, to_rows):
+        return sum(jnp.sum(jnp.sin(y) * w) for y, w in zip(to_rows(x, tokens), weights, strict=True))
+
+    plain = lambda x, tokens: streams._to_rows(x, tokens.rows)  # noqa: E731
+    got, want = (jax.grad(through_rows)(x, f) for f in (streams.to_rows, plain))
+    there = np.asarray(tokens.home >= 0)
+    np.testing.assert_allclose(got[there], want[there], atol=1e-5)
+    assert (np.asarray(got)[~there] == 0).all()
+
+    rows = [draw(*group.shape, 4, seed=9 + i) for i, group in enumerate(tokens.rows)]
+    weight = draw(len(laid), 130, 4, seed=7) * (tokens.home >= 0)[..., None]
+
+    def home(rows, from_rows):
+        return jnp.sum(jnp.sin(from_rows(rows)) * weight)
+
+    def plainly(rows):
+        flat = jnp.concatenate([y.reshape(len(laid), -1, 4) for y in rows], axis=1)
+        return jnp.take_along_axis(flat, jnp.maximum(tokens.home, 0)[..., None], axis=1)
+
+    got, want = jax.grad(home)(rows, lambda rows: streams.from_rows(rows, tokens)), jax.grad(home)(rows, plainly)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, want)
