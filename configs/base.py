@@ -21,6 +21,7 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.model.path = "builtin:tiny"  # a folder, a hub id, or the built-in checkpoint
     config.model.dtype = "float32"  # of the frozen base and the activations: float32 or bfloat16
     config.model.tower_dtype = ""  # of the frozen towers; "": the same
+    config.model.quantize = ""  # the frozen decoder's matrices in fewer bits: int8, or nf4 (QLoRA)
     config.model.remat = "none"  # what a layer recomputes in its backward pass, to save memory: full, dots, none
 
     config.lora = ConfigDict()

@@ -89,9 +89,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     held_out = JsonlSource(config.eval.path, config.data.on_bad) if config.eval.path else ListSource([])
     towers = _towers(checkpoint, {"held-out data": held_out, **sources}, media)
-    model, params = load_model(
-        checkpoint, mesh, config.model.dtype, config.model.remat, towers, config.model.tower_dtype or None
-    )
+    of = config.model
+    model, params = load_model(checkpoint, mesh, of.dtype, of.remat, towers, of.tower_dtype or None, of.quantize)
     evaluate = lambda params: _evaluate(params, model, processor, mesh, list(held_out), config)  # noqa: E731
     before = evaluate(params)
 
