@@ -200,7 +200,8 @@ def _load_part(
         one_layer = NamedSharding(mesh, PartitionSpec(*matrix.spec[1:]))
         tensor = _read_sharded(checkpoint.tensors, key, one_layer, leaves[path].dtype)
         with jax.set_mesh(mesh):
-            params[path] = _write_layer(params[path], tensor, layer.setdefault(path, 0), kinds.get(path, ""))
+            at, kind = layer.setdefault(path, 0), kinds.get(path, "")
+            params[path] = _write_layer(params[path], tensor, at, kind, sharding)
         layer[path] += 1
     return unflatten_dict(params, sep=".")
 
@@ -215,8 +216,9 @@ def _zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.A
     return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
 
 
-@partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _write_layer(stack: Any, tensor: jax.Array, layer: jax.Array, kind: str) -> Any:
+@partial(jax.jit, donate_argnums=0, static_argnums=(3, 4))
+def _write_layer(stack: Any, tensor: jax.Array, layer: jax.Array, kind: str, sharding: Any) -> Any:
     """`tensor`, quantised where there is a `kind`, as layer number `layer` of every array of the stacked leaf."""
     value = quantize_matrix(tensor, kind) if kind else tensor
-    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, layer, 0), stack, value)
+    written = jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, layer, 0), stack, value)
+    return jax.lax.with_sharding_constraint(written, sharding)
