@@ -149,7 +149,7 @@ def losses(params, decoder, mesh=(1, 1, 1), steps=3):
 def test_a_checkpoint_in_fewer_bits_trains_as_its_numbers_do_on_any_mesh(cache):
     checkpoint = open_checkpoint("builtin:tiny")
     one, mesh = make_mesh(devices=jax.devices()[:1]), make_mesh(2, 2, 2)
-    plain = flatten_dict(load_decoder(checkpoint, one)[1], sep=".")
+    plain, at_once = flatten_dict(load_decoder(checkpoint, one)[1], sep="."), jax.jit(quantize, static_argnums=1)
     for kind, leaf_type in {"int8": Int8Weight, "nf4": Nf4Weight}.items():
         model, params = load_model(checkpoint, one, towers=(), remat="none", quantize=kind)
         params = flatten_dict(params["decoder"], sep=".")
@@ -157,7 +157,7 @@ def test_a_checkpoint_in_fewer_bits_trains_as_its_numbers_do_on_any_mesh(cache):
             path for path in params if "_proj.weight" in path
         }
         for path, leaf in params.items():  # as if the whole had been quantised at once
-            want = quantize(plain[path], kind) if isinstance(leaf, leaf_type) else plain[path]
+            want = at_once(plain[path], kind) if isinstance(leaf, leaf_type) else plain[path]
             jax.tree.map(np.testing.assert_array_equal, leaf, want)
         split = load_decoder(checkpoint, mesh, quantize=kind)[1]
         jax.tree.map(np.testing.assert_array_equal, split, unflatten_dict(params, sep="."))
@@ -167,7 +167,8 @@ def test_a_checkpoint_in_fewer_bits_trains_as_its_numbers_do_on_any_mesh(cache):
         up = places["layers"]["mlp"]["up_proj"]["weight"]
         assert tuple(jax.tree.leaves(up)[0].spec) == (None, "tensor", "fsdp")
     got = losses(unflatten_dict(params, sep="."), model.decoder)  # of nf4, the last
-    wide = {path: dequantize(x, jnp.float32) if isinstance(x, Nf4Weight) else x for path, x in params.items()}
+    widen = jax.jit(lambda leaf: dequantize(leaf, jnp.float32))
+    wide = {path: widen(x) if isinstance(x, Nf4Weight) else x for path, x in params.items()}
     np.testing.assert_allclose(got, losses(unflatten_dict(wide, sep="."), model.decoder), rtol=1e-5)
     assert got[-1] < got[0] - 0.05
     np.testing.assert_allclose(losses(split, model.decoder, (2, 2, 2)), got, rtol=1e-5)
