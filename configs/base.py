@@ -21,7 +21,11 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.model.path = "builtin:tiny"  # a folder, a hub id, or the built-in checkpoint
     config.model.dtype = "float32"  # of the frozen base and the activations: float32 or bfloat16
     config.model.tower_dtype = ""  # of the frozen towers; "": the same
-    config.model.remat = "none"  # what a layer recomputes in its backward pass, to save memory: full, dots, none
+    config.model.quantize = ""  # the frozen decoder's matrices in fewer bits: int8, or nf4 (QLoRA)
+    # what a layer keeps for its backward pass, from the least memory to the least recomputation: full (nothing),
+    # attention, gate, mlp, none (nothing is recomputed); auto: what the device's memory holds
+    config.model.remat = "none"
+    config.model.attention = "auto"  # the kernel: auto (the machine's own where it has one), xla, cudnn, splash
 
     config.lora = ConfigDict()
     config.lora.rank = 16

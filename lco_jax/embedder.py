@@ -6,7 +6,7 @@ Dimensions: N inputs, D hidden, R streams, S sequences of a stream.
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -75,6 +75,8 @@ class OmniEmbedder:
         modalities: Iterable[str] | None = None,
         media: MediaConfig | None = None,
         video_positions: str = "4.57",
+        quantize: str = "",
+        attention: str = "auto",
     ) -> "OmniEmbedder":
         """Load a checkpoint folder or hub id, with a PEFT adapter merged in (in float32) if one is given.
 
@@ -85,6 +87,8 @@ class OmniEmbedder:
         media: caps on images, sound and video (`lco_jax.MediaConfig`).
         video_positions: whose rule Qwen2.5-VL's video positions follow: transformers "4.57", with which LCO was
         trained, or "5".
+        quantize: "int8" or "nf4", to hold the decoder's matrices in fewer bits; an adapter then stays beside them.
+        attention: the kernel, as of `models.attention.attention`.
         """
         checkpoint = open_checkpoint(path_or_id)
         mesh = make_mesh() if mesh is None else mesh
@@ -93,12 +97,17 @@ class OmniEmbedder:
         context = checkpoint.config.max_position_embeddings
         processor = Processor(checkpoint.folder, context, media, video_positions, chosen)
         towers = [name for name, kinds in checkpoint.backbone.reads.items() if set(kinds) & set(processor.modalities)]
-        model, params = load_model(checkpoint, mesh, dtype, remat="none", towers=towers)
+        model, params = load_model(
+            checkpoint, mesh, dtype, towers, remat="none", quantize=quantize, attention=attention
+        )
         if adapter is not None:
             adapters, config = peft.read_peft(adapter)
             decoder = params["decoder"]
-            merge = jax.jit(lora.merge, static_argnums=2, donate_argnums=0, out_shardings=shardings(decoder, mesh))
-            params["decoder"] = merge(decoder, peft.fit(adapters, decoder, str(adapter)), config)
+            adapters, config = peft.fit(adapters, decoder, str(adapter)), replace(config, dropout=0.0)
+            join = lora.attach if quantize else lora.merge
+            places = None if quantize else shardings(decoder, mesh)
+            join = jax.jit(join, static_argnums=2, donate_argnums=0, out_shardings=places)
+            params["decoder"] = join(decoder, adapters, config)
         return cls(model, params, processor, mesh)
 
     @property

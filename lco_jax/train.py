@@ -89,8 +89,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     held_out = JsonlSource(config.eval.path, config.data.on_bad) if config.eval.path else ListSource([])
     towers = _towers(checkpoint, {"held-out data": held_out, **sources}, media)
+    settings = {key: config.model[key] for key in ("quantize", "remat", "attention")}
     model, params = load_model(
-        checkpoint, mesh, config.model.dtype, config.model.remat, towers, config.model.tower_dtype or None
+        checkpoint, mesh, config.model.dtype, towers, config.model.tower_dtype or None, **settings
     )
     evaluate = lambda params: _evaluate(params, model, processor, mesh, list(held_out), config)  # noqa: E731
     before = evaluate(params)

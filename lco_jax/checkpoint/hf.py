@@ -21,8 +21,11 @@ from lco_jax.checkpoint import builtin
 from lco_jax.checkpoint.tensors import TensorFolder
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, resolve
+from lco_jax.core.lora import DECODER_LINEARS
 from lco_jax.core.packing import PackedTokens
+from lco_jax.core.quantize import quantize as quantize_matrix
 from lco_jax.core.sharding import shardings
+from lco_jax.models.attention import IMPLEMENTATIONS
 from lco_jax.models.config import DecoderConfig
 from lco_jax.models.decoder import REMAT_POLICIES, Decoder
 from lco_jax.models.model import Model
@@ -131,32 +134,36 @@ def _per_layer(params: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ..
 
 
 def load_decoder(
-    checkpoint: Checkpoint, mesh: Mesh, dtype: Any = "float32", remat: str = "full"
+    checkpoint: Checkpoint, mesh: Mesh, dtype: Any = "float32", quantize: str = "", **settings: str
 ) -> tuple[Decoder, dict[str, Any]]:
     """The decoder and its parameters in `dtype`, sharded over `mesh`.
 
+    quantize: what the matrices of its layers become, each as it is read (`core/quantize.py`): int8, nf4; "": nothing.
+    settings: `remat` and `attention` of `Decoder`.
     Each process reads only the slices its devices hold; the host holds one tensor's slice at a time.
     """
-    if remat not in REMAT_POLICIES:
-        raise LcoError(f"remat is {remat!r}; it is one of: {', '.join(REMAT_POLICIES)}")
+    for name, known in (("remat", REMAT_POLICIES), ("attention", IMPLEMENTATIONS)):
+        if name in settings and settings[name] not in known:
+            raise LcoError(f"{name} is {settings[name]!r}; it is one of: {', '.join(known)}")
     dtype = _dtype(dtype)
-    decoder = Decoder(checkpoint.config, dtype=dtype, param_dtype=dtype, remat=remat)
-    return decoder, _load_part(checkpoint, "decoder", abstract_params(checkpoint.config, dtype), mesh)
+    decoder = Decoder(checkpoint.config, dtype=dtype, param_dtype=dtype, **settings)
+    return decoder, _load_part(checkpoint, "decoder", abstract_params(checkpoint.config, dtype), mesh, quantize)
 
 
 def load_model(
     checkpoint: Checkpoint,
     mesh: Mesh,
     dtype: Any = "float32",
-    remat: str = "full",
     towers: Iterable[str] | None = None,
     tower_dtype: Any = None,
+    **settings: str,
 ) -> tuple[Model, dict[str, Any]]:
     """The decoder with `towers` (by default all of them), and {"decoder": parameters, tower: parameters}.
 
-    tower_dtype: of the towers' parameters and activations, by default `dtype`. Sharded and read as by `load_decoder`.
+    tower_dtype: of the towers' parameters and activations, by default `dtype`. settings: as of `load_decoder`, which
+    also says how they are read.
     """
-    decoder, params = load_decoder(checkpoint, mesh, dtype, remat)
+    decoder, params = load_decoder(checkpoint, mesh, dtype, **settings)
     modules, tree = {}, {"decoder": params}
     for name in checkpoint.towers if towers is None else towers:
         in_dtype = _dtype(dtype if tower_dtype is None else tower_dtype)
@@ -172,10 +179,17 @@ def _dtype(dtype: Any) -> Any:
     return DTYPES[name]
 
 
-def _load_part(checkpoint: Checkpoint, part: str, abstract: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+def _load_part(
+    checkpoint: Checkpoint, part: str, abstract: dict[str, Any], mesh: Mesh, quantize: str = ""
+) -> dict[str, Any]:
     """One part's parameters. Each process reads only the slices its devices hold; the host holds one tensor's slice."""
-    flat_shardings = flatten_dict(shardings({part: abstract}, mesh)[part], sep=".")
     leaves = flatten_dict(abstract, sep=".")
+    kinds = {path: quantize for path in leaves if quantize and re.fullmatch(rf"{DECODER_LINEARS}\.weight", path)}
+    kept = {
+        path: jax.eval_shape(partial(quantize_matrix, kind=kinds[path], name=path), leaf) if path in kinds else leaf
+        for path, leaf in leaves.items()
+    }
+    flat_shardings = flatten_dict(shardings({part: unflatten_dict(kept, sep=".")}, mesh)[part], sep=".")
     params: dict[str, Any] = {}
     layer: dict[str, int] = {}
     for path, name, _ in _per_layer(abstract):
@@ -184,10 +198,13 @@ def _load_part(checkpoint: Checkpoint, part: str, abstract: dict[str, Any], mesh
             params[path] = _read_sharded(checkpoint.tensors, key, sharding, leaves[path].dtype)
             continue
         if path not in params:
-            params[path] = _zeros(leaves[path].shape, leaves[path].dtype, sharding)
-        one_layer = NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
+            params[path] = jax.tree.map(lambda x, place: _zeros(x.shape, x.dtype, place), kept[path], sharding)
+        matrix = jax.tree.leaves(sharding)[0]  # a quantised leaf's first array lies as its matrix would
+        one_layer = NamedSharding(mesh, PartitionSpec(*matrix.spec[1:]))
         tensor = _read_sharded(checkpoint.tensors, key, one_layer, leaves[path].dtype)
-        params[path] = _write_layer(params[path], tensor, layer.setdefault(path, 0))
+        with jax.set_mesh(mesh):
+            at, kind = layer.setdefault(path, 0), kinds.get(path, "")
+            params[path] = _write_layer(params[path], tensor, at, kind, sharding)
         layer[path] += 1
     return unflatten_dict(params, sep=".")
 
@@ -202,6 +219,9 @@ def _zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.A
     return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
 
 
-@partial(jax.jit, donate_argnums=0)
-def _write_layer(stack: jax.Array, tensor: jax.Array, layer: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, tensor, layer, 0)
+@partial(jax.jit, donate_argnums=0, static_argnums=(3, 4))
+def _write_layer(stack: Any, tensor: jax.Array, layer: jax.Array, kind: str, sharding: Any) -> Any:
+    """`tensor`, quantised where there is a `kind`, as layer number `layer` of every array of the stacked leaf."""
+    value = quantize_matrix(tensor, kind) if kind else tensor
+    written = jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, layer, 0), stack, value)
+    return jax.lax.with_sharding_constraint(written, sharding)

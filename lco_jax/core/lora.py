@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from lco_jax.core.errors import LcoError
+from lco_jax.core.quantize import QuantizedWeight
 from lco_jax.core.weights import GOLDEN_RATIO, LoraWeight, mix_bits
 
 Tree = dict[str, Any]
@@ -57,7 +58,7 @@ def target_paths(params: Tree, config: LoraConfig) -> list[str]:
         raise LcoError(f"lora.targets {config.targets!r} is not a regular expression: {error}") from None
     if not chosen:
         raise LcoError(f"lora.targets {config.targets!r} matches no module; there are: {', '.join(sorted(modules))}")
-    if flat := [path for path in chosen if leaves[path].ndim < 2 or "norm" in path]:
+    if flat := [path for path in chosen if len(leaves[path].shape) < 2 or "norm" in path]:
         raise LcoError(f"lora.targets {config.targets!r} matches {flat[0]}, which is no linear layer")
     return chosen
 
@@ -104,8 +105,12 @@ def merge_weight(base: Array, a: Array, b: Array, scale: float) -> Array:
 
 
 def merge(params: Tree, adapters: Tree, config: LoraConfig) -> Tree:
-    """`params` with the adapters added in: same tree, same shapes, plain arrays."""
+    """`params` with the adapters added in: same tree, same shapes, plain arrays. Raises for a quantised base."""
     leaves, pairs = _adapted_leaves(params, adapters)
+    if quantized := [path for path in pairs if isinstance(leaves[path], QuantizedWeight)]:
+        raise LcoError(
+            f"{quantized[0]} is quantised, and nothing can be merged into it; merge into the checkpoint's files"
+        )
     merged = {path: merge_weight(leaves[path], a, b, config.scale) for path, (a, b) in pairs.items()}
     return unflatten_dict({**leaves, **merged}, sep=".")
 

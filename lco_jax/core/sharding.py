@@ -76,19 +76,30 @@ def _fit(shape: tuple[int, ...], axes: Sequence[str | tuple[str, ...] | None], m
 
 
 def shardings(tree: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """A `NamedSharding` for every leaf of a tree of arrays or shapes, by `RULES`. Raises for a leaf no rule names."""
+    """A `NamedSharding` for every array of a tree of arrays or shapes, by `RULES`. Raises for a leaf no rule names.
+
+    Of a leaf that holds several arrays (`core/quantize.py`), those of the matrix's rank follow its rule; the rest is
+    small, and replicated.
+    """
     specs = {}
     for path, leaf in flatten_dict(tree, sep=".").items():
         rule = next((axes for pattern, axes in RULES if re.fullmatch(pattern, path)), None)
         if rule is None:
             raise LcoError(f"no sharding rule names the parameter {path}; add one to lco_jax/core/sharding.py")
-        rule = (None,) * len(leaf.shape) if rule is ... else rule
-        spec = _fit(leaf.shape, rule, mesh)
-        lost = [axis for axis, kept in zip(rule, spec, strict=True) if axis and axis != kept]
-        if lost:
-            logger.warning("%s %s does not divide by mesh axis %s: replicated over it", path, leaf.shape, lost)
-        specs[path] = NamedSharding(mesh, spec)
+        arrays, structure = jax.tree.flatten(leaf)
+        of_matrix = [len(array.shape) == len(leaf.shape) for array in arrays]
+        placed = [_place(path, x.shape, rule if yes else ..., mesh) for x, yes in zip(arrays, of_matrix, strict=True)]
+        specs[path] = structure.unflatten(placed)
     return unflatten_dict(specs, sep=".")
+
+
+def _place(path: str, shape: tuple[int, ...], rule: Sequence[str | None] | EllipsisType, mesh: Mesh) -> NamedSharding:
+    rule = (None,) * len(shape) if rule is ... else rule
+    spec = _fit(shape, rule, mesh)
+    lost = [axis for axis, kept in zip(rule, spec, strict=True) if axis and axis != kept]
+    if lost:
+        logger.warning("%s %s does not divide by mesh axis %s: replicated over it", path, shape, lost)
+    return NamedSharding(mesh, spec)
 
 
 def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:

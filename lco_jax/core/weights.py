@@ -3,7 +3,8 @@
 Dimensions: I input features, O output features, r LoRA rank; weights are stored as the checkpoints store them, [O, I].
 
 A module never asks what its weight is. It reads a leaf from the parameter tree and calls `dot`; the leaf may be an
-array or a `LoraWeight` around one, so LoRA (`core/lora.py`) is a change of the tree and never of the forward code.
+array, its 8 or 4 bits (`core/quantize.py`), or a `LoraWeight` around either, so LoRA (`core/lora.py`) and quantisation
+are changes of the tree and never of the forward code.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from lco_jax.core.quantize import Int8Weight, QuantizedWeight, dequantize
 
 GOLDEN_RATIO = 0x9E3779B9  # 2^32 / phi: successive multiples of it spread evenly over the 32-bit integers
 
@@ -27,7 +30,7 @@ class LoraWeight:
     scale, dropout: static, so that a stack of them goes through `nn.scan`.
     """
 
-    base: Array
+    base: Array | QuantizedWeight
     a: Array
     b: Array
     seed: Array
@@ -40,7 +43,7 @@ def matmul_precision(x: Array) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
-def dot(x: Array, w: Array | LoraWeight, token_keys: Array | None = None) -> Array:
+def dot(x: Array, w: Array | QuantizedWeight | LoraWeight, token_keys: Array | None = None) -> Array:
     """x [..., I] times w [O, I] -> [..., O] in the dtype of x.
 
     token_keys: uint32 [...], an identity of every token that does not depend on where it is packed; needed
@@ -49,11 +52,32 @@ def dot(x: Array, w: Array | LoraWeight, token_keys: Array | None = None) -> Arr
     if isinstance(w, LoraWeight):
         update = _product(dropout(x, token_keys, w.seed, w.dropout), w.a) * w.scale
         return dot(x, w.base) + _product(update, w.b)
+    if isinstance(w, QuantizedWeight):
+        return _frozen_product(x, w)
     return _product(x, w)
 
 
 def _product(x: Array, w: Array) -> Array:
     return jnp.einsum("...i,oi->...o", x, w.astype(x.dtype), precision=matmul_precision(x))
+
+
+@jax.custom_vjp
+def _frozen_product(x: Array, w: QuantizedWeight) -> Array:
+    """`_product` with a matrix that has no gradient. What is kept for x's is w as it is, never its wide form."""
+    if isinstance(w, Int8Weight):
+        return (_product(x, w.values) * w.scales).astype(x.dtype)
+    return _product(x, dequantize(w, x.dtype))
+
+
+def _frozen_gradient(w: QuantizedWeight, g: Array) -> tuple[Array, None]:
+    if isinstance(w, Int8Weight):
+        g, wide = (g * w.scales).astype(g.dtype), w.values.astype(g.dtype)
+    else:
+        wide = dequantize(w, g.dtype)
+    return jnp.einsum("...o,oi->...i", g, wide, precision=matmul_precision(g)), None
+
+
+_frozen_product.defvjp(lambda x, w: (_frozen_product(x, w), w), _frozen_gradient)
 
 
 def mix_bits(x: Array) -> Array:
