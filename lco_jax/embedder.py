@@ -20,7 +20,7 @@ from lco_jax.checkpoint import peft
 from lco_jax.checkpoint.hf import load_model, open_checkpoint
 from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
-from lco_jax.core.packing import Shape, fill, fit, largest, lay_stream, spread, width_of
+from lco_jax.core.packing import Shape, bucket, common_length, fill, lay_stream, spread, width_of
 from lco_jax.core.shapes import ShapeLog
 from lco_jax.core.sharding import ROWS, make_mesh, replicated, row_shards, shardings
 from lco_jax.data.inputs import Preparation, named, one_ahead, prepare_ahead
@@ -32,6 +32,7 @@ from lco_jax.models.decoder import pool
 from lco_jax.models.model import MediaPrograms, Model
 
 MAX_TOKENS = 16_384  # in one forward pass, unless a single input has more
+FINE = 4096  # tokens beyond which a pass is padded by an eighth at most, and not by half
 BLOCK_INPUTS, BLOCK_BYTES = 8192, 2**27  # inputs sorted by length and embedded together: at most so many, so large
 logger = logging.getLogger(__name__)
 
@@ -261,7 +262,9 @@ class OmniEmbedder:
         members = [np.flatnonzero(bins == shard) for shard in range(shards)]
         media, laid, _ = lay_media(self.processor.rows, [[batch[i] for i in chosen] for chosen in members])
         streams = [lay_stream(sequences, head=None) for sequences in laid]
-        shape = fit(largest(stream.need for stream in streams), Shape())
+        length, count = max(one.length for one in streams), max(map(len, members))
+        width = width_of(max(map(len, batch)))  # one width for all: fewer programs, and the batch is alike in length
+        shape = Shape(bucket(length, 8 if length > FINE else 2), {width: bucket(count, 2)})
         tokens, became = fill(streams, members, shape, head=None)
         which = np.zeros(len(batch), np.int64)
         for shard, (chosen, slots) in enumerate(zip(members, became, strict=True)):
@@ -294,15 +297,17 @@ def _gather(
 
 
 def _batches(order: list[int], ready: Sequence[Any], batch_size: int | None, max_tokens: int) -> Iterator[list[int]]:
-    """Runs of `order` of at most so many inputs and, but for a single long one, tokens."""
+    """Runs of `order` of at most so many inputs and, but for a single long one, tokens that they do not share."""
     batch: list[int] = []
     tokens = 0
     for i in order:
-        if batch and (len(batch) == batch_size or tokens + len(ready[i]) > max_tokens):
+        ids, before = ready[i].input_ids, ready[batch[-1]] if batch else None
+        shared = common_length(ids, before.input_ids) if before and not (before.media or ready[i].media) else 0
+        if batch and (len(batch) == batch_size or tokens + len(ids) - shared > max_tokens):
             yield batch
-            batch, tokens = [], 0
+            batch, tokens, shared = [], 0, 0
         batch.append(i)
-        tokens += len(ready[i])
+        tokens += len(ids) - shared
     if batch:
         yield batch
 

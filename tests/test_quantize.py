@@ -11,9 +11,10 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 from configs.base import get_config
-from lco_jax import LcoError, make_mesh
+from lco_jax import LcoError, OmniEmbedder, make_mesh
 from lco_jax.checkpoint import builtin
 from lco_jax.checkpoint.hf import load_decoder, load_model, open_checkpoint
+from lco_jax.checkpoint.peft import write_peft
 from lco_jax.core import lora
 from lco_jax.core.quantize import DYNAMIC, KINDS, Int8Weight, Nf4Weight, QuantizedWeight, dequantize, quantize
 from lco_jax.core.sharding import shardings

@@ -23,7 +23,7 @@ from jax import Array
 
 from lco_jax.core.weights import GOLDEN_RATIO
 
-MIN_WIDTH = 32
+WIDTHS = (32, 48, 64, 96, *(2**i for i in range(7, 21)))  # of attention rows, up to a million tokens
 
 
 @partial(
@@ -121,10 +121,7 @@ def bucket(n: int, granularity: int = 8) -> int:
 
 def width_of(length: int) -> int:
     """The width of the attention row that a sequence of so many tokens is given."""
-    return max(bucket(length, 2), MIN_WIDTH)
-
-
-WIDTHS = tuple(sorted({width_of(n << k) for n in (2, 3) for k in range(20)}))  # up to a million tokens
+    return next(width for width in WIDTHS if width >= length)
 
 
 def common_length(a: np.ndarray, b: np.ndarray) -> int:
