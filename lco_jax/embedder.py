@@ -231,14 +231,30 @@ class OmniEmbedder:
         normalize: bool,
         progress: tqdm | None,
     ) -> Block:
-        """Embed what is ready, neighbours in a batch alike in length, one batch ahead of the one being fetched."""
+        """Embed what is ready."""
         vectors = np.full((len(ready), self.dimension), np.nan, np.float32)
         skipped = {first + i: str(one) for i, one in enumerate(ready) if isinstance(one, LcoError)}
         good = [i for i, one in enumerate(ready) if not isinstance(one, LcoError)]
-        good.sort(key=lambda i: (-width_of(len(ready[i])), ready[i].input_ids.tobytes()))  # like beside like
+        vectors[good] = self.embed([ready[i] for i in good], batch_size, max_tokens, progress)
+        for reason in skipped.values():
+            logger.warning("skipped: %s", reason)
+        if progress is not None:
+            progress.update(len(skipped))
+        return Block(first, _unit(vectors) if normalize else vectors, skipped)
+
+    def embed(
+        self,
+        ready: Sequence[Processed],
+        batch_size: int | None = None,
+        max_tokens: int = MAX_TOKENS,
+        progress: tqdm | None = None,
+    ) -> np.ndarray:
+        """Inputs as `processor` hands them over -> hidden states as the final norm left them, float32 [N, D]."""
+        vectors = np.zeros((len(ready), self.dimension), np.float32)
+        order = sorted(range(len(ready)), key=lambda i: (-width_of(len(ready[i])), ready[i].input_ids.tobytes()))
         waiting: tuple[list[int], np.ndarray, Array] | None = None
         with jax.set_mesh(self.mesh):
-            for chosen in [*_batches(good, ready, batch_size, max_tokens), None]:
+            for chosen in [*_batches(order, ready, batch_size, max_tokens), None]:
                 started = None if chosen is None else (chosen, *self._start([ready[i] for i in chosen]))
                 if waiting is not None:
                     indices, which, pooled = waiting
@@ -246,11 +262,7 @@ class OmniEmbedder:
                     if progress is not None:
                         progress.update(len(indices))
                 waiting = started
-        for reason in skipped.values():
-            logger.warning("skipped: %s", reason)
-        if progress is not None:
-            progress.update(len(skipped))
-        return Block(first, _unit(vectors) if normalize else vectors, skipped)
+        return vectors
 
     def _start(self, batch: list[Processed]) -> tuple[np.ndarray, Array]:
         """Pack a batch and start its forward pass: which sequence each input is, and all vectors [R · S, D] to come.
@@ -297,15 +309,20 @@ def _gather(
 
 
 def _batches(order: list[int], ready: Sequence[Any], batch_size: int | None, max_tokens: int) -> Iterator[list[int]]:
-    """Runs of `order` of at most so many inputs and, but for a single long one, tokens that they do not share."""
+    """Runs of `order` of at most so many inputs and, but for a single long one, tokens that they do not share.
+
+    Short inputs join long ones, whose width their rows of attention then have, only where that costs little.
+    """
     batch: list[int] = []
-    tokens = 0
+    tokens = width = 0
     for i in order:
         ids, before = ready[i].input_ids, ready[batch[-1]] if batch else None
         shared = common_length(ids, before.input_ids) if before and not (before.media or ready[i].media) else 0
-        if batch and (len(batch) == batch_size or tokens + len(ids) - shared > max_tokens):
+        costly = width_of(len(ids)) < width and (len(batch) + 1) * width > 2 * (tokens + FINE)
+        if batch and (len(batch) == batch_size or tokens + len(ids) - shared > max_tokens or costly):
             yield batch
             batch, tokens, shared = [], 0, 0
+        width = width if batch else width_of(len(ids))
         batch.append(i)
         tokens += len(ids) - shared
     if batch:

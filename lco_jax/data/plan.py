@@ -28,18 +28,25 @@ def plan(
 ) -> Layout:
     """`layout` with floors. batches: `pipeline.local_batches`; media: whether the data hold more than text."""
     share = layout.batch_size // jax.process_count()
-    shards = row_shards(mesh) // jax.process_count()
     least, records = (MEDIA_BATCHES, MEDIA_RECORDS) if media else (BATCHES, RECORDS)
-    sample = [batches[i] for i in range(max(least, -(-records // share)))]
+    layout = floor_of([batches[i] for i in range(max(least, -(-records // share)))], layout, processor, mesh)
+    longest = width_of(max_length + len(processor.tokenizer([as_messages("", "")])[0]))  # one may yet come
+    rows = {**layout.floor.rows, longest: max(layout.floor.rows.get(longest, 0), 1)}
+    return replace(layout, floor=agree_shape(replace(layout.floor, rows=rows)))
+
+
+def floor_of(sample: list[LocalBatch], layout: Layout, processor: Processor, mesh: Mesh) -> Layout:
+    """`layout` with floors that hold nearly every batch like those of the sample."""
+    share = layout.batch_size // jax.process_count()
+    shards = row_shards(mesh) // jax.process_count()
     laid = [lay_batch(local, layout, processor.rows, shards) for local in sample]
     layout = replace(layout, floor=Shape(chunks=max(one.chunks for one in laid)))
     if layout.floor.chunks > 1:  # all in as many chunks
         laid = [lay_batch(local, layout, processor.rows, shards) for local in sample]
     needs = [largest(stream.need for stream in one.streams) for one in laid]
     bins = shards * layout.floor.chunks
-    rows = _rows(sample, share, bins)
-    rows[width_of(max_length + _template(processor))] = max(rows.get(width_of(max_length + _template(processor)), 0), 1)
-    floor = largest([*needs, Shape(_tokens(sample, needs, len(layout.head), share, bins), rows, layout.floor.chunks)])
+    tokens = _tokens(sample, needs, len(layout.head), share, bins)
+    floor = largest([*needs, Shape(tokens, _rows(sample, bins), layout.floor.chunks)])
     floor = agree_shape(Shape(bucket(floor.tokens, 64), floor.rows, floor.chunks))
     return replace(layout, floor=floor, media_floor=_media(laid, processor))
 
@@ -56,7 +63,7 @@ def _tokens(sample: list[LocalBatch], needs: list[Shape], head: int, share: int,
     return head + int(np.ceil((share * each.mean() + MARGIN * share**0.5 * each.std()) / bins + uneven))
 
 
-def _rows(sample: list[LocalBatch], share: int, bins: int) -> dict[int, int]:
+def _rows(sample: list[LocalBatch], bins: int) -> dict[int, int]:
     """Rows of each width, likewise."""
     counts = Counter(width_of(len(one)) for local in sample for one in local.inputs)
     here = sum(counts.values()) / len(sample) / bins
@@ -65,10 +72,6 @@ def _rows(sample: list[LocalBatch], share: int, bins: int) -> dict[int, int]:
         part = count / sum(counts.values())
         rows[width] = bucket(int(np.ceil(here * part + MARGIN * (here * part * (1 - part)) ** 0.5)) + 1, 8)
     return rows
-
-
-def _template(processor: Processor) -> int:
-    return len(processor.tokenizer([as_messages("", "")])[0])
 
 
 def _media(laid: list, processor: Processor) -> dict[str, tuple[int, int]]:

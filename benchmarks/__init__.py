@@ -1,0 +1,1 @@
+"""Our step beside the original's, in one run: `python -m benchmarks --help`."""
