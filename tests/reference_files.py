@@ -128,7 +128,7 @@ def _write_llava(family: str, folder: Path) -> None:
 
 def _write_sentencepiece(folder: Path) -> None:
     """A BPE that falls back to bytes and marks spaces by U+2581: what Mistral's and Vicuna's tokenizer.json hold."""
-    lines = builtin.TRIPLETS.read_text(encoding="utf-8").splitlines()[:200]
+    lines = (builtin.ASSETS.parent / "triplets_train.jsonl").read_text(encoding="utf-8").splitlines()[:200]
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,13 @@ def sentence(error):
     assert "\n" not in text
     assert not text.endswith(":")
     return text
+
+
+def test_the_built_in_checkpoint_is_what_its_tool_makes(tmp_path):
+    runpy.run_path(str(ROOT / "tools" / "make_tiny.py"))["write"](tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in builtin.ASSETS.iterdir()}
+    for file in tmp_path.iterdir():
+        assert file.read_bytes() == (builtin.ASSETS / file.name).read_bytes(), file.name
 
 
 # ---- records
