@@ -3,9 +3,10 @@
 Every file of the source that is not a weight is copied, every key keeps its name, and one shard at a time is in memory.
 """
 
-import json
+import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from lco_jax.checkpoint.hf import DTYPES, Checkpoint, open_checkpoint
 from lco_jax.checkpoint.peft import layer_tensors
 from lco_jax.checkpoint.sentence_transformers import write_modules
-from lco_jax.checkpoint.tensors import TensorFolder, nbytes, write_shards
+from lco_jax.checkpoint.tensors import TensorFolder, write_shards
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, write_json, written_aside
 from lco_jax.core.lora import LoraConfig
@@ -46,10 +47,8 @@ class _Merged:
         value = self.tensors.read(key)
         if key in self.pairs:
             a, b = self.pairs[key]
-            if value.shape != (b.shape[0], a.shape[1]):
-                raise LcoError(
-                    f"the adapter of {key} is for {(b.shape[0], a.shape[1])}, and the matrix is {value.shape}"
-                )
+            if value.shape != (shape := (b.shape[0], a.shape[1])):
+                raise LcoError(f"the adapter of {key} is for {shape}, and the matrix is {value.shape}")
             value = value.astype(np.float32) + self.scale * (b @ a)
         return value.astype(self.target_dtype(key), copy=False)
 
@@ -70,7 +69,8 @@ def export_merged(
         raise LcoError(f"dtype {dtype!r} is not supported; these are: {', '.join(DTYPES)}")
     checkpoint = open_checkpoint(source)
     merged = _Merged(checkpoint, adapters, config, np.dtype(DTYPES[dtype]))
-    sizes = {key: nbytes(checkpoint.tensors.shape(key), merged.target_dtype(key)) for key in checkpoint.tensors}
+    tensors = checkpoint.tensors
+    sizes = {key: math.prod(tensors.shape(key)) * merged.target_dtype(key).itemsize for key in tensors}
     with written_aside(out) as aside:
         for pattern in COPIED:
             for file in checkpoint.folder.glob(pattern):
@@ -93,16 +93,11 @@ def export_merged(
 
 def _with_dtype(config: dict, dtype: str) -> dict:
     """A config.json that announces the dtype, in whichever spelling and wherever it already does."""
-    spelled = json.loads(json.dumps(config))
 
-    def visit(node: dict) -> None:
-        for key, value in node.items():
-            if key in ("torch_dtype", "dtype") and isinstance(value, str):
-                node[key] = dtype
-            elif isinstance(value, dict):
-                visit(value)
+    def spelled(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: spelled(k, v) for k, v in value.items()}
+        return dtype if key in ("torch_dtype", "dtype") and isinstance(value, str) else value
 
-    visit(spelled)
-    if "dtype" not in spelled:
-        spelled["torch_dtype"] = dtype  # 4.x reads this one, 5.x both
-    return spelled
+    config = spelled("", config)
+    return config if "dtype" in config else {**config, "torch_dtype": dtype}  # 4.x reads this one, 5.x both

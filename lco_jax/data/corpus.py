@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import pyarrow.lib
 import pyarrow.parquet
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, explained
 from lco_jax.data.media import MediaConfig
-from lco_jax.data.prompts import as_messages, check_text, describe, is_media_file, media_parts
+from lco_jax.data.prompts import as_messages, check_text, describe, is_conversation, is_media_file, media_parts
 from lco_jax.data.records import FIELDS, Reader, is_parts
 
 KEYS = tuple(key for key in FIELDS if key != "content")  # of an object or table: what is embedded; others are metadata
@@ -65,10 +65,8 @@ class Corpus:
         """
         exists = lru_cache(maxsize=100_000)(os.path.isfile) if check_media else None
         read = self._folder if self.path.is_dir() else getattr(self, f"_{self.path.suffix[1:]}")
-        try:
+        with explained(f"--input={self.path} cannot be read", OSError):
             yield from read(exists)
-        except OSError as error:
-            raise LcoError(f"--input={self.path} cannot be read: {error.strerror or error}") from None
 
     def fingerprint(self) -> str:
         """What tells whether it has changed: size and time of change of the file, or of each medium of the folder."""
@@ -82,38 +80,30 @@ class Corpus:
         return f"{count} files with digest {seen.hexdigest()}"
 
     def _txt(self, _: Callable | None) -> Iterator[Item]:
-        for number, line, where in self._lines():
-            yield Item(number, {"text": line}, where)
+        return (Item(number, {"text": line}, where) for number, line, where in self._lines())
 
     def _jsonl(self, exists: Callable[[str], bool] | None) -> Iterator[Item]:
         for number, line, where in self._lines():
             if not line.strip():
                 continue
-            try:
+            with explained(f"{where}: not valid JSON", ValueError, RecursionError):
                 item = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise LcoError(f"{where}: not valid JSON: {error}") from None
             yield Item(self._id(item, number, where), self._content(item, where, exists), where)
 
     def _parquet(self, exists: Callable[[str], bool] | None) -> Iterator[Item]:
-        try:
-            with pyarrow.parquet.ParquetFile(self.path) as file:
-                names = file.schema_arrow.names
-                if not any(name in KEYS for name in names):
-                    raise LcoError(f"{self.path} has none of the columns {', '.join(KEYS)}; it has {', '.join(names)}")
-                if self.id_field and self.id_field not in names:
-                    raise LcoError(f"{self.path} has no column {self.id_field!r}; its columns: {', '.join(names)}")
-                columns = [name for name in names if name in (*KEYS, self.id_field)]
-                number = 0
-                for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns):
-                    for row in batch.to_pylist():
-                        where = f"{self.path}, row {number}"
-                        content = {key: _cell(value) for key, value in row.items() if key in KEYS}
-                        yield Item(self._id(row, number, where), self._content(content, where, exists), where)
-                        number += 1
-        except (pyarrow.lib.ArrowException, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise LcoError(f"{self.path} is torn or not a parquet file: {reason}") from None
+        torn = explained(f"{self.path} is torn or not a parquet file", pyarrow.lib.ArrowException, OSError)
+        with torn, pyarrow.parquet.ParquetFile(self.path) as file:
+            names = file.schema_arrow.names
+            if not any(name in KEYS for name in names):
+                raise LcoError(f"{self.path} has none of the columns {', '.join(KEYS)}; it has {', '.join(names)}")
+            if self.id_field and self.id_field not in names:
+                raise LcoError(f"{self.path} has no column {self.id_field!r}; its columns: {', '.join(names)}")
+            columns = [name for name in names if name in (*KEYS, self.id_field)]
+            batches = file.iter_batches(ROWS_AT_ONCE, columns=columns)
+            for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+                where = f"{self.path}, row {number}"
+                content = {key: _cell(value) for key, value in row.items() if key in KEYS}
+                yield Item(self._id(row, number, where), self._content(content, where, exists), where)
 
     def _folder(self, _: Callable | None) -> Iterator[Item]:
         name = None
@@ -129,10 +119,8 @@ class Corpus:
         with open(self.path, "rb") as file:
             for number, line in enumerate(file):
                 where = f"{self.path}:{number + 1}"
-                try:
+                with explained(f"{where}: not valid UTF-8 (save the file in that encoding)", UnicodeDecodeError):
                     text = line.decode("utf-8" if number else "utf-8-sig")  # some editors begin files with a mark
-                except UnicodeDecodeError:
-                    raise LcoError(f"{where}: not valid UTF-8; save the file in that encoding") from None
                 yield number, text.removesuffix("\n").removesuffix("\r"), where
 
     def _id(self, item: Any, number: int, where: str) -> int | str:
@@ -152,7 +140,7 @@ class Corpus:
         reader = Reader(where, os.path.abspath(self.root or self.path.parent), exists)
         if isinstance(item, str) or (isinstance(item, list) and is_parts(item)):
             side = reader.side(item, "input")
-        elif isinstance(item, list) and item and all(isinstance(x, dict) and "role" in x for x in item):
+        elif is_conversation(item):
             messages = as_messages(item, where)
             for part in media_parts(messages):
                 kind = part["type"]

@@ -12,7 +12,7 @@ import stat
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -22,7 +22,7 @@ from urllib.parse import unquote, unquote_to_bytes, urlsplit
 import av
 from av.container import InputContainer
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, explained, reason
 
 SOCKET_SECONDS = 30.0  # how long a server may say nothing
 CHUNK = 1 << 20  # bytes read from a server at once
@@ -141,10 +141,8 @@ def _from_data_uri(uri: str, label: str, config: MediaConfig) -> Medium:
     _check_bytes(len(payload) // 4 * 3, label, config)
     content = unquote_to_bytes(payload)
     if header.lower().endswith(";base64"):
-        try:
+        with explained(f"{label} is not valid base64", binascii.Error):
             content = base64.b64decode(b"".join(content.split()), validate=True)
-        except binascii.Error as error:
-            raise LcoError(f"{label} is not valid base64: {reason(error)}") from None
     return _in_memory(content, label, config)
 
 
@@ -172,7 +170,7 @@ def _from_url(url: str, label: str, config: MediaConfig) -> Medium:
     ):
         opener.add_handler(handler())
     content = bytearray()
-    try:
+    with explained(f"{label} cannot be fetched", OSError, http.client.HTTPException, ValueError):
         request = urllib.request.Request(url, headers={"User-Agent": "lco-jax"})
         with opener.open(request, timeout=min(SOCKET_SECONDS, config.decode_seconds)) as response:
             promised = int(response.headers.get("Content-Length") or 0)
@@ -181,8 +179,6 @@ def _from_url(url: str, label: str, config: MediaConfig) -> Medium:
                 content += chunk
                 _check_bytes(len(content), label, config)
                 deadline.check()
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise LcoError(f"{label} cannot be fetched: {reason(error)}") from None
     if len(content) < promised:
         raise LcoError(f"{label} cannot be fetched: the server sent {len(content)} of {promised} bytes")
     return _in_memory(bytes(content), label, config)
@@ -205,13 +201,6 @@ def _shown(name: str) -> str:
     return name if name.isprintable() else ascii(name)
 
 
-def reason(error: BaseException) -> str:
-    """One line of what an exception says, without the stand-ins for file names that decoders add."""
-    said = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error).strip()
-    line = (str(said).splitlines() or [""])[0].rstrip(":. ") or type(error).__name__
-    return "".join(letter if letter.isprintable() else "?" for letter in line[:200])
-
-
 class Deadline:
     """The wall clock that one item may take."""
 
@@ -224,17 +213,11 @@ class Deadline:
             raise LcoError(f"{self.label} takes more than {self.seconds:g} seconds (decode_seconds)")
 
 
-@contextmanager
-def decoding(label: str) -> Iterator[None]:
+def decoding(label: str) -> AbstractContextManager[None]:
     """Around calls of a decoder: whatever it raises becomes an LcoError that begins with `label`."""
-    try:
-        yield
-    except LcoError:
-        raise
     # on torn data decoders raise nearly anything: OSError, SyntaxError, ValueError, struct.error, IndexError,
     # ZeroDivisionError, MemoryError, UnicodeDecodeError, av.FFmpegError, …
-    except Exception as error:
-        raise LcoError(f"{label} cannot be decoded: {reason(error)}") from None
+    return explained(f"{label} cannot be decoded", Exception)
 
 
 class _TimedStream:

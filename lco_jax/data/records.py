@@ -83,15 +83,18 @@ def parse_record(content: Any, where: str, root: str = "", exists: Callable[[str
             raise LcoError(f"{where}: {name} is empty")
     negatives: list[Side] = []
     for name in ("negative", "negatives"):
-        given = content.get(name)
-        given = [] if given is None else given if isinstance(given, list) and not is_parts(given) else [given]
-        negatives += [side for side in (reader.side(item, name) for item in given) if side]
+        negatives += [side for side in (reader.side(item, name) for item in listed(content.get(name))) if side]
     return Record(sides["anchor"], sides["positive"], tuple(negatives), where)
 
 
 def is_parts(value: list) -> bool:
     """Whether a list is one side, not several."""
     return bool(value) and all(isinstance(part, Mapping) and "type" in part for part in value)
+
+
+def listed(sides: Any) -> list:
+    """One side, a list of them, or None, as a list."""
+    return [] if sides is None else sides if isinstance(sides, list) and not is_parts(sides) else [sides]
 
 
 def _is_still(value: Any) -> bool:

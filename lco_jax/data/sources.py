@@ -13,11 +13,11 @@ import pyarrow.dataset
 import pyarrow.lib
 from ml_collections import ConfigDict
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, explained
 from lco_jax.core.files import resolve
 from lco_jax.data.captions import FilesSource
 from lco_jax.data.prompts import MEDIA
-from lco_jax.data.records import Record, is_parts, parse_record
+from lco_jax.data.records import Record, listed, parse_record
 from lco_jax.data.scan import ListSource, Scan, Source
 from lco_jax.data.tfds import CaptionedSource, nli_source
 
@@ -38,14 +38,11 @@ class JsonlSource:
         self.path = _asset(path)
         self.root = os.path.abspath(media_root or self.path.parent)
         scan, offset, exists = Scan(on_bad), 0, _exists(check_media)
-        try:
-            with open(self.path, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        scan.check(partial(self._parse, line, number, exists), (offset, number))
-                    offset += len(line)
-        except OSError as error:
-            raise LcoError(f"{self.path} cannot be read: {error.strerror}") from None
+        with explained(f"{self.path} cannot be read", OSError), open(self.path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    scan.check(partial(self._parse, line, number, exists), (offset, number))
+                offset += len(line)
         scan.finish(str(self.path))
         self.lines = np.array(scan.kept, np.int64)
         self.skipped, self.max_negatives, self.modalities = scan.skipped, scan.max_negatives, scan.modalities
@@ -61,10 +58,8 @@ class JsonlSource:
 
     def _parse(self, line: bytes, number: int, exists: Callable[[str], bool] | None = None) -> Record:
         where = f"{self.path}:{number}"
-        try:
+        with explained(f"{where}: not valid JSON", ValueError):
             content = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise LcoError(f"{where}: not valid JSON: {error}") from None
         return parse_record(content, where, self.root, exists)
 
 
@@ -100,11 +95,7 @@ class Columns:
 
     def content(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row as `parse_record` takes it."""
-        negatives = []
-        for name in self.negatives:
-            cell = row[name]
-            cells = cell if isinstance(cell, list) and not is_parts(cell) else [] if cell is None else [cell]
-            negatives += [self._side(name, item) for item in cells]
+        negatives = [self._side(name, item) for name in self.negatives for item in listed(row[name])]
         anchor, positive = (self._side(name, row[name]) for name in (self.anchor, self.positive))
         return {"anchor": anchor, "positive": positive, "negatives": negatives}
 
@@ -139,14 +130,11 @@ def parquet_source(
         raise LcoError(f"{path} holds no file that matches {files!r}")
     scan, exists = Scan(on_bad), _exists(check_media)
     for file in paths:
-        try:
+        with explained(f"{file} is torn or not a parquet file", pyarrow.lib.ArrowException, OSError):
             table = pyarrow.dataset.dataset(file, format="parquet")
             if missing := [name for name in columns.names if name not in table.schema.names]:
                 raise LcoError(f"{file} has no column {missing[0]!r}; its columns: {', '.join(table.schema.names)}")
             rows = table.to_table(columns=columns.names).to_pylist()
-        except (pyarrow.lib.ArrowException, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise LcoError(f"{file} is torn or not a parquet file: {reason}") from None
         root = os.path.abspath(media_root or file.parent)
         for number, row in enumerate(rows):
             scan.check(partial(parse_record, columns.content(row), f"{file}, row {number}", root, exists))

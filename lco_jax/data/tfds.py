@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, explained, reason
 from lco_jax.data.captions import Caption, captioned
 from lco_jax.data.records import Record, parse_record
 from lco_jax.data.scan import ListSource, Scan
@@ -107,14 +107,12 @@ class CaptionedSource:
 
     def __getitem__(self, index: int) -> Record:
         where = f"{self.where}, row {index}"
-        try:
+        with explained(f"{where} cannot be read", Exception):  # TFDS, protobuf and decoders raise many kinds
             row = self.rows[index]
             if empty := [key for key in (self.feature, *self.caption.fields) if row[key] is None]:
-                raise LcoError(f"it has no {empty[0]}")
+                raise ValueError(f"it has no {empty[0]}")
             fields = {key: _plain(row[key]) for key in self.caption.fields}
             media = {"type": self.kind, self.kind: self._media(row[self.feature])}
-        except Exception as error:  # TFDS, protobuf and decoders raise many kinds
-            raise LcoError(f"{where} cannot be read: {_reason(error)}") from None
         for key in fields.keys() & self.labels.keys():
             if fields[key] < 0:
                 raise LcoError(f"{where} has no {key} ({fields[key]}); choose a split whose rows have one")
@@ -187,10 +185,10 @@ def _reading(name: str, split: str, data_dir: str | None) -> Iterator[Any]:
         with _numpy_dtypes(tfds.features.Audio, tfds.features.Video):
             yield tfds.builder(name, data_dir=data_dir)
     except Exception as error:  # TFDS raises many kinds for one cause: it is not there in this form
-        reason = _reason(error)
+        said = reason(error)
         if data_dir is not None and not (folder := Path(data_dir) / name.split(":")[0]).is_dir():
-            reason = f"there is no folder {folder}"
-        raise LcoError(f"the TFDS dataset {name!r} ({split}, data_dir {data_dir}) cannot be read: {reason}") from None
+            said = f"there is no folder {folder}"
+        raise LcoError(f"the TFDS dataset {name!r} ({split}, data_dir {data_dir}) cannot be read: {said}") from None
 
 
 @contextmanager
@@ -205,7 +203,3 @@ def _numpy_dtypes(*features: type) -> Iterator[None]:
     finally:
         for module, tf in zip(modules, before, strict=True):
             module.tf = tf
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
