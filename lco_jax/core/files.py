@@ -4,8 +4,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise LcoError(f"{path} holds a {type(content).__name__}, and must hold an object")
     return content
+
+
+def fingerprint(files: Iterable[tuple[str, os.stat_result]]) -> str:
+    """What tells whether files have changed: how many, and a digest of their names, sizes and times of change."""
+    seen, count = blake2b(digest_size=8), 0
+    for name, found in files:
+        seen.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0".encode(errors="surrogateescape"))
+        count += 1
+    return f"{count} files with digest {seen.hexdigest()}"
 
 
 @contextmanager

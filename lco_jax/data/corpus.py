@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import pyarrow.lib
 import pyarrow.parquet
 
 from lco_jax.core.errors import LcoError, explained
+from lco_jax.core.files import fingerprint
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.prompts import as_messages, check_text, describe, is_conversation, is_media_file, media_parts
 from lco_jax.data.records import FIELDS, Reader, is_parts
@@ -71,13 +71,8 @@ class Corpus:
     def fingerprint(self) -> str:
         """What tells whether it has changed: size and time of change of the file, or of each medium of the folder."""
         if not self.path.is_dir():
-            found = self.path.stat()
-            return f"{found.st_size} bytes of {found.st_mtime_ns}"
-        seen, count = blake2b(digest_size=8), 0
-        for count, (name, entry) in enumerate(_walk(self.path), 1):  # noqa: B007
-            found = entry.stat()
-            seen.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0".encode(errors="surrogateescape"))
-        return f"{count} files with digest {seen.hexdigest()}"
+            return fingerprint([(self.path.name, self.path.stat())])
+        return fingerprint((name, entry.stat()) for name, entry in _walk(self.path))
 
     def _txt(self, _: Callable | None) -> Iterator[Item]:
         return (Item(number, {"text": line}, where) for number, line, where in self._lines())

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from lco_jax.core.errors import LcoError
-from lco_jax.data.media import READABLE, MediaConfig, decoding, resolve
+from lco_jax.data.media import MediaConfig, decoding, resolve
 
 # what Pillow decodes by itself; it would also start other programs (for EPS)
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "PCX", "TGA")
@@ -43,12 +43,7 @@ def _load(source: Any, where: str, config: MediaConfig) -> Image.Image:
         check_size(*source.size, label, config)
         with decoding(label):  # its file may only be read now
             return _to_rgb(source, label)
-    if not isinstance(source, READABLE):
-        raise LcoError(
-            f"{where}: an image cannot be a {type(source).__name__}; give a path, bytes, a data: URI, a URL, a PIL "
-            "image or a numpy array"
-        )
-    medium = resolve(source, "image", where, config)
+    medium = resolve(source, "image", where, config, ", a PIL image or a numpy array")
     with decoding(medium.label), medium.open() as stream:
         image = _open(stream, medium.label)
         check_size(*image.size, medium.label, config)
