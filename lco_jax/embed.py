@@ -95,7 +95,7 @@ def main() -> int:
         found = scan(items, media, strict)
     checkpoint = open_checkpoint(args.model)
     modalities = _modalities(checkpoint, found, media, strict)
-    part_size = args.part_size or (MEDIA_A_PART if _has_media(found) else TEXTS_A_PART)
+    part_size = args.part_size or (MEDIA_A_PART if found.has_media else TEXTS_A_PART)
     parts = VectorParts(args.output, _work(args, as_it_was, media, checkpoint), part_size)
     try:
         with parts:
@@ -121,7 +121,7 @@ def _embed(
     embedder: OmniEmbedder, corpus: Corpus, found: Contents, parts: VectorParts, args: argparse.Namespace
 ) -> None:
     """Embed what `parts` does not hold yet."""
-    workers = args.workers if args.workers is not None else min(os.cpu_count() or 1, 8) if _has_media(found) else 0
+    workers = args.workers if args.workers is not None else min(os.cpu_count() or 1, 8) if found.has_media else 0
     ids: deque[int | str] = deque()  # of inputs on their way, which are no more than a block and what is prepared ahead
 
     rest = islice(corpus.items(), parts.done, None)
@@ -151,10 +151,6 @@ def _embed(
             parts.add([ids.popleft() for _ in block.vectors], block.vectors, reasons)
             if count := count + len(reasons):
                 progress.set_postfix(skipped=count)
-
-
-def _has_media(found: Contents) -> bool:
-    return bool(found.kinds.keys() - {"text"})
 
 
 def _media_config(args: argparse.Namespace) -> MediaConfig:

@@ -54,10 +54,12 @@ def sentence(error):
 
 
 def test_the_built_in_checkpoint_is_what_its_tool_makes(tmp_path):
-    runpy.run_path(str(ROOT / "tools" / "make_tiny.py"))["write"](tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in builtin.ASSETS.iterdir()}
-    for file in tmp_path.iterdir():
-        assert file.read_bytes() == (builtin.ASSETS / file.name).read_bytes(), file.name
+    folder = tmp_path / builtin.ASSETS.name
+    folder.mkdir()
+    runpy.run_path(str(ROOT / "tools" / "make_tiny.py"))["write"](folder)
+    assert {file.name for file in folder.iterdir()} == {file.name for file in builtin.ASSETS.iterdir()}
+    for file in [*folder.iterdir(), tmp_path / builtin.SHAPES.name]:
+        assert file.read_bytes() == (builtin.ASSETS.parent / file.relative_to(tmp_path)).read_bytes(), file.name
 
 
 # ---- records

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from lco_jax.core.files import write_json
+from lco_jax.core.files import write_json, write_text
 
 ASSETS = Path(__file__).resolve().parent.parent / "lco_jax" / "assets"
 BPE_VOCABULARY = 1024
@@ -48,7 +48,7 @@ CHAT_TEMPLATE = """\
 
 
 def write(folder: Path) -> None:
-    """Write every file but the weights."""
+    """Write every file but the weights, and beside the folder the shapes of those."""
     tokenizer = make_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     ids = {token: tokenizer.token_to_id(token) for token in SPECIALS}
@@ -61,7 +61,10 @@ def write(folder: Path) -> None:
     }  # fmt: skip
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
-    write_json(folder / "config.json", model_config(ids, tokenizer.get_vocab_size()))
+    config = model_config(ids, tokenizer.get_vocab_size())
+    write_json(folder / "config.json", config)
+    shapes = ",\n".join(f"  {json.dumps(name)}: {json.dumps(shape)}" for name, shape in tensor_shapes(config).items())
+    write_text(folder.with_name(f"{folder.name}_shapes.json"), f"{{\n{shapes}\n}}\n")
     preprocessor = {
         "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor",
         "patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 3136, "max_pixels": 12845056,
@@ -112,6 +115,36 @@ def model_config(special: dict[str, int], vocabulary: int) -> dict:
             "temporal_patch_size": 2, "tokens_per_second": 2, "window_size": 4 * PATCH, "fullatt_block_indexes": [1],
         },
     }  # fmt: skip
+
+
+def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor, by its hub name. Weights are drawn in this order."""
+    hidden, mlp, tower = config["hidden_size"], config["intermediate_size"], config["vision_config"]
+    kv = config["num_key_value_heads"] * hidden // config["num_attention_heads"]
+    vision, vision_mlp, patch = tower["hidden_size"], tower["intermediate_size"], tower["patch_size"]
+    merged = 4 * vision
+    attention = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden)}
+    linears = {"self_attn.o": (hidden, hidden), "mlp.down": (hidden, mlp), "mlp.gate": (mlp, hidden),
+               "mlp.up": (mlp, hidden)}  # fmt: skip
+    tower_linears = {"attn.qkv": (3 * vision, vision), "attn.proj": (vision, vision),
+                     "mlp.gate_proj": (vision_mlp, vision), "mlp.up_proj": (vision_mlp, vision),
+                     "mlp.down_proj": (vision, vision_mlp)}  # fmt: skip
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    with_bias: dict[str, tuple[int, int]] = {}
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        shapes |= {f"{layer}.{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
+        for name, shape in attention.items():
+            shapes |= {f"{layer}.self_attn.{name}_proj.weight": shape, f"{layer}.self_attn.{name}_proj.bias": shape[:1]}
+        shapes |= {f"{layer}.{name}_proj.weight": shape for name, shape in linears.items()}
+    for i in range(tower["depth"]):
+        with_bias |= {f"visual.blocks.{i}.{name}": shape for name, shape in tower_linears.items()}
+        shapes |= {f"visual.blocks.{i}.norm{j}.weight": (vision,) for j in (1, 2)}
+    with_bias |= {"visual.merger.mlp.0": (merged, merged), "visual.merger.mlp.2": (hidden, merged)}
+    for name, shape in with_bias.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    shapes |= {"visual.merger.ln_q.weight": (vision,), "visual.patch_embed.proj.weight": (vision, 3, 2, patch, patch)}
+    return shapes
 
 
 if __name__ == "__main__":

@@ -27,16 +27,15 @@ COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "spk_dict.pt")
 class _Merged:
     """The tensors of the merged model, made one at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, adapters: dict | None, config: LoraConfig | None, dtype: np.dtype):
+    def __init__(self, checkpoint: Checkpoint, adapters: dict, config: LoraConfig | None, dtype: np.dtype):
         self.tensors, self.dtype = checkpoint.tensors, dtype
+        self.scale = np.float32(config.scale if config else 0)
         self.pairs = {}
-        if adapters is not None and config is not None:
-            self.scale = np.float32(config.scale)
-            for layer, module, a, b in layer_tensors(adapters):
-                name = f"layers.{layer}.{module}.weight"
-                if name not in checkpoint.keys["decoder"]:
-                    raise LcoError(f"the adapter adapts {name}, which {checkpoint.folder} does not have")
-                self.pairs[checkpoint.keys["decoder"][name]] = (a, b)
+        for layer, module, a, b in layer_tensors(adapters):
+            name = f"layers.{layer}.{module}.weight"
+            if name not in checkpoint.keys["decoder"]:
+                raise LcoError(f"the adapter adapts {name}, which {checkpoint.folder} does not have")
+            self.pairs[checkpoint.keys["decoder"][name]] = (a, b)
 
     def target_dtype(self, key: str) -> np.dtype:
         """Floating-point tensors change dtype; whatever else is there stays as it is."""
@@ -68,7 +67,7 @@ def export_merged(
     if dtype not in DTYPES:
         raise LcoError(f"dtype {dtype!r} is not supported; these are: {', '.join(DTYPES)}")
     checkpoint = open_checkpoint(source)
-    merged = _Merged(checkpoint, adapters, config, np.dtype(DTYPES[dtype]))
+    merged = _Merged(checkpoint, adapters or {}, config, np.dtype(DTYPES[dtype]))
     tensors = checkpoint.tensors
     sizes = {key: math.prod(tensors.shape(key)) * merged.target_dtype(key).itemsize for key in tensors}
     with written_aside(out) as aside:

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from lco_jax.core.errors import LcoError, explained
 from lco_jax.core.files import fingerprint
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.prompts import as_messages, check_text, describe, is_conversation, is_media_file, media_parts
-from lco_jax.data.records import FIELDS, Reader, is_parts
+from lco_jax.data.records import FIELDS, Reader, file_lookup, is_parts
 
 KEYS = tuple(key for key in FIELDS if key != "content")  # of an object or table: what is embedded; others are metadata
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -36,6 +35,10 @@ class Contents(NamedTuple):
     total: int
     kinds: dict[str, str]
     ids: type
+
+    @property
+    def has_media(self) -> bool:
+        return bool(self.kinds.keys() - {"text"})
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,9 @@ class Corpus:
 
         Raises naming the file and line of the first that is malformed.
         """
-        exists = lru_cache(maxsize=100_000)(os.path.isfile) if check_media else None
         read = self._folder if self.path.is_dir() else getattr(self, f"_{self.path.suffix[1:]}")
         with explained(f"--input={self.path} cannot be read", OSError):
-            yield from read(exists)
+            yield from read(file_lookup(check_media))
 
     def fingerprint(self) -> str:
         """What tells whether it has changed: size and time of change of the file, or of each medium of the folder."""

@@ -62,9 +62,8 @@ def as_messages(
     if prompt is None:
         kinds = {part["type"] for part in parts if part["type"] != "text" or part["text"]} or {"text"}
         prompt = PROMPTS[kinds.pop() if len(kinds) == 1 else "mixed"]
-    if parts[-1]["type"] == "text":
-        return [{"role": "user", "content": [*parts[:-1], {"type": "text", "text": parts[-1]["text"] + prompt}]}]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
+    last = parts.pop()["text"] if parts[-1]["type"] == "text" else ""
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": last + prompt}]}]
 
 
 def is_conversation(item: Any) -> bool:

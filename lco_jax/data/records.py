@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
@@ -85,6 +86,11 @@ def parse_record(content: Any, where: str, root: str = "", exists: Callable[[str
     for name in ("negative", "negatives"):
         negatives += [side for side in (reader.side(item, name) for item in listed(content.get(name))) if side]
     return Record(sides["anchor"], sides["positive"], tuple(negatives), where)
+
+
+def file_lookup(check: bool) -> Callable[[str], bool] | None:
+    """Whether a file is there; sets name the same media often, so the answers are kept, a bounded number of them."""
+    return lru_cache(maxsize=100_000)(os.path.isfile) if check else None
 
 
 def is_parts(value: list) -> bool:

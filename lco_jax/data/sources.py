@@ -2,9 +2,9 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from lco_jax.core.errors import LcoError, explained
 from lco_jax.core.files import resolve
 from lco_jax.data.captions import FilesSource
 from lco_jax.data.prompts import MEDIA
-from lco_jax.data.records import Record, listed, parse_record
+from lco_jax.data.records import Record, file_lookup, listed, parse_record
 from lco_jax.data.scan import ListSource, Scan, Source
 from lco_jax.data.tfds import CaptionedSource, nli_source
 
@@ -37,7 +37,7 @@ class JsonlSource:
     ):
         self.path = _asset(path)
         self.root = os.path.abspath(media_root or self.path.parent)
-        scan, offset, exists = Scan(on_bad), 0, _exists(check_media)
+        scan, offset, exists = Scan(on_bad), 0, file_lookup(check_media)
         with explained(f"{self.path} cannot be read", OSError), open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
@@ -63,11 +63,6 @@ class JsonlSource:
         return parse_record(content, where, self.root, exists)
 
 
-def _exists(check: bool) -> Callable[[str], bool] | None:
-    """Whether a file is there; sets name the same media often, so the answers are kept, a bounded number of them."""
-    return lru_cache(maxsize=100_000)(os.path.isfile) if check else None
-
-
 @dataclass(frozen=True)
 class Columns:
     """Names of the columns of a table. Each holds sides, spelt as in jsonl; those of `negatives` also lists of sides.
@@ -78,10 +73,12 @@ class Columns:
 
     anchor: str = "anchor"
     positive: str = "positive"
-    negatives: tuple[str, ...] = ("negative",)
+    negatives: Sequence[str] = ("negative",)
     kinds: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
+        negatives = (self.negatives,) if isinstance(self.negatives, str) else tuple(self.negatives)
+        object.__setattr__(self, "negatives", negatives)  # however a configuration spells them
         for name, kind in self.kinds.items():
             if name not in self.names:
                 raise LcoError(f"columns.kinds names {name!r}, which is none of the columns: {', '.join(self.names)}")
@@ -128,7 +125,7 @@ def parquet_source(
         paths = sorted(folder.glob(files))
     if not paths:
         raise LcoError(f"{path} holds no file that matches {files!r}")
-    scan, exists = Scan(on_bad), _exists(check_media)
+    scan, exists = Scan(on_bad), file_lookup(check_media)
     for file in paths:
         with explained(f"{file} is torn or not a parquet file", pyarrow.lib.ArrowException, OSError):
             table = pyarrow.dataset.dataset(file, format="parquet")
@@ -161,15 +158,10 @@ def open_source(name: str, spec: Mapping[str, Any], on_bad: str = "error") -> So
         if not isinstance(arguments[key], Mapping):
             raise LcoError(f"config.data.sources.{name}.{key} must be a mapping, and is {arguments[key]!r:.60}")
     try:
-        if kind == "jsonl":
-            return JsonlSource(**arguments, on_bad=on_bad)
-        if kind == "tfds":
-            return (CaptionedSource if "caption" in arguments else nli_source)(**arguments, on_bad=on_bad)
-        if kind == "files":
-            return FilesSource(**arguments, on_bad=on_bad)
-        columns = dict(arguments.pop("columns", {}))
-        negatives = columns.pop("negatives", Columns.negatives)
-        negatives = (negatives,) if isinstance(negatives, str) else tuple(negatives)
-        return parquet_source(**arguments, columns=Columns(**columns, negatives=negatives), on_bad=on_bad)
+        if kind == "parquet":
+            arguments["columns"] = Columns(**arguments.get("columns", {}))
+        tfds = CaptionedSource if "caption" in arguments else nli_source
+        makers = {"jsonl": JsonlSource, "tfds": tfds, "files": FilesSource, "parquet": parquet_source}
+        return makers[kind](**arguments, on_bad=on_bad)
     except TypeError as error:
         raise LcoError(f"config.data.sources.{name}: {str(error).split(') ')[-1].split('() ')[-1]}") from None

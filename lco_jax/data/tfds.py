@@ -127,15 +127,13 @@ class CaptionedSource:
         return {"array": _waveform(value), **self.facts}
 
     def _choose(self, feature: str | None, kinds: Mapping[str, str], features: Iterable[str]) -> str:
-        if feature is None and len(kinds) == 1:
-            return next(iter(kinds))
-        if feature in kinds:
-            return feature
         if not kinds:
             raise LcoError(f"{self.name} has no feature of images, audio or video; its features: {', '.join(features)}")
-        if feature is None:
+        if feature is None and len(kinds) > 1:
             raise LcoError(f"{self.name} has several features of media; name one with `feature`: {', '.join(kinds)}")
-        raise LcoError(f"{self.name} has no feature {feature!r} of media; it has: {', '.join(kinds)}")
+        if feature not in (None, *kinds):
+            raise LcoError(f"{self.name} has no feature {feature!r} of media; it has: {', '.join(kinds)}")
+        return feature or next(iter(kinds))
 
     def _facts(self, feature: Any, sampling_rate: int | None, fps: float | None) -> dict[str, float]:
         """What goes beside the arrays."""
@@ -146,11 +144,9 @@ class CaptionedSource:
             if value is not None and not (isinstance(value, int | float) and value > 0):
                 raise LcoError(f"{self.name}: {key} is {value!r}; it must be a number above 0")
         if self.kind == "audio":
-            if not (rate := sampling_rate or feature.sample_rate):
-                raise LcoError(
-                    f"{self.name} does not say the sampling rate of {self.feature!r}; give sampling_rate, in Hz"
-                )
-            return {"sampling_rate": rate}
+            if rate := sampling_rate or feature.sample_rate:
+                return {"sampling_rate": rate}
+            raise LcoError(f"{self.name} does not say the sampling rate of {self.feature!r}; give sampling_rate, in Hz")
         dtype = np.dtype(feature.np_dtype if self.kind == "image" else feature.feature.np_dtype)
         pixels = ("uint8", "uint16") if self.kind == "image" else ("uint8",)
         if dtype.name not in pixels:
