@@ -61,11 +61,6 @@ def load_audio(source: Any, where: str, config: MediaConfig) -> np.ndarray:
             raise LcoError(f"{where}: audio array is a {type(source[0]).__name__}; give a numpy array")
         label = f"{where}: audio array of shape {source[0].shape}"
         mono, rate, seconds = _from_array(*source, label, config)
-    elif isinstance(source, np.ndarray):
-        raise LcoError(
-            f"{where}: audio cannot be a numpy array without its rate; give a path, bytes, a data: URI, a URL or "
-            '{"array": numpy array, "sampling_rate": Hz}'
-        )
     else:
         medium = resolve(source, "audio", where, config, ' or {"array": numpy array, "sampling_rate": Hz}')
         label, (mono, rate, seconds) = medium.label, _from_file(medium, config)

@@ -11,7 +11,7 @@ from typing import Any
 from lco_jax.core.errors import LcoError, explained
 from lco_jax.data.prompts import EXTENSIONS, check_text, is_media_file
 from lco_jax.data.records import Record
-from lco_jax.data.scan import Scan
+from lco_jax.data.scan import Scan, Source
 
 
 class Caption:
@@ -54,14 +54,12 @@ def captioned(media: dict[str, Any], caption: str, reverse: bool, where: str) ->
     return Record(anchor, positive, (), where)
 
 
-class FilesSource:
+class FilesSource(Source):
     """Images, audio files or videos, each with a caption made from its name. Holds their paths in memory.
 
     glob: which files (`**` goes through folders). pattern: a regular expression for the end of a path, from the start
     of a name or folder on; its named groups are the caption's fields. reverse: the caption is the anchor.
     """
-
-    max_negatives = 0
 
     def __init__(
         self,

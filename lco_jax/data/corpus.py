@@ -172,10 +172,8 @@ def scan(items: Iterable[Item], media: MediaConfig, check_media: bool) -> Conten
             kind = part["type"]
             kinds.setdefault(kind, item.where)
             if check_media and not media.allow_remote and _is_remote(part[kind]):
-                raise LcoError(
-                    f"{item.where}: its {kind} is at an http address; give --allow-remote to have it fetched, if you "
-                    "trust the input with your network"
-                )
+                remote = f"{item.where}: its {kind} is at an http address"
+                raise LcoError(f"{remote}; give --allow-remote if you trust the input with your network")
     return Contents(total, kinds, ids or int)
 
 

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import av
+import numpy as np
 from av.container import InputContainer
 
 from lco_jax.core.errors import LcoError, explained, reason
@@ -100,8 +101,9 @@ def resolve(source: Any, kind: str, where: str, config: MediaConfig, or_else: st
     if isinstance(source, Medium):
         return source
     if not isinstance(source, str | os.PathLike | bytes | bytearray):
-        given, article = type(source).__name__, "" if kind == "audio" else "an " if kind == "image" else "a "
-        raise LcoError(f"{where}: {article}{kind} cannot be a {given}; give a path, bytes, a data: URI, a URL{or_else}")
+        given = "numpy array without its rate" if isinstance(source, np.ndarray) else type(source).__name__  # of sound
+        what = {"image": "an image", "video": "a video"}.get(kind, kind)
+        raise LcoError(f"{where}: {what} cannot be a {given}; give a path, bytes, a data: URI, a URL{or_else}")
     if isinstance(source, bytes | bytearray):
         return _in_memory(bytes(source), f"{where}: {kind} of {len(source)} bytes", config)
     name = os.fsdecode(source)
@@ -116,7 +118,7 @@ def resolve(source: Any, kind: str, where: str, config: MediaConfig, or_else: st
         name = name if os.path.exists(name) else unquote(name)
     elif scheme:
         raise LcoError(
-            f"{where}: {kind} {_shown(name)} cannot be fetched; give a path, or a data:, file:, http: or https: address"
+            f"{where}: {kind} {_shown(name)} cannot be fetched; give a path, or a data:, file: or http address"
         )
     return _from_path(name, f"{where}: {kind} {_shown(name)}", config)
 

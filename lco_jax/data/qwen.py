@@ -163,9 +163,7 @@ class QwenMedia:
         kinds = {token: kind for kind, token in self.placeholders.items()}
         found = np.flatnonzero(np.isin(ids, list(kinds)))
         if [kinds[int(ids[i])] for i in found] != [kind for kind, _ in media]:
-            raise LcoError(
-                f"{where}: its placeholders are not its {len(media)} media; does its text hold special tokens?"
-            )
+            raise LcoError(f"{where}: its {len(media)} media are not its placeholders; is a special token in its text?")
         tokens, positions, placed = [], [], []
         begin, position, length = 0, 0, 0
         for at, (kind, medium) in zip(found, media, strict=True):

@@ -16,7 +16,7 @@ import numpy as np
 from lco_jax.core.errors import LcoError, explained, reason
 from lco_jax.data.captions import Caption, captioned
 from lco_jax.data.records import Record, parse_record
-from lco_jax.data.scan import ListSource, Scan
+from lco_jax.data.scan import ListSource, Scan, Source
 
 NLI = {"premise", "hypothesis", "label"}
 
@@ -29,10 +29,9 @@ def nli_source(name: str, split: str = "train", data_dir: str | None = None, on_
     with _reading(name, split, data_dir) as builder:
         features, rows = builder.info.features, builder.as_data_source(split=split)
     if missing := NLI - set(features):
-        raise LcoError(
-            f"the TFDS dataset {name!r} has no feature {min(missing)!r}, which NLI needs; its features: "
-            f"{', '.join(sorted(features))}; for images, audio or video give a caption, such as 'a {{label}}'"
-        )
+        has = f"no feature {min(missing)!r}, which NLI needs; its features: {', '.join(sorted(features))}"
+        tip = "for images, audio or video give a caption, such as 'a {label}'"
+        raise LcoError(f"the TFDS dataset {name!r} has {has}; {tip}")
     label_names = getattr(features["label"], "names", None)
     if not label_names:
         raise LcoError(f"the TFDS dataset {name!r} has a label without names; it needs a ClassLabel")
@@ -54,7 +53,7 @@ def nli_source(name: str, split: str = "train", data_dir: str | None = None, on_
     return ListSource(scan.kept, scan.skipped)
 
 
-class CaptionedSource:
+class CaptionedSource(Source):
     """A dataset of images, audio or videos, each with a caption. Rows are read on demand, and only the first at once.
 
     caption: a template over the other features; a class label is its name, with spaces for underscores. values: of
@@ -63,9 +62,6 @@ class CaptionedSource:
 
     An image stays as it is stored, encoded; audio is float32 [T] in [-1, 1] and video uint8 [T, H, W, C].
     """
-
-    skipped = 0
-    max_negatives = 0
 
     def __init__(
         self,
