@@ -64,14 +64,8 @@ def write_peft(folder: Path, adapters: dict[str, Any], config: LoraConfig, base:
         # a pattern, not names: PEFT would find gate_proj and up_proj in the vision tower as well. And of whole paths:
         # where a model names its modules otherwise (Omni in transformers 4.x), PEFT raises instead of loading nothing
         "target_modules": rf"{re.escape(_MODULES)}\.\d+\.(?:{alternatives})",
-        "bias": "none",
-        "fan_in_fan_out": False,
         "inference_mode": True,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
+    }  # what else there is has PEFT's defaults
     with written_aside(folder) as aside:
         save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(aside / "adapter_config.json", content)

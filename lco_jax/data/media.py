@@ -118,7 +118,7 @@ def resolve(source: Any, kind: str, where: str, config: MediaConfig, or_else: st
         name = name if os.path.exists(name) else unquote(name)
     elif scheme:
         raise LcoError(
-            f"{where}: {kind} {_shown(name)} cannot be fetched; give a path, or a data:, file: or http address"
+            f"{where}: {kind} {_shown(name)} cannot be fetched; give a path, or a data:, file:, http: or https: address"
         )
     return _from_path(name, f"{where}: {kind} {_shown(name)}", config)
 
