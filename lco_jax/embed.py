@@ -124,10 +124,8 @@ def _embed(
     workers = args.workers if args.workers is not None else min(os.cpu_count() or 1, 8) if found.has_media else 0
     ids: deque[int | str] = deque()  # of inputs on their way, which are no more than a block and what is prepared ahead
 
-    rest = islice(corpus.items(), parts.done, None)
-
     def inputs() -> Iterator[tuple[Any, str]]:
-        for item in rest:
+        for item in islice(corpus.items(), parts.done, None):
             ids.append(item.id)
             yield item.content, item.where
 

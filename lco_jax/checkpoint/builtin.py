@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from lco_jax.core.files import read_json, write_json, written_aside
+from lco_jax.core.files import ASSETS, read_json, write_json, written_aside
 
 NAME = "builtin:tiny"
 VERSION = 1  # part of the cache's name: raise it when the weights change
-ASSETS = Path(__file__).parent.parent / "assets" / "tiny"
-SHAPES = ASSETS.with_name("tiny_shapes.json")  # of every tensor, by its hub name
+FILES = ASSETS / "tiny"
+SHAPES = ASSETS / "tiny_shapes.json"  # of every tensor, by its hub name
 
 
 def build(folder: Path | None = None) -> Path:
@@ -29,13 +29,13 @@ def build(folder: Path | None = None) -> Path:
     cached = folder is None
     if folder is None:
         cache = Path(os.environ.get("LCO_JAX_CACHE", Path.home() / ".cache" / "lco_jax"))
-        files = [*sorted(ASSETS.iterdir()), SHAPES]
+        files = [*sorted(FILES.iterdir()), SHAPES]
         digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
         folder = cache / f"tiny-{VERSION}-{digest}"
         if (folder / "config.json").exists():
             return folder
     with written_aside(folder, first_wins=cached) as aside:
-        shutil.copytree(ASSETS, aside, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        shutil.copytree(FILES, aside, dirs_exist_ok=True, copy_function=shutil.copyfile)
         bpe = read_json(aside / "tokenizer.json")["model"]
         write_json(aside / "vocab.json", bpe["vocab"])
         merges = "\n".join(" ".join(pair) for pair in bpe["merges"])

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from lco_jax.core.files import write_json
+from lco_jax.core.files import ASSETS, write_json
 from lco_jax.data.prompts import PROMPTS
 
 # Prepended to the chat template that sentence-transformers applies: it puts our prompt after a user's content, as
 # `encode` does for strings, unless the content already ends in one. Other users of the checkpoint see the template
 # as it was.
-_PROMPT_JINJA = Path(__file__).parent.parent / "assets" / "prompt.jinja"
+_PROMPT_JINJA = ASSETS / "prompt.jinja"
 _HIDDEN = {"method": "forward", "method_output_name": "last_hidden_state"}
 _MODULES = ("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")
 

@@ -1,8 +1,9 @@
 """What a user sees when something they gave us is wrong: one sentence, no traceback."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class LcoError(Exception):
@@ -25,6 +26,12 @@ def explained(what: str, *kinds: type[Exception]) -> Iterator[None]:
         raise
     except kinds as error:
         raise LcoError(f"{what}: {reason(error)}") from None
+
+
+def check_keys(given: Iterable[Any], known: Iterable[str], where: str) -> None:
+    """Raise for a key that is not among the known ones."""
+    if unknown := sorted(set(given) - set(known), key=str):
+        raise LcoError(f"{where} has the unknown key {unknown[0]!r}; it takes {', '.join(known)}")
 
 
 def run_main(main: Callable[[], int | None]) -> None:

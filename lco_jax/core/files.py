@@ -15,6 +15,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from lco_jax.core.errors import LcoError, explained
 
+ASSETS = Path(__file__).parent.parent / "assets"
+
 
 def resolve(path_or_id: str | os.PathLike[str], patterns: Sequence[str], kind: str = "model") -> Path:
     """A local folder as it is, or the files of a hub repository that match `patterns`, in the hub's cache.

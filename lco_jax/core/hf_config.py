@@ -1,11 +1,10 @@
 """What a config.json leaves unsaid: transformers has written only what differs from its classes' defaults."""
 
-from pathlib import Path
 from typing import Any
 
-from lco_jax.core.files import read_json
+from lco_jax.core.files import ASSETS, read_json
 
-_DEFAULTS = read_json(Path(__file__).parent.parent / "assets" / "hf_defaults.json")  # a test compares with transformers
+_DEFAULTS = read_json(ASSETS / "hf_defaults.json")  # a test compares with transformers
 TEXT: dict[str, dict[str, Any]] = _DEFAULTS["text"]  # by the model_type of a text_config, or of a flat config
 MODELS: dict[str, dict[str, Any]] = _DEFAULTS["models"]  # by the model_type of the whole
 

@@ -12,7 +12,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, check_keys
 from lco_jax.data.media import Deadline, MediaConfig, Medium, decoded, decoding, open_container, resolve
 from lco_jax.data.tower_rows import mel_tokens
 
@@ -53,8 +53,7 @@ def load_audio(source: Any, where: str, config: MediaConfig) -> np.ndarray:
     for what is too short to make a token.
     """
     if isinstance(source, dict):
-        if extra := sorted(map(str, source.keys() - {"array", "sampling_rate", "sample_rate", "path"})):
-            raise LcoError(f'{where}: audio has an unknown key {extra[0]!r}; give {{"array", "sampling_rate"}}')
+        check_keys(source, ("array", "sampling_rate", "sample_rate", "path"), f"{where}: audio")
         source = source.get("array"), source.get("sampling_rate", source.get("sample_rate"))
     if isinstance(source, tuple) and len(source) == 2:
         if not isinstance(source[0], np.ndarray):

@@ -13,7 +13,6 @@ from lco_jax.data.media import MediaConfig, decoding, resolve
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "PCX", "TGA")
 MAX_RATIO = 200  # of the longer side to the shorter; the Qwen processors' limit
 CHANNELS = (1, 3, 4)
-LAYOUTS = "height x width, or height x width x channels with 1, 3 or 4 channels"
 
 
 def load_image(source: Any, where: str, config: MediaConfig) -> Image.Image:
@@ -103,7 +102,7 @@ def _from_array(array: np.ndarray, label: str, config: MediaConfig) -> Image.Ima
     if array.ndim == 3 and array.shape[2] not in CHANNELS and array.shape[0] in CHANNELS:
         array = array.transpose(1, 2, 0)
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in CHANNELS):
-        raise LcoError(f"{label} is in no known layout; give {LAYOUTS}")
+        raise LcoError(f"{label} is in no known layout; give height x width, or height x width x 1, 3 or 4 channels")
     check_size(array.shape[1], array.shape[0], label, config)
     pixels = _as_uint8(array, label)
     if pixels.ndim == 3 and pixels.shape[2] == 1:

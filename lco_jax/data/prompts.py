@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from lco_jax.core.errors import LcoError, explained
+from lco_jax.core.errors import LcoError, check_keys, explained
 from lco_jax.core.files import read_json
 
 Messages = list[dict[str, Any]]
@@ -100,9 +100,7 @@ def _parts(content: Any, where: str) -> list[dict[str, Any]]:
         if len(given) != 1:
             raise LcoError(f"{where}: a part of type {kind!r} must hold its medium once, under {kind!r}")
         options = {key: x for key, x in part.items() if key not in ("type", *SOURCES, kind) and x is not None}
-        if unknown := sorted(options.keys() - set(OPTIONS[kind])):
-            takes = ", ".join((kind, *SOURCES, *OPTIONS[kind]))
-            raise LcoError(f"{where}: a part of type {kind!r} has the unknown key {unknown[0]!r}; it takes {takes}")
+        check_keys(options, (kind, *SOURCES, *OPTIONS[kind]), f"{where}: a part of type {kind!r}")
         parts.append({"type": kind, kind: part[given[0]], **options})
     if not parts:
         raise LcoError(f"{where}: a message has no content")

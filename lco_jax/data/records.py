@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, check_keys
 from lco_jax.data.prompts import MEDIA, check_text, is_media_file
 
 Side = str | tuple[dict[str, Any], ...]
@@ -72,8 +72,7 @@ def parse_record(content: Any, where: str, root: str = "", exists: Callable[[str
     """
     if not isinstance(content, Mapping):
         raise LcoError(f"{where}: a record is an object with anchor and positive, and this is {content!r:.60}")
-    if unknown := set(content) - {"anchor", "positive", "negative", "negatives"}:
-        raise LcoError(f"{where}: unknown key {min(unknown)!r}; a record has anchor, positive and negative")
+    check_keys(content, ("anchor", "positive", "negative", "negatives"), f"{where}: the record")
     reader = Reader(where, root, exists)
     sides = {}
     for name in ("anchor", "positive"):
@@ -128,7 +127,7 @@ class Reader:
         elif isinstance(side, Mapping) and "type" in side:
             parts = self.part(side, name)
         elif isinstance(side, Mapping):
-            self.check_keys(side, FIELDS, name)
+            check_keys(side, FIELDS, f"{self.where}: {name}")
             if (content := side.get("content")) not in ABSENT:
                 if given := [key for key in FIELDS[:-1] if side.get(key) not in ABSENT]:
                     raise LcoError(f"{self.where}: {name} has both content and {given[0]}; put all of it into content")
@@ -153,7 +152,7 @@ class Reader:
             raise LcoError(f"{self.where}: {name}.type is {kind!r}; it is one of: text, {', '.join(MEDIA)}")
         keys = KEYS.get(kind, ("text",))
         given = {key: value for key, value in part.items() if value is not None}  # tables fill their rows with None
-        self.check_keys(given, ("type", *keys), name)
+        check_keys(given, ("type", *keys), f"{self.where}: {name}")
         given = [key for key in keys if key in given]
         if len(given) != 1:
             raise LcoError(f"{self.where}: {name} is a part of type {kind!r}; it needs {' or '.join(keys)}")
@@ -198,9 +197,3 @@ class Reader:
                 "or at media_root"
             )
         return found
-
-    def check_keys(self, content: Mapping, known: tuple[str, ...], name: str) -> None:
-        if unknown := set(content) - set(known):
-            raise LcoError(
-                f"{self.where}: {name} has the unknown key {min(unknown, key=str)!r}; it takes {', '.join(known)}"
-            )

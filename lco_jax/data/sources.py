@@ -14,14 +14,13 @@ import pyarrow.lib
 from ml_collections import ConfigDict
 
 from lco_jax.core.errors import LcoError, explained
-from lco_jax.core.files import resolve
+from lco_jax.core.files import ASSETS, resolve
 from lco_jax.data.captions import FilesSource
 from lco_jax.data.prompts import MEDIA
 from lco_jax.data.records import Record, file_lookup, listed, parse_record
 from lco_jax.data.scan import ListSource, Scan, Source
 from lco_jax.data.tfds import CaptionedSource, nli_source
 
-ASSETS = Path(__file__).parent.parent / "assets"
 KINDS = ("jsonl", "tfds", "files", "parquet")
 
 
@@ -35,7 +34,8 @@ class JsonlSource:
     def __init__(
         self, path: str | Path, on_bad: str = "error", media_root: str | None = None, check_media: bool = True
     ):
-        self.path = _asset(path)
+        name = str(path)  # `assets:NAME` is a file that ships with the package
+        self.path = ASSETS / name.removeprefix("assets:") if name.startswith("assets:") else Path(path)
         self.root = os.path.abspath(media_root or self.path.parent)
         scan, offset, exists = Scan(on_bad), 0, file_lookup(check_media)
         with explained(f"{self.path} cannot be read", OSError), open(self.path, "rb") as file:
@@ -137,11 +137,6 @@ def parquet_source(
             scan.check(partial(parse_record, columns.content(row), f"{file}, row {number}", root, exists))
     scan.finish(path)
     return ListSource(scan.kept, scan.skipped)
-
-
-def _asset(path: str | Path) -> Path:
-    """`assets:NAME` is a file that ships with the package."""
-    return ASSETS / str(path).removeprefix("assets:") if str(path).startswith("assets:") else Path(path)
 
 
 def open_source(name: str, spec: Mapping[str, Any], on_bad: str = "error") -> Source:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lco_jax.core.errors import LcoError, explained, reason
+from lco_jax.core.errors import LcoError, explained
 from lco_jax.data.captions import Caption, captioned
 from lco_jax.data.records import Record, parse_record
 from lco_jax.data.scan import ListSource, Scan, Source
@@ -173,14 +173,12 @@ def _reading(name: str, split: str, data_dir: str | None) -> Iterator[Any]:
     """The dataset's builder. What goes wrong within says which dataset it was."""
     import tensorflow_datasets as tfds
 
-    try:
-        with _numpy_dtypes(tfds.features.Audio, tfds.features.Video):
-            yield tfds.builder(name, data_dir=data_dir)
-    except Exception as error:  # TFDS raises many kinds for one cause: it is not there in this form
-        said = reason(error)
-        if data_dir is not None and not (folder := Path(data_dir) / name.split(":")[0]).is_dir():
-            said = f"there is no folder {folder}"
-        raise LcoError(f"the TFDS dataset {name!r} ({split}, data_dir {data_dir}) cannot be read: {said}") from None
+    where = f"the TFDS dataset {name!r} ({split}, data_dir {data_dir}) cannot be read"
+    if data_dir is not None and not (folder := Path(data_dir) / name.split(":")[0]).is_dir():
+        raise LcoError(f"{where}: there is no folder {folder}")
+    # TFDS raises many kinds for one cause: it is not there in this form
+    with explained(where, Exception), _numpy_dtypes(tfds.features.Audio, tfds.features.Video):
+        yield tfds.builder(name, data_dir=data_dir)
 
 
 @contextmanager

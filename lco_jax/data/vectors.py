@@ -43,13 +43,11 @@ class VectorParts:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.folder, os.O_RDONLY)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets it go, however we end
+            with explained(f"another process writes --output={self.output}; wait for it or end it", BlockingIOError):
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets it go, however we end
             self._check_manifest()
             for part in self._whole_parts():
                 self.done = _range(part)[1]
-        except BlockingIOError:
-            os.close(self._lock)
-            raise LcoError(f"another process writes --output={self.output} just now; wait for it or end it") from None
         except LcoError:
             os.close(self._lock)
             raise

@@ -11,7 +11,7 @@ from av.container import InputContainer
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, check_keys
 from lco_jax.data.audio import load_audio
 from lco_jax.data.images import CHANNELS, check_size, load_image
 from lco_jax.data.media import Deadline, MediaConfig, Medium, decoded, decoding, open_container, packets, resolve
@@ -131,8 +131,7 @@ def _decode(
 
 
 def _from_array(source: dict[str, Any], where: str, config: MediaConfig, fit: Fit | None) -> Video:
-    if extra := sorted(map(str, source.keys() - {"array", "fps", "audio"})):
-        raise LcoError(f'{where}: video has an unknown key {extra[0]!r}; its keys are "array", "fps" and "audio"')
+    check_keys(source, ("array", "fps", "audio"), f"{where}: video")
     array, fps = source.get("array"), source.get("fps")
     if not isinstance(array, np.ndarray):
         raise LcoError(f"{where}: video array is a {type(array).__name__}; give a numpy array")
@@ -158,10 +157,8 @@ def _frames_first_channels_last(array: np.ndarray, label: str) -> np.ndarray:
         return array.transpose(0, 2, 3, 1)
     if array.ndim in (3, 4) and (array.shape[-1] in CHANNELS) == (array.ndim == 4):  # H x W x C is one image in colour
         return array
-    raise LcoError(
-        f"{label} is in no known layout; give frames x height x width, or frames x height x width x channels with 1, 3 "
-        "or 4 channels"
-    )
+    layouts = "frames x height x width, or frames x height x width x 1, 3 or 4 channels"
+    raise LcoError(f"{label} is in no known layout; give {layouts}")
 
 
 def _load_all(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 from absl import flags
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 
 from lco_jax.core.errors import LcoError
@@ -74,20 +75,15 @@ def _explain(error: Exception, argv: list[str], values: flags.FlagValues, config
         if not arg.startswith("-") or positive in values:
             continue  # a value, or a flag there is
         if positive.startswith("config.") and config is not None:
-            known, key = _keys(config), positive.removeprefix("config.")
-            if key not in known:
+            key = positive.removeprefix("config.")
+            known = flatten_dict(config.to_dict(), keep_empty_nodes=True, sep=".")
+            if not any(f"{name}.".startswith(f"{key}.") for name in known):
                 near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
                 return f"--{positive}: the config has no key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
         elif name not in values and name not in ("config", "help", "h"):
             near = difflib.get_close_matches(name, list(values), n=1, cutoff=0.5)
             return f"--{name} is no flag" + (f"; did you mean --{near[0]}?" if near else " (--help lists them)")
     return str(error).replace("\n", " ")
-
-
-def _keys(config: ConfigDict) -> list[str]:
-    """Every key, and those below it with dots between."""
-    below = {key: _keys(value) if isinstance(value, ConfigDict) else [] for key, value in config.items()}
-    return [*below, *(f"{key}.{rest}" for key in below for rest in below[key])]
 
 
 def join_processes(args: flags.FlagValues) -> None:
