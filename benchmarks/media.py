@@ -16,8 +16,8 @@ from lco_jax.models.registry import BACKBONES
 OMNI = BACKBONES["qwen2_5_omni_thinker"]
 VISION = {
     "depth": 8, "hidden_size": 320, "intermediate_size": 856, "num_heads": 4, "patch_size": 14,
-    "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [3, 7], "out_hidden_size": 512,
-    "hidden_act": "silu", "in_channels": 3,
+    "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [3, 7],
+    "out_hidden_size": 512, "hidden_act": "silu", "in_channels": 3,
 }  # fmt: skip
 AUDIO = {
     "encoder_layers": 6, "d_model": 384, "encoder_attention_heads": 6, "encoder_ffn_dim": 1536, "n_window": 100,

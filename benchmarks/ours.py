@@ -1,6 +1,9 @@
 """Our side of a duel: a process that trains or encodes when it is told to (`duel.py` says how they talk)."""
 
 import sys
+
+sys.modules["torch"] = None  # as where it is not installed: transformers would import it, and we never use it
+
 import time
 from collections.abc import Callable
 from functools import partial

@@ -27,7 +27,6 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import fields
-from hashlib import blake2b
 from itertools import islice, tee
 from pathlib import Path
 from typing import Any
@@ -36,27 +35,13 @@ from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from lco_jax.core.errors import LcoError, run_main
+from lco_jax.core.files import fingerprint
 from lco_jax.data.corpus import Contents, Corpus, scan
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.vectors import VectorParts
 from lco_jax.embedder import OmniEmbedder
 
 TEXTS_A_PART, MEDIA_A_PART = 8192, 512
-MEDIA_FLAGS = {  # a flag for each field of MediaConfig
-    "fps": "frames a second that are taken of a video",
-    "max_frames": "the most frames that are taken of a video",
-    "image_max_side": "first shrink longer images to so many pixels a side",
-    "image_min_pixels": "enlarge smaller images to so many pixels (default: the checkpoint's)",
-    "image_max_pixels": "shrink bigger images to so many pixels (default: the checkpoint's)",
-    "video_min_pixels": "the same of each frame",
-    "video_max_pixels": "the same of each frame",
-    "max_audio_seconds": "cut longer sound",
-    "max_image_pixels": "refuse bigger images",
-    "max_file_bytes": "refuse bigger files",
-    "decode_seconds": "the longest that a file may take to fetch, and to decode",
-    "allow_remote": "fetch http and https addresses; only for inputs that you trust with your network",
-    "use_audio_in_video": "embed a video file's own sound with it",
-}
 
 
 def parse_args() -> argparse.Namespace:
@@ -81,7 +66,7 @@ def parse_args() -> argparse.Namespace:
     )
     group = parser.add_argument_group("caps on media")
     for field in fields(MediaConfig):
-        flag, text = _flag(field.name), MEDIA_FLAGS[field.name]
+        flag, text = _flag(field.name), field.metadata["meaning"]
         if field.type is bool:
             group.add_argument(flag, action="store_true", help=text)
         else:
@@ -110,7 +95,7 @@ def main() -> int:
         found = scan(items, media, strict)
     checkpoint = open_checkpoint(args.model)
     modalities = _modalities(checkpoint, found, media, strict)
-    part_size = args.part_size or (MEDIA_A_PART if _has_media(found) else TEXTS_A_PART)
+    part_size = args.part_size or (MEDIA_A_PART if found.has_media else TEXTS_A_PART)
     parts = VectorParts(args.output, _work(args, as_it_was, media, checkpoint), part_size)
     try:
         with parts:
@@ -136,13 +121,11 @@ def _embed(
     embedder: OmniEmbedder, corpus: Corpus, found: Contents, parts: VectorParts, args: argparse.Namespace
 ) -> None:
     """Embed what `parts` does not hold yet."""
-    workers = args.workers if args.workers is not None else min(os.cpu_count() or 1, 8) if _has_media(found) else 0
+    workers = args.workers if args.workers is not None else min(os.cpu_count() or 1, 8) if found.has_media else 0
     ids: deque[int | str] = deque()  # of inputs on their way, which are no more than a block and what is prepared ahead
 
-    rest = islice(corpus.items(), parts.done, None)
-
     def inputs() -> Iterator[tuple[Any, str]]:
-        for item in rest:
+        for item in islice(corpus.items(), parts.done, None):
             ids.append(item.id)
             yield item.content, item.where
 
@@ -166,10 +149,6 @@ def _embed(
             parts.add([ids.popleft() for _ in block.vectors], block.vectors, reasons)
             if count := count + len(reasons):
                 progress.set_postfix(skipped=count)
-
-
-def _has_media(found: Contents) -> bool:
-    return bool(found.kinds.keys() - {"text"})
 
 
 def _media_config(args: argparse.Namespace) -> MediaConfig:
@@ -208,8 +187,7 @@ def _files(path_or_id: str, checkpoint: Checkpoint | None = None) -> str:
     """What tells whether weights have changed: of a folder its files' sizes and times, of a hub id the revision."""
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
-        found = sorted((x.name, x.stat().st_size, x.stat().st_mtime_ns) for x in folder.iterdir() if x.is_file())
-        return f"{len(found)} files with digest {blake2b(repr(found).encode(), digest_size=8).hexdigest()}"
+        return fingerprint((file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file())
     return str(path_or_id) if checkpoint is None else checkpoint.folder.name
 
 

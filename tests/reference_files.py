@@ -9,8 +9,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
 
-from lco_jax.checkpoint import builtin
-from lco_jax.core.files import read_json, write_json
+from lco_jax.core.files import ASSETS, read_json, write_json
 
 PINPOINTS = [
     [56, 112],
@@ -128,7 +127,7 @@ def _write_llava(family: str, folder: Path) -> None:
 
 def _write_sentencepiece(folder: Path) -> None:
     """A BPE that falls back to bytes and marks spaces by U+2581: what Mistral's and Vicuna's tokenizer.json hold."""
-    lines = builtin.TRIPLETS.read_text(encoding="utf-8").splitlines()[:200]
+    lines = (ASSETS / "triplets_train.jsonl").read_text(encoding="utf-8").splitlines()[:200]
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from ml_collections import ConfigDict
 
 from lco_jax import LcoError, make_mesh
 from lco_jax.checkpoint import builtin
+from lco_jax.core.files import ASSETS
 from lco_jax.core.packing import Shape, TokenSequence, bucket, fill, fit, lay_stream, place, spread, width_of
 from lco_jax.data import pipeline
 from lco_jax.data.pipeline import Layout, ahead, local_batches, record_stream
@@ -51,6 +53,15 @@ def sentence(error):
     assert "\n" not in text
     assert not text.endswith(":")
     return text
+
+
+def test_the_built_in_checkpoint_is_what_its_tool_makes(tmp_path):
+    folder = tmp_path / builtin.FILES.name
+    folder.mkdir()
+    runpy.run_path(str(ROOT / "tools" / "make_tiny.py"))["write"](folder)
+    assert {file.name for file in folder.iterdir()} == {file.name for file in builtin.FILES.iterdir()}
+    for file in [*folder.iterdir(), tmp_path / builtin.SHAPES.name]:
+        assert file.read_bytes() == (ASSETS / file.relative_to(tmp_path)).read_bytes(), file.name
 
 
 # ---- records

@@ -81,6 +81,11 @@ def as_given(smallest=LIMITS[0], largest=LIMITS[1]):
     return MediaConfig(fps=30.0, video_min_pixels=smallest, video_max_pixels=largest)
 
 
+def one_device():
+    """What takes the least time to compile; that the mesh does not matter is tested below."""
+    return make_mesh(devices=jax.devices()[:1])
+
+
 @pytest.fixture(scope="module")
 def embedders(cases):
     """Family -> OmniEmbedder on all devices, with the frame limits of these tests."""
@@ -173,7 +178,7 @@ def test_a_full_omni_checkpoint_embeds_as_its_thinker(cases, goldens):
 @pytest.mark.parametrize("family", ["vl", "vl_tied"])
 def test_video_positions_of_transformers_5(cases, goldens, family):
     _, path, model = cases[family]
-    ours = OmniEmbedder.from_pretrained(path, media=as_given(), video_positions="5")
+    ours = OmniEmbedder.from_pretrained(path, mesh=one_device(), media=as_given(), video_positions="5")
     groups = {**VIDEOS, "interleaved": IMAGES["interleaved"]}
     batch = [conversation for group in groups.values() for conversation in group]
     want = reference.golden(model, path, batch, video_limits=LIMITS, video_positions="5")
@@ -192,7 +197,7 @@ def test_pixel_limits_of_the_checkpoint_the_caller_and_a_part(cases, family):
     clips = [user(video(1, 3, 84, 140, fps=2.0), prompt("video")), user(video(2, 4, 150, 240, fps=2.0), ONE)]
     for given in (None, (3136, 20000), (50000, 70000)):
         want = reference.golden(model, path, clips, video_limits=given)
-        ours = OmniEmbedder.from_pretrained(path, media=as_given(*given or (None, None)))
+        ours = OmniEmbedder.from_pretrained(path, mesh=one_device(), media=as_given(*given or (None, None)))
         for sequence, ids in zip(ours.processor(clips), want.input_ids, strict=True):
             np.testing.assert_array_equal(sequence.input_ids, ids)
         assert np.abs(ours.encode(clips) - want.embeddings).max() < TOLERANCE
@@ -257,8 +262,7 @@ def test_same_vectors_in_any_batch_and_on_any_mesh(cases, goldens, family, mesh)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["omni"])
 def test_same_vectors_alone(cases, goldens, family):
-    one = make_mesh(devices=jax.devices()[:1])
-    ours = OmniEmbedder.from_pretrained(cases[family].path, mesh=one, media=as_given())
+    ours = OmniEmbedder.from_pretrained(cases[family].path, mesh=one_device(), media=as_given())
     for name, conversations in conversations_of(family).items():
         for conversation, want in zip(conversations, goldens[family][name].embeddings, strict=True):
             assert np.abs(ours.encode(conversation) - want).max() < TOLERANCE, name

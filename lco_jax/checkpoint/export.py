@@ -3,9 +3,10 @@
 Every file of the source that is not a weight is copied, every key keeps its name, and one shard at a time is in memory.
 """
 
-import json
+import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from lco_jax.checkpoint.hf import DTYPES, Checkpoint, open_checkpoint
 from lco_jax.checkpoint.peft import layer_tensors
 from lco_jax.checkpoint.sentence_transformers import write_modules
-from lco_jax.checkpoint.tensors import TensorFolder, nbytes, write_shards
+from lco_jax.checkpoint.tensors import TensorFolder, write_shards
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, write_json, written_aside
 from lco_jax.core.lora import LoraConfig
@@ -26,16 +27,15 @@ COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "spk_dict.pt")
 class _Merged:
     """The tensors of the merged model, made one at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, adapters: dict | None, config: LoraConfig | None, dtype: np.dtype):
+    def __init__(self, checkpoint: Checkpoint, adapters: dict, config: LoraConfig | None, dtype: np.dtype):
         self.tensors, self.dtype = checkpoint.tensors, dtype
+        self.scale = np.float32(config.scale if config else 0)
         self.pairs = {}
-        if adapters is not None and config is not None:
-            self.scale = np.float32(config.scale)
-            for layer, module, a, b in layer_tensors(adapters):
-                name = f"layers.{layer}.{module}.weight"
-                if name not in checkpoint.keys["decoder"]:
-                    raise LcoError(f"the adapter adapts {name}, which {checkpoint.folder} does not have")
-                self.pairs[checkpoint.keys["decoder"][name]] = (a, b)
+        for layer, module, a, b in layer_tensors(adapters):
+            name = f"layers.{layer}.{module}.weight"
+            if name not in checkpoint.keys["decoder"]:
+                raise LcoError(f"the adapter adapts {name}, which {checkpoint.folder} does not have")
+            self.pairs[checkpoint.keys["decoder"][name]] = (a, b)
 
     def target_dtype(self, key: str) -> np.dtype:
         """Floating-point tensors change dtype; whatever else is there stays as it is."""
@@ -46,10 +46,8 @@ class _Merged:
         value = self.tensors.read(key)
         if key in self.pairs:
             a, b = self.pairs[key]
-            if value.shape != (b.shape[0], a.shape[1]):
-                raise LcoError(
-                    f"the adapter of {key} is for {(b.shape[0], a.shape[1])}, and the matrix is {value.shape}"
-                )
+            if value.shape != (shape := (b.shape[0], a.shape[1])):
+                raise LcoError(f"the adapter of {key} is for {shape}, and the matrix is {value.shape}")
             value = value.astype(np.float32) + self.scale * (b @ a)
         return value.astype(self.target_dtype(key), copy=False)
 
@@ -69,8 +67,9 @@ def export_merged(
     if dtype not in DTYPES:
         raise LcoError(f"dtype {dtype!r} is not supported; these are: {', '.join(DTYPES)}")
     checkpoint = open_checkpoint(source)
-    merged = _Merged(checkpoint, adapters, config, np.dtype(DTYPES[dtype]))
-    sizes = {key: nbytes(checkpoint.tensors.shape(key), merged.target_dtype(key)) for key in checkpoint.tensors}
+    merged = _Merged(checkpoint, adapters or {}, config, np.dtype(DTYPES[dtype]))
+    tensors = checkpoint.tensors
+    sizes = {key: math.prod(tensors.shape(key)) * merged.target_dtype(key).itemsize for key in tensors}
     with written_aside(out) as aside:
         for pattern in COPIED:
             for file in checkpoint.folder.glob(pattern):
@@ -93,16 +92,11 @@ def export_merged(
 
 def _with_dtype(config: dict, dtype: str) -> dict:
     """A config.json that announces the dtype, in whichever spelling and wherever it already does."""
-    spelled = json.loads(json.dumps(config))
 
-    def visit(node: dict) -> None:
-        for key, value in node.items():
-            if key in ("torch_dtype", "dtype") and isinstance(value, str):
-                node[key] = dtype
-            elif isinstance(value, dict):
-                visit(value)
+    def spelled(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: spelled(k, v) for k, v in value.items()}
+        return dtype if key in ("torch_dtype", "dtype") and isinstance(value, str) else value
 
-    visit(spelled)
-    if "dtype" not in spelled:
-        spelled["torch_dtype"] = dtype  # 4.x reads this one, 5.x both
-    return spelled
+    config = spelled("", config)
+    return config if "dtype" in config else {**config, "torch_dtype": dtype}  # 4.x reads this one, 5.x both

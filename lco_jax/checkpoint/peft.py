@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, explained
 from lco_jax.core.files import read_json, resolve, write_json, written_aside
 from lco_jax.core.lora import LoraConfig
 
@@ -23,22 +23,12 @@ _KEY = re.compile(
     r"layers\.(\d+)\.(.+)\.lora_([AB])(?:\.\w+)?\.weight"
 )
 _MODULES = "model.language_model.layers"  # where transformers 5.x has the decoder of every backbone here
-# what a PEFT config may ask for that these three pure functions do not do: (key, values that mean "not asked for")
-_UNSUPPORTED: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    ("use_dora", (None, False)),
-    ("bias", (None, "none")),
-    ("lora_bias", (None, False)),
-    ("fan_in_fan_out", (None, False)),
-    ("modules_to_save", (None, [])),
-    ("rank_pattern", (None, {})),
-    ("alpha_pattern", (None, {})),
-    ("layer_replication", (None, [])),
-    ("target_parameters", (None, [])),
-    ("trainable_token_indices", (None, [], {})),
-    ("alora_invocation_tokens", (None, [])),
-    ("use_qalora", (None, False)),
-    ("use_bdlora", (None, False)),
-)
+# what a PEFT config may ask for that is not done here; "none" is how it says that it asks for no bias
+_UNSUPPORTED = (
+    "use_dora", "bias", "lora_bias", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern",
+    "layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora",
+    "use_bdlora",
+)  # fmt: skip
 
 
 def layer_tensors(adapters: dict[str, Any]) -> Iterator[tuple[int, str, np.ndarray, np.ndarray]]:
@@ -61,7 +51,7 @@ def write_peft(folder: Path, adapters: dict[str, Any], config: LoraConfig, base:
     for layer, module, a, b in layer_tensors(adapters):
         modules.add(module)
         stem = f"base_model.model.{_MODULES}.{layer}.{module}"
-        tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = a, b
+        tensors |= {f"{stem}.lora_A.weight": np.ascontiguousarray(a), f"{stem}.lora_B.weight": np.ascontiguousarray(b)}
     alternatives = "|".join(re.escape(module) for module in sorted(modules))
     content = {
         "peft_type": "LORA",
@@ -74,20 +64,10 @@ def write_peft(folder: Path, adapters: dict[str, Any], config: LoraConfig, base:
         # a pattern, not names: PEFT would find gate_proj and up_proj in the vision tower as well. And of whole paths:
         # where a model names its modules otherwise (Omni in transformers 4.x), PEFT raises instead of loading nothing
         "target_modules": rf"{re.escape(_MODULES)}\.\d+\.(?:{alternatives})",
-        "bias": "none",
-        "fan_in_fan_out": False,
         "inference_mode": True,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
+    }  # what else there is has PEFT's defaults
     with written_aside(folder) as aside:
-        save_file(
-            {key: np.ascontiguousarray(value) for key, value in tensors.items()},
-            aside / "adapter_model.safetensors",
-            metadata={"format": "pt"},
-        )
+        save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(aside / "adapter_config.json", content)
         back, _ = read_peft(aside)
         for (layer, module, *want), (_, _, *got) in zip(layer_tensors(adapters), layer_tensors(back), strict=True):
@@ -109,16 +89,14 @@ def read_peft(path_or_id: str | Path) -> tuple[dict[str, Any], LoraConfig]:
     for key in ("r", "lora_alpha"):
         if not isinstance(content.get(key), int | float):
             raise LcoError(f"{where}: {key} is {content.get(key)!r}, and must be a number")
-    for key, fine in _UNSUPPORTED:
-        if content.get(key) not in fine:
+    for key in _UNSUPPORTED:
+        if content.get(key) not in (None, False, "none", [], {}):
             raise LcoError(f"{where}: {key} = {content[key]!r} is not supported")
     file = folder / "adapter_model.safetensors"
     if not file.exists():
         raise LcoError(f"{file} does not exist (pickled adapters are never loaded; convert them to safetensors)")
-    try:
+    with explained(f"{file} is torn or not a safetensors file", SafetensorError, OSError, ValueError):
         tensors = load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise LcoError(f"{file} is torn or not a safetensors file: {error}") from None
     found: dict[str, dict[int, np.ndarray]] = {}
     for key, value in tensors.items():
         match = _KEY.fullmatch(key)

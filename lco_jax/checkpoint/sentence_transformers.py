@@ -3,22 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from lco_jax.core.files import write_json
+from lco_jax.core.files import ASSETS, write_json
 from lco_jax.data.prompts import PROMPTS
 
 # Prepended to the chat template that sentence-transformers applies: it puts our prompt after a user's content, as
 # `encode` does for strings, unless the content already ends in one. Other users of the checkpoint see the template
 # as it was.
-_PROMPT_JINJA = """\
-{{%- if messages[-1]['role'] == 'user' and messages[-1]['content'] is not string -%}}
-{{%- set parts = messages[-1]['content'] -%}}
-{{%- set kinds = parts | map(attribute='type') | unique | list -%}}
-{{%- set prompt = {text!r}.replace('text', kinds[0]) if kinds | length == 1 else {mixed!r} -%}}
-{{%- if not (parts[-1]['type'] == 'text' and parts[-1]['text'].endswith(prompt)) -%}}
-{{%- set messages = messages[:-1] + [{{'role': 'user', 'content': parts + [{{'type': 'text', 'text': prompt}}]}}] -%}}
-{{%- endif -%}}
-{{%- endif -%}}
-"""
+_PROMPT_JINJA = ASSETS / "prompt.jinja"
 _HIDDEN = {"method": "forward", "method_output_name": "last_hidden_state"}
 _MODULES = ("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")
 
@@ -33,12 +24,14 @@ def write_modules(folder: Path, template: str, hidden_size: int, modalities: Seq
         for i, (name, path) in enumerate(_MODULES)
     ]
     write_json(folder / "modules.json", modules)
-    prompted = _PROMPT_JINJA.format(text=PROMPTS["text"], mixed=PROMPTS["mixed"]) + template
+    prompt = _PROMPT_JINJA.read_text(encoding="utf-8")
+    for name in ("text", "mixed"):
+        prompt = prompt.replace(f"{name.upper()}_PROMPT", repr(PROMPTS[name]))
     transformer = {
         "transformer_task": "feature-extraction",
         "modality_config": {**dict.fromkeys(modalities, _HIDDEN), "message": {**_HIDDEN, "format": "structured"}},
         "module_output_name": "token_embeddings",
-        "processing_kwargs": {"chat_template": {"add_generation_prompt": True, "chat_template": prompted}},
+        "processing_kwargs": {"chat_template": {"add_generation_prompt": True, "chat_template": prompt + template}},
     }
     write_json(folder / "sentence_bert_config.json", transformer)
     pooling = {"word_embedding_dimension": hidden_size, "pooling_mode": "lasttoken", "include_prompt": True}

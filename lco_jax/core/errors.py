@@ -1,11 +1,37 @@
 """What a user sees when something they gave us is wrong: one sentence, no traceback."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 
 class LcoError(Exception):
     """Bad input. The message is one sentence that names the file, key, record or flag, and what to do."""
+
+
+def reason(error: BaseException) -> str:
+    """One line of what an exception says, without the stand-ins for file names that decoders add."""
+    said = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error).strip()
+    line = (str(said).splitlines() or [""])[0].rstrip(":. ") or type(error).__name__
+    return "".join(letter if letter.isprintable() else "?" for letter in line[:200])
+
+
+@contextmanager
+def explained(what: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Exceptions of these kinds that are raised within become an `LcoError`: `what`, and the reason they give."""
+    try:
+        yield
+    except LcoError:
+        raise
+    except kinds as error:
+        raise LcoError(f"{what}: {reason(error)}") from None
+
+
+def check_keys(given: Iterable[Any], known: Iterable[str], where: str) -> None:
+    """Raise for a key that is not among the known ones."""
+    if unknown := sorted(set(given) - set(known), key=str):
+        raise LcoError(f"{where} has the unknown key {unknown[0]!r}; it takes {', '.join(known)}")
 
 
 def run_main(main: Callable[[], int | None]) -> None:

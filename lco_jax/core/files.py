@@ -4,15 +4,18 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, explained
+
+ASSETS = Path(__file__).parent.parent / "assets"
 
 
 def resolve(path_or_id: str | os.PathLike[str], patterns: Sequence[str], kind: str = "model") -> Path:
@@ -28,24 +31,29 @@ def resolve(path_or_id: str | os.PathLike[str], patterns: Sequence[str], kind: s
         raise LcoError(f"{name} is a file, and must be a folder")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise LcoError(f"{name} is no folder here, and no hub id (those look like owner/name)")
-    try:
+    absent = f"{name} is no folder here and could not be fetched from the hub"
+    with explained(absent, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
         return Path(snapshot_download(name, repo_type=kind, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise LcoError(f"{name} is no folder here and could not be fetched from the hub: {reason}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises if the file is missing, torn or not an object."""
-    try:
+    if not path.exists():
+        raise LcoError(f"{path} does not exist")
+    with explained(f"{path} is not valid JSON", ValueError):  # of either kind: no JSON, and no UTF-8
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LcoError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise LcoError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise LcoError(f"{path} holds a {type(content).__name__}, and must hold an object")
     return content
+
+
+def fingerprint(files: Iterable[tuple[str, os.stat_result]]) -> str:
+    """What tells whether files have changed: how many, and a digest of their names, sizes and times of change."""
+    seen, count = blake2b(digest_size=8), 0
+    for name, found in files:
+        seen.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0".encode(errors="surrogateescape"))
+        count += 1
+    return f"{count} files with digest {seen.hexdigest()}"
 
 
 @contextmanager

@@ -12,8 +12,8 @@ import numpy as np
 import soundfile
 import soxr
 
-from lco_jax.core.errors import LcoError
-from lco_jax.data.media import READABLE, Deadline, MediaConfig, Medium, decoded, decoding, open_container, resolve
+from lco_jax.core.errors import LcoError, check_keys
+from lco_jax.data.media import Deadline, MediaConfig, Medium, decoded, decoding, open_container, resolve
 from lco_jax.data.tower_rows import mel_tokens
 
 RATE = 16_000  # Hz, the model's
@@ -53,28 +53,16 @@ def load_audio(source: Any, where: str, config: MediaConfig) -> np.ndarray:
     for what is too short to make a token.
     """
     if isinstance(source, dict):
-        if extra := sorted(map(str, source.keys() - {"array", "sampling_rate", "sample_rate", "path"})):
-            raise LcoError(f'{where}: audio has an unknown key {extra[0]!r}; give {{"array", "sampling_rate"}}')
+        check_keys(source, ("array", "sampling_rate", "sample_rate", "path"), f"{where}: audio")
         source = source.get("array"), source.get("sampling_rate", source.get("sample_rate"))
     if isinstance(source, tuple) and len(source) == 2:
         if not isinstance(source[0], np.ndarray):
             raise LcoError(f"{where}: audio array is a {type(source[0]).__name__}; give a numpy array")
         label = f"{where}: audio array of shape {source[0].shape}"
-        sound = _from_array(*source, label, config)
-    elif isinstance(source, READABLE):
-        medium = resolve(source, "audio", where, config)
-        label, sound = medium.label, _from_file(medium, config)
+        mono, rate, seconds = _from_array(*source, label, config)
     else:
-        kind = "numpy array without its rate" if isinstance(source, np.ndarray) else type(source).__name__
-        raise LcoError(
-            f"{where}: audio cannot be a {kind}; give a path, bytes, a data: URI, a URL or "
-            '{"array": numpy array, "sampling_rate": Hz}'
-        )
-    return _finish(sound, label, config)
-
-
-def _finish(sound: _Sound, label: str, config: MediaConfig) -> np.ndarray:
-    mono, rate, seconds = sound
+        medium = resolve(source, "audio", where, config, ' or {"array": numpy array, "sampling_rate": Hz}')
+        label, (mono, rate, seconds) = medium.label, _from_file(medium, config)
     if not len(mono):
         raise LcoError(f"{label} is empty")
     if not np.isfinite(mono).all():

@@ -8,10 +8,10 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, explained
 from lco_jax.data.prompts import EXTENSIONS, check_text, is_media_file
 from lco_jax.data.records import Record
-from lco_jax.data.scan import Scan
+from lco_jax.data.scan import Scan, Source
 
 
 class Caption:
@@ -23,10 +23,8 @@ class Caption:
 
     def __init__(self, template: str, fields: list[str], values: Mapping[str, Mapping] | None, where: str):
         values = values or {}
-        try:
+        with explained(f"{where}: the caption {template!r} is no template", ValueError, TypeError):
             names = {re.split(r"[.\[]", name)[0] for _, name, _, _ in Formatter().parse(template) if name is not None}
-        except (ValueError, TypeError) as error:
-            raise LcoError(f"{where}: the caption {template!r} is no template: {error}") from None
         if unknown := sorted((names | set(values)) - set(fields)):
             there = ", ".join(fields) or "none"
             raise LcoError(f"{where} has no field {unknown[0]!r} for its caption; those there are: {there}")
@@ -42,10 +40,9 @@ class Caption:
             if (key := str(row[name])) not in self.values[name]:
                 raise LcoError(f"{where}: values.{name} has nothing for {key!r}")
             row[name] = self.values[name][key]
-        try:
+        unfit = f"{where}: the caption {self.template!r} cannot be filled in"
+        with explained(unfit, ValueError, TypeError, LookupError, AttributeError):
             return self.template.format(**row)
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise LcoError(f"{where}: the caption {self.template!r} cannot be filled in: {error}") from None
 
 
 def captioned(media: dict[str, Any], caption: str, reverse: bool, where: str) -> Record:
@@ -57,14 +54,12 @@ def captioned(media: dict[str, Any], caption: str, reverse: bool, where: str) ->
     return Record(anchor, positive, (), where)
 
 
-class FilesSource:
+class FilesSource(Source):
     """Images, audio files or videos, each with a caption made from its name. Holds their paths in memory.
 
     glob: which files (`**` goes through folders). pattern: a regular expression for the end of a path, from the start
     of a name or folder on; its named groups are the caption's fields. reverse: the caption is the anchor.
     """
-
-    max_negatives = 0
 
     def __init__(
         self,
@@ -75,11 +70,9 @@ class FilesSource:
         reverse: bool = False,
         on_bad: str = "error",
     ):
-        try:
+        with explained(f"the pattern {pattern!r} is no regular expression", re.error):
             groups = list(re.compile(pattern).groupindex)
             self.pattern = re.compile(f"(?:.*/)?(?:{pattern})")  # a name's tail must not pass for a name
-        except re.error as error:
-            raise LcoError(f"the pattern {pattern!r} is no regular expression: {error}") from None
         self.caption, self.reverse = Caption(caption, groups, values, f"the pattern {pattern!r}"), reverse
         scan = Scan(on_bad)
         for path in sorted(path for path in iglob(glob, recursive=True) if Path(path).is_file()):

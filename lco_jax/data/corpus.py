@@ -4,18 +4,17 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.lib
 import pyarrow.parquet
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, explained
+from lco_jax.core.files import fingerprint
 from lco_jax.data.media import MediaConfig
-from lco_jax.data.prompts import as_messages, check_text, describe, is_media_file, media_parts
-from lco_jax.data.records import FIELDS, Reader, is_parts
+from lco_jax.data.prompts import as_messages, check_text, describe, is_conversation, is_media_file, media_parts
+from lco_jax.data.records import FIELDS, Reader, file_lookup, is_parts
 
 KEYS = tuple(key for key in FIELDS if key != "content")  # of an object or table: what is embedded; others are metadata
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -36,6 +35,10 @@ class Contents(NamedTuple):
     total: int
     kinds: dict[str, str]
     ids: type
+
+    @property
+    def has_media(self) -> bool:
+        return bool(self.kinds.keys() - {"text"})
 
 
 @dataclass(frozen=True)
@@ -63,57 +66,41 @@ class Corpus:
 
         Raises naming the file and line of the first that is malformed.
         """
-        exists = lru_cache(maxsize=100_000)(os.path.isfile) if check_media else None
         read = self._folder if self.path.is_dir() else getattr(self, f"_{self.path.suffix[1:]}")
-        try:
-            yield from read(exists)
-        except OSError as error:
-            raise LcoError(f"--input={self.path} cannot be read: {error.strerror or error}") from None
+        with explained(f"--input={self.path} cannot be read", OSError):
+            yield from read(file_lookup(check_media))
 
     def fingerprint(self) -> str:
         """What tells whether it has changed: size and time of change of the file, or of each medium of the folder."""
         if not self.path.is_dir():
-            found = self.path.stat()
-            return f"{found.st_size} bytes of {found.st_mtime_ns}"
-        seen, count = blake2b(digest_size=8), 0
-        for count, (name, entry) in enumerate(_walk(self.path), 1):  # noqa: B007
-            found = entry.stat()
-            seen.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0".encode(errors="surrogateescape"))
-        return f"{count} files with digest {seen.hexdigest()}"
+            return fingerprint([(self.path.name, self.path.stat())])
+        return fingerprint((name, entry.stat()) for name, entry in _walk(self.path))
 
     def _txt(self, _: Callable | None) -> Iterator[Item]:
-        for number, line, where in self._lines():
-            yield Item(number, {"text": line}, where)
+        return (Item(number, {"text": line}, where) for number, line, where in self._lines())
 
     def _jsonl(self, exists: Callable[[str], bool] | None) -> Iterator[Item]:
         for number, line, where in self._lines():
             if not line.strip():
                 continue
-            try:
+            with explained(f"{where}: not valid JSON", ValueError, RecursionError):
                 item = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise LcoError(f"{where}: not valid JSON: {error}") from None
             yield Item(self._id(item, number, where), self._content(item, where, exists), where)
 
     def _parquet(self, exists: Callable[[str], bool] | None) -> Iterator[Item]:
-        try:
-            with pyarrow.parquet.ParquetFile(self.path) as file:
-                names = file.schema_arrow.names
-                if not any(name in KEYS for name in names):
-                    raise LcoError(f"{self.path} has none of the columns {', '.join(KEYS)}; it has {', '.join(names)}")
-                if self.id_field and self.id_field not in names:
-                    raise LcoError(f"{self.path} has no column {self.id_field!r}; its columns: {', '.join(names)}")
-                columns = [name for name in names if name in (*KEYS, self.id_field)]
-                number = 0
-                for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns):
-                    for row in batch.to_pylist():
-                        where = f"{self.path}, row {number}"
-                        content = {key: _cell(value) for key, value in row.items() if key in KEYS}
-                        yield Item(self._id(row, number, where), self._content(content, where, exists), where)
-                        number += 1
-        except (pyarrow.lib.ArrowException, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise LcoError(f"{self.path} is torn or not a parquet file: {reason}") from None
+        torn = explained(f"{self.path} is torn or not a parquet file", pyarrow.lib.ArrowException, OSError)
+        with torn, pyarrow.parquet.ParquetFile(self.path) as file:
+            names = file.schema_arrow.names
+            if not any(name in KEYS for name in names):
+                raise LcoError(f"{self.path} has none of the columns {', '.join(KEYS)}; it has {', '.join(names)}")
+            if self.id_field and self.id_field not in names:
+                raise LcoError(f"{self.path} has no column {self.id_field!r}; its columns: {', '.join(names)}")
+            columns = [name for name in names if name in (*KEYS, self.id_field)]
+            batches = file.iter_batches(ROWS_AT_ONCE, columns=columns)
+            for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+                where = f"{self.path}, row {number}"
+                content = {key: _cell(value) for key, value in row.items() if key in KEYS}
+                yield Item(self._id(row, number, where), self._content(content, where, exists), where)
 
     def _folder(self, _: Callable | None) -> Iterator[Item]:
         name = None
@@ -129,10 +116,8 @@ class Corpus:
         with open(self.path, "rb") as file:
             for number, line in enumerate(file):
                 where = f"{self.path}:{number + 1}"
-                try:
+                with explained(f"{where}: not valid UTF-8 (save the file in that encoding)", UnicodeDecodeError):
                     text = line.decode("utf-8" if number else "utf-8-sig")  # some editors begin files with a mark
-                except UnicodeDecodeError:
-                    raise LcoError(f"{where}: not valid UTF-8; save the file in that encoding") from None
                 yield number, text.removesuffix("\n").removesuffix("\r"), where
 
     def _id(self, item: Any, number: int, where: str) -> int | str:
@@ -152,7 +137,7 @@ class Corpus:
         reader = Reader(where, os.path.abspath(self.root or self.path.parent), exists)
         if isinstance(item, str) or (isinstance(item, list) and is_parts(item)):
             side = reader.side(item, "input")
-        elif isinstance(item, list) and item and all(isinstance(x, dict) and "role" in x for x in item):
+        elif is_conversation(item):
             messages = as_messages(item, where)
             for part in media_parts(messages):
                 kind = part["type"]
@@ -187,10 +172,8 @@ def scan(items: Iterable[Item], media: MediaConfig, check_media: bool) -> Conten
             kind = part["type"]
             kinds.setdefault(kind, item.where)
             if check_media and not media.allow_remote and _is_remote(part[kind]):
-                raise LcoError(
-                    f"{item.where}: its {kind} is at an http address; give --allow-remote to have it fetched, if you "
-                    "trust the input with your network"
-                )
+                remote = f"{item.where}: its {kind} is at an http address"
+                raise LcoError(f"{remote}; give --allow-remote if you trust the input with your network")
     return Contents(total, kinds, ids or int)
 
 

@@ -7,13 +7,12 @@ import numpy as np
 from PIL import Image
 
 from lco_jax.core.errors import LcoError
-from lco_jax.data.media import READABLE, MediaConfig, decoding, resolve
+from lco_jax.data.media import MediaConfig, decoding, resolve
 
 # what Pillow decodes by itself; it would also start other programs (for EPS)
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "PCX", "TGA")
 MAX_RATIO = 200  # of the longer side to the shorter; the Qwen processors' limit
 CHANNELS = (1, 3, 4)
-LAYOUTS = "height x width, or height x width x channels with 1, 3 or 4 channels"
 
 
 def load_image(source: Any, where: str, config: MediaConfig) -> Image.Image:
@@ -43,12 +42,7 @@ def _load(source: Any, where: str, config: MediaConfig) -> Image.Image:
         check_size(*source.size, label, config)
         with decoding(label):  # its file may only be read now
             return _to_rgb(source, label)
-    if not isinstance(source, READABLE):
-        raise LcoError(
-            f"{where}: an image cannot be a {type(source).__name__}; give a path, bytes, a data: URI, a URL, a PIL "
-            "image or a numpy array"
-        )
-    medium = resolve(source, "image", where, config)
+    medium = resolve(source, "image", where, config, ", a PIL image or a numpy array")
     with decoding(medium.label), medium.open() as stream:
         image = _open(stream, medium.label)
         check_size(*image.size, medium.label, config)
@@ -108,7 +102,7 @@ def _from_array(array: np.ndarray, label: str, config: MediaConfig) -> Image.Ima
     if array.ndim == 3 and array.shape[2] not in CHANNELS and array.shape[0] in CHANNELS:
         array = array.transpose(1, 2, 0)
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in CHANNELS):
-        raise LcoError(f"{label} is in no known layout; give {LAYOUTS}")
+        raise LcoError(f"{label} is in no known layout; give height x width, or height x width x 1, 3 or 4 channels")
     check_size(array.shape[1], array.shape[0], label, config)
     pixels = _as_uint8(array, label)
     if pixels.ndim == 3 and pixels.shape[2] == 1:

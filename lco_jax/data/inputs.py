@@ -103,17 +103,18 @@ def prepare_ahead(
     """
     if workers < 0:
         raise LcoError(f"workers is {workers}; it must be 0 or more")
-    pool = _pool(preparation, workers)
+    pool, prepare = _pool(preparation, workers), _run if workers else preparation
     pending: deque[tuple[list[tuple[Any, str]], Future]] = deque()
     source = _tasks(iter(items))
     try:
         while True:
             while len(pending) < 2 * max(workers, 1) + 1 and (task := next(source, None)):
                 try:
-                    pending.append((task, _submit(pool, preparation, task)))
+                    future = pool.submit(prepare, task)
                 except BrokenProcessPool:
                     pool = _pool(preparation, workers)
-                    pending.append((task, _submit(pool, preparation, task)))
+                    future = pool.submit(prepare, task)
+                pending.append((task, future))
             if not pending:
                 return
             task, future = pending.popleft()
@@ -172,10 +173,6 @@ def _pool(preparation: Preparation, workers: int) -> Executor:
     if workers == 0:
         return ThreadPoolExecutor(2)
     return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=(preparation,))
-
-
-def _submit(pool: Executor, preparation: Preparation, task: list[tuple[Any, str]]) -> Future:
-    return pool.submit(preparation, task) if isinstance(pool, ThreadPoolExecutor) else pool.submit(_run, task)
 
 
 def _alone(preparation: Preparation, item: tuple[Any, str]) -> Processed | LcoError:

@@ -71,12 +71,10 @@ class LlavaMedia:
         grid = (1 + tile)[:, None, :, None] * (n * n + 1) + token[None, :, None, :]
         grid = grid.reshape(down * n, across * n)
         if width / height > grid.shape[1] / grid.shape[0]:
-            kept = int(round(height * (grid.shape[1] / width), 7))
-            padding = (grid.shape[0] - kept) // 2
+            padding = (grid.shape[0] - int(round(height * (grid.shape[1] / width), 7))) // 2
             grid = grid[padding : grid.shape[0] - padding]
         else:
-            kept = int(round(width * (grid.shape[0] / height), 7))
-            padding = (grid.shape[1] - kept) // 2
+            padding = (grid.shape[1] - int(round(width * (grid.shape[0] / height), 7))) // 2
             grid = grid[:, padding : grid.shape[1] - padding]
         newlines = np.full((len(grid), 1), n * n)  # every tile's last token is the same newline
         return np.concatenate([token.reshape(-1), np.concatenate([grid, newlines], axis=1).reshape(-1)])

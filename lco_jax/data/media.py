@@ -12,54 +12,60 @@ import stat
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import av
+import numpy as np
 from av.container import InputContainer
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, explained, reason
 
 SOCKET_SECONDS = 30.0  # how long a server may say nothing
 CHUNK = 1 << 20  # bytes read from a server at once
+
+
+def _cap(default: Any, meaning: str) -> Any:
+    """A field of `MediaConfig`; `meaning` also stands in the help of `lco_jax.embed`."""
+    return field(default=default, metadata={"meaning": meaning})
 
 
 @dataclass(frozen=True)
 class MediaConfig:
     """Every cap on what users give. Raises for a value that makes no sense, naming the field."""
 
-    fps: float = 2.0  # frames a second that are taken of a video (the reference's default)
-    max_frames: int = 64  # the most that are taken of one video; at least 2
-    image_max_side: int | None = None  # a longer image is first shrunk to it (the reference trains with 700)
-    image_min_pixels: int | None = None  # a smaller image is enlarged to it; None: the checkpoint's own
-    image_max_pixels: int | None = None  # a bigger image is shrunk to it; None: the checkpoint's own
-    video_min_pixels: int | None = None  # the same of each frame
-    video_max_pixels: int | None = 602_112  # 768 · 28 · 28 (the reference's); the lesser of it and the checkpoint's
-    max_audio_seconds: float = 300.0  # longer sound is cut to it, with a warning
-    max_image_pixels: int = 200_000_000  # a bigger image or frame is refused before it is decoded
-    max_file_bytes: int = 2_000_000_000  # a bigger file or download is refused before it is read
-    decode_seconds: float = 120.0  # wall clock that one file's download, and then its decoding, may take
-    allow_remote: bool = False  # fetch http and https URLs; only for inputs you trust with your network
-    use_audio_in_video: bool = False  # a video file's own sound track is embedded with it
+    fps: float = _cap(2.0, "frames a second that are taken of a video (as the reference)")
+    max_frames: int = _cap(64, "the most frames that are taken of a video; at least 2")
+    image_max_side: int | None = _cap(None, "first shrink longer images to so many pixels a side (reference: 700)")
+    image_min_pixels: int | None = _cap(None, "enlarge smaller images to so many pixels (None: the checkpoint's)")
+    image_max_pixels: int | None = _cap(None, "shrink bigger images to so many pixels (None: the checkpoint's)")
+    video_min_pixels: int | None = _cap(None, "the same of each frame")
+    video_max_pixels: int | None = _cap(602_112, "the same of each frame; the lesser of it and the checkpoint's")
+    max_audio_seconds: float = _cap(300.0, "cut longer sound, with a warning")
+    max_image_pixels: int = _cap(200_000_000, "refuse bigger images and frames before they are decoded")
+    max_file_bytes: int = _cap(2_000_000_000, "refuse bigger files and downloads before they are read")
+    decode_seconds: float = _cap(120.0, "the longest that a file may take to fetch, and to decode")
+    allow_remote: bool = _cap(False, "fetch http and https addresses; only for inputs that you trust with your network")
+    use_audio_in_video: bool = _cap(False, "embed a video file's own sound with it")
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is bool:
+        for cap in fields(self):
+            value = getattr(self, cap.name)
+            if cap.type is bool:
                 good, rule = isinstance(value, bool), "True or False"
-            elif field.type is float:
+            elif cap.type is float:
                 good = _is(value, Real) and math.isfinite(value) and value > 0
                 rule = "a number greater than 0"
             else:
-                least = 2 if field.name == "max_frames" else 1
-                rule = f"a whole number of at least {least}" + (" or None" if field.type is not int else "")
-                good = (value is None and field.type is not int) or (_is(value, Integral) and value >= least)
+                least = 2 if cap.name == "max_frames" else 1
+                rule = f"a whole number of at least {least}" + (" or None" if cap.type is not int else "")
+                good = (value is None and cap.type is not int) or (_is(value, Integral) and value >= least)
             if not good:
-                raise LcoError(f"media.{field.name} is {value!r:.60}; it must be {rule}")
+                raise LcoError(f"media.{cap.name} is {value!r:.60}; it must be {rule}")
         for kind in ("image", "video"):
             least, most = getattr(self, f"{kind}_min_pixels"), getattr(self, f"{kind}_max_pixels")
             if least is not None and most is not None and least > most:
@@ -85,17 +91,19 @@ class Medium:
         return io.BytesIO(self.content) if isinstance(self.content, bytes) else open(self.content, "rb")
 
 
-READABLE = str | os.PathLike | bytes | bytearray | Medium  # what `resolve` takes
-
-
-def resolve(source: Any, kind: str, where: str, config: MediaConfig) -> Medium:
+def resolve(source: Any, kind: str, where: str, config: MediaConfig, or_else: str = "") -> Medium:
     """Find what a path, file:// or data: URI, http(s) URL or bytes stand for; a Medium is returned as it is.
 
-    kind: "image", "audio" or "video", for errors. Raises if there is nothing to read, or more than the caps allow.
+    kind: "image", "audio" or "video", for errors. or_else: what else a caller takes, for errors. Raises for what is
+    neither, if there is nothing to read, and for more than the caps allow.
     URLs are fetched here, into memory; files are only looked at, and never opened if they are not regular ones.
     """
     if isinstance(source, Medium):
         return source
+    if not isinstance(source, str | os.PathLike | bytes | bytearray):
+        given = "numpy array without its rate" if isinstance(source, np.ndarray) else type(source).__name__  # of sound
+        what = {"image": "an image", "video": "a video"}.get(kind, kind)
+        raise LcoError(f"{where}: {what} cannot be a {given}; give a path, bytes, a data: URI, a URL{or_else}")
     if isinstance(source, bytes | bytearray):
         return _in_memory(bytes(source), f"{where}: {kind} of {len(source)} bytes", config)
     name = os.fsdecode(source)
@@ -141,10 +149,8 @@ def _from_data_uri(uri: str, label: str, config: MediaConfig) -> Medium:
     _check_bytes(len(payload) // 4 * 3, label, config)
     content = unquote_to_bytes(payload)
     if header.lower().endswith(";base64"):
-        try:
+        with explained(f"{label} is not valid base64", binascii.Error):
             content = base64.b64decode(b"".join(content.split()), validate=True)
-        except binascii.Error as error:
-            raise LcoError(f"{label} is not valid base64: {reason(error)}") from None
     return _in_memory(content, label, config)
 
 
@@ -172,7 +178,7 @@ def _from_url(url: str, label: str, config: MediaConfig) -> Medium:
     ):
         opener.add_handler(handler())
     content = bytearray()
-    try:
+    with explained(f"{label} cannot be fetched", OSError, http.client.HTTPException, ValueError):
         request = urllib.request.Request(url, headers={"User-Agent": "lco-jax"})
         with opener.open(request, timeout=min(SOCKET_SECONDS, config.decode_seconds)) as response:
             promised = int(response.headers.get("Content-Length") or 0)
@@ -181,8 +187,6 @@ def _from_url(url: str, label: str, config: MediaConfig) -> Medium:
                 content += chunk
                 _check_bytes(len(content), label, config)
                 deadline.check()
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise LcoError(f"{label} cannot be fetched: {reason(error)}") from None
     if len(content) < promised:
         raise LcoError(f"{label} cannot be fetched: the server sent {len(content)} of {promised} bytes")
     return _in_memory(bytes(content), label, config)
@@ -205,13 +209,6 @@ def _shown(name: str) -> str:
     return name if name.isprintable() else ascii(name)
 
 
-def reason(error: BaseException) -> str:
-    """One line of what an exception says, without the stand-ins for file names that decoders add."""
-    said = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error).strip()
-    line = (str(said).splitlines() or [""])[0].rstrip(":. ") or type(error).__name__
-    return "".join(letter if letter.isprintable() else "?" for letter in line[:200])
-
-
 class Deadline:
     """The wall clock that one item may take."""
 
@@ -224,17 +221,11 @@ class Deadline:
             raise LcoError(f"{self.label} takes more than {self.seconds:g} seconds (decode_seconds)")
 
 
-@contextmanager
-def decoding(label: str) -> Iterator[None]:
+def decoding(label: str) -> AbstractContextManager[None]:
     """Around calls of a decoder: whatever it raises becomes an LcoError that begins with `label`."""
-    try:
-        yield
-    except LcoError:
-        raise
     # on torn data decoders raise nearly anything: OSError, SyntaxError, ValueError, struct.error, IndexError,
     # ZeroDivisionError, MemoryError, UnicodeDecodeError, av.FFmpegError, …
-    except Exception as error:
-        raise LcoError(f"{label} cannot be decoded: {reason(error)}") from None
+    return explained(f"{label} cannot be decoded", Exception)
 
 
 class _TimedStream:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, check_keys, explained
 from lco_jax.core.files import read_json
 from lco_jax.core.packing import common_length
 
@@ -49,7 +49,7 @@ def as_messages(
     stay as long as they are.
     """
     item = [item] if isinstance(item, dict) and "role" in item else item
-    if isinstance(item, list | tuple) and item and all(isinstance(x, dict) and "role" in x for x in item):
+    if is_conversation(item):
         if strange := [message["role"] for message in item if not isinstance(message["role"], str)]:
             raise LcoError(f"{where}: a message's role is {strange[0]!r:.60}, and must be a string")
         return [{**message, "content": _parts(message.get("content"), where)} for message in item]
@@ -64,9 +64,13 @@ def as_messages(
     if prompt is None:
         kinds = {part["type"] for part in parts if part["type"] != "text" or part["text"]} or {"text"}
         prompt = PROMPTS[kinds.pop() if len(kinds) == 1 else "mixed"]
-    if parts[-1]["type"] == "text":
-        return [{"role": "user", "content": [*parts[:-1], {"type": "text", "text": parts[-1]["text"] + prompt}]}]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
+    last = parts.pop()["text"] if parts[-1]["type"] == "text" else ""
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": last + prompt}]}]
+
+
+def is_conversation(item: Any) -> bool:
+    """Whether this is a list of chat messages."""
+    return isinstance(item, list | tuple) and bool(item) and all(isinstance(x, dict) and "role" in x for x in item)
 
 
 def _media(given: Any, kind: str, where: str) -> list[Any]:
@@ -97,12 +101,8 @@ def _parts(content: Any, where: str) -> list[dict[str, Any]]:
         given = [key for key in (kind, *SOURCES) if part.get(key) is not None]
         if len(given) != 1:
             raise LcoError(f"{where}: a part of type {kind!r} must hold its medium once, under {kind!r}")
-        options = {
-            key: value for key, value in part.items() if key not in ("type", *SOURCES, kind) and value is not None
-        }
-        if unknown := sorted(options.keys() - set(OPTIONS[kind])):
-            takes = ", ".join((kind, *SOURCES, *OPTIONS[kind]))
-            raise LcoError(f"{where}: a part of type {kind!r} has the unknown key {unknown[0]!r}; it takes {takes}")
+        options = {key: x for key, x in part.items() if key not in ("type", *SOURCES, kind) and x is not None}
+        check_keys(options, (kind, *SOURCES, *OPTIONS[kind]), f"{where}: a part of type {kind!r}")
         parts.append({"type": kind, kind: part[given[0]], **options})
     if not parts:
         raise LcoError(f"{where}: a message has no content")
@@ -147,22 +147,22 @@ class ChatTokenizer:
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
-        with warnings.catch_warnings():
+        # a plain config says which tokenizer; a model's own class would import much that is not needed
+        config = PreTrainedConfig()
+        config.model_type = read_json(folder / "config.json").get("model_type", "")
+        with warnings.catch_warnings(), explained(f"{folder} has no tokenizer that loads", OSError, ValueError):
             warnings.simplefilter("ignore")  # transformers warns about its own processors' future
-            try:
-                # a plain config says which tokenizer; a model's own class would import much that is not needed
-                config = PreTrainedConfig()
-                config.model_type = read_json(folder / "config.json").get("model_type", "")
-                self.tokenizer = AutoTokenizer.from_pretrained(
-                    folder, config=config, trust_remote_code=False, local_files_only=True
-                )
-            except (OSError, ValueError) as error:
-                raise LcoError(f"{folder} has no tokenizer that loads: {str(error).splitlines()[0]}") from None
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                folder, config=config, trust_remote_code=False, local_files_only=True
+            )
         if not len(self.tokenizer.get_vocab()) > len(self.tokenizer.get_added_vocab()):
             raise LcoError(f"{folder} has no tokenizer: tokenizer.json, or vocab.json and merges.txt, is missing")
         # the precedence of the checkpoints' own processors; AutoTokenizer does not read the .json one
         if not (folder / "chat_template.jinja").exists() and (folder / "chat_template.json").exists():
-            self.tokenizer.chat_template = _template_file(folder / "chat_template.json")
+            template = read_json(folder / "chat_template.json").get("chat_template")
+            if not isinstance(template, str):
+                raise LcoError(f"{folder / 'chat_template.json'} holds no chat_template string")
+            self.tokenizer.chat_template = template
         if self.tokenizer.chat_template is None:
             raise LcoError(f"{folder} has no chat template (chat_template.jinja, .json, or in tokenizer_config.json)")
 
@@ -197,11 +197,3 @@ class ChatTokenizer:
     def __call__(self, conversations: Sequence[Messages]) -> list[np.ndarray]:
         """Token ids (int32) of each conversation, nothing padded."""
         return self.ids([self.render(messages) for messages in conversations])
-
-
-def _template_file(path: Path) -> str:
-    """The template in a chat_template.json (Qwen2.5-VL and Omni keep it there)."""
-    template = read_json(path).get("chat_template")
-    if not isinstance(template, str):
-        raise LcoError(f"{path} holds no chat_template string")
-    return template

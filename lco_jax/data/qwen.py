@@ -27,6 +27,8 @@ from lco_jax.data.video import load_video
 ASSUMED_FPS = 2.0  # what the processors assume of a clip, and the reference never tells them otherwise
 IMAGE_PIXELS = (3_136, 1_003_520)  # the least and most of an image, and
 VIDEO_PIXELS = (100_352, 602_112)  # of a clip's picture, where a checkpoint does not say
+# of a medium: (tokens, positions, [(tower, item, index of its tokens in the block)], the next text's position)
+Block = tuple[np.ndarray, np.ndarray, list[tuple[str, Item, np.ndarray]], int]
 VIDEO_POSITIONS = ("4.57", "5")  # whose rule of Qwen2.5-VL's video positions
 
 
@@ -163,9 +165,7 @@ class QwenMedia:
         kinds = {token: kind for kind, token in self.placeholders.items()}
         found = np.flatnonzero(np.isin(ids, list(kinds)))
         if [kinds[int(ids[i])] for i in found] != [kind for kind, _ in media]:
-            raise LcoError(
-                f"{where}: its placeholders are not its {len(media)} media; does its text hold special tokens?"
-            )
+            raise LcoError(f"{where}: its {len(media)} media are not its placeholders; is a special token in its text?")
         tokens, positions, placed = [], [], []
         begin, position, length = 0, 0, 0
         for at, (kind, medium) in zip(found, media, strict=True):
@@ -181,10 +181,7 @@ class QwenMedia:
         positions.append(line_positions(position, len(ids) - begin))
         return Processed(np.concatenate(tokens), np.concatenate(positions), tuple(placed))
 
-    def _block(
-        self, kind: str, medium: Any, start: int
-    ) -> tuple[np.ndarray, np.ndarray, list[tuple[str, Item, np.ndarray]], int]:
-        """(tokens, positions, [(tower, item, index of its tokens in the block)], the next text's position)."""
+    def _block(self, kind: str, medium: Any, start: int) -> Block:
         if kind == "audio":
             length = mel_tokens(len(medium.values))
             block = np.full(length, self.placeholders["audio"], np.int32)
@@ -206,9 +203,7 @@ class QwenMedia:
             return frame_times(frames, clip.seconds_per_frame, self.ids_per_second)
         return frame_times(frames, int(clip.seconds_per_frame), self.ids_per_second)
 
-    def _with_sound(
-        self, clip: Clip, block: np.ndarray, positions: np.ndarray, start: int
-    ) -> tuple[np.ndarray, np.ndarray, list[tuple[str, Item, np.ndarray]], int]:
+    def _with_sound(self, clip: Clip, block: np.ndarray, positions: np.ndarray, start: int) -> Block:
         """Both streams between audio_bos and audio_eos, which share the positions of vision_bos and vision_eos."""
         assert clip.sound is not None
         length = mel_tokens(len(clip.sound.values))

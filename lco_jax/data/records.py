@@ -9,12 +9,13 @@ import os
 import re
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, check_keys
 from lco_jax.data.prompts import MEDIA, check_text, is_media_file
 
 Side = str | tuple[dict[str, Any], ...]
@@ -71,8 +72,7 @@ def parse_record(content: Any, where: str, root: str = "", exists: Callable[[str
     """
     if not isinstance(content, Mapping):
         raise LcoError(f"{where}: a record is an object with anchor and positive, and this is {content!r:.60}")
-    if unknown := set(content) - {"anchor", "positive", "negative", "negatives"}:
-        raise LcoError(f"{where}: unknown key {min(unknown)!r}; a record has anchor, positive and negative")
+    check_keys(content, ("anchor", "positive", "negative", "negatives"), f"{where}: the record")
     reader = Reader(where, root, exists)
     sides = {}
     for name in ("anchor", "positive"):
@@ -83,15 +83,23 @@ def parse_record(content: Any, where: str, root: str = "", exists: Callable[[str
             raise LcoError(f"{where}: {name} is empty")
     negatives: list[Side] = []
     for name in ("negative", "negatives"):
-        given = content.get(name)
-        given = [] if given is None else given if isinstance(given, list) and not is_parts(given) else [given]
-        negatives += [side for side in (reader.side(item, name) for item in given) if side]
+        negatives += [side for side in (reader.side(item, name) for item in listed(content.get(name))) if side]
     return Record(sides["anchor"], sides["positive"], tuple(negatives), where)
+
+
+def file_lookup(check: bool) -> Callable[[str], bool] | None:
+    """Whether a file is there; sets name the same media often, so the answers are kept, a bounded number of them."""
+    return lru_cache(maxsize=100_000)(os.path.isfile) if check else None
 
 
 def is_parts(value: list) -> bool:
     """Whether a list is one side, not several."""
     return bool(value) and all(isinstance(part, Mapping) and "type" in part for part in value)
+
+
+def listed(sides: Any) -> list:
+    """One side, a list of them, or None, as a list."""
+    return [] if sides is None else sides if isinstance(sides, list) and not is_parts(sides) else [sides]
 
 
 def _is_still(value: Any) -> bool:
@@ -119,7 +127,7 @@ class Reader:
         elif isinstance(side, Mapping) and "type" in side:
             parts = self.part(side, name)
         elif isinstance(side, Mapping):
-            self.check_keys(side, FIELDS, name)
+            check_keys(side, FIELDS, f"{self.where}: {name}")
             if (content := side.get("content")) not in ABSENT:
                 if given := [key for key in FIELDS[:-1] if side.get(key) not in ABSENT]:
                     raise LcoError(f"{self.where}: {name} has both content and {given[0]}; put all of it into content")
@@ -144,7 +152,7 @@ class Reader:
             raise LcoError(f"{self.where}: {name}.type is {kind!r}; it is one of: text, {', '.join(MEDIA)}")
         keys = KEYS.get(kind, ("text",))
         given = {key: value for key, value in part.items() if value is not None}  # tables fill their rows with None
-        self.check_keys(given, ("type", *keys), name)
+        check_keys(given, ("type", *keys), f"{self.where}: {name}")
         given = [key for key in keys if key in given]
         if len(given) != 1:
             raise LcoError(f"{self.where}: {name} is a part of type {kind!r}; it needs {' or '.join(keys)}")
@@ -189,9 +197,3 @@ class Reader:
                 "or at media_root"
             )
         return found
-
-    def check_keys(self, content: Mapping, known: tuple[str, ...], name: str) -> None:
-        if unknown := set(content) - set(known):
-            raise LcoError(
-                f"{self.where}: {name} has the unknown key {min(unknown, key=str)!r}; it takes {', '.join(known)}"
-            )

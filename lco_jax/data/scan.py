@@ -15,9 +15,9 @@ class Source(Protocol):
     """Records by index. skipped: how many bad ones were left out; max_negatives: the most that a record holds;
     modalities: what its records hold."""
 
-    skipped: int
-    max_negatives: int
-    modalities: frozenset[str]
+    skipped: int = 0
+    max_negatives: int = 0
+    modalities: frozenset[str] = frozenset({"text"})
 
     def __len__(self) -> int: ...
 

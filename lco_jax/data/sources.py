@@ -2,9 +2,9 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,14 @@ import pyarrow.dataset
 import pyarrow.lib
 from ml_collections import ConfigDict
 
-from lco_jax.core.errors import LcoError
-from lco_jax.core.files import resolve
+from lco_jax.core.errors import LcoError, explained
+from lco_jax.core.files import ASSETS, resolve
 from lco_jax.data.captions import FilesSource
 from lco_jax.data.prompts import MEDIA
-from lco_jax.data.records import Record, is_parts, parse_record
+from lco_jax.data.records import Record, file_lookup, listed, parse_record
 from lco_jax.data.scan import ListSource, Scan, Source
 from lco_jax.data.tfds import CaptionedSource, nli_source
 
-ASSETS = Path(__file__).parent.parent / "assets"
 KINDS = ("jsonl", "tfds", "files", "parquet")
 
 
@@ -35,17 +34,15 @@ class JsonlSource:
     def __init__(
         self, path: str | Path, on_bad: str = "error", media_root: str | None = None, check_media: bool = True
     ):
-        self.path = _asset(path)
+        name = str(path)  # `assets:NAME` is a file that ships with the package
+        self.path = ASSETS / name.removeprefix("assets:") if name.startswith("assets:") else Path(path)
         self.root = os.path.abspath(media_root or self.path.parent)
-        scan, offset, exists = Scan(on_bad), 0, _exists(check_media)
-        try:
-            with open(self.path, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        scan.check(partial(self._parse, line, number, exists), (offset, number))
-                    offset += len(line)
-        except OSError as error:
-            raise LcoError(f"{self.path} cannot be read: {error.strerror}") from None
+        scan, offset, exists = Scan(on_bad), 0, file_lookup(check_media)
+        with explained(f"{self.path} cannot be read", OSError), open(self.path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    scan.check(partial(self._parse, line, number, exists), (offset, number))
+                offset += len(line)
         scan.finish(str(self.path))
         self.lines = np.array(scan.kept, np.int64)
         self.skipped, self.max_negatives, self.modalities = scan.skipped, scan.max_negatives, scan.modalities
@@ -61,16 +58,9 @@ class JsonlSource:
 
     def _parse(self, line: bytes, number: int, exists: Callable[[str], bool] | None = None) -> Record:
         where = f"{self.path}:{number}"
-        try:
+        with explained(f"{where}: not valid JSON", ValueError):
             content = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise LcoError(f"{where}: not valid JSON: {error}") from None
         return parse_record(content, where, self.root, exists)
-
-
-def _exists(check: bool) -> Callable[[str], bool] | None:
-    """Whether a file is there; sets name the same media often, so the answers are kept, a bounded number of them."""
-    return lru_cache(maxsize=100_000)(os.path.isfile) if check else None
 
 
 @dataclass(frozen=True)
@@ -83,10 +73,12 @@ class Columns:
 
     anchor: str = "anchor"
     positive: str = "positive"
-    negatives: tuple[str, ...] = ("negative",)
+    negatives: Sequence[str] = ("negative",)
     kinds: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
+        negatives = (self.negatives,) if isinstance(self.negatives, str) else tuple(self.negatives)
+        object.__setattr__(self, "negatives", negatives)  # however a configuration spells them
         for name, kind in self.kinds.items():
             if name not in self.names:
                 raise LcoError(f"columns.kinds names {name!r}, which is none of the columns: {', '.join(self.names)}")
@@ -100,11 +92,7 @@ class Columns:
 
     def content(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row as `parse_record` takes it."""
-        negatives = []
-        for name in self.negatives:
-            cell = row[name]
-            cells = cell if isinstance(cell, list) and not is_parts(cell) else [] if cell is None else [cell]
-            negatives += [self._side(name, item) for item in cells]
+        negatives = [self._side(name, item) for name in self.negatives for item in listed(row[name])]
         anchor, positive = (self._side(name, row[name]) for name in (self.anchor, self.positive))
         return {"anchor": anchor, "positive": positive, "negatives": negatives}
 
@@ -137,26 +125,18 @@ def parquet_source(
         paths = sorted(folder.glob(files))
     if not paths:
         raise LcoError(f"{path} holds no file that matches {files!r}")
-    scan, exists = Scan(on_bad), _exists(check_media)
+    scan, exists = Scan(on_bad), file_lookup(check_media)
     for file in paths:
-        try:
+        with explained(f"{file} is torn or not a parquet file", pyarrow.lib.ArrowException, OSError):
             table = pyarrow.dataset.dataset(file, format="parquet")
             if missing := [name for name in columns.names if name not in table.schema.names]:
                 raise LcoError(f"{file} has no column {missing[0]!r}; its columns: {', '.join(table.schema.names)}")
             rows = table.to_table(columns=columns.names).to_pylist()
-        except (pyarrow.lib.ArrowException, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise LcoError(f"{file} is torn or not a parquet file: {reason}") from None
         root = os.path.abspath(media_root or file.parent)
         for number, row in enumerate(rows):
             scan.check(partial(parse_record, columns.content(row), f"{file}, row {number}", root, exists))
     scan.finish(path)
     return ListSource(scan.kept, scan.skipped)
-
-
-def _asset(path: str | Path) -> Path:
-    """`assets:NAME` is a file that ships with the package."""
-    return ASSETS / str(path).removeprefix("assets:") if str(path).startswith("assets:") else Path(path)
 
 
 def open_source(name: str, spec: Mapping[str, Any], on_bad: str = "error") -> Source:
@@ -173,15 +153,10 @@ def open_source(name: str, spec: Mapping[str, Any], on_bad: str = "error") -> So
         if not isinstance(arguments[key], Mapping):
             raise LcoError(f"config.data.sources.{name}.{key} must be a mapping, and is {arguments[key]!r:.60}")
     try:
-        if kind == "jsonl":
-            return JsonlSource(**arguments, on_bad=on_bad)
-        if kind == "tfds":
-            return (CaptionedSource if "caption" in arguments else nli_source)(**arguments, on_bad=on_bad)
-        if kind == "files":
-            return FilesSource(**arguments, on_bad=on_bad)
-        columns = dict(arguments.pop("columns", {}))
-        negatives = columns.pop("negatives", Columns.negatives)
-        negatives = (negatives,) if isinstance(negatives, str) else tuple(negatives)
-        return parquet_source(**arguments, columns=Columns(**columns, negatives=negatives), on_bad=on_bad)
+        if kind == "parquet":
+            arguments["columns"] = Columns(**arguments.get("columns", {}))
+        tfds = CaptionedSource if "caption" in arguments else nli_source
+        makers = {"jsonl": JsonlSource, "tfds": tfds, "files": FilesSource, "parquet": parquet_source}
+        return makers[kind](**arguments, on_bad=on_bad)
     except TypeError as error:
         raise LcoError(f"config.data.sources.{name}: {str(error).split(') ')[-1].split('() ')[-1]}") from None

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, explained
 from lco_jax.data.captions import Caption, captioned
 from lco_jax.data.records import Record, parse_record
-from lco_jax.data.scan import ListSource, Scan
+from lco_jax.data.scan import ListSource, Scan, Source
 
 NLI = {"premise", "hypothesis", "label"}
 
@@ -29,10 +29,9 @@ def nli_source(name: str, split: str = "train", data_dir: str | None = None, on_
     with _reading(name, split, data_dir) as builder:
         features, rows = builder.info.features, builder.as_data_source(split=split)
     if missing := NLI - set(features):
-        raise LcoError(
-            f"the TFDS dataset {name!r} has no feature {min(missing)!r}, which NLI needs; its features: "
-            f"{', '.join(sorted(features))}; for images, audio or video give a caption, such as 'a {{label}}'"
-        )
+        has = f"no feature {min(missing)!r}, which NLI needs; its features: {', '.join(sorted(features))}"
+        tip = "for images, audio or video give a caption, such as 'a {label}'"
+        raise LcoError(f"the TFDS dataset {name!r} has {has}; {tip}")
     label_names = getattr(features["label"], "names", None)
     if not label_names:
         raise LcoError(f"the TFDS dataset {name!r} has a label without names; it needs a ClassLabel")
@@ -54,7 +53,7 @@ def nli_source(name: str, split: str = "train", data_dir: str | None = None, on_
     return ListSource(scan.kept, scan.skipped)
 
 
-class CaptionedSource:
+class CaptionedSource(Source):
     """A dataset of images, audio or videos, each with a caption. Rows are read on demand, and only the first at once.
 
     caption: a template over the other features; a class label is its name, with spaces for underscores. values: of
@@ -63,9 +62,6 @@ class CaptionedSource:
 
     An image stays as it is stored, encoded; audio is float32 [T] in [-1, 1] and video uint8 [T, H, W, C].
     """
-
-    skipped = 0
-    max_negatives = 0
 
     def __init__(
         self,
@@ -107,14 +103,12 @@ class CaptionedSource:
 
     def __getitem__(self, index: int) -> Record:
         where = f"{self.where}, row {index}"
-        try:
+        with explained(f"{where} cannot be read", Exception):  # TFDS, protobuf and decoders raise many kinds
             row = self.rows[index]
             if empty := [key for key in (self.feature, *self.caption.fields) if row[key] is None]:
-                raise LcoError(f"it has no {empty[0]}")
+                raise ValueError(f"it has no {empty[0]}")
             fields = {key: _plain(row[key]) for key in self.caption.fields}
             media = {"type": self.kind, self.kind: self._media(row[self.feature])}
-        except Exception as error:  # TFDS, protobuf and decoders raise many kinds
-            raise LcoError(f"{where} cannot be read: {_reason(error)}") from None
         for key in fields.keys() & self.labels.keys():
             if fields[key] < 0:
                 raise LcoError(f"{where} has no {key} ({fields[key]}); choose a split whose rows have one")
@@ -129,15 +123,13 @@ class CaptionedSource:
         return {"array": _waveform(value), **self.facts}
 
     def _choose(self, feature: str | None, kinds: Mapping[str, str], features: Iterable[str]) -> str:
-        if feature is None and len(kinds) == 1:
-            return next(iter(kinds))
-        if feature in kinds:
-            return feature
         if not kinds:
             raise LcoError(f"{self.name} has no feature of images, audio or video; its features: {', '.join(features)}")
-        if feature is None:
+        if feature is None and len(kinds) > 1:
             raise LcoError(f"{self.name} has several features of media; name one with `feature`: {', '.join(kinds)}")
-        raise LcoError(f"{self.name} has no feature {feature!r} of media; it has: {', '.join(kinds)}")
+        if feature not in (None, *kinds):
+            raise LcoError(f"{self.name} has no feature {feature!r} of media; it has: {', '.join(kinds)}")
+        return feature or next(iter(kinds))
 
     def _facts(self, feature: Any, sampling_rate: int | None, fps: float | None) -> dict[str, float]:
         """What goes beside the arrays."""
@@ -148,11 +140,9 @@ class CaptionedSource:
             if value is not None and not (isinstance(value, int | float) and value > 0):
                 raise LcoError(f"{self.name}: {key} is {value!r}; it must be a number above 0")
         if self.kind == "audio":
-            if not (rate := sampling_rate or feature.sample_rate):
-                raise LcoError(
-                    f"{self.name} does not say the sampling rate of {self.feature!r}; give sampling_rate, in Hz"
-                )
-            return {"sampling_rate": rate}
+            if rate := sampling_rate or feature.sample_rate:
+                return {"sampling_rate": rate}
+            raise LcoError(f"{self.name} does not say the sampling rate of {self.feature!r}; give sampling_rate, in Hz")
         dtype = np.dtype(feature.np_dtype if self.kind == "image" else feature.feature.np_dtype)
         pixels = ("uint8", "uint16") if self.kind == "image" else ("uint8",)
         if dtype.name not in pixels:
@@ -183,14 +173,12 @@ def _reading(name: str, split: str, data_dir: str | None) -> Iterator[Any]:
     """The dataset's builder. What goes wrong within says which dataset it was."""
     import tensorflow_datasets as tfds
 
-    try:
-        with _numpy_dtypes(tfds.features.Audio, tfds.features.Video):
-            yield tfds.builder(name, data_dir=data_dir)
-    except Exception as error:  # TFDS raises many kinds for one cause: it is not there in this form
-        reason = _reason(error)
-        if data_dir is not None and not (folder := Path(data_dir) / name.split(":")[0]).is_dir():
-            reason = f"there is no folder {folder}"
-        raise LcoError(f"the TFDS dataset {name!r} ({split}, data_dir {data_dir}) cannot be read: {reason}") from None
+    where = f"the TFDS dataset {name!r} ({split}, data_dir {data_dir}) cannot be read"
+    if data_dir is not None and not (folder := Path(data_dir) / name.split(":")[0]).is_dir():
+        raise LcoError(f"{where}: there is no folder {folder}")
+    # TFDS raises many kinds for one cause: it is not there in this form
+    with explained(where, Exception), _numpy_dtypes(tfds.features.Audio, tfds.features.Video):
+        yield tfds.builder(name, data_dir=data_dir)
 
 
 @contextmanager
@@ -205,7 +193,3 @@ def _numpy_dtypes(*features: type) -> Iterator[None]:
     finally:
         for module, tf in zip(modules, before, strict=True):
             module.tf = tf
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

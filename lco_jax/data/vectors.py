@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, explained
 from lco_jax.core.files import read_json, write_json
 
 PART_SECONDS = 30.0  # of work that a part holds, unless it is full before, or a block of inputs takes longer
@@ -39,19 +39,15 @@ class VectorParts:
         self.done, self._waiting, self._since = 0, list[pa.Table](), time.monotonic()
 
     def __enter__(self) -> "VectorParts":
-        try:
+        with explained(f"--output={self.output} cannot be written", OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.folder, os.O_RDONLY)
-        except OSError as error:
-            raise LcoError(f"--output={self.output} cannot be written: {error.strerror}") from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets it go, however we end
+            with explained(f"another process writes --output={self.output}; wait for it or end it", BlockingIOError):
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets it go, however we end
             self._check_manifest()
             for part in self._whole_parts():
                 self.done = _range(part)[1]
-        except BlockingIOError:
-            os.close(self._lock)
-            raise LcoError(f"another process writes --output={self.output} just now; wait for it or end it") from None
         except LcoError:
             os.close(self._lock)
             raise
@@ -111,12 +107,10 @@ class VectorParts:
     def _write_part(self) -> None:
         table = pa.concat_tables(self._waiting)
         end = self.done + len(table)
-        try:
+        with explained(f"{self.folder} cannot be written", OSError):
             aside = self.folder / "part.tmp"
             pyarrow.parquet.write_table(table, aside, compression="none", use_dictionary=False)
             _rename(aside, self.folder / f"{self.done:012d}-{end:012d}.parquet")
-        except OSError as error:
-            raise LcoError(f"{self.folder} cannot be written: {error.strerror or error}") from None
         self.done, self._waiting, self._since = end, [], time.monotonic()
 
     def finish(self, total: int, dimension: int, ids: type) -> int:
@@ -133,7 +127,7 @@ class VectorParts:
         schema = pa.schema(
             {"id": pa.int64() if ids is int else pa.string(), "embedding": pa.list_(pa.float32(), dimension)}
         )
-        try:
+        with explained(f"--output={self.output} cannot be written", OSError):
             count = self._write_skipped(self.folder / "skipped.tmp")
             write(aside, self._tables(), total, schema)
             if count:
@@ -141,18 +135,14 @@ class VectorParts:
             else:
                 skipped.unlink(missing_ok=True)  # of an earlier output
             _rename(aside, self.output)
-        except OSError as error:
-            raise LcoError(f"--output={self.output} cannot be written: {error.strerror or error}") from None
         self._remove()
         return count
 
     def _tables(self, columns: Sequence[str] = ("id", "embedding")) -> Iterator[pa.Table]:
         for part in self._whole_parts():
-            try:
+            torn = f"{part} is torn; remove it, and the same command makes it again"
+            with explained(torn, pa.ArrowException, OSError):
                 table = pyarrow.parquet.read_table(part, columns=list(columns), memory_map=True)
-            except (pa.ArrowException, OSError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise LcoError(f"{part} is torn; remove it, and the same command makes it again: {reason}") from None
             yield table
 
     def _write_skipped(self, path: Path) -> int:
@@ -160,14 +150,11 @@ class VectorParts:
         count = first = 0
         with open(path, "w", encoding="utf-8") as file:
             for table in self._tables(["id", "reason"]):
-                if table["reason"].null_count < len(table):
-                    rows = zip(table["id"].to_pylist(), table["reason"].to_pylist(), strict=True)
-                    for index, (name, reason) in enumerate(rows, first):
-                        if reason is not None:
-                            file.write(
-                                json.dumps({"index": index, "id": name, "reason": reason}, ensure_ascii=False) + "\n"
-                            )
-                            count += 1
+                for at in np.flatnonzero(table["reason"].is_valid()).tolist():
+                    name, reason = table["id"][at].as_py(), table["reason"][at].as_py()
+                    line = {"index": first + at, "id": name, "reason": reason}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    count += 1
                 first += len(table)
         return count
 
@@ -201,9 +188,7 @@ def _write_npy(path: Path, tables: Iterator[pa.Table], total: int, schema: pa.Sc
         for table in tables:
             column = table["embedding"].combine_chunks()
             vectors = np.full((len(column), dimension), np.nan, "<f4")
-            vectors[column.is_valid().to_numpy(zero_copy_only=False)] = (
-                column.flatten().to_numpy().reshape(-1, dimension)
-            )
+            vectors[np.asarray(column.is_valid())] = column.flatten().to_numpy().reshape(-1, dimension)
             file.write(vectors.tobytes())
 
 

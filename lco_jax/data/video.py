@@ -11,20 +11,10 @@ from av.container import InputContainer
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, check_keys
 from lco_jax.data.audio import load_audio
 from lco_jax.data.images import CHANNELS, check_size, load_image
-from lco_jax.data.media import (
-    READABLE,
-    Deadline,
-    MediaConfig,
-    Medium,
-    decoded,
-    decoding,
-    open_container,
-    packets,
-    resolve,
-)
+from lco_jax.data.media import Deadline, MediaConfig, Medium, decoded, decoding, open_container, packets, resolve
 from lco_jax.data.pixels import resize
 
 Fit = Callable[[int, int, int], tuple[int, int]]  # (frames, height, width) -> the (height, width) they are resized to
@@ -65,13 +55,11 @@ def load_video(source: Any, where: str, config: MediaConfig, fit: Fit | None = N
     if isinstance(source, dict):
         return _from_array(source, where, config, fit)
     if isinstance(source, list | tuple):
-        return _from_frames(source, where, config, fit)
-    if not isinstance(source, READABLE):
-        raise LcoError(
-            f"{where}: a video cannot be a {type(source).__name__}; give a path, bytes, a data: URI, a URL, a list of "
-            'images, a numpy array or {"array": …, "fps": …}'
-        )
-    medium = resolve(source, "video", where, config)
+        if not source:
+            raise LcoError(f"{where}: video is an empty list; give at least one frame")
+        indices = sampled_indices(len(source), min(len(source), config.max_frames))
+        return Video(_load_all(source, indices, where, config, fit))
+    medium = resolve(source, "video", where, config, ', a list of images, a numpy array or {"array": …, "fps": …}')
     frames = _from_file(medium, config, fit)
     return Video(frames, audio=load_audio(medium, where, config) if config.use_audio_in_video else None)
 
@@ -143,8 +131,7 @@ def _decode(
 
 
 def _from_array(source: dict[str, Any], where: str, config: MediaConfig, fit: Fit | None) -> Video:
-    if extra := sorted(map(str, source.keys() - {"array", "fps", "audio"})):
-        raise LcoError(f'{where}: video has an unknown key {extra[0]!r}; its keys are "array", "fps" and "audio"')
+    check_keys(source, ("array", "fps", "audio"), f"{where}: video")
     array, fps = source.get("array"), source.get("fps")
     if not isinstance(array, np.ndarray):
         raise LcoError(f"{where}: video array is a {type(array).__name__}; give a numpy array")
@@ -168,21 +155,10 @@ def _frames_first_channels_last(array: np.ndarray, label: str) -> np.ndarray:
     """[T, H, W] or [T, H, W, C] of any size, if there is no doubt."""
     if array.ndim == 4 and array.shape[3] not in CHANNELS and array.shape[1] in CHANNELS:
         return array.transpose(0, 2, 3, 1)
-    if array.ndim == 4 and array.shape[3] in CHANNELS:
+    if array.ndim in (3, 4) and (array.shape[-1] in CHANNELS) == (array.ndim == 4):  # H x W x C is one image in colour
         return array
-    if array.ndim == 3 and array.shape[2] not in CHANNELS:  # with so few columns it is one image in colour
-        return array
-    raise LcoError(
-        f"{label} is in no known layout; give frames x height x width, or frames x height x width x channels with 1, 3 "
-        "or 4 channels"
-    )
-
-
-def _from_frames(source: Sequence[Any], where: str, config: MediaConfig, fit: Fit | None) -> Video:
-    if not source:
-        raise LcoError(f"{where}: video is an empty list; give at least one frame")
-    indices = sampled_indices(len(source), min(len(source), config.max_frames))
-    return Video(_load_all(source, indices, where, config, fit))
+    layouts = "frames x height x width, or frames x height x width x 1, 3 or 4 channels"
+    raise LcoError(f"{label} is in no known layout; give {layouts}")
 
 
 def _load_all(

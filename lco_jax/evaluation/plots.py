@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
 SHOWN = 24  # records in the similarity picture: what a page can show
 
 

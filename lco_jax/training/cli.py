@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 from absl import flags
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 
 from lco_jax.core.errors import LcoError
@@ -25,9 +26,9 @@ def parse(argv: list[str], doc: str | None) -> flags.FlagValues:
     flags.DEFINE_bool("distributed", False, "join the processes of a TPU pod or Slurm job", flag_values=values)
     flags.DEFINE_bool("help", False, "this text", short_name="h", flag_values=values)
     wants_help = any(arg in ("--help", "-h", "-help") for arg in argv[1:])
-    if not wants_help and not any(arg.lstrip("-").split("=")[0] == "config" for arg in argv[1:]):
-        raise LcoError("--config is missing; for a first run: --config=configs/base.py")
     config = _load(argv)
+    if config is None and not wants_help:
+        raise LcoError("--config is missing; for a first run: --config=configs/base.py")
     try:
         rest = values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
@@ -46,7 +47,7 @@ def parse(argv: list[str], doc: str | None) -> flags.FlagValues:
 
 def _load(argv: Sequence[str]) -> ConfigDict | None:
     """The configuration that --config names, as its file has it. Raises naming the file if it does not load."""
-    for arg, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+    for arg, following in zip(argv[1:], [*argv[2:], ""], strict=False):
         if arg.startswith("-") and arg.lstrip("-").split("=")[0] == "config":
             path = arg.split("=", 1)[1] if "=" in arg else following
             break
@@ -70,26 +71,19 @@ def _explain(error: Exception, argv: list[str], values: flags.FlagValues, config
     """One sentence for a flag that could not be read, with the nearest key where one was misspelt."""
     for arg in argv[1:]:
         name = arg.lstrip("-").split("=")[0]
-        if not arg.startswith("-") or name.removeprefix("no") in values:
+        positive = name.removeprefix("no")
+        if not arg.startswith("-") or positive in values:
             continue  # a value, or a flag there is
-        if name.removeprefix("no").startswith("config.") and config is not None:
-            known = sorted(_keys(config))
-            name = name.removeprefix("no")
-            key = name.removeprefix("config.")
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-                return f"--{name}: the config has no key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+        if positive.startswith("config.") and config is not None:
+            key = positive.removeprefix("config.")
+            known = flatten_dict(config.to_dict(), keep_empty_nodes=True, sep=".")
+            if not any(f"{name}.".startswith(f"{key}.") for name in known):
+                near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
+                return f"--{positive}: the config has no key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
         elif name not in values and name not in ("config", "help", "h"):
             near = difflib.get_close_matches(name, list(values), n=1, cutoff=0.5)
             return f"--{name} is no flag" + (f"; did you mean --{near[0]}?" if near else " (--help lists them)")
     return str(error).replace("\n", " ")
-
-
-def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in config.items():
-        keys += [prefix + key, *(_keys(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else ())]
-    return keys
 
 
 def join_processes(args: flags.FlagValues) -> None:
