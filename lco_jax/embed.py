@@ -36,6 +36,7 @@ from tqdm import tqdm
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.files import fingerprint
+from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Contents, Corpus, scan
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.vectors import VectorParts
@@ -93,6 +94,7 @@ def main() -> int:
     strict = args.on_error == "raise"  # then what is missing is found before hours of work, not after
     with tqdm(corpus.items(strict), desc="checking", unit="input", leave=False, delay=2) as items:
         found = scan(items, media, strict)
+    keep_compiled()
     checkpoint = open_checkpoint(args.model)
     modalities = _modalities(checkpoint, found, media, strict)
     part_size = args.part_size or (MEDIA_A_PART if found.has_media else TEXTS_A_PART)

@@ -9,14 +9,13 @@ All but the weights lies in `assets`, where `tools/make_tiny.py` has made it.
 
 import hashlib
 import math
-import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from lco_jax.core.files import ASSETS, read_json, write_json, written_aside
+from lco_jax.core.files import ASSETS, cache_folder, read_json, write_json, written_aside
 
 NAME = "builtin:tiny"
 VERSION = 1  # part of the cache's name: raise it when the weights change
@@ -28,10 +27,9 @@ def build(folder: Path | None = None) -> Path:
     """The checkpoint's folder; written on the first call, by default under ~/.cache/lco_jax."""
     cached = folder is None
     if folder is None:
-        cache = Path(os.environ.get("LCO_JAX_CACHE", Path.home() / ".cache" / "lco_jax"))
         files = [*sorted(FILES.iterdir()), SHAPES]
         digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
-        folder = cache / f"tiny-{VERSION}-{digest}"
+        folder = cache_folder() / f"tiny-{VERSION}-{digest}"
         if (folder / "config.json").exists():
             return folder
     with written_aside(folder, first_wins=cached) as aside:

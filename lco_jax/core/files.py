@@ -36,6 +36,11 @@ def resolve(path_or_id: str | os.PathLike[str], patterns: Sequence[str], kind: s
         return Path(snapshot_download(name, repo_type=kind, allow_patterns=list(patterns)))
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: the built-in checkpoint, compiled programs."""
+    return Path(os.environ.get("LCO_JAX_CACHE", Path.home() / ".cache" / "lco_jax"))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises if the file is missing, torn or not an object."""
     if not path.exists():

@@ -1,9 +1,11 @@
-"""Which shapes a program has met: each new one is compiled, which long work must not keep doing."""
+"""Which shapes a program has met: each new one is compiled, which long work must not keep doing, nor do twice."""
 
 import logging
 from typing import Any
 
 import jax
+
+from lco_jax.core.files import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -23,3 +25,9 @@ class ShapeLog:
 
     def __len__(self) -> int:
         return len(self.seen)
+
+
+def keep_compiled() -> None:
+    """Keep compiled programs on disk for the next run, unless jax's own settings or variables say where."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))

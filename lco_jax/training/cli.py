@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 
 from lco_jax.core.errors import LcoError
+from lco_jax.core.shapes import keep_compiled
 
 
 def parse(argv: list[str], doc: str | None) -> flags.FlagValues:
@@ -95,6 +96,8 @@ def join_processes(args: flags.FlagValues) -> None:
         jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
     elif args.distributed:
         jax.distributed.initialize()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname).1s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname).1s %(name)s: %(message)s", force=True)
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save
+    logging.getLogger("lco_jax").setLevel(logging.INFO)  # which programs are compiled, which kernels are taken
     warnings.filterwarnings("ignore", message=".*Sharding info not provided.*")
+    keep_compiled()

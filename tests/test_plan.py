@@ -1,0 +1,73 @@
+"""Shapes are planned: one program for all batches of a run."""
+
+import jax
+import numpy as np
+import pytest
+
+from lco_jax import make_mesh
+from lco_jax.checkpoint import builtin
+from lco_jax.core.packing import Shape, fit, largest
+from lco_jax.data import pipeline
+from lco_jax.data.pipeline import Layout, lay_batch, local_batches, record_stream
+from lco_jax.data.plan import plan
+from lco_jax.data.processor import Processor
+from lco_jax.data.records import Record
+from lco_jax.data.scan import ListSource
+
+
+@pytest.fixture(scope="module")
+def processor(cache):
+    return Processor(builtin.build())
+
+
+def varied(count, seed=0):
+    """Records whose texts are as uneven as captions are: most short, a few ten times as long."""
+    rng = np.random.default_rng(seed)
+    texts = [" ".join(["word"] * int(n)) for n in rng.lognormal(1.8, 0.8, 3 * count).clip(1, 120)]
+    return ListSource([Record(*texts[3 * i : 3 * i + 2], (texts[3 * i + 2],), f"mem:{i}") for i in range(count)])
+
+
+def planned(processor, source, mesh, **settings):
+    settings = {"batch_size": 24, "max_negatives": 1, "head": processor.tokenizer.head, **settings}
+    batches = local_batches(record_stream({"a": source}, {"a": 1.0}, 0), Layout(**settings), processor, 128)
+    return batches, plan(batches, Layout(**settings), processor, mesh, 128, media=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "chunk_tokens"), [((1, 1, 1), 0), ((2, 2, 2), 0), ((1, 1, 1), 900)])
+def test_five_hundred_varied_batches_have_one_shape(processor, shape, chunk_tokens):
+    mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+    batches, layout = planned(processor, varied(12_000), mesh, chunk_tokens=chunk_tokens)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shapes, filled = set(), []
+    for i in range(500):
+        laid = lay_batch(batches[i], layout, processor.rows, shards)
+        got = fit(largest(stream.need for stream in laid.streams), layout.floor)
+        shapes.add((laid.chunks, got.tokens, *got.rows.items()))
+        filled.append(sum(stream.length for stream in laid.streams) / (len(laid.streams) * got.tokens))
+    assert len(shapes) == 1
+    assert np.mean(filled) > (0.75 if shape == (1, 1, 1) and not chunk_tokens else 0.5)  # small batches vary more
+
+
+def test_large_batches_are_nearly_full(processor):
+    """The margin is that of a sum: it vanishes as batches grow."""
+    mesh = make_mesh(devices=jax.devices()[:1])
+    batches, layout = planned(processor, varied(2000), mesh, batch_size=400)
+    laid = lay_batch(batches[20], layout, processor.rows, 1)
+    assert 0.9 < laid.streams[0].length / layout.floor.tokens <= 1
+
+
+def test_a_plan_is_the_datas_alone(processor):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    assert planned(processor, varied(300), mesh)[1].floor == planned(processor, varied(300), mesh)[1].floor
+
+
+def test_a_batch_beyond_the_plan_has_a_shape_of_its_own(processor):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    _, layout = planned(processor, varied(300), mesh)
+    long = ListSource([Record(*[" ".join(["long"] * 100)] * 2, ("long " * 100,), "") for _ in range(24)])
+    local = local_batches(record_stream({"a": long}, {"a": 1.0}, 0), layout, processor, None)[0]
+    batch = pipeline.global_batch(local, layout, processor.rows, mesh)
+    assert batch.tokens.input_ids.shape[-1] > layout.floor.tokens
+    assert (np.asarray(batch.sequences) >= 0).sum() == 72
+    assert layout.floor != Shape()
