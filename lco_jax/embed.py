@@ -36,11 +36,13 @@ from tqdm import tqdm
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.files import fingerprint
+from lco_jax.core.quantize import KINDS
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Contents, Corpus, scan
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.vectors import VectorParts
 from lco_jax.embedder import OmniEmbedder
+from lco_jax.models.attention import IMPLEMENTATIONS
 
 TEXTS_A_PART, MEDIA_A_PART = 8192, 512
 
@@ -55,7 +57,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--input", type=Path, required=True, help=".txt, .jsonl, .parquet or a folder of media")
     parser.add_argument("--output", type=Path, required=True, help=".npy or .parquet")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--quantize", choices=["", *KINDS], default="", help="hold the decoder in fewer bits")
+    parser.add_argument("--attention", choices=IMPLEMENTATIONS, default="auto", help="the kernel")
+    parser.add_argument("--batch-size", type=int, help="the most inputs in a forward pass; by default any number")
     parser.add_argument("--max-length", type=int, help="cut texts to so many tokens")
     parser.add_argument("--prompt", help="instead of the reference's, placed after the content")
     parser.add_argument("--id-field", help="the key of a jsonl object, or column of a parquet, that is its id")
@@ -102,7 +106,13 @@ def main() -> int:
     try:
         with parts:
             embedder = OmniEmbedder.from_pretrained(
-                checkpoint.folder, args.adapter, args.dtype, modalities=modalities, media=media
+                checkpoint.folder,
+                args.adapter,
+                args.dtype,
+                modalities=modalities,
+                media=media,
+                quantize=args.quantize,
+                attention=args.attention,
             )
             _embed(embedder, corpus, found, parts, args)
             if corpus.fingerprint() != as_it_was:
@@ -177,7 +187,8 @@ def _modalities(checkpoint: Checkpoint, found: Contents, media: MediaConfig, str
 
 def _work(args: argparse.Namespace, as_it_was: str, media: MediaConfig, checkpoint: Checkpoint) -> dict[str, Any]:
     """Flag -> value of all that vectors and their order depend on. Speed is not part of it: that may change."""
-    work = {_flag(name): getattr(args, name) for name in ("dtype", "prompt", "max_length", "id_field", "on_error")}
+    changing = ("dtype", "quantize", "prompt", "max_length", "id_field", "on_error")
+    work = {_flag(name): getattr(args, name) for name in changing}
     work |= {_flag(field.name): getattr(media, field.name) for field in fields(media)}
     root = None if args.media_root is None else os.path.abspath(args.media_root)
     work |= {"--input": os.path.abspath(args.input), "what --input holds": as_it_was, "--media-root": root}
