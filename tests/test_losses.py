@@ -1,15 +1,20 @@
 """The ring: what it finds is what gathered candidates give, and no device holds them all.
 
-Dimensions: B records, M hard negatives a record, D hidden, P shards.
+Dimensions: B records, M hard negatives a record, D hidden, P shards; C chunks, R streams, S sequences of a stream.
 """
+
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lco_jax import make_mesh
-from lco_jax.training.losses import TILE_SCORES, info_nce
+from lco_jax.core.sharding import ROWS, constrain
+from lco_jax.training.losses import RING_BYTES, TILE_SCORES, by_record, info_nce, takes_ring
 
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 8, 1)]
 
@@ -44,3 +49,59 @@ def test_the_ring_equals_gathered_candidates(mesh, records, tile_scores):
         with jax.set_mesh(make_mesh(*mesh)):
             got = run(e, says, True)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), got, want)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_each_device_collects_its_records(mesh):
+    """From streams [C, R, S, D], some of whose sequences are in several records and some in none."""
+    rng = np.random.default_rng(0)
+    streams = rng.normal(size=(3, 16, 5, 4)).astype(np.float32)
+    sequences = rng.integers(-1, 3 * 16 * 5, (24, 3))
+    weights = jnp.array(rng.normal(size=(24, 3, 4)) * (sequences >= 0)[..., None], jnp.float32)
+    want = jax.value_and_grad(lambda e: jnp.sum(weights * e.reshape(-1, 4)[np.maximum(sequences, 0)] ** 2))(streams)
+    with jax.set_mesh(make_mesh(*mesh)):
+        total = lambda e, at: jnp.sum(weights * by_record(constrain(e, None, ROWS), at) ** 2)  # noqa: E731
+        got = jax.jit(jax.value_and_grad(total))(streams, sequences)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), got, want)
+
+
+def compiled(ring: bool, devices: int, tile_scores: int):
+    """The gradient for streams of 65,536 records, 131,072 candidates, D 256."""
+    mesh = make_mesh(devices, devices=jax.devices()[:devices])
+    placed = lambda shape, dtype, *axes: jax.ShapeDtypeStruct(  # noqa: E731
+        shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes))
+    )
+    streams = placed((1, 8, 3 * 8192, 256), jnp.float32, None, ROWS)
+
+    def loss(streams, at):
+        e = by_record(streams, at) if ring else constrain(streams.reshape(-1, 256))[jnp.maximum(at, 0)]
+        return info_nce(e, at >= 0, 0.03, None, tile_scores, ring)[0]
+
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.grad(loss), out_shardings=streams.sharding)
+        return step.lower(streams, placed((65536, 3), jnp.int32)).compile()
+
+
+def test_with_the_ring_no_device_holds_all_candidates():
+    """Temporaries a device: of 8 devices 0.36 GiB at the usual tile, under half of the gathered form's; they fall with
+    the devices where the tile leaves them room to."""
+    temporaries = lambda *args: compiled(*args).memory_analysis().temp_size_in_bytes / 2**20  # noqa: E731
+    ring, gathered = (temporaries(ring, 8, TILE_SCORES) for ring in (True, False))
+    print(ring, gathered)
+    assert ring < 370, ring
+    assert ring < gathered / 2, gathered
+    small = compiled(True, 8, 2**22)
+    arrays = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", small.as_text())]
+    assert max(arrays) < 131072 * 256 / 4
+    print([temporaries(True, n, 2**22) for n in (8, 4, 2)])
+    assert small.memory_analysis().temp_size_in_bytes / 2**20 < 0.6 * temporaries(True, 4, 2**22)
+
+
+def test_auto_takes_the_ring_where_candidates_are_many():
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        assert takes_ring("ring", 1, 1)
+        assert not takes_ring("gather", RING_BYTES, 1)
+        assert takes_ring("auto", RING_BYTES // 8 // 256 + 1, 256)
+        assert not takes_ring("auto", RING_BYTES // 8 // 256, 256)
+    with jax.set_mesh(make_mesh(1, 1, 8)):
+        assert not takes_ring("ring", RING_BYTES, 1)  # one shard: there is no one to pass them to

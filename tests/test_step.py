@@ -38,8 +38,9 @@ def begin(adapters, tx, mesh):
 
 
 def run(
-    path, records, adapters=None, *, mesh=(1, 1, 1), chunk_tokens=0, steps=STEPS, batch=BATCH, dropout=0.0, negatives=1
-):
+    path, records, adapters=None, *, mesh=(1, 1, 1), chunk_tokens=0, steps=STEPS, batch=BATCH, dropout=0.0, negatives=1,
+    candidates="auto",
+):  # fmt: skip
     """Train from `path`; returns (losses, adapters, metrics of the last step)."""
     mesh = make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
     checkpoint = open_checkpoint(path)
@@ -53,7 +54,8 @@ def run(
     losses, metrics = [], {}
     with jax.set_mesh(mesh):
         state = begin(adapters, tx, mesh)
-        step = make_train_step(model, tx, config, TEMPERATURE, 0, mesh, state_shardings(adapters, tx, mesh))
+        places = state_shardings(adapters, tx, mesh)
+        step = make_train_step(model, tx, config, TEMPERATURE, 0, mesh, places, candidates=candidates)
         for i in range(steps):
             chosen = [records[(i * batch + j) % len(records)] for j in range(batch)]
             local = pipeline._prepare(chosen, layout, processor, None, 1, 0)
@@ -142,6 +144,16 @@ def test_chunked_and_sharded_step_in_short(records):
     plain, _, _ = run("builtin:tiny", records, steps=3, dropout=0.1)
     other, _, _ = run("builtin:tiny", records, steps=3, dropout=0.1, mesh=(2, 2, 2), chunk_tokens=40)
     assert np.abs(plain - other).max() < 1e-5
+
+
+def test_a_ring_changes_no_step(records):
+    """Six records on four shards, in chunks: loss, gradient's norm and adapters after three steps."""
+    layout = {"steps": 3, "mesh": (2, 2, 2), "chunk_tokens": 40}
+    plain, adapters, metrics = run("builtin:tiny", records, **layout, candidates="gather")
+    ring, others, others_metrics = run("builtin:tiny", records, **layout, candidates="ring")
+    assert np.abs(plain - ring).max() < 1e-5
+    assert abs(metrics["grad_norm"] - others_metrics["grad_norm"]) < 1e-5 * metrics["grad_norm"]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), others, adapters)
 
 
 @pytest.mark.slow

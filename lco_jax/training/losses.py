@@ -17,9 +17,11 @@ from jax.sharding import PartitionSpec
 from lco_jax.core.sharding import ROWS, constrain, row_shards
 
 TILE_SCORES = 2**25  # anchors × candidates that a device compares at once (128 MiB of float32)
-Facts = tuple[Array, Array, Array]  # of each side [b, 2 + M]: index among the N, whether it is present, what it says
 CANDIDATES = ("auto", "gather", "ring")
+MERGE = dict.fromkeys(("positive", "negative", "negatives"), jnp.add)  # what is found among some candidates and others
+MERGE |= {"logsumexp": jnp.logaddexp, "before": jnp.maximum, "after": jnp.maximum}
 RING_BYTES = 2**30  # gathered candidates and their gradient, on one device, from which on "auto" takes the ring
+SHARE, TILES = PartitionSpec(ROWS), PartitionSpec(None, ROWS)  # split over the shards: [b, …] and [T, b, …]
 
 
 def takes_ring(candidates: str, count: int, hidden: int) -> bool:
@@ -47,32 +49,35 @@ def info_nce(
     Returns the mean loss and its metrics. Written as if on one device: the compiler gathers the candidates, and the
     gradient is that of the global loss on any mesh (the reference's is divided by the world size). Paper, eq. 1.
     """
-    shards, (records, sides) = _shards(), present.shape
-    own = jnp.arange(records)[:, None]
-    index = jnp.concatenate([own, own, records + own * (sides - 2) + jnp.arange(sides - 2)], axis=1)  # among the N
-    facts = index, present, index if content is None else content  # if no two say the same, each says its index
-    if ring and shards > 1:
-        embeddings, facts = jax.tree.map(whole, (embeddings, facts))
-        found = _ring(embeddings, facts, temperature, tile_scores)
+    shards = _shards()
+    ring = ring and shards > 1
+    if ring:  # records that are absent make the shards equal
+        embeddings, present = whole(embeddings), whole(present)
+        content = None if content is None else whole(content)
+    records, sides = present.shape
+    shards = 1 if records % shards else shards
+    own = jnp.arange(records)
+    index = jnp.concatenate([own[:, None], records + jnp.arange(records * (sides - 2)).reshape(records, -1)], axis=1)
+    says = index if content is None else content[:, 1:]  # positives come first; no two say the same
+    parts = embeddings[:, 1:], index, present[:, 1:], says
+    candidates = tuple(rearrange(x, "b s ... -> (b s) ...") for x in parts)
+    tiles = _tiles(records // shards, index.size // (shards if ring else 1), tile_scores)
+    split = lambda x: constrain(rearrange(x, "(p t b) ... -> t (p b) ...", p=shards, t=tiles), None, ROWS)  # noqa: E731
+    anchors = split(embeddings[:, 0]), split(own), split(says[:, 0])
+    if ring:
+        found = _ring(anchors, candidates, temperature)
     else:
-        shards = 1 if records % shards else shards
-        anchors, candidates = _anchors(embeddings, facts), _candidates(embeddings, facts)
-        tiles = _tiles(records // shards, records * (sides - 1), tile_scores)
-        if tiles == 1:
-            found = _compare(jax.tree.map(lambda x: constrain(x, ROWS), anchors), candidates, temperature)
-        else:
-            split = lambda x: constrain(rearrange(x, "(p t b) ... -> t (p b) ...", p=shards, t=tiles), None, ROWS)  # noqa: E731
-            one = jax.checkpoint(lambda tile: _compare(tile, candidates, temperature))
-            found = jax.lax.map(one, jax.tree.map(split, anchors))
-            found = jax.tree.map(lambda x: rearrange(x, "t (p b) -> (p t b)", p=shards), found)
-    there, logit = facts[1][:, 0], found["positive"] / temperature
+        candidates = jax.tree.map(constrain, candidates)  # on every device
+        one = lambda tile: _compare(tile, candidates, temperature)  # noqa: E731
+        found = jax.lax.map(one if tiles == 1 else jax.checkpoint(one), anchors)
+    there, logit = split(present[:, 0]), found["positive"] / temperature
     total = lambda x: jnp.sum(jnp.where(there, x, 0.0))  # noqa: E731, over the anchors there are
-    count, negatives = jnp.sum(there), jnp.maximum(total(found["negatives"]), 1)
-    metrics = {  # of a batch without a record the mean is NaN, and its step is skipped
+    count = jnp.sum(there)  # of a batch without a record the mean is NaN, and its step is skipped
+    metrics = {
         "loss": total(found["logsumexp"] - logit) / count,
         "accuracy": total((found["before"] < logit) & (found["after"] <= logit)) / count,  # of equals, the first
         "positive_similarity": total(found["positive"]) / count,
-        "negative_similarity": total(found["negative"]) / negatives,
+        "negative_similarity": total(found["negative"]) / jnp.maximum(total(found["negatives"]), 1),
     }
     return metrics["loss"], metrics
 
@@ -88,19 +93,12 @@ def _tiles(anchors: int, candidates: int, tile_scores: int) -> int:
     return next(tiles for tiles in range(min(need, anchors), anchors + 1) if anchors % tiles == 0)
 
 
-def _anchors(embeddings: Array, facts: Facts) -> tuple[Array, ...]:
-    """(vectors [b, D], the positive's index [b], what it says [b])"""
-    index, _, says = facts
-    return embeddings[:, 0], index[:, 1], says[:, 1]
-
-
-def _candidates(embeddings: Array, facts: Facts) -> tuple[Array, ...]:
-    """(vectors [n, D], index [n], present [n], what each says [n]): positives, then negatives."""
-    return tuple(jnp.concatenate([x[:, 1], x[:, 2:].reshape(-1, *x.shape[2:])]) for x in (embeddings, *facts))
-
-
 def _compare(anchors: tuple[Array, ...], candidates: tuple[Array, ...], temperature: float) -> dict[str, Array]:
-    """What each anchor finds among some candidates, [b] each. before, after: its negatives' highest logit there."""
+    """What each anchor finds among some candidates, [b] each. before, after: the highest logit of its negatives there.
+
+    anchors: vectors [b, D], the positive's index, what it says. candidates: vectors [n, D], index, presence, what they
+    say. An index is a place in the order of the global batch: first all positives, then all negatives.
+    """
     (vectors, own, said), (others, index, real, says) = anchors, candidates
     cosines = jnp.einsum("bd,nd->bn", vectors, others, precision=jax.lax.Precision.HIGHEST)
     is_own, is_before = index == own[:, None], index < own[:, None]
@@ -121,13 +119,13 @@ def _compare(anchors: tuple[Array, ...], candidates: tuple[Array, ...], temperat
 
 
 def whole(x: Array, fill: int = 0) -> Array:
-    """x [B, …] with records that are `fill` throughout (absent ones) up to a multiple of P."""
+    """x [B, …] with records that are `fill` throughout up to a multiple of P."""
     return jnp.pad(x, ((0, -len(x) % _shards()), *[(0, 0)] * (x.ndim - 1)), constant_values=fill)
 
 
-def _on_shards(fun: Callable, *args: Any) -> Any:
-    mesh, rows = jax.sharding.get_abstract_mesh(), PartitionSpec(ROWS)
-    return jax.shard_map(fun, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(*args)
+def _on_shards(fun: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.shard_map(fun, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def _around(visit: Callable, block: Any, state: Any) -> tuple[Any, Any]:
@@ -141,47 +139,33 @@ def _around(visit: Callable, block: Any, state: Any) -> tuple[Any, Any]:
     return jax.lax.scan(step, (block, state), length=_shards())[0]
 
 
-def _local_tiles(tree: Any, candidates: int, tile_scores: int) -> Any:
-    """What a shard has of its anchors [b, …], in tiles [T, b/T, …]."""
-    tiles = _tiles(len(jax.tree.leaves(tree)[0]), candidates, tile_scores)
-    return jax.tree.map(lambda x: rearrange(x, "(t b) ... -> t b ...", t=tiles), tree)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _ring(anchors: tuple[Array, ...], candidates: tuple[Array, ...], temperature: float) -> dict[str, Array]:
+    """`_compare` of all anchors, in tiles, with all candidates: [T, B/T] each.
 
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _ring(embeddings: Array, facts: Facts, temperature: float, tile_scores: int) -> dict[str, Array]:
-    """`_compare` of all anchors with all candidates, [B] split over the shards.
-
-    Its gradient is written out, for that of a scan would keep the candidates of every step: all N.
+    Its gradient is written out, for that of a scan would keep the candidates of every visit: all N.
     """
-    merge = dict.fromkeys(("positive", "negative", "negatives"), jnp.add)
-    merge |= {"logsumexp": jnp.logaddexp, "before": jnp.maximum, "after": jnp.maximum}
 
-    def here(embeddings: Array, facts: Facts) -> dict[str, Array]:
-        anchors, block = _anchors(embeddings, facts), _candidates(embeddings, facts)
-        tiles = _local_tiles(anchors, len(block[0]), tile_scores)
+    def here(anchors: tuple[Array, ...], candidates: tuple[Array, ...]) -> dict[str, Array]:
+        def visit(block: tuple[Array, ...], found: dict[str, Array]) -> tuple[tuple[Array, ...], dict[str, Array]]:
+            more = jax.lax.map(lambda tile: _compare(tile, block, temperature), anchors)
+            return block, {key: merge(found[key], more[key]) for key, merge in MERGE.items()}
 
-        def visit(block: tuple, found: dict[str, Array]) -> tuple[tuple, dict[str, Array]]:
-            more = jax.lax.map(lambda tile: _compare(tile, block, temperature), tiles)
-            return block, {key: merge[key](found[key], x.reshape(-1)) for key, x in more.items()}
+        start = {key: 0.0 if merge is jnp.add else -jnp.inf for key, merge in MERGE.items()}
+        return _around(visit, candidates, {key: jnp.full(anchors[1].shape, x) for key, x in start.items()})[1]
 
-        start = {key: jnp.full(len(embeddings), 0.0 if how is jnp.add else -jnp.inf) for key, how in merge.items()}
-        return _around(visit, block, start)[1]
-
-    return _on_shards(here, embeddings, facts)
+    return _on_shards(here, (TILES, SHARE), TILES)(anchors, candidates)
 
 
-def _ring_forward(embeddings: Array, facts: Facts, *settings: Any) -> tuple[dict[str, Array], tuple]:
-    found = _ring(embeddings, facts, *settings)
-    return found, (embeddings, facts, found["logsumexp"])
+def _ring_forward(anchors: tuple, candidates: tuple, temperature: float) -> tuple[dict[str, Array], tuple]:
+    found = _ring(anchors, candidates, temperature)
+    return found, (anchors, candidates, found["logsumexp"])
 
 
-def _ring_backward(temperature: float, tile_scores: int, kept: tuple, grads: dict[str, Array]) -> tuple[Array, None]:
-    """Round once more, comparing again: the gradient of a shard of the candidates travels with it."""
+def _ring_backward(temperature: float, kept: tuple, grads: dict[str, Array]) -> tuple[tuple, tuple]:
+    """Round once more, comparing again: the gradient of a shard's candidates travels with them."""
 
-    def here(embeddings: Array, facts: Facts, total: Array, grads: dict[str, Array]) -> Array:
-        anchors, block = _anchors(embeddings, facts), _candidates(embeddings, facts)
-        tiles = _local_tiles((anchors, total, grads), len(block[0]), tile_scores)
-
+    def here(anchors: tuple, candidates: tuple, total: Array, grads: dict[str, Array]) -> tuple[Array, Array]:
         def visit(block: tuple, d_anchors: Array) -> tuple[tuple, Array]:
             (vectors, *of_block), d_vectors = block
 
@@ -193,16 +177,15 @@ def _ring_backward(temperature: float, tile_scores: int, kept: tuple, grads: dic
                 d_mine, more = vjp({**grads, "logsumexp": grads["logsumexp"] * share})
                 return d_vectors + more, d_mine
 
-            d_vectors, more = jax.lax.scan(pull, d_vectors, tiles)
-            return ((vectors, *of_block), d_vectors), d_anchors + more.reshape(d_anchors.shape)
+            d_vectors, more = jax.lax.scan(pull, d_vectors, (anchors, total, grads))
+            return ((vectors, *of_block), d_vectors), d_anchors + more
 
-        zeros = jax.tree.map(jnp.zeros_like, (block[0], anchors[0]))
-        (_, d_vectors), d_anchors = _around(visit, (block, zeros[0]), zeros[1])
-        d_positives, d_negatives = jnp.split(d_vectors, [len(embeddings)])
-        rest = d_negatives.reshape(len(embeddings), -1, embeddings.shape[-1])
-        return jnp.concatenate([d_anchors[:, None], d_positives[:, None], rest], axis=1)
+        block = candidates, jnp.zeros_like(candidates[0])
+        (_, d_vectors), d_anchors = _around(visit, block, jnp.zeros_like(anchors[0]))
+        return d_anchors, d_vectors
 
-    return _on_shards(here, *kept, grads), None
+    d_anchors, d_vectors = _on_shards(here, (TILES, SHARE, TILES, TILES), (TILES, SHARE))(*kept, grads)
+    return (d_anchors, None, None), (d_vectors, None, None, None)
 
 
 _ring.defvjp(_ring_forward, _ring_backward)
@@ -213,17 +196,16 @@ def by_record(embeddings: Array, sequences: Array) -> Array:
 
     sequences: int [B, 2 + M], as a `Batch` has them. B and R are multiples of P. (The compiler would gather all.)
     """
-    chunks, streams, slots, _ = embeddings.shape
-    chunk, stream, slot = jnp.unravel_index(jnp.maximum(sequences, 0), (chunks, streams, slots))
+    chunk, stream, slot = jnp.unravel_index(jnp.maximum(sequences, 0), embeddings.shape[:3])
 
-    def here(block: Array, at: Array) -> Array:
+    def here(block: Array, chunk: Array, stream: Array, slot: Array) -> Array:
         def visit(block: tuple[Array, Array], found: Array) -> tuple[tuple[Array, Array], Array]:
             vectors, first = block
-            place = jnp.where(at < first, len(vectors), at - first)  # beyond the end lie zeros
-            return block, found + vectors.at[place].get(mode="fill", fill_value=0)
+            streams = vectors.shape[1]
+            at = jnp.where(stream < first, streams, stream - first)  # beyond the last lie zeros
+            return block, found + vectors.at[chunk, at, slot].get(mode="fill", fill_value=0)
 
-        first = jax.lax.axis_index(ROWS) * len(block)
-        return _around(visit, (block, first), jnp.zeros((*at.shape, block.shape[-1])))[1]
+        first = jax.lax.axis_index(ROWS) * block.shape[1]
+        return _around(visit, (block, first), jnp.zeros((*slot.shape, block.shape[-1])))[1]
 
-    at = (stream * chunks + chunk) * slots + slot
-    return _on_shards(here, rearrange(embeddings, "c r s d -> (r c s) d"), at)
+    return _on_shards(here, (TILES, SHARE, SHARE, SHARE), SHARE)(embeddings, chunk, stream, slot)
