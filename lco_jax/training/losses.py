@@ -5,7 +5,6 @@ tiles; b anchors and n candidates of a shard or a tile; C chunks, R streams, S s
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -18,14 +17,12 @@ from lco_jax.core.sharding import ROWS, constrain, row_shards
 
 TILE_SCORES = 2**25  # anchors × candidates that a device compares at once (128 MiB of float32)
 CANDIDATES = ("auto", "gather", "ring")
-MERGE = dict.fromkeys(("positive", "negative", "negatives"), jnp.add)  # what is found among some candidates and others
-MERGE |= {"logsumexp": jnp.logaddexp, "before": jnp.maximum, "after": jnp.maximum}
 RING_BYTES = 2**30  # gathered candidates and their gradient, on one device, from which on "auto" takes the ring
 SHARE, TILES = PartitionSpec(ROWS), PartitionSpec(None, ROWS)  # split over the shards: [b, …] and [T, b, …]
 
 
 def takes_ring(candidates: str, count: int, hidden: int) -> bool:
-    """Whether `count` candidates of `hidden` float32 go round the ring: one of `CANDIDATES` on the current mesh."""
+    """Whether `count` candidates of `hidden` float32 stay split over the current mesh. candidates: of `CANDIDATES`."""
     return _shards() > 1 and (candidates == "ring" or (candidates == "auto" and 8 * count * hidden > RING_BYTES))
 
 
@@ -44,7 +41,7 @@ def info_nce(
     content: int [B, 2 + M], equal for sides that say the same; given, whatever says the same as an anchor's positive is
     no negative of that anchor (captions of a few classes repeat in every batch).
     tile_scores: beyond so many scores a device, anchors go through in tiles, and the B × N matrix never exists.
-    ring: no device gathers the candidates: each keeps its share, and the shares go round (under `jit`, on a mesh).
+    ring: no device gathers the candidates: each keeps its share, and anchors visit it tile by tile (under `jit`).
 
     Returns the mean loss and its metrics. Written as if on one device: the compiler gathers the candidates, and the
     gradient is that of the global loss on any mesh (the reference's is divided by the world size). Paper, eq. 1.
@@ -61,15 +58,12 @@ def info_nce(
     says = index if content is None else content[:, 1:]  # positives come first; no two say the same
     parts = embeddings[:, 1:], index, present[:, 1:], says
     candidates = tuple(rearrange(x, "b s ... -> (b s) ...") for x in parts)
-    tiles = _tiles(records // shards, index.size // (shards if ring else 1), tile_scores)
+    tiles = _tiles(records // shards, index.size, tile_scores)
     split = lambda x: constrain(rearrange(x, "(p t b) ... -> t (p b) ...", p=shards, t=tiles), None, ROWS)  # noqa: E731
     anchors = split(embeddings[:, 0]), split(own), split(says[:, 0])
-    if ring:
-        found = _ring(anchors, candidates, temperature)
-    else:
-        candidates = jax.tree.map(constrain, candidates)  # on every device
-        one = lambda tile: _compare(tile, candidates, temperature)  # noqa: E731
-        found = jax.lax.map(one if tiles == 1 else jax.checkpoint(one), anchors)
+    candidates = jax.tree.map(lambda x: constrain(x, *([ROWS] if ring else [])), candidates)
+    one = lambda tile: _compare(tile, candidates, temperature)  # noqa: E731
+    found = jax.lax.map(one if tiles == 1 else jax.checkpoint(one), anchors)
     there, logit = split(present[:, 0]), found["positive"] / temperature
     total = lambda x: jnp.sum(jnp.where(there, x, 0.0))  # noqa: E731, over the anchors there are
     count = jnp.sum(there)  # of a batch without a record the mean is NaN, and its step is skipped
@@ -115,7 +109,7 @@ def _compare(anchors: tuple[Array, ...], candidates: tuple[Array, ...], temperat
     }
 
 
-# ---- the ring: every shard of the candidates visits every device
+# ---- the ring: how each device comes by its records' sides when no device may hold them all
 
 
 def whole(x: Array, fill: int = 0) -> Array:
@@ -137,58 +131,6 @@ def _around(visit: Callable, block: Any, state: Any) -> tuple[Any, Any]:
         return (jax.tree.map(lambda x: jax.lax.ppermute(x, ROWS, ring), block), state), None
 
     return jax.lax.scan(step, (block, state), length=_shards())[0]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _ring(anchors: tuple[Array, ...], candidates: tuple[Array, ...], temperature: float) -> dict[str, Array]:
-    """`_compare` of all anchors, in tiles, with all candidates: [T, B/T] each.
-
-    Its gradient is written out, for that of a scan would keep the candidates of every visit: all N.
-    """
-
-    def here(anchors: tuple[Array, ...], candidates: tuple[Array, ...]) -> dict[str, Array]:
-        def visit(block: tuple[Array, ...], found: dict[str, Array]) -> tuple[tuple[Array, ...], dict[str, Array]]:
-            more = jax.lax.map(lambda tile: _compare(tile, block, temperature), anchors)
-            return block, {key: merge(found[key], more[key]) for key, merge in MERGE.items()}
-
-        start = {key: 0.0 if merge is jnp.add else -jnp.inf for key, merge in MERGE.items()}
-        return _around(visit, candidates, {key: jnp.full(anchors[1].shape, x) for key, x in start.items()})[1]
-
-    return _on_shards(here, (TILES, SHARE), TILES)(anchors, candidates)
-
-
-def _ring_forward(anchors: tuple, candidates: tuple, temperature: float) -> tuple[dict[str, Array], tuple]:
-    found = _ring(anchors, candidates, temperature)
-    return found, (anchors, candidates, found["logsumexp"])
-
-
-def _ring_backward(temperature: float, kept: tuple, grads: dict[str, Array]) -> tuple[tuple, tuple]:
-    """Round once more, comparing again: the gradient of a shard's candidates travels with them."""
-
-    def here(anchors: tuple, candidates: tuple, total: Array, grads: dict[str, Array]) -> tuple[Array, Array]:
-        def visit(block: tuple, d_anchors: Array) -> tuple[tuple, Array]:
-            (vectors, *of_block), d_vectors = block
-
-            def pull(d_vectors: Array, tile: tuple) -> tuple[Array, Array]:
-                (mine, *of_mine), total, grads = tile
-                compare = lambda x, y: _compare((x, *of_mine), (y, *of_block), temperature)  # noqa: E731
-                found, vjp = jax.vjp(compare, mine, vectors)
-                share = jnp.exp(found["logsumexp"] - total)  # of this block's candidates in the whole sum
-                d_mine, more = vjp({**grads, "logsumexp": grads["logsumexp"] * share})
-                return d_vectors + more, d_mine
-
-            d_vectors, more = jax.lax.scan(pull, d_vectors, (anchors, total, grads))
-            return ((vectors, *of_block), d_vectors), d_anchors + more
-
-        block = candidates, jnp.zeros_like(candidates[0])
-        (_, d_vectors), d_anchors = _around(visit, block, jnp.zeros_like(anchors[0]))
-        return d_anchors, d_vectors
-
-    d_anchors, d_vectors = _on_shards(here, (TILES, SHARE, TILES, TILES), (TILES, SHARE))(*kept, grads)
-    return (d_anchors, None, None), (d_vectors, None, None, None)
-
-
-_ring.defvjp(_ring_forward, _ring_backward)
 
 
 def by_record(embeddings: Array, sequences: Array) -> Array:
