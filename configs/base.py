@@ -62,6 +62,9 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.train.epochs = 6.0
     config.train.temperature = 0.03
     config.train.ignore_duplicates = False  # whatever says the same as a positive is no negative of its anchor
+    # gather them on every device, or leave each device its share (ring: how records come by their sides); auto: the
+    # latter where gathered ones and their gradient would take more than 1 GiB a device
+    config.train.candidates = "auto"  # or gather, ring
     config.train.chunk_tokens = 0  # GradCache: tokens a device embeds at a time; 0: all at once
     config.train.max_nonfinite = 5  # so many non-finite steps in a row stop the run
 

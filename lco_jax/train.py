@@ -123,6 +123,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         mesh,
         training.shardings,
         config.train.ignore_duplicates,
+        config.train.candidates,
     )
     log = MetricsLog(workdir, step, config) if lead else None
     watch = _Watch(config, log, total_steps, step)

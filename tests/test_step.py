@@ -38,8 +38,9 @@ def begin(adapters, tx, mesh):
 
 
 def run(
-    path, records, adapters=None, *, mesh=(1, 1, 1), chunk_tokens=0, steps=STEPS, batch=BATCH, dropout=0.0, negatives=1
-):
+    path, records, adapters=None, *, mesh=(1, 1, 1), chunk_tokens=0, steps=STEPS, batch=BATCH, dropout=0.0, negatives=1,
+    candidates="auto",
+):  # fmt: skip
     """Train from `path`; returns (losses, adapters, metrics of the last step)."""
     mesh = make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
     checkpoint = open_checkpoint(path)
@@ -53,7 +54,8 @@ def run(
     losses, metrics = [], {}
     with jax.set_mesh(mesh):
         state = begin(adapters, tx, mesh)
-        step = make_train_step(model, tx, config, TEMPERATURE, 0, mesh, state_shardings(adapters, tx, mesh))
+        places = state_shardings(adapters, tx, mesh)
+        step = make_train_step(model, tx, config, TEMPERATURE, 0, mesh, places, candidates=candidates)
         for i in range(steps):
             chosen = [records[(i * batch + j) % len(records)] for j in range(batch)]
             local = pipeline._prepare(chosen, layout, processor, None, 1, 0)
@@ -138,10 +140,12 @@ def test_gradcache_chunks_change_nothing(records, one_device, chunk_tokens):
 
 
 def test_chunked_and_sharded_step_in_short(records):
-    """Three steps of the above, for the quick lane."""
-    plain, _, _ = run("builtin:tiny", records, steps=3, dropout=0.1)
-    other, _, _ = run("builtin:tiny", records, steps=3, dropout=0.1, mesh=(2, 2, 2), chunk_tokens=40)
-    assert np.abs(plain - other).max() < 1e-5
+    """Three steps of the above, for the quick lane; and with six records' candidates passed round a ring of four."""
+    plain, _, metrics = run("builtin:tiny", records, steps=3, dropout=0.1)
+    for layout in ({"mesh": (2, 2, 2), "chunk_tokens": 40}, {"mesh": (2, 2, 2), "candidates": "ring"}):
+        other, _, others = run("builtin:tiny", records, steps=3, dropout=0.1, **layout)
+        assert np.abs(plain - other).max() < 1e-5
+        assert abs(metrics["grad_norm"] - others["grad_norm"]) < 1e-5 * metrics["grad_norm"]
 
 
 @pytest.mark.slow

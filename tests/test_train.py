@@ -146,6 +146,7 @@ def test_a_finished_run_and_another_configuration(quiet):
         ("train.temperature=-0.1", "config.train.temperature is -0.1"),
         ("checkpoint.every=0", "config.checkpoint.every is 0"),
         ("optimizer.clip_norm=-1.0", "config.optimizer.clip_norm is -1.0"),
+        ("train.candidates=rings", "config.train.candidates is 'rings'; it is one of: auto, gather, ring"),
         ("seed=-1", "config.seed is -1"),
         ("model.remat=ful", "remat is 'ful'"),
         ("model.dtype=bf16", "dtype 'bf16'"),

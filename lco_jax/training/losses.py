@@ -1,19 +1,29 @@
 """The contrastive loss.
 
-Dimensions: B records, M hard negatives a record, D hidden, N candidates = B · (1 + M), P shards of the anchors, T
-tiles.
+Dimensions: B records, M hard negatives a record, D hidden, N candidates = B · (1 + M), P shards of the records, T
+tiles; b anchors and n candidates of a shard or a tile; C chunks, R streams, S sequences of a stream.
 """
 
-import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
+from jax.sharding import PartitionSpec
 
-from lco_jax.core.sharding import ROWS, constrain
+from lco_jax.core.sharding import ROWS, constrain, row_shards
 
 TILE_SCORES = 2**25  # anchors × candidates that a device compares at once (128 MiB of float32)
+CANDIDATES = ("auto", "gather", "ring")
+RING_BYTES = 2**30  # gathered candidates and their gradient, on one device, from which on "auto" takes the ring
+SHARE, TILES = PartitionSpec(ROWS), PartitionSpec(None, ROWS)  # split over the shards: [b, …] and [T, b, …]
+
+
+def takes_ring(candidates: str, count: int, hidden: int) -> bool:
+    """Whether `count` candidates of `hidden` float32 stay split over the current mesh. candidates: of `CANDIDATES`."""
+    return _shards() > 1 and (candidates == "ring" or (candidates == "auto" and 8 * count * hidden > RING_BYTES))
 
 
 def info_nce(
@@ -22,6 +32,7 @@ def info_nce(
     temperature: float,
     content: Array | None = None,
     tile_scores: int = TILE_SCORES,
+    ring: bool = False,
 ) -> tuple[Array, dict[str, Array]]:
     """One-way InfoNCE of every anchor against all positives and all hard negatives of the global batch.
 
@@ -30,53 +41,113 @@ def info_nce(
     content: int [B, 2 + M], equal for sides that say the same; given, whatever says the same as an anchor's positive is
     no negative of that anchor (captions of a few classes repeat in every batch).
     tile_scores: beyond so many scores a device, anchors go through in tiles, and the B × N matrix never exists.
+    ring: no device gathers the candidates: each keeps its share, and anchors visit it tile by tile (under `jit`).
 
     Returns the mean loss and its metrics. Written as if on one device: the compiler gathers the candidates, and the
     gradient is that of the global loss on any mesh (the reference's is divided by the world size). Paper, eq. 1.
     """
-    candidates = jnp.concatenate([embeddings[:, 1], embeddings[:, 2:].reshape(-1, embeddings.shape[-1])])
-    real = jnp.concatenate([present[:, 1], present[:, 2:].reshape(-1)])
-    says = None if content is None else jnp.concatenate([content[:, 1], content[:, 2:].reshape(-1)])
-
-    def sums(anchors: Array, own: Array) -> dict[str, Array]:
-        """Totals over some anchors [b, D], whose positives are the candidates `own` [b]."""
-        there = present[own, 0]
-        cosines = jnp.einsum("bd,nd->bn", anchors, candidates, precision=jax.lax.Precision.HIGHEST)
-        is_own = jnp.arange(candidates.shape[0]) == own[:, None]
-        others = real & ~is_own
-        if says is not None:
-            others &= says != says[own][:, None]
-        logits = jnp.where(others | is_own, cosines / temperature, -jnp.inf)
-        positive = jnp.sum(jnp.where(is_own, cosines, 0.0), axis=-1)
-        total = lambda x: jnp.sum(jnp.where(there, x, 0.0))  # noqa: E731, over the anchors there are
-        return {
-            "loss": total(jax.nn.logsumexp(logits, axis=-1) - positive / temperature),
-            "accuracy": total(jnp.argmax(logits, axis=-1) == own),
-            "positive_similarity": total(positive),
-            "negative_similarity": total(jnp.sum(jnp.where(others, cosines, 0.0), axis=-1)),
-            "negatives": total(jnp.sum(others, axis=-1).astype(jnp.float32)),
-        }
-
-    anchors, own = constrain(embeddings[:, 0], ROWS), jnp.arange(embeddings.shape[0])
-    shards, tiles = _tiles(len(own), candidates.shape[0], tile_scores)
-    if tiles == 1:
-        totals = sums(anchors, own)
-    else:
-        split = lambda x: constrain(rearrange(x, "(p t b) ... -> t (p b) ...", p=shards, t=tiles), None, ROWS)  # noqa: E731
-        by_tile = jax.lax.map(lambda tile: jax.checkpoint(sums)(*tile), (split(anchors), split(own)))
-        totals = jax.tree.map(jnp.sum, by_tile)
-    negatives = jnp.maximum(totals.pop("negatives"), 1)
-    count = jnp.sum(present[:, 0])  # of a batch without a record the mean is NaN, and its step is skipped
-    metrics = {key: value / (negatives if key == "negative_similarity" else count) for key, value in totals.items()}
+    shards = _shards()
+    ring = ring and shards > 1
+    if ring:  # records that are absent make the shards equal
+        embeddings, present = whole(embeddings), whole(present)
+        content = None if content is None else whole(content)
+    records, sides = present.shape
+    shards = 1 if records % shards else shards
+    own = jnp.arange(records)
+    index = jnp.concatenate([own[:, None], records + jnp.arange(records * (sides - 2)).reshape(records, -1)], axis=1)
+    says = index if content is None else content[:, 1:]  # positives come first; no two say the same
+    parts = embeddings[:, 1:], index, present[:, 1:], says
+    candidates = tuple(rearrange(x, "b s ... -> (b s) ...") for x in parts)
+    tiles = _tiles(records // shards, index.size, tile_scores)
+    split = lambda x: constrain(rearrange(x, "(p t b) ... -> t (p b) ...", p=shards, t=tiles), None, ROWS)  # noqa: E731
+    anchors = split(embeddings[:, 0]), split(own), split(says[:, 0])
+    candidates = jax.tree.map(lambda x: constrain(x, *([ROWS] if ring else [])), candidates)
+    one = lambda tile: _compare(tile, candidates, temperature)  # noqa: E731
+    found = jax.lax.map(one if tiles == 1 else jax.checkpoint(one), anchors)
+    there, logit = split(present[:, 0]), found["positive"] / temperature
+    total = lambda x: jnp.sum(jnp.where(there, x, 0.0))  # noqa: E731, over the anchors there are
+    count = jnp.sum(there)  # of a batch without a record the mean is NaN, and its step is skipped
+    metrics = {
+        "loss": total(found["logsumexp"] - logit) / count,
+        "accuracy": total((found["before"] < logit) & (found["after"] <= logit)) / count,  # of equals, the first
+        "positive_similarity": total(found["positive"]) / count,
+        "negative_similarity": total(found["negative"]) / jnp.maximum(total(found["negatives"]), 1),
+    }
     return metrics["loss"], metrics
 
 
-def _tiles(anchors: int, candidates: int, tile_scores: int) -> tuple[int, int]:
-    """(P, T): the shards of the current mesh, and the least T that makes tiles of a shard's anchors small enough."""
+def _shards() -> int:
     mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ROWS)
-    if anchors % shards:
-        shards = 1
-    per_shard = anchors // shards
-    need = -(-per_shard * candidates // tile_scores)
-    return shards, next(tiles for tiles in range(min(need, per_shard), per_shard + 1) if per_shard % tiles == 0)
+    return 1 if mesh.empty else row_shards(mesh)
+
+
+def _tiles(anchors: int, candidates: int, tile_scores: int) -> int:
+    """The least T that makes tiles of a device's anchors small enough."""
+    need = -(-anchors * candidates // tile_scores)
+    return next(tiles for tiles in range(min(need, anchors), anchors + 1) if anchors % tiles == 0)
+
+
+def _compare(anchors: tuple[Array, ...], candidates: tuple[Array, ...], temperature: float) -> dict[str, Array]:
+    """What each anchor finds among some candidates, [b] each. before, after: the highest logit of its negatives there.
+
+    anchors: vectors [b, D], the positive's index, what it says. candidates: vectors [n, D], index, presence, what they
+    say. An index is a place in the order of the global batch: first all positives, then all negatives.
+    """
+    (vectors, own, said), (others, index, real, says) = anchors, candidates
+    cosines = jnp.einsum("bd,nd->bn", vectors, others, precision=jax.lax.Precision.HIGHEST)
+    is_own, is_before = index == own[:, None], index < own[:, None]
+    wrong = real & ~is_own & (says != said[:, None])
+    logits = jnp.where(wrong | is_own, cosines / temperature, -jnp.inf)
+    highest = lambda of: jnp.max(jnp.where(of, jax.lax.stop_gradient(logits), -jnp.inf), axis=-1)  # noqa: E731
+    return {
+        "logsumexp": jax.nn.logsumexp(logits, axis=-1),
+        "before": highest(wrong & is_before),
+        "after": highest(wrong & ~is_before),
+        "positive": jnp.sum(jnp.where(is_own, cosines, 0.0), axis=-1),
+        "negative": jnp.sum(jnp.where(wrong, cosines, 0.0), axis=-1),
+        "negatives": jnp.sum(wrong, axis=-1).astype(jnp.float32),
+    }
+
+
+# ---- the ring: how each device comes by its records' sides when no device may hold them all
+
+
+def whole(x: Array, fill: int = 0) -> Array:
+    """x [B, …] with records that are `fill` throughout up to a multiple of P."""
+    return jnp.pad(x, ((0, -len(x) % _shards()), *[(0, 0)] * (x.ndim - 1)), constant_values=fill)
+
+
+def _on_shards(fun: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.shard_map(fun, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _around(visit: Callable, block: Any, state: Any) -> tuple[Any, Any]:
+    """`visit(block, state)` makes both anew; then the block goes to the next device. After P visits it is home."""
+    ring = [(i, (i + 1) % _shards()) for i in range(_shards())]
+
+    def step(carry: tuple[Any, Any], _: None) -> tuple[tuple[Any, Any], None]:
+        block, state = visit(*carry)
+        return (jax.tree.map(lambda x: jax.lax.ppermute(x, ROWS, ring), block), state), None
+
+    return jax.lax.scan(step, (block, state), length=_shards())[0]
+
+
+def by_record(embeddings: Array, sequences: Array) -> Array:
+    """Embeddings of streams [C, R, S, D] as [B, 2 + M, D] split over the shards: each device picks its records' own.
+
+    sequences: int [B, 2 + M], as a `Batch` has them. B and R are multiples of P. (The compiler would gather all.)
+    """
+    chunk, stream, slot = jnp.unravel_index(jnp.maximum(sequences, 0), embeddings.shape[:3])
+
+    def here(block: Array, chunk: Array, stream: Array, slot: Array) -> Array:
+        def visit(block: tuple[Array, Array], found: Array) -> tuple[tuple[Array, Array], Array]:
+            vectors, first = block
+            streams = vectors.shape[1]
+            at = jnp.where(stream < first, streams, stream - first)  # beyond the last lie zeros
+            return block, found + vectors.at[chunk, at, slot].get(mode="fill", fill_value=0)
+
+        first = jax.lax.axis_index(ROWS) * block.shape[1]
+        return _around(visit, (block, first), jnp.zeros((*slot.shape, block.shape[-1])))[1]
+
+    return _on_shards(here, (TILES, SHARE, SHARE, SHARE), SHARE)(embeddings, chunk, stream, slot)

@@ -17,6 +17,7 @@ from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, write_json
 from lco_jax.core.sharding import make_mesh
+from lco_jax.training.losses import CANDIDATES
 from lco_jax.training.optimizer import OptimizerConfig, make_optimizer
 from lco_jax.training.step import State, init_state, state_shardings
 
@@ -67,8 +68,9 @@ def check_config(config: ConfigDict) -> None:
         for key in keys:
             if not fine(flat[key]):
                 raise LcoError(f"config.{key} is {flat[key]}; it must be {says}")
-    if config.data.batches not in ("mixed", "homogeneous"):
-        raise LcoError(f"config.data.batches is {config.data.batches!r}; it is one of: mixed, homogeneous")
+    for key, values in (("data.batches", ("mixed", "homogeneous")), ("train.candidates", CANDIDATES)):
+        if flat[key] not in values:
+            raise LcoError(f"config.{key} is {flat[key]!r}; it is one of: {', '.join(values)}")
     if not config.train.steps and not config.train.epochs > 0:
         raise LcoError(f"config.train.epochs is {config.train.epochs}; it must be above 0 where train.steps is 0")
 

@@ -21,7 +21,7 @@ from lco_jax.core.sharding import constrain, replicated, shardings
 from lco_jax.core.weights import GOLDEN_RATIO
 from lco_jax.models.decoder import Decoder, embed
 from lco_jax.models.model import MediaPrograms, Model
-from lco_jax.training.losses import info_nce
+from lco_jax.training.losses import by_record, info_nce, takes_ring, whole
 
 State = dict[str, Any]  # {"step": int32, "adapters": tree, "optimizer": optax state}; all of it is checkpointed
 Step = Callable[[State, dict[str, Any], Batch], tuple[State, dict[str, Array]]]
@@ -67,16 +67,23 @@ def contrastive_loss(
     temperature: float,
     seed: Array | int,
     ignore_duplicates: bool = False,
+    candidates: str = "auto",
 ) -> tuple[Array, dict[str, Array]]:
     """InfoNCE of a global batch under `adapters`.
 
-    params: the decoder's; media: what its towers made of the batch; seed: the step's dropout key.
+    params: the decoder's; media: what its towers made of the batch; seed: the step's dropout key; candidates: gathered
+    or passed round a ring, as `takes_ring` has it.
     """
     embeddings = embed_chunks(decoder, lora.attach(params, adapters, config, seed), batch.tokens, media)
-    flat = constrain(embeddings.reshape(-1, embeddings.shape[-1]))  # every device needs every candidate
-    present = batch.sequences >= 0
-    content = batch.content if ignore_duplicates else None
-    return info_nce(flat[jnp.maximum(batch.sequences, 0)], present, temperature, content)
+    sequences, content, hidden = batch.sequences, batch.content, embeddings.shape[-1]
+    ring = takes_ring(candidates, sequences[:, 1:].size, hidden)
+    if ring:
+        sequences, content = whole(sequences, -1), whole(content)
+        sides = by_record(embeddings, sequences)
+    else:
+        flat = constrain(embeddings.reshape(-1, hidden))  # every device needs every candidate
+        sides = flat[jnp.maximum(sequences, 0)]
+    return info_nce(sides, sequences >= 0, temperature, content if ignore_duplicates else None, ring=ring)
 
 
 def make_train_step(
@@ -88,6 +95,7 @@ def make_train_step(
     mesh: Mesh,
     state_sharding: State,
     ignore_duplicates: bool = False,
+    candidates: str = "auto",
 ) -> Step:
     """(state, frozen parameters, batch) -> (state, metrics). Call it inside `jax.set_mesh(mesh)`.
 
@@ -107,6 +115,7 @@ def make_train_step(
             temperature=temperature,
             seed=dropout_seed,
             ignore_duplicates=ignore_duplicates,
+            candidates=candidates,
         )
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state["adapters"], params, batch, media)
         norm = optax.tree.norm(grads)
