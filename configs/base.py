@@ -62,7 +62,7 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.train.epochs = 6.0
     config.train.temperature = 0.03
     config.train.ignore_duplicates = False  # whatever says the same as a positive is no negative of its anchor
-    config.train.chunk_tokens = 0  # GradCache: tokens a device embeds at a time; 0: all at once
+    config.train.chunk_tokens = 0  # GradCache: tokens a device embeds at a time; 0: all; -1: what fits
     config.train.max_nonfinite = 5  # so many non-finite steps in a row stop the run
 
     config.optimizer = ConfigDict()

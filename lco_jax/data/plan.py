@@ -23,14 +23,17 @@ BATCHES, MEDIA_BATCHES = 4, 2
 MARGIN = 4.5  # standard deviations of a sum over a batch: one batch in 300,000 does not fit
 
 
-def plan(
-    batches: grain.MapDataset, layout: Layout, processor: Processor, mesh: Mesh, max_length: int, media: bool
-) -> Layout:
-    """`layout` with floors. batches: `pipeline.local_batches`; media: whether the data hold more than text."""
+def draw(batches: grain.MapDataset, layout: Layout, media: bool) -> list[LocalBatch]:
+    """The sample: the first of `pipeline.local_batches`. media: whether the data hold more than text."""
+    share = layout.batch_size // jax.process_count()
+    least, records = (MEDIA_BATCHES, MEDIA_RECORDS) if media else (BATCHES, RECORDS)
+    return [batches[i] for i in range(max(least, -(-records // share)))]
+
+
+def plan(sample: list[LocalBatch], layout: Layout, processor: Processor, mesh: Mesh, max_length: int) -> Layout:
+    """`layout` with floors, for a `sample` that `draw` drew."""
     share = layout.batch_size // jax.process_count()
     shards = row_shards(mesh) // jax.process_count()
-    least, records = (MEDIA_BATCHES, MEDIA_RECORDS) if media else (BATCHES, RECORDS)
-    sample = [batches[i] for i in range(max(least, -(-records // share)))]
     laid = [lay_batch(local, layout, processor.rows, shards) for local in sample]
     layout = replace(layout, floor=Shape(chunks=max(one.chunks for one in laid)))
     if layout.floor.chunks > 1:  # all in as many chunks
