@@ -42,18 +42,17 @@ def xla_bytes(config, policy, shape, dtype, rank, dropout, chunks=1):
 @pytest.mark.parametrize(
     ("policy", "shape", "dtype", "rank", "dropout", "chunks"),
     [
-        ("full", Shape(2048, {64: 24, 128: 8}), jnp.float32, 16, 0.05, 1),
-        ("none", Shape(2048, {64: 24, 128: 8}), jnp.float32, 16, 0.05, 1),
+        ("full", Shape(2048, {64: 40}), jnp.float32, 16, 0.05, 1),
+        pytest.param("none", Shape(2048, {64: 24, 128: 8}), jnp.float32, 16, 0.05, 1, marks=pytest.mark.slow),
         pytest.param("gate", Shape(2048, {32: 80}), jnp.float32, 64, 0.0, 1, marks=pytest.mark.slow),
         pytest.param("full", Shape(3072, {1024: 4}), jnp.bfloat16, 8, 0.05, 1, marks=pytest.mark.slow),
-        pytest.param("none", Shape(2048, {512: 5}), jnp.float32, 16, 0.0, 1, marks=pytest.mark.slow),
-        ("attention", Shape(1024, {64: 20}), jnp.float32, 8, 0.05, 3),
+        ("none", Shape(2048, {512: 5}), jnp.float32, 16, 0.0, 1),
+        pytest.param("attention", Shape(1024, {64: 20}), jnp.float32, 8, 0.05, 3, marks=pytest.mark.slow),
     ],
 )
 def test_the_estimate_is_an_upper_bound_and_close(policy, shape, dtype, rank, dropout, chunks):
     estimate = memory.activation_bytes(GEOMETRY, policy, shape, dtype, rank, dropout)
     real = xla_bytes(GEOMETRY, policy, shape, dtype, rank, dropout, chunks)
-    print(policy, estimate / real)
     assert real <= estimate < 1.5 * real
 
 
@@ -94,7 +93,7 @@ def test_a_run_with_little_memory_chunks_and_learns_the_same(tmp_path, monkeypat
     monkeypatch.setattr("lco_jax.train.make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
     real, auto = memory.choose, ["--config.model.remat=auto", "--config.train.chunk_tokens=-1"]
     small = [
-        "--config=configs/base.py", "--config.train.steps=3", "--config.train.batch_size=8", "--config.eval.path=",
+        "--config=configs/base.py", "--config.train.steps=2", "--config.train.batch_size=8", "--config.eval.path=",
         "--config.optimizer.warmup_steps=1", "--config.export.merged=False", "--config.lora.rank=4",
     ]  # fmt: skip
 
