@@ -36,8 +36,8 @@ from lco_jax.training.run import Training
 
 MARGIN = 0.1  # of a device's memory, left to the runtime, to fragmentation and to batches larger than planned
 WORKING = 0.9  # of what a layer computes, in memory at once as gradients (measured)
-# Policies by speed, where least recomputation is not it: on CPU "none" was slower than "mlp" whenever measured, and takes
-# twice the memory.
+# Policies by speed, where least recomputation is not it: on CPU "none" was slower than "mlp" in every round, and
+# takes twice the memory.
 ORDER: dict[str, tuple[str, ...]] = {"cpu": ("mlp", "gate", "attention", "full")}
 STEP = 128  # chunks are multiples of so many tokens
 MIB, GIB = 2**20, 2**30
