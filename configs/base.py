@@ -65,7 +65,7 @@ def get_config(recipe: str = "") -> ConfigDict:
     # gather them on every device, or leave each device its share (ring: how records come by their sides); auto: the
     # latter where gathered ones and their gradient would take more than 1 GiB a device
     config.train.candidates = "auto"  # or gather, ring
-    config.train.chunk_tokens = 0  # GradCache: tokens a device embeds at a time; 0: all at once
+    config.train.chunk_tokens = 0  # GradCache: tokens a device embeds at a time; 0: all; -1: what fits
     config.train.max_nonfinite = 5  # so many non-finite steps in a row stop the run
 
     config.optimizer = ConfigDict()

@@ -39,7 +39,7 @@ from lco_jax.core.files import write_json
 from lco_jax.core.sharding import make_mesh
 from lco_jax.data import pipeline
 from lco_jax.data.media import MediaConfig
-from lco_jax.data.plan import plan
+from lco_jax.data.plan import draw, plan
 from lco_jax.data.processor import Processor
 from lco_jax.data.scan import ListSource, Source
 from lco_jax.data.sources import JsonlSource
@@ -47,7 +47,7 @@ from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation.plots import plot_loss, plot_similarity
 from lco_jax.evaluation.retrieval import Retrieval, retrieval
 from lco_jax.models.model import Model
-from lco_jax.training import cli
+from lco_jax.training import cli, memory
 from lco_jax.training.metrics import MetricsLog, read_metrics
 from lco_jax.training.optimizer import OptimizerConfig, learning_rate
 from lco_jax.training.run import Training, check_config, claim_workdir
@@ -90,6 +90,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     held_out = JsonlSource(config.eval.path, config.data.on_bad) if config.eval.path else ListSource([])
     towers = _towers(checkpoint, {"held-out data": held_out, **sources}, media)
     settings = {key: config.model[key] for key in ("quantize", "remat", "attention")}
+    settings["remat"] = "full" if settings["remat"] == "auto" else settings["remat"]  # until it is chosen
     model, params = load_model(
         checkpoint, mesh, config.model.dtype, towers, config.model.tower_dtype or None, **settings
     )
@@ -101,7 +102,17 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     run = batch_size if config.data.batches == "homogeneous" else 1
     stream = pipeline.record_stream(sources, weights, config.seed, run)
     batches = pipeline.local_batches(stream, layout, processor, config.data.max_length)
-    layout = plan(batches, layout, processor, mesh, config.data.max_length, media=bool(towers))
+    sample = draw(batches, layout, media=bool(towers))
+    shaped = lambda chunk: plan(  # noqa: E731
+        sample, dataclasses.replace(layout, chunk_tokens=chunk), processor, mesh, config.data.max_length
+    )
+    if config.model.remat == "auto" or config.train.chunk_tokens < 0:
+        sides = batch_size, 2 + layout.max_negatives
+        chosen = memory.choose_for(config, model, params, training, mesh, sides, lambda chunk: shaped(chunk).floor)
+        _say(str(chosen))
+        model = dataclasses.replace(model, decoder=model.decoder.clone(remat=chosen.remat))
+        layout = dataclasses.replace(layout, chunk_tokens=chosen.chunk_tokens)
+    layout = shaped(layout.chunk_tokens)
     iterator = pipeline.ahead(batches, config.data.threads)
     store = RunStore(workdir / "checkpoints", config.checkpoint.keep)
     step = store.latest_step() or 0

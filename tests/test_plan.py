@@ -9,7 +9,7 @@ from lco_jax.checkpoint import builtin
 from lco_jax.core.packing import Shape, fit, largest
 from lco_jax.data import pipeline
 from lco_jax.data.pipeline import Layout, lay_batch, local_batches, record_stream
-from lco_jax.data.plan import plan
+from lco_jax.data.plan import draw, plan
 from lco_jax.data.processor import Processor
 from lco_jax.data.records import Record
 from lco_jax.data.scan import ListSource
@@ -30,7 +30,8 @@ def varied(count, seed=0):
 def planned(processor, source, mesh, **settings):
     settings = {"batch_size": 24, "max_negatives": 1, "head": processor.tokenizer.head, **settings}
     batches = local_batches(record_stream({"a": source}, {"a": 1.0}, 0), Layout(**settings), processor, 128)
-    return batches, plan(batches, Layout(**settings), processor, mesh, 128, media=False)
+    layout = Layout(**settings)
+    return batches, plan(draw(batches, layout, media=False), layout, processor, mesh, 128)
 
 
 @pytest.mark.slow

@@ -23,13 +23,16 @@ BATCHES, MEDIA_BATCHES = 4, 2
 MARGIN = 4.5  # standard deviations of a sum over a batch: one batch in 300,000 does not fit
 
 
-def plan(
-    batches: grain.MapDataset, layout: Layout, processor: Processor, mesh: Mesh, max_length: int, media: bool
-) -> Layout:
-    """`layout` with floors. batches: `pipeline.local_batches`; media: whether the data hold more than text."""
+def draw(batches: grain.MapDataset, layout: Layout, media: bool) -> list[LocalBatch]:
+    """The sample: the first of `pipeline.local_batches`. media: whether the data hold more than text."""
     share = layout.batch_size // jax.process_count()
     least, records = (MEDIA_BATCHES, MEDIA_RECORDS) if media else (BATCHES, RECORDS)
-    layout = floor_of([batches[i] for i in range(max(least, -(-records // share)))], layout, processor, mesh)
+    return [batches[i] for i in range(max(least, -(-records // share)))]
+
+
+def plan(sample: list[LocalBatch], layout: Layout, processor: Processor, mesh: Mesh, max_length: int) -> Layout:
+    """`layout` with floors, for a `sample` that `draw` drew."""
+    layout = floor_of(sample, layout, processor, mesh)
     longest = width_of(max_length + len(processor.tokenizer([as_messages("", "")])[0]))  # one may yet come
     rows = {**layout.floor.rows, longest: max(layout.floor.rows.get(longest, 0), 1)}
     return replace(layout, floor=agree_shape(replace(layout.floor, rows=rows)))

@@ -145,21 +145,29 @@ class Decoder(nn.Module):
     def _layers(self, layer: DecoderLayer, x: Array, rotation: Array, tokens: PackedTokens) -> Array:
         """All layers: all but the last in a scan. What is frozen is indexed and not scanned over, for slices of it
         would be copies."""
-        run = lambda params, x, last: layer.apply({"params": params}, x, rotation, tokens, last)[0]  # noqa: E731
-        if self.remat != "none":
-            policy = jax.checkpoint_policies.save_only_these_names(*REMAT_POLICIES[self.remat])
-            run = jax.checkpoint(run, policy=policy, prevent_cse=False, static_argnums=2)
         frozen, tuned, join = split_frozen(self.get_variable("params", "layers"))
+
+        def run(i: Array | int, tuned: Any, x: Array, last: bool) -> Array:
+            """Layer i. Its frozen weights are indexed in here, so that the backward pass does so again: what is indexed
+            outside of the checkpoint is kept for it, a copy of every layer's."""
+            mine = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), frozen)
+            return layer.apply({"params": join(mine, tuned)}, x, rotation, tokens, last)[0]
+
+        names = REMAT_POLICIES[self.remat]
+        policy = _all_but_slices if names is None else jax.checkpoint_policies.save_only_these_names(*names)
+        run = jax.checkpoint(run, policy=policy, prevent_cse=False, static_argnums=3)
         end = self.config.num_layers - 1
 
-        def params(i: Array | int, tuned: Any) -> Any:
-            return join(jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), frozen), tuned)
-
         def body(x: Array, slices: tuple[Array, Any]) -> tuple[Array, None]:
-            return run(params(*slices), x, False), None
+            return run(*slices, x, False), None
 
         x, _ = jax.lax.scan(body, x, (jnp.arange(end), jax.tree.map(lambda w: w[:end], tuned)))
-        return run(params(end, jax.tree.map(lambda w: w[end], tuned)), x, True)
+        return run(end, jax.tree.map(lambda w: w[end], tuned), x, True)
+
+
+def _all_but_slices(primitive: Any, *_: Any, **__: Any) -> bool:
+    """The policy of "none": all is kept but the layer's slices of the stacked weights, and what merely reshapes."""
+    return primitive.name not in ("dynamic_slice", "squeeze", "reshape")
 
 
 def place_media(x: Array, media_slots: Array, media: Array) -> Array:

@@ -62,9 +62,13 @@ def check_config(config: ConfigDict) -> None:
         "data.threads", "train.batch_size", "train.temperature", "train.max_nonfinite", "checkpoint.every",
         "eval.batch_size",
     )  # fmt: skip
-    not_negative = ("seed", "train.chunk_tokens", "train.steps", "optimizer.clip_norm", "optimizer.warmup_steps")
+    not_negative = ("seed", "train.steps", "optimizer.clip_norm", "optimizer.warmup_steps")
     flat = _flat(json.loads(config.to_json()))
-    for keys, fine, says in ((positive, lambda x: x > 0, "above 0"), (not_negative, lambda x: x >= 0, "0 or more")):
+    for keys, fine, says in (
+        (positive, lambda x: x > 0, "above 0"),
+        (not_negative, lambda x: x >= 0, "0 or more"),
+        (("train.chunk_tokens",), lambda x: x >= -1, "-1 (auto), 0 or more"),
+    ):
         for key in keys:
             if not fine(flat[key]):
                 raise LcoError(f"config.{key} is {flat[key]}; it must be {says}")
