@@ -2,7 +2,11 @@
 
 import sys
 
-sys.modules["torch"] = None  # as where it is not installed: transformers would import it, and we never use it
+sys.modules["torch"] = None  # as on a machine without it: transformers would import it, and we never use it
+from transformers.utils import is_torch_available
+
+assert not is_torch_available()  # which it remembers
+del sys.modules["torch"]
 
 import time
 from collections.abc import Callable

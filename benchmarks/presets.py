@@ -5,7 +5,7 @@ the text dimensions of Qwen2.5-VL and Qwen2.5-Omni, and each side draws its own 
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +108,12 @@ def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.nda
     return (scale * rng.standard_normal(shape)).astype(np.float32)
 
 
-def write_adapter(preset: Preset, folder: Path, base: str, seed: int = 1) -> None:
-    """A PEFT adapter both of whose factors are drawn, so that both have a gradient from the first step on."""
+def write_adapter(preset: Preset, folder: Path, base: str, dropout: float, seed: int = 1) -> None:
+    """A PEFT adapter both of whose factors are drawn, so that both have a gradient from the first step on.
+
+    dropout: PEFT makes its modules by what the adapter says of it.
+    """
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda key: lora.init(key, abstract_params(preset.decoder), LORA), jax.random.key(0))
     draw = lambda x: (0.3 * x.shape[-1] ** -0.5 * rng.standard_normal(x.shape)).astype(np.float32)  # noqa: E731
-    write_peft(folder, jax.tree.map(draw, shapes), LORA, base)
+    write_peft(folder, jax.tree.map(draw, shapes), replace(LORA, dropout=dropout), base)

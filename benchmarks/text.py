@@ -55,7 +55,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     data = write_triplets(folder / "triplets.jsonl", count, preset.vocab, args.data_dir, args.tokenizer)
     if args.preset not in ON_DEVICE:
         write_checkpoint(preset, folder / "checkpoint")
-        write_adapter(preset, folder / "adapter", str(folder / "checkpoint"))
+        write_adapter(preset, folder / "adapter", str(folder / "checkpoint"), spec["dropout"])
         spec |= {"checkpoint": str(folder / "checkpoint"), "adapter": str(folder / "adapter")}
     exactness = {}
     if spec["checkpoint"] and not (args.no_check or args.no_peer):

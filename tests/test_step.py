@@ -15,6 +15,7 @@ from lco_jax.checkpoint.hf import abstract_params, load_model, open_checkpoint
 from lco_jax.checkpoint.peft import write_peft
 from lco_jax.core import lora
 from lco_jax.data import pipeline
+from lco_jax.data.plan import floor_of
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import ChatTokenizer
 from lco_jax.data.records import Record
@@ -51,16 +52,18 @@ def run(
     tx = make_optimizer(OptimizerConfig(learning_rate=4e-4, warmup_steps=5), STEPS)
     processor = Processor(checkpoint.folder)
     layout = pipeline.Layout(batch, negatives, processor.tokenizer.head, chunk_tokens)
+    chosen = [[records[(i * batch + j) % len(records)] for j in range(batch)] for i in range(steps)]
+    batches = [pipeline._prepare(some, layout, processor, None, 1, 0) for some in chosen]
+    layout = floor_of(batches, layout, processor, mesh)
     losses, metrics = [], {}
     with jax.set_mesh(mesh):
         state = begin(adapters, tx, mesh)
         places = state_shardings(adapters, tx, mesh)
         step = make_train_step(model, tx, config, TEMPERATURE, 0, mesh, places, candidates=candidates)
-        for i in range(steps):
-            chosen = [records[(i * batch + j) % len(records)] for j in range(batch)]
-            local = pipeline._prepare(chosen, layout, processor, None, 1, 0)
+        for local in batches:
             state, metrics = step(state, params, pipeline.global_batch(local, layout, processor.rows, mesh))
             losses.append(float(metrics["loss"]))
+        assert metrics["programs"] == 1
     return np.array(losses), jax.device_get(state["adapters"]), jax.device_get(metrics)
 
 

@@ -50,8 +50,8 @@ def dot(x: Array, w: Array | QuantizedWeight | LoraWeight, token_keys: Array | N
     by a LoRA leaf with dropout, ignored otherwise.
     """
     if isinstance(w, LoraWeight):
-        update = _product(dropout(x, token_keys, w.seed, w.dropout), w.a) * w.scale
-        return dot(x, w.base) + _product(update, w.b)
+        update = _factor_product(dropout(x, token_keys, w.seed, w.dropout), w.a) * w.scale
+        return dot(x, w.base) + _factor_product(update, w.b)
     if isinstance(w, QuantizedWeight):
         return _frozen_product(x, w)
     return _product(x, w)
@@ -59,6 +59,30 @@ def dot(x: Array, w: Array | QuantizedWeight | LoraWeight, token_keys: Array | N
 
 def _product(x: Array, w: Array) -> Array:
     return jnp.einsum("...i,oi->...o", x, w.astype(x.dtype), precision=matmul_precision(x))
+
+
+@jax.custom_vjp
+def _factor_product(x: Array, w: Array) -> Array:
+    """`_product` with a factor of an adapter, long on one side and short on the other. Its gradient is float32.
+
+    The compiler would transpose the wide one of x and the gradient for it, many times what the product itself costs on
+    CPU; here it is the narrow one.
+    """
+    return _product(x, w)
+
+
+def _factor_gradients(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = saved
+    tokens = tuple(range(x.ndim - 1))
+    sums = partial(
+        jnp.tensordot, axes=(tokens, tokens), precision=matmul_precision(g), preferred_element_type=jnp.float32
+    )
+    of_w = sums(x, g).T if w.shape[0] > w.shape[1] else sums(g, x)
+    of_x = jnp.einsum("...o,oi->...i", g, w.astype(g.dtype), precision=matmul_precision(g))
+    return of_x, of_w.astype(w.dtype)
+
+
+_factor_product.defvjp(lambda x, w: (_product(x, w), (x, w)), _factor_gradients)
 
 
 @jax.custom_vjp
