@@ -54,7 +54,7 @@ class Recipe:
         else:
             from benchmarks.presets import PRESETS
 
-            config = Qwen2_5_VLConfig(**PRESETS[spec["preset"]].config)
+            config = Qwen2_5_VLConfig.from_dict(PRESETS[spec["preset"]].config)
             config._attn_implementation = "sdpa"
             with torch.device(DEVICE):
                 model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)

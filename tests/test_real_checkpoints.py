@@ -478,9 +478,9 @@ def test_layouts_of_frames_are_remembered_in_bounds():
 
 def test_a_batch_of_no_record_has_no_finite_loss(cases):
     """So its step changes nothing (`make_train_step` keeps what it had)."""
-    processor, mesh = Processor(cases["vl"].path), make_mesh(devices=jax.devices()[:1])
-    layout = pipeline.Layout(2, 32, 0, on_bad="skip")
-    records = [Record(LONG, "a dog", (), f"record {i}") for i in (0, 1)]  # too long for a row
+    processor, mesh = Processor(cases["vl"].path, max_tokens=40), make_mesh(devices=jax.devices()[:1])
+    layout = pipeline.Layout(2, 0, processor.tokenizer.head, on_bad="skip")
+    records = [Record(LONG, "a dog", (), f"record {i}") for i in (0, 1)]  # too long for the model
     local = pipeline._prepare(records, layout, processor, None, 1, 0)
     assert (len(local.inputs), len(local.skipped)) == (0, 2)
     with jax.set_mesh(mesh):

@@ -174,7 +174,7 @@ def fit(need: Shape, floor: Shape) -> Shape:
 
     A sequence may lie in a wider row than it needs, so what one group lacks the spare rows of a wider one give.
     """
-    rows, lacking = dict(floor.rows), 0
+    rows, lacking = dict(floor.rows) or {WIDTHS[0]: 1}, 0
     for width in sorted({*need.rows, *floor.rows}, reverse=True):
         lacking += need.rows.get(width, 0) - floor.rows.get(width, 0)
         if lacking > 0:

@@ -54,10 +54,10 @@ class LocalBatch:
 class Layout:
     """What stays fixed through a run.
 
-    head: token ids with which texts begin, computed once a stream. chunk_tokens: the most tokens of a stream, and so of
-    a GradCache chunk, but for a single longer sequence; 0: one chunk. on_bad: whether a record whose media cannot be
-    read stops the run ("error") or is left out of its batch ("skip"). floor, media_floor: the least shapes
-    (`data/plan.py`).
+    head: token ids with which texts begin, computed once a stream. chunk_tokens: how many tokens of its own a stream,
+    and so a GradCache chunk, is to have, but for a single longer sequence; 0: one chunk. on_bad: whether a record whose
+    media cannot be read stops the run ("error") or is left out of its batch ("skip"). floor, media_floor: the least
+    shapes (`data/plan.py`).
     """
 
     batch_size: int

@@ -59,10 +59,10 @@ def attend_rows(query: Array, key: Array, value: Array, implementation: str = "a
     """
     flat = lambda x: rearrange(x, "r n ... -> (r n) ...")  # noqa: E731
     one = partial(attention, implementation=implementation)
-    streams, count, width, heads, groups, _ = query.shape
+    streams, count, width, heads, groups, _ = query.shape  # a stream a device
     size = count
     if _choose(flat(query), None, implementation) == "xla":
-        most = max(SCORES // (streams * heads * groups * width * min(width, BLOCK)), 1)
+        most = max(SCORES // (heads * groups * width * min(width, BLOCK)), 1)
         size = next(n for n in range(min(most, count), 0, -1) if count % n == 0)
     if size == count:
         return one(flat(query), flat(key), flat(value)).reshape(query.shape)
