@@ -83,6 +83,25 @@ def test_gradient_is_of_the_adapter_alone_and_dot_is_what_it_says():
     assert dot(x.astype(jnp.bfloat16), w).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)])
+def test_gradients_of_the_factors(dtype, tolerance):
+    """They are float32, and those of the plain product; in bfloat16 no more off than its rounding."""
+    rng = np.random.default_rng(0)
+    x, base, a, b = (jnp.array(rng.normal(size=s), jnp.float32) for s in ((2, 50, 8), (60, 8), (3, 8), (60, 3)))
+
+    def loss(x, a, b, dtype):
+        w = LoraWeight(base.astype(dtype), a, b, jnp.uint32(0), 0.5, 0.0)
+        return jnp.sum(jnp.sin(dot(x.astype(dtype), w).astype(jnp.float32)))
+
+    def plain(x, a, b):
+        return jnp.sum(jnp.sin(x @ base.T + 0.5 * (x @ a.T) @ b.T))
+
+    got = jax.jit(jax.grad(lambda *args: loss(*args, dtype), argnums=(0, 1, 2)))(x / 10, a, b)
+    for value, want in zip(got, jax.grad(plain, argnums=(0, 1, 2))(x / 10, a, b), strict=True):
+        assert value.dtype == jnp.float32
+        assert np.linalg.norm(value - want) < tolerance * np.linalg.norm(want)
+
+
 def test_dropout_is_a_function_of_the_token_not_of_its_place():
     keys = jnp.arange(4000, dtype=jnp.uint32) * 7
     x = jnp.ones((4000, 64))

@@ -77,7 +77,9 @@ def _factor_gradients(saved: tuple[Array, Array], g: Array) -> tuple[Array, Arra
     sums = partial(
         jnp.tensordot, axes=(tokens, tokens), precision=matmul_precision(g), preferred_element_type=jnp.float32
     )
-    of_w = sums(x, g).T if w.shape[0] > w.shape[1] else sums(g, x)
+    wide = jnp.float32 if jax.default_backend() == "cpu" else g.dtype  # XLA's CPU products of bfloat16 give bfloat16
+    a, b = x.astype(wide), g.astype(wide)
+    of_w = sums(a, b).T if w.shape[0] > w.shape[1] else sums(b, a)
     of_x = jnp.einsum("...o,oi->...i", g, w.astype(g.dtype), precision=matmul_precision(g))
     return of_x, of_w.astype(w.dtype)
 
