@@ -72,3 +72,12 @@ def test_a_batch_beyond_the_plan_has_a_shape_of_its_own(processor):
     assert batch.tokens.input_ids.shape[-1] > layout.floor.tokens
     assert (np.asarray(batch.sequences) >= 0).sum() == 72
     assert layout.floor != Shape()
+
+
+def test_a_sample_without_a_good_record(processor):
+    """Every one was left out: the plan is small, and whatever comes has a shape of its own."""
+    mesh = make_mesh(devices=jax.devices()[:1])
+    bad = ListSource([Record("word " * 40_000, "b", (), f"mem:{i}") for i in range(24)])
+    _, layout = planned(processor, bad, mesh, on_bad="skip", max_negatives=0)
+    assert layout.floor.tokens >= len(layout.head)
+    assert sum(layout.floor.rows.values()) >= 1

@@ -63,6 +63,8 @@ def _tokens(sample: list[LocalBatch], needs: list[Shape], head: int, share: int,
         uneven = max(uneven, need.tokens - head - own.sum() / bins)
     each = np.concatenate(by_record)
     each = each[each > 0]
+    if not each.size:  # every record of the sample was left out
+        return head + 1
     return head + int(np.ceil((share * each.mean() + MARGIN * share**0.5 * each.std()) / bins + uneven))
 
 
