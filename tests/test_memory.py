@@ -46,7 +46,7 @@ def xla_bytes(config, policy, shape, dtype, rank, dropout, chunks=1):
         pytest.param("none", Shape(2048, {64: 24, 128: 8}), jnp.float32, 16, 0.05, 1, marks=pytest.mark.slow),
         pytest.param("gate", Shape(2048, {32: 80}), jnp.float32, 64, 0.0, 1, marks=pytest.mark.slow),
         pytest.param("full", Shape(3072, {1024: 4}), jnp.bfloat16, 8, 0.05, 1, marks=pytest.mark.slow),
-        ("none", Shape(2048, {512: 5}), jnp.float32, 16, 0.0, 1),
+        pytest.param("none", Shape(2048, {512: 5}), jnp.float32, 16, 0.0, 1, marks=pytest.mark.slow),
         pytest.param("attention", Shape(1024, {64: 20}), jnp.float32, 8, 0.05, 3, marks=pytest.mark.slow),
     ],
 )
@@ -87,6 +87,7 @@ def test_the_choice_as_memory_shrinks(monkeypatch):
         choose(1000, chunk=0)
 
 
+@pytest.mark.slow
 def test_a_run_with_little_memory_chunks_and_learns_the_same(tmp_path, monkeypatch, capfd):
     """Chunks are chosen, the losses are those of a run without, and the folder goes on where memory is another."""
     monkeypatch.chdir(ROOT)

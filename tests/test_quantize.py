@@ -148,6 +148,7 @@ def losses(params, decoder, mesh=(1, 1, 1), steps=3):
     return np.array(found)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_fewer_bits_trains_as_its_numbers_do_on_any_mesh(cache):
     checkpoint = open_checkpoint("builtin:tiny")
     one, mesh = make_mesh(devices=jax.devices()[:1]), make_mesh(2, 2, 2)
@@ -176,6 +177,7 @@ def test_a_checkpoint_in_fewer_bits_trains_as_its_numbers_do_on_any_mesh(cache):
     np.testing.assert_allclose(losses(split, model.decoder, (2, 2, 2)), got, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_main_job_trains_over_nf4_and_merges_into_the_original(cache, tmp_path):
     config: ConfigDict = get_config()
     config.model.quantize, config.train.steps, config.train.batch_size, config.eval.path = "nf4", 2, 4, ""
@@ -191,7 +193,7 @@ def test_the_main_job_trains_over_nf4_and_merges_into_the_original(cache, tmp_pa
         claim_workdir(tmp_path, config, 2, begun=True)
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_an_embedder_over_a_quantised_base_with_an_adapter(cache, tmp_path, kind):
     """The adapter stays beside the quantised matrices, and gives what merging it into their wide form gives."""
     mesh, config = make_mesh(1, 2, 2, devices=jax.devices()[:4]), lora.LoraConfig(rank=4, alpha=8, dropout=0.1)

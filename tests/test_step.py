@@ -158,6 +158,7 @@ def test_dropout_moves_the_loss(records, one_device):
     assert np.abs(without - one_device[0]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_any_number_of_negatives(cases, records):
     """A record without negatives adds no candidates; one with three adds three."""
     mixed = [
