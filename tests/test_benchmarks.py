@@ -68,7 +68,10 @@ def test_triplets_are_as_long_as_snlis(tmp_path):
     assert max(max(ids) for triplet in triplets for ids in triplet) < 8192
 
 
-@pytest.mark.parametrize("policy", REMAT_POLICIES)
+@pytest.mark.parametrize(
+    "policy",
+    [name if name in ("full", "none") else pytest.param(name, marks=pytest.mark.slow) for name in REMAT_POLICIES],
+)
 def test_flops_are_those_that_xla_counts(policy):
     """Three layers: a scan of two, whose body XLA counts once, and the last; what we count for two."""
     config, settings = replace(PRESETS["tiny"], layers=3).decoder, lora.LoraConfig(rank=16)

@@ -49,7 +49,9 @@ def test_rendered_text_is_the_references(cases):
     )
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 1, 8)])
+@pytest.mark.parametrize(
+    "mesh", [(1, 1, 1), (2, 2, 2), (8, 1, 1), (1, 8, 1), pytest.param((1, 1, 8), marks=pytest.mark.slow)]
+)
 def test_same_vectors_alone_in_any_batch_and_on_any_mesh(cases, mesh):
     devices = jax.devices()[: int(np.prod(mesh))]
     embedder = OmniEmbedder.from_pretrained(cases["omni"].path, mesh=make_mesh(*mesh, devices=devices))
