@@ -9,6 +9,7 @@ Each side is a process of its own; they take turns. `--json` ends with one line 
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -66,8 +67,6 @@ def _cpuinfo() -> list[str]:
 
 
 def _affinity() -> set[int]:
-    import os
-
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 

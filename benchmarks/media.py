@@ -85,9 +85,9 @@ class Tower:
     def __init__(self, name: str):
         import torch
 
-        from benchmarks.peer import _import_torchvision
+        from benchmarks.peer import import_torchvision
 
-        _import_torchvision()
+        import_torchvision()
         from transformers.models.qwen2_5_omni import configuration_qwen2_5_omni as configs
         from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as models
 

@@ -20,14 +20,14 @@ import numpy as np
 
 from benchmarks.data import read_triplets
 from benchmarks.duel import peak_memory, serve
-from benchmarks.flops import Work, step_flops
+from benchmarks.flops import Work, forward_flops, step_flops
 from benchmarks.presets import LORA, ON_DEVICE, PRESETS
 from lco_jax import OmniEmbedder, make_mesh
 from lco_jax.checkpoint import builtin
 from lco_jax.checkpoint.hf import abstract_params, load_model, open_checkpoint
-from lco_jax.checkpoint.peft import read_peft
+from lco_jax.checkpoint.peft import layer_tensors, read_peft
 from lco_jax.core import lora
-from lco_jax.core.packing import Batch
+from lco_jax.core.packing import Batch, common_length
 from lco_jax.core.quantize import quantize
 from lco_jax.core.sharding import shardings
 from lco_jax.data import pipeline
@@ -38,7 +38,7 @@ from lco_jax.data.tower_rows import Processed
 from lco_jax.models.decoder import Decoder
 from lco_jax.models.model import Model
 from lco_jax.training.optimizer import OptimizerConfig, make_optimizer
-from lco_jax.training.step import contrastive_loss, init_state, make_train_step, state_shardings
+from lco_jax.training.step import contrastive_loss, embed_chunks, init_state, make_train_step, state_shardings
 
 TEMPERATURE = 0.03
 
@@ -53,16 +53,26 @@ def open_model(spec: dict[str, Any], mesh: jax.sharding.Mesh) -> tuple[Model, di
     config, dtype = PRESETS[spec["preset"]].decoder, jnp.dtype(spec["dtype"])
     shapes = abstract_params(config, dtype)
 
-    def draw(key: jax.Array, path: Any, leaf: jax.ShapeDtypeStruct) -> Any:
+    def draw(key: jax.Array, leaf: jax.ShapeDtypeStruct) -> Any:
         value = 0.02 * jax.random.normal(key, leaf.shape, dtype)
         matrix = len(leaf.shape) == 3 and spec["quantize"]
         return jax.lax.map(lambda w: quantize(w, spec["quantize"]), value) if matrix else value
 
-    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    drawn = [jax.jit(partial(draw, path=path, leaf=leaf))(key) for key, (path, leaf) in zip(keys, leaves, strict=True)]
+    drawn = [jax.jit(partial(draw, leaf=leaf))(key) for key, leaf in zip(keys, leaves, strict=True)]
     params = {"decoder": tree.unflatten(drawn)}
     return Model(Decoder(config, dtype, dtype, **settings), {}), params, Processor(builtin.build())
+
+
+def one_mesh() -> jax.sharding.Mesh:
+    """All accelerators, or one CPU device with all cores."""
+    return make_mesh(devices=jax.devices()[:1] if jax.default_backend() == "cpu" else None)
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """Rows of unit length."""
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def prepared(ids: list[int]) -> Processed:
@@ -75,25 +85,25 @@ class Training:
 
     def __init__(self, spec: dict[str, Any]):
         self.spec = spec
-        devices = jax.devices() if jax.default_backend() != "cpu" else jax.devices()[:1]
-        self.mesh = make_mesh(devices=devices)
+        self.mesh = one_mesh()
         self.triplets = read_triplets(Path(spec["data"]))
         self.model, self.params, processor = open_model(spec, self.mesh)
         self.config = lora.LoraConfig(LORA.rank, LORA.alpha, spec["dropout"])
-        shapes = jax.eval_shape(lambda key: lora.init(key, abstract_params(self.model.decoder.config), LORA),
-                                jax.random.key(0))  # fmt: skip
+        fresh = partial(lora.init, params=abstract_params(self.model.decoder.config), config=LORA)
+        shapes = jax.eval_shape(fresh, jax.random.key(0))
         tx = make_optimizer(OptimizerConfig(schedule="constant"), 10**9)
         self.places = state_shardings(shapes, tx, self.mesh)
         if spec["adapter"]:
             adapters = jax.device_put(read_peft(spec["adapter"])[0], shardings(shapes, self.mesh))
         else:
-            adapters = jax.jit(lambda key: lora.init(key, shapes_of(self.params), LORA))(jax.random.key(0))
+            adapters = jax.jit(fresh)(jax.random.key(0))
         self.adapters = adapters
         with jax.set_mesh(self.mesh):
             begin = jax.jit(lambda adapters: init_state(adapters, tx), out_shardings=self.places)
             self.state = begin(adapters)
         self.step = make_train_step(self.model, tx, self.config, TEMPERATURE, 0, self.mesh, self.places)
-        head = np.array(_common(self.triplets[0][0], self.triplets[1][1]), np.int32)
+        first, other = (np.array(self.triplets[i][i], np.int32) for i in (0, 1))
+        head = first[: common_length(first, other)]
         self.layout = pipeline.Layout(spec["batch"], 1, head, spec["chunk_tokens"])
         sample = [self.local(k) for k in range(8)]
         self.layout = floor_of(sample, self.layout, processor, self.mesh)
@@ -134,48 +144,34 @@ class Training:
         with jax.set_mesh(self.mesh):
             loss = jax.jit(jax.value_and_grad(partial(_loss, self.model.decoder, self.config), has_aux=True))
             (value, embeddings), grads = loss(self.adapters, self.params["decoder"], batch)
-        grads = jax.device_get(grads)
         named = {}
-        for kind in ("self_attn", "mlp"):
-            for module, factors in grads["layers"][kind].items():
-                for i in range(factors["weight"]["a"].shape[0]):
-                    named[f"{i}.{kind}.{module}.A"] = factors["weight"]["a"][i]
-                    named[f"{i}.{kind}.{module}.B"] = factors["weight"]["b"][i]
+        for layer, module, a, b in layer_tensors(jax.device_get(grads)):
+            named |= {f"{layer}.{module}.A": a, f"{layer}.{module}.B": b}
         np.savez(path, loss=float(value), embeddings=np.asarray(embeddings), **named)
         return {}
 
     def finish(self) -> dict[str, Any]:
         """What is told at the end."""
-        flops = step_flops(PRESETS[self.spec["preset"]].decoder, LORA.rank, self.work, self.spec["remat"])
-        shape = {"stream_tokens": self.work.tokens, "last_tokens": self.work.last, "rows": self.work.rows}
-        return {"flops": flops * (4 / 3 if self.spec["chunk_tokens"] else 1), **shape, **peak_memory()}
-
-
-def shapes_of(params: dict[str, Any]) -> dict[str, Any]:
-    """The decoder's parameters, as `lora.init` takes them."""
-    return params["decoder"]
+        config = PRESETS[self.spec["preset"]].decoder
+        flops = step_flops(config, LORA.rank, self.work, self.spec["remat"])
+        if self.spec["chunk_tokens"]:  # GradCache: every chunk forwards once more
+            flops += forward_flops(config, LORA.rank, self.work)
+        return {"flops": flops, "stream_tokens": self.work.tokens, "last_tokens": self.work.last,
+                "rows": self.work.rows, **peak_memory()}  # fmt: skip
 
 
 def _loss(decoder: Decoder, config: lora.LoraConfig, adapters: Any, params: Any, batch: Batch) -> tuple:
     """The loss, and the embeddings that it was made of."""
-    from lco_jax.training.step import embed_chunks
-
     loss, _ = contrastive_loss(adapters, params, batch, None, decoder, config, TEMPERATURE, 0)
     embeddings = embed_chunks(decoder, lora.attach(params, adapters, config, 0), batch.tokens)
     return loss, embeddings.reshape(-1, embeddings.shape[-1])[batch.sequences]
-
-
-def _common(a: list[int], b: list[int]) -> list[int]:
-    count = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    return a[:count]
 
 
 class Encoding:
     """All texts a round; adapters merged, as an embedder has them."""
 
     def __init__(self, spec: dict[str, Any]):
-        devices = jax.devices() if jax.default_backend() != "cpu" else jax.devices()[:1]
-        mesh = make_mesh(devices=devices)
+        mesh = one_mesh()
         if spec["preset"] in ON_DEVICE:
             model, params, processor = open_model({**spec, "remat": "none"}, mesh)
             self.embedder = OmniEmbedder(model, params, processor, mesh)
@@ -190,15 +186,13 @@ class Encoding:
     def round(self) -> dict[str, Any]:
         """Packing, forward passes, vectors on the host."""
         start = time.perf_counter()
-        vectors = self.embedder.embed(self.ready)
-        vectors = (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float16)
+        unit(self.embedder.embed(self.ready)).astype(np.float16)
         return {"seconds": time.perf_counter() - start, "tokens": sum(map(len, self.ready)),
                 "programs": len(self.embedder.decoder_shapes)}  # fmt: skip
 
     def check(self, path: str) -> dict[str, Any]:
         """The embeddings."""
-        vectors = self.embedder.embed(self.ready)
-        np.savez(path, embeddings=vectors / np.linalg.norm(vectors, axis=-1, keepdims=True))
+        np.savez(path, embeddings=unit(self.embedder.embed(self.ready)))
         return {}
 
     def finish(self) -> dict[str, Any]:

@@ -23,24 +23,24 @@ LINEARS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|dow
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _import_torchvision() -> None:
+def import_torchvision() -> None:
     """transformers imports it where it is installed, and a build for CUDA does not load beside a torch for CPUs."""
     try:
         import torchvision  # noqa: F401
     except RuntimeError:
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
-        _import_torchvision.operators = torch.library.Library("torchvision", "DEF")
+        import_torchvision.operators = torch.library.Library("torchvision", "DEF")
         for operator in ("nms", "qnms"):  # nothing here calls them
             schema = f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            _import_torchvision.operators.define(schema)
+            import_torchvision.operators.define(schema)
 
 
 class Recipe:
     """The model and how it is called."""
 
     def __init__(self, spec: dict[str, Any]):
-        _import_torchvision()
+        import_torchvision()
         from peft import LoraConfig, PeftModel, get_peft_model
         from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -102,10 +102,15 @@ class Training(Recipe):
         super().__init__(spec)
         self.optimizer = torch.optim.AdamW(self.tuned, lr=4e-4, weight_decay=0.0)
 
+    def batch(self) -> list[list[list[int]]]:
+        """The next triplets."""
+        size = self.spec["batch"]
+        return [self.triplets[(self.done * size + i) % len(self.triplets)] for i in range(size)]
+
     def gradient(self) -> tuple[float, list[torch.Tensor]]:
         """Loss and embeddings of the next batch, with gradients in place."""
-        size, micro = self.spec["batch"], self.spec["micro"]
-        batch = [self.triplets[(self.done * size + i) % len(self.triplets)] for i in range(size)]
+        batch, micro = self.batch(), self.spec["micro"]
+        size = len(batch)
         parts = [
             [self.embed([triplet[side] for triplet in batch[i : i + micro]]) for side in range(3)]
             for i in range(0, size, micro)
@@ -125,11 +130,10 @@ class Training(Recipe):
         self.optimizer.step()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
-        size = self.spec["batch"]
-        batch = [self.triplets[(self.done * size + i) % len(self.triplets)] for i in range(size)]
+        seconds = time.perf_counter() - start
+        tokens = sum(len(ids) for triplet in self.batch() for ids in triplet)
         self.done += 1
-        tokens = sum(len(ids) for triplet in batch for ids in triplet)
-        return {"seconds": time.perf_counter() - start, "loss": loss, "tokens": tokens}
+        return {"seconds": seconds, "loss": loss, "tokens": tokens}
 
     def check(self, path: str) -> None:
         """Embeddings and adapter gradients of the first batch."""
@@ -146,20 +150,22 @@ class Training(Recipe):
 class Encoding(Recipe):
     """All texts a round, in batches of eight and in their order, as the released code's examples do."""
 
+    def __init__(self, spec: dict[str, Any]):
+        super().__init__(spec)
+        self.texts = [ids for triplet in self.triplets for ids in triplet][: spec["batch"]]
+
     @torch.no_grad()
     def all(self) -> torch.Tensor:
         """Every text's vector."""
-        texts = [ids for triplet in self.triplets for ids in triplet][: self.spec["batch"]]
         size = self.spec["encode_batch"]
-        return torch.cat([self.embed(texts[i : i + size]).cpu() for i in range(0, len(texts), size)])
+        parts = [self.texts[i : i + size] for i in range(0, len(self.texts), size)]
+        return torch.cat([self.embed(part).cpu() for part in parts])
 
     def round(self) -> dict[str, Any]:
         """Forward passes, vectors on the host."""
         start = time.perf_counter()
         self.all().to(torch.float16)
-        seconds = time.perf_counter() - start
-        texts = [ids for triplet in self.triplets for ids in triplet][: self.spec["batch"]]
-        return {"seconds": seconds, "tokens": sum(map(len, texts))}
+        return {"seconds": time.perf_counter() - start, "tokens": sum(map(len, self.texts))}
 
     def check(self, path: str) -> None:
         """The embeddings."""

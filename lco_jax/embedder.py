@@ -283,7 +283,7 @@ class OmniEmbedder:
             which[chosen] = shard * tokens.last_tokens.shape[1] + slots
         split = NamedSharding(self.mesh, PartitionSpec(ROWS))
         tokens, media = jax.tree.map(
-            lambda x: jax.make_array_from_callback(x.shape, split, lambda index: x[index]), (tokens, media)
+            lambda x: jax.make_array_from_callback(x.shape, split, lambda index: x[index]), (tokens, media())
         )
         media = self.towers(self.params, media)
         self.decoder_shapes.note(tokens, media)

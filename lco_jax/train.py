@@ -13,6 +13,7 @@ Any key of the config can be set on the command line, e.g. --config.optimizer.le
 """
 
 import dataclasses
+import functools
 import math
 import signal
 import sys
@@ -103,16 +104,20 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     stream = pipeline.record_stream(sources, weights, config.seed, run)
     batches = pipeline.local_batches(stream, layout, processor, config.data.max_length)
     sample = draw(batches, layout, media=bool(towers))
-    shaped = lambda chunk: plan(  # noqa: E731
-        sample, dataclasses.replace(layout, chunk_tokens=chunk), processor, mesh, config.data.max_length
-    )
-    if config.model.remat == "auto" or config.train.chunk_tokens < 0:
+
+    @functools.cache
+    def shaped(chunk: int) -> pipeline.Layout:
+        unplanned = dataclasses.replace(layout, chunk_tokens=chunk)
+        return plan(sample, unplanned, processor, mesh, config.data.max_length)
+
+    chunk_tokens = config.train.chunk_tokens
+    if config.model.remat == "auto" or chunk_tokens < 0:
         sides = batch_size, 2 + layout.max_negatives
         chosen = memory.choose_for(config, model, params, training, mesh, sides, lambda chunk: shaped(chunk).floor)
         _say(str(chosen))
         model = dataclasses.replace(model, decoder=model.decoder.clone(remat=chosen.remat))
-        layout = dataclasses.replace(layout, chunk_tokens=chosen.chunk_tokens)
-    layout = shaped(layout.chunk_tokens)
+        chunk_tokens = chosen.chunk_tokens
+    planned = shaped(chunk_tokens)
     iterator = pipeline.ahead(batches, config.data.threads)
     store = RunStore(workdir / "checkpoints", config.checkpoint.keep)
     step = store.latest_step() or 0
@@ -139,7 +144,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     log = MetricsLog(workdir, step, config) if lead else None
     watch = _Watch(config, log, total_steps, step)
     with jax.set_mesh(mesh), watch.progress:
-        for batch in pipeline.batches(iterator, layout, processor.rows, mesh) if step < total_steps else ():
+        for batch in pipeline.batches(iterator, planned, processor.rows, mesh) if step < total_steps else ():
             state, metrics = train_step(state, params, batch)
             watch.record(step, metrics)
             step += 1

@@ -7,7 +7,6 @@ random, biases and norms included.
 
 import copy
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +14,15 @@ import torch
 import transformers
 from safetensors.numpy import save_file
 
-try:
-    import torchvision
-except RuntimeError:  # the registry's build is for CUDA; on a CPU torch its operators must at least have a schema
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    _operators = torch.library.Library("torchvision", "DEF")
-    for operator in ("nms", "qnms"):  # nothing here calls them
-        _operators.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import torchvision  # noqa: F401
+from benchmarks.peer import import_torchvision
 
-from reference_files import PINPOINTS, write_files
-from reference_media import Golden, golden  # noqa: F401, part of this module's interface
+import_torchvision()  # before anything of transformers looks for it
 
-from lco_jax.checkpoint import builtin
-from lco_jax.core.files import read_json, write_json
+from reference_files import PINPOINTS, write_files  # noqa: E402
+from reference_media import Golden, golden  # noqa: E402, F401, part of this module's interface
+
+from lco_jax.checkpoint import builtin  # noqa: E402
+from lco_jax.core.files import read_json, write_json  # noqa: E402
 
 FAMILIES = ("vl", "vl_tied", "omni", "omni_full")
 LLAVA = ("llava_mistral", "llava_llama", "llava_qwen2")

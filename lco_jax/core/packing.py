@@ -212,7 +212,7 @@ def fill(
     counts = [shape.rows[width] for width in widths]
     first_row = dict(zip(widths, np.cumsum([0, *counts]), strict=False))
     first_slot = dict(zip(widths, np.cumsum([0, *(w * n for w, n in zip(widths, counts, strict=True))]), strict=False))
-    became = []
+    became, head_length = [], 0 if head is None else len(head)
     for r, (stream, numbers) in enumerate(zip(streams, identities, strict=True)):
         used, which = dict.fromkeys(widths, 0), np.zeros(len(stream.at), np.int64)
         for i in sorted(range(len(stream.at)), key=lambda i: -len(stream.at[i])):  # the long ones have less choice
@@ -226,8 +226,7 @@ def fill(
             home[r, at[new]] = first_slot[width] + row * width + new
             input_ids[r, at[new]], position_ids[r, at[new]] = one.input_ids[new], one.position_ids[new]
             keys = np.uint32(numbers[i] * GOLDEN_RATIO % 2**32) + new.astype(np.uint32)
-            common = 0 if head is None else common_length(_text_ids(one, i), head)
-            token_keys[r, at[new]] = np.where(new < common, new.astype(np.uint32), keys)
+            token_keys[r, at[new]] = np.where(at[new] < head_length, new.astype(np.uint32), keys)
             if one.media_slots is not None:
                 media_slots[r, at[new]] = one.media_slots[new]
         became.append(which)

@@ -61,6 +61,11 @@ def _product(x: Array, w: Array) -> Array:
     return jnp.einsum("...i,oi->...o", x, w.astype(x.dtype), precision=matmul_precision(x))
 
 
+def _product_back(g: Array, w: Array) -> Array:
+    """The gradient of `_product`'s x: g [..., O] -> [..., I]."""
+    return jnp.einsum("...o,oi->...i", g, w.astype(g.dtype), precision=matmul_precision(g))
+
+
 @jax.custom_vjp
 def _factor_product(x: Array, w: Array) -> Array:
     """`_product` with a factor of an adapter, long on one side and short on the other. Its gradient is float32.
@@ -80,8 +85,7 @@ def _factor_gradients(saved: tuple[Array, Array], g: Array) -> tuple[Array, Arra
     wide = jnp.float32 if jax.default_backend() == "cpu" else g.dtype  # XLA's CPU products of bfloat16 give bfloat16
     a, b = x.astype(wide), g.astype(wide)
     of_w = sums(a, b).T if w.shape[0] > w.shape[1] else sums(b, a)
-    of_x = jnp.einsum("...o,oi->...i", g, w.astype(g.dtype), precision=matmul_precision(g))
-    return of_x, of_w.astype(w.dtype)
+    return _product_back(g, w), of_w.astype(w.dtype)
 
 
 _factor_product.defvjp(lambda x, w: (_product(x, w), (x, w)), _factor_gradients)
@@ -97,10 +101,8 @@ def _frozen_product(x: Array, w: QuantizedWeight) -> Array:
 
 def _frozen_gradient(w: QuantizedWeight, g: Array) -> tuple[Array, None]:
     if isinstance(w, Int8Weight):
-        g, wide = (g * w.scales).astype(g.dtype), w.values.astype(g.dtype)
-    else:
-        wide = dequantize(w, g.dtype)
-    return jnp.einsum("...o,oi->...i", g, wide, precision=matmul_precision(g)), None
+        return _product_back((g * w.scales).astype(g.dtype), w.values), None
+    return _product_back(g, dequantize(w, g.dtype)), None
 
 
 _frozen_product.defvjp(lambda x, w: (_frozen_product(x, w), w), _frozen_gradient)

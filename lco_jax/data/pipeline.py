@@ -7,7 +7,7 @@ those whose index is p modulo P. The position of the stream is one number, so a 
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
@@ -168,14 +168,14 @@ def _number(side: Side) -> int:
 class LaidBatch(NamedTuple):
     """A process's share of a batch, laid into its streams. bins: of each input, its stream, chunk by chunk.
 
-    members: of each stream, its inputs' numbers.
+    members: of each stream, its inputs' numbers. media: makes the towers' rows.
     """
 
     chunks: int
     bins: np.ndarray
     members: list[np.ndarray]
     streams: list[Stream]
-    media: MediaRows
+    media: Callable[[], MediaRows]
     media_shape: MediaShape
 
 
@@ -230,7 +230,7 @@ def global_batch(local: LocalBatch, layout: Layout, layouts: Mapping[str, TowerR
         table = np.where(every[:, :1] >= 0, every, np.iinfo(np.int32).min).max(axis=0)
         table[0] = np.maximum(table[0], -1)
     everywhere_same = [jax.make_array_from_callback(x.shape, replicated(mesh), x.__getitem__) for x in table]
-    return Batch(tokens.map(to_mesh), *everywhere_same, jax.tree.map(media_to_mesh, laid.media))
+    return Batch(tokens.map(to_mesh), *everywhere_same, jax.tree.map(media_to_mesh, laid.media()))
 
 
 def agree(need: np.ndarray) -> np.ndarray:

@@ -116,9 +116,9 @@ def lay_media(
     shards: Sequence[Sequence[Processed]],
     agree: Callable[[np.ndarray], np.ndarray] = lambda need: need,
     floor: MediaShape | None = None,
-) -> tuple[MediaRows, list[list[TokenSequence]], MediaShape]:
-    """Lay the media of each shard's inputs into tower rows: (rows, P times as many as a shard has; the inputs' tokens;
-    the least shape that holds them).
+) -> tuple[Callable[[], MediaRows], list[list[TokenSequence]], MediaShape]:
+    """Lay the media of each shard's inputs into tower rows: (what makes the rows, P times as many as a shard has; the
+    inputs' tokens; the least shape that holds them).
 
     agree: makes the shapes of all processes one (the largest): int array -> int array, elementwise. floor: a shape to
     keep to wherever it does.
@@ -134,17 +134,24 @@ def lay_media(
     laid = {t: [layouts[t].lay(x, int(w)) for x in items[t]] for t, w in zip(known, widths, strict=True) if w}
     need = np.array([max((x.rows for x in laid[t]), default=0) if t in laid else 0 for t in known], np.int64)
     shape = {t: (int(w), int(n)) for t, w, n in zip(known, widths, agree(need), strict=True) if w}
-    media: MediaRows = {}
+    sizes: MediaShape = {}
     slots: list[dict[str, Any]] = [{} for _ in shards]
     offset = 0
     for tower, (width, count) in shape.items():
         least = floor.get(tower, (0, 0))[1]
         count = least if count <= least else bucket(count, 4)
-        media[tower] = layouts[tower].fill(list(zip(items[tower], laid[tower], strict=True)), count, width)
+        sizes[tower] = (width, count)
         for shard, where in enumerate(laid[tower]):
             slots[shard][tower] = iter([tokens + offset for tokens in where.tokens])
         offset += count * layouts[tower].tokens_per_row(width)
-    return media, [[_with_slots(one, slots[shard]) for one in inputs] for shard, inputs in enumerate(shards)], shape
+
+    def rows() -> MediaRows:
+        return {
+            t: layouts[t].fill(list(zip(items[t], laid[t], strict=True)), count, width)
+            for t, (width, count) in sizes.items()
+        }
+
+    return rows, [[_with_slots(one, slots[shard]) for one in inputs] for shard, inputs in enumerate(shards)], shape
 
 
 def _with_slots(one: Processed, slots: dict[str, Any]) -> TokenSequence:

@@ -7,11 +7,9 @@ too old costs a line in the log and not a run.
 """
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +18,7 @@ from jax import Array
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
-from lco_jax.core.sharding import ROWS
+from lco_jax.core.sharding import ROWS, row_shards
 
 LANES = 128  # the width of a TPU's vector registers, which splash attention's blocks are multiples of
 SHORT = 512  # rows below this are left to XLA by "auto": their scores are small, and its fusions do better
@@ -75,13 +73,9 @@ def _cudnn(query: Array, key: Array, value: Array, segment_ids: Array | None, ca
 def _splash_fits(query: Array, segment_ids: Array | None, forced: bool) -> bool:
     tokens, heads = query.shape[1:3]
     mesh = jax.sharding.get_abstract_mesh()
-    if tokens % LANES or (not mesh.empty and (heads % mesh.shape["tensor"] or query.shape[0] % _shards(mesh))):
+    if tokens % LANES or (not mesh.empty and (heads % mesh.shape["tensor"] or query.shape[0] % row_shards(mesh))):
         return False
     return forced or (jax.default_backend() == "tpu" and tokens >= SHORT)
-
-
-def _shards(mesh: Any) -> int:
-    return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def _splash(query: Array, key: Array, value: Array, segment_ids: Array | None, causal: bool) -> Array:

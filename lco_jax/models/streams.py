@@ -8,6 +8,7 @@ home among the slots, so its gradient is gathered from there; only the head's to
 columns, and their gradient is a sum over rows.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -34,17 +35,16 @@ def to_rows(x: Array, tokens: PackedTokens) -> list[Array]:
 
 def from_rows(rows: list[Array], tokens: PackedTokens) -> Array:
     """Each token as it stands in its home: groups of [R, N, W, …] -> [R, T, …], zero for padding."""
-    flat = [x.reshape(x.shape[0], -1, *x.shape[3:]) for x in rows]
-    return _home(jnp.concatenate(flat, axis=1), tokens.home, _slots(tokens.rows))
+    return _home(_flat(rows), tokens.home, _flat(tokens.rows))
 
 
-def _slots(rows: tuple[Array, ...]) -> Array:
-    """[R, U]: the token of each slot; -1 for none."""
-    return jnp.concatenate([x.reshape(x.shape[0], -1) for x in rows], axis=1)
+def _flat(groups: Sequence[Array]) -> Array:
+    """Groups of [R, N, W, …] end to end: [R, U, …]."""
+    return jnp.concatenate([x.reshape(x.shape[0], -1, *x.shape[3:]) for x in groups], axis=1)
 
 
 def _to_rows(x: Array, rows: tuple[Array, ...]) -> list[Array]:
-    flat = take(x, jnp.maximum(_slots(rows), 0))
+    flat = take(x, jnp.maximum(_flat(rows), 0))
     parts, first = [], 0
     for group in rows:
         size = group.shape[1] * group.shape[2]
@@ -64,7 +64,7 @@ def _shared_to_rows_forward(x: Array, rows: tuple[Array, ...], home: Array, head
 
 def _shared_to_rows_backward(head_length: int, saved: tuple, grads: list[Array]) -> tuple:
     rows, home = saved
-    flat = jnp.concatenate([g.reshape(g.shape[0], -1, *g.shape[3:]) for g in grads], axis=1)
+    flat = _flat(grads)
     at_home = _where(home >= 0, take(flat, jnp.maximum(home, 0)))
     if not head_length:
         return at_home, None, None

@@ -4,9 +4,6 @@ Dimensions: B records, M hard negatives a record, D hidden, N candidates = B · 
 tiles; b anchors and n candidates of a shard or a tile; C chunks, R streams, S sequences of a stream.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -18,7 +15,6 @@ from lco_jax.core.sharding import ROWS, constrain, row_shards
 TILE_SCORES = 2**25  # anchors × candidates that a device compares at once (128 MiB of float32)
 CANDIDATES = ("auto", "gather", "ring")
 RING_BYTES = 2**30  # gathered candidates and their gradient, on one device, from which on "auto" takes the ring
-SHARE, TILES = PartitionSpec(ROWS), PartitionSpec(None, ROWS)  # split over the shards: [b, …] and [T, b, …]
 
 
 def takes_ring(candidates: str, count: int, hidden: int) -> bool:
@@ -117,37 +113,29 @@ def whole(x: Array, fill: int = 0) -> Array:
     return jnp.pad(x, ((0, -len(x) % _shards()), *[(0, 0)] * (x.ndim - 1)), constant_values=fill)
 
 
-def _on_shards(fun: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.shard_map(fun, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
-def _around(visit: Callable, block: Any, state: Any) -> tuple[Any, Any]:
-    """`visit(block, state)` makes both anew; then the block goes to the next device. After P visits it is home."""
-    ring = [(i, (i + 1) % _shards()) for i in range(_shards())]
-
-    def step(carry: tuple[Any, Any], _: None) -> tuple[tuple[Any, Any], None]:
-        block, state = visit(*carry)
-        return (jax.tree.map(lambda x: jax.lax.ppermute(x, ROWS, ring), block), state), None
-
-    return jax.lax.scan(step, (block, state), length=_shards())[0]
-
-
 def by_record(embeddings: Array, sequences: Array) -> Array:
     """Embeddings of streams [C, R, S, D] as [B, 2 + M, D] split over the shards: each device picks its records' own.
 
-    sequences: int [B, 2 + M], as a `Batch` has them. B and R are multiples of P. (The compiler would gather all.)
+    sequences: int [B, 2 + M], as a `Batch` has them. B and R are multiples of P. The compiler would gather all; here
+    each shard's streams visit every device, and after P visits are home.
     """
-    chunk, stream, slot = jnp.unravel_index(jnp.maximum(sequences, 0), embeddings.shape[:3])
+    mesh, shards = jax.sharding.get_abstract_mesh(), _shards()
+    places = jnp.unravel_index(jnp.maximum(sequences, 0), embeddings.shape[:3])
+    ring = [(i, (i + 1) % shards) for i in range(shards)]
 
     def here(block: Array, chunk: Array, stream: Array, slot: Array) -> Array:
-        def visit(block: tuple[Array, Array], found: Array) -> tuple[tuple[Array, Array], Array]:
-            vectors, first = block
-            streams = vectors.shape[1]
+        streams = block.shape[1]
+
+        def visit(carry: tuple[Array, Array, Array], _: None) -> tuple[tuple[Array, Array, Array], None]:
+            block, first, found = carry
             at = jnp.where(stream < first, streams, stream - first)  # beyond the last lie zeros
-            return block, found + vectors.at[chunk, at, slot].get(mode="fill", fill_value=0)
+            found += block.at[chunk, at, slot].get(mode="fill", fill_value=0)
+            block, first = (jax.lax.ppermute(x, ROWS, ring) for x in (block, first))
+            return (block, first, found), None
 
-        first = jax.lax.axis_index(ROWS) * block.shape[1]
-        return _around(visit, (block, first), jnp.zeros((*slot.shape, block.shape[-1])))[1]
+        found = jnp.zeros((*slot.shape, block.shape[-1]))
+        return jax.lax.scan(visit, (block, jax.lax.axis_index(ROWS) * streams, found), length=shards)[0][2]
 
-    return _on_shards(here, (TILES, SHARE, SHARE, SHARE), SHARE)(embeddings, chunk, stream, slot)
+    share, streams = PartitionSpec(ROWS), PartitionSpec(None, ROWS)
+    split = jax.shard_map(here, mesh=mesh, in_specs=(streams, *[share] * 3), out_specs=share, check_vma=False)
+    return split(embeddings, *places)

@@ -72,7 +72,7 @@ def contrastive_loss(
     """InfoNCE of a global batch under `adapters`.
 
     params: the decoder's; media: what its towers made of the batch; seed: the step's dropout key; candidates: gathered
-    or passed round a ring, as `takes_ring` has it.
+    or left split, as `takes_ring` has it.
     """
     embeddings = embed_chunks(decoder, lora.attach(params, adapters, config, seed), batch.tokens, media)
     sequences, content, hidden = batch.sequences, batch.content, embeddings.shape[-1]
