@@ -12,6 +12,7 @@ Any key of the config can be set on the command line, e.g. --config.optimizer.le
     checkpoints/  config.json  what resuming needs
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -143,7 +144,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     )
     log = MetricsLog(workdir, step, config) if lead else None
     watch = _Watch(config, log, total_steps, step)
-    with jax.set_mesh(mesh), watch.progress:
+    with contextlib.closing(store), jax.set_mesh(mesh), watch.progress:  # on any way out, what is begun is saved
         for batch in pipeline.batches(iterator, planned, processor.rows, mesh) if step < total_steps else ():
             state, metrics = train_step(state, params, batch)
             watch.record(step, metrics)
@@ -155,8 +156,6 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             if last:
                 break
         watch.flush()
-    store.wait()
-    store.close()
     signal.signal(signal.SIGTERM, previous_handler)  # from here on there is nothing to save
     if log:
         log.close()

@@ -43,9 +43,6 @@ class RunStore:
         restored = self._manager.restore(step, args=items)
         return restored.state, restored.data
 
-    def wait(self) -> None:
-        """Until everything begun is on disk."""
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
+        """Returns when everything begun is on disk."""
         self._manager.close()
