@@ -51,7 +51,7 @@ def main() -> int:
     with explained("search needs more packages: pip install 'lco-jax[search]'", ImportError):
         import uvicorn
 
-        from lco_jax.searching.server import LOOPBACK, Server
+        from lco_jax.searching.server import HEADERS, LOOPBACK, Server
     if args.input.suffix == ".parquet":
         raise LcoError(f"--input={args.input}: search takes a folder of media, a .jsonl or a .txt")
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
@@ -70,7 +70,8 @@ def main() -> int:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in library.counts.items())
         print(f"{counts}: http://{host}:{listening.getsockname()[1]}", flush=True)
         app = server.app(LOOPBACK if args.host in LOOPBACK else ("*",))
-        uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False)).run(sockets=[listening])
+        config = uvicorn.Config(app, log_level="warning", server_header=False, headers=HEADERS)
+        uvicorn.Server(config).run(sockets=[listening])
     return 0
 
 

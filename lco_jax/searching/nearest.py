@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lco_jax.core.errors import LcoError, explained
+from lco_jax.core.errors import explained
 
 EXACT = 100_000  # up to so many vectors are all looked at
 ADDED_AT_ONCE = 4096
@@ -51,10 +51,8 @@ def with_graph(vectors: np.ndarray, keys: list[str], folder: Path, name: str) ->
 
     path = folder / f"{name}-{blake2b(''.join(keys).encode(), digest_size=8).hexdigest()}.usearch"
     if path.exists():
-        graph = Graph.restore(path, view=True)
-        if graph is None or len(graph) != len(vectors):
-            raise LcoError(f"{path} is torn; remove it, and the same command makes it again")
-        return Nearest(vectors, graph)
+        with explained(f"{path} is torn; remove it, and the same command makes it again", ValueError, RuntimeError):
+            return Nearest(vectors, Graph.restore(path, view=True))
     graph = Graph(ndim=vectors.shape[1], metric="cos", dtype="f16")
     with tqdm(total=len(vectors), desc=f"graph of {name}", unit="vector") as progress:
         for start in range(0, len(vectors), ADDED_AT_ONCE):

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import ImageOps
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import MutableHeaders, UploadFile
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -23,7 +23,6 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import ASSETS
@@ -33,31 +32,16 @@ from lco_jax.data.prompts import MEDIA, is_media_file
 from lco_jax.searching.library import Entry, File, Library
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
-RESULTS = 200  # that an answer holds
+RESULTS, SOME = 200, 24  # entries of an answer, and of the page before a search
 THUMBNAIL = 480  # pixels of its longer side
 POLICY = "default-src 'self'; img-src 'self' blob:; media-src 'self' blob:; object-src 'none'; base-uri 'none'"
-HEADERS = {
-    "content-security-policy": f"{POLICY}; form-action 'self'; frame-ancestors 'none'",
-    "cross-origin-resource-policy": "same-origin",
-    "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
-}
+HEADERS = [  # of every answer
+    ("content-security-policy", f"{POLICY}; form-action 'self'; frame-ancestors 'none'"),
+    ("cross-origin-resource-policy", "same-origin"),
+    ("referrer-policy", "no-referrer"),
+    ("x-content-type-options", "nosniff"),
+]
 Encode = Callable[[Any, str], np.ndarray]  # what `encode` takes, and its name in errors -> a unit vector [D]
-
-
-class Safe:
-    """Every answer with `HEADERS`."""
-
-    def __init__(self, app: ASGIApp):
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
-            await send(message)
-
-        await self.app(scope, receive, with_headers)
 
 
 class Server:
@@ -79,14 +63,15 @@ class Server:
             Route("/thumbnail/{key}/{number:int}", self.thumbnail),
             Mount("/", StaticFiles(directory=ASSETS / "search", html=True)),
         ]
-        middleware = [Middleware(Safe), Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)]
-        return Starlette(
-            routes=routes, middleware=middleware, exception_handlers={LcoError: _refuse, HTTPException: _refuse}
-        )
+        known = Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
+        refusals = {LcoError: _refuse, HTTPException: _refuse}
+        return Starlette(routes=routes, middleware=[known], exception_handlers=refusals)
 
     async def tell(self, request: Request) -> Response:
-        """What the page shows before a search."""
-        return JSONResponse({**self.about, "counts": self.library.counts, "most": self.most})
+        """What the page shows before a search: the model, the counts, and some entries from all over."""
+        entries = [*self.library.entries.values()]
+        some = [_shown(entry, None) for entry in entries[:: -(-len(entries) // SOME)]]
+        return JSONResponse({**self.about, "counts": self.library.counts, "most": self.most, "some": some})
 
     async def search(self, request: Request) -> Response:
         """A form with any of text, file and like (an entry's key), and the kinds to look among, by default all.
@@ -96,7 +81,12 @@ class Server:
         origin = request.headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != request.headers["host"]:
             raise HTTPException(403, f"{origin} is another site, and may not search here.")
-        async with Request(request.scope, self._bounded(request)).form(max_files=1, max_fields=20) as form:
+        length = request.headers.get("content-length", "")
+        if not length.isdecimal() or int(length) > self.most:
+            raise HTTPException(
+                413, f"A query may hold {self.most:,} bytes (--max-upload), and must say how many it has."
+            )
+        async with request.form(max_files=1, max_fields=20) as form:
             text, file, like = form.get("text", ""), form.get("file"), form.get("like", "")
             if not isinstance(text, str) or not isinstance(like, str) or isinstance(file, str):
                 raise HTTPException(400, "text and like are texts, and file is a file.")
@@ -119,20 +109,6 @@ class Server:
         results = [_shown(one, cosine) for one, cosine in found if one is not entry][:RESULTS]
         seconds = {"encode": encoded - began, "search": time.monotonic() - encoded}
         return JSONResponse({"results": results, "seconds": seconds})
-
-    def _bounded(self, request: Request) -> Receive:
-        """The request's body, which ends in an error when it is larger than it may be."""
-        held = 0
-
-        async def receive() -> Message:
-            nonlocal held
-            message = await request.receive()
-            held += len(message.get("body", b""))
-            if held > self.most:
-                raise HTTPException(413, f"The file is larger than {self.most:,} bytes (--max-upload).")
-            return message
-
-        return receive
 
     async def _medium_of(self, file: UploadFile) -> tuple[list[dict[str, Any]], str]:
         """An uploaded file as a part of a query, and its name."""
@@ -179,7 +155,7 @@ class Server:
         )
 
 
-def _shown(entry: Entry, cosine: float) -> dict[str, Any]:
+def _shown(entry: Entry, cosine: float | None) -> dict[str, Any]:
     """A result as the page is told it."""
     files = [{"kind": file.kind, "at": f"{entry.key}/{i}"} for i, file in enumerate(entry.files)]
     said = {name: getattr(entry, name) for name in ("key", "kind", "label", "text")}

@@ -95,7 +95,7 @@ function card(result) {
   }
   item.dataset.kind = result.kind;
   part("label").textContent = part("label").title = result.label;
-  part("cosine").textContent = result.cosine.toFixed(3);
+  if (result.cosine !== null) part("cosine").textContent = result.cosine.toFixed(3);
   part("cosine").title = "cosine with the query";
   part("like").textContent = "Search with this";
   part("like").setAttribute("aria-label", `Search with ${result.label}`);
@@ -154,6 +154,11 @@ async function begin() {
   $("kinds").hidden = counts.length < 2;
   $("kinds").append(chip("", "All", total, true));
   for (const [kind, count] of counts) $("kinds").append(chip(kind, KINDS[kind][0], count, false));
+  if (!found.length && !running) {
+    found = about.some;
+    say("Some of what is indexed");
+    show();
+  }
 }
 
 $("form").onsubmit = (event) => {
