@@ -103,7 +103,8 @@ def main() -> int:
     keep_compiled()
     checkpoint = open_checkpoint(args.model)
     modalities = _modalities(checkpoint, found, media, strict)
-    parts = VectorParts(args.output, _work(args, as_it_was, media, checkpoint), part_size(args, found))
+    part_size = args.part_size or (MEDIA_A_PART if found.has_media else TEXTS_A_PART)
+    parts = VectorParts(args.output, _work(args, as_it_was, media, checkpoint), part_size)
     try:
         with parts:
             embedder = load(args, checkpoint, media, modalities)
@@ -135,11 +136,6 @@ def load(
         quantize=args.quantize,
         attention=args.attention,
     )
-
-
-def part_size(args: argparse.Namespace, found: Contents) -> int:
-    """Inputs that are embedded together."""
-    return args.part_size or (MEDIA_A_PART if found.has_media else TEXTS_A_PART)
 
 
 def embed_items(

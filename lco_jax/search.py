@@ -22,7 +22,7 @@ from lco_jax.core.errors import LcoError, explained, run_main
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Contents, Corpus, scan
 from lco_jax.data.vectors import MANIFEST, VectorParts, read_vectors, same_work
-from lco_jax.embed import add_flags, embed_items, load, media_config, model_work, part_size
+from lco_jax.embed import MEDIA_A_PART, add_flags, embed_items, load, media_config, model_work
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.searching.library import Entry, Library
 from lco_jax.searching.nearest import EXACT, Nearest, with_graph
@@ -87,7 +87,7 @@ def prepare(args: argparse.Namespace) -> tuple[Library, OmniEmbedder]:
     checkpoint = open_checkpoint(args.model)
     embedder = load(args, checkpoint, media, None)
     work = model_work(args, media, checkpoint)
-    parts = VectorParts(args.index / "vectors.parquet", work, part_size(args, found), "--index")
+    parts = VectorParts(args.index / "vectors.parquet", work, args.part_size or MEDIA_A_PART, "--index")
     keys, vectors = update(parts, entries, found, embedder, args)
     rows = [row for row, key in enumerate(keys) if key in entries and not np.isnan(vectors[row, 0])]
     if len(rows) < len(entries):

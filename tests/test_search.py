@@ -185,7 +185,7 @@ def test_search_by_text_by_file_by_both_and_by_what_was_found(client, tmp_path):
 
 
 def test_only_what_was_indexed_is_served_and_nothing_runs(client, tmp_path):
-    red, _, page = (result["files"][0]["at"] for result in ask(client, text="x", kind="image"))
+    red, _, page = (f"{result['key']}/0" for result in ask(client, text="x", kind="image"))
     whole = client.get(f"/media/{red}")
     assert whole.content == (tmp_path / "red.png").read_bytes()
     assert whole.headers["content-type"] == "image/png"

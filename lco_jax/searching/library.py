@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,67 +18,52 @@ from lco_jax.searching.nearest import Nearest
 TEXT_SHOWN = 600  # letters of a text that the page is given
 
 
-@dataclass(frozen=True)
-class File:
-    """A local file of an entry. mark: its size and time of change, ns, when it was read; None if it was not there."""
+class File(NamedTuple):
+    """A local file of an entry. mark: what `mark_of` said when it was read."""
 
     kind: str
     path: str
-    mark: tuple[int, int] | None
+    mark: list[int] | None
 
-    @classmethod
-    def at(cls, kind: str, path: str) -> "File":
-        """The file as it is now."""
-        try:
-            found = os.stat(path)
-        except OSError:
-            return cls(kind, path, None)
-        return cls(kind, path, (found.st_size, found.st_mtime_ns))
+
+def mark_of(path: str) -> list[int] | None:
+    """A file's size and time of change in ns; None if it is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An input. kind: of its first medium, or "text"; label: where it stands; text: its beginning.
+    """An input. kind: of its first medium, or "text"; label: where it stands; text: its beginning; parts: of a chat.
 
-    key: 32 hexadecimal digits, other for another content, path, size or time of change of a file.
+    key: 32 hexadecimal digits, others for another content, path, size or time of change of a file.
     """
 
     key: str
     kind: str
     label: str
     text: str
-    files: tuple[File, ...]
+    files: list[File]
+    parts: list[dict[str, Any]]
     item: Item
 
     @classmethod
     def of(cls, item: Item, root: Path) -> "Entry":
         """root: the folder that labels start from."""
-        parts = _parts(item.content)
-        texts = [part["text"] for part in parts if part["type"] == "text"]
+        turns = item.content if is_conversation(item.content) else [{"content": item.content}]
+        turns = [[turn["content"]] if isinstance(turn["content"], dict) else turn["content"] for turn in turns]
+        parts = [{"type": "text", **part} for turn in turns for part in turn]
+        text = "\n".join(part["text"] for part in parts if part["type"] == "text")[:TEXT_SHOWN]
         sources = [(part["type"], part[part["type"]]) for part in parts if part["type"] != "text"]
-        named = [(kind, x) for kind, x in sources if isinstance(x, str)]
-        named += [("image", frame) for _, x in sources if isinstance(x, list) for frame in x]  # frames of a clip
-        files = tuple(File.at(kind, path) for kind, path in named if not ADDRESS.match(path))
-        said = json.dumps([item.content, [file.mark for file in files]])
-        return cls(
-            blake2b(said.encode(), digest_size=16).hexdigest(),
-            sources[0][0] if sources else "text",
-            item.where.removeprefix(f"{root}/"),
-            "\n".join(texts)[:TEXT_SHOWN],
-            files,
-            item,
-        )
-
-    @property
-    def parts(self) -> list[dict[str, Any]]:
-        """Its chat parts, for a query that holds them and more."""
-        return _parts(self.item.content)
-
-
-def _parts(content: Any) -> list[dict[str, Any]]:
-    if isinstance(content, dict):
-        return [{"type": "text", **content}]
-    return [part for message in content for part in message["content"]] if is_conversation(content) else list(content)
+        paths = [(kind, x) for kind, x in sources if isinstance(x, str) and not ADDRESS.match(x)]
+        paths += [("image", frame) for _, x in sources if isinstance(x, list) for frame in x]  # of a clip
+        files = [File(kind, path, mark_of(path)) for kind, path in paths]
+        key = blake2b(json.dumps([item.content, [file.mark for file in files]]).encode(), digest_size=16).hexdigest()
+        kind = sources[0][0] if sources else "text"
+        return cls(key, kind, item.where.removeprefix(f"{root}/"), text, files, parts, item)
 
 
 class Library:
@@ -89,7 +74,7 @@ class Library:
 
     def __init__(self, entries: Sequence[Entry], vectors: np.ndarray, index: Callable[..., Nearest]):
         self.entries = {entry.key: entry for entry in entries}
-        self._row: dict[str, int] = {}  # within its kind
+        self._row: dict[str, int] = {}  # among its kind
         self._kinds: dict[str, tuple[list[Entry], Nearest]] = {}
         for kind in dict.fromkeys(entry.kind for entry in entries):
             rows = [row for row, entry in enumerate(entries) if entry.kind == kind]
@@ -109,7 +94,6 @@ class Library:
     def nearest(self, query: np.ndarray, kinds: Iterable[str], k: int) -> list[tuple[Entry, float]]:
         """At most k entries of these kinds with their cosines, the nearest to a unit vector [D] first."""
         found = []
-        for entries, index in (self._kinds[kind] for kind in kinds):
-            rows, cosines = index(query, k)
-            found += [(entries[row], float(cosine)) for row, cosine in zip(rows, cosines, strict=True)]
+        for entries, index in map(self._kinds.__getitem__, kinds):
+            found += [(entries[row], float(cosine)) for row, cosine in zip(*index(query, k), strict=True)]
         return sorted(found, key=lambda one: -one[1])[:k]

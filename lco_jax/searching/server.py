@@ -29,7 +29,7 @@ from lco_jax.core.files import ASSETS
 from lco_jax.data.images import load_image
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.prompts import MEDIA, is_media_file
-from lco_jax.searching.library import Entry, File, Library
+from lco_jax.searching.library import Entry, File, Library, mark_of
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 RESULTS, SOME = 200, 24  # entries of an answer, and of the page before a search
@@ -87,11 +87,9 @@ class Server:
                 413, f"A query may hold {self.most:,} bytes (--max-upload), and must say how many it has."
             )
         async with request.form(max_files=1, max_fields=20) as form:
-            text, file, like = form.get("text", ""), form.get("file"), form.get("like", "")
-            if not isinstance(text, str) or not isinstance(like, str) or isinstance(file, str):
-                raise HTTPException(400, "text and like are texts, and file is a file.")
-            parts, name = await self._medium_of(file) if file else ([], "the query")
-        entry = self._entry(like) if like else None
+            text, file, like = str(form.get("text", "")), form.get("file"), form.get("like")
+            parts = [await self._part(file)] if isinstance(file, UploadFile) else []
+        entry = None if like is None else self._entry(str(like))
         if text.strip():
             parts.append({"type": "text", "text": text})
         if not parts and entry is None:
@@ -99,8 +97,8 @@ class Server:
         async with self.model:
             began = time.monotonic()
             if parts:
-                query = [*(entry.parts if entry else ()), *parts]
-                vector = await run_in_threadpool(self.encode, query, name)
+                name = file.filename if isinstance(file, UploadFile) else "the query"
+                vector = await run_in_threadpool(self.encode, [*(entry.parts if entry else ()), *parts], name)
             else:
                 vector = self.library.vector(entry.key)
         encoded = time.monotonic()
@@ -110,15 +108,14 @@ class Server:
         seconds = {"encode": encoded - began, "search": time.monotonic() - encoded}
         return JSONResponse({"results": results, "seconds": seconds})
 
-    async def _medium_of(self, file: UploadFile) -> tuple[list[dict[str, Any]], str]:
-        """An uploaded file as a part of a query, and its name."""
-        name = (file.filename or "the file")[:100]
-        kind = is_media_file(name) or (file.content_type or "").split("/")[0]
+    async def _part(self, file: UploadFile) -> dict[str, Any]:
+        """An uploaded file as a part of a query."""
+        kind = is_media_file(file.filename) or (file.content_type or "").split("/")[0]
         if kind not in MEDIA:
-            raise LcoError(f"{name} is no image, sound or clip")
+            raise LcoError(f"{file.filename} is no image, sound or clip")
         if kind not in self.about["modalities"]:
-            raise LcoError(f"{name} is {kind}, and this model takes {', '.join(self.about['modalities'])}")
-        return [{"type": kind, kind: await file.read()}], name
+            raise LcoError(f"{file.filename} is {kind}, and this model takes {', '.join(self.about['modalities'])}")
+        return {"type": kind, kind: await file.read()}
 
     def _entry(self, key: str) -> Entry:
         if key not in self.library.entries:
@@ -131,7 +128,7 @@ class Server:
         if request.path_params["number"] >= len(files):
             raise HTTPException(404, "The entry has no such file.")
         file = files[request.path_params["number"]]
-        if file.mark is None or File.at(file.kind, file.path) != file:
+        if file.mark is None or mark_of(file.path) != file.mark:
             raise HTTPException(410, "The file has changed or is gone since it was indexed; start the search again.")
         return file
 
@@ -157,9 +154,8 @@ class Server:
 
 def _shown(entry: Entry, cosine: float | None) -> dict[str, Any]:
     """A result as the page is told it."""
-    files = [{"kind": file.kind, "at": f"{entry.key}/{i}"} for i, file in enumerate(entry.files)]
     said = {name: getattr(entry, name) for name in ("key", "kind", "label", "text")}
-    return {**said, "files": files, "cosine": cosine}
+    return {**said, "files": [file.kind for file in entry.files], "cosine": cosine}
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

@@ -88,7 +88,7 @@ function show() {
 function card(result) {
   const item = $("card").content.firstElementChild.cloneNode(true);
   const part = (name) => item.querySelector(`.${name}`);
-  part("media").append(...result.files.slice(0, 1).map((file) => medium(file, result.label)).flat());
+  part("media").append(...(result.files.length ? medium(result.files[0], `${result.key}/0`, result.label) : []));
   if (result.text) part("media").append(Object.assign(document.createElement("p"), { textContent: result.text }));
   if (!part("media").childNodes.length) {
     part("media").append(Object.assign(document.createElement("p"), { className: "none", textContent: "no file of this machine" }));
@@ -100,7 +100,7 @@ function card(result) {
   part("like").textContent = "Search with this";
   part("like").setAttribute("aria-label", `Search with ${result.label}`);
   part("like").onclick = () => {
-    const picture = result.files[0]?.kind === "image" ? `thumbnail/${result.files[0].at}` : null;
+    const picture = result.files[0] === "image" ? `thumbnail/${result.key}/0` : null;
     $("text").value = "";
     choose({ like: result.key, name: result.label, picture });
     search();
@@ -109,23 +109,23 @@ function card(result) {
   return item;
 }
 
-function medium(file, label) {
+function medium(kind, at, label) {
   const gone = (event) => event.target.replaceWith(Object.assign(document.createElement("p"), {
     className: "none", textContent: "The file has changed or is gone, or this browser cannot show it.",
   }));
-  if (file.kind === "image") {
+  if (kind === "image") {
     const image = Object.assign(new Image(), { loading: "lazy", alt: label, onerror: gone });
     image.onload = () => image.classList.toggle("small", image.naturalWidth < 100);
-    image.src = `thumbnail/${file.at}`;
-    const link = Object.assign(document.createElement("a"), { href: `media/${file.at}`, target: "_blank", rel: "noopener" });
+    image.src = `thumbnail/${at}`;
+    const link = Object.assign(document.createElement("a"), { href: `media/${at}`, target: "_blank", rel: "noopener" });
     link.append(image);
     return [link];
   }
-  const player = Object.assign(document.createElement(file.kind), { controls: true, preload: "metadata", onerror: gone });
+  const player = Object.assign(document.createElement(kind), { controls: true, preload: "metadata", onerror: gone });
   player.setAttribute("aria-label", label);
-  player.src = `media/${file.at}`;
+  player.src = `media/${at}`;
   player.onplay = () => document.querySelectorAll("audio, video").forEach((other) => other !== player && other.pause());
-  if (file.kind === "video") return [player];
+  if (kind === "video") return [player];
   const wave = document.createElement("template");
   wave.innerHTML = WAVE;
   return [wave.content.firstChild, player];
