@@ -36,9 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--input", type=Path, required=True, help="a folder of media, a .jsonl or a .txt, as of embed")
     parser.add_argument("--index", type=Path, required=True, help="the folder that keeps the vectors")
     parser.add_argument("--port", type=int, default=8765, help="0: any that is free (default: 8765)")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="the address to listen on (default: this machine's own, 127.0.0.1)"
-    )
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1)")
     parser.add_argument("--max-upload", type=int, default=100_000_000, help="bytes of a query (default: 100,000,000)")
     parser.add_argument("--ann", action="store_true", help=f"an HNSW graph for fewer than {EXACT:,} vectors, too")
     add_flags(parser, on_error="skip")
@@ -89,7 +87,7 @@ def prepare(args: argparse.Namespace) -> tuple[Library, OmniEmbedder]:
     work = model_work(args, media, checkpoint)
     parts = VectorParts(args.index / "vectors.parquet", work, args.part_size or MEDIA_A_PART, "--index")
     keys, vectors = update(parts, entries, found, embedder, args)
-    rows = [row for row, key in enumerate(keys) if key in entries and not np.isnan(vectors[row, 0])]
+    rows = [row for row, key in enumerate(keys) if key in entries and np.isfinite(vectors[row, 0])]
     if len(rows) < len(entries):
         print(f"{len(entries) - len(rows):,} inputs are left out: {parts.output}.skipped.jsonl says which, and why")
     if not rows:
@@ -116,15 +114,15 @@ def update(
         if not parts.done and known and entries.keys() == set(known):
             return known, vectors
         done = set(read_vectors(parts.tables())[0])
-        wanted = entries.keys() - done
-        rows = [row for row, key in enumerate(known) if key in wanted and not np.isnan(vectors[row, 0])]
-        kept = [known[row] for row in rows]
+        lacking = entries.keys() - done
+        rows = [row for row, key in enumerate(known) if key in lacking and np.isfinite(vectors[row, 0])]
         if rows:
-            parts.add(kept, vectors[rows], {})
-        new = [entries[key].item._replace(id=key) for key in entries if key in wanted - set(kept)]
+            parts.add([known[row] for row in rows], vectors[rows], {})
+        there = done | {known[row] for row in rows}
+        new = [entry.item._replace(id=key) for key, entry in entries.items() if key not in there]
         if new:
             embed_items(embedder, new, found._replace(total=parts.done + len(new)), parts, args)
-        parts.finish(len(done) + len(kept) + len(new), embedder.dimension, str)
+        parts.finish(len(there) + len(new), embedder.dimension, str)
     return read_vectors([table()])
 
 

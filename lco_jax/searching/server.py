@@ -84,7 +84,7 @@ class Server:
         length = request.headers.get("content-length", "")
         if not length.isdecimal() or int(length) > self.most:
             raise HTTPException(
-                413, f"A query may hold {self.most:,} bytes (--max-upload), and must say how many it has."
+                413, f"A query says its length, and that is {self.most:,} bytes at most (--max-upload)."
             )
         async with request.form(max_files=1, max_fields=20) as form:
             text, file, like = str(form.get("text", "")), form.get("file"), form.get("like")
@@ -147,9 +147,7 @@ class Server:
         image = ImageOps.exif_transpose(load_image(file.path, "thumbnail", MediaConfig()))
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         image.save(content := io.BytesIO(), "WEBP", quality=90)
-        return Response(
-            content.getvalue(), media_type="image/webp", headers={"cache-control": "private, max-age=86400"}
-        )
+        return Response(content.getvalue(), 200, {"cache-control": "private, max-age=86400"}, "image/webp")
 
 
 def _shown(entry: Entry, cosine: float | None) -> dict[str, Any]:

@@ -32,7 +32,7 @@ function choose(chosen) {
 
 function take(file) {
   if (!file) return;
-  if (file.size > about.most) return say(`${file.name} is larger than ${number(about.most)} bytes.`, true);
+  if (file.size > about?.most) return say(`${file.name} is larger than ${number(about.most)} bytes.`, true);
   const picture = file.type.startsWith("image/") ? URL.createObjectURL(file) : null;
   choose({ file, name: file.name, picture });
   search();
