@@ -107,10 +107,12 @@ def update(
     entries: by key. What a killed start has embedded lies in `parts`; what the index had is laid down after it, then
     what is new. An input that could not be embedded is tried again only when another one is new.
     """
-    table = partial(pyarrow.parquet.read_table, parts.output)
-    known, vectors = read_vectors([table()] if parts.output.exists() else [])
+    table, manifest = partial(pyarrow.parquet.read_table, parts.output), parts.output.parent / MANIFEST
     with parts:
-        same_work(parts.output.parent / MANIFEST, parts.work, parts.flag)
+        if parts.output.exists() and not manifest.exists():
+            raise LcoError(f"{parts.output} is of no index of ours; give another --index")
+        same_work(manifest, parts.work, parts.flag)
+        known, vectors = read_vectors([table()] if parts.output.exists() else [])
         if not parts.done and known and entries.keys() == set(known):
             return known, vectors
         done = set(read_vectors(parts.tables())[0])

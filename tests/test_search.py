@@ -305,6 +305,9 @@ def test_changed_and_vanished_files_and_a_start_that_was_ended(start, tmp_path, 
     assert sorted(file.name for file in (tmp_path / "index").iterdir()) == ["manifest.json", "vectors.parquet"]
     with pytest.raises(LcoError, match="index holds other work: --prompt was None and is 'x'; give another --index"):
         start("--prompt=x")
+    (tmp_path / "index" / "manifest.json").unlink()
+    with pytest.raises(LcoError, match=r"vectors\.parquet is of no index of ours"):
+        start()
 
 
 def test_mistakes_are_one_sentence(monkeypatch, capsys, tmp_path):
