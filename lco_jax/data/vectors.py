@@ -9,7 +9,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,20 +30,20 @@ class VectorParts:
     """The parts of `output`, a .npy or .parquet, in `<output>.partial`. Enter it to write.
 
     work: flag -> value of all that makes the vectors what they are; a folder of other work is refused.
-    part_rows: rows that fill a part. done: rows in whole parts, from which the caller goes on.
+    part_rows: rows that fill a part. done: rows in whole parts, from which the caller goes on. flag: gave `output`.
     """
 
-    def __init__(self, output: Path, work: Mapping[str, Any], part_rows: int):
-        self.output, self.work, self.part_rows = output, dict(work), part_rows
+    def __init__(self, output: Path, work: Mapping[str, Any], part_rows: int, flag: str = "--output"):
+        self.output, self.work, self.part_rows, self.flag = output, dict(work), part_rows, flag
         self.folder = output.with_name(f"{output.name}.partial")
         self.done, self._waiting, self._since = 0, list[pa.Table](), time.monotonic()
 
     def __enter__(self) -> "VectorParts":
-        with explained(f"--output={self.output} cannot be written", OSError):
+        with explained(f"{self.flag}={self.output} cannot be written", OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.folder, os.O_RDONLY)
         try:
-            with explained(f"another process writes --output={self.output}; wait for it or end it", BlockingIOError):
+            with explained(f"another process writes {self.flag}={self.output}; wait for it or end it", BlockingIOError):
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets it go, however we end
             self._check_manifest()
             for part in self._whole_parts():
@@ -63,21 +63,11 @@ class VectorParts:
             os.close(self._lock)
 
     def _check_manifest(self) -> None:
-        """Write what this work is, or compare it with what the folder holds. "raise" may become "skip" on the way."""
+        """Write what this work is, or compare it with what the folder holds."""
         manifest = self.folder / MANIFEST
-        if not manifest.exists():
-            if strange := [x.name for x in self.folder.iterdir() if x.suffix != ".tmp"]:
-                raise LcoError(f"{self.folder} holds {min(strange)} and no manifest of ours; give another --output")
-        elif (before := read_json(manifest)) != self.work:
-            loosened = before.get("--on-error") == "raise" and self.work.get("--on-error") == "skip"
-            for key in sorted(before.keys() | self.work.keys()):
-                was, now = before.get(key), self.work.get(key)
-                if was != now and not (loosened and key == "--on-error"):
-                    raise LcoError(
-                        f"{self.folder} holds the beginning of other work: {key} was {was!r} and is {now!r}; give "
-                        "another --output, or remove the folder to start anew"
-                    )
-        write_json(manifest, self.work)
+        if not manifest.exists() and (strange := [x.name for x in self.folder.iterdir() if x.suffix != ".tmp"]):
+            raise LcoError(f"{self.folder} holds {min(strange)} and no manifest of ours; give another {self.flag}")
+        same_work(manifest, self.work, self.flag)
 
     def _whole_parts(self) -> Iterator[Path]:
         """The parts that follow each other from row 0. What lies beyond a gap is made again, and deleted here."""
@@ -127,9 +117,9 @@ class VectorParts:
         schema = pa.schema(
             {"id": pa.int64() if ids is int else pa.string(), "embedding": pa.list_(pa.float32(), dimension)}
         )
-        with explained(f"--output={self.output} cannot be written", OSError):
+        with explained(f"{self.flag}={self.output} cannot be written", OSError):
             count = self._write_skipped(self.folder / "skipped.tmp")
-            write(aside, self._tables(), total, schema)
+            write(aside, self.tables(), total, schema)
             if count:
                 _rename(self.folder / "skipped.tmp", skipped)
             else:
@@ -138,7 +128,8 @@ class VectorParts:
         self._remove()
         return count
 
-    def _tables(self, columns: Sequence[str] = ("id", "embedding")) -> Iterator[pa.Table]:
+    def tables(self, columns: Sequence[str] = ("id", "embedding")) -> Iterator[pa.Table]:
+        """The whole parts, in order."""
         for part in self._whole_parts():
             torn = f"{part} is torn; remove it, and the same command makes it again"
             with explained(torn, pa.ArrowException, OSError):
@@ -149,7 +140,7 @@ class VectorParts:
         """A line of JSON a row without a vector; how many."""
         count = first = 0
         with open(path, "w", encoding="utf-8") as file:
-            for table in self._tables(["id", "reason"]):
+            for table in self.tables(["id", "reason"]):
                 for at in np.flatnonzero(table["reason"].is_valid()).tolist():
                     name, reason = table["id"][at].as_py(), table["reason"][at].as_py()
                     line = {"index": first + at, "id": name, "reason": reason}
@@ -165,6 +156,38 @@ class VectorParts:
             (self.folder / name).unlink(missing_ok=True)
         with suppress(OSError):  # somebody put a file of theirs there
             self.folder.rmdir()
+
+
+def same_work(manifest: Path, work: Mapping[str, Any], flag: str) -> None:
+    """Write what the work in a manifest's folder is. Raises if it is of other work; "raise" may become "skip".
+
+    work: as of `VectorParts`. flag: gave the folder.
+    """
+    before = read_json(manifest) if manifest.exists() else work
+    loosened = before.get("--on-error") == "raise" and work.get("--on-error") == "skip"
+    for key in sorted(before.keys() | work.keys()):
+        was, now = before.get(key), work.get(key)
+        if was != now and not (loosened and key == "--on-error"):
+            raise LcoError(
+                f"{manifest.parent} holds other work: {key} was {was!r} and is {now!r}; give another "
+                f"{flag}, or remove the folder to start anew"
+            )
+    write_json(manifest, work)
+
+
+def read_vectors(tables: Iterable[pa.Table]) -> tuple[list[int | str], np.ndarray]:
+    """Tables as they are written here -> their ids, and float32 [N, D] with NaN where a row has no vector."""
+    ids, blocks = [], [np.zeros((0, 0), np.float32)]
+    for table in tables:
+        ids += table["id"].to_pylist()
+        blocks.append(_matrix(table["embedding"].combine_chunks()))
+    return ids, np.concatenate(blocks[1:] or blocks)
+
+
+def _matrix(column: pa.FixedSizeListArray) -> np.ndarray:
+    vectors = np.full((len(column), column.type.list_size), np.nan, "<f4")
+    vectors[np.asarray(column.is_valid())] = column.flatten().to_numpy().reshape(-1, column.type.list_size)
+    return vectors
 
 
 def _range(part: Path) -> tuple[int, int]:
@@ -186,10 +209,7 @@ def _write_npy(path: Path, tables: Iterator[pa.Table], total: int, schema: pa.Sc
         header = {"descr": "<f4", "fortran_order": False, "shape": (total, dimension)}
         np.lib.format.write_array_header_1_0(file, header)
         for table in tables:
-            column = table["embedding"].combine_chunks()
-            vectors = np.full((len(column), dimension), np.nan, "<f4")
-            vectors[np.asarray(column.is_valid())] = column.flatten().to_numpy().reshape(-1, dimension)
-            file.write(vectors.tobytes())
+            file.write(_matrix(table["embedding"].combine_chunks()).tobytes())
 
 
 def _write_parquet(path: Path, tables: Iterator[pa.Table], total: int, schema: pa.Schema) -> None:

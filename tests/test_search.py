@@ -1,0 +1,433 @@
+"""`python -m lco_jax.search`: the index, the server and what it refuses, and the page in a real browser."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+import wave
+from contextlib import contextmanager
+from pathlib import Path
+
+import av
+import browser
+import numpy as np
+import pyarrow.parquet
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from lco_jax import LcoError, MediaConfig, OmniEmbedder, search
+from lco_jax.core.errors import run_main
+from lco_jax.data.corpus import Corpus
+from lco_jax.data.images import load_image
+from lco_jax.searching import nearest
+from lco_jax.searching.library import Entry, Library
+from lco_jax.searching.nearest import Nearest, with_graph
+from lco_jax.searching.server import LOOPBACK, Server
+
+
+def unit(n, d, seed=0):
+    x = np.random.default_rng(seed).standard_normal((n, d)).astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def picture(path, seed, size=(40, 32)):
+    """A smooth picture; those of one seed are near duplicates."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small = np.random.default_rng(seed).integers(0, 256, (3, 3, 3), np.uint8)
+    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+def sound(path, hertz):
+    t = np.arange(12000) / 16000
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1), file.setsampwidth(2), file.setframerate(16000)
+        file.writeframes((12000 * np.sin(2 * np.pi * hertz * t)).astype("<i2").tobytes())
+    return path
+
+
+def clip(path, seed):
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libvpx", rate=8, width=64, height=48, pix_fmt="yuv420p")
+        for i in range(12):
+            pixels = np.roll(np.random.default_rng(seed).integers(0, 256, (48, 64, 3), np.uint8), 4 * i, axis=1)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+        file.mux(stream.encode(None))
+    return path
+
+
+# ---- the index
+
+
+@pytest.mark.parametrize("k", [1, 7, 500])
+def test_exact_search_is_brute_force(k):
+    vectors, query = unit(300, 16), unit(1, 16, seed=1)[0]
+    rows, cosines = Nearest(vectors)(query, k)
+    order = np.argsort(-(vectors.astype(np.float64) @ query))[:k]
+    np.testing.assert_array_equal(rows, order)
+    np.testing.assert_allclose(cosines, (vectors.astype(np.float64) @ query)[order], atol=1e-6)
+
+
+def test_a_graph_finds_nearly_all_and_is_kept_until_the_vectors_change(tmp_path, capsys):
+    vectors, keys = unit(3000, 24), [f"{i:032x}" for i in range(3000)]
+    built = with_graph(vectors, keys, tmp_path, "image")
+    said = re.fullmatch(r"graph of image: recall@10 (\d\.\d+) against exact search\n", capsys.readouterr().out)
+    assert 0.9 < float(said[1]) <= 1
+    assert nearest.recall(Nearest(vectors)) == 1  # of what is exact
+    loaded = with_graph(vectors, keys, tmp_path, "image")
+    assert not capsys.readouterr().out, "it was built again"
+    for query in unit(8, 24, seed=2):
+        rows, cosines = loaded(query, 10)
+        np.testing.assert_array_equal(rows, built(query, 10)[0])
+        np.testing.assert_allclose(cosines, np.sort(vectors[rows] @ query)[::-1], atol=1e-6)
+    first = {file.name for file in tmp_path.iterdir()}
+    with_graph(vectors[1:], keys[1:], tmp_path, "image")  # one file was removed
+    assert len(first) == 1
+    names = {file.name for file in tmp_path.iterdir()}
+    assert len(names) == 1
+    assert names != first
+    (tmp_path / names.pop()).write_bytes(b"torn")
+    with pytest.raises(LcoError, match="torn; remove it"):
+        with_graph(vectors[1:], keys[1:], tmp_path, "image")
+
+
+def test_entries_are_of_every_kind_and_their_keys_change_with_their_files(tmp_path):
+    lines = [
+        "a text",
+        {"image": str(picture(tmp_path / "a.png", 0)), "text": "and words"},
+        {"video": [str(tmp_path / "a.png"), str(tmp_path / "a.png")]},
+        {"audio": "https://example.org/a.wav"},
+        [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image", "image": "a.png"}]}],
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def read():
+        return [Entry.of(item, tmp_path) for item in Corpus(tmp_path / "in.jsonl").items()]
+
+    entries = read()
+    assert [entry.kind for entry in entries] == ["text", "image", "video", "audio", "image"]
+    assert [len(entry.files) for entry in entries] == [0, 1, 2, 0, 1]
+    assert [entry.text for entry in entries] == ["a text", "and words", "", "", "a"]
+    assert entries[0].label == "in.jsonl:1"
+    assert len({entry.key for entry in entries}) == 5
+    assert [entry.key for entry in entries] == [entry.key for entry in read()]
+    os.utime(tmp_path / "a.png", (1, 1))
+    assert [old.key == new.key for old, new in zip(entries, read(), strict=True)] == [True, False, False, True, False]
+
+
+# ---- the server
+
+
+def colours(content, name):
+    """A model for tests: mean colours, and an axis for text."""
+    vector = np.full(4, 1e-3, np.float32)
+    for part in content:
+        if part["type"] == "image":
+            vector[:3] += np.asarray(load_image(part["image"], name, MediaConfig())).mean((0, 1)) / 255
+        else:
+            vector[3] += 1
+    return vector / np.linalg.norm(vector)
+
+
+@pytest.fixture
+def client(tmp_path):
+    """Over two pictures, a text and a page that calls itself a picture; of 64 KiB a query."""
+    for name, colour in (("red.png", (250, 5, 5)), ("blue.png", (5, 5, 250)), ("page.html", (5, 250, 5))):
+        Image.new("RGB", (960, 10), colour).save(tmp_path / name, "PNG")
+    lines = [{"image": name} for name in ("red.png", "blue.png", "page.html")] + ["a text"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    entries = [Entry.of(item, tmp_path) for item in Corpus(tmp_path / "in.jsonl").items()]
+    vectors = np.stack([colours(entry.parts, entry.label) for entry in entries])
+    library = Library(entries, vectors, lambda vectors, keys, kind: Nearest(vectors))
+    server = Server(library, colours, {"model": "colours", "modalities": ["text", "image"]}, 65536)
+    with TestClient(server.app(LOOPBACK), base_url="http://localhost:8765") as client:
+        yield client
+
+
+def ask(client, status=200, **given):
+    files = {"file": given.pop("file")} if "file" in given else {"none": ("", b"")}
+    headers = given.pop("headers", {})
+    answer = client.post("/search", data=given, files=files, headers=headers)
+    assert answer.status_code == status, answer.text
+    return answer.json()["error"] if status != 200 else answer.json()["results"]
+
+
+def labels(results):
+    return [result["label"] for result in results]
+
+
+def test_search_by_text_by_file_by_both_and_by_what_was_found(client, tmp_path):
+    red = (tmp_path / "red.png").read_bytes()
+    results = ask(client, file=("x.png", red, "image/png"))
+    assert labels(results)[0] == "in.jsonl:1"
+    assert results[0]["cosine"] == pytest.approx(1, abs=1e-5)
+    assert [result["cosine"] for result in results] == sorted((r["cosine"] for r in results), reverse=True)
+    assert labels(ask(client, text="anything"))[0] == "in.jsonl:4"
+    both = {result["label"]: result["cosine"] for result in ask(client, text="words", file=("x.png", red, "image/png"))}
+    alone = {result["label"]: result["cosine"] for result in results}
+    assert both["in.jsonl:4"] > alone["in.jsonl:4"]
+    assert both["in.jsonl:1"] < alone["in.jsonl:1"]
+    assert labels(ask(client, text="anything", kind="image")) == ["in.jsonl:1", "in.jsonl:2", "in.jsonl:3"]
+    like = ask(client, like=results[0]["key"])
+    assert labels(like) == labels(results)[1:], "itself is left out"
+    mixed = ask(client, like=results[0]["key"], text="words")
+    assert {result["label"]: result["cosine"] for result in mixed} == pytest.approx(
+        {label: cosine for label, cosine in both.items() if label != "in.jsonl:1"}
+    )
+    about = client.get("/about").json()
+    assert about["counts"] == {"image": 3, "text": 1}
+    assert len(about["some"]) == 4
+
+
+def test_only_what_was_indexed_is_served_and_nothing_runs(client, tmp_path):
+    red, _, page = (f"{result['key']}/0" for result in ask(client, text="x", kind="image"))
+    whole = client.get(f"/media/{red}")
+    assert whole.content == (tmp_path / "red.png").read_bytes()
+    assert whole.headers["content-type"] == "image/png"
+    part = client.get(f"/media/{red}", headers={"range": "bytes=1-3"})
+    assert (part.status_code, part.content) == (206, b"PNG")
+    assert client.get(f"/media/{page}").headers["content-type"] == "application/octet-stream"
+    thumbnail = client.get(f"/thumbnail/{page}")
+    assert thumbnail.headers["content-type"] == "image/webp"
+    (tmp_path / "thumbnail.webp").write_bytes(thumbnail.content)
+    assert Image.open(tmp_path / "thumbnail.webp").size == (480, 5)
+    key = red.split("/")[0]
+    for path in (
+        "/media/secret.png/0", "/media/..%2fsecret.png/0", f"/media/{key}/1", f"/media/{key}/..%2f..%2fsecret.png",
+        "/..%2f..%2fembed.py", "/%2e%2e/%2e%2e/embed.py", "//etc/passwd", f"/{tmp_path}/secret.png",
+        f"/thumbnail/{key}/7",
+    ):  # fmt: skip
+        assert client.get(path).status_code == 404, path
+    os.remove(tmp_path / "red.png")
+    os.symlink(tmp_path / "secret.png", tmp_path / "red.png")
+    for door in ("media", "thumbnail"):
+        gone = client.get(f"/{door}/{red}")
+        assert gone.status_code == 410
+        assert gone.json()["error"] == "The file has changed or is gone since it was indexed; start the search again."
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "given"),
+    [
+        (400, "The query is empty", {}),
+        (400, "The query is empty", {"text": "  "}),
+        (404, "There is no such entry", {"like": "0" * 32}),
+        (413, "65,536 bytes", {"file": ("x.png", b"x" * 65536, "image/png")}),
+        (422, r"x\.png: image of 4 bytes is torn", {"file": ("x.png", b"torn", "image/png")}),
+        (422, r"x\.svg: image of 5 bytes is torn", {"file": ("x.svg", b"<svg>", "image/svg+xml")}),
+        (422, r"x\.wav is audio, and this model takes text, image", {"file": ("x.wav", b"RIFF", "audio/wav")}),
+        (422, r"x\.pdf is no image, sound or clip", {"file": ("x.pdf", b"%PDF", "application/pdf")}),
+        (403, "https://evil.example is another site", {"text": "a", "headers": {"origin": "https://evil.example"}}),
+        (403, "null is another site", {"text": "a", "headers": {"origin": "null"}}),
+    ],
+)
+def test_what_is_refused_is_refused_in_a_sentence(client, status, said, given):
+    error = ask(client, status, **given)
+    assert re.match(said, error) or said in error
+    assert "\n" not in error
+
+
+def test_other_hosts_and_bodies_of_no_length_are_refused(client):
+    assert client.get("/", headers={"host": "evil.example:8765"}).status_code == 400
+    assert client.get("/", headers={"host": "[::1]:8765"}).status_code == 200
+    assert ask(client, text="a", headers={"origin": "http://localhost:8765"})
+    endless = client.post("/search", content=iter([b"x" * 1000] * 100), headers={"content-type": "multipart/form-data"})
+    assert endless.status_code == 413
+    assert client.post("/media/a/0").status_code == 405
+
+
+# ---- the command
+
+
+@pytest.fixture
+def start(monkeypatch, capsys, load, tmp_path):
+    """`prepare` with a folder: the library, how many inputs were embedded, and stdout."""
+    monkeypatch.setattr(OmniEmbedder, "from_pretrained", load)
+    embedded = []
+    embed_items = search.embed_items
+    monkeypatch.setattr(search, "embed_items", lambda e, items, *a: (embedded.extend(items), embed_items(e, items, *a)))
+
+    def start(*args):
+        embedded.clear()
+        flags = ["--model=builtin:tiny", f"--input={tmp_path / 'in'}", f"--index={tmp_path / 'index'}", "--workers=0"]
+        monkeypatch.setattr(sys, "argv", ["search", *flags, *args])
+        library, _ = search.prepare(search.parse_args())
+        return library, sorted(item.where for item in embedded), capsys.readouterr().out
+
+    return start
+
+
+def by_label(library):
+    return {entry.label: library.vector(key) for key, entry in library.entries.items()}
+
+
+@pytest.mark.slow
+def test_a_second_start_embeds_nothing(start, tmp_path, tiny):
+    folder = tmp_path / "in"
+    pictures = [picture(folder / f"{name}.png", i) for i, name in enumerate("abc")]
+    (folder / "torn.png").write_bytes(b"torn")
+    library, embedded, said = start()
+    assert embedded == ["a.png", "b.png", "c.png", "torn.png"]
+    assert "1 inputs are left out" in said
+    assert "torn.png" in (tmp_path / "index" / "vectors.parquet.skipped.jsonl").read_text()
+    expected = tiny.encode(pictures)
+    np.testing.assert_allclose([by_label(library)[p.name] for p in pictures], expected, atol=1e-5)
+
+    library, embedded, _ = start()
+    assert embedded == []  # nor what failed
+    assert by_label(library).keys() == {"a.png", "b.png", "c.png"}
+
+
+@pytest.mark.slow
+def test_changed_and_vanished_files_and_a_start_that_was_ended(start, tmp_path, tiny, monkeypatch):
+    folder = tmp_path / "in"
+    for i, name in enumerate("abc"):
+        picture(folder / f"{name}.png", i)
+    start()
+    changed, new = picture(folder / "a.png", 7), picture(folder / "sub" / "d.png", 9)
+    os.utime(changed, (5, 5))
+    (folder / "b.png").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(search.VectorParts, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            start()
+    library, embedded, _ = start()
+    assert embedded == []  # the start before had embedded both
+    kept = by_label(library)
+    assert kept.keys() == {"a.png", "c.png", "sub/d.png"}
+    np.testing.assert_allclose([kept["a.png"], kept["sub/d.png"]], tiny.encode([changed, new]), atol=1e-5)
+    assert pyarrow.parquet.read_table(tmp_path / "index" / "vectors.parquet").num_rows == 3
+    assert sorted(file.name for file in (tmp_path / "index").iterdir()) == ["manifest.json", "vectors.parquet"]
+    with pytest.raises(LcoError, match="index holds other work: --prompt was None and is 'x'; give another --index"):
+        start("--prompt=x")
+    (tmp_path / "index" / "manifest.json").unlink()
+    with pytest.raises(LcoError, match=r"vectors\.parquet is of no index of ours"):
+        start()
+
+
+def test_mistakes_are_one_sentence(monkeypatch, capsys, tmp_path):
+    def said(*args):
+        monkeypatch.setattr(sys, "argv", ["search", "--model=builtin:tiny", f"--index={tmp_path / 'i'}", *args])
+        with pytest.raises(SystemExit) as done:
+            run_main(search.main)
+        assert done.value.code == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    assert "search takes a folder of media" in said("--input=x.parquet")
+    assert "cannot be listened on" in said(f"--input={tmp_path}", "--host=192.0.2.1")
+    assert "holds no image, video or audio file" in said(f"--input={tmp_path}", "--port=0")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert "pip install 'lco-jax[search]'" in said(f"--input={tmp_path}")
+
+
+@contextmanager
+def serving(*args):
+    """The command in a process of its own: its address."""
+    command = [sys.executable, "-m", "lco_jax.search", "--port=0", "--workers=0", *map(str, args)]
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        for line in process.stdout:
+            if found := re.search(r"http://\S+", line):
+                yield found[0]
+                return
+        raise AssertionError("it ended before it served")
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(cases, tmp_path):
+    files = tmp_path / "files"
+    pictures = [picture(files / f"picture{i}.png", i) for i in range(4)]
+    sound(files / "low.wav", 200), sound(files / "high.wav", 2000), clip(files / "clip.webm", 3)
+    almost = picture(tmp_path / "almost.png", 2, (42, 34))
+    (tmp_path / "torn.png").write_bytes(b"torn")
+    with (
+        serving(f"--model={cases['omni'].path}", f"--input={files}", f"--index={tmp_path / 'index'}") as url,
+        browser.page(viewport={"width": 1200, "height": 900}) as page,
+    ):
+        with urllib.request.urlopen(url) as answer:
+            assert "default-src 'self'" in answer.headers["content-security-policy"]
+            assert answer.headers["x-content-type-options"] == "nosniff"
+        requests = []
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(url)
+
+        def names():
+            return page.locator("#results .label").all_inner_texts()
+
+        def until(condition):  # not Playwright's own, which the page's policy forbids
+            for _ in range(200):
+                if page.evaluate(condition):
+                    return
+                page.wait_for_timeout(50)
+            raise AssertionError(condition)
+
+        def settle(action, *args):
+            with page.expect_response("**/search"):
+                action(*args)
+            page.wait_for_selector("body:not(.busy)")
+
+        page.wait_for_selector("#results li")
+        assert page.locator("fieldset label").all_inner_texts() == ["All 7", "Clips 1", "Sounds 2", "Images 4"]
+        page.fill("#text", "a low tone")
+        settle(page.keyboard.press, "Enter")
+        assert sorted(names()) == sorted(file.name for file in files.iterdir())
+        cosines = [float(x) for x in page.locator("#results .cosine").all_inner_texts()]
+        assert cosines == sorted(cosines, reverse=True)
+        assert len(set(page.locator("#results li").evaluate_all("all => all.map(x => x.dataset.kind)"))) == 3
+        for tag, length in (("audio", 0.75), ("video", 1.5)):
+            until(f"document.querySelector('{tag}').readyState >= 1")
+            player = page.locator(tag).first
+            assert player.evaluate("x => x.duration") == pytest.approx(length, abs=0.2)
+            player.evaluate("x => x.play()")
+            until(f"document.querySelector('{tag}').currentTime > 0.05")
+        until("[...document.querySelectorAll('#results img')].every(x => x.naturalWidth > 0)")
+
+        settle(
+            page.get_by_role("radio", name="Sounds").check,
+        )
+        assert sorted(names()) == ["high.wav", "low.wav"]
+        settle(page.get_by_role("radio", name="All").check)
+
+        page.fill("#text", "")
+        handle = page.evaluate_handle(
+            """bytes => {
+                const transfer = new DataTransfer();
+                transfer.items.add(new File([new Uint8Array(bytes)], "almost.png", {type: "image/png"}));
+                return transfer;
+            }""",
+            list(almost.read_bytes()),
+        )
+        page.dispatch_event("body", "dragover", {"dataTransfer": handle})
+        assert page.is_visible("#drop")
+        settle(page.dispatch_event, "body", "drop", {"dataTransfer": handle})
+        assert names()[0] == "picture2.png"
+        assert page.inner_text("#chosen") == "almost.png"
+
+        settle(page.get_by_role("button", name="Search with picture2.png").click)
+        assert "picture2.png" not in names()
+        assert len(names()) == 6
+        page.click("#chosen")
+        page.click("#go")
+        assert page.inner_text("#said") == "Type a text, or drop an image, a sound or a clip."
+        settle(page.set_input_files, "#file", tmp_path / "torn.png")
+        assert page.inner_text("#said").startswith("torn.png: image of 4 bytes is torn")
+        assert names() == []
+        settle(page.set_input_files, "#file", files / "low.wav")
+        assert names()[0] == "low.wav"
+        assert all(request.startswith((url, "blob:")) for request in requests), requests
+
+        shown = page.locator("img[alt='picture0.png']").get_attribute("src")
+        os.utime(pictures[0], (5, 5))
+        with pytest.raises(urllib.error.HTTPError, match="410"):
+            urllib.request.urlopen(f"{url}/{shown}")
