@@ -25,7 +25,7 @@ import os
 import re
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from itertools import islice, tee
 from pathlib import Path
@@ -38,7 +38,7 @@ from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.files import fingerprint
 from lco_jax.core.quantize import KINDS
 from lco_jax.core.shapes import keep_compiled
-from lco_jax.data.corpus import Contents, Corpus, scan
+from lco_jax.data.corpus import Contents, Corpus, Item, scan
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.vectors import VectorParts
 from lco_jax.embedder import OmniEmbedder
@@ -52,19 +52,25 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m lco_jax.embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="a checkpoint folder or hub id")
-    parser.add_argument("--adapter", help="a PEFT adapter folder or hub id")
     parser.add_argument("--input", type=Path, required=True, help=".txt, .jsonl, .parquet or a folder of media")
     parser.add_argument("--output", type=Path, required=True, help=".npy or .parquet")
+    parser.add_argument("--id-field", help="the key of a jsonl object, or column of a parquet, that is its id")
+    add_flags(parser, on_error="raise")
+    return parser.parse_args()
+
+
+def add_flags(parser: argparse.ArgumentParser, on_error: str) -> None:
+    """The flags of whatever embeds a corpus: the model, how it embeds, and the caps on media."""
+    parser.add_argument("--model", required=True, help="a checkpoint folder or hub id")
+    parser.add_argument("--adapter", help="a PEFT adapter folder or hub id")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--quantize", choices=["", *KINDS], default="", help="hold the decoder in fewer bits")
     parser.add_argument("--attention", choices=IMPLEMENTATIONS, default="auto", help="the kernel")
     parser.add_argument("--batch-size", type=int, help="the most inputs in a forward pass; by default any number")
     parser.add_argument("--max-length", type=int, help="cut texts to so many tokens")
     parser.add_argument("--prompt", help="instead of the reference's, placed after the content")
-    parser.add_argument("--id-field", help="the key of a jsonl object, or column of a parquet, that is its id")
     parser.add_argument("--media-root", type=Path, help="where relative paths of media start")
-    parser.add_argument("--on-error", choices=["raise", "skip"], default="raise", help="of media that cannot be read")
+    parser.add_argument("--on-error", choices=["raise", "skip"], default=on_error, help="of media that cannot be read")
     parser.add_argument("--workers", type=int, help="processes that prepare media (default: one a CPU, at most 8)")
     parser.add_argument(
         "--part-size", type=int, help=f"inputs embedded together (default: {TEXTS_A_PART}; {MEDIA_A_PART} with media)"
@@ -77,7 +83,6 @@ def parse_args() -> argparse.Namespace:
         else:
             default = "" if field.default is None else f" (default: {field.default:,})"
             group.add_argument(flag, type=float if field.type is float else int, help=text + default)
-    return parser.parse_args()
 
 
 def main() -> int:
@@ -89,10 +94,7 @@ def main() -> int:
         raise LcoError(f"--output={args.output} is a folder")
     if args.id_field and args.output.suffix == ".npy":
         raise LcoError("--id-field needs a .parquet output; an .npy has no place for ids")
-    for name, least in (("batch_size", 1), ("max_length", 1), ("part_size", 1), ("workers", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise LcoError(f"{_flag(name)}={getattr(args, name)}: it must be at least {least}")
-    media = _media_config(args)
+    media = media_config(args)
     corpus = Corpus(args.input, args.id_field, args.media_root)
     as_it_was = corpus.fingerprint()
     strict = args.on_error == "raise"  # then what is missing is found before hours of work, not after
@@ -101,20 +103,11 @@ def main() -> int:
     keep_compiled()
     checkpoint = open_checkpoint(args.model)
     modalities = _modalities(checkpoint, found, media, strict)
-    part_size = args.part_size or (MEDIA_A_PART if found.has_media else TEXTS_A_PART)
-    parts = VectorParts(args.output, _work(args, as_it_was, media, checkpoint), part_size)
+    parts = VectorParts(args.output, _work(args, as_it_was, media, checkpoint), part_size(args, found))
     try:
         with parts:
-            embedder = OmniEmbedder.from_pretrained(
-                checkpoint.folder,
-                args.adapter,
-                args.dtype,
-                modalities=modalities,
-                media=media,
-                quantize=args.quantize,
-                attention=args.attention,
-            )
-            _embed(embedder, corpus, found, parts, args)
+            embedder = load(args, checkpoint, media, modalities)
+            embed_items(embedder, islice(corpus.items(), parts.done, None), found, parts, args)
             if corpus.fingerprint() != as_it_was:
                 raise LcoError(f"--input={corpus.path} changed meanwhile; remove {parts.folder} and start anew")
             skipped = parts.finish(found.total, embedder.dimension, found.ids)
@@ -129,15 +122,35 @@ def main() -> int:
     return 0
 
 
-def _embed(
-    embedder: OmniEmbedder, corpus: Corpus, found: Contents, parts: VectorParts, args: argparse.Namespace
+def load(
+    args: argparse.Namespace, checkpoint: Checkpoint, media: MediaConfig, modalities: tuple[str, ...] | None
+) -> OmniEmbedder:
+    """The embedder that the flags ask for. modalities: None for all."""
+    return OmniEmbedder.from_pretrained(
+        checkpoint.folder,
+        args.adapter,
+        args.dtype,
+        modalities=modalities,
+        media=media,
+        quantize=args.quantize,
+        attention=args.attention,
+    )
+
+
+def part_size(args: argparse.Namespace, found: Contents) -> int:
+    """Inputs that are embedded together."""
+    return args.part_size or (MEDIA_A_PART if found.has_media else TEXTS_A_PART)
+
+
+def embed_items(
+    embedder: OmniEmbedder, items: Iterable[Item], found: Contents, parts: VectorParts, args: argparse.Namespace
 ) -> None:
-    """Embed what `parts` does not hold yet."""
+    """Embed what `parts` does not hold yet. found: of all inputs, with those that it does."""
     workers = args.workers if args.workers is not None else min(os.cpu_count() or 1, 8) if found.has_media else 0
     ids: deque[int | str] = deque()  # of inputs on their way, which are no more than a block and what is prepared ahead
 
     def inputs() -> Iterator[tuple[Any, str]]:
-        for item in islice(corpus.items(), parts.done, None):
+        for item in items:
             ids.append(item.id)
             yield item.content, item.where
 
@@ -163,7 +176,11 @@ def _embed(
                 progress.set_postfix(skipped=count)
 
 
-def _media_config(args: argparse.Namespace) -> MediaConfig:
+def media_config(args: argparse.Namespace) -> MediaConfig:
+    """The caps on media. Raises for any number among the flags that makes no sense."""
+    for name, least in (("batch_size", 1), ("max_length", 1), ("part_size", 1), ("workers", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise LcoError(f"{_flag(name)}={getattr(args, name)}: it must be at least {least}")
     given = {field.name: getattr(args, field.name) for field in fields(MediaConfig)}
     try:
         return MediaConfig(**{name: value for name, value in given.items() if value is not None})
@@ -187,11 +204,16 @@ def _modalities(checkpoint: Checkpoint, found: Contents, media: MediaConfig, str
 
 def _work(args: argparse.Namespace, as_it_was: str, media: MediaConfig, checkpoint: Checkpoint) -> dict[str, Any]:
     """Flag -> value of all that vectors and their order depend on. Speed is not part of it: that may change."""
-    changing = ("dtype", "quantize", "prompt", "max_length", "id_field", "on_error")
-    work = {_flag(name): getattr(args, name) for name in changing}
-    work |= {_flag(field.name): getattr(media, field.name) for field in fields(media)}
     root = None if args.media_root is None else os.path.abspath(args.media_root)
-    work |= {"--input": os.path.abspath(args.input), "what --input holds": as_it_was, "--media-root": root}
+    work = {"--input": os.path.abspath(args.input), "what --input holds": as_it_was, "--media-root": root}
+    work |= {"--id-field": args.id_field, "--on-error": args.on_error}
+    return {**work, **model_work(args, media, checkpoint)}
+
+
+def model_work(args: argparse.Namespace, media: MediaConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Flag -> value of all that the vector of a given input depends on."""
+    work = {_flag(name): getattr(args, name) for name in ("dtype", "quantize", "prompt", "max_length")}
+    work |= {_flag(field.name): getattr(media, field.name) for field in fields(media)}
     work |= {"--model": args.model, "--adapter": args.adapter, "what --model holds": _files(args.model, checkpoint)}
     return work if args.adapter is None else {**work, "what --adapter holds": _files(args.adapter)}
 

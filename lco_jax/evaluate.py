@@ -1,0 +1,178 @@
+"""Measure a model on a benchmark of mteb, on tasks of it, on SeaDoc, or on files of your own.
+
+    python -m lco_jax.evaluate --model=exports/vl7b --benchmark="MIEB(lite)" --out=results/vl7b
+    python -m lco_jax.evaluate --model=Qwen/Qwen2.5-Omni-3B --adapter=my/adapter --tasks=STSBenchmark,CIFAR10 --out=DIR
+    python -m lco_jax.evaluate --model=exports/vl7b --seadoc=SeaDoc/ --out=DIR
+    python -m lco_jax.evaluate --model=exports/vl7b --data=mine.jsonl --kind=retrieval --out=DIR
+
+Writes OUT/results.md and results.png (published numbers beside ours), OUT/results/MODEL/REVISION/… (JSON as mteb has
+it, with model_meta.json, whose experiment_kwargs tell every cap) and OUT/embeddings (a vector of every input). The same
+command goes on where it was stopped: tasks that are done are not measured again, inputs that are done not embedded.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lco_jax.checkpoint.hf import open_checkpoint
+from lco_jax.core.errors import LcoError, reason, run_main
+from lco_jax.core.files import write_json
+from lco_jax.core.shapes import keep_compiled
+from lco_jax.embed import add_flags, load, media_config, model_work
+from lco_jax.embedder import Block, OmniEmbedder
+
+PART_INPUTS = 2048  # embedded between two writes: what a kill can cost
+FEW = 256  # inputs for which it does not pay to start processes
+MAX_LENGTH = 300  # tokens of a text, as the reference's evaluation cuts
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lco_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--benchmark", help='of mteb: "MIEB(lite)", "MAEB", "ViDoRe(v2)", "MTEB(eng, v2)", …')
+    what.add_argument("--tasks", help="of mteb, between commas")
+    what.add_argument("--seadoc", help="a folder with corpus/, query/ and qrels/ in parquet, or a data set of the hub")
+    what.add_argument("--data", type=Path, help="your own records or folder; needs no mteb")
+    parser.add_argument("--kind", choices=["retrieval", "sts", "zeroshot"], default="retrieval", help="of --data")
+    parser.add_argument("--out", type=Path, required=True, help="the folder for results and vectors")
+    add_flags(parser, on_error="raise")
+    parser.set_defaults(max_length=MAX_LENGTH, part_size=PART_INPUTS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measure; 1 if a task could not be."""
+    args = parse_args()
+    media = media_config(args)
+    keep_compiled()
+    if args.data is not None:  # files of the user's own, without mteb
+        from lco_jax.evaluation import own
+
+        embedder = load(args, open_checkpoint(args.model), media, None)
+        encode = partial(embedder.encode, prompt=args.prompt, max_length=args.max_length, show_progress=True)
+        write_json(args.out / "results.json", own.measure(encode, args.kind, args.data))
+        return 0
+    if find_spec("mteb") is None:
+        raise LcoError("benchmarks need mteb, which is not installed: pip install 'lco-jax[eval]'")
+    import datasets
+    import mteb
+
+    from lco_jax.evaluation.adapter import Encoder, model_meta
+    from lco_jax.evaluation.cache import VectorCache
+    from lco_jax.evaluation.report import write_report
+
+    datasets.disable_progress_bars()  # a bar for each step of each task hides ours
+    tasks = _tasks(args)
+    checkpoint = open_checkpoint(args.model)
+    known = checkpoint.backbone.modalities
+    modalities = tuple(kind for kind in known if any(kind in task.metadata.modalities for task in tasks))
+    settings = model_work(args, media, checkpoint)
+    name, revision = _identity(args, settings)
+    recorded = {key.strip("-").replace("-", "_"): settings[key] for key in settings if key.startswith("--")}
+    recorded = {key: value for key, value in recorded.items() if value not in (None, "") and key != "model"}
+
+    @cache
+    def embedder() -> OmniEmbedder:  # when the first input has no vector yet
+        return load(args, checkpoint, media, modalities)
+
+    def encode_blocks(contents: Iterable[Any], progress: tqdm, names: Iterable[str]) -> Iterator[Block]:
+        workers = args.workers
+        if workers is None:
+            workers = 0 if modalities == ("text",) or progress.total < FEW else min(os.cpu_count() or 1, 8)
+        options = {"prompt": args.prompt, "max_length": args.max_length, "on_error": args.on_error, "workers": workers}
+        options |= {"block_inputs": args.part_size, "progress": progress, "names": names}
+        return embedder().encode_blocks(contents, args.batch_size, **options)
+
+    dimension = checkpoint.config.hidden_size
+    meta = model_meta(
+        name, revision, recorded, modalities=list(known), embed_dim=dimension,
+        max_tokens=checkpoint.config.max_position_embeddings,
+    )  # fmt: skip
+    results, found = mteb.ResultCache(args.out), []
+    with VectorCache(args.out / "embeddings", {**settings, "--on-error": args.on_error}, dimension) as vectors:
+        encoder = Encoder(encode_blocks, meta, vectors, media)
+        for task in (progress := tqdm(tasks, desc="tasks", unit="task")):
+            progress.set_postfix_str(task.metadata.name)
+            found.append(_measure(task, encoder, results))
+            notes = {
+                **recorded,
+                "mteb": mteb.__version__,
+                **({"inputs skipped": encoder.empty} if encoder.empty else {}),
+            }
+            write_report(args.out, name, args.benchmark or "tasks", found, notes)
+    print(f"{encoder.embedded:,} inputs embedded, {encoder.held:,} held already by {vectors.folder}")
+    failed = [one for one in found if one.score is None]
+    for one in failed:
+        print(f"{one.task}: {one.reason}", file=sys.stderr)
+    print(f"{len(found) - len(failed)} of {len(found)} tasks measured: {args.out / 'results.md'}")
+    return 1 if failed else 0
+
+
+def _tasks(args: argparse.Namespace) -> list[Any]:
+    """mteb's tasks that the flags name."""
+    import mteb
+
+    if args.seadoc:
+        from lco_jax.evaluation.seadoc import SeaDoc
+
+        return [SeaDoc(args.seadoc)]
+    try:
+        return list(mteb.get_benchmark(args.benchmark) if args.benchmark else mteb.get_tasks(args.tasks.split(",")))
+    except KeyError as error:  # it names the nearest
+        flag = "--benchmark" if args.benchmark else "--tasks"
+        raise LcoError(f"{flag}: {error.args[0].removeprefix('KeyError: ')}") from None
+
+
+def _identity(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[str, str]:
+    """Name (owner/name) and revision of what is measured: a commit of the hub, or a digest of files."""
+    local = Path(args.model).expanduser().is_dir() or "/" not in args.model
+    name = f"local/{Path(args.model).absolute().name}" if local else args.model
+    held = [value.split()[-1].replace("/", "__") for key, value in settings.items() if key.startswith("what")]
+    return name if args.adapter is None else f"{name}+{Path(args.adapter).absolute().name}", "-".join(held)
+
+
+def _measure(task: Any, encoder: Any, results: Any) -> Any:
+    """Measure one task, or load what was measured. Whatever goes wrong is its own, and the others go on."""
+    import mteb
+
+    from lco_jax.evaluation.report import Measured
+
+    about, meta, strategy = task.metadata, encoder.mteb_model_meta, "always"
+    with suppress(ValueError):  # of a file that a kill tore
+        held = results.load_task_result(about.name, meta)
+        if held is not None and held.dataset_revision == about.revision:
+            strategy = "only-missing"
+    try:
+        measured = mteb.evaluate(
+            encoder, task, cache=results, overwrite_strategy=strategy, show_progress_bar=False, co2_tracker=False,
+            encode_kwargs={"batch_size": 32, "show_progress_bar": False},
+        )  # fmt: skip
+        if not measured.task_results:
+            raise LcoError(measured.exceptions[0].exception)
+    except Exception as error:
+        logging.getLogger(__name__).debug("%s", about.name, exc_info=True)
+        said = reason(error)
+        return Measured(about.name, about.type, reason=said if isinstance(error, LcoError) else f"failed: {said}")
+    result = measured.task_results[0]
+    parts = {}
+    if about.name == "SeaDoc":
+        main = f"{about.main_score}_"
+        scores = result.scores["test"][0]
+        parts = {key.removeprefix(main): 100 * scores[key] for key in scores if key.startswith(main)}
+    return Measured(about.name, about.type, 100 * result.get_score(), parts=parts)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,100 @@
+"""An embedder as `mteb` 2.x takes it (its EncoderProtocol): rows of a task's data -> inputs -> cached vectors.
+
+Media are taken as the files that a data set holds, and decoded by `lco_jax.data` under its caps: the frames and samples
+do not depend on a decoder of mteb's, and neither torchcodec nor torchaudio is needed. Prompts are the reference's, by
+modality, and not the tasks' own: the model was trained with no others.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mteb.models import ModelMeta
+from mteb.models.abs_encoder import AbsEncoder
+from tqdm import tqdm
+
+from lco_jax.data.media import MediaConfig
+from lco_jax.data.prompts import KINDS
+from lco_jax.data.video import frames_to_keep, sampled_indices
+from lco_jax.evaluation.cache import VectorCache, digest
+
+EncodeBlocks = Callable[..., Iterator[Any]]  # `OmniEmbedder.encode_blocks`, of inputs, progress= and names=
+logger = logging.getLogger(__name__)
+
+
+def model_meta(name: str, revision: str, settings: Mapping[str, Any], **known: Any) -> ModelMeta:
+    """What mteb writes down of a model.
+
+    name: owner/name. revision: of the weights. settings: all that scores depend on beside them, the caps on frames and
+    sound among them; they name a folder of the results and stand in its model_meta.json, under experiment_kwargs.
+    known: other fields of `ModelMeta`; those not given are None.
+    """
+    fields = {key: None for key, field in ModelMeta.model_fields.items() if field.is_required()}
+    fields |= {"name": name, "revision": revision, "framework": ["JAX"], "similarity_fn_name": "cosine"}
+    return ModelMeta(**{**fields, "use_instructions": True, "experiment_kwargs": dict(settings), **known})
+
+
+class Encoder(AbsEncoder):
+    """mteb's encoder around `encode_blocks`; every vector goes through `cache`.
+
+    media: the caps, for videos that come as a decoder. embedded, held, empty: inputs so far that were embedded, that the
+    cache held (or that said the same as another), and whose vector is 0, because `encode_blocks` skipped them.
+    """
+
+    def __init__(self, encode_blocks: EncodeBlocks, meta: ModelMeta, cache: VectorCache, media: MediaConfig):
+        self.encode_blocks, self.mteb_model_meta, self.cache, self.media = encode_blocks, meta, cache, media
+        self.embedded = self.held = self.empty = 0
+
+    def encode(
+        self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, prompt_type: Any = None, **_: Any
+    ) -> np.ndarray:
+        """mteb's loader of rows, of which its data set is read -> unit vectors, float32 [N, D]."""
+        rows = _undecoded(inputs.dataset)
+        where = " ".join([task_metadata.name, hf_subset, hf_split, prompt_type.value if prompt_type else "inputs"])
+        keys, missing = [], dict[bytes, int]()
+        for i in tqdm(range(len(rows)), desc=f"{where}: reading", unit="input", leave=False, delay=2):
+            keys.append(digest(self.content(rows[i])))
+            if keys[-1] not in self.cache:
+                missing.setdefault(keys[-1], i)
+        new = iter(missing)
+        with tqdm(total=len(missing), desc=where, unit="input", leave=False) as progress:
+            contents = (self.content(rows[i]) for i in missing.values())
+            names = (f"{where}, row {i}" for i in missing.values())
+            for block in self.encode_blocks(contents, progress=progress, names=names):
+                self.cache.add(list(islice(new, len(block.vectors))), np.nan_to_num(block.vectors))
+        vectors = self.cache.vectors(keys)
+        self.embedded, self.held = self.embedded + len(missing), self.held + len(keys) - len(missing)
+        self.empty += int((vectors == 0).all(axis=1).sum())
+        logger.info("%s: %d inputs, %d of them embedded now", where, len(keys), len(missing))
+        return vectors
+
+    def content(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row of mteb's as `encode` takes it: {"text": …, "image": …, "video": …, "audio": …}, what there is."""
+        return {kind: self._medium(row[kind]) for kind in KINDS if row.get(kind) is not None}
+
+    def _medium(self, value: Any) -> Any:
+        if isinstance(value, Mapping) and value.keys() & {"bytes", "path"}:  # a file in a data set
+            return value.get("bytes") or Path(value["path"])
+        if isinstance(value, Mapping):  # sound; torch's tensors are arrays to numpy
+            return {"array": np.asarray(value["array"], np.float32), "sampling_rate": int(value["sampling_rate"])}
+        if hasattr(value, "get_all_samples"):  # torchcodec's AudioDecoder
+            samples = value.get_all_samples()
+            return {"array": np.asarray(samples.data, np.float32), "sampling_rate": int(samples.sample_rate)}
+        if hasattr(value, "get_frames_at"):  # torchcodec's VideoDecoder
+            total, rate = value.metadata.num_frames, float(value.metadata.average_fps)
+            indices = sampled_indices(total, frames_to_keep(total, rate, self.media))
+            return np.asarray(value.get_frames_at(indices.tolist()).data)
+        return np.asarray(value) if type(value).__module__.startswith("torch") else value
+
+
+def _undecoded(rows: Any) -> Any:
+    """A data set whose media are handed over as files. Others (mteb makes some of its own) as they are."""
+    if hasattr(rows, "cast_column"):
+        for name, feature in rows.features.items():
+            if hasattr(feature, "decode"):
+                rows = rows.cast_column(name, replace(feature, decode=False))
+    return rows
