@@ -31,7 +31,7 @@ from lco_jax.embed import add_flags, load, media_config, model_work
 from lco_jax.embedder import Block, OmniEmbedder
 
 PART_INPUTS = 2048  # embedded between two writes: what a kill can cost
-FEW = 256  # inputs for which it does not pay to start processes
+MANY = 256  # inputs for which it pays to start processes
 MAX_LENGTH = 300  # tokens of a text, as the reference's evaluation cuts
 
 
@@ -74,48 +74,38 @@ def main() -> int:
     from lco_jax.evaluation.report import write_report
 
     datasets.disable_progress_bars()  # a bar for each step of each task hides ours
-    tasks = _tasks(args)
-    checkpoint = open_checkpoint(args.model)
-    known = checkpoint.backbone.modalities
+    tasks, checkpoint = _tasks(args), open_checkpoint(args.model)
+    known, dimension = checkpoint.backbone.modalities, checkpoint.config.hidden_size
     modalities = tuple(kind for kind in known if any(kind in task.metadata.modalities for task in tasks))
     settings = model_work(args, media, checkpoint)
     name, revision = _identity(args, settings)
-    recorded = {key.strip("-").replace("-", "_"): settings[key] for key in settings if key.startswith("--")}
-    recorded = {key: value for key, value in recorded.items() if value not in (None, "") and key != "model"}
+    notes = {key.strip("-").replace("-", "_"): settings[key] for key in settings if key.startswith("--")}
+    notes = {key: value for key, value in notes.items() if value not in (None, "") and key != "model"}
+    meta = model_meta(name, revision, notes, modalities=list(known), embed_dim=dimension)
 
     @cache
-    def embedder() -> OmniEmbedder:  # when the first input has no vector yet
+    def embedder() -> OmniEmbedder:  # when an input has no vector yet
         return load(args, checkpoint, media, modalities)
 
     def encode_blocks(contents: Iterable[Any], progress: tqdm, names: Iterable[str]) -> Iterator[Block]:
-        workers = args.workers
-        if workers is None:
-            workers = 0 if modalities == ("text",) or progress.total < FEW else min(os.cpu_count() or 1, 8)
+        many = progress.total >= MANY and modalities != ("text",)
+        workers = args.workers if args.workers is not None else min(os.cpu_count() or 1, 8) if many else 0
         options = {"prompt": args.prompt, "max_length": args.max_length, "on_error": args.on_error, "workers": workers}
         options |= {"block_inputs": args.part_size, "progress": progress, "names": names}
         return embedder().encode_blocks(contents, args.batch_size, **options)
 
-    dimension = checkpoint.config.hidden_size
-    meta = model_meta(
-        name, revision, recorded, modalities=list(known), embed_dim=dimension,
-        max_tokens=checkpoint.config.max_position_embeddings,
-    )  # fmt: skip
     results, found = mteb.ResultCache(args.out), []
     with VectorCache(args.out / "embeddings", {**settings, "--on-error": args.on_error}, dimension) as vectors:
         encoder = Encoder(encode_blocks, meta, vectors, media)
         for task in (progress := tqdm(tasks, desc="tasks", unit="task")):
             progress.set_postfix_str(task.metadata.name)
             found.append(_measure(task, encoder, results))
-            notes = {
-                **recorded,
-                "mteb": mteb.__version__,
-                **({"inputs skipped": encoder.empty} if encoder.empty else {}),
-            }
-            write_report(args.out, name, args.benchmark or "tasks", found, notes)
-    print(f"{encoder.embedded:,} inputs embedded, {encoder.held:,} held already by {vectors.folder}")
+            empty = {"inputs skipped, which count as found nowhere": encoder.empty} if encoder.empty else {}
+            write_report(args.out, name, args.benchmark or "tasks", found, {**notes, "mteb": mteb.__version__, **empty})
     failed = [one for one in found if one.score is None]
     for one in failed:
         print(f"{one.task}: {one.reason}", file=sys.stderr)
+    print(f"{encoder.embedded:,} inputs embedded, {encoder.held:,} held already by {vectors.folder}")
     print(f"{len(found) - len(failed)} of {len(found)} tasks measured: {args.out / 'results.md'}")
     return 1 if failed else 0
 
@@ -149,28 +139,22 @@ def _measure(task: Any, encoder: Any, results: Any) -> Any:
 
     from lco_jax.evaluation.report import Measured
 
-    about, meta, strategy = task.metadata, encoder.mteb_model_meta, "always"
+    about, strategy = task.metadata, "always"
     with suppress(ValueError):  # of a file that a kill tore
-        held = results.load_task_result(about.name, meta)
+        held = results.load_task_result(about.name, encoder.mteb_model_meta)
         if held is not None and held.dataset_revision == about.revision:
             strategy = "only-missing"
+    options = {"cache": results, "overwrite_strategy": strategy, "show_progress_bar": False, "co2_tracker": False}
     try:
-        measured = mteb.evaluate(
-            encoder, task, cache=results, overwrite_strategy=strategy, show_progress_bar=False, co2_tracker=False,
-            encode_kwargs={"batch_size": 32, "show_progress_bar": False},
-        )  # fmt: skip
+        measured = mteb.evaluate(encoder, task, encode_kwargs={"show_progress_bar": False}, **options)
         if not measured.task_results:
             raise LcoError(measured.exceptions[0].exception)
     except Exception as error:
         logging.getLogger(__name__).debug("%s", about.name, exc_info=True)
-        said = reason(error)
-        return Measured(about.name, about.type, reason=said if isinstance(error, LcoError) else f"failed: {said}")
-    result = measured.task_results[0]
-    parts = {}
-    if about.name == "SeaDoc":
-        main = f"{about.main_score}_"
-        scores = result.scores["test"][0]
-        parts = {key.removeprefix(main): 100 * scores[key] for key in scores if key.startswith(main)}
+        return Measured(about.name, about.type, reason=f"not measured: {reason(error)}")
+    result, main = measured.task_results[0], f"{about.main_score}_"
+    scores = result.scores["test"][0] if about.name == "SeaDoc" else {}
+    parts = {key.removeprefix(main): 100 * scores[key] for key in scores if key.startswith(main)}
     return Measured(about.name, about.type, 100 * result.get_score(), parts=parts)
 
 

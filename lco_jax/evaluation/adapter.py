@@ -41,8 +41,8 @@ def model_meta(name: str, revision: str, settings: Mapping[str, Any], **known: A
 class Encoder(AbsEncoder):
     """mteb's encoder around `encode_blocks`; every vector goes through `cache`.
 
-    media: the caps, for videos that come as a decoder. embedded, held, empty: inputs so far that were embedded, that the
-    cache held (or that said the same as another), and whose vector is 0, because `encode_blocks` skipped them.
+    media: the caps, for videos that come as a decoder. embedded, held, empty: inputs so far that were embedded, that
+    the cache held (or another one said), and whose vector is 0, because `encode_blocks` skipped them.
     """
 
     def __init__(self, encode_blocks: EncodeBlocks, meta: ModelMeta, cache: VectorCache, media: MediaConfig):
@@ -60,12 +60,12 @@ class Encoder(AbsEncoder):
             keys.append(digest(self.content(rows[i])))
             if keys[-1] not in self.cache:
                 missing.setdefault(keys[-1], i)
-        new = iter(missing)
-        with tqdm(total=len(missing), desc=where, unit="input", leave=False) as progress:
-            contents = (self.content(rows[i]) for i in missing.values())
+        if missing:
+            new, contents = iter(missing), (self.content(rows[i]) for i in missing.values())
             names = (f"{where}, row {i}" for i in missing.values())
-            for block in self.encode_blocks(contents, progress=progress, names=names):
-                self.cache.add(list(islice(new, len(block.vectors))), np.nan_to_num(block.vectors))
+            with tqdm(total=len(missing), desc=where, unit="input", leave=False) as progress:
+                for block in self.encode_blocks(contents, progress=progress, names=names):
+                    self.cache.add(list(islice(new, len(block.vectors))), np.nan_to_num(block.vectors))
         vectors = self.cache.vectors(keys)
         self.embedded, self.held = self.embedded + len(missing), self.held + len(keys) - len(missing)
         self.empty += int((vectors == 0).all(axis=1).sum())

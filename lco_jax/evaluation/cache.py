@@ -6,10 +6,10 @@ Dimensions: N inputs, D hidden.
 import fcntl
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,72 +22,62 @@ SYNC_SECONDS = 30.0  # of work that a power cut may cost; a kill costs nothing t
 
 
 def digest(content: Any) -> bytes:
-    """16 bytes that tell contents apart: text, numbers, bytes, files (by their bytes), pictures, arrays, any nesting."""
+    """16 bytes that tell contents apart: any nesting of text, numbers, bytes, files (their bytes), pictures, arrays."""
     seen = blake2b(digest_size=KEY_BYTES)
-
-    def see(kind: str, *values: Any) -> None:
-        for value in (kind, *values):
-            raw = value if isinstance(value, bytes) else str(value).encode()
-            seen.update(len(raw).to_bytes(8, "little") + raw)
-
-    def walk(value: Any) -> None:
-        if isinstance(value, Mapping):
-            value = [part for key in sorted(value) for part in (key, value[key])]
-        if isinstance(value, list | tuple):
-            see("parts", len(value))
-            for part in value:
-                walk(part)
-        elif isinstance(value, Path):
-            with explained(f"{value} cannot be read", OSError):
-                see("bytes", value.read_bytes())
-        elif isinstance(value, Image.Image):
-            see("image", value.mode, value.size, value.getpalette("RGBA"), value.tobytes())
-        elif isinstance(value, np.ndarray):
-            see("array", value.dtype.str, value.shape, value.tobytes())
-        else:
-            see("bytes" if isinstance(value, bytes) else type(value).__name__, value)
-
-    walk(content)
+    for leaf in _leaves(content):
+        seen.update(len(leaf).to_bytes(8, "little") + leaf)
     return seen.digest()
+
+
+def _leaves(value: Any) -> Iterator[bytes]:
+    if isinstance(value, Mapping):
+        value = sorted(value.items())
+    elif isinstance(value, Image.Image):
+        value = (value.mode, value.size, value.getpalette("RGBA"), value.tobytes())
+    elif isinstance(value, np.ndarray):
+        value = (value.dtype.str, value.shape, value.tobytes())
+    elif isinstance(value, Path):
+        with explained(f"{value} cannot be read", OSError):
+            value = value.read_bytes()
+    if isinstance(value, list | tuple):
+        yield b"%d parts" % len(value)
+        for part in value:
+            yield from _leaves(part)
+    else:
+        yield value if isinstance(value, bytes) else f"{type(value).__name__} {value}".encode()
 
 
 class VectorCache:
     """Digest of an input -> float32 [D], in `<root>/<digest of settings>/vectors.bin`. Enter it to use.
 
-    settings: all that a vector depends on beside its input; kept next to the vectors as settings.json.
-    The file holds records of a digest and D numbers, and is memory-mapped to be read. What was added survives a kill;
-    a record that was cut short is dropped on entering.
+    settings: all that a vector depends on beside its input; they are kept next to the vectors, to be read by people.
+    The file holds records of a digest and D numbers and is memory-mapped. What was added survives a kill; a record that
+    was cut short is dropped on entering.
     """
 
     def __init__(self, root: Path, settings: Mapping[str, Any], dimension: int):
-        self.folder = root / digest(settings).hex()
-        self.settings = dict(settings)
+        self.folder, self.settings = root / digest(settings).hex(), dict(settings)
         self.record = np.dtype([("key", "u1", KEY_BYTES), ("vector", "<f4", dimension)])
-        self._rows: dict[bytes, int] = {}
 
     def __enter__(self) -> "VectorCache":
         with explained(f"{self.folder} cannot be written", OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "settings.json", self.settings)
-            self._file: BinaryIO = open(self.folder / "vectors.bin", "ab", buffering=0)
+            self._file = open(self.folder / "vectors.bin", "ab", buffering=0)
         try:
             with explained(f"another process writes {self.folder}; wait for it or end it", BlockingIOError):
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except LcoError:
             self._file.close()
             raise
-        self._count = os.fstat(self._file.fileno()).st_size // self.record.itemsize
+        self._count, self._synced = os.fstat(self._file.fileno()).st_size // self.record.itemsize, time.monotonic()
         self._file.truncate(self._count * self.record.itemsize)
-        if self._count:
-            self._rows = {key.tobytes(): row for row, key in enumerate(self._table()["key"])}
-        self._synced = time.monotonic()
+        keys = self._table()["key"] if self._count else ()
+        self._rows = {key.tobytes(): row for row, key in enumerate(keys)}
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._rows
@@ -97,7 +87,7 @@ class VectorCache:
         records = np.zeros(len(keys), self.record)
         records["key"], records["vector"] = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES), vectors
         with explained(f"{self.folder} cannot be written", OSError):
-            self._file.truncate(self._count * self.record.itemsize)  # what an earlier attempt left
+            self._file.truncate(self._count * self.record.itemsize)  # what an earlier attempt left of its own
             if self._file.write(records.tobytes()) < records.nbytes:
                 raise OSError("the disk is full")
             if time.monotonic() - self._synced > SYNC_SECONDS:
@@ -108,8 +98,7 @@ class VectorCache:
 
     def vectors(self, keys: Sequence[bytes]) -> np.ndarray:
         """float32 [N, D] of digests that are all there."""
-        rows = [self._rows[key] for key in keys]
-        return self._table()["vector"][rows] if rows else np.zeros((0, *self.record["vector"].shape), np.float32)
+        return np.asarray(self._table()["vector"][[self._rows[key] for key in keys]]) if keys else np.zeros((0, 0))
 
     def _table(self) -> np.memmap:
         return np.memmap(self._file.name, self.record, mode="r")
