@@ -11,11 +11,9 @@ command goes on where it was stopped: tasks that are done are not measured again
 """
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import open_checkpoint
-from lco_jax.core.errors import LcoError, reason, run_main
+from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.files import write_json
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.embed import add_flags, load, media_config, model_work
@@ -66,22 +64,20 @@ def main() -> int:
         return 0
     if find_spec("mteb") is None:
         raise LcoError("benchmarks need mteb, which is not installed: pip install 'lco-jax[eval]'")
-    import datasets
-    import mteb
-
-    from lco_jax.evaluation.adapter import Encoder, model_meta
+    from lco_jax.evaluation.adapter import MTEB_VERSION, Encoder, find_tasks, measure, model_meta
     from lco_jax.evaluation.cache import VectorCache
     from lco_jax.evaluation.report import write_report
 
-    datasets.disable_progress_bars()  # a bar for each step of each task hides ours
-    tasks, checkpoint = _tasks(args), open_checkpoint(args.model)
+    tasks, checkpoint = find_tasks(args.benchmark, args.tasks, args.seadoc), open_checkpoint(args.model)
     known, dimension = checkpoint.backbone.modalities, checkpoint.config.hidden_size
-    modalities = tuple(kind for kind in known if any(kind in task.metadata.modalities for task in tasks))
+    asked = {kind for task in tasks for kind in task.metadata.modalities}
+    asked |= {"audio"} if media.use_audio_in_video else set()  # a video's own
+    modalities = tuple(kind for kind in known if kind in {"text", *asked})
     settings = model_work(args, media, checkpoint)
     name, revision = _identity(args, settings)
-    notes = {key.strip("-").replace("-", "_"): settings[key] for key in settings if key.startswith("--")}
-    notes = {key: value for key, value in notes.items() if value not in (None, "") and key != "model"}
-    meta = model_meta(name, revision, notes, modalities=list(known), embed_dim=dimension)
+    caps = {key.strip("-").replace("-", "_"): settings[key] for key in settings if key.startswith("--")}
+    caps = {key: value for key, value in caps.items() if value not in (None, "") and key != "model"}
+    meta = model_meta(name, revision, caps, modalities=list(known), embed_dim=dimension)
 
     @cache
     def embedder() -> OmniEmbedder:  # when an input has no vector yet
@@ -94,14 +90,14 @@ def main() -> int:
         options |= {"block_inputs": args.part_size, "progress": progress, "names": names}
         return embedder().encode_blocks(contents, args.batch_size, **options)
 
-    results, found = mteb.ResultCache(args.out), []
+    found = []
     with VectorCache(args.out / "embeddings", {**settings, "--on-error": args.on_error}, dimension) as vectors:
         encoder = Encoder(encode_blocks, meta, vectors, media)
         for task in (progress := tqdm(tasks, desc="tasks", unit="task")):
             progress.set_postfix_str(task.metadata.name)
-            found.append(_measure(task, encoder, results))
+            found.append(measure(encoder, task, args.out))
             empty = {"inputs skipped, which count as found nowhere": encoder.empty} if encoder.empty else {}
-            write_report(args.out, name, args.benchmark or "tasks", found, {**notes, "mteb": mteb.__version__, **empty})
+            write_report(args.out, name, args.benchmark or "tasks", found, {**caps, "mteb": MTEB_VERSION, **empty})
     failed = [one for one in found if one.score is None]
     for one in failed:
         print(f"{one.task}: {one.reason}", file=sys.stderr)
@@ -110,52 +106,12 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _tasks(args: argparse.Namespace) -> list[Any]:
-    """mteb's tasks that the flags name."""
-    import mteb
-
-    if args.seadoc:
-        from lco_jax.evaluation.seadoc import SeaDoc
-
-        return [SeaDoc(args.seadoc)]
-    try:
-        return list(mteb.get_benchmark(args.benchmark) if args.benchmark else mteb.get_tasks(args.tasks.split(",")))
-    except KeyError as error:  # it names the nearest
-        flag = "--benchmark" if args.benchmark else "--tasks"
-        raise LcoError(f"{flag}: {error.args[0].removeprefix('KeyError: ')}") from None
-
-
 def _identity(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[str, str]:
     """Name (owner/name) and revision of what is measured: a commit of the hub, or a digest of files."""
     local = Path(args.model).expanduser().is_dir() or "/" not in args.model
     name = f"local/{Path(args.model).absolute().name}" if local else args.model
     held = [value.split()[-1].replace("/", "__") for key, value in settings.items() if key.startswith("what")]
     return name if args.adapter is None else f"{name}+{Path(args.adapter).absolute().name}", "-".join(held)
-
-
-def _measure(task: Any, encoder: Any, results: Any) -> Any:
-    """Measure one task, or load what was measured. Whatever goes wrong is its own, and the others go on."""
-    import mteb
-
-    from lco_jax.evaluation.report import Measured
-
-    about, strategy = task.metadata, "always"
-    with suppress(ValueError):  # of a file that a kill tore
-        held = results.load_task_result(about.name, encoder.mteb_model_meta)
-        if held is not None and held.dataset_revision == about.revision:
-            strategy = "only-missing"
-    options = {"cache": results, "overwrite_strategy": strategy, "show_progress_bar": False, "co2_tracker": False}
-    try:
-        measured = mteb.evaluate(encoder, task, encode_kwargs={"show_progress_bar": False}, **options)
-        if not measured.task_results:
-            raise LcoError(measured.exceptions[0].exception)
-    except Exception as error:
-        logging.getLogger(__name__).debug("%s", about.name, exc_info=True)
-        return Measured(about.name, about.type, reason=f"not measured: {reason(error)}")
-    result, main = measured.task_results[0], f"{about.main_score}_"
-    scores = result.scores["test"][0] if about.name == "SeaDoc" else {}
-    parts = {key.removeprefix(main): 100 * scores[key] for key in scores if key.startswith(main)}
-    return Measured(about.name, about.type, 100 * result.get_score(), parts=parts)
 
 
 if __name__ == "__main__":

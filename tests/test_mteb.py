@@ -1,7 +1,7 @@
 """mteb's own mock tasks through our adapter: every score is that of a torch wrapper around the same checkpoint.
 
-The wrapper goes the way of mteb's own ones: it walks the loader, whose media come as decoders. Those are of PyAV and soundfile
-here, since torchcodec's wheels need CUDA's libraries; the adapter reads the files, and must see the same.
+The wrapper goes the way of mteb's own ones: it walks the loader, whose media come as decoders. PyAV and soundfile
+decode here, since torchcodec's wheels need CUDA's libraries. The adapter reads the files, and must see the same.
 """
 
 import io

@@ -7,22 +7,30 @@ modality, and not the tasks' own: the model was trained with no others.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import mteb
 import numpy as np
+from datasets import disable_progress_bars
+from mteb.abstasks import AbsTask
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
 from tqdm import tqdm
 
+from lco_jax.core.errors import LcoError, reason
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.prompts import KINDS
 from lco_jax.data.video import frames_to_keep, sampled_indices
 from lco_jax.evaluation.cache import VectorCache, digest
+from lco_jax.evaluation.report import Measured
+from lco_jax.evaluation.seadoc import SeaDoc
 
 EncodeBlocks = Callable[..., Iterator[Any]]  # `OmniEmbedder.encode_blocks`, of inputs, progress= and names=
+MTEB_VERSION = mteb.__version__
 logger = logging.getLogger(__name__)
 
 
@@ -36,6 +44,39 @@ def model_meta(name: str, revision: str, settings: Mapping[str, Any], **known: A
     fields = {key: None for key, field in ModelMeta.model_fields.items() if field.is_required()}
     fields |= {"name": name, "revision": revision, "framework": ["JAX"], "similarity_fn_name": "cosine"}
     return ModelMeta(**{**fields, "use_instructions": True, "experiment_kwargs": dict(settings), **known})
+
+
+def find_tasks(benchmark: str | None, tasks: str | None, seadoc: str | None) -> list[AbsTask]:
+    """mteb's tasks that one of these flags names. Raises for an unknown name, with the nearest."""
+    if seadoc:
+        return [SeaDoc(seadoc)]
+    try:
+        return list(mteb.get_benchmark(benchmark) if benchmark else mteb.get_tasks((tasks or "").split(",")))
+    except KeyError as error:  # it names the nearest
+        flag = "--benchmark" if benchmark else "--tasks"
+        raise LcoError(f"{flag}: {error.args[0].removeprefix('KeyError: ')}") from None
+
+
+def measure(encoder: "Encoder", task: AbsTask, out: Path) -> Measured:
+    """Measure a task, or load what `out` has of it. What goes wrong is the task's own, and stands in the answer."""
+    about, results, strategy = task.metadata, mteb.ResultCache(out), "always"
+    with suppress(ValueError):  # of a file that a kill tore
+        held = results.load_task_result(about.name, encoder.mteb_model_meta)
+        if held is not None and held.dataset_revision == about.revision:
+            strategy = "only-missing"
+    options = {"cache": results, "overwrite_strategy": strategy, "show_progress_bar": False, "co2_tracker": False}
+    disable_progress_bars()  # a bar for each step of each task hides ours
+    try:
+        measured = mteb.evaluate(encoder, task, encode_kwargs={"show_progress_bar": False}, **options)
+        if not measured.task_results:
+            raise LcoError(measured.exceptions[0].exception)
+    except Exception as error:
+        logger.debug("%s", about.name, exc_info=True)
+        return Measured(about.name, about.type, reason=f"not measured: {reason(error)}")
+    result, main = measured.task_results[0], f"{about.main_score}_"
+    scores = result.scores["test"][0] if about.name == "SeaDoc" else {}
+    parts = {key.removeprefix(main): 100 * scores[key] for key in scores if key.startswith(main)}
+    return Measured(about.name, about.type, 100 * result.get_score(), parts=parts)
 
 
 class Encoder(AbsEncoder):

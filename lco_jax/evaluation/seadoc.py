@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 class SeaDoc(AbsTaskRetrieval):
     """path: a folder with parquet files in a folder for each of `COLUMNS`, or a hub id with a config for each.
 
-    Scores hold ndcg_at_10 over all queries, and ndcg_at_10_lao and so on over those whose page is in that language, each
-    among all pages. A page's language is its column `language`, else what its id begins with (lo_12, thai-3); the query's
-    where the page tells none. Raises naming the table, row and id where tables are missing or do not match.
+    Scores hold ndcg_at_10 over all queries and ndcg_at_10_lao and so on over those whose page is in that language, each
+    among all pages. The language is the column `language` of the page, else what its id begins with (lo_12, thai-3),
+    else the same of the query. Raises naming the table, row and id where tables are missing or do not match.
     """
 
     metadata = TaskMetadata(
