@@ -96,7 +96,7 @@ def main() -> int:
         for task in (progress := tqdm(tasks, desc="tasks", unit="task")):
             progress.set_postfix_str(task.metadata.name)
             found.append(measure(encoder, task, args.out))
-            empty = {"inputs skipped, which count as found nowhere": encoder.empty} if encoder.empty else {}
+            empty = {"skipped, with a vector of zeros": vectors.empty()} if args.on_error == "skip" else {}
             write_report(args.out, name, args.benchmark or "tasks", found, {**caps, "mteb": MTEB_VERSION, **empty})
     failed = [one for one in found if one.score is None]
     for one in failed:

@@ -187,9 +187,23 @@ def test_a_benchmark_goes_on_where_a_task_cannot(run, tmp_path, monkeypatch):
     assert f"2 of 3 tasks measured: {tmp_path}/results.md" in out
     table = (tmp_path / "results.md").read_text()
     assert "| LCO-Embedding-Omni-7B (multimodal) | 68.8 |" in table
-    assert "| local/builtin:tiny, 2 tasks only |" in table
+    assert "| **local/builtin:tiny, 2 tasks only** |" in table
     sts = scores_of(tmp_path, "MockSTSTask")["main_score"]
     assert f"| MockSTSTask | STS | {100 * sts:.1f} |" in table
+
+
+@pytest.mark.slow
+def test_a_torn_page(run, tmp_path):
+    corpus = [{"id": f"p{i}", "image": page("lo", i)[: 60 if i == 1 else None]} for i in range(3)]
+    query = [{"id": f"q{i}", "text": f"page {i}"} for i in range(3)]
+    qrels = [{"query-id": f"q{i}", "corpus-id": f"p{i}", "score": 1} for i in range(3)]
+    flags = [f"--seadoc={write_tables(tmp_path / 'data', corpus, query, qrels)}", f"--out={tmp_path / 'out'}"]
+    status, _, err = run(*flags)
+    assert status == 1
+    assert "SeaDoc: not measured: SeaDoc default test document, row 1: image of 60 bytes" in err
+    for _ in range(2):  # measured, and read from what was
+        assert run(*flags, "--on-error=skip")[0] == 0
+        assert "- skipped, with a vector of zeros: 1\n" in (tmp_path / "out" / "results.md").read_text()
 
 
 def test_names_of_tasks_and_benchmarks(run, tmp_path):
@@ -289,7 +303,7 @@ def test_the_report_stands_ours_beside_the_published(tmp_path):
     write_report(tmp_path, "local/ours", "MIEB(lite)", found, {"fps": 2.0})
     lines = (tmp_path / "results.md").read_text().splitlines()
     ranked = [line.split("|")[1].strip() for line in lines[4 : lines.index("", 4)]]
-    assert ranked[-2:] == ["E5-V", "local/ours"]  # 51.9 and 51.0
+    assert ranked[-2:] == ["E5-V", "**local/ours**"]  # 51.9 and 51.0
     assert "- fps: 2.0" in lines
     assert Image.open(tmp_path / "results.png").width > 500
     write_report(tmp_path, "local/ours", "tasks", [Measured("a", "STS", reason="gone")], {})

@@ -82,13 +82,13 @@ def measure(encoder: "Encoder", task: AbsTask, out: Path) -> Measured:
 class Encoder(AbsEncoder):
     """mteb's encoder around `encode_blocks`; every vector goes through `cache`.
 
-    media: the caps, for videos that come as a decoder. embedded, held, empty: inputs so far that were embedded, that
-    the cache held (or another one said), and whose vector is 0, because `encode_blocks` skipped them.
+    media: the caps, for videos that come as a decoder. embedded, held: inputs so far that were embedded, and that the
+    cache held or that said what another did. One that `encode_blocks` skips has a vector of zeros.
     """
 
     def __init__(self, encode_blocks: EncodeBlocks, meta: ModelMeta, cache: VectorCache, media: MediaConfig):
         self.encode_blocks, self.mteb_model_meta, self.cache, self.media = encode_blocks, meta, cache, media
-        self.embedded = self.held = self.empty = 0
+        self.embedded = self.held = 0
 
     def encode(
         self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, prompt_type: Any = None, **_: Any
@@ -107,19 +107,16 @@ class Encoder(AbsEncoder):
             with tqdm(total=len(missing), desc=where, unit="input", leave=False) as progress:
                 for block in self.encode_blocks(contents, progress=progress, names=names):
                     self.cache.add(list(islice(new, len(block.vectors))), np.nan_to_num(block.vectors))
-        vectors = self.cache.vectors(keys)
         self.embedded, self.held = self.embedded + len(missing), self.held + len(keys) - len(missing)
-        self.empty += int((vectors == 0).all(axis=1).sum())
-        logger.info("%s: %d inputs, %d of them embedded now", where, len(keys), len(missing))
-        return vectors
+        return self.cache.vectors(keys)
 
     def content(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row of mteb's as `encode` takes it: {"text": …, "image": …, "video": …, "audio": …}, what there is."""
         return {kind: self._medium(row[kind]) for kind in KINDS if row.get(kind) is not None}
 
     def _medium(self, value: Any) -> Any:
-        if isinstance(value, Mapping) and value.keys() & {"bytes", "path"}:  # a file in a data set
-            return value.get("bytes") or Path(value["path"])
+        if isinstance(value, Mapping) and "array" not in value:  # a file in a data set
+            return value["bytes"] or Path(value["path"])
         if isinstance(value, Mapping):  # sound; torch's tensors are arrays to numpy
             return {"array": np.asarray(value["array"], np.float32), "sampling_rate": int(value["sampling_rate"])}
         if hasattr(value, "get_all_samples"):  # torchcodec's AudioDecoder

@@ -100,5 +100,9 @@ class VectorCache:
         """float32 [N, D] of digests that are all there."""
         return np.asarray(self._table()["vector"][[self._rows[key] for key in keys]]) if keys else np.zeros((0, 0))
 
+    def empty(self) -> int:
+        """How many vectors are 0."""
+        return int((~self._table()["vector"].any(axis=1)).sum()) if self._count else 0
+
     def _table(self) -> np.memmap:
         return np.memmap(self._file.name, self.record, mode="r")

@@ -24,8 +24,8 @@ class Measured(NamedTuple):
 def write_report(out: Path, model: str, benchmark: str, found: Sequence[Measured], notes: Mapping[str, Any]) -> None:
     """Write `results.md` and `results.png` into `out`.
 
-    benchmark: a name in assets/published.json, or any other. Our mean stands beside published numbers only if it is of
-    as many tasks as theirs. notes: what a reader must know of how it was measured.
+    benchmark: a name in assets/published.json, or any other. A mean of fewer tasks than the published ones says so.
+    notes: what a reader must know of how it was measured.
     """
     kinds = defaultdict(list)
     rows = ["| task | type | score |", "|---|---|---|"]
@@ -34,26 +34,20 @@ def write_report(out: Path, model: str, benchmark: str, found: Sequence[Measured
         rows += [f"| {one.task}, {part} | | {score:.1f} |" for part, score in one.parts.items()]
         kinds[one.type] += [] if one.score is None else [one.score]
     scores = {one.task: one.score for one in found if one.score is not None}
-    bars, ours, label, lines = scores, scores.keys(), "score", [f"# {benchmark}: {model}", ""]
     if scores:
         kinds["**all**"] = [*scores.values()]
         rows += [f"| mean of {len(some)} | {kind} | {np.mean(some):.1f} |" for kind, some in kinds.items() if some]
+    bars, ours, label, lines = scores, scores.keys(), "score", [f"# {benchmark}: {model}", ""]
     if scores and (published := read_json(ASSETS / "published.json").get(benchmark)):
-        partial = "" if len(scores) == len(found) == published["tasks"] else f", {len(scores)} tasks only"
-        bars, ours, label = (
-            {**published["models"], model + partial: np.mean(kinds["**all**"])},
-            {model + partial},
-            published["what"],
-        )
-        lines += [
-            f"| model | {label} |",
-            "|---|---|",
-            *(f"| {x} | {bars[x]:.1f} |" for x in sorted(bars, key=bars.get)[::-1]),
-        ]
+        whole = len(scores) == len(found) == published["tasks"]
+        ours, label = [model if whole else f"{model}, {len(scores)} tasks only"], published["what"]
+        bars = {**published["models"], ours[0]: np.mean(kinds["**all**"])}
+        lines += [f"| model | {label} |", "|---|---|"]
+        for name in sorted(bars, key=bars.get)[::-1]:
+            lines.append(f"| **{name}** | **{bars[name]:.1f}** |" if name in ours else f"| {name} | {bars[name]:.1f} |")
         lines += ["", f"Published numbers: {published['source']}.", ""]
-    write_text(
-        out / "results.md", "\n".join([*lines, *rows, "", *(f"- {name}: {note}" for name, note in notes.items()), ""])
-    )
+    lines += [*rows, "", *(f"- {name}: {note}" for name, note in notes.items()), ""]
+    write_text(out / "results.md", "\n".join(lines))
     if bars:
         plot_bars(out / ".results.png", bars, ours, label)
         (out / ".results.png").replace(out / "results.png")
