@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import matplotlib
 import numpy as np
 import pyarrow as pa
@@ -52,6 +53,12 @@ def write_tables(folder, corpus, query, qrels):
         (folder / name).mkdir(parents=True)
         pa.parquet.write_table(pa.Table.from_pylist(rows), folder / name / "test-00000-of-00001.parquet")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def tables_elsewhere(tmp_path_factory, monkeypatch):
+    """`datasets` keeps a copy of what it reads; not of the tests' in the user's folder."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +168,8 @@ run_main(evaluate.main)
 def test_a_killed_evaluation_resumes(run, seadoc, tmp_path):
     flags = [f"--seadoc={seadoc}", "--part-size=6"]
     command = [sys.executable, "-c", CHILD, "--model=builtin:tiny", *flags, f"--out={tmp_path / 'killed'}"]
-    child = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()[-2000:]
     assert not list((tmp_path / "killed").rglob("SeaDoc.json"))
     status, out, _ = run(*flags, f"--out={tmp_path / 'killed'}")
@@ -256,6 +264,15 @@ def test_languages_of_seadoc(tmp_path, caplog):
     untold.load_data()
     assert not any(untold.language_of.values())
     assert "one score is over all" in caplog.text
+    (tmp_path / "told" / "data").mkdir()
+    configs = []
+    for name in ("corpus", "query", "qrels"):  # as a clone of the hub's may have them
+        (tmp_path / "told" / name).rename(tmp_path / "told" / "data" / name)
+        configs.append(f"- config_name: {name}\n  data_files: data/{name}/*.parquet\n")
+    (tmp_path / "told" / "README.md").write_text(f"---\nconfigs:\n{''.join(configs)}---\n")
+    moved = SeaDoc(str(tmp_path / "told"))
+    moved.load_data()
+    assert moved.dataset["default"]["test"]["corpus"]["id"] == told.dataset["default"]["test"]["corpus"]["id"]
     (tmp_path / "untold" / "qrels" / "test-00000-of-00001.parquet").unlink()
     with pytest.raises(LcoError, match="has no folder qrels with parquet files"):
         SeaDoc(str(tmp_path / "untold")).load_data()

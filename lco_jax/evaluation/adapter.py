@@ -76,7 +76,7 @@ def measure(encoder: "Encoder", task: AbsTask, out: Path) -> Measured:
     result, main = measured.task_results[0], f"{about.main_score}_"
     scores = result.scores["test"][0] if about.name == "SeaDoc" else {}
     parts = {key.removeprefix(main): 100 * scores[key] for key in scores if key.startswith(main)}
-    return Measured(about.name, about.type, 100 * result.get_score(), parts=parts)
+    return Measured(about.name, about.type, 100 * float(result.get_score()), parts=parts)
 
 
 class Encoder(AbsEncoder):
