@@ -77,7 +77,7 @@ def sampled_indices(total: int, kept: int) -> np.ndarray:
     return np.rint(values).astype(np.int64)
 
 
-def _frames_to_keep(total: int, rate: float, config: MediaConfig) -> int:
+def frames_to_keep(total: int, rate: float, config: MediaConfig) -> int:
     """The reference's rule: an even number, as many as `config.fps` takes, from 4 to `max_frames`."""
     most = min(config.max_frames // FACTOR * FACTOR, total)
     wanted = min(max(total / rate * config.fps, MIN_FRAMES), most)
@@ -115,7 +115,7 @@ def _decode(
     medium: Medium, total: int, rate: float, deadline: Deadline, config: MediaConfig, fit: Fit | None
 ) -> tuple[list[np.ndarray], int]:
     """One pass: the kept frames of `total` that are expected, and how many there really are."""
-    count = _frames_to_keep(max(total, 1), rate, config)
+    count = frames_to_keep(max(total, 1), rate, config)
     wanted = set(sampled_indices(max(total, 1), count).tolist())
     kept, size, index = [], None, -1
     with open_container(medium, deadline, config.max_image_pixels) as container:
@@ -144,7 +144,7 @@ def _from_array(source: dict[str, Any], where: str, config: MediaConfig, fit: Fi
         if not isinstance(fps, Real) or isinstance(fps, bool) or not 0 < fps < math.inf:
             raise LcoError(f"{label} has an fps of {fps!r:.40}; it must be a number above 0")
         if fps > config.fps or total > config.max_frames:
-            count = _frames_to_keep(total, fps, config)
+            count = frames_to_keep(total, fps, config)
         fps = float(fps) if count == total else float(fps) * count / total
     frames = _load_all(array, sampled_indices(total, count), where, config, fit)
     audio = None if source.get("audio") is None else load_audio(source["audio"], where, config)

@@ -1,5 +1,6 @@
 """Pictures of a run, written as PNG."""
 
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -39,4 +40,18 @@ def plot_similarity(path: Path, before: np.ndarray, after: np.ndarray) -> None:
         axes.set_xlabel("positive")
         axes.set_ylabel("anchor")
     figure.colorbar(image, ax=figure.axes, label="cosine")
+    figure.savefig(path, dpi=150)
+
+
+def plot_bars(path: Path, scores: Mapping[str, float], ours: Container[str], label: str) -> None:
+    """A bar for each score, the highest first; `ours` stand out."""
+    names = sorted(scores, key=scores.__getitem__)
+    figure = Figure(figsize=(8, 1.2 + 0.3 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(names, [scores[name] for name in names])
+    for name, bar in zip(names, bars, strict=True):
+        bar.set_color("tab:blue" if name in ours else "0.75")
+    axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.set_xlabel(label)
+    axes.margins(x=0.1, y=0.01)
     figure.savefig(path, dpi=150)
