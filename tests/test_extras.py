@@ -1,6 +1,5 @@
 """The notebook, the launcher and the tools: they run as they stand."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +7,6 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
-
-from lco_jax.core.files import read_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,16 +31,6 @@ def test_the_notebook_runs(tmp_path):
     }
     assert "image/png" in shown
     assert "A musician performs outdoors." in shown["text/plain"]
-
-
-@pytest.mark.slow
-def test_the_local_launcher(tmp_path):
-    """Two processes through the script that a user would call."""
-    flags = ["--config=configs/base.py", f"--workdir={tmp_path}/run", "--config.train.steps=3", "--config.eval.path="]
-    flags += ["--config.optimizer.warmup_steps=1", "--config.train.batch_size=8", "--config.export.merged=False"]
-    environment = {**os.environ, "PYTHON": sys.executable, "XLA_FLAGS": "", "PORT": "29517", "DEVICES": "2"}
-    subprocess.run([ROOT / "launch" / "local.sh", "2", *flags], env=environment, check=True, timeout=300)
-    assert read_json(tmp_path / "run" / "results.json")["steps"] == 3
 
 
 def test_the_launcher_says_how_it_is_used():

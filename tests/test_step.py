@@ -134,9 +134,8 @@ def test_eight_devices_equal_one(records, one_device, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk_tokens", [100, 250])
-def test_gradcache_chunks_change_nothing(records, one_device, chunk_tokens):
-    losses, adapters, _ = run("builtin:tiny", records, dropout=0.1, chunk_tokens=chunk_tokens)
+def test_gradcache_chunks_change_nothing(records, one_device):
+    losses, adapters, _ = run("builtin:tiny", records, dropout=0.1, chunk_tokens=100)
     assert np.abs(losses - one_device[0]).max() < 1e-5
     for got, want in zip(jax.tree.leaves(adapters), jax.tree.leaves(one_device[1]), strict=True):
         assert np.linalg.norm(got - want) < 1e-3 * np.linalg.norm(want)
@@ -145,17 +144,17 @@ def test_gradcache_chunks_change_nothing(records, one_device, chunk_tokens):
 def test_chunked_and_sharded_step_in_short(records):
     """Three steps of the above, for the quick lane; and with six records' candidates passed round a ring of four."""
     plain, _, metrics = run("builtin:tiny", records, steps=3, dropout=0.1)
-    for layout in ({"mesh": (2, 2, 2), "chunk_tokens": 40}, {"mesh": (2, 2, 2), "candidates": "ring"}):
-        other, _, others = run("builtin:tiny", records, steps=3, dropout=0.1, **layout)
-        assert np.abs(plain - other).max() < 1e-5
-        assert abs(metrics["grad_norm"] - others["grad_norm"]) < 1e-5 * metrics["grad_norm"]
+    layout = {"mesh": (2, 2, 2), "chunk_tokens": 40, "candidates": "ring"}
+    other, _, others = run("builtin:tiny", records, steps=3, dropout=0.1, **layout)
+    assert np.abs(plain - other).max() < 1e-5
+    assert abs(metrics["grad_norm"] - others["grad_norm"]) < 1e-5 * metrics["grad_norm"]
 
 
 @pytest.mark.slow
 def test_dropout_moves_the_loss(records, one_device):
     """Or the tests above would show nothing."""
-    without, _, _ = run("builtin:tiny", records, dropout=0.0)
-    assert np.abs(without - one_device[0]).max() > 1e-2
+    without, _, _ = run("builtin:tiny", records, steps=12, dropout=0.0)
+    assert np.abs(without - one_device[0][:12]).max() > 1e-2
 
 
 @pytest.mark.slow

@@ -115,14 +115,13 @@ def test_resumed_on_another_mesh(quiet, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_equal_one(quiet, tmp_path):
-    """Real processes on loopback, four devices each: every process reads its share, one set of outputs."""
+    """Real processes on loopback, started by the launcher: every process reads its share, one set of outputs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    flags = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
-    processes = [start(tmp_path, *flags, f"--process_id={i}", devices=4) for i in range(2)]
-    for process in processes:
-        finish(process)
+        port = str(probe.getsockname()[1])
+    environment = {**os.environ, "PYTHON": sys.executable, "XLA_FLAGS": "", "PORT": port, "DEVICES": "4"}
+    flags = [*SMALL, f"--workdir={tmp_path}", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+    subprocess.run([ROOT / "launch" / "local.sh", "2", *flags], env=environment, check=True, timeout=300)
     assert np.abs(np.array(losses(tmp_path)) - losses(quiet)).max() < 1e-4
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
 
