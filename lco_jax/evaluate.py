@@ -8,6 +8,7 @@
 Writes OUT/results.md and results.png (published numbers beside ours), OUT/results/MODEL/REVISION/… (JSON as mteb has
 it, with model_meta.json, whose experiment_kwargs tell every cap) and OUT/embeddings (a vector of every input). The same
 command goes on where it was stopped: tasks that are done are not measured again, inputs that are done not embedded.
+With --data: OUT/results.json and a picture.
 """
 
 import argparse
@@ -23,7 +24,6 @@ from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.core.errors import LcoError, run_main
-from lco_jax.core.files import write_json
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.embed import add_flags, load, media_config, model_work
 from lco_jax.embedder import Block, OmniEmbedder
@@ -63,7 +63,10 @@ def main() -> int:
 
         embedder = load(args, open_checkpoint(args.model), media, None)
         encode = partial(embedder.encode, prompt=args.prompt, max_length=args.max_length, show_progress=True)
-        write_json(args.out / "results.json", own.measure(encode, args.kind, args.data))
+        given = ("media_root", "columns", "template", "label_pattern")
+        numbers = own.measure(encode, args.kind, args.data, args.out, **{key: getattr(args, key) for key in given})
+        print("\n".join(f"{name:>20} {number:,.4g}" for name, number in numbers.items()))
+        print(f"written: {args.out / 'results.json'} and {args.kind}.png")
         return 0
     if find_spec("mteb") is None:
         raise LcoError("benchmarks need mteb, which is not installed: pip install 'lco-jax[eval]'")
