@@ -1,6 +1,6 @@
 """Pictures of a run, written as PNG."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,4 +80,18 @@ def plot_confusion(path: Path, counts: np.ndarray, labels: Sequence[str]) -> Non
     axes.set_xlabel("taken for")
     axes.set_ylabel("class")
     figure.colorbar(image, ax=axes, label="share of the class")
+    figure.savefig(path, dpi=150)
+
+
+def plot_spectrum(path: Path, spectra: Mapping[str, np.ndarray], rank: int) -> None:
+    """Singular values of every matrix's delta over their number, and the rank that is kept. spectra: by name."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for values in spectra.values():
+        axes.semilogy(range(1, len(values) + 1), np.maximum(values, 1e-12), color="tab:blue", alpha=0.3, linewidth=0.8)
+    axes.axvline(rank + 0.5, color="tab:red", label=f"kept: {rank}")
+    axes.set_ylim(bottom=max(values.max() for values in spectra.values()) * 1e-5)
+    axes.set_xlabel("number")
+    axes.set_ylabel("singular value")
+    axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
