@@ -227,6 +227,7 @@ def test_the_template_follows_what_the_items_hold(tmp_path):
         ("retrieval", {}, "\n", "holds no record"),
         ("zeroshot", {}, '{"label": "a", "text": "x"}\n', r"has 1 class \(a\)"),
         ("zeroshot", {}, '{"text": "x"}\n', r"in\.jsonl:1: the input has no field 'label'"),
+        ("sts", {}, "a,b,1\n" * 2 + "\n", "2 pairs and fewer"),
         ("zeroshot", {"template": "a"}, '{"label": 1, "text": "x"}\n{"label": 2, "text": "y"}\n', r"no \{\}"),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import DTYPES, Checkpoint, open_checkpoint
 from lco_jax.checkpoint.peft import layer_tensors
@@ -79,8 +80,13 @@ def write_model(
     tensors = checkpoint.tensors
     kept = {key: DTYPES[dtype] if is_float(tensors.dtype(key)) else tensors.dtype(key) for key in tensors}
     sizes = {key: math.prod(tensors.shape(key)) * np.dtype(kept[key]).itemsize for key in tensors}
-    rounded = lambda key: tensor(key).astype(kept[key], copy=False)  # noqa: E731
-    with written_aside(out) as aside:
+    progress = tqdm(total=2 * len(sizes), desc="writing and comparing", unit="tensor", leave=False, delay=2)
+
+    def rounded(key: str) -> np.ndarray:
+        progress.update()
+        return tensor(key).astype(kept[key], copy=False)
+
+    with progress, written_aside(out) as aside:
         for pattern in COPIED:
             for file in checkpoint.folder.glob(pattern):
                 if file.name != "model.safetensors.index.json" and not file.name.startswith("."):

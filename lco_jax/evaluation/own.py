@@ -75,7 +75,7 @@ def own_sts(encode: Encode, path: Path, media_root: Path | None = None, columns:
         raise LcoError(f"{path} has {len(scores)} pairs and fewer than two different scores: nothing to correlate with")
     vectors = encode(first + second).astype(np.float64)
     cosines = (vectors[: len(scores)] * vectors[len(scores) :]).sum(axis=1)
-    if np.ptp(cosines) < 1e-12:
+    if np.ptp(cosines) < 1e-6:
         raise LcoError("all pairs have the same cosine: this model tells nothing apart, and nothing correlates")
     spearman, pearson = (float(correlate(cosines, scores).statistic) for correlate in (spearmanr, pearsonr))
     numbers = {"spearman": spearman, "pearson": pearson, "pairs": len(scores)}
@@ -194,6 +194,8 @@ def _beir(path: Path, media_root: Path | None) -> tuple[list[Any], list[Any], li
 
 def _labelled(path: Path, media_root: Path | None, pattern: str | None) -> tuple[list[Any], list[str]]:
     """Items, and the label of each."""
+    if not path.is_dir() and path.suffix not in (".jsonl", ".parquet"):
+        raise LcoError(f"{path}: give a file that ends in .jsonl or .parquet, or a folder of media")
     corpus = Corpus(path, None if path.is_dir() else "label", media_root, "--data")
     found = list(corpus.items(check_media=True))
     items, names = [item.content for item in found], [str(item.id) for item in found]

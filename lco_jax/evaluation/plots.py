@@ -49,7 +49,7 @@ def plot_ranks(path: Path, best: np.ndarray, documents: int) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     first = np.unique(np.geomspace(1, documents, 200).astype(int))
-    axes.semilogx(first, [(best <= k).mean() for k in first], color="tab:blue")
+    axes.semilogx(first, [(best <= k).mean() for k in first], color="tab:blue", drawstyle="steps-post")
     axes.axvline(np.median(best), color="0.6", linestyle=":", label=f"half of the queries: {np.median(best):,.0f}")
     axes.set_xlabel(f"first k of {documents:,} documents")
     axes.set_ylabel(f"share of {len(best):,} queries that find one")
