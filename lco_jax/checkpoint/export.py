@@ -5,16 +5,17 @@ Every file of the source that is not a weight is copied, every key keeps its nam
 
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
+from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import DTYPES, Checkpoint, open_checkpoint
 from lco_jax.checkpoint.peft import layer_tensors
 from lco_jax.checkpoint.sentence_transformers import write_modules
-from lco_jax.checkpoint.tensors import TensorFolder, write_shards
+from lco_jax.checkpoint.tensors import TensorFolder, is_float, write_shards
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, write_json, written_aside
 from lco_jax.core.lora import LoraConfig
@@ -25,10 +26,10 @@ COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "spk_dict.pt")
 
 
 class _Merged:
-    """The tensors of the merged model, made one at a time."""
+    """The tensors of the merged model, made one at a time, and rounded by whoever writes them."""
 
-    def __init__(self, checkpoint: Checkpoint, adapters: dict, config: LoraConfig | None, dtype: np.dtype):
-        self.tensors, self.dtype = checkpoint.tensors, dtype
+    def __init__(self, checkpoint: Checkpoint, adapters: dict, config: LoraConfig | None):
+        self.tensors = checkpoint.tensors
         self.scale = np.float32(config.scale if config else 0)
         self.pairs = {}
         for layer, module, a, b in layer_tensors(adapters):
@@ -37,11 +38,6 @@ class _Merged:
                 raise LcoError(f"the adapter adapts {name}, which {checkpoint.folder} does not have")
             self.pairs[checkpoint.keys["decoder"][name]] = (a, b)
 
-    def target_dtype(self, key: str) -> np.dtype:
-        """Floating-point tensors change dtype; whatever else is there stays as it is."""
-        source = self.tensors.dtype(key)
-        return self.dtype if source.kind == "f" or source == ml_dtypes.bfloat16 else source
-
     def __call__(self, key: str) -> np.ndarray:
         value = self.tensors.read(key)
         if key in self.pairs:
@@ -49,7 +45,7 @@ class _Merged:
             if value.shape != (shape := (b.shape[0], a.shape[1])):
                 raise LcoError(f"the adapter of {key} is for {shape}, and the matrix is {value.shape}")
             value = value.astype(np.float32) + self.scale * (b @ a)
-        return value.astype(self.target_dtype(key), copy=False)
+        return value
 
 
 def export_merged(
@@ -60,17 +56,37 @@ def export_merged(
     dtype: str = "bfloat16",
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write `source` + adapter as a Hugging Face folder: aside, read back tensor by tensor, compared, then renamed.
+    """Write `source` + adapter as a Hugging Face folder, as `write_model` does.
 
     adapters, config: as from `peft.read_peft` or a training state; None exports the source in another dtype or split.
     """
+    checkpoint = open_checkpoint(source)
+    write_model(checkpoint, out, _Merged(checkpoint, adapters or {}, config), dtype, max_shard_bytes)
+
+
+def write_model(
+    checkpoint: Checkpoint,
+    out: Path,
+    tensor: Callable[[str], np.ndarray],
+    dtype: str = "bfloat16",
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a model like `checkpoint`: aside, read back tensor by tensor, compared, then renamed.
+
+    tensor: makes the tensor of a key. Floating-point ones change dtype; whatever else is there stays as it is.
+    """
     if dtype not in DTYPES:
         raise LcoError(f"dtype {dtype!r} is not supported; these are: {', '.join(DTYPES)}")
-    checkpoint = open_checkpoint(source)
-    merged = _Merged(checkpoint, adapters or {}, config, np.dtype(DTYPES[dtype]))
     tensors = checkpoint.tensors
-    sizes = {key: math.prod(tensors.shape(key)) * merged.target_dtype(key).itemsize for key in tensors}
-    with written_aside(out) as aside:
+    kept = {key: DTYPES[dtype] if is_float(tensors.dtype(key)) else tensors.dtype(key) for key in tensors}
+    sizes = {key: math.prod(tensors.shape(key)) * np.dtype(kept[key]).itemsize for key in tensors}
+    progress = tqdm(total=2 * len(sizes), desc="writing and comparing", unit="tensor", leave=False, delay=2)
+
+    def rounded(key: str) -> np.ndarray:
+        progress.update()
+        return tensor(key).astype(kept[key], copy=False)
+
+    with progress, written_aside(out) as aside:
         for pattern in COPIED:
             for file in checkpoint.folder.glob(pattern):
                 if file.name != "model.safetensors.index.json" and not file.name.startswith("."):
@@ -79,12 +95,12 @@ def export_merged(
         if not checkpoint.backbone.prefix:  # transformers' AutoModel, and so that library, has no full Qwen2.5-Omni
             template = ChatTokenizer(checkpoint.folder).tokenizer.chat_template
             write_modules(aside, template, checkpoint.config.hidden_size, checkpoint.backbone.modalities)
-        write_shards(aside, sizes, merged, max_shard_bytes)
+        write_shards(aside, sizes, rounded, max_shard_bytes)
         written = TensorFolder(aside)
         if set(written) != set(sizes):
             raise LcoError(f"{out}: the written files lack {sorted(set(sizes) - set(written))[0]}; is the disk full?")
         for key in sizes:
-            want, got = merged(key), written.read(key)
+            want, got = rounded(key), written.read(key)
             if want.dtype != got.dtype or not np.array_equal(want.view(np.uint8), got.view(np.uint8)):
                 raise LcoError(f"{out}: {key} reads back differently from what was written; is the disk sound?")
         open_checkpoint(aside)

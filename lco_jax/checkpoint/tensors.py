@@ -19,6 +19,11 @@ DTYPES = {  # safetensors' names of the dtypes
 }  # fmt: skip
 
 
+def is_float(dtype: np.dtype) -> bool:
+    """Whether a tensor of this dtype holds floating-point numbers."""
+    return dtype.kind == "f" or dtype == ml_dtypes.bfloat16
+
+
 class _Header(NamedTuple):
     key: str
     file: str

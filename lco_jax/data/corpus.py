@@ -46,20 +46,25 @@ class Corpus:
     """A .txt (a text a line), .jsonl or .parquet file, or a folder of media.
 
     id_field: the key or column that is an input's id; by default the line or row number from 0, and in a folder the
-    path within it. root: the folder that relative paths of media start from, by default the file's own.
+    path within it. root: the folder that relative paths of media start from, by default the file's own. flag: what gave
+    the path, for errors. title: the key of what stands before the text, with a space between.
     """
 
     path: Path
     id_field: str | None = None
     root: Path | None = None
+    flag: str = "--input"
+    title: str | None = None
 
     def __post_init__(self):
         if not self.path.exists():
-            raise LcoError(f"--input={self.path} does not exist")
+            raise LcoError(f"{self.flag}={self.path} does not exist")
         if not self.path.is_dir() and self.path.suffix not in SUFFIXES:
-            raise LcoError(f"--input={self.path}: give a file that ends in {', '.join(SUFFIXES)}, or a folder of media")
+            raise LcoError(
+                f"{self.flag}={self.path}: give a file that ends in {', '.join(SUFFIXES)}, or a folder of media"
+            )
         if self.id_field and (self.path.is_dir() or self.path.suffix == ".txt"):
-            raise LcoError(f"--id-field={self.id_field}: --input={self.path} has no fields; leave the flag out")
+            raise LcoError(f"--id-field={self.id_field}: {self.flag}={self.path} has no fields; leave the flag out")
 
     def items(self, check_media: bool = False) -> Iterator[Item]:
         """Every input, in order. check_media: look whether the local files that it names are there.
@@ -67,7 +72,7 @@ class Corpus:
         Raises naming the file and line of the first that is malformed.
         """
         read = self._folder if self.path.is_dir() else getattr(self, f"_{self.path.suffix[1:]}")
-        with explained(f"--input={self.path} cannot be read", OSError):
+        with explained(f"{self.flag}={self.path} cannot be read", OSError):
             yield from read(file_lookup(check_media))
 
     def fingerprint(self) -> str:
@@ -77,14 +82,10 @@ class Corpus:
         return fingerprint((name, entry.stat()) for name, entry in _walk(self.path))
 
     def _txt(self, _: Callable | None) -> Iterator[Item]:
-        return (Item(number, {"text": line}, where) for number, line, where in self._lines())
+        return (Item(number, {"text": line}, where) for number, line, where in _lines(self.path))
 
     def _jsonl(self, exists: Callable[[str], bool] | None) -> Iterator[Item]:
-        for number, line, where in self._lines():
-            if not line.strip():
-                continue
-            with explained(f"{where}: not valid JSON", ValueError, RecursionError):
-                item = json.loads(line)
+        for number, item, where in json_lines(self.path):
             yield Item(self._id(item, number, where), self._content(item, where, exists), where)
 
     def _parquet(self, exists: Callable[[str], bool] | None) -> Iterator[Item]:
@@ -109,16 +110,7 @@ class Corpus:
             kind = is_media_file(name)
             yield Item(name, ({"type": kind, kind: entry.path},), name)
         if name is None:
-            raise LcoError(f"--input={self.path} holds no image, video or audio file")
-
-    def _lines(self) -> Iterator[tuple[int, str, str]]:
-        """(number from 0, line without its end, file and line for errors)."""
-        with open(self.path, "rb") as file:
-            for number, line in enumerate(file):
-                where = f"{self.path}:{number + 1}"
-                with explained(f"{where}: not valid UTF-8 (save the file in that encoding)", UnicodeDecodeError):
-                    text = line.decode("utf-8" if number else "utf-8-sig")  # some editors begin files with a mark
-                yield number, text.removesuffix("\n").removesuffix("\r"), where
+            raise LcoError(f"{self.flag}={self.path} holds no image, video or audio file")
 
     def _id(self, item: Any, number: int, where: str) -> int | str:
         if self.id_field is None:
@@ -145,6 +137,8 @@ class Corpus:
             return messages
         elif isinstance(item, Mapping):
             given = {key: item[key] for key in KEYS if item.get(key) is not None}
+            if self.title and item.get(self.title):
+                given["text"] = f"{item[self.title]} {given.get('text', '')}".strip()
             side = reader.side(given, "input")
             if not side and "text" not in given:
                 raise LcoError(f"{where} holds nothing to embed; it needs one of: {', '.join(KEYS)}")
@@ -175,6 +169,25 @@ def scan(items: Iterable[Item], media: MediaConfig, check_media: bool) -> Conten
                 remote = f"{item.where}: its {kind} is at an http address"
                 raise LcoError(f"{remote}; give --allow-remote if you trust the input with your network")
     return Contents(total, kinds, ids or int)
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any, str]]:
+    """(number from 0, value, file and line for errors) of every line of a .jsonl that is not blank."""
+    for number, line, where in _lines(path):
+        if line.strip():
+            with explained(f"{where}: not valid JSON", ValueError, RecursionError):
+                value = json.loads(line)
+            yield number, value, where
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
+    """(number from 0, line without its end, file and line for errors)."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file):
+            where = f"{path}:{number + 1}"
+            with explained(f"{where}: not valid UTF-8 (save the file in that encoding)", UnicodeDecodeError):
+                text = line.decode("utf-8" if number else "utf-8-sig")  # some editors begin files with a mark
+            yield number, text.removesuffix("\n").removesuffix("\r"), where
 
 
 def _is_remote(source: Any) -> bool:
