@@ -104,7 +104,7 @@ def plot_spectrum(path: Path, spectra: Mapping[str, np.ndarray], rank: int) -> N
     for values in spectra.values():
         axes.semilogy(range(1, len(values) + 1), np.maximum(values, 1e-12), color="tab:blue", alpha=0.3, linewidth=0.8)
     axes.axvline(rank + 0.5, color="tab:red", label=f"kept: {rank}")
-    axes.set_ylim(bottom=max(values.max() for values in spectra.values()) * 1e-5)
+    axes.set_ylim(bottom=max(1e-8, *(values.max() for values in spectra.values())) * 1e-4)
     axes.set_xlabel("number")
     axes.set_ylabel("singular value")
     axes.legend(frameon=False)
