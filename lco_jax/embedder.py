@@ -1,18 +1,19 @@
 """`OmniEmbedder`: a checkpoint, and perhaps an adapter, as a function from inputs to unit vectors.
 
-Dimensions: N inputs, D hidden, R streams, S sequences of a stream.
+Dimensions: N inputs, D hidden, L layers, R streams, T tokens of a stream, A tokens of a batch's answers.
 """
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from PIL import Image
 from tqdm import tqdm
 
@@ -20,19 +21,19 @@ from lco_jax.checkpoint import peft
 from lco_jax.checkpoint.hf import load_model, open_checkpoint
 from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
-from lco_jax.core.packing import Shape, bucket, common_length, fill, lay_stream, spread, width_of
+from lco_jax.core.packing import PackedTokens, bucket
 from lco_jax.core.shapes import ShapeLog
-from lco_jax.core.sharding import ROWS, make_mesh, replicated, row_shards, shardings
+from lco_jax.core.sharding import make_mesh, replicated, shardings
+from lco_jax.data.inference import MAX_TOKENS, InferenceBatch, batches_of, lay
 from lco_jax.data.inputs import Preparation, named, one_ahead, prepare_ahead
 from lco_jax.data.media import MediaConfig
-from lco_jax.data.processor import Processor, lay_media
+from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import ChatTokenizer
 from lco_jax.data.tower_rows import Processed
-from lco_jax.models.decoder import pool
+from lco_jax.models.decoder import Decoder, pool
+from lco_jax.models.head import token_losses
 from lco_jax.models.model import MediaPrograms, Model
 
-MAX_TOKENS = 16_384  # in one forward pass, unless a single input has more
-FINE = 4096  # tokens beyond which a pass is padded by an eighth at most, and not by half
 BLOCK_INPUTS, BLOCK_BYTES = 8192, 2**27  # inputs sorted by length and embedded together: at most so many, so large
 logger = logging.getLogger(__name__)
 
@@ -61,9 +62,11 @@ class OmniEmbedder:
         self.towers, self.decoder_shapes = MediaPrograms(model, mesh), ShapeLog("decoder")
         decoder = model.decoder
         self._pool = jax.jit(
-            lambda params, tokens, media: pool(decoder, params["decoder"], tokens, media),
+            lambda params, tokens, media, of: pool(decoder, params["decoder"], tokens, media, of),
+            static_argnums=3,
             out_shardings=replicated(mesh),
         )
+        self._losses = jax.jit(partial(_answer_losses, decoder), out_shardings=replicated(mesh))
 
     @classmethod
     def from_pretrained(
@@ -78,6 +81,7 @@ class OmniEmbedder:
         video_positions: str = "4.57",
         quantize: str = "",
         attention: str = "auto",
+        head: bool = False,
     ) -> "OmniEmbedder":
         """Load a checkpoint folder or hub id, with a PEFT adapter merged in (in float32) if one is given.
 
@@ -90,6 +94,7 @@ class OmniEmbedder:
         trained, or "5".
         quantize: "int8" or "nf4", to hold the decoder's matrices in fewer bits; an adapter then stays beside them.
         attention: the kernel, as of `models.attention.attention`.
+        head: load the vocabulary head, too, for `token_losses`.
         """
         checkpoint = open_checkpoint(path_or_id)
         mesh = make_mesh() if mesh is None else mesh
@@ -99,7 +104,7 @@ class OmniEmbedder:
         processor = Processor(checkpoint.folder, context, media, video_positions, chosen)
         towers = [name for name, kinds in checkpoint.backbone.reads.items() if set(kinds) & set(processor.modalities)]
         model, params = load_model(
-            checkpoint, mesh, dtype, towers, remat="none", quantize=quantize, attention=attention
+            checkpoint, mesh, dtype, towers, head=head, remat="none", quantize=quantize, attention=attention
         )
         if adapter is not None:
             adapters, config = peft.read_peft(adapter)
@@ -248,46 +253,104 @@ class OmniEmbedder:
         batch_size: int | None = None,
         max_tokens: int = MAX_TOKENS,
         progress: tqdm | None = None,
+        of: str = "last",
     ) -> np.ndarray:
-        """Inputs as `processor` hands them over -> hidden states as the final norm left them, float32 [N, D]."""
-        vectors = np.zeros((len(ready), self.dimension), np.float32)
-        order = sorted(range(len(ready)), key=lambda i: (-width_of(len(ready[i])), ready[i].input_ids.tobytes()))
-        waiting: tuple[list[int], np.ndarray, Array] | None = None
-        with jax.set_mesh(self.mesh):
-            for chosen in [*_batches(order, ready, batch_size, max_tokens), None]:
-                started = None if chosen is None else (chosen, *self._start([ready[i] for i in chosen]))
-                if waiting is not None:
-                    indices, which, pooled = waiting
-                    vectors[indices] = np.asarray(pooled).reshape(-1, self.dimension)[which]
-                    if progress is not None:
-                        progress.update(len(indices))
-                waiting = started
+        """Inputs as `processor` hands them over -> hidden states as the final norm left them, float32 [N, D].
+
+        of: "layers" for those before the first layer and after each one: [N, L + 1, D].
+        """
+        layers = (self.model.decoder.config.num_layers + 1,) if of == "layers" else ()
+        vectors = np.zeros((len(ready), *layers, self.dimension), np.float32)
+
+        def start(batch: InferenceBatch) -> tuple[Array, np.ndarray]:
+            return self._pool(self.params, batch.tokens, self._media(batch), of), batch.sequences
+
+        for indices, (pooled, sequences) in self._run(ready, start, batch_size, max_tokens, progress):
+            vectors[indices] = np.asarray(pooled).reshape(-1, *vectors.shape[1:])[sequences]
         return vectors
 
-    def _start(self, batch: list[Processed]) -> tuple[np.ndarray, Array]:
-        """Pack a batch and start its forward pass: which sequence each input is, and all vectors [R · S, D] to come.
+    def encode_layers(
+        self,
+        inputs: Sequence[Any],
+        *,
+        prompt: str | None = None,
+        max_length: int | None = None,
+        max_tokens: int = MAX_TOKENS,
+        progress: tqdm | None = None,
+    ) -> np.ndarray:
+        """The hidden state of each input's last token, before the first layer and after each -> float32 [L + 1, N, D].
 
-        Sizes take few values, so that few programs are compiled.
+        The last is after the final norm, as transformers' `hidden_states` has them; none is normalised. inputs and
+        options: as of `encode`.
         """
-        shards = row_shards(self.mesh)
-        bins = spread(map(len, batch), shards)
-        members = [np.flatnonzero(bins == shard) for shard in range(shards)]
-        media, laid, _ = lay_media(self.processor.rows, [[batch[i] for i in chosen] for chosen in members])
-        streams = [lay_stream(sequences, head=None) for sequences in laid]
-        length, count = max(one.length for one in streams), max(map(len, members))
-        width = width_of(max(map(len, batch)))  # one width for all: fewer programs, and the batch is alike in length
-        shape = Shape(bucket(length, 8 if length > FINE else 2), {width: bucket(count, 2)})
-        tokens, became = fill(streams, members, shape, head=None)
-        which = np.zeros(len(batch), np.int64)
-        for shard, (chosen, slots) in enumerate(zip(members, became, strict=True)):
-            which[chosen] = shard * tokens.last_tokens.shape[1] + slots
-        split = NamedSharding(self.mesh, PartitionSpec(ROWS))
-        tokens, media = jax.tree.map(
-            lambda x: jax.make_array_from_callback(x.shape, split, lambda index: x[index]), (tokens, media())
-        )
-        media = self.towers(self.params, media)
-        self.decoder_shapes.note(tokens, media)
-        return which, self._pool(self.params, tokens, media)
+        ready = self._prepare(inputs, prompt, max_length)
+        return np.moveaxis(self.embed(ready, None, max_tokens, progress, of="layers"), 1, 0)
+
+    def token_losses(
+        self,
+        inputs: Sequence[Any],
+        answers: Sequence[str],
+        *,
+        prompt: str | None = None,
+        max_length: int | None = None,
+        max_tokens: int = MAX_TOKENS,
+        progress: tqdm | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What each answer costs the generator: -log p summed over its tokens, in nats, float32 [N]; their number [N].
+
+        The token that ends the answer's turn is one of them. Needs `from_pretrained(…, head=True)`. inputs and options:
+        as of `encode`; answers are never cut.
+        """
+        if "head" not in self.params:
+            raise LcoError("token_losses needs the vocabulary head: from_pretrained(…, head=True)")
+        prompts = self._prepare(inputs, prompt, max_length)
+        targets = self.tokenizer.answers(answers)
+        ready = [one.followed_by(ids[:-1]) for one, ids in zip(prompts, targets, strict=True)]
+        losses, counts = np.zeros(len(ready), np.float32), np.array([len(ids) for ids in targets])
+
+        def start(batch: InferenceBatch) -> tuple[Array, np.ndarray]:
+            mine = [targets[i] for i in batch.inputs]
+            spoken = np.concatenate([at[-len(ids) :] for at, ids in zip(batch.at, mine, strict=True)])
+            room = (0, bucket(len(spoken)) - len(spoken))
+            wanted = np.pad(np.concatenate(mine), room)
+            each = self._losses(self.params, batch.tokens, self._media(batch), np.pad(spoken, room), wanted)
+            return each, np.repeat(np.arange(len(mine)), [len(ids) for ids in mine])
+
+        for indices, (each, whose) in self._run(ready, start, None, max_tokens, progress):
+            losses[indices] = np.bincount(whose, np.asarray(each)[: len(whose)])
+        return losses, counts
+
+    def _prepare(self, inputs: Sequence[Any], prompt: str | None, max_length: int | None) -> list[Processed]:
+        """Inputs, ready for the model, all at once. Raises for the first that is bad."""
+        ready = list(prepare_ahead(Preparation(self.processor, prompt, max_length), named(inputs, None), 0))
+        if errors := [one for one in ready if isinstance(one, LcoError)]:
+            raise errors[0]
+        return ready  # type: ignore[return-value]
+
+    def _run(
+        self,
+        ready: Sequence[Processed],
+        start: Callable[[InferenceBatch], Any],
+        batch_size: int | None,
+        max_tokens: int,
+        progress: tqdm | None,
+    ) -> Iterator[tuple[list[int], Any]]:
+        """(which inputs, what `start` began for their batch); the next is begun before one is read."""
+        waiting: tuple[list[int], Any] | None = None
+        with jax.set_mesh(self.mesh):
+            for chosen in [*batches_of(ready, batch_size, max_tokens), None]:
+                begun = None if chosen is None else (chosen, start(lay(ready, chosen, self.processor.rows, self.mesh)))
+                if waiting is not None:
+                    yield waiting
+                    if progress is not None:
+                        progress.update(len(waiting[0]))
+                waiting = begun
+
+    def _media(self, batch: InferenceBatch) -> Array | None:
+        """The media tokens of a batch, to come."""
+        media = self.towers(self.params, batch.media)
+        self.decoder_shapes.note(batch.tokens, media)
+        return media
 
 
 def _gather(
@@ -308,25 +371,12 @@ def _gather(
         yield ready
 
 
-def _batches(order: list[int], ready: Sequence[Any], batch_size: int | None, max_tokens: int) -> Iterator[list[int]]:
-    """Runs of `order` of at most so many inputs and, but for a single long one, tokens that they do not share.
-
-    Short inputs join long ones, whose width their rows of attention then have, only where that costs little.
-    """
-    batch: list[int] = []
-    tokens = width = 0
-    for i in order:
-        ids, before = ready[i].input_ids, ready[batch[-1]] if batch else None
-        shared = common_length(ids, before.input_ids) if before and not (before.media or ready[i].media) else 0
-        costly = width_of(len(ids)) < width and (len(batch) + 1) * width > 2 * (tokens + FINE)
-        if batch and (len(batch) == batch_size or tokens + len(ids) - shared > max_tokens or costly):
-            yield batch
-            batch, tokens, shared = [], 0, 0
-        width = width if batch else width_of(len(ids))
-        batch.append(i)
-        tokens += len(ids) - shared
-    if batch:
-        yield batch
+def _answer_losses(
+    decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, media: Array | None, spoken: Array, wanted: Array
+) -> Array:
+    """The loss of each of A tokens, `wanted` after those that lie at `spoken` of the R · T: float32 [A]."""
+    states = decoder.apply({"params": params["decoder"]}, tokens, media, "tokens")
+    return token_losses(states.reshape(-1, states.shape[-1])[spoken], params["head"]["weight"], wanted)
 
 
 def _chosen(modalities: Iterable[str], known: tuple[str, ...]) -> tuple[str, ...]:

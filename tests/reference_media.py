@@ -116,6 +116,34 @@ def golden(
     return Golden(ids, positions, np.concatenate(embeddings))
 
 
+def answer_losses(
+    model: torch.nn.Module, folder: Path, conversation: list[dict[str, Any]], answer: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of each token of an answer with the end of its turn, [tokens]; and of the conversation alone, the hidden
+    state of its last token at every layer, [L + 1, D]."""
+    processor = _processor(str(folder))
+    inputs = _inputs(processor, [conversation], False, None)
+    model.model.rope_deltas = None  # of an earlier input
+    with torch.no_grad():
+        states = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
+    turn = processor.apply_chat_template(
+        [*conversation, {"role": "assistant", "content": [{"type": "text", "text": answer}]}], tokenize=False
+    )
+    start = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    assert turn.startswith(start)
+    spoken = processor.tokenizer(turn[len(start) :].rstrip(), add_special_tokens=False, return_tensors="pt")
+    labels = torch.cat([torch.full_like(inputs["input_ids"], -100), spoken["input_ids"]], dim=1)
+    for key, more in spoken.items():
+        inputs[key] = torch.cat([inputs[key], more], dim=1)
+    if "mm_token_type_ids" in inputs:
+        inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, len(more[0])))
+    model.model.rope_deltas = None
+    with torch.no_grad():
+        logits = model(**inputs, use_cache=False).logits[0]
+    losses = torch.nn.functional.cross_entropy(logits[:-1], labels[0, 1:], ignore_index=-100, reduction="none")
+    return losses[-spoken["input_ids"].shape[1] :], torch.stack(states)[:, 0, -1]
+
+
 @lru_cache
 def _processor(folder: str) -> Any:
     processor = transformers.AutoProcessor.from_pretrained(folder)

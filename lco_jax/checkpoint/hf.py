@@ -43,7 +43,8 @@ class Checkpoint:
     """An open checkpoint.
 
     config: the decoder's geometry; towers: each tower's, by name. model_config: the part of config.json that describes
-    the model. keys: part ("decoder" or a tower) -> {our name, e.g. layers.3.mlp.up_proj.weight: key in the files}.
+    the model. keys: part ("decoder", a tower, or an untied "head") -> {our name, e.g. layers.3.mlp.up_proj.weight: key
+    in the files}.
     """
 
     folder: Path
@@ -81,6 +82,8 @@ def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
     for name in expected:
         part, _, rest = name.partition(".")
         by_part[part][rest] = keys[name]
+    if not config.tie_word_embeddings:
+        by_part["head"] = {"weight": keys[HEAD]}
     return Checkpoint(folder, backbone, config, towers, model_config, tensors, by_part)
 
 
@@ -156,12 +159,13 @@ def load_model(
     dtype: Any = "float32",
     towers: Iterable[str] | None = None,
     tower_dtype: Any = None,
+    head: bool = False,
     **settings: str,
 ) -> tuple[Model, dict[str, Any]]:
     """The decoder with `towers` (by default all of them), and {"decoder": parameters, tower: parameters}.
 
-    tower_dtype: of the towers' parameters and activations, by default `dtype`. settings: as of `load_decoder`, which
-    also says how they are read.
+    tower_dtype: of the towers' parameters and activations, by default `dtype`. head: load the vocabulary head, too
+    (where it is tied, the embeddings themselves). settings: as of `load_decoder`, which also says how they are read.
     """
     decoder, params = load_decoder(checkpoint, mesh, dtype, **settings)
     modules, tree = {}, {"decoder": params}
@@ -169,6 +173,10 @@ def load_model(
         in_dtype = _dtype(dtype if tower_dtype is None else tower_dtype)
         modules[name] = tower_module(checkpoint.backbone, name, checkpoint.towers[name], in_dtype)
         tree[name] = _load_part(checkpoint, name, abstract_params(modules[name], in_dtype), mesh)
+    if head:
+        table = params["embed_tokens"]["weight"]
+        untied = {"weight": jax.ShapeDtypeStruct(table.shape, table.dtype)}
+        tree["head"] = _load_part(checkpoint, "head", untied, mesh) if "head" in checkpoint.keys else {"weight": table}
     return Model(decoder, modules), tree
 
 

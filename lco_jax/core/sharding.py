@@ -29,7 +29,7 @@ _TOWER = r"(visual|audio_tower|vision_tower)"
 # (pattern of the whole dotted path, mesh axis of each array axis or ... for a replica everywhere); L is the stacked
 # layers' axis. A decoder may stand alone or, beside its towers, under `decoder`.
 RULES: tuple[tuple[str, tuple[str | None, ...] | EllipsisType], ...] = (
-    (r"(decoder\.)?embed_tokens\.weight", ("tensor", "fsdp")),  # [V, D]
+    (r"((decoder\.)?embed_tokens|head)\.weight", ("tensor", "fsdp")),  # [V, D]
     (rf"{_COLUMN}\.weight", (None, "tensor", "fsdp")),  # [L, O, I]
     (rf"{_ROW}\.weight", (None, "fsdp", "tensor")),
     (rf"{_COLUMN}\.bias", (None, "tensor")),  # [L, O]

@@ -176,6 +176,22 @@ class ChatTokenizer:
         """The templated text, ending where the assistant's answer would begin."""
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
+    @cached_property
+    def _answer_frame(self) -> tuple[str, str]:
+        """What the template puts before and after an answer, a space perhaps and what ends the turn."""
+        turn, answer = as_messages("a", "", ""), [{"type": "text", "text": "b"}]
+        answered = self.tokenizer.apply_chat_template([*turn, {"role": "assistant", "content": answer}], tokenize=False)
+        before, _, after = answered.removeprefix(self.render(turn)).partition("b")
+        if before.strip():
+            raise LcoError("the checkpoint's chat template does not put an answer where it asks for one")
+        return before, after.rstrip()
+
+    def answers(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids (int32) of each answer, the token that ends its turn among them."""
+        before, after = self._answer_frame
+        given = [before + text + after for text in texts]
+        return [np.asarray(ids, np.int32) for ids in self.tokenizer(given, add_special_tokens=False).input_ids]
+
     def cut(self, text: str, max_length: int | None) -> str:
         """The first `max_length` tokens of a text, decoded again, as the reference cuts; shorter texts as they are."""
         if max_length is None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from lco_jax.core.packing import bucket, place
+from lco_jax.data.positions import line_positions
 
 WINDOWED = 128  # patches in the sub-rows in which windows are attended: whole tiles of a matrix unit, little waste
 
@@ -72,6 +73,11 @@ class Processed:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def followed_by(self, ids: np.ndarray) -> "Processed":
+        """With text of these token ids after it."""
+        positions = line_positions(int(self.position_ids.max()) + 1, len(ids))
+        return Processed(np.append(self.input_ids, ids), np.concatenate([self.position_ids, positions]), self.media)
 
 
 class Laid(NamedTuple):

@@ -6,9 +6,11 @@ of the streams, M media tokens of a shard.
 
 Parameter names are the checkpoint's; the layers are stacked along a leading axis L and run by a scan. There is no
 vocabulary head: contrastive learning pools hidden states and never looks at logits. Nor is there more of the last layer
-than it looks at: its queries, its output projection and its MLP are computed for each sequence's last token alone.
+than it looks at: its queries, its output projection and its MLP are computed for each sequence's last token alone, but
+where every token's state is asked for.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -113,7 +115,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids -> the hidden state of each sequence's last token, after the final norm.
+    """Token ids -> hidden states, after the final norm: of each sequence's last token, or as `of` says.
 
     dtype: of the activations. param_dtype: of newly initialised parameters. remat: a key of `REMAT_POLICIES`.
     attention: as `attention.attention` takes it.
@@ -126,8 +128,12 @@ class Decoder(nn.Module):
     attention: str = "auto"
 
     @nn.compact
-    def __call__(self, tokens: PackedTokens, media: Array | None = None) -> Array:
-        """tokens of [R, T], the media tokens [P, M, D] that their `media_slots` point to -> [R, S, D] in `dtype`."""
+    def __call__(self, tokens: PackedTokens, media: Array | None = None, of: str = "last") -> Array:
+        """tokens of [R, T], the media tokens [P, M, D] that their `media_slots` point to -> states in `dtype`.
+
+        of: "last", each sequence's last token: [R, S, D]; "layers", the same before the first layer and after each
+        one: [R, S, L + 1, D]; "tokens", every token: [R, T, D].
+        """
         c = self.config
         x = Embedding(c.vocab_size, c.hidden_size, self.dtype, self.param_dtype, name="embed_tokens")(tokens.input_ids)
         if media is not None:
@@ -139,12 +145,15 @@ class Decoder(nn.Module):
             x, _ = stacked(DecoderLayer, c.num_layers)(*layer, name="layers")(x, rotation, tokens)
             x = take(x, tokens.last_tokens)
         else:
-            x = self._layers(DecoderLayer(*layer, parent=None), x, rotation, tokens)
-        return RMSNorm(c.rms_norm_eps, self.param_dtype, name="norm")(x)
+            x, before = self._layers(DecoderLayer(*layer, parent=None), x, rotation, tokens, of)
+        x = RMSNorm(c.rms_norm_eps, self.param_dtype, name="norm")(x)
+        return jnp.stack([*before, x], axis=2) if of == "layers" else x
 
-    def _layers(self, layer: DecoderLayer, x: Array, rotation: Array, tokens: PackedTokens) -> Array:
-        """All layers: all but the last in a scan. What is frozen is indexed and not scanned over, for slices of it
-        would be copies."""
+    def _layers(
+        self, layer: DecoderLayer, x: Array, rotation: Array, tokens: PackedTokens, of: str
+    ) -> tuple[Array, Sequence[Array]]:
+        """All layers: all but the last in a scan; and what came before each, where `of` asks for it. What is frozen is
+        indexed and not scanned over, for slices of it would be copies."""
         frozen, tuned, join = split_frozen(self.get_variable("params", "layers"))
 
         def run(i: Array | int, tuned: Any, x: Array, last: bool) -> Array:
@@ -158,11 +167,12 @@ class Decoder(nn.Module):
         run = jax.checkpoint(run, policy=policy, prevent_cse=False, static_argnums=3)
         end = self.config.num_layers - 1
 
-        def body(x: Array, slices: tuple[Array, Any]) -> tuple[Array, None]:
-            return run(*slices, x, False), None
+        def body(x: Array, slices: tuple[Array, Any]) -> tuple[Array, Array | None]:
+            return run(*slices, x, False), take(x, tokens.last_tokens) if of == "layers" else None
 
-        x, _ = jax.lax.scan(body, x, (jnp.arange(end), jax.tree.map(lambda w: w[:end], tuned)))
-        return run(end, jax.tree.map(lambda w: w[end], tuned), x, True)
+        x, before = jax.lax.scan(body, x, (jnp.arange(end), jax.tree.map(lambda w: w[:end], tuned)))
+        before = [*before, take(x, tokens.last_tokens)] if of == "layers" else []
+        return run(end, jax.tree.map(lambda w: w[end], tuned), x, of != "tokens"), before
 
 
 def _all_but_slices(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -181,13 +191,15 @@ def place_media(x: Array, media_slots: Array, media: Array) -> Array:
     return constrain(jnp.where((media_slots >= 0)[..., None], tokens.astype(x.dtype), x), ROWS)
 
 
-def pool(decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, media: Array | None = None) -> Array:
+def pool(
+    decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, media: Array | None = None, of: str = "last"
+) -> Array:
     """The hidden state at each sequence's last token, after the final norm: float32 [R, S, D].
 
-    media: as `Decoder` takes it. Empty rows hold the state of their stream's first token; whoever reads the result
-    knows which hold a sequence.
+    media, of: as `Decoder` takes them. Empty rows hold the state of their stream's first token; whoever reads the
+    result knows which hold a sequence.
     """
-    return decoder.apply({"params": params}, tokens, media).astype(jnp.float32)
+    return decoder.apply({"params": params}, tokens, media, of).astype(jnp.float32)
 
 
 def embed(decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, media: Array | None = None) -> Array:

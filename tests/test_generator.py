@@ -1,0 +1,52 @@
+"""What a checkpoint would say: every layer's states and the loss of an answer's tokens, as in transformers."""
+
+import jax
+import numpy as np
+import pytest
+import reference
+from reference_media import answer_losses, audio, image, user
+
+from lco_jax import LcoError, OmniEmbedder, make_mesh
+
+ANSWERS = ["A cat.", "Several words, and one more: 猫", "x"]
+INPUTS = {
+    "vl": ([image(1, 60, 84), "and?"], ["Only text"], ["Only text"]),
+    "vl_tied": (["One"], ["Two, three"], ["Two, three"]),
+    "omni": ([image(2, 56, 84), audio(1, 1.3)], [audio(2, 0.7)], ["Only text"]),
+    "llava_qwen2": (["Only text"], [image(4, 60, 56)], ["x"]),
+    "llava_llama": ([image(3, 70, 56)], ["Only text"], ["x"]),
+}
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(x, marks=[] if x == "llava_llama" else pytest.mark.slow) for x in INPUTS]
+)
+def test_layers_and_answers_equal_transformers(cases, family):
+    case, conversations = cases[family], [user(*parts) for parts in INPUTS[family]]
+    model = OmniEmbedder.from_pretrained(case.path, head=True, mesh=make_mesh(devices=jax.devices()[:1]))
+    want = [answer_losses(case.model, case.path, *one) for one in zip(conversations, ANSWERS, strict=True)]
+    losses, counts = model.token_losses(conversations, ANSWERS)
+    assert counts.tolist() == [len(each) for each, _ in want]
+    np.testing.assert_allclose(losses, [each.sum() for each, _ in want], rtol=1e-5)
+    layers = model.encode_layers(conversations)
+    assert layers.shape == (reference.LAYERS + 1, 3, model.dimension)
+    for i, (_, states) in enumerate(want):
+        error = np.linalg.norm(layers[:, i] - states.numpy(), axis=-1) / np.linalg.norm(states.numpy(), axis=-1)
+        assert error.max() < 1e-5
+    assert np.abs(layers[-1] - model.encode(conversations, normalize=False)).max() < 1e-6 * np.abs(layers[-1]).max()
+
+
+@pytest.mark.slow
+def test_a_loss_depends_on_no_neighbour_and_on_no_mesh(cases):
+    alone = OmniEmbedder.from_pretrained(cases["vl"].path, head=True, mesh=make_mesh(devices=jax.devices()[:1]))
+    split = OmniEmbedder.from_pretrained(cases["vl"].path, head=True, mesh=make_mesh(2, 2, 2))
+    inputs = [*reference.TEXTS, reference.TEXTS[1]]
+    answers = [text[::-1] for text in inputs]
+    want = np.concatenate([alone.token_losses([x], [y])[0] for x, y in zip(inputs, answers, strict=True)])
+    np.testing.assert_allclose(alone.token_losses(inputs, answers)[0], want, rtol=1e-5)
+    np.testing.assert_allclose(split.token_losses(inputs, answers, max_tokens=100)[0], want, rtol=1e-5)
+
+
+def test_without_a_head_it_says_so(tiny):
+    with pytest.raises(LcoError, match="head=True"):
+        tiny.token_losses(["a"], ["b"])
