@@ -13,6 +13,7 @@ ALLOWED = {
     "data": {"core"},
     "checkpoint": {"core", "models", "data"},
     "evaluation": {"core", "data"},
+    "analysis": {"core", "data"},
     "training": {"core", "models", "checkpoint"},
 }
 

@@ -1,7 +1,4 @@
-"""Pairs of two modalities, drawn from records.
-
-A source's record is a pair, anchor and positive; its negatives are left alone.
-"""
+"""Pairs of two modalities, drawn from records: anchor and positive."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,22 +6,23 @@ from typing import Any
 
 import numpy as np
 
-from lco_jax.core.errors import LcoError
 from lco_jax.data.prompts import KINDS
 from lco_jax.data.records import Record, Side, side_key
+
+PROMPT = "\nDescribe the above {} in one sentence:"  # shaped like the reference's for embeddings
+Captions = tuple[list[Any], list[str], str]  # inputs, what the generator is to say of each, and the prompt
 
 
 @dataclass
 class Pairs:
-    """a, b: the sides, N each; where: each pair's origin, for errors; kinds: the modality of a's and of b's.
+    """a, b: N inputs each, as `encode` takes them; kinds: the modality of a's and of b's, or several joined by "+".
 
-    duplicates: pairs left out because a side of theirs had been there; others: those of other modalities.
+    duplicates, others: records passed over because a side had been there, or was of another modality.
     """
 
     kinds: tuple[str, str]
-    a: list[Side] = field(default_factory=list)
-    b: list[Side] = field(default_factory=list)
-    where: list[str] = field(default_factory=list)
+    a: list[Any] = field(default_factory=list)
+    b: list[Any] = field(default_factory=list)
     duplicates: int = 0
     others: int = 0
 
@@ -34,48 +32,42 @@ class Pairs:
         a, b = self.kinds
         return self.kinds if a != b else (f"{a} (anchor)", f"{b} (positive)")
 
-
-def kind_of(side: Side) -> str:
-    """The modality of a side: "text", "image" and so on, or several, joined by "+"."""
-    found = {"text"} if isinstance(side, str) else {part["type"] for part in side}
-    return "+".join(kind for kind in KINDS if kind in found)
-
-
-def as_input(side: Side) -> Any:
-    """A side as `encode` takes it: text never bare, since a bare string may name a file."""
-    return {"text": side} if isinstance(side, str) else side
+    def captions(self) -> Captions | None:
+        """What the generator is to say: b of a, or a of b where a alone is text; None where neither is."""
+        if "text" not in self.kinds:
+            return None
+        turned = self.kinds[1] != "text"
+        shown, said = (self.b, self.a) if turned else (self.a, self.b)
+        return shown, [one["text"] for one in said], PROMPT.format(self.kinds[turned].replace("+", " and "))
 
 
-def draw_pairs(source: Sequence[Record], a: str | None, b: str | None, limit: int, least: int, seed: int) -> Pairs:
-    """At most `limit` pairs in an order drawn by `seed`, no side of which occurs twice.
+def draw_pairs(source: Sequence[Record], a: str, b: str, limit: int, seed: int, distinct: bool = True) -> Pairs:
+    """At most `limit` pairs, in an order drawn by `seed`.
 
-    Nearest neighbours of what occurs twice are arbitrary. a, b: modalities, by default those of the first record's
-    anchor and positive; a pair of the two the other way round is turned. least: raise for fewer pairs.
+    a, b: the sides' modalities, "": as in the first record; a record that has them the other way round is turned.
+    distinct: no side occurs twice, since of two that are the same neither is the nearer neighbour.
     """
-    pairs = Pairs((a or kind_of(source[0].anchor), b or kind_of(source[0].positive)))
-    seen: set = set()
-    for index in np.random.default_rng(seed).permutation(len(source)):
-        record = source[int(index)]
-        sides = record.anchor, record.positive
-        kinds = tuple(map(kind_of, sides))
-        if kinds != pairs.kinds:
-            kinds, sides = kinds[::-1], sides[::-1]
-        if kinds != pairs.kinds:
+    pairs, seen = Pairs((a or _kind(source[0].anchor), b or _kind(source[0].positive))), set()
+    for index in np.random.default_rng(seed).permutation(len(source)).tolist():
+        record = source[index]
+        pair = record.anchor, record.positive
+        if (_kind(pair[0]), _kind(pair[1])) != pairs.kinds:
+            pair = pair[::-1]
+        if (_kind(pair[0]), _kind(pair[1])) != pairs.kinds:
             pairs.others += 1
             continue
-        keys = {(place, side_key(side)) for place, side in enumerate(sides)}
-        if keys & seen:
+        keys = {(place, side_key(side)) for place, side in enumerate(pair)}
+        if distinct and keys & seen:
             pairs.duplicates += 1
             continue
         seen |= keys
-        for values, value in zip((pairs.a, pairs.b, pairs.where), (*sides, record.where), strict=True):
-            values.append(value)
+        for side, inputs in zip(pair, (pairs.a, pairs.b), strict=True):
+            inputs.append({"text": side} if isinstance(side, str) else side)  # a bare string may name a file
         if len(pairs.a) == limit:
             break
-    if len(pairs.a) < least:
-        left_out = f"{pairs.duplicates:,} repeat a side and {pairs.others:,} are of other modalities"
-        raise LcoError(
-            f"--data has {len(pairs.a):,} pairs of {' and '.join(pairs.kinds)}, and --k={least - 2} takes at least "
-            f"{least}; of its {len(source):,} records {left_out}"
-        )
     return pairs
+
+
+def _kind(side: Side) -> str:
+    found = {"text"} if isinstance(side, str) else {part["type"] for part in side}
+    return "+".join(kind for kind in KINDS if kind in found)
