@@ -156,7 +156,7 @@ def _summary(facts: dict[str, Any], runs: dict[str, dict[str, Any]]) -> str:
         ]
     if cost := facts["generator"]:
         means = [
-            f"{cost[run]['nats_per_token']:.3f} nats (perplexity {cost[run]['perplexity']:.2f}) {run}" for run in runs
+            f"{cost[run]['nats_per_token']:.3f} nats (perplexity {cost[run]['perplexity']:.4g}) {run}" for run in runs
         ]
         lines += [f"\nA token of {cost['captions']:,} captions costs {', '.join(means)}."]
         if change := cost.get("difference"):

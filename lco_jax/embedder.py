@@ -94,7 +94,7 @@ class OmniEmbedder:
         trained, or "5".
         quantize: "int8" or "nf4", to hold the decoder's matrices in fewer bits; an adapter then stays beside them.
         attention: the kernel, as of `models.attention.attention`.
-        head: load the vocabulary head, too, for `token_losses`.
+        head: load the vocabulary head, too, for `token_losses`; a tied one is there anyway.
         """
         checkpoint = open_checkpoint(path_or_id)
         mesh = make_mesh() if mesh is None else mesh
@@ -298,10 +298,10 @@ class OmniEmbedder:
     ) -> tuple[np.ndarray, np.ndarray]:
         """What each answer costs the generator: -log p summed over its tokens, in nats, float32 [N]; their number [N].
 
-        The token that ends the answer's turn is one of them. Needs `from_pretrained(…, head=True)`. inputs and options:
-        as of `encode`; answers are never cut.
+        The token that ends the answer's turn is one of them. Needs `from_pretrained(…, head=True)`, unless the head is
+        tied. inputs and options: as of `encode`; answers are never cut.
         """
-        if "head" not in self.params:
+        if not self.model.decoder.config.tie_word_embeddings and "head" not in self.params:
             raise LcoError("token_losses needs the vocabulary head: from_pretrained(…, head=True)")
         prompts = self._prepare(inputs, prompt, max_length)
         targets = self.tokenizer.answers(answers)
@@ -376,7 +376,8 @@ def _answer_losses(
 ) -> Array:
     """The loss of each of A tokens, `wanted` after those that lie at `spoken` of the R · T: float32 [A]."""
     states = decoder.apply({"params": params["decoder"]}, tokens, media, "tokens")
-    return token_losses(states.reshape(-1, states.shape[-1])[spoken], params["head"]["weight"], wanted)
+    head = params.get("head", params["decoder"]["embed_tokens"])["weight"]
+    return token_losses(states.reshape(-1, states.shape[-1])[spoken], head, wanted)
 
 
 def _chosen(modalities: Iterable[str], known: tuple[str, ...]) -> tuple[str, ...]:

@@ -7,6 +7,9 @@ import reference
 from reference_media import answer_losses, audio, image, user
 
 from lco_jax import LcoError, OmniEmbedder, make_mesh
+from lco_jax.checkpoint.hf import abstract_params, open_checkpoint
+from lco_jax.checkpoint.peft import write_peft
+from lco_jax.core import lora
 
 ANSWERS = ["A cat.", "Several words, and one more: 猫", "x"]
 INPUTS = {
@@ -47,6 +50,17 @@ def test_a_loss_depends_on_no_neighbour_and_on_no_mesh(cases):
     np.testing.assert_allclose(split.token_losses(inputs, answers, max_tokens=100)[0], want, rtol=1e-5)
 
 
-def test_without_a_head_it_says_so(tiny):
+def test_without_a_head_it_says_so(cases):
+    model = OmniEmbedder.from_pretrained(cases["vl"].path)
     with pytest.raises(LcoError, match="head=True"):
-        tiny.token_losses(["a"], ["b"])
+        model.token_losses(["a"], ["b"])
+
+
+def test_a_tied_head_outlives_the_merge_of_an_adapter(tmp_path, tiny):
+    """An adapter of zeros changes no loss; merging gives the base's arrays away."""
+    config = lora.LoraConfig(rank=2)
+    adapters = lora.init(jax.random.key(0), abstract_params(open_checkpoint("builtin:tiny").config), config)
+    write_peft(tmp_path / "adapter", adapters, config, "builtin:tiny")
+    tuned = OmniEmbedder.from_pretrained("builtin:tiny", tmp_path / "adapter", head=True)
+    want = tiny.token_losses(["a", "b c"], ["d", "e f g"])[0]
+    np.testing.assert_allclose(tuned.token_losses(["a", "b c"], ["d", "e f g"])[0], want, rtol=1e-6)

@@ -164,8 +164,8 @@ def load_model(
 ) -> tuple[Model, dict[str, Any]]:
     """The decoder with `towers` (by default all of them), and {"decoder": parameters, tower: parameters}.
 
-    tower_dtype: of the towers' parameters and activations, by default `dtype`. head: load the vocabulary head, too
-    (where it is tied, the embeddings themselves). settings: as of `load_decoder`, which also says how they are read.
+    tower_dtype: of the towers' parameters and activations, by default `dtype`. head: load the vocabulary head, too,
+    unless it is the embeddings' (tied). settings: as of `load_decoder`, which also says how they are read.
     """
     decoder, params = load_decoder(checkpoint, mesh, dtype, **settings)
     modules, tree = {}, {"decoder": params}
@@ -173,10 +173,9 @@ def load_model(
         in_dtype = _dtype(dtype if tower_dtype is None else tower_dtype)
         modules[name] = tower_module(checkpoint.backbone, name, checkpoint.towers[name], in_dtype)
         tree[name] = _load_part(checkpoint, name, abstract_params(modules[name], in_dtype), mesh)
-    if head:
+    if head and "head" in checkpoint.keys:
         table = params["embed_tokens"]["weight"]
-        untied = {"weight": jax.ShapeDtypeStruct(table.shape, table.dtype)}
-        tree["head"] = _load_part(checkpoint, "head", untied, mesh) if "head" in checkpoint.keys else {"weight": table}
+        tree["head"] = _load_part(checkpoint, "head", {"weight": jax.ShapeDtypeStruct(table.shape, table.dtype)}, mesh)
     return Model(decoder, modules), tree
 
 
