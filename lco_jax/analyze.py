@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from lco_jax.analysis import measures, plots
 from lco_jax.analysis.generator import Losses, token_cost
-from lco_jax.analysis.pairs import Captions, Pairs, draw_pairs
+from lco_jax.analysis.pairs import Pairs, draw_pairs
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.checkpoint.peft import read_peft
 from lco_jax.core.errors import LcoError, run_main
@@ -66,18 +66,19 @@ def main() -> int:
     left_out = f"{pairs.duplicates:,} repeat a side, {pairs.others:,} are of other modalities"
     if len(pairs.a) < args.k + 2:
         raise LcoError(f"--data={args.data} has {found} ({left_out}); --k={args.k} takes at least {args.k + 2}")
-    captions = pairs.captions()
+    told = pairs  # whose captions the generator is to say
     if args.captions:
-        captions = draw_pairs(_open(args.captions), "", "", args.limit, args.seed, distinct=False).captions()
-        if captions is None:
+        told = draw_pairs(_open(args.captions), "", "", args.limit, args.seed, distinct=False)
+        if told.captions() is None:
             raise LcoError(f"--captions={args.captions} has no text on either side")
     models = {"before": (args.model, None)}
     if args.adapter or args.after_model:
         models["after"] = (args.after_model or args.model, args.adapter)
     for path, adapter in models.values():  # what is wrong is found now, and not after an hour
         known = open_checkpoint(path).backbone.modalities
-        if closed := {kind for kinds in pairs.kinds for kind in kinds.split("+")} - set(known):
-            raise LcoError(f"--data={args.data} holds {min(closed)}, and {path} takes {', '.join(known)}")
+        for flag, drawn in ((f"--data={args.data}", pairs), (f"--captions={args.captions}", told)):
+            if closed := drawn.modalities - set(known):
+                raise LcoError(f"{flag} holds {min(closed)}, and {path} takes {', '.join(known)}")
         if adapter:
             read_peft(adapter)
     print(f"{found}, drawn with seed {args.seed} ({left_out})")
@@ -86,21 +87,23 @@ def main() -> int:
         keep_compiled()
         runs, last, losses = {}, {}, {}
         for run, (path, adapter) in models.items():
-            states, losses[run] = _look(run, path, adapter, pairs, captions, args)
+            states, losses[run] = _look(run, path, adapter, pairs, told, args)
             runs[run] = measures.measure_layers(*states, pairs.names, args.k)
             last[run] = [measures.Side(x[-1], name, args.k).unit for x, name in zip(states, pairs.names, strict=True)]
             del states  # before the next model's come
         facts = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         facts |= {"sides": pairs.names, "pairs": len(pairs.a), "duplicates": pairs.duplicates, "others": pairs.others}
-        facts |= {"cca_dimensions": measures.CCA_DIMENSIONS, "generator": captions and token_cost(losses, args.seed)}
+        facts["cca_dimensions"] = measures.CCA_DIMENSIONS
+        facts["generator"] = token_cost(losses, args.seed) if told.captions() else None
         facts["definitions"] = {name: measure.__doc__.split("\n")[0] for name, measure in measures.MEASURES.items()}
         write_json(folder / "analysis.json", facts | runs)
         write_text(folder / "analysis.md", _summary(facts, runs))
         plots.plot_layers(folder / "anisotropy.png", runs, ["anisotropy"])
-        plots.plot_layers(folder / "alignment.png", runs, [measure.__name__ for measure in measures.ALIGNMENT])
+        alignment, chance = [measure.__name__ for measure in measures.ALIGNMENT], args.k / (len(pairs.a) - 1)
+        plots.plot_layers(folder / "alignment.png", runs, alignment, chance)
         plots.plot_layers(folder / "gap.png", runs, ["modality_gap"])
         plots.plot_space(folder / "space.png", last, pairs.names)
-        if captions and "after" in losses:
+        if facts["generator"] and "after" in losses:
             plots.plot_generator(folder / "generator.png", losses, facts["generator"]["difference"])
     print((args.out / "analysis.md").read_text(encoding="utf-8"))
     return 0
@@ -118,10 +121,11 @@ def _open(path: Path) -> Source:
 
 
 def _look(
-    run: str, path: str, adapter: str | None, pairs: Pairs, captions: Captions | None, args: argparse.Namespace
+    run: str, path: str, adapter: str | None, pairs: Pairs, told: Pairs, args: argparse.Namespace
 ) -> tuple[list[np.ndarray], Losses | None]:
     """One model's states of both sides, each [L + 1, N, D], and its losses of the captions, if there are any."""
-    embedder = OmniEmbedder.from_pretrained(path, adapter, args.dtype, head=captions is not None)
+    captions, kinds = told.captions(), pairs.modalities | told.modalities
+    embedder = OmniEmbedder.from_pretrained(path, adapter, args.dtype, modalities=kinds, head=captions is not None)
     states = []
     for inputs, name in zip((pairs.a, pairs.b), pairs.names, strict=True):
         with tqdm(total=len(inputs), desc=f"{run}: {name}", unit="input") as bar:
@@ -155,9 +159,8 @@ def _summary(facts: dict[str, Any], runs: dict[str, dict[str, Any]]) -> str:
             f"\nNot defined {run}, as {reason}: {', '.join(dict.fromkeys(where))}." for reason, where in gaps.items()
         ]
     if cost := facts["generator"]:
-        means = [
-            f"{cost[run]['nats_per_token']:.3f} nats (perplexity {cost[run]['perplexity']:.4g}) {run}" for run in runs
-        ]
+        costs = {run: (cost[run]["nats_per_token"], cost[run]["perplexity"] or np.inf) for run in runs}
+        means = [f"{nats:.3f} nats (perplexity {perplexity:.4g}) {run}" for run, (nats, perplexity) in costs.items()]
         lines += [f"\nA token of {cost['captions']:,} captions costs {', '.join(means)}."]
         if change := cost.get("difference"):
             interval = f"[{change['low']:+.4f}, {change['high']:+.4f}]"

@@ -4,17 +4,23 @@ import json
 import re
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.neighbors import NearestNeighbors
 
-from lco_jax import LcoError, analyze
+from lco_jax import LcoError, OmniEmbedder, analyze
 from lco_jax.analysis import measures
 from lco_jax.analysis.generator import token_cost
 from lco_jax.analysis.measures import Side, measure_layers
+from lco_jax.analysis.pairs import draw_pairs
+from lco_jax.checkpoint.hf import abstract_params, open_checkpoint
+from lco_jax.checkpoint.peft import write_peft
+from lco_jax.core import lora
 from lco_jax.core.errors import run_main
+from lco_jax.data.sources import JsonlSource
 
 K, N = 7, 45
 
@@ -132,6 +138,11 @@ def test_the_cost_of_a_token_and_its_interval():
     error = np.sqrt((((after - before) - mean * counts) ** 2).sum()) / counts.sum()  # of a ratio, by the delta method
     assert difference["low"] == pytest.approx(mean - 1.96 * error, abs=0.2 * error)
     assert difference["high"] == pytest.approx(mean + 1.96 * error, abs=0.2 * error)
+    json.dumps(token_cost({"before": (before + 1000 * counts, counts)}, seed=0), allow_nan=False)
+    with pytest.raises(LcoError, match="1 of 400 captions after are not finite"):
+        token_cost(
+            {"before": (before, counts), "after": (np.where(np.arange(400) == 7, np.inf, after), counts)}, seed=0
+        )
 
 
 @pytest.fixture
@@ -156,19 +167,50 @@ def write_pairs(folder, count):
     return folder / "pairs.jsonl"
 
 
+@pytest.fixture
+def adapter(tmp_path, cache):
+    """One that moves every layer."""
+    config, rng = lora.LoraConfig(rank=4, alpha=8), np.random.default_rng(0)
+    tree = lora.init(jax.random.key(0), abstract_params(open_checkpoint("builtin:tiny").config), config)
+    tree = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), tree)
+    write_peft(tmp_path / "adapter", tree, config, "builtin:tiny")
+    return tmp_path / "adapter"
+
+
 @pytest.mark.slow
-def test_from_pairs_to_pictures(tmp_path, run_analyze):
-    code, out, err = run_analyze(f"--data={write_pairs(tmp_path, 16)}", "--k=3", f"--out={tmp_path / 'out'}")
+def test_from_pairs_to_pictures(tmp_path, run_analyze, adapter):
+    """Before and after; every number is that of the model's own states."""
+    data = write_pairs(tmp_path, 16)
+    code, out, err = run_analyze(f"--data={data}", f"--adapter={adapter}", "--k=3", f"--out={tmp_path / 'out'}")
     assert code == 0, err
     assert "16 pairs of image and text" in out
     found = json.loads((tmp_path / "out" / "analysis.json").read_text(), parse_constant=pytest.fail)
-    layers = len(found["before"]["cka"])
-    assert all(len(found["before"][measure.__name__]) == layers for measure in measures.ALIGNMENT)
-    assert found["before"]["cka"][0] is None  # every input's last token is the same before the first layer
-    assert 0 < found["before"]["cka"][-1] <= 1
-    assert found["generator"]["before"]["nats_per_token"] > 0
-    for name in ("anisotropy", "alignment", "gap", "space"):
+    model = OmniEmbedder.from_pretrained("builtin:tiny", adapter)
+    pairs = draw_pairs(JsonlSource(data), "", "", 16, seed=0)
+    wanted = measure_layers(model.encode_layers(pairs.a), model.encode_layers(pairs.b), pairs.names, 3)
+    for measure in measures.ALIGNMENT:
+        name = measure.__name__
+        assert found["before"][name][0] is found["after"][name][0] is None  # the last token, which is always the same
+        assert found["after"][name][1:] == pytest.approx(wanted[name][1:], abs=1e-6)
+        assert found["before"][name][1:] != found["after"][name][1:]
+    cost = found["generator"]
+    change = cost["after"]["nats_per_token"] - cost["before"]["nats_per_token"]
+    assert cost["difference"]["nats_per_token"] == pytest.approx(change)
+    assert cost["difference"]["low"] < change < cost["difference"]["high"]
+    for name in ("anisotropy", "alignment", "gap", "space", "generator"):
         assert Image.open(tmp_path / "out" / f"{name}.png").size[0] > 500
+
+
+def test_what_no_model_hears_is_told_before_it_is_loaded(tmp_path, run_analyze):
+    records = {"pairs": [{"anchor": f"text {i}", "positive": f"other {i}"} for i in range(12)]}
+    records["captions"] = [{"anchor": {"audio_path": "a.wav"}, "positive": "a bark"}]
+    (tmp_path / "a.wav").touch()
+    for name, lines in records.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = [f"--{flag}={tmp_path / name}.jsonl" for flag, name in (("data", "pairs"), ("captions", "captions"))]
+    code, _, err = run_analyze(*flags, f"--out={tmp_path / 'out'}")
+    assert code == 2
+    assert re.search("--captions=.* holds audio, and builtin:tiny takes text, image, video", err), err
 
 
 @pytest.mark.parametrize(

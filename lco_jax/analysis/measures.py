@@ -107,7 +107,7 @@ def mutual_knn(a: Side, b: Side) -> float:
 
 def cycle_knn(a: Side, b: Side) -> float:
     """Share of inputs that are, in a, a neighbour of one of their own neighbours in b (Huh et al. 2024's code)."""
-    return float((b.near & a.near.T).any(axis=1).mean())
+    return float((a.near.T & b.near).any(axis=1).mean())
 
 
 def cka(a: Side, b: Side) -> float:

@@ -32,6 +32,11 @@ class Pairs:
         a, b = self.kinds
         return self.kinds if a != b else (f"{a} (anchor)", f"{b} (positive)")
 
+    @property
+    def modalities(self) -> set[str]:
+        """What its sides hold."""
+        return {kind for side in self.kinds for kind in side.split("+")}
+
     def captions(self) -> Captions | None:
         """What the generator is to say: b of a, or a of b where a alone is text; None where neither is."""
         if "text" not in self.kinds:

@@ -17,10 +17,12 @@ TITLES |= {"cycle_knn": "cycle kNN", "svcca": "SVCCA", "modality_gap": "modality
 JOINED = 200  # pairs joined by lines: what an eye can follow
 
 
-def plot_layers(path: Path, runs: Mapping[str, Mapping[str, Any]], measures: Sequence[str]) -> None:
+def plot_layers(
+    path: Path, runs: Mapping[str, Mapping[str, Any]], measures: Sequence[str], chance: float | None = None
+) -> None:
     """A panel a measure: its value at every layer, with gaps where it is not defined; figures 1 and 2 of the paper.
 
-    runs: "before" and perhaps "after" -> what `measures.measure_layers` found.
+    runs: "before" and perhaps "after" -> what `measures.measure_layers` found. chance: what mutual kNN is by chance.
     """
     columns = min(len(measures), 3)
     figure = Figure(figsize=(3 + 2.6 * columns, 1 + 2.6 * len(measures) / columns), layout="constrained")
@@ -31,6 +33,10 @@ def plot_layers(path: Path, runs: Mapping[str, Mapping[str, Any]], measures: Seq
             for colour, (name, values) in zip(SIDES if len(lines) > 1 else [BOTH], lines.items(), strict=True):
                 shown = [np.nan if value is None else value for value in values]
                 axes.plot(shown, color=colour, marker=".", label=f"{name} {run}".strip(), **STYLES[run])
+        if measure == "mutual_knn" and chance is not None:
+            axes.axhline(chance, color="0.5", linestyle=":", label="chance")
+        axes.update_datalim([(0, 0), (len(values) - 1, 0)])  # all layers; from 0, or small differences would look large
+        axes.autoscale_view()
         axes.set_title(TITLES.get(measure, measure))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)
@@ -52,6 +58,7 @@ def plot_space(path: Path, runs: Mapping[str, tuple[np.ndarray, np.ndarray]], na
             axes.scatter(*side.T, s=10, color=colour, label=name, alpha=0.7, linewidths=0, zorder=2)
         first, second = values**2 / (points**2).sum()
         axes.set(title=run, xlabel=f"{first:.0%} of the variance", ylabel=f"{second:.0%} of the variance")
+        axes.set_aspect("equal", adjustable="datalim")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
 
