@@ -54,9 +54,8 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--merge", action="store_true", help="write OUT-merged, too")
     group.add_argument("--greedy", action="store_true", help="the best, then each that does not lower the soup's score")
     group.add_argument("--validate", help="what --greedy scores with: files as `lco_jax.evaluate` takes")
-    group.add_argument("--kind", choices=own.KINDS, help="of --validate")
-    for option in sorted({name for _, takes, _ in own.KINDS.values() for name in takes}):
-        group.add_argument(f"--{option.replace('_', '-')}", help="of --validate: as `lco_jax.evaluate` takes it")
+    group.add_argument("--media-root", type=Path, help="where relative paths of media in --validate start")
+    own.add_flags(parser, "--validate")
     return parser.parse_args()
 
 
@@ -135,8 +134,7 @@ def _soup(args: argparse.Namespace) -> int:
 def _greedy(args: argparse.Namespace, adapters: Sequence[soup.Adapter]) -> tuple[list[int], list[dict[str, Any]]]:
     """Which adapters the greedy soup keeps, and its steps. The base is loaded once, and one program serves all."""
     embedder = OmniEmbedder.from_pretrained(args.model, dtype=args.dtype)
-    base, (_, takes, main_number) = embedder.params["decoder"], own.KINDS[args.kind]
-    options = {name: getattr(args, name) for name in takes}
+    base, (_, _, main_number) = embedder.params["decoder"], own.KINDS[args.kind]
 
     def score(chosen: list[int]) -> float:
         weights = [1 / len(chosen) if i in chosen else 0.0 for i in range(len(adapters))]  # zeros keep the shapes
@@ -144,7 +142,7 @@ def _greedy(args: argparse.Namespace, adapters: Sequence[soup.Adapter]) -> tuple
         tree = jax.device_put(tree, replicated(embedder.mesh))
         embedder.params = {**embedder.params, "decoder": lora.attach(base, tree, config)}
         encode = lambda inputs: embedder.encode(inputs, show_progress=True)  # noqa: E731
-        value = own.evaluate(encode, args.kind, args.validate, **options).numbers[main_number]
+        value = own.evaluate(encode, args.kind, args.validate, **own.options_of(args)).numbers[main_number]
         print(f"{main_number} {value:.4f}: {' + '.join(args.adapters[i] for i in chosen)}", flush=True)
         return value
 

@@ -142,7 +142,6 @@ def embed_items(
     embedder: OmniEmbedder, items: Iterable[Item], found: Contents, parts: VectorParts, args: argparse.Namespace
 ) -> None:
     """Embed what `parts` does not hold yet. found: of all inputs, with those that it does."""
-    workers = args.workers if args.workers is not None else min(os.cpu_count() or 1, 8) if found.has_media else 0
     ids: deque[int | str] = deque()  # of inputs on their way, which are no more than a block and what is prepared ahead
 
     def inputs() -> Iterator[tuple[Any, str]]:
@@ -160,7 +159,7 @@ def embed_items(
             prompt=args.prompt,
             max_length=args.max_length,
             on_error=args.on_error,
-            workers=workers,
+            workers=workers(args, found.has_media),
             block_inputs=parts.part_rows,
             progress=progress,
             names=(where for _, where in names),
@@ -170,6 +169,11 @@ def embed_items(
             parts.add([ids.popleft() for _ in block.vectors], block.vectors, reasons)
             if count := count + len(reasons):
                 progress.set_postfix(skipped=count)
+
+
+def workers(args: argparse.Namespace, media: bool) -> int:
+    """Processes that prepare inputs. media: whether there are enough of them for processes by default."""
+    return args.workers if args.workers is not None else min(os.cpu_count() or 1, 8) if media else 0
 
 
 def media_config(args: argparse.Namespace) -> MediaConfig:

@@ -24,7 +24,7 @@ from lco_jax.core.errors import LcoError
 from lco_jax.core.packing import PackedTokens, bucket
 from lco_jax.core.shapes import ShapeLog
 from lco_jax.core.sharding import make_mesh, replicated, shardings
-from lco_jax.data.inference import MAX_TOKENS, InferenceBatch, batches_of, lay
+from lco_jax.data.inference import BLOCK_INPUTS, MAX_TOKENS, InferenceBatch, batches_of, blocks_of, lay
 from lco_jax.data.inputs import Preparation, named, one_ahead, prepare_ahead
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.processor import Processor
@@ -34,7 +34,6 @@ from lco_jax.models.decoder import Decoder, pool
 from lco_jax.models.head import token_losses
 from lco_jax.models.model import MediaPrograms, Model
 
-BLOCK_INPUTS, BLOCK_BYTES = 8192, 2**27  # inputs sorted by length and embedded together: at most so many, so large
 logger = logging.getLogger(__name__)
 
 
@@ -217,7 +216,7 @@ class OmniEmbedder:
         preparation = Preparation(self.processor, prompt, max_length)
         prepared = prepare_ahead(preparation, named(inputs, names), workers)
         first = 0
-        for ready in one_ahead(_gather(prepared, block_inputs, raises=on_error == "raise")):
+        for ready in one_ahead(blocks_of(prepared, block_inputs, raises=on_error == "raise")):
             yield self._block(first, ready, batch_size, max_tokens, normalize, progress)
             first += len(ready)
 
@@ -306,6 +305,8 @@ class OmniEmbedder:
         prompts = self._prepare(inputs, prompt, max_length)
         targets = self.tokenizer.answers(answers)
         ready = [one.followed_by(ids[:-1]) for one, ids in zip(prompts, targets, strict=True)]
+        if long := [i for i, one in enumerate(ready) if len(one) > self.processor.max_tokens]:
+            raise LcoError(f"input {long[0]} and its answer exceed the model's {self.processor.max_tokens} tokens")
         losses, counts = np.zeros(len(ready), np.float32), np.array([len(ids) for ids in targets])
 
         def start(batch: InferenceBatch) -> tuple[Array, np.ndarray]:
@@ -351,24 +352,6 @@ class OmniEmbedder:
         media = self.towers(self.params, batch.media)
         self.decoder_shapes.note(batch.tokens, media)
         return media
-
-
-def _gather(
-    prepared: Iterator[Processed | LcoError], block_inputs: int, raises: bool
-) -> Iterator[list[Processed | LcoError]]:
-    """Blocks of at most so many inputs and, but for a single large one, bytes."""
-    ready: list[Processed | LcoError] = []
-    held = 0
-    for one in prepared:
-        if isinstance(one, LcoError) and raises:
-            raise one
-        ready.append(one)
-        held += 0 if isinstance(one, LcoError) else sum(placed.item.values.nbytes for placed in one.media)
-        if len(ready) >= block_inputs or held >= BLOCK_BYTES:
-            yield ready
-            ready, held = [], 0
-    if ready:
-        yield ready
 
 
 def _answer_losses(

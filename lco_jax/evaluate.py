@@ -12,7 +12,6 @@ With --data: OUT/results.json and a picture.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cache, partial
@@ -25,8 +24,9 @@ from tqdm import tqdm
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.shapes import keep_compiled
-from lco_jax.embed import add_flags, load, media_config, model_work
+from lco_jax.embed import add_flags, load, media_config, model_work, workers
 from lco_jax.embedder import Block, OmniEmbedder
+from lco_jax.evaluation import own
 
 PART_INPUTS = 2048  # embedded between two writes: what a kill can cost
 MANY = 256  # inputs for which it pays to start processes
@@ -43,12 +43,9 @@ def parse_args() -> argparse.Namespace:
     what.add_argument("--tasks", help="of mteb, between commas")
     what.add_argument("--seadoc", help="a folder with corpus/, query/ and qrels/ in parquet, or a data set of the hub")
     what.add_argument("--data", type=Path, help="your own records or folder; needs no mteb")
-    parser.add_argument("--kind", choices=["retrieval", "sts", "zeroshot"], default="retrieval", help="of --data")
-    parser.add_argument("--columns", help="of --kind=sts: side,side,score, by name or number")
-    parser.add_argument("--template", action="append", help="of --kind=zeroshot: {} is the label; may be repeated")
-    parser.add_argument("--label-pattern", help="of --kind=zeroshot: a regular expression that finds it in file names")
     parser.add_argument("--out", type=Path, required=True, help="the folder for results and vectors")
     add_flags(parser, on_error="raise")
+    own.add_flags(parser, "--data")
     parser.set_defaults(max_length=MAX_LENGTH, part_size=PART_INPUTS)
     return parser.parse_args()
 
@@ -56,15 +53,14 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     """Measure; 1 if a task could not be."""
     args = parse_args()
+    if (args.data is None) != (args.kind is None):
+        raise LcoError(f"--data and --kind go together; --kind is one of: {', '.join(own.KINDS)}")
     media = media_config(args)
     keep_compiled()
     if args.data is not None:  # files of the user's own, without mteb
-        from lco_jax.evaluation import own
-
         embedder = load(args, open_checkpoint(args.model), media, None)
         encode = partial(embedder.encode, prompt=args.prompt, max_length=args.max_length, show_progress=True)
-        given = ("media_root", "columns", "template", "label_pattern")
-        numbers = own.measure(encode, args.kind, args.data, args.out, **{key: getattr(args, key) for key in given})
+        numbers = own.measure(encode, args.kind, args.data, args.out, **own.options_of(args))
         print("\n".join(f"{name:>20} {number:,.4g}" for name, number in numbers.items()))
         print(f"written: {args.out / 'results.json'} and {args.kind}.png")
         return 0
@@ -91,10 +87,9 @@ def main() -> int:
 
     def encode_blocks(contents: Iterable[Any], progress: tqdm, names: Iterable[str]) -> Iterator[Block]:
         many = progress.total >= MANY and modalities != ("text",)
-        workers = args.workers if args.workers is not None else min(os.cpu_count() or 1, 8) if many else 0
-        options = {"prompt": args.prompt, "max_length": args.max_length, "on_error": args.on_error, "workers": workers}
-        options |= {"block_inputs": args.part_size, "progress": progress, "names": names}
-        return embedder().encode_blocks(contents, args.batch_size, **options)
+        options = {"prompt": args.prompt, "max_length": args.max_length, "on_error": args.on_error}
+        options |= {"workers": workers(args, many), "block_inputs": args.part_size}
+        return embedder().encode_blocks(contents, args.batch_size, progress=progress, names=names, **options)
 
     found = []
     with VectorCache(args.out / "embeddings", {**settings, "--on-error": args.on_error}, dimension) as vectors:

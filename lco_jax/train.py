@@ -43,6 +43,7 @@ from lco_jax.data import pipeline
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.plan import draw, plan
 from lco_jax.data.processor import Processor
+from lco_jax.data.records import as_input
 from lco_jax.data.scan import ListSource, Source
 from lco_jax.data.sources import JsonlSource
 from lco_jax.embedder import OmniEmbedder
@@ -242,9 +243,7 @@ def _evaluate(
         return None
     embedder = OmniEmbedder(model, params, processor, mesh)
     encode = lambda sides: embedder.encode(  # noqa: E731
-        [{"text": side} if isinstance(side, str) else side for side in sides],
-        config.eval.batch_size,
-        max_length=config.data.max_length,
+        list(map(as_input, sides)), config.eval.batch_size, max_length=config.data.max_length
     )
     result = retrieval(encode, records)
     _say(f"held-out retrieval ({len(records)} anchors): recall@1 {result.recall_at_1:.3f}, MRR {result.mrr:.3f}")

@@ -57,15 +57,21 @@ def tiny(load):
 
 
 @pytest.fixture
-def run_embed(monkeypatch, capsys, load):
-    """`embed` with some arguments in this process: (exit status, stdout, stderr); any other exception fails."""
-    monkeypatch.setattr(OmniEmbedder, "from_pretrained", load)
+def run_command(monkeypatch, capsys):
+    """An entry point with some arguments in this process: (exit status, stdout, stderr); any other exception fails."""
 
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["embed", "--model=builtin:tiny", *map(str, args)])
+    def run(entry, *args):
+        monkeypatch.setattr(sys, "argv", [entry.__name__, "--model=builtin:tiny", *map(str, args)])
         with pytest.raises(SystemExit) as done:
-            run_main(embed.main)
+            run_main(entry.main)
         out, err = capsys.readouterr()
         return done.value.code or 0, out, err
 
     return run
+
+
+@pytest.fixture
+def run_embed(monkeypatch, run_command, load):
+    """`embed`, which loads a checkpoint once a session."""
+    monkeypatch.setattr(OmniEmbedder, "from_pretrained", load)
+    return functools.partial(run_command, embed)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 
 import jax
 import numpy as np
@@ -19,7 +18,6 @@ from lco_jax.analysis.pairs import draw_pairs
 from lco_jax.checkpoint.hf import abstract_params, open_checkpoint
 from lco_jax.checkpoint.peft import write_peft
 from lco_jax.core import lora
-from lco_jax.core.errors import run_main
 from lco_jax.data.sources import JsonlSource
 
 K, N = 7, 45
@@ -145,18 +143,6 @@ def test_the_cost_of_a_token_and_its_interval():
         )
 
 
-@pytest.fixture
-def run_analyze(monkeypatch, capsys):
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["analyze", "--model=builtin:tiny", *map(str, args)])
-        with pytest.raises(SystemExit) as done:
-            run_main(analyze.main)
-        out, err = capsys.readouterr()
-        return done.value.code or 0, out, err
-
-    return run
-
-
 def write_pairs(folder, count):
     rng = np.random.default_rng(0)
     with open(folder / "pairs.jsonl", "w") as file:
@@ -178,10 +164,11 @@ def adapter(tmp_path, cache):
 
 
 @pytest.mark.slow
-def test_from_pairs_to_pictures(tmp_path, run_analyze, adapter):
+def test_from_pairs_to_pictures(tmp_path, run_command, adapter):
     """Before and after; every number is that of the model's own states."""
     data = write_pairs(tmp_path, 16)
-    code, out, err = run_analyze(f"--data={data}", f"--adapter={adapter}", "--k=3", f"--out={tmp_path / 'out'}")
+    where = (f"--data={data}", f"--adapter={adapter}", f"--out={tmp_path / 'out'}")
+    code, out, err = run_command(analyze, "--k=3", *where)
     assert code == 0, err
     assert "16 pairs of image and text" in out
     found = json.loads((tmp_path / "out" / "analysis.json").read_text(), parse_constant=pytest.fail)
@@ -201,14 +188,14 @@ def test_from_pairs_to_pictures(tmp_path, run_analyze, adapter):
         assert Image.open(tmp_path / "out" / f"{name}.png").size[0] > 500
 
 
-def test_what_no_model_hears_is_told_before_it_is_loaded(tmp_path, run_analyze):
+def test_what_no_model_hears_is_told_before_it_is_loaded(tmp_path, run_command):
     records = {"pairs": [{"anchor": f"text {i}", "positive": f"other {i}"} for i in range(12)]}
     records["captions"] = [{"anchor": {"audio_path": "a.wav"}, "positive": "a bark"}]
     (tmp_path / "a.wav").touch()
     for name, lines in records.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     flags = [f"--{flag}={tmp_path / name}.jsonl" for flag, name in (("data", "pairs"), ("captions", "captions"))]
-    code, _, err = run_analyze(*flags, f"--out={tmp_path / 'out'}")
+    code, _, err = run_command(analyze, *flags, f"--out={tmp_path / 'out'}")
     assert code == 2
     assert re.search("--captions=.* holds audio, and builtin:tiny takes text, image, video", err), err
 
@@ -222,8 +209,8 @@ def test_what_no_model_hears_is_told_before_it_is_loaded(tmp_path, run_analyze):
         (("--b=audio",), "has 0 pairs of image and audio"),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(tmp_path, run_analyze, args, says):
-    code, _, err = run_analyze(f"--data={write_pairs(tmp_path, 3)}", *args, f"--out={tmp_path / 'out'}")
+def test_mistakes_are_told_in_a_sentence(tmp_path, run_command, args, says):
+    code, _, err = run_command(analyze, f"--data={write_pairs(tmp_path, 3)}", *args, f"--out={tmp_path / 'out'}")
     assert code == 2
     assert re.search(says, err), err
     assert "Traceback" not in err

@@ -1,5 +1,6 @@
 """`python -m lco_jax.evaluate`: SeaDoc, benchmarks, resuming; the cache of vectors and the report."""
 
+import functools
 import io
 import json
 import os
@@ -18,7 +19,7 @@ import reference  # noqa: F401, before mteb, which imports transformers
 from PIL import Image, ImageDraw, ImageFont
 
 from lco_jax import OmniEmbedder, evaluate
-from lco_jax.core.errors import LcoError, run_main
+from lco_jax.core.errors import LcoError
 from lco_jax.core.files import ASSETS, read_json
 from lco_jax.evaluation.cache import VectorCache, digest
 from lco_jax.evaluation.report import Measured, write_report
@@ -79,18 +80,10 @@ def seadoc(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, load):
-    """The command in this process: (exit status, stdout, stderr)."""
+def run(monkeypatch, run_command, load):
+    """The command, which loads a checkpoint once a session."""
     monkeypatch.setattr(OmniEmbedder, "from_pretrained", load)
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["evaluate", "--model=builtin:tiny", *map(str, args)])
-        with pytest.raises(SystemExit) as done:
-            run_main(evaluate.main)
-        out, err = capsys.readouterr()
-        return done.value.code or 0, out, err
-
-    return run
+    return functools.partial(run_command, evaluate)
 
 
 def scores_of(out, task="SeaDoc"):

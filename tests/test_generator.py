@@ -64,3 +64,9 @@ def test_a_tied_head_outlives_the_merge_of_an_adapter(tmp_path, tiny):
     tuned = OmniEmbedder.from_pretrained("builtin:tiny", tmp_path / "adapter", head=True)
     want = tiny.token_losses(["a", "b c"], ["d", "e f g"])[0]
     np.testing.assert_allclose(tuned.token_losses(["a", "b c"], ["d", "e f g"])[0], want, rtol=1e-6)
+
+
+def test_no_answers_and_one_that_is_too_long(tiny):
+    assert [x.shape for x in tiny.token_losses([], [])] == [(0,), (0,)]
+    with pytest.raises(LcoError, match="input 1 and its answer exceed the model's 32768 tokens"):
+        tiny.token_losses(["a", "b"], ["c", "word " * 40_000])

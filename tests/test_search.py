@@ -20,7 +20,6 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from lco_jax import LcoError, MediaConfig, OmniEmbedder, search
-from lco_jax.core.errors import run_main
 from lco_jax.data.corpus import Corpus
 from lco_jax.data.images import load_image
 from lco_jax.searching import nearest
@@ -310,13 +309,10 @@ def test_changed_and_vanished_files_and_a_start_that_was_ended(start, tmp_path, 
         start()
 
 
-def test_mistakes_are_one_sentence(monkeypatch, capsys, tmp_path):
+def test_mistakes_are_one_sentence(monkeypatch, run_command, tmp_path):
     def said(*args):
-        monkeypatch.setattr(sys, "argv", ["search", "--model=builtin:tiny", f"--index={tmp_path / 'i'}", *args])
-        with pytest.raises(SystemExit) as done:
-            run_main(search.main)
-        assert done.value.code == 2
-        error = capsys.readouterr().err
+        code, _, error = run_command(search, f"--index={tmp_path / 'i'}", *args)
+        assert code == 2
         assert error.count("\n") == 1
         return error
 

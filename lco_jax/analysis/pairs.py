@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lco_jax.data.prompts import KINDS
-from lco_jax.data.records import Record, Side, side_key
+from lco_jax.data.records import Record, Side, as_input, side_key
 
 PROMPT = "\nDescribe the above {} in one sentence:"  # shaped like the reference's for embeddings
 Captions = tuple[list[Any], list[str], str]  # inputs, what the generator is to say of each, and the prompt
@@ -67,7 +67,7 @@ def draw_pairs(source: Sequence[Record], a: str, b: str, limit: int, seed: int, 
             continue
         seen |= keys
         for side, inputs in zip(pair, (pairs.a, pairs.b), strict=True):
-            inputs.append({"text": side} if isinstance(side, str) else side)  # a bare string may name a file
+            inputs.append(as_input(side))
         if len(pairs.a) == limit:
             break
     return pairs

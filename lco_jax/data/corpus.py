@@ -14,7 +14,7 @@ from lco_jax.core.errors import LcoError, explained
 from lco_jax.core.files import fingerprint
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.prompts import as_messages, check_text, describe, is_conversation, is_media_file, media_parts
-from lco_jax.data.records import FIELDS, Reader, file_lookup, is_parts
+from lco_jax.data.records import FIELDS, Reader, as_input, file_lookup, is_parts
 
 KEYS = tuple(key for key in FIELDS if key != "content")  # of an object or table: what is embedded; others are metadata
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -147,7 +147,7 @@ class Corpus:
                 f"{where} is {describe(item)}; give a string, an object with any of {', '.join(KEYS)}, or a list of "
                 "chat messages"
             )
-        return {"text": side} if isinstance(side, str) else side
+        return as_input(side)
 
 
 def scan(items: Iterable[Item], media: MediaConfig, check_media: bool) -> Contents:

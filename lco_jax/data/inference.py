@@ -11,12 +11,14 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lco_jax.core.errors import LcoError
 from lco_jax.core.packing import PackedTokens, Shape, bucket, common_length, fill, lay_stream, spread, width_of
 from lco_jax.core.sharding import ROWS, row_shards
 from lco_jax.data.processor import lay_media
 from lco_jax.data.tower_rows import Processed, TowerRows
 
 MAX_TOKENS = 16_384  # in one forward pass, unless a single input has more
+BLOCK_INPUTS, BLOCK_BYTES = 8192, 2**27  # inputs sorted by length and embedded together: at most so many, so large
 FINE = 4096  # tokens beyond which a pass is padded by an eighth at most, and not by half
 
 
@@ -32,6 +34,24 @@ class InferenceBatch(NamedTuple):
     inputs: list[int]
     sequences: np.ndarray
     at: list[np.ndarray]
+
+
+def blocks_of(
+    prepared: Iterator[Processed | LcoError], block_inputs: int, raises: bool
+) -> Iterator[list[Processed | LcoError]]:
+    """Blocks of at most so many inputs and, but for a single large one, bytes."""
+    ready: list[Processed | LcoError] = []
+    held = 0
+    for one in prepared:
+        if isinstance(one, LcoError) and raises:
+            raise one
+        ready.append(one)
+        held += 0 if isinstance(one, LcoError) else sum(placed.item.values.nbytes for placed in one.media)
+        if len(ready) >= block_inputs or held >= BLOCK_BYTES:
+            yield ready
+            ready, held = [], 0
+    if ready:
+        yield ready
 
 
 def batches_of(ready: Sequence[Processed], batch_size: int | None, max_tokens: int) -> Iterator[list[int]]:

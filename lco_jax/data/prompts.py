@@ -189,8 +189,7 @@ class ChatTokenizer:
     def answers(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids (int32) of each answer, the token that ends its turn among them."""
         before, after = self._answer_frame
-        given = [before + text + after for text in texts]
-        return [np.asarray(ids, np.int32) for ids in self.tokenizer(given, add_special_tokens=False).input_ids]
+        return self.ids([before + text + after for text in texts], begin=False)
 
     def cut(self, text: str, max_length: int | None) -> str:
         """The first `max_length` tokens of a text, decoded again, as the reference cuts; shorter texts as they are."""
@@ -203,11 +202,12 @@ class ChatTokenizer:
         ids = self.tokenizer(text, add_special_tokens=False).input_ids  # the template adds what begins a text
         return text if len(ids) <= max_length else self.tokenizer.decode(ids[:max_length])
 
-    def ids(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids (int32) of each rendered text, nothing padded."""
+    def ids(self, texts: Sequence[str], begin: bool = True) -> list[np.ndarray]:
+        """Token ids (int32) of each rendered text, nothing padded. begin: with what begins a text, if anything does."""
         ids: list[list[int]] = []
         for i in range(0, len(texts), TOKENIZED_AT_ONCE):
-            ids += self.tokenizer(list(texts[i : i + TOKENIZED_AT_ONCE])).input_ids
+            some = list(texts[i : i + TOKENIZED_AT_ONCE])
+            ids += self.tokenizer(some, add_special_tokens=begin).input_ids
         return [np.asarray(sequence, np.int32) for sequence in ids]
 
     def __call__(self, conversations: Sequence[Messages]) -> list[np.ndarray]:

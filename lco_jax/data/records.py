@@ -47,6 +47,11 @@ class Record:
         return frozenset({"text", *(part["type"] for part in parts)})
 
 
+def as_input(side: Side) -> dict[str, str] | tuple[dict[str, Any], ...]:
+    """A side as `encode` takes it. Texts are named as such, for a bare string may be a file's name."""
+    return {"text": side} if isinstance(side, str) else side
+
+
 def side_key(side: Side) -> Hashable:
     """A value that is equal for sides that say the same: equal text, or equal parts (arrays by their content)."""
     return side if isinstance(side, str) else _key(side)

@@ -6,6 +6,7 @@ all files are read and found sound. A side is spelt as in training records (`dat
 Dimensions: N items or pairs, C classes, T templates, D hidden.
 """
 
+import argparse
 import csv
 import math
 import os
@@ -20,7 +21,7 @@ from scipy.stats import pearsonr, spearmanr
 from lco_jax.core.errors import LcoError, check_keys, explained
 from lco_jax.core.files import write_json
 from lco_jax.data.corpus import Corpus, json_lines
-from lco_jax.data.records import Reader, Side, listed, parse_record, side_key
+from lco_jax.data.records import Reader, as_input, listed, parse_record, side_key
 from lco_jax.evaluation.plots import plot_confusion, plot_ranks, plot_scores
 from lco_jax.evaluation.retrieval import ranks, retrieval_metrics
 
@@ -30,14 +31,14 @@ NAMES = {"query": "anchor", "document": "positive"}  # other names of what a rec
 TEMPLATES = {"image": "a photo of a {}", "video": "a video of {}", "audio": "the sound of {}"}  # text: the label alone
 
 
-class Measured(NamedTuple):
+class Outcome(NamedTuple):
     """numbers: name -> value; plot: draws them into a file."""
 
     numbers: dict[str, float]
     plot: Callable[[Path], None]
 
 
-def own_retrieval(encode: Encode, path: Path, media_root: Path | None = None) -> Measured:
+def own_retrieval(encode: Encode, path: Path, media_root: Path | None = None) -> Outcome:
     """nDCG@10, MRR@10, recall and hit rate (`retrieval_metrics`), every document a candidate for every query.
 
     path: a .jsonl of {"query" or "anchor": side, "document" or "positive": side or [side, …], "negative": the same, or
@@ -50,10 +51,10 @@ def own_retrieval(encode: Encode, path: Path, media_root: Path | None = None) ->
     ranked = ranks(vectors[: len(queries)], vectors[len(queries) :], relevance)
     numbers = retrieval_metrics(ranked) | {"queries": len(queries), "documents": len(documents)}
     best = np.array([found.min() for found, _ in ranked])
-    return Measured(numbers, lambda file: plot_ranks(file, best, len(documents)))
+    return Outcome(numbers, lambda file: plot_ranks(file, best, len(documents)))
 
 
-def own_sts(encode: Encode, path: Path, media_root: Path | None = None, columns: str | None = None) -> Measured:
+def own_sts(encode: Encode, path: Path, media_root: Path | None = None, columns: str | None = None) -> Outcome:
     """Spearman's (tied ranks share their mean) and Pearson's correlation of cosines with people's scores.
 
     path: a .jsonl with sides of any modality, or texts in a .csv, .tsv or .txt (tabs).
@@ -69,7 +70,7 @@ def own_sts(encode: Encode, path: Path, media_root: Path | None = None, columns:
         for sides, cell, name in ((first, a, names[0]), (second, b, names[1])):
             if not (side := reader.side(cell, name)):
                 raise LcoError(f"{where}: {name} is empty")
-            sides.append(_input(side))
+            sides.append(as_input(side))
         scores.append(_number(score, where))
     if len(set(scores)) < 2:
         raise LcoError(f"{path} has {len(scores)} pairs and fewer than two different scores: nothing to correlate with")
@@ -79,7 +80,7 @@ def own_sts(encode: Encode, path: Path, media_root: Path | None = None, columns:
         raise LcoError("all pairs have the same cosine: this model tells nothing apart, and nothing correlates")
     spearman, pearson = (float(correlate(cosines, scores).statistic) for correlate in (spearmanr, pearsonr))
     numbers = {"spearman": spearman, "pearson": pearson, "pairs": len(scores)}
-    return Measured(numbers, lambda file: plot_scores(file, scores, cosines, spearman))
+    return Outcome(numbers, lambda file: plot_scores(file, scores, cosines, spearman))
 
 
 def own_zeroshot(
@@ -88,7 +89,7 @@ def own_zeroshot(
     media_root: Path | None = None,
     template: str | Sequence[str] | None = None,
     label_pattern: str | None = None,
-) -> Measured:
+) -> Outcome:
     """Accuracy@1 and @5, and the mean over classes of accuracy@1; a tie with a wrong class counts as wrong.
 
     path: a folder with a folder of media a class, or one of media whose names tell the class, or a .jsonl or .parquet
@@ -119,7 +120,7 @@ def own_zeroshot(
     numbers = {f"accuracy_at_{k}": float((rank <= k).mean()) for k in (1, 5)}
     numbers["balanced_accuracy"] = float((confusion.diagonal() / confusion.sum(axis=1)).mean())
     numbers |= {"items": n, "classes": len(labels)}
-    return Measured(numbers, lambda file: plot_confusion(file, confusion, list(labels)))
+    return Outcome(numbers, lambda file: plot_confusion(file, confusion, list(labels)))
 
 
 KINDS = {  # what measures, the options it takes, its main number
@@ -129,7 +130,21 @@ KINDS = {  # what measures, the options it takes, its main number
 }
 
 
-def evaluate(encode: Encode, kind: str, path: str | Path, **options: Any) -> Measured:
+def add_flags(parser: argparse.ArgumentParser, files: str) -> None:
+    """--kind, and a flag for every option but --media-root. files: the flag that gives them."""
+    group = parser.add_argument_group(f"what {files} holds")
+    group.add_argument("--kind", choices=KINDS)
+    group.add_argument("--columns", help="of sts: side,side,score, by name or number")
+    group.add_argument("--template", action="append", help="of zeroshot: {} is the label; may be repeated")
+    group.add_argument("--label-pattern", help="of zeroshot: a regular expression that finds the label in file names")
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What `evaluate` takes of flags that were given; one that the kind does not take is its to refuse."""
+    return {name: getattr(args, name) for _, takes, _ in KINDS.values() for name in takes}
+
+
+def evaluate(encode: Encode, kind: str, path: str | Path, **options: Any) -> Outcome:
     """Measure a model on the files at `path`. kind: one of `KINDS`; options: that one's, None as if not given."""
     if kind not in KINDS:
         raise LcoError(f"the kind is {kind!r}; it is one of: {', '.join(KINDS)}")
@@ -160,9 +175,9 @@ def _records(path: Path, media_root: Path | None) -> tuple[list[Any], list[Any],
             contents = [{**content, "positive": side} for side in listed(content.get("positive")) or [""]]
         for one in contents:
             record = parse_record(one, where, root, os.path.isfile)
-            queries.setdefault(side_key(record.anchor), _input(record.anchor))
+            queries.setdefault(side_key(record.anchor), as_input(record.anchor))
             for side in record.sides[1:]:
-                documents.setdefault(side_key(side), (len(documents), _input(side)))
+                documents.setdefault(side_key(side), (len(documents), as_input(side)))
             relevant = relevance.setdefault(side_key(record.anchor), {})
             relevant[documents[side_key(record.positive)][0]] = 1.0
     if not queries:
@@ -238,10 +253,6 @@ def _table(path: Path, header: bool) -> Iterator[tuple[dict[str, str], str]]:
         names = next(rows, []) if header else None
         for row in filter(None, rows):
             yield dict(zip(names or map(str, range(len(row))), row, strict=False)), f"{path}:{rows.line_num}"
-
-
-def _input(side: Side) -> Any:
-    return {"text": side} if isinstance(side, str) else side
 
 
 def _number(cell: Any, where: str) -> float:

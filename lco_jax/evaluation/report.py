@@ -49,5 +49,4 @@ def write_report(out: Path, model: str, benchmark: str, found: Sequence[Measured
     lines += [*rows, "", *(f"- {name}: {note}" for name, note in notes.items()), ""]
     write_text(out / "results.md", "\n".join(lines))
     if bars:
-        plot_bars(out / ".results.png", bars, ours, label)
-        (out / ".results.png").replace(out / "results.png")
+        plot_bars(out / "results.png", bars, ours, label)

@@ -3,7 +3,7 @@
 Dimensions: N records or queries, C candidates, M documents, R relevant documents of a query, D hidden.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,13 +32,13 @@ def retrieval(encode: Encode, records: Sequence[Record]) -> Retrieval:
     """
     candidates = [record.positive for record in records] + [side for record in records for side in record.negatives]
     vectors = encode([record.anchor for record in records] + candidates)
-    similarity = vectors[: len(records)] @ vectors[len(records) :].T
-    own = similarity[np.arange(len(records)), np.arange(len(records))]
-    numbers: dict = {}
-    said = np.array([numbers.setdefault(side_key(side), len(numbers)) for side in candidates])
-    same = said[None, :] == said[: len(records), None]
-    rank = 1 + ((similarity >= own[:, None]) & ~same).sum(axis=1)
-    return Retrieval(float((rank == 1).mean()), float((1.0 / rank).mean()), similarity)
+    anchors, others = vectors[: len(records)], vectors[len(records) :]
+    said: dict[Hashable, dict[int, float]] = {}
+    for at, side in enumerate(candidates):
+        said.setdefault(side_key(side), {})[at] = 1.0
+    right = [said[side_key(record.positive)] for record in records]
+    rank = np.array([found.min() for found, _ in ranks(anchors, others, right)])
+    return Retrieval(float((rank == 1).mean()), float((1.0 / rank).mean()), anchors @ others.T)
 
 
 def ranks(
