@@ -314,16 +314,20 @@ def deadly(call, fatal):  # dies just before or just after one of its calls
                 os.kill(os.getpid(), signal.SIGKILL)
     return made
 
+def write():
+    with VectorParts(output, {"a": 1}, 2) as parts:
+        fill(parts, 5)
+        parts.finish(5, 4, str)
+
 def run(fatal=None):  # in a process of its own -> its status
     if os.fork() == 0:
         for name in ("mkdir", "fsync", "replace", "unlink", "rmdir", "open", "close"):
             setattr(os, name, deadly(getattr(os, name), fatal))
-        with VectorParts(output, {"a": 1}, 2) as parts:
-            fill(parts, 5)
-            parts.finish(5, 4, str)
+        write()
         os._exit(0)
     return os.wait()[1]
 
+write()  # here, so that what pyarrow imports late (pandas, where it is) is not imported by every process
 kills = 0
 while True:
     output.write_bytes(b"old")
