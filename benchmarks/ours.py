@@ -37,6 +37,7 @@ from lco_jax.data.processor import Processor
 from lco_jax.data.tower_rows import Processed
 from lco_jax.models.decoder import Decoder
 from lco_jax.models.model import Model
+from lco_jax.training import tuning
 from lco_jax.training.optimizer import OptimizerConfig, make_optimizer
 from lco_jax.training.step import contrastive_loss, embed_chunks, init_state, make_train_step, state_shardings
 
@@ -89,18 +90,18 @@ class Training:
         self.triplets = read_triplets(Path(spec["data"]))
         self.model, self.params, processor = open_model(spec, self.mesh)
         self.config = lora.LoraConfig(LORA.rank, LORA.alpha, spec["dropout"])
-        fresh = partial(lora.init, params=abstract_params(self.model.decoder.config), config=LORA)
+        fresh = lambda key: {"decoder": lora.init(key, abstract_params(self.model.decoder.config), LORA)}  # noqa: E731
         shapes = jax.eval_shape(fresh, jax.random.key(0))
         tx = make_optimizer(OptimizerConfig(schedule="constant"), 10**9)
         self.places = state_shardings(shapes, tx, self.mesh)
         if spec["adapter"]:
-            adapters = jax.device_put(read_peft(spec["adapter"])[0], shardings(shapes, self.mesh))
+            tuned = jax.device_put({"decoder": read_peft(spec["adapter"])[0]}, shardings(shapes, self.mesh))
         else:
-            adapters = jax.jit(fresh)(jax.random.key(0))
-        self.adapters = adapters
+            tuned = jax.jit(fresh)(jax.random.key(0))
+        self.tuned = tuned
         with jax.set_mesh(self.mesh):
-            begin = jax.jit(lambda adapters: init_state(adapters, tx), out_shardings=self.places)
-            self.state = begin(adapters)
+            begin = jax.jit(lambda tuned: init_state(tuned, tx), out_shardings=self.places)
+            self.state = begin(tuned)
         self.step = make_train_step(self.model, tx, self.config, TEMPERATURE, 0, self.mesh, self.places)
         first, other = (np.array(self.triplets[i][i], np.int32) for i in (0, 1))
         head = first[: common_length(first, other)]
@@ -143,9 +144,9 @@ class Training:
         batch = self.batch(0)
         with jax.set_mesh(self.mesh):
             loss = jax.jit(jax.value_and_grad(partial(_loss, self.model.decoder, self.config), has_aux=True))
-            (value, embeddings), grads = loss(self.adapters, self.params["decoder"], batch)
+            (value, embeddings), grads = loss(self.tuned, self.params, batch)
         named = {}
-        for layer, module, a, b in layer_tensors(jax.device_get(grads)):
+        for layer, module, a, b in layer_tensors(jax.device_get(grads["decoder"])):
             named |= {f"{layer}.{module}.A": a, f"{layer}.{module}.B": b}
         np.savez(path, loss=float(value), embeddings=np.asarray(embeddings), **named)
         return {}
@@ -160,10 +161,10 @@ class Training:
                 "rows": self.work.rows, **peak_memory()}  # fmt: skip
 
 
-def _loss(decoder: Decoder, config: lora.LoraConfig, adapters: Any, params: Any, batch: Batch) -> tuple:
+def _loss(decoder: Decoder, config: lora.LoraConfig, tuned: Any, params: Any, batch: Batch) -> tuple:
     """The loss, and the embeddings that it was made of."""
-    loss, _ = contrastive_loss(adapters, params, batch, None, decoder, config, TEMPERATURE, 0)
-    embeddings = embed_chunks(decoder, lora.attach(params, adapters, config, 0), batch.tokens)
+    loss, _ = contrastive_loss(tuned, params, batch, None, decoder, config, TEMPERATURE, 0)
+    embeddings = embed_chunks(decoder, tuning.attach(params, tuned, config), batch.tokens)
     return loss, embeddings.reshape(-1, embeddings.shape[-1])[batch.sequences]
 
 

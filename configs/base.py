@@ -27,6 +27,11 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.model.remat = "none"
     config.model.attention = "auto"  # the decoder's kernel: auto (the machine's own), xla, cudnn, splash
 
+    config.tune = ConfigDict()
+    # of the decoder: lora (adapters), full (all of it, in float32), projection (nothing; a matrix behind the model)
+    config.tune.decoder = "lora"
+    config.tune.towers = "none"  # pretrain alone: or projectors, all
+
     config.lora = ConfigDict()
     config.lora.rank = 16
     config.lora.alpha = 32.0
@@ -61,6 +66,7 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.train.steps = 0  # 0: as many as `epochs` makes
     config.train.epochs = 6.0
     config.train.temperature = 0.03
+    config.train.two_way = False  # CLIP's loss: positives find their anchors, too
     config.train.ignore_duplicates = False  # whatever says the same as a positive is no negative of its anchor
     # gather them on every device, or leave each device its share (ring: how records come by their sides); auto: the
     # latter where gathered ones and their gradient would take more than 1 GiB a device

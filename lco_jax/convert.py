@@ -21,7 +21,7 @@ import jax
 from lco_jax.checkpoint import soup
 from lco_jax.checkpoint.export import export_merged, write_model
 from lco_jax.checkpoint.hf import DTYPES, open_checkpoint
-from lco_jax.checkpoint.peft import read_peft, write_peft
+from lco_jax.checkpoint.peft import has_adapters, read_peft, write_peft
 from lco_jax.core import lora
 from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.files import write_json
@@ -29,7 +29,7 @@ from lco_jax.core.sharding import replicated
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation import own
 from lco_jax.evaluation.plots import plot_spectrum
-from lco_jax.training.run import adapters_of_run
+from lco_jax.training.run import tuned_of_run
 
 SOUP = ("adapters", "models", "weights", "rank", "merge", "greedy", "validate", "kind")  # flags of soups alone
 
@@ -70,18 +70,18 @@ def main() -> int:
         raise LcoError(f"--{given[0]} goes with soup: python -m lco_jax.convert soup …")
     if (args.workdir is None) == (args.model is None):
         raise LcoError("give either --workdir (a training run) or --model (a checkpoint), and not both")
-    source, adapters, config = args.model, None, None
+    source, tuned, config = args.model, {}, None
     if args.workdir is not None:
         if args.adapter:
             raise LcoError("--adapter goes with --model; a --workdir brings its own")
-        source, adapters, config, step = adapters_of_run(args.workdir)
+        source, tuned, config, step = tuned_of_run(args.workdir)
         print(f"{args.workdir}: step {step}, trained from {source}")
     elif args.adapter:
-        adapters, config = read_peft(args.adapter)
-    export_merged(source, args.out, adapters, config, args.dtype, int(args.max_shard_size * 1e9))
+        tuned["decoder"], config = read_peft(args.adapter)
+    export_merged(source, args.out, tuned, config, args.dtype, int(args.max_shard_size * 1e9))
     print(f"merged model ({args.dtype}): {args.out}")
-    if args.workdir is not None:
-        write_peft(args.out.with_name(f"{args.out.name}-adapter"), adapters, config, source)
+    if args.workdir is not None and has_adapters(tuned.get("decoder", {})):
+        write_peft(args.out.with_name(f"{args.out.name}-adapter"), tuned["decoder"], config, source)
         print(f"adapter: {args.out}-adapter")
     return 0
 
@@ -126,7 +126,7 @@ def _soup(args: argparse.Namespace) -> int:
         print(f"relative error of the delta: {error['overall']:.3g} overall, {error['max']:.3g} in the worst matrix")
     if args.merge:
         merged = args.out.with_name(f"{args.out.name}-merged")
-        export_merged(args.model, merged, *result, args.dtype, shard)
+        export_merged(args.model, merged, {"decoder": result[0]}, result[1], args.dtype, shard)
         print(f"merged model ({args.dtype}): {merged}")
     return 0
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from lco_jax.checkpoint import peft
 from lco_jax.checkpoint.hf import load_model, open_checkpoint
+from lco_jax.checkpoint.sentence_transformers import read_projection
 from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
 from lco_jax.core.packing import PackedTokens, bucket
@@ -30,8 +31,8 @@ from lco_jax.data.media import MediaConfig
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import ChatTokenizer
 from lco_jax.data.tower_rows import Processed
-from lco_jax.models.decoder import Decoder, pool
-from lco_jax.models.head import token_losses
+from lco_jax.models.decoder import Decoder, pool, project
+from lco_jax.models.head import head_of, token_losses
 from lco_jax.models.model import MediaPrograms, Model
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class OmniEmbedder:
         self.towers, self.decoder_shapes = MediaPrograms(model, mesh), ShapeLog("decoder")
         decoder = model.decoder
         self._pool = jax.jit(
-            lambda params, tokens, media, of: pool(decoder, params["decoder"], tokens, media, of),
+            lambda params, tokens, media, of: _pooled(decoder, params, tokens, media, of),
             static_argnums=3,
             out_shardings=replicated(mesh),
         )
@@ -113,6 +114,9 @@ class OmniEmbedder:
             places = None if quantize else shardings(decoder, mesh)
             join = jax.jit(join, static_argnums=2, donate_argnums=0, out_shardings=places)
             params["decoder"] = join(decoder, adapters, config)
+        projection = read_projection(checkpoint.folder, checkpoint.config.hidden_size)
+        if projection is not None:
+            params["projection"] = {"weight": jax.device_put(projection, replicated(mesh))}
         return cls(model, params, processor, mesh)
 
     @property
@@ -354,13 +358,19 @@ class OmniEmbedder:
         return media
 
 
+def _pooled(decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, media: Array | None, of: str) -> Array:
+    """`pool`; last states are projected, where the model has a projection."""
+    pooled = pool(decoder, params["decoder"], tokens, media, of)
+    return project(pooled, params) if of == "last" else pooled
+
+
 def _answer_losses(
     decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, media: Array | None, spoken: Array, wanted: Array
 ) -> Array:
     """The loss of each of A tokens, `wanted` after those that lie at `spoken` of the R · T: float32 [A]."""
     states = decoder.apply({"params": params["decoder"]}, tokens, media, "tokens")
-    head = params.get("head", params["decoder"]["embed_tokens"])["weight"]
-    return token_losses(states.reshape(-1, states.shape[-1])[spoken], head, wanted)
+    flat = states.reshape(-1, states.shape[-1])
+    return token_losses(flat[spoken][None], head_of(params), wanted[None])[0]
 
 
 def _chosen(modalities: Iterable[str], known: tuple[str, ...]) -> tuple[str, ...]:

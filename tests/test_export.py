@@ -35,7 +35,7 @@ def adapted(cases, tmp_path_factory):
             adapters = jax.tree.map(lambda x: (0.1 * rng.normal(size=x.shape)).astype(np.float32), adapters)
             out = tmp_path_factory.mktemp("export")
             write_peft(out / "adapter", adapters, CONFIG, str(path))
-            export_merged(path, out / "merged", adapters, CONFIG, "float32", max_shard_bytes=200_000)
+            export_merged(path, out / "merged", {"decoder": adapters}, CONFIG, "float32", max_shard_bytes=200_000)
             ours = OmniEmbedder.from_pretrained(path, adapter=out / "adapter")
             self[family] = (out / "adapter", out / "merged", ours.tokenizer, ours.encode(reference.TEXTS))
             return self[family]
@@ -96,7 +96,7 @@ def test_our_loader_reads_the_merged_model_and_vision_is_untouched(adapted, case
 def test_bfloat16_export(cases, adapted, tmp_path):
     adapter, merged, tokenizer, want = adapted["vl"]
     adapters, config = read_peft(adapter)
-    export_merged(cases["vl"].path, tmp_path / "half", adapters, config)
+    export_merged(cases["vl"].path, tmp_path / "half", {"decoder": adapters}, config)
     half, full = load_file(tmp_path / "half" / "model.safetensors"), open_checkpoint(merged).tensors
     for key, value in half.items():
         assert value.dtype == ml_dtypes.bfloat16
@@ -188,5 +188,5 @@ def test_an_adapter_of_the_first_layers_alone(cases, tmp_path):
     )
     np.testing.assert_array_equal(first, want)
     adapters, config = read_peft(tmp_path / "first")
-    export_merged(path, tmp_path / "merged", adapters, config, "float32")
+    export_merged(path, tmp_path / "merged", {"decoder": adapters}, config, "float32")
     assert np.abs(OmniEmbedder.from_pretrained(tmp_path / "merged").encode(reference.TEXTS) - want).max() < 1e-5

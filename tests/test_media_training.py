@@ -66,9 +66,9 @@ def our_gradient(path, records, adapters, mesh, chunk_tokens=400):
         batch = pipeline.global_batch(local, layout, processor.rows, mesh)
         tokens = MediaPrograms(model, mesh)(params, batch.media)
         loss = jax.value_and_grad(contrastive_loss, has_aux=True)
-        run = jax.jit(lambda a: loss(a, params["decoder"], batch, tokens, model.decoder, CONFIG, TEMPERATURE, 0))
-        (value, _), gradient = run(adapters)
-    return float(value), jax.device_get(gradient)
+        run = jax.jit(lambda a: loss(a, params, batch, tokens, model.decoder, CONFIG, TEMPERATURE, 0))
+        (value, _), gradient = run({"decoder": adapters})
+    return float(value), jax.device_get(gradient["decoder"])
 
 
 def torch_gradient(case, records, adapters):
@@ -194,7 +194,7 @@ def test_a_run_on_every_modality_resumes_and_its_loss_falls(cases, mixed, tmp_pa
     assert len(want) == 12
     assert np.mean(want[-3:]) < np.mean(want[:3]) - 0.2
     calls = iter([False] * 6 + [True])
-    monkeypatch.setattr("lco_jax.train._on_sigterm", lambda: lambda: next(calls, False))
+    monkeypatch.setattr("lco_jax.job._on_sigterm", lambda: lambda: next(calls, False))
     assert train(config, tmp_path / "halves") == {}
     assert len(losses(tmp_path / "halves")) == 7
     train(config, tmp_path / "halves")

@@ -131,14 +131,14 @@ def losses(params, decoder, mesh=(1, 1, 1), steps=3):
     """Of a few steps from a fresh adapter over `params`."""
     mesh = make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
     checkpoint, config = open_checkpoint("builtin:tiny"), lora.LoraConfig(rank=8, alpha=16, dropout=0.1)
-    adapters = lora.init(jax.random.key(0), params, config)
+    tuned = {"decoder": lora.init(jax.random.key(0), params, config)}
     tx = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=1), steps)
     processor = Processor(checkpoint.folder)
     layout = pipeline.Layout(8, 1, processor.tokenizer.head)
     records, found = list(JsonlSource("assets:triplets_heldout.jsonl"))[:8], []
     with jax.set_mesh(mesh):
-        places = state_shardings(adapters, tx, mesh)
-        state = jax.jit(lambda a: init_state(a, tx), out_shardings=places)(adapters)
+        places = state_shardings(tuned, tx, mesh)
+        state = jax.jit(lambda a: init_state(a, tx), out_shardings=places)(tuned)
         step = make_train_step(Model(decoder, {}), tx, config, 0.03, 0, mesh, places)
         local = pipeline._prepare(records, layout, processor, None, 1, 0)
         batch = pipeline.global_batch(local, layout, processor.rows, mesh)

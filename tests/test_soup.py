@@ -142,7 +142,8 @@ def test_a_soup_of_adapters_is_the_soup_of_their_merged_models(cases, ingredient
     """Weights, embeddings, and what peft makes of it."""
     path = cases["vl"].path
     for i, folder in enumerate(ingredients):
-        export_merged(path, tmp_path / f"m{i}", *read_peft(folder), "float32")
+        tree, config = read_peft(folder)
+        export_merged(path, tmp_path / f"m{i}", {"decoder": tree}, config, "float32")
     weights = [*map(str, (5, 2, 3))]
     command = [sys.executable, "-m", "lco_jax.convert", "soup", "--dtype=float32", "--weights", *weights]
     models = [str(tmp_path / f"m{i}") for i in range(3)]

@@ -34,8 +34,10 @@ def records():
 
 
 def begin(adapters, tx, mesh):
-    """Step 0 on the mesh."""
-    return jax.jit(lambda a: init_state(a, tx), out_shardings=state_shardings(adapters, tx, mesh))(adapters)
+    """Step 0 on the mesh, and where its leaves lie."""
+    tuned = {"decoder": adapters}
+    places = state_shardings(tuned, tx, mesh)
+    return jax.jit(lambda tuned: init_state(tuned, tx), out_shardings=places)(tuned), places
 
 
 def run(
@@ -57,14 +59,13 @@ def run(
     layout = floor_of(batches, layout, processor, mesh)
     losses, metrics = [], {}
     with jax.set_mesh(mesh):
-        state = begin(adapters, tx, mesh)
-        places = state_shardings(adapters, tx, mesh)
+        state, places = begin(adapters, tx, mesh)
         step = make_train_step(model, tx, config, TEMPERATURE, 0, mesh, places, candidates=candidates)
         for local in batches:
             state, metrics = step(state, params, pipeline.global_batch(local, layout, processor.rows, mesh))
             losses.append(float(metrics["loss"]))
         assert metrics["programs"] == 1
-    return np.array(losses), jax.device_get(state["adapters"]), jax.device_get(metrics)
+    return np.array(losses), jax.device_get(state["tuned"]["decoder"]), jax.device_get(metrics)
 
 
 def torch_run(model, tokenizer, records, init):
@@ -203,16 +204,17 @@ def test_a_step_that_is_not_finite_changes_nothing(cases, records):
     broken["decoder"]["norm"]["weight"] = params["decoder"]["norm"]["weight"].at[0].set(jnp.nan)
     with jax.set_mesh(mesh):
         batch = pipeline.global_batch(local, layout, processor.rows, mesh)
-        step = make_train_step(model, tx, config, 0.03, 0, mesh, state_shardings(adapters, tx, mesh))
-        before = jax.device_get(begin(adapters, tx, mesh))
-        after, metrics = step(begin(adapters, tx, mesh), broken, batch)
+        state, places = begin(adapters, tx, mesh)
+        step = make_train_step(model, tx, config, 0.03, 0, mesh, places)
+        before = jax.device_get(state)
+        after, metrics = step(state, broken, batch)
         assert not bool(metrics["finite"])
         assert int(after["step"]) == 1
-        for key in ("adapters", "optimizer"):
+        for key in ("tuned", "optimizer"):
             jax.tree.map(np.testing.assert_array_equal, jax.device_get(after[key]), before[key])
-        good, metrics = step(begin(adapters, tx, mesh), params, batch)
+        good, metrics = step(begin(adapters, tx, mesh)[0], params, batch)
         assert bool(metrics["finite"])
-        moved = jax.tree.map(lambda x, y: bool((x != y).any()), jax.device_get(good["adapters"]), before["adapters"])
+        moved = jax.tree.map(lambda x, y: bool((x != y).any()), jax.device_get(good["tuned"]), before["tuned"])
         assert any(jax.tree.leaves(moved))
 
 

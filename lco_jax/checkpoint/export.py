@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lco_jax.checkpoint.hf import DTYPES, Checkpoint, open_checkpoint
+from lco_jax.checkpoint.hf import DTYPES, Checkpoint, open_checkpoint, per_layer
 from lco_jax.checkpoint.peft import layer_tensors
-from lco_jax.checkpoint.sentence_transformers import write_modules
+from lco_jax.checkpoint.sentence_transformers import read_projection, write_modules, write_projection
 from lco_jax.checkpoint.tensors import TensorFolder, is_float, write_shards
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, write_json, written_aside
@@ -28,17 +28,23 @@ COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "spk_dict.pt")
 class _Merged:
     """The tensors of the merged model, made one at a time, and rounded by whoever writes them."""
 
-    def __init__(self, checkpoint: Checkpoint, adapters: dict, config: LoraConfig | None):
+    def __init__(self, checkpoint: Checkpoint, tuned: dict, config: LoraConfig | None):
         self.tensors = checkpoint.tensors
         self.scale = np.float32(config.scale if config else 0)
-        self.pairs = {}
-        for layer, module, a, b in layer_tensors(adapters):
+        self.pairs, self.whole = {}, {}
+        for layer, module, a, b in layer_tensors(tuned.get("decoder", {})):
             name = f"layers.{layer}.{module}.weight"
             if name not in checkpoint.keys["decoder"]:
                 raise LcoError(f"the adapter adapts {name}, which {checkpoint.folder} does not have")
             self.pairs[checkpoint.keys["decoder"][name]] = (a, b)
+        for part in tuned.keys() & checkpoint.keys.keys():
+            for path, name, leaf, layer in per_layer(tuned[part]):
+                if not path.endswith((".a", ".b")):
+                    self.whole[checkpoint.keys[part][name]] = leaf if layer is None else leaf[layer]
 
     def __call__(self, key: str) -> np.ndarray:
+        if key in self.whole:
+            return np.asarray(self.whole[key])
         value = self.tensors.read(key)
         if key in self.pairs:
             a, b = self.pairs[key]
@@ -51,17 +57,19 @@ class _Merged:
 def export_merged(
     source: str | Path,
     out: Path,
-    adapters: dict | None = None,
+    tuned: dict | None = None,
     config: LoraConfig | None = None,
     dtype: str = "bfloat16",
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write `source` + adapter as a Hugging Face folder, as `write_model` does.
+    """Write `source` with what was tuned of it as a Hugging Face folder, as `write_model` does.
 
-    adapters, config: as from `peft.read_peft` or a training state; None exports the source in another dtype or split.
+    tuned: as of a training state (`training/tuning.py`); {"decoder": adapters} of what `peft.read_peft` reads; None
+    exports the source in another dtype or split. config: the adapters'.
     """
-    checkpoint = open_checkpoint(source)
-    write_model(checkpoint, out, _Merged(checkpoint, adapters or {}, config), dtype, max_shard_bytes)
+    checkpoint, tuned = open_checkpoint(source), tuned or {}
+    projection = np.asarray(tuned["projection"]["weight"]) if "projection" in tuned else None
+    write_model(checkpoint, out, _Merged(checkpoint, tuned, config), dtype, max_shard_bytes, projection)
 
 
 def write_model(
@@ -70,10 +78,12 @@ def write_model(
     tensor: Callable[[str], np.ndarray],
     dtype: str = "bfloat16",
     max_shard_bytes: int = 5 * 10**9,
+    projection: np.ndarray | None = None,
 ) -> None:
     """Write a model like `checkpoint`: aside, read back tensor by tensor, compared, then renamed.
 
     tensor: makes the tensor of a key. Floating-point ones change dtype; whatever else is there stays as it is.
+    projection: a matrix [D, D] for the pooled states, by default the checkpoint's own, if it has one.
     """
     if dtype not in DTYPES:
         raise LcoError(f"dtype {dtype!r} is not supported; these are: {', '.join(DTYPES)}")
@@ -92,9 +102,14 @@ def write_model(
                 if file.name != "model.safetensors.index.json" and not file.name.startswith("."):
                     shutil.copyfile(file, aside / file.name)
         write_json(aside / "config.json", _with_dtype(read_json(checkpoint.folder / "config.json"), dtype))
+        if projection is None:
+            projection = read_projection(checkpoint.folder, checkpoint.config.hidden_size)
+        if projection is not None:
+            write_projection(aside, projection)
         if not checkpoint.backbone.prefix:  # transformers' AutoModel, and so that library, has no full Qwen2.5-Omni
             template = ChatTokenizer(checkpoint.folder).tokenizer.chat_template
-            write_modules(aside, template, checkpoint.config.hidden_size, checkpoint.backbone.modalities)
+            hidden, kinds = checkpoint.config.hidden_size, checkpoint.backbone.modalities
+            write_modules(aside, template, hidden, kinds, projection is not None)
         write_shards(aside, sizes, rounded, max_shard_bytes)
         written = TensorFolder(aside)
         if set(written) != set(sizes):

@@ -66,7 +66,11 @@ def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
     tensors = TensorFolder(folder)
     parts = {"decoder": abstract_params(config)}
     parts |= {name: abstract_params(tower_module(backbone, name, towers[name])) for name in towers}
-    expected = {f"{part}.{name}": shape for part, tree in parts.items() for _, name, shape in _per_layer(tree)}
+    expected = {
+        f"{part}.{name}": leaf.shape[layer is not None :]
+        for part, tree in parts.items()
+        for _, name, leaf, layer in per_layer(tree)
+    }
     keys = _match_keys(folder, backbone, tensors, towers)
     for name, key in keys.items():
         shape = (config.vocab_size, config.hidden_size) if name == HEAD else expected.get(name)
@@ -121,19 +125,27 @@ def abstract_params(module: DecoderConfig | nn.Module, dtype: Any = jnp.float32)
     return init()["params"]
 
 
+def abstract_model(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Every part of a checkpoint as shapes: decoder, towers, and a head that is not tied."""
+    modules = {name: tower_module(checkpoint.backbone, name, c) for name, c in checkpoint.towers.items()}
+    parts = {name: abstract_params(module) for name, module in {"decoder": checkpoint.config, **modules}.items()}
+    table = parts["decoder"]["embed_tokens"]["weight"]
+    return parts | ({"head": {"weight": table}} if "head" in checkpoint.keys else {})
+
+
 def tower_module(backbone: Backbone, name: str, config: Any, dtype: Any = jnp.float32) -> nn.Module:
     """The tower `name` of a backbone."""
     return backbone.towers[name][0](config, dtype=dtype, param_dtype=dtype)
 
 
-def _per_layer(params: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """(path in the tree, name in a checkpoint, shape there); a stacked leaf yields one entry a layer, in order."""
+def per_layer(params: dict[str, Any]) -> Iterator[tuple[str, str, Any, int | None]]:
+    """(path in the tree, name in a checkpoint, leaf, layer); a stacked leaf comes once a layer, in their order."""
     for path, leaf in flatten_dict(params, sep=".").items():
         if match := _STACK.fullmatch(path):
             for i in range(leaf.shape[0]):
-                yield path, f"{match[1]}.{i}.{match[2]}", leaf.shape[1:]
+                yield path, f"{match[1]}.{i}.{match[2]}", leaf, i
         else:
-            yield path, path, leaf.shape
+            yield path, path, leaf, None
 
 
 def load_decoder(
@@ -198,10 +210,9 @@ def _load_part(
     }
     flat_shardings = flatten_dict(shardings({part: unflatten_dict(kept, sep=".")}, mesh)[part], sep=".")
     params: dict[str, Any] = {}
-    layer: dict[str, int] = {}
-    for path, name, _ in _per_layer(abstract):
+    for path, name, _, layer in per_layer(abstract):
         key, sharding = checkpoint.keys[part][name], flat_shardings[path]
-        if not _STACK.fullmatch(path):
+        if layer is None:
             params[path] = _read_sharded(checkpoint.tensors, key, sharding, leaves[path].dtype)
             continue
         if path not in params:
@@ -210,9 +221,7 @@ def _load_part(
         one_layer = NamedSharding(mesh, PartitionSpec(*matrix.spec[1:]))
         tensor = _read_sharded(checkpoint.tensors, key, one_layer, leaves[path].dtype)
         with jax.set_mesh(mesh):
-            at, kind = layer.setdefault(path, 0), kinds.get(path, "")
-            params[path] = _write_layer(params[path], tensor, at, kind, sharding)
-        layer[path] += 1
+            params[path] = _write_layer(params[path], tensor, layer, kinds.get(path, ""), sharding)
     return unflatten_dict(params, sep=".")
 
 

@@ -42,6 +42,11 @@ def layer_tensors(adapters: dict[str, Any]) -> Iterator[tuple[int, str, np.ndarr
             yield layer, module, a[layer], b[layer]
 
 
+def has_adapters(tuned: dict[str, Any]) -> bool:
+    """Whether a decoder's tuned tree holds LoRA factors."""
+    return any(path.endswith(".weight.a") for path in flatten_dict(tuned, sep="."))
+
+
 def write_peft(folder: Path, adapters: dict[str, Any], config: LoraConfig, base: str) -> None:
     """Write the adapter folder aside, read it back, compare, and only then move it into place.
 

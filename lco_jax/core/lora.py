@@ -3,7 +3,8 @@
 Dimensions: L layers (leading axis of stacked leaves), O output features, I input features, r rank.
 
 An adapter tree mirrors the parameter tree, holding {"a": [L, r, I], "b": [L, O, r]} (float32) in the place of every
-adapted matrix and nothing elsewhere. `jax.grad` is taken of that tree alone.
+adapted matrix and nothing elsewhere. `jax.grad` is taken of that tree alone. A leaf that is tuned whole stands in such
+a tree as the array itself: the three functions put it where the parameter was.
 """
 
 import math
@@ -79,10 +80,11 @@ def init(key: Array, params: Tree, config: LoraConfig) -> Tree:
 
 
 def _adapted_leaves(params: Tree, adapters: Tree) -> tuple[Tree, dict[str, tuple[Array, Array]]]:
-    """The flat parameters, and {path: (a, b)} of the adapters."""
+    """The flat parameters, those that are tuned whole replaced, and {path: (a, b)} of the adapted ones."""
     leaves, pairs = flatten_dict(params, sep="."), flatten_dict(adapters, sep=".")
     paths = sorted(path.removesuffix(".a") for path in pairs if path.endswith(".a"))
-    return leaves, {path: (pairs[f"{path}.a"], pairs[f"{path}.b"]) for path in paths}
+    whole = {path: leaf for path, leaf in pairs.items() if not path.endswith((".a", ".b"))}
+    return {**leaves, **whole}, {path: (pairs[f"{path}.a"], pairs[f"{path}.b"]) for path in paths}
 
 
 def attach(params: Tree, adapters: Tree, config: LoraConfig, seed: Array | int = 0) -> Tree:
@@ -115,11 +117,16 @@ def merge(params: Tree, adapters: Tree, config: LoraConfig) -> Tree:
     return unflatten_dict({**leaves, **merged}, sep=".")
 
 
-def split_frozen(params: Tree) -> tuple[list[Any], list[Any], Callable[[list[Any], list[Any]], Tree]]:
+def split_frozen(
+    params: Tree, all_tuned: bool = False
+) -> tuple[list[Any], list[Any], Callable[[list[Any], list[Any]], Tree]]:
     """What of `params` no gradient is taken of, what is tuned, and the function that puts them together again.
 
-    Tuned are the factors of `LoraWeight`s (None for every other leaf); frozen is the rest.
+    Tuned are the factors of `LoraWeight`s (None for every other leaf), or all leaves if `all_tuned`; frozen is the rest.
     """
+    if all_tuned:
+        leaves, structure = jax.tree.flatten(params)
+        return [], leaves, lambda _, tuned: structure.unflatten(tuned)
     adapted = lambda leaf: isinstance(leaf, LoraWeight)  # noqa: E731
     leaves, structure = jax.tree.flatten(params, is_leaf=adapted)
     frozen = [leaf.base if adapted(leaf) else leaf for leaf in leaves]

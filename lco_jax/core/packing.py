@@ -59,7 +59,21 @@ class PackedTokens:
         return jax.tree.map(function, self)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["tokens", "sequences", "content", "media"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["at", "ids"], meta_fields=[])
+@dataclass(frozen=True)
+class Answers:
+    """What a generator is to say. at: int32 [C, R, A], the token of the stream that says it; ids: int32 [C, R, A], what
+    it says; -1 beyond the last."""
+
+    at: Array
+    ids: Array
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens", "sequences", "content", "media", "answers"],
+    meta_fields=[],
+)
 @dataclass(frozen=True)
 class Batch:
     """A global batch on the mesh.
@@ -69,21 +83,27 @@ class Batch:
     C · R · S sequences; -1 for a negative that a record does not have, and throughout for a record that was left out.
     content: int32 [B, 2 + M], replicated: equal for sides that say the same.
     media: what each tower reads: tower -> argument -> rows, split over the mesh as the batch's are; {} for text alone.
+    answers: the tokens that generative training predicts, split as the streams are; None in contrastive training.
     """
 
     tokens: PackedTokens
     sequences: Array
     content: Array
     media: dict[str, dict[str, Array]]
+    answers: Answers | None = None
 
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """Tokens on the host. input_ids: int32 [n]; position_ids: int32 [n, 3]; media_slots: int32 [n], None for text."""
+    """Tokens on the host. input_ids: int32 [n]; position_ids: int32 [n, 3]; media_slots: int32 [n], None for text.
+
+    answer: int32 [m], what the last m tokens are each to be followed by; None where nothing is to be said.
+    """
 
     input_ids: np.ndarray
     position_ids: np.ndarray
     media_slots: np.ndarray | None = None
+    answer: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -91,11 +111,12 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class Shape:
-    """Static sizes of a stream. tokens: T; rows: N of each width W; chunks: C."""
+    """Static sizes of a stream. tokens: T; rows: N of each width W; chunks: C; answers: A."""
 
     tokens: int = 0
     rows: Mapping[int, int] = field(default_factory=dict)
     chunks: int = 1
+    answers: int = 0
 
 
 class Stream(NamedTuple):
@@ -108,7 +129,8 @@ class Stream(NamedTuple):
     @property
     def need(self) -> Shape:
         """The least shape that holds it."""
-        return Shape(self.length, Counter(width_of(len(x)) for x in self.at))
+        said = sum(len(one.answer) for one in self.sequences if one.answer is not None)
+        return Shape(self.length, Counter(width_of(len(x)) for x in self.at), answers=said)
 
 
 def bucket(n: int, granularity: int = 8) -> int:
@@ -181,7 +203,8 @@ def fit(need: Shape, floor: Shape) -> Shape:
             rows[width] = bucket(floor.rows.get(width, 0) + lacking, 4)
             lacking = floor.rows.get(width, 0) + lacking - rows[width]
     tokens = floor.tokens if need.tokens <= floor.tokens else bucket(need.tokens, 16)
-    return Shape(tokens, dict(sorted(rows.items())), max(need.chunks, floor.chunks))
+    answers = floor.answers if need.answers <= floor.answers else bucket(need.answers, 16)
+    return Shape(tokens, dict(sorted(rows.items())), max(need.chunks, floor.chunks), answers)
 
 
 def largest(shapes: Iterable[Shape]) -> Shape:
@@ -189,7 +212,8 @@ def largest(shapes: Iterable[Shape]) -> Shape:
     shapes = list(shapes)
     widths = sorted({width for shape in shapes for width in shape.rows})
     rows = {width: max(shape.rows.get(width, 0) for shape in shapes) for width in widths}
-    return Shape(max(x.tokens for x in shapes), rows, max(x.chunks for x in shapes))
+    most = lambda size: max(getattr(shape, size) for shape in shapes)  # noqa: E731
+    return Shape(most("tokens"), rows, most("chunks"), most("answers"))
 
 
 def fill(
@@ -233,6 +257,18 @@ def fill(
     groups = tuple(rows[width] for width in widths)
     arrays = (input_ids, position_ids, token_keys, media_slots, groups, home, last_tokens)
     return PackedTokens(*arrays, None if head is None else len(head)), became
+
+
+def fill_answers(streams: Sequence[Stream], count: int) -> Answers:
+    """The answers of R streams, at most `count` tokens each: int32 [R, A]."""
+    at, ids = (np.full((len(streams), count), -1, np.int32) for _ in range(2))
+    for r, stream in enumerate(streams):
+        end = 0
+        for one, where in zip(stream.sequences, stream.at, strict=True):
+            if one.answer is not None and len(one.answer):
+                begin, end = end, end + len(one.answer)
+                at[r, begin:end], ids[r, begin:end] = where[-len(one.answer) :], one.answer
+    return Answers(at, ids)
 
 
 class Placement(NamedTuple):

@@ -30,6 +30,7 @@ _TOWER = r"(visual|audio_tower|vision_tower)"
 # layers' axis. A decoder may stand alone or, beside its towers, under `decoder`.
 RULES: tuple[tuple[str, tuple[str | None, ...] | EllipsisType], ...] = (
     (r"((decoder\.)?embed_tokens|head)\.weight", ("tensor", "fsdp")),  # [V, D]
+    (r"projection\.weight", ("fsdp", None)),  # [D, D]
     (rf"{_COLUMN}\.weight", (None, "tensor", "fsdp")),  # [L, O, I]
     (rf"{_ROW}\.weight", (None, "fsdp", "tensor")),
     (rf"{_COLUMN}\.bias", (None, "tensor")),  # [L, O]
@@ -64,6 +65,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
 def row_shards(mesh: Mesh) -> int:
     """How many ways the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def current_row_shards() -> int:
+    """`row_shards` of the mesh that `jax.set_mesh` made current; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else row_shards(mesh)
 
 
 def _fit(shape: tuple[int, ...], axes: Sequence[str | tuple[str, ...] | None], mesh: Mesh) -> PartitionSpec:

@@ -21,10 +21,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lco_jax.core.errors import LcoError
-from lco_jax.core.packing import WIDTHS, Batch, Shape, Stream, fill, fit, largest, lay_stream, spread
+from lco_jax.core.packing import WIDTHS, Batch, Shape, Stream, fill, fill_answers, fit, largest, lay_stream, spread
 from lco_jax.core.sharding import ROWS, replicated, row_shards
 from lco_jax.data.inputs import conversation
 from lco_jax.data.processor import MediaRows, MediaShape, Processor, lay_media
+from lco_jax.data.prompts import asked
 from lco_jax.data.records import Record, Side, side_key
 from lco_jax.data.scan import Source
 from lco_jax.data.sources import open_source
@@ -56,8 +57,8 @@ class Layout:
 
     head: token ids with which texts begin, computed once a stream. chunk_tokens: how many tokens of its own a stream,
     and so a GradCache chunk, is to have, but for a single longer sequence; 0: one chunk. on_bad: whether a record whose
-    media cannot be read stops the run ("error") or is left out of its batch ("skip"). floor, media_floor: the least
-    shapes (`data/plan.py`).
+    media cannot be read stops the run ("error") or is left out of its batch ("skip"). generative: a record is one
+    sequence, its anchor with the positive as the answer to it. floor, media_floor: the least shapes (`data/plan.py`).
     """
 
     batch_size: int
@@ -65,8 +66,14 @@ class Layout:
     head: np.ndarray
     chunk_tokens: int = 0
     on_bad: str = "error"
+    generative: bool = False
     floor: Shape = field(default_factory=Shape)
     media_floor: MediaShape = field(default_factory=dict)
+
+    @property
+    def sides(self) -> int:
+        """The most sequences that a record has."""
+        return 1 if self.generative else 2 + self.max_negatives
 
 
 def open_sources(config: Mapping[str, Any]) -> dict[str, Source]:
@@ -134,17 +141,17 @@ def _prepare(
     stride: int,
     offset: int,
 ) -> LocalBatch:
-    sides = [
-        (i, j, side)
-        for i, record in enumerate(records)
-        for j, side in enumerate(record.sides[: 2 + layout.max_negatives])
-    ]
+    sides = [(i, j, side) for i, record in enumerate(records) for j, side in enumerate(record.sides[: layout.sides])]
     names = [records[i].where for i, _, _ in sides]
+    prompt = asked if layout.generative else None
     conversations = [
-        conversation(x, name, processor.tokenizer, None, max_length) for (*_, x), name in zip(sides, names, strict=True)
+        conversation(x, name, processor.tokenizer, prompt, max_length)
+        for (*_, x), name in zip(sides, names, strict=True)
     ]
     bad: dict[int, str] = {}
     results = processor.attempt(conversations, names)
+    if layout.generative:
+        results = answered(results, records, processor, max_length)
     for (i, _, _), result in zip(sides, results, strict=True):
         if isinstance(result, LcoError):
             if layout.on_bad == "error":
@@ -158,6 +165,19 @@ def _prepare(
         content=np.array([_number(side) for *_, side, _ in kept], np.int32),
         skipped=tuple(bad.values()),
     )
+
+
+def answered(
+    prompts: Sequence[Processed | LcoError], records: Sequence[Record], processor: Processor, max_length: int | None
+) -> list[Processed | LcoError]:
+    """Each record's prompt with its positive as the answer, which is cut as texts are."""
+    if strange := [record for record in records if not isinstance(record.positive, str)]:
+        raise LcoError(f"{strange[0].where}: the positive is what a generator is to say, and must be text")
+    texts = [processor.tokenizer.cut(record.positive, max_length) for record in records]
+    return [
+        prompt if isinstance(prompt, LcoError) else processor.fitting(prompt.answered(ids), record.where)
+        for prompt, ids, record in zip(prompts, processor.tokenizer.answers(texts), records, strict=True)
+    ]
 
 
 def _number(side: Side) -> int:
@@ -209,6 +229,7 @@ def global_batch(local: LocalBatch, layout: Layout, layouts: Mapping[str, TowerR
     shape = fit(agree_shape(largest(stream.need for stream in laid.streams)), layout.floor)
     identities = [local.record[chosen] * MAX_SIDES + local.side[chosen] for chosen in laid.members]
     tokens, became = fill(laid.streams, identities, shape, layout.head)
+    answers = fill_answers(laid.streams, shape.answers) if layout.generative else None
     split, split_media = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, ROWS), (ROWS,)))
 
     def to_mesh(x: np.ndarray) -> Array:
@@ -223,14 +244,15 @@ def global_batch(local: LocalBatch, layout: Layout, layouts: Mapping[str, TowerR
         which[chosen] = slots
     chunk, shard = np.divmod(laid.bins, shards)
     slots = (chunk * shards * processes + me * shards + shard) * tokens.last_tokens.shape[-1] + which
-    table = np.full((2, layout.batch_size, 2 + layout.max_negatives), -1, np.int32)
+    table = np.full((2, layout.batch_size, layout.sides), -1, np.int32)
     table[:, local.record, local.side] = slots, local.content
     if processes > 1:
         every = multihost_utils.process_allgather(table)  # a record is one process's, which has its slots
         table = np.where(every[:, :1] >= 0, every, np.iinfo(np.int32).min).max(axis=0)
         table[0] = np.maximum(table[0], -1)
     everywhere_same = [jax.make_array_from_callback(x.shape, replicated(mesh), x.__getitem__) for x in table]
-    return Batch(tokens.map(to_mesh), *everywhere_same, jax.tree.map(media_to_mesh, laid.media()))
+    tokens, answers = jax.tree.map(to_mesh, (tokens, answers))
+    return Batch(tokens, *everywhere_same, jax.tree.map(media_to_mesh, laid.media()), answers)
 
 
 def agree(need: np.ndarray) -> np.ndarray:
@@ -241,8 +263,10 @@ def agree(need: np.ndarray) -> np.ndarray:
 def agree_shape(need: Shape) -> Shape:
     """The least shape that holds every process's."""
     counts = [need.rows.get(width, 0) for width in WIDTHS]
-    tokens, chunks, *counts = (int(x) for x in agree(np.array([need.tokens, need.chunks, *counts], np.int64)))
-    return Shape(tokens, {width: count for width, count in zip(WIDTHS, counts, strict=True) if count}, chunks)
+    sizes = np.array([need.tokens, need.chunks, need.answers, *counts], np.int64)
+    tokens, chunks, answers, *counts = (int(x) for x in agree(sizes))
+    rows = {width: count for width, count in zip(WIDTHS, counts, strict=True) if count}
+    return Shape(tokens, rows, chunks, answers)
 
 
 def check_mesh(mesh: Mesh) -> None:

@@ -5,6 +5,7 @@ all the same is given a larger shape of its own.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import grain
@@ -17,6 +18,7 @@ from lco_jax.core.sharding import row_shards
 from lco_jax.data.pipeline import Layout, LocalBatch, agree, agree_shape, lay_batch
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import as_messages
+from lco_jax.data.tower_rows import Processed
 
 RECORDS, MEDIA_RECORDS = 512, 64  # sampled at least; media take their time to read
 BATCHES, MEDIA_BATCHES = 4, 2
@@ -33,7 +35,8 @@ def draw(batches: grain.MapDataset, layout: Layout, media: bool) -> list[LocalBa
 def plan(sample: list[LocalBatch], layout: Layout, processor: Processor, mesh: Mesh, max_length: int) -> Layout:
     """`layout` with floors, for a `sample` that `draw` drew."""
     layout = floor_of(sample, layout, processor, mesh)
-    longest = width_of(max_length + len(processor.tokenizer([as_messages("", "")])[0]))  # one may yet come
+    texts = 2 if layout.generative else 1  # of a sequence
+    longest = width_of(texts * max_length + len(processor.tokenizer([as_messages("", "")])[0]))  # one may yet come
     rows = {**layout.floor.rows, longest: max(layout.floor.rows.get(longest, 0), 1)}
     return replace(layout, floor=agree_shape(replace(layout.floor, rows=rows)))
 
@@ -48,24 +51,31 @@ def floor_of(sample: list[LocalBatch], layout: Layout, processor: Processor, mes
         laid = [lay_batch(local, layout, processor.rows, shards) for local in sample]
     needs = [largest(stream.need for stream in one.streams) for one in laid]
     bins = shards * layout.floor.chunks
-    tokens = _tokens(sample, needs, len(layout.head), share, bins)
-    floor = largest([*needs, Shape(tokens, _rows(sample, bins), layout.floor.chunks)])
-    floor = agree_shape(Shape(bucket(floor.tokens, 64), floor.rows, floor.chunks))
+    head = len(layout.head)
+    tokens = head + _sum(sample, [need.tokens - head for need in needs], lambda x: max(len(x) - head, 1), share, bins)
+    answers = 0
+    if layout.generative:
+        answers = _sum(sample, [need.answers for need in needs], lambda x: len(x.answer), share, bins)
+    floor = largest([*needs, Shape(tokens, _rows(sample, bins), layout.floor.chunks, answers)])
+    floor = agree_shape(Shape(bucket(floor.tokens, 64), floor.rows, floor.chunks, bucket(floor.answers, 64)))
     return replace(layout, floor=floor, media_floor=_media(laid, processor))
 
 
-def _tokens(sample: list[LocalBatch], needs: list[Shape], head: int, share: int, bins: int) -> int:
-    """Tokens of a stream: what a batch of independent records needs but once in a very long time."""
+def _sum(sample: list[LocalBatch], needs: list[int], size: Callable[[Processed], int], share: int, bins: int) -> int:
+    """What a bin holds of a batch of independent records but once in a very long time.
+
+    needs: what the fullest bin of each batch of the sample holds. size: of an input.
+    """
     by_record, uneven = [], 0.0
     for local, need in zip(sample, needs, strict=True):
-        own = np.maximum([len(one) - head for one in local.inputs], 1)
+        own = np.array([size(one) for one in local.inputs])
         by_record.append(np.bincount(local.record, own))
-        uneven = max(uneven, need.tokens - head - own.sum() / bins)
+        uneven = max(uneven, need - own.sum() / bins)
     each = np.concatenate(by_record)
     each = each[each > 0]
     if not each.size:  # every record of the sample was left out
-        return head + 1
-    return head + int(np.ceil((share * each.mean() + MARGIN * share**0.5 * each.std()) / bins + uneven))
+        return 1
+    return int(np.ceil((share * each.mean() + MARGIN * share**0.5 * each.std()) / bins + uneven))
 
 
 def _rows(sample: list[LocalBatch], bins: int) -> dict[int, int]:

@@ -93,14 +93,18 @@ class Processor:
                 processed = self.codec.expand(ids, loaded, name)
             else:
                 processed = Processed(ids, line_positions(0, len(ids)))
-            if len(processed) > self.max_tokens:
-                raise LcoError(
-                    f"{name}: {len(processed)} tokens (template included), and the model takes {self.max_tokens}; "
-                    "cut texts with max_length, and media by their caps"
-                )
         except LcoError as error:
             return error
-        return processed
+        return self.fitting(processed, name)
+
+    def fitting(self, processed: Processed, name: str) -> Processed | LcoError:
+        """It, or what is wrong where the model's context does not hold it."""
+        if len(processed) <= self.max_tokens:
+            return processed
+        return LcoError(
+            f"{name}: {len(processed)} tokens (template included), and the model takes {self.max_tokens}; "
+            "cut texts with max_length, and media by their caps"
+        )
 
 
 def _without_media(messages: Messages) -> Messages:
@@ -156,8 +160,8 @@ def lay_media(
 
 def _with_slots(one: Processed, slots: dict[str, Any]) -> TokenSequence:
     if not one.media:
-        return TokenSequence(one.input_ids, one.position_ids)
+        return TokenSequence(one.input_ids, one.position_ids, answer=one.answer)
     media_slots = np.full(len(one), -1, np.int32)
     for placed in one.media:
         media_slots[placed.at] = next(slots[placed.tower])
-    return TokenSequence(one.input_ids, one.position_ids, media_slots)
+    return TokenSequence(one.input_ids, one.position_ids, media_slots, one.answer)

@@ -8,7 +8,7 @@ parts are laid into rows like texts into the decoder's: side by side, each whole
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
@@ -65,11 +65,15 @@ class Placed(NamedTuple):
 
 @dataclass(frozen=True)
 class Processed:
-    """One input, ready for the model. input_ids: int32 [n]; position_ids: int32 [n, 3]; media: in any order."""
+    """One input, ready for the model. input_ids: int32 [n]; position_ids: int32 [n, 3]; media: in any order.
+
+    answer: int32 [m], what the last m tokens are each to be followed by (`answered`), if anything.
+    """
 
     input_ids: np.ndarray
     position_ids: np.ndarray
     media: tuple[Placed, ...] = ()
+    answer: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -78,6 +82,10 @@ class Processed:
         """With text of these token ids after it."""
         positions = line_positions(int(self.position_ids.max()) + 1, len(ids))
         return Processed(np.append(self.input_ids, ids), np.concatenate([self.position_ids, positions]), self.media)
+
+    def answered(self, ids: np.ndarray) -> "Processed":
+        """As it stands before the last token of an answer of these ids, and what is to follow each."""
+        return replace(self.followed_by(ids[:-1]), answer=ids)
 
 
 class Laid(NamedTuple):

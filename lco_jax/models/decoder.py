@@ -24,6 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lco_jax.core.lora import split_frozen
 from lco_jax.core.packing import PackedTokens
 from lco_jax.core.sharding import ROWS, constrain
+from lco_jax.core.weights import dot
 from lco_jax.models.attention import attend_last, attend_rows
 from lco_jax.models.config import DecoderConfig
 from lco_jax.models.layers import Embedding, Linear, RMSNorm, apply_rotary, rotary_angles, rotation_of, stacked
@@ -118,7 +119,8 @@ class Decoder(nn.Module):
     """Token ids -> hidden states, after the final norm: of each sequence's last token, or as `of` says.
 
     dtype: of the activations. param_dtype: of newly initialised parameters. remat: a key of `REMAT_POLICIES`.
-    attention: as `attention.attention` takes it.
+    attention: as `attention.attention` takes it. tuned: whether gradients are taken of its own weights, and not of
+    adapters alone; every layer's are then scanned over.
     """
 
     config: DecoderConfig
@@ -126,6 +128,7 @@ class Decoder(nn.Module):
     param_dtype: Any = jnp.float32
     remat: str = "full"
     attention: str = "auto"
+    tuned: bool = False
 
     @nn.compact
     def __call__(self, tokens: PackedTokens, media: Array | None = None, of: str = "last") -> Array:
@@ -154,7 +157,7 @@ class Decoder(nn.Module):
     ) -> tuple[Array, Sequence[Array]]:
         """All layers: all but the last in a scan; and what came before each, where `of` asks for it. What is frozen is
         indexed and not scanned over, for slices of it would be copies."""
-        frozen, tuned, join = split_frozen(self.get_variable("params", "layers"))
+        frozen, tuned, join = split_frozen(self.get_variable("params", "layers"), self.tuned)
 
         def run(i: Array | int, tuned: Any, x: Array, last: bool) -> Array:
             """Layer i. Its frozen weights are indexed in here, so that the backward pass does so again: what is indexed
@@ -202,7 +205,12 @@ def pool(
     return decoder.apply({"params": params}, tokens, media, of).astype(jnp.float32)
 
 
+def project(pooled: Array, params: dict[str, Any]) -> Array:
+    """Pooled states [..., D] through the model's projection (`params["projection"]`), if it has one."""
+    return dot(pooled, params["projection"]["weight"]) if "projection" in params else pooled
+
+
 def embed(decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, media: Array | None = None) -> Array:
-    """`pool`, L2-normalised: the embeddings."""
-    pooled = pool(decoder, params, tokens, media)
+    """`pool`, projected, L2-normalised: the embeddings. params: the model's, {"decoder": tree, …}."""
+    pooled = project(pool(decoder, params["decoder"], tokens, media), params)
     return pooled / jnp.maximum(jnp.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12)

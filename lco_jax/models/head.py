@@ -1,24 +1,48 @@
 """The vocabulary head, for whoever asks a checkpoint what it would say: a loss of tokens, and never all their logits.
 
-Dimensions: N tokens, D hidden, V vocabulary.
+Dimensions: R streams, A answer tokens of a stream, D hidden, V vocabulary, n parts of a tokens each (A = n · a).
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import Array
 
-LOGITS = 2**26  # that exist at once
+from lco_jax.core.sharding import ROWS, constrain, current_row_shards
+from lco_jax.core.weights import matmul_precision
+
+LOGITS = 2**26  # that exist at once on a device (256 MiB of float32)
 
 
-def token_losses(states: Array, weight: Array, targets: Array) -> Array:
-    """-log p of each target under softmax(weight · state): float32 [N], in nats.
+def head_of(params: dict[str, Any]) -> Array:
+    """The head's matrix [V, D]: its own, or the embeddings' where they are tied."""
+    return params.get("head", params["decoder"]["embed_tokens"])["weight"]
 
-    states [N, D], after the final norm; weight [V, D]; targets int [N]. Some tokens at a time.
+
+def token_losses(states: Array, weight: Array, targets: Array, logits: int = LOGITS) -> Array:
+    """-log p of each target under softmax(weight · state): float32 [R, A], in nats; 0 where the target is -1.
+
+    states [R, A, D], after the final norm, split over the rows of the mesh; weight [V, D]; targets int [R, A]. Some
+    tokens of each stream at a time, so many that a device holds `logits` of them; the backward pass makes them again.
     """
+    streams, count = targets.shape
+    at_once = max(logits // (weight.shape[0] * -(-streams // current_row_shards())), 1)
+    parts = -(-count // at_once)
+    room = parts * -(-count // parts) - count
 
-    def loss(state: Array, target: Array) -> Array:
-        logits = jnp.dot(weight, state, preferred_element_type=jnp.float32)
-        return jax.nn.logsumexp(logits) - logits[target]
+    def split(x: Array, fill: int) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, room), *[(0, 0)] * (x.ndim - 2)), constant_values=fill)
+        return rearrange(x, "r (n a) ... -> n r a ...", n=parts)
 
-    at_once = max(LOGITS // weight.shape[0], 1)
-    return jax.lax.map(jax.checkpoint(lambda one: loss(*one)), (states, targets), batch_size=at_once)
+    def one(part: tuple[Array, Array]) -> Array:
+        states, targets = part
+        precision, weights = matmul_precision(states), weight.astype(states.dtype)
+        scores = jnp.einsum("rad,vd->rav", states, weights, precision=precision, preferred_element_type=jnp.float32)
+        scores = constrain(scores, ROWS, None, "tensor")
+        said = jnp.take_along_axis(scores, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+        return jnp.where(targets >= 0, jax.nn.logsumexp(scores, axis=-1) - said, 0.0)
+
+    losses = jax.lax.map(jax.checkpoint(one), (split(states, 0), split(targets, -1)))
+    return rearrange(losses, "n r a -> r (n a)")[:, :count]

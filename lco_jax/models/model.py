@@ -36,11 +36,16 @@ class Model:
     def tower_tokens(self, name: str, params: dict[str, Any], arguments: Mapping[str, Array], shards: int) -> Array:
         """One tower's tokens, shard by shard: [P, N / P · K, D].
 
-        arguments: N rows, split over the P = `shards` ways that rows are split. Towers are frozen: no gradient flows
-        into them.
+        arguments: N rows, split over the P = `shards` ways that rows are split.
         """
         tokens = _in_chunks(self.towers[name], params, dict(arguments), shards)
-        return jax.lax.stop_gradient(rearrange(tokens, "(p n) k d -> p (n k) d", p=shards))
+        return rearrange(tokens, "(p n) k d -> p (n k) d", p=shards)
+
+    def media_tokens(self, params: dict[str, Any], inputs: TowerInputs, shards: int) -> Array | None:
+        """Every tower's tokens, as `MediaPrograms` makes them, within a program of the caller's: gradients reach the
+        towers, and their backward pass computes each chunk again."""
+        parts = [self.tower_tokens(name, params[name], inputs[name], shards) for name in sorted(inputs)]
+        return constrain(_join(parts), ROWS) if parts else None
 
 
 class MediaPrograms:
@@ -84,11 +89,12 @@ def _in_chunks(tower: nn.Module, params: dict[str, Any], arguments: dict[str, Ar
     per_shard = next(iter(arguments.values())).shape[0] // shards
     fits = max(TOWER_INPUTS // tower.row_size(arguments), 1)
     size = next(n for n in range(min(fits, per_shard), 0, -1) if per_shard % n == 0)
+    one = jax.checkpoint(lambda params, chunk: tower.apply({"params": params}, **chunk))
     if size == per_shard:
-        return tower.apply({"params": params}, **arguments)
+        return one(params, arguments)
     chunks = {
         key: constrain(rearrange(x, "(p c n) ... -> c (p n) ...", p=shards, n=size), None, ROWS)
         for key, x in arguments.items()
     }
-    tokens = jax.lax.map(lambda chunk: tower.apply({"params": params}, **chunk), chunks)
+    tokens = jax.lax.map(lambda chunk: one(params, chunk), chunks)
     return rearrange(tokens, "c (p n) k d -> (p c n) k d", p=shards)

@@ -10,7 +10,7 @@ from einops import rearrange
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from lco_jax.core.sharding import ROWS, constrain, row_shards
+from lco_jax.core.sharding import ROWS, constrain, current_row_shards
 
 TILE_SCORES = 2**25  # anchors × candidates that a device compares at once (128 MiB of float32)
 CANDIDATES = ("auto", "gather", "ring")
@@ -19,7 +19,9 @@ RING_BYTES = 2**30  # gathered candidates and their gradient, on one device, fro
 
 def takes_ring(candidates: str, count: int, hidden: int) -> bool:
     """Whether `count` candidates of `hidden` float32 stay split over the current mesh. candidates: of `CANDIDATES`."""
-    return _shards() > 1 and (candidates == "ring" or (candidates == "auto" and 8 * count * hidden > RING_BYTES))
+    return current_row_shards() > 1 and (
+        candidates == "ring" or (candidates == "auto" and 8 * count * hidden > RING_BYTES)
+    )
 
 
 def info_nce(
@@ -42,7 +44,7 @@ def info_nce(
     Returns the mean loss and its metrics. Written as if on one device: the compiler gathers the candidates, and the
     gradient is that of the global loss on any mesh (the reference's is divided by the world size). Paper, eq. 1.
     """
-    shards = _shards()
+    shards = current_row_shards()
     ring = ring and shards > 1
     if ring:  # records that are absent make the shards equal
         embeddings, present = whole(embeddings), whole(present)
@@ -70,11 +72,6 @@ def info_nce(
         "negative_similarity": total(found["negative"]) / jnp.maximum(total(found["negatives"]), 1),
     }
     return metrics["loss"], metrics
-
-
-def _shards() -> int:
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else row_shards(mesh)
 
 
 def _tiles(anchors: int, candidates: int, tile_scores: int) -> int:
@@ -110,7 +107,7 @@ def _compare(anchors: tuple[Array, ...], candidates: tuple[Array, ...], temperat
 
 def whole(x: Array, fill: int = 0) -> Array:
     """x [B, …] with records that are `fill` throughout up to a multiple of P."""
-    return jnp.pad(x, ((0, -len(x) % _shards()), *[(0, 0)] * (x.ndim - 1)), constant_values=fill)
+    return jnp.pad(x, ((0, -len(x) % current_row_shards()), *[(0, 0)] * (x.ndim - 1)), constant_values=fill)
 
 
 def by_record(embeddings: Array, sequences: Array) -> Array:
@@ -119,7 +116,7 @@ def by_record(embeddings: Array, sequences: Array) -> Array:
     sequences: int [B, 2 + M], as a `Batch` has them. B and R are multiples of P. The compiler would gather all; here
     each shard's streams visit every device, and after P visits are home.
     """
-    mesh, shards = jax.sharding.get_abstract_mesh(), _shards()
+    mesh, shards = jax.sharding.get_abstract_mesh(), current_row_shards()
     places = jnp.unravel_index(jnp.maximum(sequences, 0), embeddings.shape[:3])
     ring = [(i, (i + 1) % shards) for i in range(shards)]
 

@@ -92,7 +92,7 @@ def _kept(config: DecoderConfig, policy: str, dtype: str, rank: int, dropout: fl
     adapters = jax.eval_shape(partial(lora.init, params=params, config=settings), jax.random.key(0))
 
     def residuals(adapters: Any, params: Any, tokens: PackedTokens) -> list[Array]:
-        _, backward = jax.vjp(lambda a: embed(decoder, lora.attach(params, a, settings), tokens), adapters)
+        _, backward = jax.vjp(lambda a: embed(decoder, {"decoder": lora.attach(params, a, settings)}, tokens), adapters)
         inputs = {id(x) for x in jax.tree.leaves((adapters, params, tokens))}
         return [x for x in jax.tree.leaves(backward) if id(x) not in inputs]
 
@@ -121,14 +121,14 @@ def resident_bytes(
 ) -> int:
     """Bytes of a device that do not depend on policy and chunk.
 
-    Parameters as they lie; adapters, moments, gradient and update; embeddings and scores of a batch of `sides` [B, 2 +
-    M]; `media_tokens` of a shard; a layer's matrices whole, where they are gathered or widened before they are used.
+    Parameters as they lie; what is tuned, its moments, gradient and update; embeddings and scores of a batch of `sides`
+    [B, 2 + M]; `media_tokens` of a shard; a layer's matrices whole, where they are gathered or widened before they are used.
     """
     on_mesh = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
-    state = jax.tree.map(on_mesh, jax.eval_shape(training.fresh), training.shardings)
+    state = jax.tree.map(on_mesh, training.abstract, training.shardings)
     records, width = sides
     scores = min(records * records * (width - 1) // row_shards(mesh), TILE_SCORES)
-    total = _bytes(params) + _bytes(state) + 2 * _bytes(state["adapters"])
+    total = _bytes(params) + _bytes(state) + 2 * _bytes(state["tuned"])
     total += 4 * (3 * records * width * config.hidden_size + 4 * scores)
     table = params["decoder"]["embed_tokens"]["weight"]
     total += 2 * media_tokens * config.hidden_size * table.dtype.itemsize  # the towers' and, joined, the decoder's

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lco_jax.checkpoint.hf import Checkpoint, abstract_params, open_checkpoint
+from lco_jax.checkpoint.hf import Checkpoint, abstract_model, open_checkpoint
 from lco_jax.checkpoint.store import RunStore
 from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, write_json
 from lco_jax.core.sharding import make_mesh
+from lco_jax.training import tuning
 from lco_jax.training.losses import CANDIDATES
 from lco_jax.training.optimizer import OptimizerConfig, make_optimizer
 from lco_jax.training.step import State, init_state, state_shardings
@@ -27,33 +29,44 @@ FREE = ("mesh", "checkpoint", "eval", "export", "log", "name", "data.threads")
 
 @dataclass(frozen=True)
 class Training:
-    """The parts of a run that depend on its configuration and checkpoint alone."""
+    """The parts of a run that depend on its configuration and checkpoint alone. tuned: shapes of what is tuned."""
 
     lora: lora.LoraConfig
+    tune: tuning.TuneConfig
     tx: optax.GradientTransformation
-    abstract_params: dict[str, Any]
+    tuned: dict[str, Any]
     shardings: State
 
     @classmethod
     def build(cls, config: Mapping[str, Any], checkpoint: Checkpoint, total_steps: int, mesh: Mesh) -> "Training":
-        """From config.lora, config.optimizer and the checkpoint's geometry; nothing is allocated."""
-        lora_config = lora.LoraConfig(**config["lora"])
+        """From config.lora, tune and optimizer, and the checkpoint's geometry; nothing is allocated."""
+        lora_config, tune = lora.LoraConfig(**config["lora"]), tuning.TuneConfig(**config["tune"])
+        if config["model"]["quantize"] and tune.decoder == "full":
+            raise LcoError(
+                "config.model.quantize goes with config.tune.decoder = lora or projection: the whole of a "
+                "quantised decoder cannot be tuned"
+            )
         tx = make_optimizer(OptimizerConfig(**config["optimizer"]), total_steps)
-        params = abstract_params(checkpoint.config)
-        adapters = jax.eval_shape(lambda key: lora.init(key, params, lora_config), jax.random.key(0))
-        return cls(lora_config, tx, params, state_shardings(adapters, tx, mesh))
+        start = partial(tuning.init, tune=tune, config=lora_config)
+        tuned = jax.eval_shape(start, jax.random.key(0), abstract_model(checkpoint))
+        return cls(lora_config, tune, tx, tuned, state_shardings(tuned, tx, mesh))
 
-    def fresh(self, seed: int = 0) -> State:
-        """Step 0, with new adapters."""
+    def fresh(self, params: dict[str, Any], seed: int = 0) -> State:
+        """Step 0: new adapters, and a copy of those of `params` that are tuned whole."""
 
-        def make(key: jax.Array) -> State:
-            return init_state(lora.init(key, self.abstract_params, self.lora), self.tx)
+        def make(key: jax.Array, params: dict[str, Any]) -> State:
+            return init_state(tuning.init(key, params, self.tune, self.lora), self.tx)
 
-        return jax.jit(make, out_shardings=self.shardings)(jax.random.key(seed))
+        return jax.jit(make, out_shardings=self.shardings)(jax.random.key(seed), params)
+
+    @property
+    def abstract(self) -> State:
+        """The state as shapes."""
+        return jax.eval_shape(partial(init_state, tx=self.tx), self.tuned)
 
     def restore(self, store: RunStore, step: int) -> tuple[State, dict[str, Any]]:
         """(state, data position) of a checkpoint."""
-        return store.restore(step, jax.eval_shape(self.fresh), self.shardings)
+        return store.restore(step, self.abstract, self.shardings)
 
 
 def check_config(config: ConfigDict) -> None:
@@ -95,8 +108,8 @@ def claim_workdir(workdir: Path, config: ConfigDict, total_steps: int, begun: bo
         write_json(path, content)
 
 
-def adapters_of_run(workdir: Path) -> tuple[str, dict[str, Any], lora.LoraConfig, int]:
-    """(checkpoint path, adapters on the host, their configuration, step) of a run's newest checkpoint."""
+def tuned_of_run(workdir: Path) -> tuple[str, dict[str, Any], lora.LoraConfig, int]:
+    """(checkpoint path, what was tuned, on the host, configuration of adapters, step) of a run's newest checkpoint."""
     config = read_json(workdir / "config.json")
     store = RunStore(workdir / "checkpoints", config["checkpoint"]["keep"], read_only=True)
     step = store.latest_step()
@@ -106,7 +119,7 @@ def adapters_of_run(workdir: Path) -> tuple[str, dict[str, Any], lora.LoraConfig
     training = Training.build(config, open_checkpoint(config["model"]["path"]), config["total_steps"], mesh)
     state, _ = training.restore(store, step)
     store.close()
-    return config["model"]["path"], jax.device_get(state["adapters"]), training.lora, step
+    return config["model"]["path"], jax.device_get(state["tuned"]), training.lora, step
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""The training step: embed, compare, differentiate, update. One jitted, donated function on a mesh.
+"""The training steps, contrastive and generative: a loss, its gradient, an update. One jitted, donated function each.
 
-Dimensions: C GradCache chunks, R streams, S sequences of a stream, B records, M hard negatives a record, D hidden.
+Dimensions: C chunks, R streams, T tokens, S sequences and A answer tokens of a stream, B records, M hard negatives a
+record, P shards of the streams, D hidden.
 """
 
 from collections.abc import Callable
@@ -15,50 +16,58 @@ from jax import Array
 from jax.sharding import Mesh
 
 from lco_jax.core import lora
-from lco_jax.core.packing import Batch, PackedTokens
+from lco_jax.core.packing import Answers, Batch, PackedTokens
 from lco_jax.core.shapes import ShapeLog
-from lco_jax.core.sharding import constrain, replicated, shardings
+from lco_jax.core.sharding import constrain, current_row_shards, replicated, shardings
 from lco_jax.core.weights import GOLDEN_RATIO
 from lco_jax.models.decoder import Decoder, embed
+from lco_jax.models.head import head_of, token_losses
 from lco_jax.models.model import MediaPrograms, Model
+from lco_jax.models.streams import take
+from lco_jax.training import tuning
 from lco_jax.training.losses import by_record, info_nce, takes_ring, whole
 
-State = dict[str, Any]  # {"step": int32, "adapters": tree, "optimizer": optax state}; all of it is checkpointed
+State = dict[str, Any]  # {"step": int32, "tuned": tree, "optimizer": optax state}; all of it is checkpointed
+Loss = Callable[..., tuple[Array, dict[str, Array]]]  # (tuned, params, batch, media, seed=) -> loss and metrics
 Step = Callable[[State, dict[str, Any], Batch], tuple[State, dict[str, Array]]]
 
 
-def init_state(adapters: dict[str, Any], tx: optax.GradientTransformation) -> State:
+def init_state(tuned: dict[str, Any], tx: optax.GradientTransformation) -> State:
     """Step 0 of a run. Jit it with `out_shardings` from `state_shardings` to have it on a mesh."""
-    return {"step": jnp.int32(0), "adapters": adapters, "optimizer": tx.init(adapters)}
+    return {"step": jnp.int32(0), "tuned": tuned, "optimizer": tx.init(tuned)}
 
 
-def state_shardings(adapters: dict[str, Any], tx: optax.GradientTransformation, mesh: Mesh) -> State:
+def state_shardings(tuned: dict[str, Any], tx: optax.GradientTransformation, mesh: Mesh) -> State:
     """A sharding for every leaf of the state (`jit` of `tx.init` alone would drop them)."""
-    by_rule = shardings(adapters, mesh)
+    by_rule = shardings(tuned, mesh)
     moments = optax.tree_map_params(
         tx,
         lambda _, sharding: sharding,
-        jax.eval_shape(tx.init, adapters),
+        jax.eval_shape(tx.init, tuned),
         by_rule,
         transform_non_params=lambda _: replicated(mesh),
     )
-    return {"step": replicated(mesh), "adapters": by_rule, "optimizer": moments}
+    return {"step": replicated(mesh), "tuned": by_rule, "optimizer": moments}
+
+
+def in_chunks(one: Callable[[Any], Array], chunks: Any) -> Array:
+    """`one` of every chunk (leading axis C of each array), one in memory at a time: [C, …].
+
+    GradCache (Gao et al. 2021, arXiv 2101.06983) as a scan over checkpointed chunks: the forward pass keeps results
+    only, the backward pass recomputes one chunk at a time, and the gradients are exact.
+    """
+    if jax.tree.leaves(chunks)[0].shape[0] == 1:
+        return one(jax.tree.map(lambda x: x[0], chunks))[None]
+    return jax.lax.map(jax.checkpoint(one), chunks)
 
 
 def embed_chunks(decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, media: Array | None = None) -> Array:
-    """Streams of [C, R, T] and their media tokens [P, M, D] -> embeddings [C, R, S, D], one chunk in memory at a time.
-
-    GradCache (Gao et al. 2021, arXiv 2101.06983) as a scan over checkpointed chunks: the forward pass keeps embeddings
-    only, the backward pass recomputes one chunk at a time, and the gradients are exact.
-    """
-    one = partial(embed, decoder, params, media=media)
-    if tokens.input_ids.shape[0] == 1:
-        return one(tokens.map(lambda x: x[0]))[None]
-    return jax.lax.map(jax.checkpoint(one), tokens)
+    """Streams of [C, R, T] and their media tokens [P, M, D] -> embeddings [C, R, S, D]."""
+    return in_chunks(partial(embed, decoder, params, media=media), tokens)
 
 
 def contrastive_loss(
-    adapters: dict[str, Any],
+    tuned: dict[str, Any],
     params: dict[str, Any],
     batch: Batch,
     media: Array | None,
@@ -68,13 +77,15 @@ def contrastive_loss(
     seed: Array | int,
     ignore_duplicates: bool = False,
     candidates: str = "auto",
+    two_way: bool = False,
 ) -> tuple[Array, dict[str, Array]]:
-    """InfoNCE of a global batch under `adapters`.
+    """InfoNCE of a global batch under what is `tuned` of `params`.
 
-    params: the decoder's; media: what its towers made of the batch; seed: the step's dropout key; candidates: gathered
-    or left split, as `takes_ring` has it.
+    media: what the towers made of the batch; seed: the step's dropout key; candidates: gathered or left split, as
+    `takes_ring` has it; two_way: the mean of this and of the loss of each positive among all anchors (CLIP's, Radford
+    et al. 2021, arXiv 2103.00020).
     """
-    embeddings = embed_chunks(decoder, lora.attach(params, adapters, config, seed), batch.tokens, media)
+    embeddings = embed_chunks(decoder, tuning.attach(params, tuned, config, seed), batch.tokens, media)
     sequences, content, hidden = batch.sequences, batch.content, embeddings.shape[-1]
     ring = takes_ring(candidates, sequences[:, 1:].size, hidden)
     if ring:
@@ -83,7 +94,39 @@ def contrastive_loss(
     else:
         flat = constrain(embeddings.reshape(-1, hidden))  # every device needs every candidate
         sides = flat[jnp.maximum(sequences, 0)]
-    return info_nce(sides, sequences >= 0, temperature, content if ignore_duplicates else None, ring=ring)
+    present, content = sequences >= 0, content if ignore_duplicates else None
+    loss, metrics = info_nce(sides, present, temperature, content, ring=ring)
+    if two_way:
+        turned = [None if x is None else x[:, 1::-1] for x in (sides, present, content)]
+        back, _ = info_nce(turned[0], turned[1], temperature, turned[2], ring=ring)
+        loss = (loss + back) / 2
+    return loss, {**metrics, "loss": loss}
+
+
+def generative_loss(
+    tuned: dict[str, Any],
+    params: dict[str, Any],
+    batch: Batch,
+    media: Array | None,
+    model: Model,
+    config: lora.LoraConfig,
+    seed: Array | int,
+) -> tuple[Array, dict[str, Array]]:
+    """-log p of the answers' tokens, in nats, the mean over those of the global batch, under what is `tuned`.
+
+    media: what frozen towers made of the batch; None where the loss runs them, and gradients reach what is tuned there.
+    """
+    params = tuning.attach(params, tuned, config, seed)
+    if media is None:
+        media = model.media_tokens(params, batch.media, current_row_shards())
+
+    def one(chunk: tuple[PackedTokens, Answers]) -> Array:
+        tokens, answers = chunk
+        states = model.decoder.apply({"params": params["decoder"]}, tokens, media, "tokens")
+        return token_losses(take(states, jnp.maximum(answers.at, 0)), head_of(params), answers.ids).sum()
+
+    loss = in_chunks(one, (batch.tokens, batch.answers)).sum() / jnp.sum(batch.answers.ids >= 0)
+    return loss, {"loss": loss}
 
 
 def make_train_step(
@@ -94,33 +137,53 @@ def make_train_step(
     seed: int,
     mesh: Mesh,
     state_sharding: State,
-    ignore_duplicates: bool = False,
-    candidates: str = "auto",
+    **options: Any,
+) -> Step:
+    """The contrastive step. options: as of `contrastive_loss`."""
+    loss = partial(contrastive_loss, decoder=model.decoder, config=config, temperature=temperature, **options)
+    return _make_step("training step", loss, MediaPrograms(model, mesh), tx, seed, mesh, state_sharding)
+
+
+def make_pretrain_step(
+    model: Model,
+    tx: optax.GradientTransformation,
+    config: lora.LoraConfig,
+    seed: int,
+    mesh: Mesh,
+    state_sharding: State,
+    tunes_towers: bool = False,
+) -> Step:
+    """The generative step. tunes_towers: whether gradients are to reach the towers, which then are part of the step."""
+    loss = partial(generative_loss, model=model, config=config)
+    towers = None if tunes_towers else MediaPrograms(model, mesh)
+    return _make_step("pretraining step", loss, towers, tx, seed, mesh, state_sharding)
+
+
+def _make_step(
+    name: str,
+    loss: Loss,
+    towers: MediaPrograms | None,
+    tx: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh,
+    state_sharding: State,
 ) -> Step:
     """(state, frozen parameters, batch) -> (state, metrics). Call it inside `jax.set_mesh(mesh)`.
 
     A step whose loss or gradient is not finite changes nothing but the step count, and says so in `metrics["finite"]`.
-    Towers are frozen and run in a program of their own: no chunk's backward pass repeats them, and the shapes of media
-    and of rows, which vary apart, are compiled apart.
+    Frozen `towers` run in a program of their own: no chunk's backward pass repeats them, and the shapes of media and of
+    rows, which vary apart, are compiled apart.
     """
 
     def update(
         state: State, params: dict[str, Any], batch: Batch, media: Array | None
     ) -> tuple[State, dict[str, Array]]:
         dropout_seed = jnp.uint32(seed) + state["step"].astype(jnp.uint32) * jnp.uint32(GOLDEN_RATIO)
-        loss = partial(
-            contrastive_loss,
-            decoder=model.decoder,
-            config=config,
-            temperature=temperature,
-            seed=dropout_seed,
-            ignore_duplicates=ignore_duplicates,
-            candidates=candidates,
-        )
-        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state["adapters"], params, batch, media)
+        of = partial(loss, seed=dropout_seed)
+        (_, metrics), grads = jax.value_and_grad(of, has_aux=True)(state["tuned"], params, batch, media)
         norm = optax.tree.norm(grads)
-        updates, optimizer = tx.update(grads, state["optimizer"], state["adapters"])
-        new = {"adapters": optax.apply_updates(state["adapters"], updates), "optimizer": optimizer}
+        updates, optimizer = tx.update(grads, state["optimizer"], state["tuned"])
+        new = {"tuned": optax.apply_updates(state["tuned"], updates), "optimizer": optimizer}
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         old = {key: state[key] for key in new}
         kept = jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
@@ -128,13 +191,16 @@ def make_train_step(
         return {"step": state["step"] + 1, **kept}, {**metrics, "grad_norm": norm, "finite": finite, "tokens": tokens}
 
     update = jax.jit(update, donate_argnums=0, out_shardings=(state_sharding, replicated(mesh)))
-    towers, shapes = MediaPrograms(model, mesh), ShapeLog("training step")
+    shapes = ShapeLog(name)
 
-    def train_step(state: State, params: dict[str, Any], batch: Batch) -> tuple[State, dict[str, Array]]:
-        media = towers(params, batch.media)
-        batch = replace(batch, media={})
+    def step(state: State, params: dict[str, Any], batch: Batch) -> tuple[State, dict[str, Array]]:
+        media = None
+        if towers is not None:
+            media = towers(params, batch.media)
+            batch = replace(batch, media={})
+            params = {part: tree for part, tree in params.items() if part not in towers.shapes}
         shapes.note(batch, media)
-        state, metrics = update(state, params["decoder"], batch, media)
-        return state, {**metrics, "programs": len(towers) + len(shapes)}
+        state, metrics = update(state, params, batch, media)
+        return state, {**metrics, "programs": len(shapes) + (len(towers) if towers is not None else 0)}
 
-    return train_step
+    return step

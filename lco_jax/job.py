@@ -1,0 +1,307 @@
+"""What training jobs have in common: what they open, where a run stands, and the loop."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from lco_jax.checkpoint.export import export_merged
+from lco_jax.checkpoint.hf import Checkpoint, load_model, open_checkpoint
+from lco_jax.checkpoint.peft import has_adapters, write_peft
+from lco_jax.checkpoint.store import RunStore
+from lco_jax.core.errors import LcoError
+from lco_jax.core.sharding import make_mesh
+from lco_jax.data import pipeline
+from lco_jax.data.media import MediaConfig
+from lco_jax.data.plan import draw, plan
+from lco_jax.data.processor import Processor
+from lco_jax.data.records import Record
+from lco_jax.data.scan import ListSource, Source
+from lco_jax.data.sources import JsonlSource
+from lco_jax.evaluation.plots import plot_loss
+from lco_jax.models.model import Model
+from lco_jax.training import memory, tuning
+from lco_jax.training.metrics import MetricsLog, read_metrics
+from lco_jax.training.optimizer import OptimizerConfig, learning_rate
+from lco_jax.training.run import Training, check_config, claim_workdir
+from lco_jax.training.step import State, Step
+
+
+@dataclass
+class Job:
+    """A run, open. params: the whole model's, as they were before the run; held_out: records."""
+
+    config: ConfigDict
+    workdir: Path
+    mesh: Mesh
+    checkpoint: Checkpoint
+    sources: dict[str, Source]
+    processor: Processor
+    layout: pipeline.Layout
+    training: Training
+    model: Model
+    params: dict[str, Any]
+    held_out: list[Record]
+    total_steps: int
+
+    def tuned_params(self, state: State) -> dict[str, Any]:
+        """The model's parameters as the run has left them, for inference."""
+        no_dropout = dataclasses.replace(self.training.lora, dropout=0.0)
+        return tuning.attach(self.params, state["tuned"], no_dropout)
+
+
+def open_job(config: ConfigDict, workdir: Path, generative: bool = False) -> Job:
+    """Check and open everything: mesh, checkpoint, data, model; and say what there is.
+
+    generative: records are prompts and answers, and the vocabulary head is loaded, too.
+    """
+    check_config(config)
+    mesh = make_mesh(**config.mesh)
+    pipeline.check_mesh(mesh)
+    checkpoint = open_checkpoint(config.model.path)
+    sources = pipeline.open_sources(config.data)
+    records = sum(len(source) for source in sources.values())
+    batch_size = config.train.batch_size
+    total_steps = config.train.steps or max(int(config.train.epochs * records / batch_size), 1)
+    training = Training.build(config, checkpoint, total_steps, mesh)
+    say(f"{config.model.path} on {mesh.size} × {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
+    what = f"LoRA rank {training.lora.rank}" if training.tune.decoder == "lora" else training.tune.decoder
+    say(f"{records:,} records, {total_steps:,} steps of {batch_size}, {what}: {tuning.count(training.tuned):,} numbers")
+    if skipped := sum(source.skipped for source in sources.values()):
+        say(f"{skipped:,} bad records skipped")
+
+    media = MediaConfig(**config.data.media)
+    context = checkpoint.config.max_position_embeddings
+    processor = Processor(checkpoint.folder, context, media, modalities=checkpoint.backbone.modalities)
+    most = max(source.max_negatives for source in sources.values())
+    layout = pipeline.Layout(
+        batch_size=batch_size,
+        max_negatives=most if config.data.max_negatives < 0 else min(most, config.data.max_negatives),
+        head=processor.tokenizer.head,
+        chunk_tokens=config.train.chunk_tokens,
+        on_bad=config.data.on_bad,
+        generative=generative,
+    )
+    held_out = JsonlSource(config.eval.path, config.data.on_bad) if config.eval.path else ListSource([])
+    towers = _towers(checkpoint, {"held-out data": held_out, **sources}, media)
+    if training.tune.towers != "none":
+        towers = list(checkpoint.towers)
+    settings = {key: config.model[key] for key in ("quantize", "remat", "attention")}
+    settings["remat"] = "full" if settings["remat"] == "auto" else settings["remat"]  # until it is chosen
+    model, params = load_model(
+        checkpoint, mesh, config.model.dtype, towers, config.model.tower_dtype or None, head=generative, **settings
+    )
+    if training.tune.decoder == "full":
+        model = dataclasses.replace(model, decoder=model.decoder.clone(tuned=True))
+    return Job(
+        config, workdir, mesh, checkpoint, sources, processor, layout, training, model, params, list(held_out),
+        total_steps,
+    )  # fmt: skip
+
+
+@dataclass
+class Run:
+    """Where a job stands: its state, its place in the data, and the shapes that its batches are planned to take."""
+
+    job: Job
+    store: RunStore
+    state: State
+    step: int
+    iterator: grain.DatasetIterator
+    planned: pipeline.Layout
+
+
+def begin(job: Job) -> Run:
+    """Plan the shapes, choose what is to be chosen for the memory there is, and begin or resume in the workdir.
+
+    The job's parameters are afterwards those alone that the run leaves as they are.
+    """
+    config, layout, training = job.config, job.layout, job.training
+    weights = {name: config.data.sources[name].get("weight", len(source)) for name, source in job.sources.items()}
+    run = layout.batch_size if config.data.batches == "homogeneous" else 1
+    stream = pipeline.record_stream(job.sources, weights, config.seed, run)
+    batches = pipeline.local_batches(stream, layout, job.processor, config.data.max_length)
+    sample = draw(batches, layout, media=bool(job.model.towers))
+
+    @functools.cache
+    def shaped(chunk: int) -> pipeline.Layout:
+        unplanned = dataclasses.replace(layout, chunk_tokens=chunk)
+        return plan(sample, unplanned, job.processor, job.mesh, config.data.max_length)
+
+    chunk_tokens = config.train.chunk_tokens
+    if config.model.remat == "auto" or chunk_tokens < 0:
+        sides = layout.batch_size, layout.sides
+        shape_of = lambda chunk: shaped(chunk).floor  # noqa: E731
+        chosen = memory.choose_for(config, job.model, job.params, training, job.mesh, sides, shape_of)
+        say(str(chosen))
+        job.model = dataclasses.replace(job.model, decoder=job.model.decoder.clone(remat=chosen.remat))
+        chunk_tokens = chosen.chunk_tokens
+    planned = shaped(chunk_tokens)
+    iterator = pipeline.ahead(batches, config.data.threads)
+    store = RunStore(job.workdir / "checkpoints", config.checkpoint.keep)
+    step = store.latest_step() or 0
+    claim_workdir(job.workdir, config, job.total_steps, begun=step > 0)
+    if step:
+        state, position = training.restore(store, step)
+        iterator.set_state(position)
+        say(f"resuming {job.workdir} at step {step}")
+    else:
+        state = training.fresh(job.params, seed=config.seed)
+    job.params = tuning.frozen(job.params, training.tune)
+    return Run(job, store, state, step, iterator, planned)
+
+
+def loop(run: Run, train_step: Step) -> bool:
+    """Train to the end, saving on the way; False where a SIGTERM (preemption) ended it early, after saving."""
+    job, step, config = run.job, run.step, run.job.config
+    previous_handler, stop = signal.getsignal(signal.SIGTERM), _on_sigterm()
+    log = MetricsLog(job.workdir, step, config) if jax.process_index() == 0 else None
+    watch = _Watch(config, log, job.total_steps, step)
+    batches = pipeline.batches(run.iterator, run.planned, job.processor.rows, job.mesh)
+    with contextlib.closing(run.store), jax.set_mesh(job.mesh), watch.progress:  # on any way out, saves are finished
+        for batch in batches if step < job.total_steps else ():
+            run.state, metrics = train_step(run.state, job.params, batch)
+            watch.record(step, metrics)
+            step += 1
+            last = step == job.total_steps or stop()
+            if last or step % config.checkpoint.every == 0:
+                watch.flush()
+                run.store.save(step, run.state, run.iterator.get_state())
+            if last:
+                break
+        watch.flush()
+    signal.signal(signal.SIGTERM, previous_handler)  # from here on there is nothing to save
+    if log:
+        log.close()
+    if step < job.total_steps:
+        say(f"stopped by SIGTERM; saved at step {step}: the same command resumes")
+    return step == job.total_steps
+
+
+def export(run: Run) -> tuple[dict[str, Any], dict[str, str]]:
+    """Let one process write adapter, merged model and loss curve: (results so far, {what: where}), {} in the others."""
+    job, config, workdir = run.job, run.job.config, run.job.workdir
+    tuned = multihost_utils.process_allgather(run.state["tuned"], tiled=True)
+    if jax.process_index() != 0:
+        return {}, {}
+    outputs = {}
+    if has_adapters(tuned.get("decoder", {})):
+        write_peft(workdir / "adapter", tuned["decoder"], job.training.lora, config.model.path)
+        outputs["adapter"] = str(workdir / "adapter")
+    if config.export.merged:
+        export_merged(config.model.path, workdir / "merged", tuned, job.training.lora, config.export.dtype)
+        outputs["merged model"] = str(workdir / "merged")
+    lines = [line for line in read_metrics(workdir / "metrics.jsonl") if line["loss"] is not None]
+    columns = [[line[key] for line in lines] for key in ("step", "loss", "learning_rate")]
+    plot_loss(workdir / "loss.png", *columns)
+    outputs["loss curve"] = str(workdir / "loss.png")
+    say(f"\nloss {lines[0]['loss']:.3f} at the first step, {lines[-1]['loss']:.3f} at the last")
+    return {"steps": len(lines), "first_loss": lines[0]["loss"], "last_loss": lines[-1]["loss"]}, outputs
+
+
+def together() -> None:
+    """Wait for all processes: one that leaves early ends the job for all."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("exported")
+
+
+class _Watch:
+    """Metrics to the log and the progress bar, one step late: the next step is under way before these are fetched."""
+
+    def __init__(self, config: ConfigDict, log: MetricsLog | None, total_steps: int, first_step: int):
+        self.log, self.batch_size, self.limit = log, config.train.batch_size, config.train.max_nonfinite
+        self.rate = learning_rate(OptimizerConfig(**config.optimizer), total_steps)
+        self.pending: tuple[int, Mapping[str, Any]] | None = None
+        self.skipped, self.in_a_row = log.skipped if log else 0, 0
+        self.since = time.perf_counter()
+        self.progress = tqdm(
+            total=total_steps, initial=first_step, desc="training", unit="step", disable=log is None, mininterval=0.5
+        )
+
+    def record(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Queue the metrics of `step`, and write those of the step before."""
+        self.flush()
+        self.pending = step, metrics
+
+    def flush(self) -> None:
+        """Write what is queued. Raises when too many steps in a row were not finite."""
+        if self.pending is None:
+            return
+        step, metrics = self.pending
+        self.pending = None
+        values = {key: float(value) for key, value in jax.device_get(metrics).items()}
+        now, since = time.perf_counter(), self.since
+        self.since = now
+        finite = bool(values.pop("finite"))
+        self.in_a_row = 0 if finite else self.in_a_row + 1
+        values = {key: value if math.isfinite(value) else None for key, value in values.items()}  # JSON has no NaN
+        values |= {
+            "learning_rate": float(self.rate(step - self.skipped)),  # a skipped step does not advance the schedule
+            "tokens_per_s": values.pop("tokens") / (now - since),
+            "records_per_s": self.batch_size / (now - since),
+            "skipped_steps": self.skipped + (not finite),
+        }
+        self.skipped = values["skipped_steps"]
+        if self.log:
+            self.log.write(step, values)
+        self.progress.set_postfix(
+            loss="-" if values["loss"] is None else f"{values['loss']:.4f}",
+            rate=f"{values['records_per_s']:.0f}/s",
+            refresh=False,
+        )
+        self.progress.update()
+        if self.in_a_row >= self.limit:
+            raise LcoError(
+                f"the loss or its gradient was not finite in {self.in_a_row} steps in a row, up to step {step}; lower "
+                "config.optimizer.learning_rate, or look at the records of these steps"
+            )
+
+
+def _towers(checkpoint: Checkpoint, sources: Mapping[str, Source], media: MediaConfig) -> list[str]:
+    """The towers that the data needs. Raises for data that the checkpoint does not take."""
+    backbone = checkpoint.backbone
+    for name, source in sources.items():
+        if closed := sorted(source.modalities - set(backbone.modalities)):
+            raise LcoError(f"{name} holds {closed[0]}, and this checkpoint takes {', '.join(backbone.modalities)}")
+    used = frozenset().union(*(source.modalities for source in sources.values()))
+    used |= {"audio"} if media.use_audio_in_video and "video" in used else set()
+    return [tower for tower, kinds in backbone.reads.items() if used & set(kinds)]
+
+
+def _on_sigterm() -> Callable[[], bool]:
+    """A function that tells whether SIGTERM has come (preemption) to any process: the loop then saves and ends."""
+    came: list[int] = []
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
+    def anywhere() -> bool:
+        if jax.process_count() == 1:
+            return bool(came)
+        return bool(multihost_utils.process_allgather(np.array(bool(came))).any())
+
+    signal.signal(signal.SIGTERM, handler)
+    return anywhere
+
+
+def say(line: str) -> None:
+    """Print for people, once for all processes, beside a progress bar."""
+    if jax.process_index() == 0:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
