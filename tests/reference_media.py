@@ -138,8 +138,7 @@ def answer_losses(
     if "mm_token_type_ids" in inputs:
         inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, len(more[0])))
     model.model.rope_deltas = None
-    with torch.no_grad():
-        logits = model(**inputs, use_cache=False).logits[0]
+    logits = model(**inputs, use_cache=False).logits[0]
     losses = torch.nn.functional.cross_entropy(logits[:-1], labels[0, 1:], ignore_index=-100, reduction="none")
     return losses[-spoken["input_ids"].shape[1] :], torch.stack(states)[:, 0, -1]
 

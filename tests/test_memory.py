@@ -36,12 +36,8 @@ def xla_bytes(config, policy, shape, dtype, rank, dropout, chunks=1):
     decoder = Decoder(config, dtype, dtype, policy)
     loss = partial(contrastive_loss, media=None, decoder=decoder, config=settings, temperature=0.03, seed=0)
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    return (
-        step.lower(*({"decoder": x} for x in (adapters, params)), Batch(tokens, sides, sides, {}))
-        .compile()
-        .memory_analysis()
-        .temp_size_in_bytes
-    )
+    lowered = step.lower({"decoder": adapters}, {"decoder": params}, Batch(tokens, sides, sides, {}))
+    return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_loss_and_every_gradient_equal_transformers(cases, family):
     want_loss, want = theirs(case, RECORDS[family])
     loss, gradient, checkpoint = ours(case.path, RECORDS[family])
     assert abs(loss - want_loss) < 1e-5 * want_loss
-    compared = 0
+    compared, noise = 0, 1e-7 * max(np.linalg.norm(grad) for grad in want.values() if grad is not None)
     for part, tree in gradient.items():
         for path, name, leaf, layer in per_layer(tree):
             key = checkpoint.keys[part][name]
@@ -100,7 +100,7 @@ def test_loss_and_every_gradient_equal_transformers(cases, family):
             if grad is None:
                 assert not got.any(), path
                 continue
-            assert np.linalg.norm(got - grad) <= 1e-4 * np.linalg.norm(grad) + 1e-9, (part, path, layer)
+            assert np.linalg.norm(got - grad) <= 1e-4 * np.linalg.norm(grad) + noise, (part, path, layer)
             compared += bool(grad.any())
     assert compared > 60
     assert not [key for key, grad in want.items() if grad is not None and "lm_head" not in key and grad.any()]

@@ -122,7 +122,7 @@ def split_frozen(
 ) -> tuple[list[Any], list[Any], Callable[[list[Any], list[Any]], Tree]]:
     """What of `params` no gradient is taken of, what is tuned, and the function that puts them together again.
 
-    Tuned are the factors of `LoraWeight`s (None for every other leaf), or all leaves if `all_tuned`; frozen is the rest.
+    Tuned are the factors of `LoraWeight`s (None elsewhere), or all leaves if `all_tuned`; frozen is the rest.
     """
     if all_tuned:
         leaves, structure = jax.tree.flatten(params)

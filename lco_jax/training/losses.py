@@ -19,9 +19,8 @@ RING_BYTES = 2**30  # gathered candidates and their gradient, on one device, fro
 
 def takes_ring(candidates: str, count: int, hidden: int) -> bool:
     """Whether `count` candidates of `hidden` float32 stay split over the current mesh. candidates: of `CANDIDATES`."""
-    return current_row_shards() > 1 and (
-        candidates == "ring" or (candidates == "auto" and 8 * count * hidden > RING_BYTES)
-    )
+    large = 8 * count * hidden > RING_BYTES
+    return current_row_shards() > 1 and (candidates == "ring" or (candidates == "auto" and large))
 
 
 def info_nce(

@@ -122,7 +122,7 @@ def resident_bytes(
     """Bytes of a device that do not depend on policy and chunk.
 
     Parameters as they lie; what is tuned, its moments, gradient and update; embeddings and scores of a batch of `sides`
-    [B, 2 + M]; `media_tokens` of a shard; a layer's matrices whole, where they are gathered or widened before they are used.
+    [B, 2 + M]; `media_tokens` of a shard; a layer's matrices whole, where they are gathered or widened before use.
     """
     on_mesh = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
     state = jax.tree.map(on_mesh, training.abstract, training.shardings)
