@@ -1,4 +1,5 @@
-"""The vocabulary head, for whoever asks a checkpoint what it would say: a loss of tokens, and never all their logits.
+"""The vocabulary head, for whoever asks a checkpoint what it would say: a loss of tokens, never all their
+logits, and the token that comes next.
 
 Dimensions: N tokens, D hidden, V vocabulary.
 """
@@ -6,6 +7,8 @@ Dimensions: N tokens, D hidden, V vocabulary.
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from lco_jax.core.weights import matmul_precision
 
 LOGITS = 2**26  # that exist at once
 
@@ -22,3 +25,10 @@ def token_losses(states: Array, weight: Array, targets: Array) -> Array:
 
     at_once = max(LOGITS // weight.shape[0], 1)
     return jax.lax.map(jax.checkpoint(lambda one: loss(*one)), (states, targets), batch_size=at_once)
+
+
+def likeliest(states: Array, weight: Array) -> Array:
+    """The token that is likeliest next: int32 [...]. states [..., D], after the final norm; weight [V, D]."""
+    precision = matmul_precision(states)
+    logits = jnp.einsum("...d,vd->...v", states, weight, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
