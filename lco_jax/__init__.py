@@ -8,6 +8,7 @@ from lco_jax.core.errors import LcoError
 from lco_jax.core.sharding import make_mesh
 from lco_jax.data.media import MediaConfig
 from lco_jax.embedder import OmniEmbedder
+from lco_jax.generator import OmniGenerator
 
 __version__ = "0.1.0"
-__all__ = ["LcoError", "MediaConfig", "OmniEmbedder", "make_mesh"]
+__all__ = ["LcoError", "MediaConfig", "OmniEmbedder", "OmniGenerator", "make_mesh"]

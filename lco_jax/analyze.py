@@ -30,6 +30,7 @@ from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.scan import Source
 from lco_jax.data.sources import open_source
 from lco_jax.embedder import OmniEmbedder
+from lco_jax.generator import OmniGenerator
 
 
 def parse_args() -> argparse.Namespace:
@@ -125,7 +126,8 @@ def _look(
 ) -> tuple[list[np.ndarray], Losses | None]:
     """One model's states of both sides, each [L + 1, N, D], and its losses of the captions, if there are any."""
     captions, kinds = told.captions(), pairs.modalities | told.modalities
-    embedder = OmniEmbedder.from_pretrained(path, adapter, args.dtype, modalities=kinds, head=captions is not None)
+    kind = OmniEmbedder if captions is None else OmniGenerator
+    embedder = kind.from_pretrained(path, adapter, args.dtype, modalities=kinds)
     states = []
     for inputs, name in zip((pairs.a, pairs.b), pairs.names, strict=True):
         with tqdm(total=len(inputs), desc=f"{run}: {name}", unit="input") as bar:

@@ -1,14 +1,13 @@
 """`OmniEmbedder`: a checkpoint, and perhaps an adapter, as a function from inputs to unit vectors.
 
-Dimensions: N inputs, D hidden, L layers, R streams, T tokens of a stream, A tokens of a batch's answers.
+Dimensions: N inputs, D hidden, L layers.
 """
 
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -22,17 +21,15 @@ from lco_jax.checkpoint.hf import load_model, open_checkpoint
 from lco_jax.checkpoint.sentence_transformers import read_projection
 from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
-from lco_jax.core.packing import PackedTokens, bucket
 from lco_jax.core.shapes import ShapeLog
 from lco_jax.core.sharding import make_mesh, replicated, shardings
 from lco_jax.data.inference import BLOCK_INPUTS, MAX_TOKENS, InferenceBatch, batches_of, blocks_of, lay
 from lco_jax.data.inputs import Preparation, named, one_ahead, prepare_ahead
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.processor import Processor
-from lco_jax.data.prompts import ChatTokenizer
+from lco_jax.data.prompts import ChatTokenizer, Prompt
 from lco_jax.data.tower_rows import Processed
 from lco_jax.models.decoder import Decoder, pool, project
-from lco_jax.models.head import head_of, token_losses
 from lco_jax.models.model import MediaPrograms, Model
 
 logger = logging.getLogger(__name__)
@@ -56,6 +53,8 @@ class OmniEmbedder:
     skipped: {index: why} of the inputs that the last `encode(…, on_error="skip")` could not embed.
     """
 
+    HEAD = False  # whether `from_pretrained` loads the vocabulary head, unless it is the embeddings'
+
     def __init__(self, model: Model, params: dict[str, Any], processor: Processor, mesh: Mesh):
         self.model, self.params, self.processor, self.mesh = model, params, processor, mesh
         self.skipped: dict[int, str] = {}
@@ -66,7 +65,6 @@ class OmniEmbedder:
             static_argnums=3,
             out_shardings=replicated(mesh),
         )
-        self._losses = jax.jit(partial(_answer_losses, decoder), out_shardings=replicated(mesh))
 
     @classmethod
     def from_pretrained(
@@ -81,8 +79,7 @@ class OmniEmbedder:
         video_positions: str = "4.57",
         quantize: str = "",
         attention: str = "auto",
-        head: bool = False,
-    ) -> "OmniEmbedder":
+    ) -> Self:
         """Load a checkpoint folder or hub id, with a PEFT adapter merged in (in float32) if one is given.
 
         dtype: "float32" or "bfloat16", or jax's dtype of that name: of the weights and the activations; embeddings are
@@ -94,7 +91,6 @@ class OmniEmbedder:
         trained, or "5".
         quantize: "int8" or "nf4", to hold the decoder's matrices in fewer bits; an adapter then stays beside them.
         attention: the kernel, as of `models.attention.attention`.
-        head: load the vocabulary head, too, for `token_losses`; a tied one is there anyway.
         """
         checkpoint = open_checkpoint(path_or_id)
         mesh = make_mesh() if mesh is None else mesh
@@ -104,7 +100,7 @@ class OmniEmbedder:
         processor = Processor(checkpoint.folder, context, media, video_positions, chosen)
         towers = [name for name, kinds in checkpoint.backbone.reads.items() if set(kinds) & set(processor.modalities)]
         model, params = load_model(
-            checkpoint, mesh, dtype, towers, head=head, remat="none", quantize=quantize, attention=attention
+            checkpoint, mesh, dtype, towers, head=cls.HEAD, remat="none", quantize=quantize, attention=attention
         )
         if adapter is not None:
             adapters, config = peft.read_peft(adapter)
@@ -289,45 +285,17 @@ class OmniEmbedder:
         ready = self._prepare(inputs, prompt, max_length)
         return np.moveaxis(self.embed(ready, None, max_tokens, progress, of="layers"), 1, 0)
 
-    def token_losses(
+    def _prepare(
         self,
         inputs: Sequence[Any],
-        answers: Sequence[str],
-        *,
-        prompt: str | None = None,
-        max_length: int | None = None,
-        max_tokens: int = MAX_TOKENS,
-        progress: tqdm | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """What each answer costs the generator: -log p summed over its tokens, in nats, float32 [N]; their number [N].
-
-        The token that ends the answer's turn is one of them. Needs `from_pretrained(…, head=True)`, unless the head is
-        tied. inputs and options: as of `encode`; answers are never cut.
-        """
-        if not self.model.decoder.config.tie_word_embeddings and "head" not in self.params:
-            raise LcoError("token_losses needs the vocabulary head: from_pretrained(…, head=True)")
-        prompts = self._prepare(inputs, prompt, max_length)
-        targets = self.tokenizer.answers(answers)
-        ready = [one.followed_by(ids[:-1]) for one, ids in zip(prompts, targets, strict=True)]
-        if long := [i for i, one in enumerate(ready) if len(one) > self.processor.max_tokens]:
-            raise LcoError(f"input {long[0]} and its answer exceed the model's {self.processor.max_tokens} tokens")
-        losses, counts = np.zeros(len(ready), np.float32), np.array([len(ids) for ids in targets])
-
-        def start(batch: InferenceBatch) -> tuple[Array, np.ndarray]:
-            mine = [targets[i] for i in batch.inputs]
-            spoken = np.concatenate([at[-len(ids) :] for at, ids in zip(batch.at, mine, strict=True)])
-            room = (0, bucket(len(spoken)) - len(spoken))
-            wanted = np.pad(np.concatenate(mine), room)
-            each = self._losses(self.params, batch.tokens, self._media(batch), np.pad(spoken, room), wanted)
-            return each, np.repeat(np.arange(len(mine)), [len(ids) for ids in mine])
-
-        for indices, (each, whose) in self._run(ready, start, None, max_tokens, progress):
-            losses[indices] = np.bincount(whose, np.asarray(each)[: len(whose)])
-        return losses, counts
-
-    def _prepare(self, inputs: Sequence[Any], prompt: str | None, max_length: int | None) -> list[Processed]:
+        prompt: Prompt | None,
+        max_length: int | None,
+        workers: int = 0,
+        names: Sequence[str] | None = None,
+    ) -> list[Processed]:
         """Inputs, ready for the model, all at once. Raises for the first that is bad."""
-        ready = list(prepare_ahead(Preparation(self.processor, prompt, max_length), named(inputs, None), 0))
+        preparation = Preparation(self.processor, prompt, max_length)
+        ready = list(prepare_ahead(preparation, named(inputs, names), workers))
         if errors := [one for one in ready if isinstance(one, LcoError)]:
             raise errors[0]
         return ready  # type: ignore[return-value]
@@ -362,15 +330,6 @@ def _pooled(decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, medi
     """`pool`; last states are projected, where the model has a projection."""
     pooled = pool(decoder, params["decoder"], tokens, media, of)
     return project(pooled, params) if of == "last" else pooled
-
-
-def _answer_losses(
-    decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, media: Array | None, spoken: Array, wanted: Array
-) -> Array:
-    """The loss of each of A tokens, `wanted` after those that lie at `spoken` of the R · T: float32 [A]."""
-    states = decoder.apply({"params": params["decoder"]}, tokens, media, "tokens")
-    flat = states.reshape(-1, states.shape[-1])
-    return token_losses(flat[spoken][None], head_of(params), wanted[None])[0]
 
 
 def _chosen(modalities: Iterable[str], known: tuple[str, ...]) -> tuple[str, ...]:

@@ -143,6 +143,14 @@ def answer_losses(
     return losses[-spoken["input_ids"].shape[1] :], torch.stack(states)[:, 0, -1]
 
 
+def said(model: torch.nn.Module, folder: Path, conversation: list[dict[str, Any]], new: int, ends: list[int]) -> list:
+    """The `new` tokens at most that transformers generates greedily, with 5.x's positions of video."""
+    inputs = _inputs(_processor(str(folder)), [conversation], False, None)
+    model.model.rope_deltas = None  # of an earlier input
+    out = model.generate(**inputs, max_new_tokens=new, do_sample=False, eos_token_id=ends, pad_token_id=ends[0])
+    return out[0, inputs["input_ids"].shape[1] :].tolist()
+
+
 @lru_cache
 def _processor(folder: str) -> Any:
     processor = transformers.AutoProcessor.from_pretrained(folder)

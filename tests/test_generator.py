@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 import reference
-from reference_media import answer_losses, audio, image, user
+from reference_media import answer_losses, audio, image, said, user, video
 
-from lco_jax import LcoError, OmniEmbedder, make_mesh
+from lco_jax import LcoError, OmniGenerator, make_mesh
 from lco_jax.checkpoint.hf import abstract_params, open_checkpoint
 from lco_jax.checkpoint.peft import write_peft
 from lco_jax.core import lora
@@ -27,7 +27,7 @@ INPUTS = {
 )
 def test_layers_and_answers_equal_transformers(cases, family):
     case, conversations = cases[family], [user(*parts) for parts in INPUTS[family]]
-    model = OmniEmbedder.from_pretrained(case.path, head=True, mesh=make_mesh(devices=jax.devices()[:1]))
+    model = OmniGenerator.from_pretrained(case.path, mesh=make_mesh(devices=jax.devices()[:1]))
     want = [answer_losses(case.model, case.path, *one) for one in zip(conversations, ANSWERS, strict=True)]
     losses, counts = model.token_losses(conversations, ANSWERS)
     assert counts.tolist() == [len(each) for each, _ in want]
@@ -42,8 +42,8 @@ def test_layers_and_answers_equal_transformers(cases, family):
 
 @pytest.mark.slow
 def test_a_loss_depends_on_no_neighbour_and_on_no_mesh(cases):
-    alone = OmniEmbedder.from_pretrained(cases["vl"].path, head=True, mesh=make_mesh(devices=jax.devices()[:1]))
-    split = OmniEmbedder.from_pretrained(cases["vl"].path, head=True, mesh=make_mesh(2, 2, 2))
+    alone = OmniGenerator.from_pretrained(cases["vl"].path, mesh=make_mesh(devices=jax.devices()[:1]))
+    split = OmniGenerator.from_pretrained(cases["vl"].path, mesh=make_mesh(2, 2, 2))
     inputs = [*reference.TEXTS, reference.TEXTS[1]]
     answers = [text[::-1] for text in inputs]
     want = np.concatenate([alone.token_losses([x], [y])[0] for x, y in zip(inputs, answers, strict=True)])
@@ -51,10 +51,30 @@ def test_a_loss_depends_on_no_neighbour_and_on_no_mesh(cases):
     np.testing.assert_allclose(split.token_losses(inputs, answers, max_tokens=100)[0], want, rtol=1e-5)
 
 
-def test_without_a_head_it_says_so(cases):
-    model = OmniEmbedder.from_pretrained(cases["vl"].path)
-    with pytest.raises(LcoError, match="head=True"):
-        model.token_losses(["a"], ["b"])
+QUESTIONS = {
+    "vl": [*INPUTS["vl"], [video(1, 6, 56, 84, 1.5), "Why?"]],
+    "vl_tied": [*INPUTS["vl_tied"], [image(5, 60, 56), "and?"], [video(2, 4, 56, 56, 2.0)]],
+    "omni": [*INPUTS["omni"], [video(3, 4, 56, 84, 2.0), "Why?"]],
+    "llava_qwen2": INPUTS["llava_qwen2"],
+    "llava_llama": INPUTS["llava_llama"],
+    "llava_mistral": [["Only text"], [image(6, 60, 100), "What is this?"]],
+}
+
+
+@pytest.mark.parametrize("family", QUESTIONS)
+def test_answers_equal_transformers(cases, family):
+    case, conversations = cases[family], [user(*parts) for parts in QUESTIONS[family]]
+    one = make_mesh(devices=jax.devices()[:1])
+    model = OmniGenerator.from_pretrained(case.path, mesh=one, video_positions="5")
+    model.ends = np.array([model.ends[0], 77], np.int32)
+    want = [said(case.model, case.path, one, 12, model.ends.tolist()) for one in conversations]
+    assert [ids.tolist() for ids in model.generate_ids(conversations, 12)] == want
+    print(want)
+
+
+@pytest.fixture(scope="module")
+def tiny(cache):
+    return OmniGenerator.from_pretrained("builtin:tiny")
 
 
 def test_a_tied_head_outlives_the_merge_of_an_adapter(tmp_path, tiny):
@@ -62,7 +82,7 @@ def test_a_tied_head_outlives_the_merge_of_an_adapter(tmp_path, tiny):
     config = lora.LoraConfig(rank=2)
     adapters = lora.init(jax.random.key(0), abstract_params(open_checkpoint("builtin:tiny").config), config)
     write_peft(tmp_path / "adapter", adapters, config, "builtin:tiny")
-    tuned = OmniEmbedder.from_pretrained("builtin:tiny", tmp_path / "adapter", head=True)
+    tuned = OmniGenerator.from_pretrained("builtin:tiny", tmp_path / "adapter")
     want = tiny.token_losses(["a", "b c"], ["d", "e f g"])[0]
     np.testing.assert_allclose(tuned.token_losses(["a", "b c"], ["d", "e f g"])[0], want, rtol=1e-6)
 

@@ -5,12 +5,13 @@ D hidden, V vocabulary, L layers, K key-value heads, G query heads per key-value
 of the streams, M media tokens of a shard.
 
 Parameter names are the checkpoint's; the layers are stacked along a leading axis L and run by a scan. There is no
-vocabulary head: contrastive learning pools hidden states and never looks at logits. Nor is there more of the last layer
-than it looks at: its queries, its output projection and its MLP are computed for each sequence's last token alone, but
-where every token's state is asked for.
+vocabulary head (`models/head.py`): contrastive learning pools hidden states and never looks at logits. Nor is there
+more of the last layer than it looks at: its queries, its output projection and its MLP are computed for each sequence's
+last token alone, but where every token's state is asked for.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from lco_jax.core.packing import PackedTokens
 from lco_jax.core.sharding import ROWS, constrain
 from lco_jax.core.weights import dot
 from lco_jax.models.attention import attend_last, attend_rows
+from lco_jax.models.cache import Cache
 from lco_jax.models.config import DecoderConfig
 from lco_jax.models.layers import Embedding, Linear, RMSNorm, apply_rotary, rotary_angles, rotation_of, stacked
 from lco_jax.models.streams import from_rows, take, to_rows
@@ -40,6 +42,10 @@ REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
 }
 
 
+Past = tuple[Array | int, Cache]
+Mixed = tuple[Array, Cache | list[list[Array]]]
+
+
 class Attention(nn.Module):
     """Grouped-query attention; Qwen2.5's q, k and v have biases."""
 
@@ -48,8 +54,12 @@ class Attention(nn.Module):
     implementation: str
 
     @nn.compact
-    def __call__(self, x: Array, rotation: Array, tokens: PackedTokens, last: bool) -> Array:
-        """x [R, T, D] -> [R, T, D]; or, for the `last` layer, [R, S, D]."""
+    def __call__(self, x: Array, rotation: Array, tokens: PackedTokens, last: bool, past: Past | None) -> Mixed:
+        """x [R, T, D] -> [R, T, D], or, for the `last` layer, [R, S, D]; and what `past` becomes.
+
+        past: where this is layer i of tokens that go on, (i, the cache of those before); else None, and it becomes the
+        keys and values [R, N, W, K, H] of the rows.
+        """
         c = self.config
         keys = tokens.token_keys
         linear = partial(Linear, param_dtype=self.param_dtype)
@@ -61,18 +71,25 @@ class Attention(nn.Module):
         k = apply_rotary(rearrange(k, "r t (k h) -> r t k h", h=c.head_dim), rotation)
         v = rearrange(v, "r t (k h) -> r t k h", h=c.head_dim)
         q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
-        mixed = checkpoint_name(self._last(q, k, v, tokens) if last else self._rows(q, k, v, tokens), "mixed")
-        return linear(c.hidden_size, name="o_proj")(rearrange(mixed, "r t k g h -> r t (k g h)"), at_last(keys))
+        if past is not None:
+            layer, cache = past
+            kept = cache.write(layer, k, v)
+            mixed = kept.attend(layer, q)
+        else:
+            kept = [to_rows(y, tokens) for y in (k, v)]
+            mixed = checkpoint_name((self._last if last else self._rows)(q, *kept, tokens), "mixed")
+        mixed = rearrange(mixed, "r t k g h -> r t (k g h)")
+        return linear(c.hidden_size, name="o_proj")(mixed, at_last(keys)), kept
 
-    def _rows(self, q: Array, k: Array, v: Array, tokens: PackedTokens) -> Array:
+    def _rows(self, q: Array, k: list[Array], v: list[Array], tokens: PackedTokens) -> Array:
         """Every token: [R, T, K, G, H]."""
-        groups = zip(*(to_rows(y, tokens) for y in (q, k, v)), strict=True)
+        groups = zip(to_rows(q, tokens), k, v, strict=True)
         return from_rows([attend_rows(*group, self.implementation) for group in groups], tokens)
 
-    def _last(self, q: Array, k: Array, v: Array, tokens: PackedTokens) -> Array:
+    def _last(self, q: Array, k: list[Array], v: list[Array], tokens: PackedTokens) -> Array:
         """Every sequence's last token: [R, S, K, G, H]."""
         mixed, first = [], 0
-        for rows, *kv in zip(tokens.rows, to_rows(k, tokens), to_rows(v, tokens), strict=True):
+        for rows, *kv in zip(tokens.rows, k, v, strict=True):
             streams, count, _ = rows.shape
             flat = [rearrange(y, "r n ... -> (r n) ...") for y in (q[:, first : first + count], *kv, rows >= 0)]
             mixed.append(rearrange(attend_last(*flat), "(r n) ... -> r n ...", r=streams))
@@ -103,16 +120,19 @@ class DecoderLayer(nn.Module):
     implementation: str
 
     @nn.compact
-    def __call__(self, x: Array, rotation: Array, tokens: PackedTokens, last: bool = False) -> tuple[Array, None]:
-        """x [R, T, D] -> ([R, T, D], nothing to collect); or [R, S, D], each sequence's last token, from the `last`."""
+    def __call__(
+        self, x: Array, rotation: Array, tokens: PackedTokens, last: bool = False, past: Past | None = None
+    ) -> Mixed:
+        """x [R, T, D] -> [R, T, D], or [R, S, D], each sequence's last token, from the `last`; and the rest of
+        `Attention`'s."""
         norm = partial(RMSNorm, self.config.rms_norm_eps, self.param_dtype)
         attention = Attention(self.config, self.param_dtype, self.implementation, name="self_attn")
-        mixed = attention(norm(name="input_layernorm")(x), rotation, tokens, last)
+        mixed, kept = attention(norm(name="input_layernorm")(x), rotation, tokens, last, past)
         at_last = (lambda y: take(y, tokens.last_tokens)) if last else (lambda y: y)
         x = constrain(at_last(x) + mixed, ROWS)
         mlp = MLP(self.config, self.param_dtype, name="mlp")
         x = constrain(x + mlp(norm(name="post_attention_layernorm")(x), at_last(tokens.token_keys)), ROWS)
-        return x, None
+        return x, kept
 
 
 class Decoder(nn.Module):
@@ -131,11 +151,16 @@ class Decoder(nn.Module):
     tuned: bool = False
 
     @nn.compact
-    def __call__(self, tokens: PackedTokens, media: Array | None = None, of: str = "last") -> Array:
+    def __call__(
+        self, tokens: PackedTokens, media: Array | None = None, of: str = "last", cache: Cache | None = None
+    ) -> Array | tuple[Array, Cache]:
         """tokens of [R, T], the media tokens [P, M, D] that their `media_slots` point to -> states in `dtype`.
 
         of: "last", each sequence's last token: [R, S, D]; "layers", the same before the first layer and after each
-        one: [R, S, L + 1, D]; "tokens", every token: [R, T, D].
+        one: [R, S, L + 1, D]; "tokens", every token: [R, T, D]; "cache", as "last", and a `Cache` of all tokens, which
+        lie in rows of one width.
+        cache: that of each sequence's tokens so far, with room for one more; `tokens` are then that one, [R, S], and
+        the result as of "cache".
         """
         c = self.config
         x = Embedding(c.vocab_size, c.hidden_size, self.dtype, self.param_dtype, name="embed_tokens")(tokens.input_ids)
@@ -148,34 +173,50 @@ class Decoder(nn.Module):
             x, _ = stacked(DecoderLayer, c.num_layers)(*layer, name="layers")(x, rotation, tokens)
             x = take(x, tokens.last_tokens)
         else:
-            x, before = self._layers(DecoderLayer(*layer, parent=None), x, rotation, tokens, of)
+            x, before, cache = self._layers(DecoderLayer(*layer, parent=None), x, rotation, tokens, of, cache)
         x = RMSNorm(c.rms_norm_eps, self.param_dtype, name="norm")(x)
+        if cache is not None:
+            return x, cache
         return jnp.stack([*before, x], axis=2) if of == "layers" else x
 
     def _layers(
-        self, layer: DecoderLayer, x: Array, rotation: Array, tokens: PackedTokens, of: str
-    ) -> tuple[Array, Sequence[Array]]:
-        """All layers: all but the last in a scan; and what came before each, where `of` asks for it. What is frozen is
-        indexed and not scanned over, for slices of it would be copies."""
+        self, layer: DecoderLayer, x: Array, rotation: Array, tokens: PackedTokens, of: str, cache: Cache | None
+    ) -> tuple[Array, Sequence[Array], Cache | None]:
+        """All layers: all but the last in a scan; what came before each, where `of` asks for it; and the cache, where
+        there is one. What is frozen is indexed and not scanned over, for slices of it would be copies."""
         frozen, tuned, join = split_frozen(self.get_variable("params", "layers"), self.tuned)
 
-        def run(i: Array | int, tuned: Any, x: Array, last: bool) -> Array:
+        def run(i: Array | int, tuned: Any, x: Array, cache: Cache | None, last: bool) -> tuple[Array, Any]:
             """Layer i. Its frozen weights are indexed in here, so that the backward pass does so again: what is indexed
             outside of the checkpoint is kept for it, a copy of every layer's."""
             mine = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), frozen)
-            return layer.apply({"params": join(mine, tuned)}, x, rotation, tokens, last)[0]
+            past = None if cache is None else (i, cache)
+            x, kept = layer.apply({"params": join(mine, tuned)}, x, rotation, tokens, last, past)
+            return x, kept if of == "cache" or cache is not None else None
 
         names = REMAT_POLICIES[self.remat]
         policy = _all_but_slices if names is None else jax.checkpoint_policies.save_only_these_names(*names)
-        run = jax.checkpoint(run, policy=policy, prevent_cse=False, static_argnums=3)
+        run = jax.checkpoint(run, policy=policy, prevent_cse=False, static_argnums=4)
         end = self.config.num_layers - 1
 
-        def body(x: Array, slices: tuple[Array, Any]) -> tuple[Array, Array | None]:
-            return run(*slices, x, False), take(x, tokens.last_tokens) if of == "layers" else None
+        def body(carry: tuple[Array, Cache | None], slices: tuple[Array, Any]) -> tuple[Any, Any]:
+            x, cache = carry
+            before = take(x, tokens.last_tokens) if of == "layers" else None
+            x, kept = run(*slices, x, cache, False)
+            return (x, None if cache is None else kept), (before, kept if cache is None else None)
 
-        x, before = jax.lax.scan(body, x, (jnp.arange(end), jax.tree.map(lambda w: w[:end], tuned)))
+        (x, going), (before, kept) = jax.lax.scan(
+            body, (x, cache), (jnp.arange(end), jax.tree.map(lambda w: w[:end], tuned))
+        )
         before = [*before, take(x, tokens.last_tokens)] if of == "layers" else []
-        return run(end, jax.tree.map(lambda w: w[end], tuned), x, of != "tokens"), before
+        x, last = run(end, jax.tree.map(lambda w: w[end], tuned), x, going, of != "tokens" and cache is None)
+        if cache is not None:
+            cache = replace(last, said=last.said + 1)
+        elif of == "cache":
+            [keys], [values] = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), kept, last)
+            lengths = jnp.sum(tokens.rows[0] >= 0, axis=-1, dtype=jnp.int32)
+            cache = Cache(keys, values, lengths, jnp.int32(0), keys.shape[3])
+        return x, before, cache
 
 
 def _all_but_slices(primitive: Any, *_: Any, **__: Any) -> bool:

@@ -1,4 +1,5 @@
-"""The vocabulary head, for whoever asks a checkpoint what it would say: a loss of tokens, and never all their logits.
+"""The vocabulary head, for whoever asks a checkpoint what it would say: a loss of tokens, never all their logits, and
+the token that comes next.
 
 Dimensions: R streams, A answer tokens of a stream, D hidden, V vocabulary, n parts of a tokens each (A = n · a).
 """
@@ -21,14 +22,14 @@ def head_of(params: dict[str, Any]) -> Array:
     return params.get("head", params["decoder"]["embed_tokens"])["weight"]
 
 
-def token_losses(states: Array, weight: Array, targets: Array, logits: int = LOGITS) -> Array:
+def token_losses(states: Array, weight: Array, targets: Array) -> Array:
     """-log p of each target under softmax(weight · state): float32 [R, A], in nats; 0 where the target is -1.
 
     states [R, A, D], after the final norm, split over the rows of the mesh; weight [V, D]; targets int [R, A]. Some
-    tokens of each stream at a time, so many that a device holds `logits` of them; the backward pass makes them again.
+    tokens of each stream at a time, so many that a device holds `LOGITS` of them; the backward pass makes them again.
     """
     streams, count = targets.shape
-    at_once = max(logits // (weight.shape[0] * -(-streams // current_row_shards())), 1)
+    at_once = max(LOGITS // (weight.shape[0] * -(-streams // current_row_shards())), 1)
     parts = -(-count // at_once)
     room = parts * -(-count // parts) - count
 
@@ -46,3 +47,10 @@ def token_losses(states: Array, weight: Array, targets: Array, logits: int = LOG
 
     losses = jax.lax.map(jax.checkpoint(one), (split(states, 0), split(targets, -1)))
     return rearrange(losses, "n r a -> r (n a)")[:, :count]
+
+
+def likeliest(states: Array, weight: Array) -> Array:
+    """The token that is likeliest next: int32 [...]. states [..., D], after the final norm; weight [V, D]."""
+    precision = matmul_precision(states)
+    logits = jnp.einsum("...d,vd->...v", states, weight, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
