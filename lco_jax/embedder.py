@@ -21,6 +21,7 @@ from lco_jax.checkpoint.hf import load_model, open_checkpoint
 from lco_jax.checkpoint.sentence_transformers import read_projection
 from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
+from lco_jax.core.packing import PackedTokens
 from lco_jax.core.shapes import ShapeLog
 from lco_jax.core.sharding import make_mesh, replicated, shardings
 from lco_jax.data.inference import BLOCK_INPUTS, MAX_TOKENS, InferenceBatch, batches_of, blocks_of, lay

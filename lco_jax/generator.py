@@ -19,7 +19,7 @@ from lco_jax.core.files import read_json
 from lco_jax.core.packing import PackedTokens, bucket
 from lco_jax.core.sharding import replicated
 from lco_jax.data.inference import MAX_TOKENS, InferenceBatch
-from lco_jax.data.prompts import asked
+from lco_jax.data.prompts import Prompt, asked
 from lco_jax.data.tower_rows import Processed
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.models.cache import Cache
@@ -52,7 +52,7 @@ class OmniGenerator(OmniEmbedder):
         inputs: Sequence[Any],
         max_new_tokens: int = 64,
         *,
-        prompt: str | None = None,
+        prompt: Prompt | None = None,
         batch_size: int | None = None,
         max_length: int | None = None,
         progress: tqdm | None = None,
@@ -76,7 +76,7 @@ class OmniGenerator(OmniEmbedder):
         inputs: Sequence[Any],
         max_new_tokens: int = 64,
         *,
-        prompt: str | None = None,
+        prompt: Prompt | None = None,
         batch_size: int | None = None,
         max_length: int | None = None,
         progress: tqdm | None = None,
@@ -106,7 +106,7 @@ class OmniGenerator(OmniEmbedder):
         inputs: Sequence[Any],
         answers: Sequence[str],
         *,
-        prompt: str | None = None,
+        prompt: Prompt | None = None,
         max_length: int | None = None,
         max_tokens: int = MAX_TOKENS,
         progress: tqdm | None = None,
