@@ -27,7 +27,7 @@ NAME = "shapes and sounds"
 READ = "\nRead the text."
 REPHRASE = "\nSay it in other words."
 TEXTS = ("image", "image", "video", "audio", "audio", "page")  # what texts are about, in equal shares
-TRIES = 200  # draws for each meaning that must be new before there are held to be too few
+TRIES = 2000  # draws without a new one, after which there are held to be no more
 # what a minimal pair differs by: (kind of media, attribute)
 MINIMAL = [
     *(("image", x) for x in ("object", "colour", "count", "size", "binding", "relation", "letter")),
@@ -88,6 +88,14 @@ def write(folder: Path, seed: int, sizes: Sizes | None = None) -> None:
         world.lines("tests/cross", world.crossed())
 
 
+def texts(folder: Path) -> Iterator[str]:
+    """Every text of a world's generative records: what a tokenizer is trained on."""
+    for file in sorted((Path(folder) / "generative").glob("*.jsonl")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            yield record["anchor"].get("text", "") + "\n" + record["positive"]
+
+
 class World:
     """Writes one world. Every file of records draws from a generator of its own, so that sizes do not meddle."""
 
@@ -136,14 +144,12 @@ class World:
     def different(self, kind: str, count: int) -> Iterator[Meaning]:
         """So many held-out meanings, no two equal."""
         seen: set[Meaning] = set()
-        for _ in range(TRIES * count):
-            if len(seen) == count:
-                return
-            if (meaning := self.draw(kind, held=True)) not in seen:
-                seen.add(meaning)
-                yield meaning
-        if len(seen) < count:
-            raise LcoError(f"a world has fewer than {count} held-out meanings of {kind}; ask for {len(seen)}")
+        while len(seen) < count:
+            draws = (self.draw(kind, held=True) for _ in range(TRIES))
+            if (meaning := next((x for x in draws if x not in seen), None)) is None:
+                raise LcoError(f"a world has fewer than {count} held-out meanings of {kind}; ask for {len(seen)}")
+            seen.add(meaning)
+            yield meaning
 
     # ---- the files
 
