@@ -7,7 +7,9 @@ Usage: ``python tools/make_tiny.py`` after a change here, or after `make_triplet
 """
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -36,45 +38,57 @@ CHAT_TEMPLATE = """\
 {{- message['content'] -}}
 {%- else -%}
 {%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
-{%- elif part['type'] == 'video' -%}{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
-{%- else -%}{{- part['text'] -}}
+MEDIA{%- else -%}{{- part['text'] -}}
 {%- endif -%}
 {%- endfor -%}
 {%- endif -%}
 {{- '<|im_end|>\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
+PREPROCESSOR = {
+    "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor",
+    "patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 3136, "max_pixels": 12845056,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+}  # fmt: skip
+MEDIA = {kind: f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video")}
+PROMPT = "system\nYou are a helpful assistant. user\nSummarize the above text image in one word: assistant\n"
 
 
 def write(folder: Path) -> None:
     """Write every file but the weights, and beside the folder the shapes of those."""
-    tokenizer = make_tokenizer()
+    with open(ASSETS / "triplets_train.jsonl", encoding="utf-8") as file:
+        texts = [side["text"] for line in file for side in json.loads(line).values()]
+    tokenizer = make_tokenizer([*texts, *[PROMPT] * 100], BPE_VOCABULARY, SPECIALS)
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     ids = {token: tokenizer.token_to_id(token) for token in SPECIALS}
+    write_json(folder / "tokenizer_config.json", tokenizer_config(ids))
+    write_json(folder / "chat_template.json", {"chat_template": chat_template(MEDIA)})
+    config = model_config(ids, tokenizer.get_vocab_size())
+    write_json(folder / "config.json", config)
+    shapes = ",\n".join(f"  {json.dumps(name)}: {json.dumps(shape)}" for name, shape in tensor_shapes(config).items())
+    write_text(folder.with_name(f"{folder.name}_shapes.json"), f"{{\n{shapes}\n}}\n")
+    write_json(folder / "preprocessor_config.json", PREPROCESSOR)
+
+
+def tokenizer_config(ids: dict[str, int]) -> dict[str, Any]:
+    """What tokenizer_config.json holds. ids: the special tokens'."""
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    config = {
+    return {
         "add_prefix_space": False, "added_tokens_decoder": {str(i): {"content": t, **flags} for t, i in ids.items()},
         "bos_token": None, "clean_up_tokenization_spaces": False, "eos_token": "<|im_end|>", "errors": "replace",
         "model_max_length": 32768, "pad_token": "<|endoftext|>", "split_special_tokens": False,
         "tokenizer_class": "Qwen2Tokenizer", "unk_token": None,
     }  # fmt: skip
-    write_json(folder / "tokenizer_config.json", config)
-    write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
-    config = model_config(ids, tokenizer.get_vocab_size())
-    write_json(folder / "config.json", config)
-    shapes = ",\n".join(f"  {json.dumps(name)}: {json.dumps(shape)}" for name, shape in tensor_shapes(config).items())
-    write_text(folder.with_name(f"{folder.name}_shapes.json"), f"{{\n{shapes}\n}}\n")
-    preprocessor = {
-        "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor",
-        "patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 3136, "max_pixels": 12845056,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
-    }  # fmt: skip
-    write_json(folder / "preprocessor_config.json", preprocessor)
 
 
-def make_tokenizer() -> Tokenizer:
-    """Train the tokenizer."""
+def chat_template(media: dict[str, str]) -> str:
+    """The template, with what stands in the place of each kind of media."""
+    branches = (f"if part['type'] == '{kind}' -%}}{{{{- '{tokens}' -}}}}\n" for kind, tokens in media.items())
+    return CHAT_TEMPLATE.replace("MEDIA", "{%- " + "{%- el".join(branches))
+
+
+def make_tokenizer(texts: Iterable[str], vocabulary: int, specials: Sequence[str]) -> Tokenizer:
+    """Train a byte-level BPE tokenizer of so many tokens, and the special ones after them."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
@@ -83,13 +97,10 @@ def make_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=BPE_VOCABULARY, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=vocabulary, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
-    with open(ASSETS / "triplets_train.jsonl", encoding="utf-8") as file:
-        texts = [side["text"] for line in file for side in json.loads(line).values()]
-    template = "system\nYou are a helpful assistant. user\nSummarize the above text image in one word: assistant\n"
-    tokenizer.train_from_iterator([*texts, *[template] * 100], trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     return tokenizer
 
 
