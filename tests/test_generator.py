@@ -10,6 +10,7 @@ from lco_jax import LcoError, OmniEmbedder, make_mesh
 from lco_jax.checkpoint.hf import abstract_params, open_checkpoint
 from lco_jax.checkpoint.peft import write_peft
 from lco_jax.core import lora
+from lco_jax.data.prompts import as_messages, asked
 
 ANSWERS = ["A cat.", "Several words, and one more: 猫", "x"]
 INPUTS = {
@@ -64,6 +65,17 @@ def test_a_tied_head_outlives_the_merge_of_an_adapter(tmp_path, tiny):
     tuned = OmniEmbedder.from_pretrained("builtin:tiny", tmp_path / "adapter", head=True)
     want = tiny.token_losses(["a", "b c"], ["d", "e f g"])[0]
     np.testing.assert_allclose(tuned.token_losses(["a", "b c"], ["d", "e f g"])[0], want, rtol=1e-6)
+
+
+def test_a_content_without_a_text_is_asked_about():
+    picture, sound = np.zeros((2, 2, 3), np.uint8), {"array": np.zeros(9), "sampling_rate": 16_000}
+    question = lambda item: as_messages(item, "", asked)[0]["content"][-1]["text"]  # noqa: E731
+    assert question({"image": picture, "text": ""}) == "\nDescribe the above image."
+    assert question({"video": picture[None]}) == "\nDescribe the above video."
+    assert question({"audio": sound}) == "\nDescribe the above audio."
+    assert question({"image": picture, "audio": sound}) == "\nDescribe the above."
+    assert question({"image": picture, "text": "Why?"}) == question("Why?") == "Why?"
+    assert question("") == ""
 
 
 def test_no_answers_and_one_that_is_too_long(tiny):

@@ -19,7 +19,7 @@ from PIL import Image
 
 from lco_jax.core.errors import LcoError
 from lco_jax.data.processor import Processor
-from lco_jax.data.prompts import ChatTokenizer, Messages, as_messages, describe, is_media_file
+from lco_jax.data.prompts import ChatTokenizer, Messages, Prompt, as_messages, describe, is_media_file
 from lco_jax.data.tower_rows import Processed
 
 Item = TypeVar("Item")
@@ -61,7 +61,7 @@ def as_content(item: Any, where: str) -> Any:
 
 
 def conversation(
-    item: Any, where: str, tokenizer: ChatTokenizer, prompt: str | None = None, max_length: int | None = None
+    item: Any, where: str, tokenizer: ChatTokenizer, prompt: Prompt | None = None, max_length: int | None = None
 ) -> Messages:
     """`as_messages`, with texts first cut to `max_length` tokens; chat messages stay as long as they are."""
     return as_messages(item, where, prompt, partial(tokenizer.cut, max_length=max_length))
@@ -72,7 +72,7 @@ class Preparation:
     """Raw inputs -> model inputs, an error in the place of each bad one; it can be sent to a process."""
 
     processor: Processor
-    prompt: str | None = None
+    prompt: Prompt | None = None
     max_length: int | None = None
 
     def __call__(self, items: Sequence[tuple[Any, str]]) -> list[Processed | LcoError]:

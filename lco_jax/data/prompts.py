@@ -6,7 +6,7 @@ is generated from the hidden state that we take as the embedding (the paper, sec
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lco_jax.core.files import read_json
 from lco_jax.core.packing import common_length
 
 Messages = list[dict[str, Any]]
+Prompt = str | Callable[[Set[str]], str]  # what follows a content: itself, or what to say after these kinds of parts
 EXTENSIONS = {
     "image": ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif"),
     "video": ("mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "mpeg"),
@@ -28,6 +29,7 @@ MEDIA = ("image", "video", "audio")  # the order in which the media of one conte
 KINDS = ("text", *MEDIA)
 PROMPTS = {kind: f"\nSummarize the above {kind} in one word:" for kind in KINDS}
 PROMPTS["mixed"] = "\nSummarize the above in one word:"
+QUESTIONS = {kind: f"\nDescribe the above {kind}." for kind in MEDIA} | {"mixed": "\nDescribe the above."}
 OPTIONS = {  # what a part may say of its medium, in the place of `MediaConfig`
     "image": ("min_pixels", "max_pixels"),
     "video": ("min_pixels", "max_pixels", "fps", "max_frames"),
@@ -37,16 +39,27 @@ SOURCES = ("url", "path")  # other names that a part's medium may go by, as in t
 TOKENIZED_AT_ONCE = 1024  # texts that the tokenizer is given
 
 
+def summed_up(kinds: Set[str]) -> str:
+    """The reference's prompt after a content that holds these of `KINDS` (a text that is empty does not count)."""
+    return PROMPTS[min(kinds or {"text"}) if len(kinds) < 2 else "mixed"]
+
+
+def asked(kinds: Set[str]) -> str:
+    """What a generator is asked about a content that holds these of `KINDS`: nothing more where there is a text, which
+    asks for itself."""
+    return "" if "text" in (kinds or {"text"}) else QUESTIONS[min(kinds) if len(kinds) == 1 else "mixed"]
+
+
 def as_messages(
-    item: Any, where: str, prompt: str | None = None, cut: Callable[[str], str] = lambda text: text
+    item: Any, where: str, prompt: Prompt | None = None, cut: Callable[[str], str] = lambda text: text
 ) -> Messages:
     """Chat messages of one input.
 
     A string, {"text": …, "image": …, "video": …, "audio": …} (any of them, each a medium or a list) or a sequence of
     chat parts becomes one user turn with the prompt after it; a list of chat messages stays as it is, but for media
     parts, which all become {"type": kind, kind: medium, …}.
-    where: names the input in errors. prompt: instead of the reference's. cut: shortens texts; those of chat messages
-    stay as long as they are.
+    where: names the input in errors. prompt: instead of the reference's (`summed_up`). cut: shortens texts; those of
+    chat messages stay as long as they are.
     """
     item = [item] if isinstance(item, dict) and "role" in item else item
     if is_conversation(item):
@@ -61,9 +74,8 @@ def as_messages(
     if not isinstance(item, list | tuple) or not item or not all(isinstance(x, dict) and "type" in x for x in item):
         raise LcoError(f'{where} is {describe(item)}; give a string, a medium, {{"text": …}} or chat messages')
     parts = [{**x, "text": cut(x["text"])} if x["type"] == "text" else x for x in _parts(list(item), where)]
-    if prompt is None:
-        kinds = {part["type"] for part in parts if part["type"] != "text" or part["text"]} or {"text"}
-        prompt = PROMPTS[kinds.pop() if len(kinds) == 1 else "mixed"]
+    if not isinstance(prompt, str):
+        prompt = (prompt or summed_up)({part["type"] for part in parts if part["type"] != "text" or part["text"]})
     last = parts.pop()["text"] if parts[-1]["type"] == "text" else ""
     return [{"role": "user", "content": [*parts, {"type": "text", "text": last + prompt}]}]
 
