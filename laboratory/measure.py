@@ -20,7 +20,7 @@ from lco_jax.data.records import as_input, parse_record, side_key
 from lco_jax.embedder import OmniEmbedder
 
 Encode = Callable[[list[Any]], np.ndarray]  # inputs as `OmniEmbedder.encode` takes them -> unit vectors [N, D]
-TEMPLATES = ("{}", "a {}")  # of the text that stands for a class; a class is the mean of their vectors
+TEMPLATES = ("{}",)  # of the text that stands for a class: the label as it is
 NEIGHBOURS = 10  # of the kernel alignment, as in the paper
 
 
@@ -33,16 +33,17 @@ def represent(encode: Encode, world: Path, templates: Sequence[str] = TEMPLATES)
     `text_to_text` (text.jsonl): a text finds its paraphrase among all paraphrases and foils.
     `minimal`, and `minimal.colour` and so on: the right text is nearer than the wrong. `zeroshot_*`: accuracy.
 
-    templates: of zero-shot classes. `encode` is called once, with distinct inputs.
+    templates: of the texts whose mean vector stands for a zero-shot class; {} is its label.
+    `encode` is called once, with distinct inputs.
     """
     inputs, tests = read_tests(world, templates)
     vectors = encode(inputs.sides)
     return {name: value for test in tests for name, value in test.score(vectors).items()}
 
 
-def chance(world: Path, templates: Sequence[str] = TEMPLATES) -> dict[str, float]:
+def chance(world: Path) -> dict[str, float]:
     """What guessing gives, of every number of `represent`."""
-    return {name: value for test in read_tests(world, templates)[1] for name, value in test.chance().items()}
+    return {name: value for test in read_tests(world, TEMPLATES)[1] for name, value in test.chance().items()}
 
 
 def once(encode: Encode) -> Encode:
@@ -67,20 +68,22 @@ def pairs(world: Path) -> dict[str, tuple[list[Any], list[Any]]]:
     return found
 
 
-def by_layer(embedder: OmniEmbedder, world: Path, k: int = NEIGHBOURS) -> dict[str, dict[str, list[float | None]]]:
+def by_layer(embedder: OmniEmbedder, world: Path, k: int = NEIGHBOURS) -> dict[str, dict[str, Any]]:
     """{"anisotropy", "mutual_knn", "cka" (unbiased): {kind: a number a layer, before the first and after each}}.
 
     The last is the embedding's; None where a measure is not defined. The alignment is that of media with their captions
-    (retrieval_*.jsonl); anisotropy is also of "text", all captions together. k: neighbours of mutual kNN.
+    (retrieval_*.jsonl); anisotropy is also of "text", all captions together. k: neighbours of mutual kNN, and no more
+    than a quarter of the pairs. "chance": {kind: what mutual kNN is of sides that have nothing in common}.
     """
-    found: dict[str, dict[str, list[float | None]]] = {"anisotropy": {}, "mutual_knn": {}, "cka": {}}
+    found: dict[str, dict[str, Any]] = {"anisotropy": {}, "mutual_knn": {}, "cka": {}, "chance": {}}
     texts: list[np.ndarray] = []
     for kind, (media, captions) in pairs(world).items():
         states = [embedder.encode_layers(side) for side in (media, captions)]  # [L + 1, N, D] each
-        near = min(k, len(media) - 2)
+        near = max(min(k, len(media) // 4), 2)
         measured = measure_layers(*states, (kind, "text"), near)
         found["anisotropy"][kind] = measured["anisotropy"][kind]
         found["mutual_knn"][kind], found["cka"][kind] = measured["mutual_knn"], measured["unbiased_cka"]
+        found["chance"][kind] = near / (len(media) - 1)
         texts.append(states[1])
     if texts:
         layers = np.concatenate(texts, axis=1)

@@ -72,7 +72,7 @@ def plot_scaling(path: Path, runs: Sequence[Run]) -> bool:
             found = points[row, kind]
             _scatter(axes, found, kind)
             r = stats.correlation(found)
-            axes.set_title(NAMES[kind] + ("" if r is None else f", r = {r.mean:.2f}"))
+            axes.set_title(NAMES[kind] + ("" if r is None or r.mean is None else f", r = {r.mean:.2f}"))
             axes.set_xlabel(row if len(kinds) < 3 else row.replace(", nats", ",\nnats"))
             _bare(axes)
         axes_row[0].set_ylabel("recall@1 after, text ↔ media")
@@ -149,11 +149,14 @@ def plot_layers(path: Path, runs: Sequence[Run]) -> bool:
                     label = NAMES[kind] if tune == METHOD else None
                     axes.plot(np.mean(found, axis=0), color=COLOURS[kind], label=label, **style)
                     drawn = True
+        levels = [number(run, "layers", "chance", kind) for run in runs for kind in MODALITIES]
+        if measure == "mutual_knn" and (level := stats.mean_of(levels)) is not None:
+            axes.axhline(level, color="0.15", linestyle=":", linewidth=1.2)
         axes.set(title=title, xlabel="layer", ylim=(min(0.0, axes.get_ylim()[0]), None))
         axes.xaxis.get_major_locator().set_params(integer=True)
         _bare(axes)
     if drawn:
-        for label, style in (("before", "--"), ("after", "-")):
+        for label, style in (("before", "--"), ("after", "-"), ("chance", ":")):
             figure.axes[0].plot([], [], color="0.4", linestyle=style, label=label)
         figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, loc="outside right upper")
         save(figure, path)
@@ -198,10 +201,11 @@ def _scatter(axes: Axes, points: stats.Points, kind: str) -> bool:
     for mark, seed in zip(MARKS * len(points.x), np.unique(points.seeds), strict=False):
         mine = points.seeds == seed
         axes.scatter(points.x[mine], points.y[mine], s=30, marker=mark, color=COLOURS[kind], alpha=0.8, linewidths=0)
+    axes.plot([], [], color=COLOURS[kind], linewidth=1.8, label=NAMES[kind])
     if np.ptp(points.x):
         ends = np.array([points.x.min(), points.x.max()])
         slope, offset = np.polyfit(points.x, points.y, 1)
-        axes.plot(ends, offset + slope * ends, color=COLOURS[kind], linewidth=1.8, label=NAMES[kind])
+        axes.plot(ends, offset + slope * ends, color=COLOURS[kind], linewidth=1.8)
     return True
 
 

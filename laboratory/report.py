@@ -55,6 +55,8 @@ def write(results: dict[str, Any], folder: Path) -> None:
         ("Minimal pairs", "minimal", _minimal(runs, guess)),
         ("The terms of the bound", "", _theory(runs)),
     ]
+    for name in (name for name, there in drawn.items() if not there):
+        (folder / f"{name}.png").unlink(missing_ok=True)  # an earlier report's
     lines = ["# Generate, then represent: the paper's law in a laboratory", ""]
     for title, picture, body in sections:
         shown = [f"![{title or 'The result in one picture'}]({picture}.png)", ""] if drawn.get(picture) else []
@@ -81,10 +83,8 @@ def _verdicts(results: dict[str, Any]) -> list[str]:
     count = {kind: sum(claim.verdict == kind for claim in decided) for kind in claims.VERDICTS}
     rows = []
     for claim in decided:
-        value, low, high, n = claim.estimate
-        interval = "" if low is None else f" [{low:+.3f}, {high:+.3f}]"
-        verdict, value = f"**{claim.verdict}**", f"{value:+.3f}{interval}"
-        rows.append([claim.text, verdict, claim.quantity, value, f"{claim.edge:g}", str(n)])
+        value, n = _interval(claim.estimate, 3), str(claim.estimate.n)
+        rows.append([claim.text, f"**{claim.verdict}**", claim.quantity, value, f"{claim.edge:g}", n])
     lines = [", ".join(f"**{many} {kind}**" for kind, many in count.items()) + f", of {len(decided)} claims.", ""]
     return [*lines, *claims.RULE, "", *_table(["claim", "verdict", "quantity", "value", "edge", "n"], rows)]
 
@@ -118,9 +118,9 @@ def _scaling(runs: Sequence[Run]) -> list[str]:
             for which, least in (("all", 0), ("trained", 1)):
                 points = stats.scaling(runs, quality(kind), partial(_retrieval, kind=kind), least)
                 r, rank = (stats.correlation(points, how) for how in (stats.pearson, stats.spearman))
-                if r is not None:
-                    slope = np.polyfit(points.x, points.y, 1)[0]
-                    rows.append([kind, label, which, str(r.n), f"{slope:+.3f}", _interval(r), _interval(rank)])
+                if r is not None and rank is not None:
+                    slope = "" if r.mean is None else f"{np.polyfit(points.x, points.y, 1)[0]:+.3f}"
+                    rows.append([kind, label, which, str(r.n), slope, _interval(r, 2), _interval(rank, 2)])
     return _table(["of", "quality before", "generators", "n", "slope", "Pearson", "Spearman"], rows)
 
 
@@ -206,10 +206,11 @@ def _plain(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def _interval(estimate: stats.Estimate | None) -> str:
-    if estimate is None:
-        return ""
-    return f"{estimate.mean:+.2f}" + ("" if estimate.low is None else f" [{estimate.low:+.2f}, {estimate.high:+.2f}]")
+def _interval(estimate: stats.Estimate, digits: int) -> str:
+    mean, low, high, _ = estimate
+    if mean is None:
+        return "does not vary"
+    return f"{mean:+.{digits}f}" + ("" if low is None else f" [{low:+.{digits}f}, {high:+.{digits}f}]")
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

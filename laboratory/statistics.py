@@ -20,9 +20,9 @@ Run = dict[str, Any]
 
 
 class Estimate(NamedTuple):
-    """A mean over n (seeds, or points of a line) and its 95 % interval, None where there is none to be had."""
+    """A mean over n seeds, or a correlation of n points, and its 95 % interval; None where there is none to be had."""
 
-    mean: float
+    mean: float | None
     low: float | None
     high: float | None
     n: int
@@ -138,11 +138,13 @@ def correlation(
 
     A resample puts a seed drawn with replacement in the place of each seed, and for each of its points one of the
     drawn seed's; one in which nothing varies is passed over. Without two seeds, or where most are passed over, there
-    is no interval; where nothing varies at all, nothing.
+    is no interval; where nothing varies at all, there is no number either. None of fewer points.
     """
     n, rng = len(points.x), np.random.default_rng(seed)
-    if n < 3 or np.isnan(value := float(measure(points.x, points.y))):
+    if n < 3:
         return None
+    if np.isnan(value := float(measure(points.x, points.y))):
+        return Estimate(None, None, None, n)
     order = np.argsort(points.seeds, kind="stable")
     _, first, place, size = np.unique(points.seeds[order], return_index=True, return_inverse=True, return_counts=True)
     drawn = rng.integers(len(first), size=(RESAMPLES, len(first)))[:, place]  # [B, n]: of each point, whose it is

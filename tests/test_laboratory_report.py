@@ -75,7 +75,7 @@ def knowing(seen, vector=None):
         if match := re.search(r"(\d+)\.(png|wav)$", content):
             i = int(match[1])
             return basis[i] + 0.1 * basis[6 + i % 3] + 0.1 * basis[9 + i // 2]
-        if match := re.fullmatch(r"(?:a )?class (\d)", content):
+        if match := re.fullmatch(r"class (\d)", content):
             return basis[6 + int(match[1])]
         sign = -1 if content.startswith("not ") else 1
         return sign * basis[THINGS.index(content.removeprefix("not ").removesuffix("!"))]
@@ -142,6 +142,7 @@ def test_layers_of_media_and_of_all_captions(world):
     found = measure.by_layer(Embedder(), world, k=3)
     assert found["anisotropy"].keys() == {"image", "page", "text"}
     assert found["mutual_knn"].keys() == found["cka"].keys() == {"image", "page"}
+    assert found["chance"] == {"image": 2 / 5, "page": 2 / 5}  # a quarter of six is too few: two
     texts = unit(np.stack([states[side_key(as_input(text))] for text in THINGS] * 2, axis=1))
     cosines = texts @ texts.transpose(0, 2, 1)
     n = cosines.shape[1]
@@ -294,6 +295,17 @@ def test_claims_fail_where_the_numbers_say_so():
     assert claims.UNDECIDED in verdicts(results).values()
 
 
+def test_what_does_not_vary_is_undecided_and_said(tmp_path):
+    results = made_up()
+    for run in results["runs"]:
+        for kind in run.get("generative", {}):
+            run["generative"][kind]["exact"] = 0.0
+    report.write(results, tmp_path)
+    found = {text: verdict for (text, _), verdict in verdicts(results).items()}
+    assert found["the better it generates, the better it embeds: page"] == claims.UNDECIDED
+    assert "| does not vary |" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
 def test_one_seed_decides_nothing_and_is_reported(tmp_path):
     report.write(made_up(seeds=1), tmp_path)
     found = verdicts(made_up(seeds=1))
@@ -316,6 +328,7 @@ def test_what_is_absent_is_left_out(tmp_path, absent, monkeypatch):
 
 
 def test_a_bare_run_is_reported_and_none_is_refused(tmp_path):
+    (tmp_path / "scaling.png").touch()  # of an earlier report
     bare = {"seed": 0, "generative_steps": 9, "tune": "none"}
     report.write({"runs": [bare]}, tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"report.md", "results.json"}
