@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from scipy.stats import multivariate_normal, norm
+from scipy.stats import multivariate_normal, norm, pearsonr, spearmanr
 
 from laboratory import claims, measure, report, theory
 from laboratory import statistics as stats
@@ -340,17 +340,34 @@ def test_a_bare_run_is_reported_and_none_is_refused(tmp_path):
             report.write(wrong, tmp_path)
 
 
-def test_seeds_are_clusters():
-    """Ten copies of three seeds' points are no more evidence than the three."""
-    runs = made_up(noise=0.1)["runs"]
-    value = lambda run: stats.retrieval_of(run, "image")  # noqa: E731
-    few = stats.scaling(runs, stats.exact("image"), value)
-    many = stats.Points(*(np.tile(x, 10) for x in few))
-    narrow, wide = stats.correlation(many), stats.correlation(few)
-    assert narrow.mean == pytest.approx(wide.mean)
-    assert wide.low < wide.mean < wide.high
-    one = stats.correlation(stats.Points(*(x[few.seeds == 0] for x in few)))
-    assert (one.low, one.high) == (None, None)
+@pytest.mark.parametrize("measure", [stats.pearson, stats.spearman])
+def test_seeds_are_clusters(measure):
+    """Ten points of a seed that say the same are no more evidence than one of them."""
+    x, y = np.array([0, 1, 2, 3, 4.0]), np.array([0.3, 0.1, 0.9, 0.6, 1.0])
+    few, many = (stats.Points(*(np.repeat(side, n) for side in (x, y, np.arange(5)))) for n in (1, 10))
+    one, ten = stats.correlation(few, measure), stats.correlation(many, measure)
+    assert one.mean == pytest.approx(ten.mean)
+    assert one.low == pytest.approx(ten.low, abs=0.1)
+    assert one.low < one.mean < one.high
+    alone = stats.correlation(stats.Points(x, y, np.zeros(5)), measure)
+    assert (alone.mean, alone.low, alone.high) == (one.mean, None, None)
+
+
+def test_correlations_are_scipys():
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 4, (2, 6, 9)).astype(float)
+    for ours, theirs in ((stats.pearson, pearsonr), (stats.spearman, spearmanr)):
+        np.testing.assert_allclose(ours(x, y), [theirs(a, b).statistic for a, b in zip(x, y, strict=True)], rtol=1e-9)
+    assert np.isnan(stats.pearson(np.ones(4), x[0, :4]))
+
+
+def test_where_nothing_relates_it_is_seldom_held():
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(150):
+        x = np.tile(np.linspace(0.2, 0.8, 4), 3) + 0.03 * rng.normal(size=12)
+        found = stats.correlation(stats.Points(x, rng.normal(size=12), np.repeat(np.arange(3), 4)))
+        held += found.low > 0
+    assert held <= 12  # 2.5 % are meant; more than 8 % would be too many
 
 
 def test_students_interval_covers():
