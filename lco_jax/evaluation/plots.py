@@ -28,7 +28,7 @@ def plot_loss(path: Path, steps: list[int], losses: list[float], rates: list[flo
     axes.set_ylabel("InfoNCE loss")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_similarity(path: Path, before: np.ndarray, after: np.ndarray) -> None:
@@ -41,7 +41,7 @@ def plot_similarity(path: Path, before: np.ndarray, after: np.ndarray) -> None:
         axes.set_xlabel("positive")
         axes.set_ylabel("anchor")
     figure.colorbar(image, ax=figure.axes, label="cosine")
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_bars(path: Path, scores: Mapping[str, float], ours: Container[str], label: str) -> None:
@@ -55,7 +55,7 @@ def plot_bars(path: Path, scores: Mapping[str, float], ours: Container[str], lab
     axes.bar_label(bars, fmt="%.1f", padding=3)
     axes.set_xlabel(label)
     axes.margins(x=0.1, y=0.01)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_ranks(path: Path, best: np.ndarray, documents: int) -> None:
@@ -69,7 +69,7 @@ def plot_ranks(path: Path, best: np.ndarray, documents: int) -> None:
     axes.set_ylabel(f"share of {len(best):,} queries that find one")
     axes.set_ylim(0, 1.02)
     axes.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_scores(path: Path, scores: Sequence[float], cosines: np.ndarray, spearman: float) -> None:
@@ -80,7 +80,7 @@ def plot_scores(path: Path, scores: Sequence[float], cosines: np.ndarray, spearm
     axes.set_title(f"Spearman {spearman:.3f}, {len(scores):,} pairs")
     axes.set_xlabel("score")
     axes.set_ylabel("cosine")
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_confusion(path: Path, counts: np.ndarray, labels: Sequence[str]) -> None:
@@ -94,7 +94,7 @@ def plot_confusion(path: Path, counts: np.ndarray, labels: Sequence[str]) -> Non
     axes.set_xlabel("taken for")
     axes.set_ylabel("class")
     figure.colorbar(image, ax=axes, label="share of the class")
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_spectrum(path: Path, spectra: Mapping[str, np.ndarray], rank: int) -> None:
@@ -108,10 +108,10 @@ def plot_spectrum(path: Path, spectra: Mapping[str, np.ndarray], rank: int) -> N
     axes.set_xlabel("number")
     axes.set_ylabel("singular value")
     axes.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     """Aside, then renamed: a kill leaves no half of a picture."""
     aside = path.with_name(f".{path.name}")
     figure.savefig(aside, dpi=150, format="png")
