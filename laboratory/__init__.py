@@ -1,0 +1,1 @@
+"""The paper's law in a laboratory: generate, then represent."""
