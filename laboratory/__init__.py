@@ -1,1 +1,5 @@
-"""The paper's law in a laboratory: worlds made by rule, a tiny omnimodal model, and what it learns of them."""
+"""The paper's second half in small: models trained generatively on made worlds, tuned on text alone, and measured.
+
+`worlds` and `real` make world folders, `backbone` the model, `run` trains, `measure` and `probes` measure, `report`
+tells. docs/laboratory.md says what each number means.
+"""

@@ -1,7 +1,6 @@
 """Records, sources, the batches made of them and their packing."""
 
 import copy
-import io
 import json
 import os
 import runpy
@@ -15,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import reference
-from array_record.python.array_record_module import ArrayRecordWriter
 from ml_collections import ConfigDict
+from tfds_files import CORE, NUMBER, TEXT, class_label, image_feature, png, shape, write_tfds
 
 from lco_jax import LcoError, make_mesh
 from lco_jax.checkpoint import builtin
@@ -360,54 +359,6 @@ TRIPLETS = [
 ]
 
 
-CORE = "tensorflow_datasets.core.features"
-TEXT = {"pythonClassName": f"{CORE}.text_feature.Text", "text": {}}
-NUMBER = {
-    "pythonClassName": f"{CORE}.scalar.Scalar",
-    "tensor": {"shape": {}, "dtype": "int64", "encoding": "none"},
-}
-
-
-def class_label(count):
-    return {"pythonClassName": f"{CORE}.class_label_feature.ClassLabel", "classLabel": {"numClasses": str(count)}}
-
-
-def write_tfds(data_dir, name, features, rows, labels=None):
-    """What TFDS's own `builder.download_and_prepare(file_format="array_record")` leaves, without TensorFlow.
-
-    features: as in features.json. rows: feature -> what its `tf.train.Feature` holds. labels: names by feature.
-    """
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    folder = data_dir / name / "1.1.0"
-    folder.mkdir(parents=True)
-    content = {"pythonClassName": f"{CORE}.features_dict.FeaturesDict", "featuresDict": {"features": features}}
-    (folder / "features.json").write_text(json.dumps(content))
-    for feature, names in (labels or {}).items():
-        (folder / f"{feature}.labels.txt").write_text("\n".join(names) + "\n")
-    serialized = []
-    for row in rows:
-        example = tf_example_pb2.Example()
-        for feature, value in row.items():
-            values = value if isinstance(value, list) else [value]
-            kinds = {bytes: "bytes_list", int: "int64_list", float: "float_list"}
-            getattr(example.features.feature[feature], kinds[type(values[0])]).value.extend(values)
-        serialized.append(example.SerializeToString())
-    writer = ArrayRecordWriter(str(folder / f"{name}-train.array_record-00000-of-00001"), "group_size:1")
-    for record in serialized:
-        writer.write(record)
-    writer.close()
-    split = {
-        "name": "train",
-        "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-        "shardLengths": [str(len(rows))],
-        "numBytes": str(sum(map(len, serialized))),
-    }
-    info = {"name": name, "version": "1.1.0", "fileFormat": "array_record", "splits": [split]}
-    (folder / "dataset_info.json").write_text(json.dumps(info))
-    return str(data_dir)
-
-
 def write_nli(data_dir, rows, name="snli", features=None):
     features = features or {"premise": TEXT, "hypothesis": TEXT, "label": class_label(3)}
     rows = [{"premise": p.encode(), "hypothesis": h.encode(), "label": label} for p, h, label in rows]
@@ -475,19 +426,7 @@ def test_tfds_is_read_without_tensorflow_and_torch(tmp_path):
 WORDS = ("sports_car", "dog")
 
 
-def png(pixels):
-    from PIL import Image
-
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "png")
-    return out.getvalue()
-
-
-def shape(*sizes):
-    return {"dimensions": [str(size) for size in sizes]}  # -1: any
-
-
-IMAGE = {"pythonClassName": f"{CORE}.image_feature.Image", "image": {"dtype": "uint8", "shape": shape(4, 5, 3)}}
+IMAGE = image_feature(4, 5, 3)
 AUDIO = {
     "pythonClassName": f"{CORE}.audio_feature.Audio",
     "audio": {"dtype": "int64", "shape": shape(-1), "fileFormat": "wav", "encoding": "none", "sampleRate": "8000"},

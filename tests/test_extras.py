@@ -1,36 +1,77 @@
-"""The notebook, the launcher and the tools: they run as they stand."""
+"""The notebooks, the launcher and the tools: they run as they stand."""
 
+import ast
+import json
+import os
+import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.slow
-def test_the_notebook_runs(tmp_path):
-    """Every cell but the one that installs."""
-    notebook = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4)
-    notebook.cells = [cell for cell in notebook.cells if "install" not in cell.metadata.get("tags", [])]
-    for cell in notebook.cells:
-        cell.source = cell.source.replace("runs/notebook", str(tmp_path / "run"))
-        if cell.source.startswith("!python"):
-            cell.source = cell.source.replace("!python", f"!{sys.executable}") + " --config.train.steps=3"
-            cell.source += " --config.optimizer.warmup_steps=1"
-    resources = {"metadata": {"path": str(ROOT)}}
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def run_notebook(monkeypatch, name, **parameters):
+    """Every cell from the notebook's own folder, with other parameters -> what its cells show, by kind of data."""
+    monkeypatch.delenv("XLA_FLAGS")  # one device, as a reader has, and not eight
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    place = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
+    given = "\n".join(f"{key} = {value!r}" for key, value in parameters.items())
+    notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(given))
+    resources = {"metadata": {"path": str(ROOT / "notebooks")}}
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
-    shown = {
-        kind: data
-        for cell in notebook.cells
-        for out in cell.get("outputs", ())
-        for kind, data in out.get("data", {}).items()
-    }
-    assert "image/png" in shown
-    assert "A musician performs outdoors." in shown["text/plain"]
+    shown = defaultdict(list)
+    for out in (out for cell in notebook.cells for out in cell.get("outputs", ())):
+        shown["text"].append(out.get("text", ""))
+        for kind, data in out.get("data", {}).items():
+            shown[kind].append(data)
+    return shown
+
+
+@pytest.mark.slow
+def test_the_notebook_that_searches_runs(monkeypatch, tmp_path, cases):
+    """On a checkpoint that hears, so that no cell is passed over."""
+    shown = run_notebook(
+        monkeypatch, "embed_and_search", MODEL=str(cases["omni"].path), STEPS=2, OUT=str(tmp_path / "run")
+    )
+    assert len(shown["image/png"]) == 4  # the pictures, the cosines, what was found, the sounds
+    assert "<audio" in "".join(shown["text/html"])
+    assert re.search(r"the nearest of 18 captions is right for \d+ of 36 pictures", "".join(shown["text"]))
+
+
+@pytest.mark.slow
+def test_the_notebook_that_trains_runs(monkeypatch, tmp_path):
+    shown = run_notebook(monkeypatch, "train", STEPS=2, OUT=str(tmp_path / "run"))
+    assert len(shown["image/png"]) == 2
+    assert "When do you open?" in shown["text/plain"][-1]
+    numbers = [json.loads((tmp_path / "run" / name / "results.json").read_text()) for name in ("run", "measured")]
+    assert numbers[0]["after"]["recall_at_1"] == numbers[1]["recall_at_1"]  # the merged model is the trained one
+    assert (tmp_path / "run" / "export-adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_install_first_define_nothing_and_hold_no_output(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.metadata for cell in code[:2]] == [{"tags": ["install"]}, {"tags": ["parameters"]}]
+    assert not any(cell.metadata for cell in [*code[2:], *(cell for cell in notebook.cells if cell not in code)])
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    python = TransformerManager()
+    for cell in code:
+        for node in ast.walk(ast.parse(python.transform_cell(cell.source))):
+            assert not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda)
 
 
 def test_the_launcher_says_how_it_is_used():
