@@ -25,10 +25,9 @@ from lco_jax.analysis.pairs import Pairs, draw_pairs
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.checkpoint.peft import read_peft
 from lco_jax.core.errors import LcoError, run_main
-from lco_jax.core.files import read_json, write_json, write_text, written_aside
+from lco_jax.core.files import write_json, write_text, written_aside
 from lco_jax.core.shapes import keep_compiled
-from lco_jax.data.scan import Source
-from lco_jax.data.sources import open_source
+from lco_jax.data.sources import open_file
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.generator import OmniGenerator
 
@@ -62,14 +61,14 @@ def main() -> int:
             raise LcoError(f"--{flag}={value}: it must be at least {least}")
     if args.adapter and args.after_model:
         raise LcoError("--adapter and --after-model both say what came after; give one of them")
-    pairs = draw_pairs(_open(args.data), args.a, args.b, args.limit, args.seed)
+    pairs = draw_pairs(open_file(args.data), args.a, args.b, args.limit, args.seed)
     found = f"{len(pairs.a):,} pairs of {' and '.join(pairs.kinds)}"
     left_out = f"{pairs.duplicates:,} repeat a side, {pairs.others:,} are of other modalities"
     if len(pairs.a) < args.k + 2:
         raise LcoError(f"--data={args.data} has {found} ({left_out}); --k={args.k} takes at least {args.k + 2}")
     told = pairs  # whose captions the generator is to say
     if args.captions:
-        told = draw_pairs(_open(args.captions), "", "", args.limit, args.seed, distinct=False)
+        told = draw_pairs(open_file(args.captions), "", "", args.limit, args.seed, distinct=False)
         if told.captions() is None:
             raise LcoError(f"--captions={args.captions} has no text on either side")
     models = {"before": (args.model, None)}
@@ -108,17 +107,6 @@ def main() -> int:
             plots.plot_generator(folder / "generator.png", losses, facts["generator"]["difference"])
     print((args.out / "analysis.md").read_text(encoding="utf-8"))
     return 0
-
-
-def _open(path: Path) -> Source:
-    """The records of --data or --captions."""
-    if path.suffix not in (".json", ".jsonl", ".parquet"):
-        raise LcoError(f"{path}: give a .jsonl or .parquet file of pairs, or a .json file that holds a source of them")
-    spec = read_json(path) if path.suffix == ".json" else {"kind": path.suffix[1:], "path": str(path)}
-    try:
-        return open_source(str(path), spec)
-    except LcoError as error:  # which speaks of a configuration
-        raise LcoError(str(error).replace("config.data.sources.", "")) from None
 
 
 def _look(

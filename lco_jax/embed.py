@@ -29,7 +29,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from itertools import islice, tee
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -45,6 +45,7 @@ from lco_jax.embedder import OmniEmbedder
 from lco_jax.models.attention import IMPLEMENTATIONS
 
 TEXTS_A_PART, MEDIA_A_PART = 8192, 512
+Model = TypeVar("Model", bound=OmniEmbedder)
 
 
 def parse_args() -> argparse.Namespace:
@@ -61,6 +62,15 @@ def parse_args() -> argparse.Namespace:
 
 def add_flags(parser: argparse.ArgumentParser, on_error: str) -> None:
     """The flags of whatever embeds a corpus: the model, how it embeds, and the caps on media."""
+    parser.add_argument("--on-error", choices=["raise", "skip"], default=on_error, help="of media that cannot be read")
+    parser.add_argument(
+        "--part-size", type=int, help=f"inputs embedded together (default: {TEXTS_A_PART}; {MEDIA_A_PART} with media)"
+    )
+    add_model_flags(parser)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of the model, of how it reads inputs, and the caps on media."""
     parser.add_argument("--model", required=True, help="a checkpoint folder or hub id")
     parser.add_argument("--adapter", help="a PEFT adapter folder or hub id")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -70,11 +80,7 @@ def add_flags(parser: argparse.ArgumentParser, on_error: str) -> None:
     parser.add_argument("--max-length", type=int, help="cut texts to so many tokens")
     parser.add_argument("--prompt", help="instead of the reference's, placed after the content")
     parser.add_argument("--media-root", type=Path, help="where relative paths of media start")
-    parser.add_argument("--on-error", choices=["raise", "skip"], default=on_error, help="of media that cannot be read")
     parser.add_argument("--workers", type=int, help="processes that prepare media (default: one a CPU, at most 8)")
-    parser.add_argument(
-        "--part-size", type=int, help=f"inputs embedded together (default: {TEXTS_A_PART}; {MEDIA_A_PART} with media)"
-    )
     group = parser.add_argument_group("caps on media")
     for field in fields(MediaConfig):
         flag, text = _flag(field.name), field.metadata["meaning"]
@@ -102,7 +108,7 @@ def main() -> int:
         found = scan(items, media, strict)
     keep_compiled()
     checkpoint = open_checkpoint(args.model)
-    modalities = _modalities(checkpoint, found, media, strict)
+    modalities = modalities_of(checkpoint, found, media, strict)
     part_size = args.part_size or (MEDIA_A_PART if found.has_media else TEXTS_A_PART)
     parts = VectorParts(args.output, _work(args, as_it_was, media, checkpoint), part_size)
     try:
@@ -124,10 +130,14 @@ def main() -> int:
 
 
 def load(
-    args: argparse.Namespace, checkpoint: Checkpoint, media: MediaConfig, modalities: tuple[str, ...] | None
-) -> OmniEmbedder:
-    """The embedder that the flags ask for. modalities: None for all."""
-    return OmniEmbedder.from_pretrained(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    media: MediaConfig,
+    modalities: tuple[str, ...] | None,
+    kind: type[Model] = OmniEmbedder,
+) -> Model:
+    """The embedder, or other `kind`, that the flags ask for. modalities: None for all."""
+    return kind.from_pretrained(
         checkpoint.folder,
         args.adapter,
         args.dtype,
@@ -178,9 +188,9 @@ def workers(args: argparse.Namespace, media: bool) -> int:
 
 def media_config(args: argparse.Namespace) -> MediaConfig:
     """The caps on media. Raises for any number among the flags that makes no sense."""
-    for name, least in (("batch_size", 1), ("max_length", 1), ("part_size", 1), ("workers", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise LcoError(f"{_flag(name)}={getattr(args, name)}: it must be at least {least}")
+    for name, least in (("batch_size", 1), ("max_length", 1), ("max_new_tokens", 1), ("part_size", 1), ("workers", 0)):
+        if (value := getattr(args, name, None)) is not None and value < least:
+            raise LcoError(f"{_flag(name)}={value}: it must be at least {least}")
     given = {field.name: getattr(args, field.name) for field in fields(MediaConfig)}
     try:
         return MediaConfig(**{name: value for name, value in given.items() if value is not None})
@@ -192,7 +202,7 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _modalities(checkpoint: Checkpoint, found: Contents, media: MediaConfig, strict: bool) -> tuple[str, ...]:
+def modalities_of(checkpoint: Checkpoint, found: Contents, media: MediaConfig, strict: bool) -> tuple[str, ...]:
     """The modalities whose towers are needed. strict: raise for one that the checkpoint does not take."""
     known = checkpoint.backbone.modalities
     for kind, where in found.kinds.items():

@@ -28,7 +28,7 @@ from lco_jax.data.inference import BLOCK_INPUTS, MAX_TOKENS, InferenceBatch, bat
 from lco_jax.data.inputs import Preparation, named, one_ahead, prepare_ahead
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.processor import Processor
-from lco_jax.data.prompts import ChatTokenizer, Prompt
+from lco_jax.data.prompts import ChatTokenizer
 from lco_jax.data.tower_rows import Processed
 from lco_jax.models.decoder import Decoder, pool, project
 from lco_jax.models.model import MediaPrograms, Model
@@ -169,7 +169,7 @@ class OmniEmbedder:
         """
         if not isinstance(inputs, Iterable | os.PathLike | Image.Image):
             raise LcoError(f"inputs is {type(inputs).__name__}; give a list of inputs, or a single one")
-        single = _is_single(inputs)
+        single = is_single(inputs)
         items = [inputs] if single else list(inputs)
         bar = (
             progress
@@ -286,17 +286,9 @@ class OmniEmbedder:
         ready = self._prepare(inputs, prompt, max_length)
         return np.moveaxis(self.embed(ready, None, max_tokens, progress, of="layers"), 1, 0)
 
-    def _prepare(
-        self,
-        inputs: Sequence[Any],
-        prompt: Prompt | None,
-        max_length: int | None,
-        workers: int = 0,
-        names: Sequence[str] | None = None,
-    ) -> list[Processed]:
+    def _prepare(self, inputs: Sequence[Any], prompt: str | None, max_length: int | None) -> list[Processed]:
         """Inputs, ready for the model, all at once. Raises for the first that is bad."""
-        preparation = Preparation(self.processor, prompt, max_length)
-        ready = list(prepare_ahead(preparation, named(inputs, names), workers))
+        ready = list(prepare_ahead(Preparation(self.processor, prompt, max_length), named(inputs, None), 0))
         if errors := [one for one in ready if isinstance(one, LcoError)]:
             raise errors[0]
         return ready  # type: ignore[return-value]
@@ -344,7 +336,7 @@ def _unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def _is_single(inputs: Any) -> bool:
+def is_single(inputs: Any) -> bool:
     """Whether this is one input rather than a list of them."""
     if isinstance(inputs, np.ndarray):
         return inputs.ndim > 1  # else a list of strings

@@ -1,7 +1,7 @@
-"""`OmniGenerator`: a checkpoint as what it was before it embedded, a function from inputs to what is said about them.
+"""`OmniGenerator`: a checkpoint as what it was before it embedded, a function from inputs to answers.
 
 Dimensions: N inputs, D hidden, R streams, S sequences of a stream, T tokens of a stream, A tokens of a batch's answers,
-M tokens that are said at most, E tokens that end a turn.
+M new tokens at most, E tokens that end a turn.
 """
 
 from collections.abc import Sequence
@@ -18,20 +18,22 @@ from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json
 from lco_jax.core.packing import PackedTokens, bucket
 from lco_jax.core.sharding import replicated
-from lco_jax.data.inference import MAX_TOKENS, InferenceBatch
+from lco_jax.data.inference import BLOCK_INPUTS, MAX_TOKENS, InferenceBatch, blocks_of
+from lco_jax.data.inputs import Preparation, named, one_ahead, prepare_ahead
+from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import Prompt, asked
 from lco_jax.data.tower_rows import Processed
-from lco_jax.embedder import OmniEmbedder
+from lco_jax.embedder import OmniEmbedder, is_single
 from lco_jax.models.cache import Cache
 from lco_jax.models.decoder import Decoder
-from lco_jax.models.head import head_of, likeliest, token_losses
+from lco_jax.models.head import greedy, head_of, token_losses
 from lco_jax.models.streams import to_rows
 
-AT_ONCE = 64  # sequences that are gone on with together, unless it is said
+AT_ONCE = 64  # sequences decoded together, unless a batch size is given
 
 
 class OmniGenerator(OmniEmbedder):
-    """Says what follows text, images, audio, video and any mix of them; embeds them, too. Build one with
+    """Generates text from text, images, audio, video and any mix of them, and embeds them, too. Build one with
     `from_pretrained`, which also loads the vocabulary head.
 
     ends: the token ids that end a turn: int32 [E].
@@ -42,10 +44,10 @@ class OmniGenerator(OmniEmbedder):
     def __init__(self, *args: Any):
         super().__init__(*args)
         decoder, everywhere = self.model.decoder, replicated(self.mesh)
-        self.ends = np.array(_ends(self), np.int32)
+        self.ends = np.array(turn_ends(self.processor), np.int32)
         self._losses = jax.jit(partial(_answer_losses, decoder), out_shardings=everywhere)
-        self._begin = jax.jit(partial(_begin, decoder), static_argnums=3)
-        self._go_on = jax.jit(partial(_go_on, decoder), donate_argnums=1, out_shardings=(everywhere, None))
+        self._prefill = jax.jit(partial(_prefill, decoder), static_argnums=3)
+        self._decode = jax.jit(partial(_decode, decoder), donate_argnums=1, out_shardings=(everywhere, None))
 
     def generate(
         self,
@@ -61,15 +63,18 @@ class OmniGenerator(OmniEmbedder):
     ) -> list[str]:
         """What the model says after each input, greedily, without the tokens that end its turn.
 
-        inputs, max_length, workers, progress, names: as of `encode`. Chat messages are rendered as they are; a content
-        with a text asks for itself, any other is followed by `prompts.QUESTIONS`; or all contents by `prompt`.
-        batch_size: the most inputs that are gone on with together, by default 64; no answer depends on it.
+        inputs (a list, or a single one), max_length, workers, progress, names: as of `encode`. Chat messages are
+        rendered as they are; a content with a text asks for itself, and any other is followed by one of
+        `prompts.QUESTIONS`; or all contents by `prompt`.
+        batch_size: the most inputs decoded together, by default 64; no answer depends on it.
         Raises for the first input that is bad, or leaves no room for `max_new_tokens` in the model's context.
         """
         options = {"prompt": prompt, "batch_size": batch_size, "max_length": max_length, "progress": progress}
-        said = self.generate_ids(inputs, max_new_tokens, **options, workers=workers, names=names)
-        spoken = [ids[:-1] if len(ids) and ids[-1] in self.ends else ids for ids in said]
-        return [self.tokenizer.tokenizer.decode(ids, skip_special_tokens=True) for ids in spoken]
+        generated = self.generate_ids(inputs, max_new_tokens, **options, workers=workers, names=names)
+        return [
+            self.tokenizer.tokenizer.decode(ids[~np.isin(ids, self.ends)], skip_special_tokens=True)
+            for ids in generated
+        ]
 
     def generate_ids(
         self,
@@ -87,19 +92,32 @@ class OmniGenerator(OmniEmbedder):
         for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise LcoError(f"{name} is {value}; it must be at least 1")
-        ready = self._prepare(inputs, asked if prompt is None else prompt, max_length, workers, names)
-        self._check_room(ready, max_new_tokens, f"max_new_tokens={max_new_tokens}", names)
-        said: list[np.ndarray] = [np.zeros(0, np.int32)] * len(ready)
+        inputs = [inputs] if is_single(inputs) else inputs
+        preparation = Preparation(self.processor, asked if prompt is None else prompt, max_length)
+        generated: list[np.ndarray] = []
+        prepared = prepare_ahead(preparation, named(inputs, names), workers)
+        for ready in one_ahead(blocks_of(prepared, BLOCK_INPUTS, raises=True)):
+            first = len(generated)
+            where = names[first:] if names else [f"input {first + i}" for i in range(len(ready))]
+            self._check_room(ready, where, max_new_tokens, f"max_new_tokens={max_new_tokens}")
+            generated += self._generate(ready, max_new_tokens, batch_size or AT_ONCE, progress)
+        return generated
+
+    def _generate(
+        self, ready: Sequence[Processed], max_new_tokens: int, batch_size: int, progress: tqdm | None
+    ) -> list[np.ndarray]:
+        """`generate_ids` of what is ready."""
+        generated: list[np.ndarray] = [np.zeros(0, np.int32)] * len(ready)
 
         def start(batch: InferenceBatch) -> tuple[Array, np.ndarray]:
-            begun = self._begin(self.params, batch.tokens, self._media(batch), max_new_tokens)
-            return self._go_on(self.params, begun, self.ends)[0], batch.sequences
+            prefilled = self._prefill(self.params, batch.tokens, self._media(batch), max_new_tokens)
+            return self._decode(self.params, prefilled, self.ends)[0], batch.sequences
 
-        for indices, (ids, sequences) in self._run(ready, start, batch_size or AT_ONCE, MAX_TOKENS, progress):
+        for indices, (ids, sequences) in self._run(ready, start, batch_size, MAX_TOKENS, progress):
             for i, mine in zip(indices, np.asarray(ids).reshape(-1, max_new_tokens)[sequences], strict=True):
                 ended = np.flatnonzero(np.isin(mine, self.ends))
-                said[i] = mine[: ended[0] + 1] if len(ended) else mine
-        return said
+                generated[i] = mine[: ended[0] + 1] if len(ended) else mine
+        return generated
 
     def token_losses(
         self,
@@ -119,7 +137,7 @@ class OmniGenerator(OmniEmbedder):
         prompts = self._prepare(inputs, prompt, max_length)
         targets = self.tokenizer.answers(answers)
         ready = [one.followed_by(ids[:-1]) for one, ids in zip(prompts, targets, strict=True)]
-        self._check_room(ready, 0, "its answer")
+        self._check_room(ready, [f"input {i}" for i in range(len(ready))], 0, "its answer")
         losses, counts = np.zeros(len(ready), np.float32), np.array([len(ids) for ids in targets])
 
         def start(batch: InferenceBatch) -> tuple[Array, np.ndarray]:
@@ -134,22 +152,21 @@ class OmniGenerator(OmniEmbedder):
             losses[indices] = np.bincount(whose, np.asarray(each)[: len(whose)])
         return losses, counts
 
-    def _check_room(self, ready: Sequence[Processed], more: int, what: str, names: Sequence[str] | None = None) -> None:
+    def _check_room(self, ready: Sequence[Processed], names: Sequence[str], more: int, what: str) -> None:
         """Raise for the first input that does not leave the context room for so many tokens `more`."""
         context = self.processor.max_tokens
-        if long := [i for i, one in enumerate(ready) if len(one) + more > context]:
-            name = names[long[0]] if names else f"input {long[0]}"
-            raise LcoError(f"{name} and {what} exceed the model's {context} tokens")
+        if long := [name for one, name in zip(ready, names, strict=False) if len(one) + more > context]:
+            raise LcoError(f"{long[0]} and {what} exceed the model's {context} tokens")
 
 
-def _ends(generator: OmniGenerator) -> list[int]:
-    """What ends a turn: as generation_config.json says, else the model's configuration, else the tokenizer."""
-    folder = generator.processor.folder
+def turn_ends(processor: Processor) -> list[int]:
+    """The token ids that end a turn: generation_config.json's, else the model configuration's, else the tokenizer's."""
+    folder = processor.folder
     config = read_json(folder / "config.json")
     places = [config.get("thinker_config") or {}, config, config.get("text_config") or {}]
     if (folder / "generation_config.json").exists():
         places = [read_json(folder / "generation_config.json"), *places]
-    places.append({"eos_token_id": generator.tokenizer.tokenizer.eos_token_id})
+    places.append({"eos_token_id": processor.tokenizer.tokenizer.eos_token_id})
     found = next((place["eos_token_id"] for place in places if place.get("eos_token_id") is not None), [])
     return found if isinstance(found, list) else [found]
 
@@ -163,38 +180,40 @@ def _answer_losses(
     return token_losses(flat[spoken][None], head_of(params), wanted[None])[0]
 
 
-Begun = tuple[Array, Array, Cache]
+Prefilled = tuple[Array, Array, Cache]
 
 
-def _begin(decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, media: Array | None, new: int) -> Begun:
-    """Prompts -> the first token that each sequence says, and that one's position, int32 [R, S] (-1 where there is no
-    sequence); and their cache, with room for `new` tokens. Text goes on after the largest position of any axis."""
+def _prefill(
+    decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, media: Array | None, new: int
+) -> Prefilled:
+    """Prompts -> each sequence's first new token, and its position, int32 [R, S] (-1 where there is no sequence); and
+    their cache, with room for `new` tokens. Text goes on after the largest position of any axis."""
     states, cache = decoder.apply({"params": params["decoder"]}, tokens, media, "cache")
     [positions], rows = to_rows(jnp.max(tokens.position_ids, axis=-1), tokens), tokens.rows[0]
     last = jnp.max(jnp.where(rows >= 0, positions, -2), axis=-1)
-    return likeliest(states, head_of(params)), last + 1, cache.with_room(new)
+    return greedy(states, head_of(params)), last + 1, cache.with_room(new)
 
 
-def _go_on(decoder: Decoder, params: dict[str, Any], begun: Begun, ends: Array) -> tuple[Array, Begun]:
-    """What `_begin` left -> the tokens that are said, int32 [R, S, M], arbitrary after the first of `ends`; and what
-    was given, whose memory is used again."""
-    first, positions, cache = begun
-    said = jnp.zeros((*first.shape, cache.keys.shape[3] - cache.width), jnp.int32).at[..., 0].set(first)
-    over = (positions < 0) | jnp.isin(first, ends)
+def _decode(decoder: Decoder, params: dict[str, Any], prefilled: Prefilled, ends: Array) -> tuple[Array, Prefilled]:
+    """What `_prefill` left -> the new tokens, int32 [R, S, M], arbitrary after the first of `ends` (int32 [E]); and
+    what was given, whose memory is used again. Stops when every sequence has ended."""
+    first, positions, cache = prefilled
+    ids = jnp.zeros((*first.shape, cache.keys.shape[3] - cache.width), jnp.int32).at[..., 0].set(first)
+    ended = (positions < 0) | jnp.isin(first, ends)
+    zeros = jnp.zeros_like(first)
 
-    def goes_on(state: tuple[Array, Array, Cache]) -> Array:
-        said, over, cache = state
-        return (cache.said + 1 < said.shape[-1]) & ~jnp.all(over)
+    def unfinished(state: tuple[Array, Array, Cache]) -> Array:
+        ids, ended, cache = state
+        return (cache.generated + 1 < ids.shape[-1]) & ~jnp.all(ended)
 
-    def say(state: tuple[Array, Array, Cache]) -> tuple[Array, Array, Cache]:
-        said, over, cache = state
-        ids = said[..., cache.said]
-        where = jnp.broadcast_to((positions + cache.said)[..., None], (*ids.shape, 3))
-        nothing = jnp.zeros_like(ids)
-        tokens = PackedTokens(ids, where, nothing.astype(jnp.uint32), nothing - 1, (), nothing, nothing)
+    def step(state: tuple[Array, Array, Cache]) -> tuple[Array, Array, Cache]:
+        ids, ended, cache = state
+        at = jnp.broadcast_to((positions + cache.generated)[..., None], (*positions.shape, 3))
+        newest = ids[..., cache.generated]
+        tokens = PackedTokens(newest, at, zeros.astype(jnp.uint32), zeros - 1, (), zeros, zeros)
         states, cache = decoder.apply({"params": params["decoder"]}, tokens, of="cache", cache=cache)
-        ids = likeliest(states, head_of(params))
-        return said.at[..., cache.said].set(ids), over | jnp.isin(ids, ends), cache
+        following = greedy(states, head_of(params))
+        return ids.at[..., cache.generated].set(following), ended | jnp.isin(following, ends), cache
 
-    said, _, cache = jax.lax.while_loop(goes_on, say, (said, over, cache))
-    return said, (first, positions, cache)
+    ids, _, cache = jax.lax.while_loop(unfinished, step, (ids, ended, cache))
+    return ids, (first, positions, cache)

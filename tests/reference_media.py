@@ -143,7 +143,9 @@ def answer_losses(
     return losses[-spoken["input_ids"].shape[1] :], torch.stack(states)[:, 0, -1]
 
 
-def said(model: torch.nn.Module, folder: Path, conversation: list[dict[str, Any]], new: int, ends: list[int]) -> list:
+def generated(
+    model: torch.nn.Module, folder: Path, conversation: list[dict[str, Any]], new: int, ends: list[int]
+) -> list[int]:
     """The `new` tokens at most that transformers generates greedily, with 5.x's positions of video."""
     inputs = _inputs(_processor(str(folder)), [conversation], False, None)
     model.model.rope_deltas = None  # of an earlier input

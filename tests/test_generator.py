@@ -1,16 +1,25 @@
 """What a checkpoint would say: every layer's states and the loss of an answer's tokens, as in transformers."""
 
+import json
+from functools import cache
+from types import SimpleNamespace
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from reference_media import answer_losses, audio, image, said, user, video
+from PIL import Image
+from reference_media import answer_losses, audio, generated, image, picture, user, video
 
-from lco_jax import LcoError, OmniGenerator, make_mesh
+from lco_jax import LcoError, OmniGenerator, generate, make_mesh
 from lco_jax.checkpoint.hf import abstract_params, open_checkpoint
 from lco_jax.checkpoint.peft import write_peft
 from lco_jax.core import lora
+from lco_jax.core.files import read_json, write_json
 from lco_jax.data.prompts import as_messages, asked
+from lco_jax.evaluation.answers import score
+from lco_jax.generator import turn_ends
 
 ANSWERS = ["A cat.", "Several words, and one more: 猫", "x"]
 INPUTS = {
@@ -22,12 +31,18 @@ INPUTS = {
 }
 
 
+@cache
+def load_generator(path):
+    """On one device, with the positions of video that transformers has now."""
+    return OmniGenerator.from_pretrained(path, mesh=make_mesh(devices=jax.devices()[:1]), video_positions="5")
+
+
 @pytest.mark.parametrize(
     "family", [pytest.param(x, marks=[] if x == "llava_llama" else pytest.mark.slow) for x in INPUTS]
 )
 def test_layers_and_answers_equal_transformers(cases, family):
     case, conversations = cases[family], [user(*parts) for parts in INPUTS[family]]
-    model = OmniGenerator.from_pretrained(case.path, mesh=make_mesh(devices=jax.devices()[:1]))
+    model = load_generator(case.path)
     want = [answer_losses(case.model, case.path, *one) for one in zip(conversations, ANSWERS, strict=True)]
     losses, counts = model.token_losses(conversations, ANSWERS)
     assert counts.tolist() == [len(each) for each, _ in want]
@@ -41,14 +56,18 @@ def test_layers_and_answers_equal_transformers(cases, family):
 
 
 @pytest.mark.slow
-def test_a_loss_depends_on_no_neighbour_and_on_no_mesh(cases):
-    alone = OmniGenerator.from_pretrained(cases["vl"].path, mesh=make_mesh(devices=jax.devices()[:1]))
+def test_losses_and_answers_depend_on_no_neighbour_and_on_no_mesh(cases):
+    alone = load_generator(cases["vl"].path)
     split = OmniGenerator.from_pretrained(cases["vl"].path, mesh=make_mesh(2, 2, 2))
     inputs = [*reference.TEXTS, reference.TEXTS[1]]
     answers = [text[::-1] for text in inputs]
     want = np.concatenate([alone.token_losses([x], [y])[0] for x, y in zip(inputs, answers, strict=True)])
     np.testing.assert_allclose(alone.token_losses(inputs, answers)[0], want, rtol=1e-5)
     np.testing.assert_allclose(split.token_losses(inputs, answers, max_tokens=100)[0], want, rtol=1e-5)
+    inputs = [*inputs[:3], {"image": picture(1, 56, 84)}]
+    want = [ids.tolist() for ids in alone.generate_ids(inputs, 8)]
+    assert [ids.tolist() for ids in alone.generate_ids(inputs[::-1], 8, batch_size=2)] == want[::-1]
+    assert [ids.tolist() for ids in split.generate_ids(inputs, 8)] == want
 
 
 QUESTIONS = {
@@ -61,15 +80,99 @@ QUESTIONS = {
 }
 
 
-@pytest.mark.parametrize("family", QUESTIONS)
-def test_answers_equal_transformers(cases, family):
+@pytest.mark.parametrize(
+    "family", [pytest.param(x, marks=[] if x == "vl_tied" else pytest.mark.slow) for x in QUESTIONS]
+)
+def test_answers_equal_transformers(cases, family, monkeypatch):
+    """Also where an answer ends: of the tokens that end a turn, one is that which ends the last answer sixth."""
     case, conversations = cases[family], [user(*parts) for parts in QUESTIONS[family]]
-    one = make_mesh(devices=jax.devices()[:1])
-    model = OmniGenerator.from_pretrained(case.path, mesh=one, video_positions="5")
-    model.ends = np.array([model.ends[0], 77], np.int32)
-    want = [said(case.model, case.path, one, 12, model.ends.tolist()) for one in conversations]
-    assert [ids.tolist() for ids in model.generate_ids(conversations, 12)] == want
-    print(want)
+    model = load_generator(case.path)
+    want = [generated(case.model, case.path, one, 12, model.ends.tolist()) for one in conversations]
+    found = model.generate_ids(conversations, 12)
+    assert [ids.tolist() for ids in found] == want
+    assert len({*want[-1]}) > 3
+    monkeypatch.setattr(model, "ends", np.array([want[-1][5], *model.ends], np.int32))
+    cut = [ids[: ids.index(want[-1][5]) + 1] if want[-1][5] in ids else ids for ids in want]
+    assert [ids.tolist() for ids in model.generate_ids(conversations, 12)] == cut
+    assert want[-1][5] not in model.tokenizer.ids(model.generate(conversations, 12))[-1]
+
+
+def test_a_cache_changes_no_token_of_a_tuned_and_quantized_model(cases, tmp_path, monkeypatch):
+    """Each token is the one that comes first after the prompt and those before it, read anew."""
+    config = lora.LoraConfig(rank=2)
+    drawn = np.random.default_rng(0)
+    adapters = lora.init(jax.random.key(0), abstract_params(open_checkpoint(cases["vl_tied"].path).config), config)
+    adapters = jax.tree.map(lambda x: jnp.asarray(drawn.normal(0, 0.1, x.shape), x.dtype), adapters)
+    write_peft(tmp_path / "adapter", adapters, config, "x")
+    model = OmniGenerator.from_pretrained(cases["vl_tied"].path, tmp_path / "adapter", quantize="int8")
+    found = model.generate_ids(reference.TEXTS, 6)
+    plain = load_generator(cases["vl_tied"].path).generate_ids(reference.TEXTS, 6)
+    assert any(a.tolist() != b.tolist() for a, b in zip(found, plain, strict=True))
+    attempt = model.processor.attempt
+    for n in (1, 5):
+        before = iter([ids[:n] for ids in found])
+        after = lambda *given: [one.followed_by(next(before)) for one in attempt(*given)]  # noqa: B023, E731
+        monkeypatch.setattr(model.processor, "attempt", after)
+        assert [ids.tolist() for ids in model.generate_ids(reference.TEXTS, 1)] == [[ids[n]] for ids in found]
+
+
+def test_what_ends_a_turn(tmp_path):
+    tokenizer = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=1))
+    processor = SimpleNamespace(folder=tmp_path, tokenizer=tokenizer)
+    for name, content, want in [
+        ("config.json", {"text_config": {"eos_token_id": None}}, [1]),
+        ("config.json", {"text_config": {"eos_token_id": 2}}, [2]),
+        ("config.json", {"eos_token_id": 3, "text_config": {"eos_token_id": 2}}, [3]),
+        ("generation_config.json", {"max_length": 20}, [3]),
+        ("generation_config.json", {"eos_token_id": [4, 5]}, [4, 5]),
+    ]:
+        write_json(tmp_path / name, content)
+        assert turn_ends(processor) == want
+
+
+def test_scores_equal_a_computation_by_hand():
+    """kitten, sitting: two substitutions and an insertion (Levenshtein)."""
+    scores = score(["kitten", " a big dog\n", "No", "a  b"], ["sitting", "a dog", "no", "a b"])
+    assert scores == pytest.approx({
+        "records": 4, "exact_match": 0, "cer": (3 / 7 + 4 / 5 + 1 / 2 + 1 / 3) / 4, "corpus_cer": 9 / 17,
+        "wer": (1 + 1 / 2 + 1 + 0) / 4, "corpus_wer": 3 / 6,
+    })  # fmt: skip
+    assert score([" a\n"], ["a"])["exact_match"] == 1
+    with pytest.raises(LcoError, match="reference 1 is white space alone"):
+        score(["a", "b"], ["a", " \n"])
+
+
+def test_generate_answers_and_scores_files(tmp_path, run_command, monkeypatch, tiny):
+    monkeypatch.setattr(OmniGenerator, "from_pretrained", lambda *_, **__: tiny)
+    Image.fromarray(picture(1, 56, 56)).save(tmp_path / "a.png")
+    records = [{"anchor": {"image_path": "a.png"}, "positive": "a cat"}, {"anchor": "Why?", "positive": "So"}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records))
+    (tmp_path / "in.jsonl").write_text(json.dumps({"image": "a.png"}) + "\n" + json.dumps("Why?") + "\n")
+    want = tiny.generate([{"image": tmp_path / "a.png"}, {"text": "Why?"}], 4)
+    status, out, _ = run_command(generate, f"--input={tmp_path}/in.jsonl", "--max-new-tokens=4")
+    assert not status
+    assert [json.loads(line)["answer"] for line in out.splitlines()] == want
+    status, out, _ = run_command(
+        generate, f"--data={tmp_path}/data.jsonl", f"--out={tmp_path}/out", "--max-new-tokens=4"
+    )
+    assert not status
+    assert "| corpus_cer |" in out
+    lines = [json.loads(line) for line in (tmp_path / "out/answers.jsonl").read_text().splitlines()]
+    assert [(x["answer"], x["reference"]) for x in lines] == [*zip(want, ["a cat", "So"], strict=True)]
+    assert score(want, ["a cat", "So"]).items() <= read_json(tmp_path / "out/results.json").items()
+    bad = [{"anchor": "Why?", "positive": {"image_path": "a.png"}}]
+    (tmp_path / "bad.jsonl").write_text(json.dumps(bad[0]) + "\n")
+    for flags, said in [
+        ([], "give --input, or --data and --out"),
+        (["--data=x.jsonl"], "--data needs --out"),
+        (["--input=x.jsonl", "--out=y"], "--out goes with --data"),
+        (["--data=x.jsonl", "--out=y", "--output=z"], "--output goes with --input"),
+        (["--input=x.jsonl", "--output=z.npy"], "--output=z.npy: the file must end in .jsonl"),
+        ([f"--input={tmp_path}/in.jsonl", "--max-new-tokens=0"], "--max-new-tokens=0: it must be at least 1"),
+        ([f"--data={tmp_path}/bad.jsonl", "--out=y"], "bad.jsonl:1: its positive is the answer, and must be a text"),
+    ]:
+        status, _, err = run_command(generate, *flags)
+        assert (status, said in err) == (2, True), err
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +202,11 @@ def test_a_content_without_a_text_is_asked_about():
 
 
 def test_no_answers_and_one_that_is_too_long(tiny):
+    assert tiny.generate([]) == []
+    with pytest.raises(LcoError, match="max_new_tokens is 0"):
+        tiny.generate(["a"], 0)
+    with pytest.raises(LcoError, match="input 1 and max_new_tokens=32700 exceed the model's 32768 tokens"):
+        tiny.generate(["a", "b" * 1000], 32_700)
     assert [x.shape for x in tiny.token_losses([], [])] == [(0,), (0,)]
     with pytest.raises(LcoError, match="input 1 and its answer exceed the model's 32768 tokens"):
         tiny.token_losses(["a", "b"], ["c", "word " * 40_000])

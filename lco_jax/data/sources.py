@@ -14,7 +14,7 @@ import pyarrow.lib
 from ml_collections import ConfigDict
 
 from lco_jax.core.errors import LcoError, explained
-from lco_jax.core.files import ASSETS, resolve
+from lco_jax.core.files import ASSETS, read_json, resolve
 from lco_jax.data.captions import FilesSource
 from lco_jax.data.prompts import MEDIA
 from lco_jax.data.records import Record, file_lookup, listed, parse_record
@@ -160,3 +160,19 @@ def open_source(name: str, spec: Mapping[str, Any], on_bad: str = "error") -> So
         return makers[kind](**arguments, on_bad=on_bad)
     except TypeError as error:
         raise LcoError(f"config.data.sources.{name}: {str(error).split(') ')[-1].split('() ')[-1]}") from None
+
+
+def open_file(path: Path, media_root: Path | None = None) -> Source:
+    """Open a .jsonl or .parquet file of records, or the source of a configuration that a .json file holds.
+
+    media_root: as for `JsonlSource`, in the place of what the source says.
+    """
+    if path.suffix not in (".json", ".jsonl", ".parquet"):
+        raise LcoError(
+            f"{path}: give a .jsonl or .parquet file of records, or a .json file that holds a source of them"
+        )
+    spec = read_json(path) if path.suffix == ".json" else {"kind": path.suffix[1:], "path": str(path)}
+    try:
+        return open_source(str(path), spec if media_root is None else {**spec, "media_root": str(media_root)})
+    except LcoError as error:  # which speaks of a configuration
+        raise LcoError(str(error).replace("config.data.sources.", "")) from None

@@ -211,7 +211,7 @@ class Decoder(nn.Module):
         before = [*before, take(x, tokens.last_tokens)] if of == "layers" else []
         x, last = run(end, jax.tree.map(lambda w: w[end], tuned), x, going, of != "tokens" and cache is None)
         if cache is not None:
-            cache = replace(last, said=last.said + 1)
+            cache = replace(last, generated=last.generated + 1)
         elif of == "cache":
             [keys], [values] = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), kept, last)
             lengths = jnp.sum(tokens.rows[0] >= 0, axis=-1, dtype=jnp.int32)

@@ -49,7 +49,7 @@ def token_losses(states: Array, weight: Array, targets: Array) -> Array:
     return rearrange(losses, "n r a -> r (n a)")[:, :count]
 
 
-def likeliest(states: Array, weight: Array) -> Array:
+def greedy(states: Array, weight: Array) -> Array:
     """The token that is likeliest next: int32 [...]. states [..., D], after the final norm; weight [V, D]."""
     precision = matmul_precision(states)
     logits = jnp.einsum("...d,vd->...v", states, weight, precision=precision, preferred_element_type=jnp.float32)
