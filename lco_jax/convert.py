@@ -40,7 +40,8 @@ def parse_args() -> argparse.Namespace:
         prog="python -m lco_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", nargs="?", choices=["soup"], help="average instead of converting one")
-    parser.add_argument("--workdir", type=Path, help="a training run; its newest checkpoint is exported")
+    parser.add_argument("--workdir", type=Path, help="a training run, one of whose checkpoints is exported")
+    parser.add_argument("--step", type=int, help="which of the --workdir's (default: the newest)")
     parser.add_argument("--model", help="a checkpoint folder or hub id (with --workdir: the run's own)")
     parser.add_argument("--adapter", help="a PEFT adapter folder or hub id; none: the model as it is")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
@@ -68,13 +69,15 @@ def main() -> int:
         return _soup(args)
     if given := [name for name in SOUP if getattr(args, name)]:
         raise LcoError(f"--{given[0]} goes with soup: python -m lco_jax.convert soup …")
+    if args.step is not None and args.workdir is None:
+        raise LcoError("--step goes with --workdir")
     if (args.workdir is None) == (args.model is None):
         raise LcoError("give either --workdir (a training run) or --model (a checkpoint), and not both")
     source, tuned, config = args.model, {}, None
     if args.workdir is not None:
         if args.adapter:
             raise LcoError("--adapter goes with --model; a --workdir brings its own")
-        source, tuned, config, step = tuned_of_run(args.workdir)
+        source, tuned, config, step = tuned_of_run(args.workdir, args.step)
         print(f"{args.workdir}: step {step}, trained from {source}")
     elif args.adapter:
         tuned["decoder"], config = read_peft(args.adapter)

@@ -212,7 +212,8 @@ def export(run: Run) -> tuple[dict[str, Any], dict[str, str]]:
     plot_loss(workdir / "loss.png", *columns)
     outputs["loss curve"] = str(workdir / "loss.png")
     say(f"\nloss {lines[0]['loss']:.3f} at the first step, {lines[-1]['loss']:.3f} at the last")
-    return {"steps": len(lines), "first_loss": lines[0]["loss"], "last_loss": lines[-1]["loss"]}, outputs
+    results = {"steps": len(lines), "first_loss": lines[0]["loss"], "last_loss": lines[-1]["loss"]}
+    return {**results, "trained_parameters": tuning.count(job.training.tuned)}, outputs
 
 
 def together() -> None:

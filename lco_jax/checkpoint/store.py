@@ -31,6 +31,10 @@ class RunStore:
         """The newest complete checkpoint."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """All complete checkpoints, the newest last."""
+        return sorted(self._manager.all_steps())
+
     def save(self, step: int, state: Any, data_position: dict[str, Any]) -> None:
         """Begin to save; returns when the state is copied out, before it is on disk."""
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_position))

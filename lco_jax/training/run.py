@@ -108,13 +108,19 @@ def claim_workdir(workdir: Path, config: ConfigDict, total_steps: int, begun: bo
         write_json(path, content)
 
 
-def tuned_of_run(workdir: Path) -> tuple[str, dict[str, Any], lora.LoraConfig, int]:
-    """(checkpoint path, what was tuned, on the host, configuration of adapters, step) of a run's newest checkpoint."""
+def tuned_of_run(workdir: Path, step: int | None = None) -> tuple[str, dict[str, Any], lora.LoraConfig, int]:
+    """(checkpoint path, what was tuned, on the host, configuration of adapters, step) of a run's checkpoint.
+
+    step: which, by default the newest. Raises where there is none.
+    """
     config = read_json(workdir / "config.json")
     store = RunStore(workdir / "checkpoints", config["checkpoint"]["keep"], read_only=True)
-    step = store.latest_step()
-    if step is None:
+    there = store.steps()
+    if not there:
         raise LcoError(f"{workdir} has no checkpoint yet")
+    step = there[-1] if step is None else step
+    if step not in there:
+        raise LcoError(f"{workdir} has no checkpoint of step {step}; there are: {', '.join(map(str, there))}")
     mesh = make_mesh(devices=jax.local_devices()[:1])
     training = Training.build(config, open_checkpoint(config["model"]["path"]), config["total_steps"], mesh)
     state, _ = training.restore(store, step)

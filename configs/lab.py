@@ -1,0 +1,71 @@
+"""The laboratory: the paper's law in small, on two cores.
+
+    python -m laboratory --config=configs/lab.py            three seeds, in under 40 minutes
+    python -m laboratory --config=configs/lab.py:short      one seed, a small world: that everything runs
+    python -m laboratory --config=configs/lab.py:real --config.data_dir=DIR
+
+DIR holds tfds/ (cifar10 and mnist as array_record files) and fsdd/ (the Free Spoken Digit Dataset's wavs).
+docs/laboratory.md says what is measured, and how a claim is decided.
+"""
+
+from dataclasses import asdict
+
+from ml_collections import ConfigDict, config_dict
+
+from configs import base
+from laboratory import backbone, real, worlds
+
+
+def get_config(form: str = "") -> ConfigDict:
+    """form: "", "short" or "real"."""
+    config = ConfigDict()
+    config.name = f"lab_{form}" if form else "lab"
+    config.world = "real" if form == "real" else "made"
+    config.data_dir = config_dict.placeholder(str)
+    config.seeds = (0, 1, 2)
+    config.sizes = asdict(real.Sizes() if form == "real" else worlds.Sizes())
+    config.geometry = asdict(backbone.Geometry())
+    config.stages = (0, 40, 80, 160, 320)  # steps of generative training; each checkpoint is measured and tuned
+    config.ways = ("full", "projection", "clip")  # of tuning the last of them, beside lora
+    config.mix = ConfigDict({"image": 0.35, "video": 0.15, "audio": 0.25, "page": 0.15, "text": 0.1})
+    config.answers = 64  # held-out records of each kind that are answered
+    config.answer_tokens = 40  # the most of an answer
+
+    config.pretrain = _training("pretrain")
+    config.pretrain.tune.decoder = "full"
+    config.pretrain.tune.towers = "all"
+    config.pretrain.train.batch_size = 64
+    config.pretrain.optimizer.learning_rate = 2e-3
+    config.pretrain.optimizer.warmup_steps = 30
+    config.pretrain.checkpoint.every = 40
+
+    config.contrast = _training("contrast")  # equal steps and data for every way of tuning
+    config.contrast.train.batch_size = 64
+    config.contrast.train.steps = 60
+    config.rates = ConfigDict({"lora": 2e-3, "full": 5e-4, "projection": 2e-3, "clip": 2e-3})
+
+    if form == "short":
+        config.seeds = (0,)
+        config.sizes = asdict(worlds.Sizes.small())
+        config.stages = (0, 4, 8)
+        config.ways = ("projection", "clip")
+        config.answers = 6
+        config.pretrain.checkpoint.every = 4
+        config.pretrain.train.batch_size = 16
+        config.pretrain.optimizer.warmup_steps = 2
+        config.contrast.train.batch_size = 16
+        config.contrast.train.steps = 4
+        config.contrast.optimizer.warmup_steps = 1
+    elif form not in ("", "real"):
+        raise ValueError(f"there is no form {form!r}; there are: short, real")
+    return config
+
+
+def _training(name: str) -> ConfigDict:
+    """Of either training: base, at this scale."""
+    config = base.get_config()
+    config.name = name
+    config.data.media = ConfigDict({**config.data.media.to_dict(), "video_min_pixels": backbone.MEDIA.video_min_pixels})
+    config.eval.path = ""
+    config.checkpoint.every = 10_000
+    return config

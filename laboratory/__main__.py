@@ -1,0 +1,29 @@
+"""The laboratory, in one command.
+
+    python -m laboratory --config=configs/lab.py [--workdir=runs/lab] [--config.KEY=VALUE …]
+    python -m laboratory --config=configs/lab.py:short                                    # three minutes, decides nothing
+    python -m laboratory --config=configs/lab.py:real --config.data_dir=DIR               # photos, written and spoken digits
+
+It leaves report.md, its pictures and results.json in the workdir; started again there, it goes on.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+from laboratory.run import experiment
+from lco_jax.core.errors import run_main
+from lco_jax.training import cli
+
+
+def main() -> int:
+    """Parse the command line, run."""
+    args = cli.parse(sys.argv, __doc__)
+    cli.join_processes(args)
+    command = shlex.join(["python", "-m", "laboratory", *sys.argv[1:]])
+    experiment(args.config, Path(args.workdir or f"runs/{args.config.name}"), command)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,198 @@
+"""The experiment: a world, a generator trained from nothing, its checkpoints tuned, and each of them measured.
+
+Everything is done through the doors that users have: `lco_jax.pretrain`, `lco_jax.train`, checkpoints on disk. What is
+measured stands in a file a run, and a laboratory that is started again measures only what is missing.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from laboratory import backbone, measure, real, report, theory, worlds
+from lco_jax.checkpoint.export import export_merged
+from lco_jax.checkpoint.hf import open_checkpoint
+from lco_jax.checkpoint.sentence_transformers import read_projection
+from lco_jax.core.errors import LcoError
+from lco_jax.core.files import read_json, write_json
+from lco_jax.generator import OmniGenerator
+from lco_jax.job import say
+from lco_jax.pretrain import pretrain
+from lco_jax.train import train
+from lco_jax.training.run import tuned_of_run
+
+TEXT, MEDIA = "contrast/text.jsonl", "contrast/media.jsonl"
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {  # what is tuned on, and what differs from LoRA on texts
+    "lora": (TEXT, {}),
+    "full": (TEXT, {"tune.decoder": "full"}),
+    "projection": (TEXT, {"tune.decoder": "projection"}),
+    "clip": (MEDIA, {"train.two_way": True, "train.ignore_duplicates": True}),
+}
+
+
+class Bench(NamedTuple):
+    """One seed's folder, and what is in it. rates: way -> learning rate, where it is not the configuration's."""
+
+    config: ConfigDict
+    folder: Path
+    seed: int
+
+    @property
+    def world(self) -> Path:
+        return self.folder / "world"
+
+    def stage(self, steps: int) -> Path:
+        """The generator after so many steps."""
+        return self.folder / f"generator-{steps}"
+
+    def tuned(self, steps: int, way: str) -> Path:
+        """The workdir of its tuning."""
+        return self.folder / f"{way}-{steps}"
+
+
+def experiment(config: ConfigDict, workdir: Path, command: str) -> dict[str, Any]:
+    """Run or go on; writes report.md with its pictures and results.json into `workdir`, and returns the latter."""
+    _check(config)
+    content = json.loads(config.to_json())
+    if (workdir / "config.json").exists() and read_json(workdir / "config.json") != content:
+        raise LcoError(f"{workdir} holds an experiment of another configuration; give another --workdir")
+    write_json(workdir / "config.json", content)
+    results: dict[str, Any] = {"config": content, "command": command, "minutes": 0.0, "worlds": [], "runs": []}
+    for seed in config.seeds:
+        bench = Bench(config, workdir / f"seed-{seed}", seed)
+        results["worlds"].append(_once(bench.folder / "world.json", partial(_make_world, bench)))
+        results["runs"] += _runs(bench)
+    timed = [one["seconds"] for one in (*results["worlds"], *results["runs"])]
+    results["minutes"] = sum(sum(seconds.values()) for seconds in timed) / 60
+    report.write(results, workdir)
+    say(f"\n{results['minutes']:.1f} minutes; {workdir / 'report.md'}")
+    return results
+
+
+def _check(config: ConfigDict) -> None:
+    """Raise, by key, for what no experiment can have."""
+    stages, every = list(config.stages), config.pretrain.checkpoint.every
+    if not stages or stages != sorted(set(stages)) or stages[0] < 0 or stages[-1] == 0:
+        raise LcoError(f"config.stages is {stages}; name steps of generative training, each more than the one before")
+    if strange := [way for way in config.ways if way not in WAYS]:
+        raise LcoError(f"config.ways has {strange[0]!r}; these are: {', '.join(WAYS)}")
+    if uneven := [steps for steps in stages if steps % every]:
+        raise LcoError(f"config.stages has {uneven[0]}, and config.pretrain.checkpoint.every is {every}: none is saved")
+    if config.world not in ("made", "real"):
+        raise LcoError(f"config.world is {config.world!r}; it is one of: made, real")
+    if config.world == "real" and not config.data_dir:
+        raise LcoError("config.data_dir is missing: the folder with tfds/ (cifar10, mnist as array_record) and fsdd/")
+
+
+def _once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `file` holds, made if it does not exist."""
+    if not file.exists():
+        write_json(file, make())
+    return read_json(file)
+
+
+def _make_world(bench: Bench) -> dict[str, Any]:
+    """The world's folder, and a model that has learned nothing."""
+    config, began = bench.config, time.perf_counter()
+    say(f"\n== seed {bench.seed}: the world")
+    if not bench.world.exists():
+        if config.world == "made":
+            worlds.write(bench.world, bench.seed, worlds.Sizes(**config.sizes))
+        else:
+            real.write(bench.world, Path(config.data_dir), bench.seed, real.Sizes(**config.sizes))
+    if not bench.stage(0).exists():
+        backbone.write(bench.stage(0), worlds.texts(bench.world), bench.seed, backbone.Geometry(**config.geometry))
+    chance = measure.chance(bench.world)
+    return {"seed": bench.seed, "chance": chance, "seconds": {"world": time.perf_counter() - began}}
+
+
+def _runs(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Every run of a seed: each generator before and after LoRA, and the best one after the other ways."""
+    config, best = bench.config, bench.config.stages[-1]
+    generated = _once(bench.folder / "pretrained.json", partial(_generate, bench))
+    generator: list[OmniGenerator] = []
+
+    def load(folder: Path) -> OmniGenerator:
+        """One object for all checkpoints of a geometry, so that its programs are compiled once."""
+        new = OmniGenerator.from_pretrained(folder, media=backbone.MEDIA)
+        if generator:
+            generator[0].params = new.params
+        else:
+            generator.append(new)
+        return generator[0]
+
+    for steps in config.stages:
+        for way in ("none", "lora", *(config.ways if steps == best else ())):
+            make = partial(_run, bench, steps, way, load)
+            run = _once(bench.folder / "runs" / f"{way}-{steps}.json", make)
+            if way == "none" and steps == best:
+                run["seconds"]["pretrain"] = generated["seconds"]
+            yield run
+
+
+def _generate(bench: Bench) -> dict[str, Any]:
+    """One generative training, and its checkpoints at every stage."""
+    config, began = bench.config, time.perf_counter()
+    say(f"\n== seed {bench.seed}: generative training")
+    settings, workdir = config.pretrain.copy_and_resolve_references(), bench.folder / "pretrain"
+    kinds = {kind: weight for kind, weight in config.mix.items() if (bench.world / f"generative/{kind}.jsonl").exists()}
+    settings.data.sources = {
+        kind: {"kind": "jsonl", "path": str(bench.world / f"generative/{kind}.jsonl"), "weight": weight}
+        for kind, weight in kinds.items()
+    }
+    settings.model.path, settings.seed, settings.train.steps = str(bench.stage(0)), bench.seed, config.stages[-1]
+    settings.checkpoint.keep = math.ceil(config.stages[-1] / settings.checkpoint.every)
+    if not pretrain(settings, workdir):
+        raise SystemExit("stopped; the same command goes on")
+    for steps in config.stages:
+        if not bench.stage(steps).exists():
+            source, tuned, lora, _ = tuned_of_run(workdir, steps)
+            export_merged(source, bench.stage(steps), tuned, lora, "float32")
+    return {"seconds": time.perf_counter() - began}
+
+
+def _tune(bench: Bench, steps: int, way: str) -> dict[str, Any]:
+    """Contrastive tuning of a stage."""
+    say(f"\n== seed {bench.seed}: {way} from the generator of {steps} steps")
+    data, changes = WAYS[way]
+    settings = bench.config.contrast.copy_and_resolve_references()
+    settings.update_from_flattened_dict(changes)
+    settings.optimizer.learning_rate = bench.config.rates[way]
+    settings.data.sources = {"contrast": {"kind": "jsonl", "path": str(bench.world / data)}}
+    settings.model.path, settings.seed = str(bench.stage(steps)), bench.seed
+    results = train(settings, bench.tuned(steps, way))
+    if not results:
+        raise SystemExit("stopped; the same command goes on")
+    return results
+
+
+def _run(bench: Bench, steps: int, way: str, load: Callable[[Path], OmniGenerator]) -> dict[str, Any]:
+    """Tune, if there is anything to be tuned, and measure."""
+    run: dict[str, Any] = {"seed": bench.seed, "generative_steps": steps, "tune": way, "seconds": {}}
+    base = folder = bench.stage(steps)
+    if way != "none":
+        began = time.perf_counter()
+        run["trained_parameters"] = _tune(bench, steps, way)["trained_parameters"]
+        folder = bench.tuned(steps, way) / "merged"
+        run["seconds"]["tune"] = time.perf_counter() - began
+    began = time.perf_counter()
+    say(f"== seed {bench.seed}: measuring {way}, {steps} steps")
+    model, world = load(folder), bench.world
+    encode = measure.once(model.encode)
+    run["representation"] = measure.represent(encode, world)
+    run["theory"] = theory.information(encode, world)
+    if way in ("none", "lora"):
+        run["layers"] = measure.by_layer(model, world)
+    if way == "none":
+        run["generative"] = measure.generate_quality(model, world, bench.config.answers, bench.config.answer_tokens)
+    elif way == "projection":
+        run["theory"]["kl"] = theory.projection_kl(read_projection(folder, model.dimension))
+    else:
+        run["theory"]["kl"] = theory.decoder_kl(open_checkpoint(base), open_checkpoint(folder))
+    run["seconds"]["measure"] = time.perf_counter() - began
+    return run
