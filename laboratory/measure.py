@@ -8,7 +8,6 @@ from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jiwer
 import numpy as np
 
 from laboratory.probes import files, read_tests, rows_of
@@ -18,6 +17,7 @@ from lco_jax.data.corpus import json_lines
 from lco_jax.data.prompts import asked
 from lco_jax.data.records import as_input, parse_record, side_key
 from lco_jax.embedder import OmniEmbedder
+from lco_jax.evaluation.answers import score
 
 Encode = Callable[[list[Any]], np.ndarray]  # inputs as `OmniEmbedder.encode` takes them -> unit vectors [N, D]
 TEMPLATES = ("{}",)  # of the text that stands for a class: the label as it is
@@ -109,10 +109,9 @@ def generate_quality(
         if strange := [record.where for record in records if not isinstance(record.positive, str)]:
             raise LcoError(f"{strange[0]}: positive is the answer, and must be a text")
         inputs = [as_input(record.anchor) for record in records]
-        answers = [record.positive.strip() for record in records]
+        answers = [record.positive for record in records]
         sums, counts = generator.token_losses(inputs, answers, prompt=asked)
-        said = [answer.strip() for answer in generator.generate(inputs, max_new_tokens)]
-        exact = float(np.mean([a == b for a, b in zip(said, answers, strict=True)]))
+        scores = score(generator.generate(inputs, max_new_tokens), answers)
         loss = float(sums.sum() / counts.sum())
-        found[file.stem] = {"loss": loss, "exact": exact, "cer": float(jiwer.cer(answers, said))}
+        found[file.stem] = {"loss": loss, "exact": scores["exact_match"], "cer": scores["corpus_cer"]}
     return found
