@@ -97,15 +97,17 @@ def generate_quality(
     """{kind: {"loss": nats a token, "exact": share of answers met, "cer": of all characters}} of heldout/*.jsonl.
 
     generator: a `lco_jax.generator.OmniGenerator`.
-    limit: records of each file, its first. The loss is of the answer's tokens, the end of its turn included.
+    limit: records of each file, evenly spaced (a file may be in order of classes). The loss is of the answer's tokens,
+    the end of its turn included.
     max_new_tokens: where generation stops at the latest; make it longer than any answer.
     """
     found = {}
     for file in sorted((world / "heldout").glob("*.jsonl")):
         root, check = os.path.abspath(file.parent), os.path.isfile
-        records = [parse_record(row, where, root, check) for _, row, where in json_lines(file)][:limit]
+        records = [parse_record(row, where, root, check) for _, row, where in json_lines(file)]
         if not records:
             raise LcoError(f"{file} holds no record")
+        records = [records[i] for i in np.unique(np.linspace(0, len(records) - 1, limit).round().astype(int))]
         if strange := [record.where for record in records if not isinstance(record.positive, str)]:
             raise LcoError(f"{strange[0]}: positive is the answer, and must be a text")
         inputs = [as_input(record.anchor) for record in records]

@@ -152,7 +152,7 @@ def test_layers_of_media_and_of_all_captions(world):
 def test_generation_is_scored_by_character_and_by_token(tmp_path):
     (tmp_path / "heldout").mkdir()
     (tmp_path / "page.png").touch()
-    answers = ["abcd", "ef", "never asked for"]
+    answers = ["abcd", "never asked for", "ef"]
     rows = [{"anchor": {"image_path": "../page.png", "text": f"Read {one}."}, "positive": one} for one in answers]
     (tmp_path / "heldout" / "page.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
