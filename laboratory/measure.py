@@ -8,7 +8,6 @@ from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jiwer
 import numpy as np
 
 from laboratory.probes import files, read_tests, rows_of
@@ -18,6 +17,7 @@ from lco_jax.data.corpus import json_lines
 from lco_jax.data.prompts import asked
 from lco_jax.data.records import as_input, parse_record, side_key
 from lco_jax.embedder import OmniEmbedder
+from lco_jax.evaluation.answers import score
 
 Encode = Callable[[list[Any]], np.ndarray]  # inputs as `OmniEmbedder.encode` takes them -> unit vectors [N, D]
 TEMPLATES = ("{}",)  # of the text that stands for a class: the label as it is
@@ -97,22 +97,23 @@ def generate_quality(
     """{kind: {"loss": nats a token, "exact": share of answers met, "cer": of all characters}} of heldout/*.jsonl.
 
     generator: a `lco_jax.generator.OmniGenerator`.
-    limit: records of each file, its first. The loss is of the answer's tokens, the end of its turn included.
+    limit: records of each file, evenly spaced (a file may be in order of classes). The loss is of the answer's tokens,
+    the end of its turn included.
     max_new_tokens: where generation stops at the latest; make it longer than any answer.
     """
     found = {}
     for file in sorted((world / "heldout").glob("*.jsonl")):
         root, check = os.path.abspath(file.parent), os.path.isfile
-        records = [parse_record(row, where, root, check) for _, row, where in json_lines(file)][:limit]
+        records = [parse_record(row, where, root, check) for _, row, where in json_lines(file)]
         if not records:
             raise LcoError(f"{file} holds no record")
+        records = [records[i] for i in np.unique(np.linspace(0, len(records) - 1, limit).round().astype(int))]
         if strange := [record.where for record in records if not isinstance(record.positive, str)]:
             raise LcoError(f"{strange[0]}: positive is the answer, and must be a text")
         inputs = [as_input(record.anchor) for record in records]
-        answers = [record.positive.strip() for record in records]
+        answers = [record.positive for record in records]
         sums, counts = generator.token_losses(inputs, answers, prompt=asked)
-        said = [answer.strip() for answer in generator.generate(inputs, max_new_tokens)]
-        exact = float(np.mean([a == b for a, b in zip(said, answers, strict=True)]))
+        scores = score(generator.generate(inputs, max_new_tokens), answers)
         loss = float(sums.sum() / counts.sum())
-        found[file.stem] = {"loss": loss, "exact": exact, "cer": float(jiwer.cer(answers, said))}
+        found[file.stem] = {"loss": loss, "exact": scores["exact_match"], "cer": scores["corpus_cer"]}
     return found

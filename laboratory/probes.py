@@ -38,7 +38,8 @@ class Inputs:
 class Finding:
     """Queries and documents (places among the inputs) and, of each query, its relevant documents' numbers.
 
-    name: of the numbers. mrr, ndcg: whether these stand beside recall@1. parts: name -> the queries of a part.
+    name: of the numbers. mrr, ndcg: whether these stand beside recall@1 (nDCG: one relevant document each).
+    parts: name -> the queries of a part.
     """
 
     name: str
@@ -69,10 +70,8 @@ class Finding:
         if self.mrr:  # the best of r random ranks is k with probability comb(m - k, r - 1) / comb(m, r)
             best = lambda r: sum(comb(m - k, r - 1) / k for k in range(1, m + 1)) / comb(m, r)  # noqa: E731
             numbers[f"{self.name}_mrr"] = np.mean([best(int(r)) for r in many])
-        if self.ndcg:
-            gain = 1 / np.log2(np.arange(2, 12))
-            each = [gain[:m].sum() * r / m / gain[:r].sum() for r in many]
-            numbers[f"{self.name}_ndcg_at_10"] = np.mean(each)
+        if self.ndcg:  # of one relevant document, whose every rank is as likely
+            numbers[f"{self.name}_ndcg_at_10"] = (1 / np.log2(np.arange(2, 12)[:m])).sum() / m
         return {name: float(value) for name, value in numbers.items()}
 
 

@@ -32,6 +32,9 @@ def write(results: dict[str, Any], folder: Path) -> None:
     for i, run in enumerate(runs):
         if missing := [key for key in NEEDED if run.get(key) is None]:
             raise LcoError(f"run {i} of the results has no {missing[0]!r}; it needs {', '.join(NEEDED)}")
+    names = [tuple(run[key] for key in NEEDED) for run in runs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise LcoError(f"the results hold two runs of seed, generative_steps and tune {twice[0]}; keep one")
     folder.mkdir(parents=True, exist_ok=True)
     guess = partial(_guess, results.get("worlds") or [])
     kind_guess = lambda kind: stats.mean_of([guess(f"text_to_{kind}"), guess(f"{kind}_to_text")])  # noqa: E731
