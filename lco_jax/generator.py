@@ -27,7 +27,7 @@ from lco_jax.embedder import OmniEmbedder, is_single
 from lco_jax.models.cache import Cache
 from lco_jax.models.decoder import Decoder
 from lco_jax.models.head import greedy, head_of, token_losses
-from lco_jax.models.streams import to_rows
+from lco_jax.models.streams import take
 
 AT_ONCE = 64  # sequences decoded together, unless a batch size is given
 
@@ -187,11 +187,11 @@ def _prefill(
     decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, media: Array | None, new: int
 ) -> Prefilled:
     """Prompts -> each sequence's first new token, and its position, int32 [R, S] (-1 where there is no sequence); and
-    their cache, with room for `new` tokens. Text goes on after the largest position of any axis."""
+    their cache, with room for `new` tokens. Positions go on as in `Processed.followed_by`."""
     states, cache = decoder.apply({"params": params["decoder"]}, tokens, media, "cache")
-    [positions], rows = to_rows(jnp.max(tokens.position_ids, axis=-1), tokens), tokens.rows[0]
-    last = jnp.max(jnp.where(rows >= 0, positions, -2), axis=-1)
-    return greedy(states, head_of(params)), last + 1, cache.with_room(new)
+    last = take(jnp.max(tokens.position_ids, axis=-1), tokens.last_tokens)
+    positions = jnp.where(cache.lengths > 0, last + 1, -1)
+    return greedy(states, head_of(params)), positions, cache.with_room(new)
 
 
 def _decode(decoder: Decoder, params: dict[str, Any], prefilled: Prefilled, ends: Array) -> tuple[Array, Prefilled]:

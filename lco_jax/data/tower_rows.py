@@ -79,8 +79,8 @@ class Processed:
         return len(self.input_ids)
 
     def followed_by(self, ids: np.ndarray) -> "Processed":
-        """With text of these token ids after it."""
-        positions = line_positions(int(self.position_ids.max()) + 1, len(ids))
+        """With text of these token ids after it, which goes on from the last token's position, as upstream's does."""
+        positions = line_positions(int(self.position_ids[-1].max()) + 1, len(ids))
         return Processed(np.append(self.input_ids, ids), np.concatenate([self.position_ids, positions]), self.media)
 
     def answered(self, ids: np.ndarray) -> "Processed":
