@@ -1,11 +1,15 @@
 """The laboratory, in one command.
 
     python -m laboratory --config=configs/lab.py [--workdir=runs/lab] [--config.KEY=VALUE …]
-    python -m laboratory --config=configs/lab.py:short                                    # three minutes, decides nothing
-    python -m laboratory --config=configs/lab.py:real --config.data_dir=DIR               # photos, written and spoken digits
+    python -m laboratory --config=configs/lab.py:short                      # three minutes, decides nothing
+    python -m laboratory --config=configs/lab.py:real --config.data_dir=DIR  # photos, written and spoken digits
 
 It leaves report.md, its pictures and results.json in the workdir; started again there, it goes on.
 """
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch, if it is there, whose threads would fight with XLA's
 
 import shlex
 import sys

@@ -184,7 +184,7 @@ def _run(bench: Bench, steps: int, way: str, load: Callable[[Path], OmniGenerato
     say(f"== seed {bench.seed}: measuring {way}, {steps} steps")
     model, world = load(folder), bench.world
     encode = measure.once(model.encode)
-    run["representation"] = measure.represent(encode, world)
+    run["representation"] = measure.represent(encode, world, bench.config.templates)
     run["theory"] = theory.information(encode, world)
     if way in ("none", "lora"):
         run["layers"] = measure.by_layer(model, world)

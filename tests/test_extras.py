@@ -14,6 +14,10 @@ import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
+from configs.lab import get_config
+from laboratory.run import experiment
+from lco_jax import LcoError
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -57,6 +61,48 @@ def test_the_notebook_that_trains_runs(monkeypatch, tmp_path):
     numbers = [json.loads((tmp_path / "run" / name / "results.json").read_text()) for name in ("run", "measured")]
     assert numbers[0]["after"]["recall_at_1"] == numbers[1]["recall_at_1"]  # the merged model is the trained one
     assert (tmp_path / "run" / "export-adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_laboratory_runs_in_its_notebook_and_goes_on(monkeypatch, tmp_path):
+    """The short form, once; started again it only writes the report anew, and of a run that is gone it makes that."""
+    out = tmp_path / "lab"
+    shown = run_notebook(monkeypatch, "laboratory", OUT=str(out))
+    words = "".join(shown["text/markdown"])
+    for claim in ("text-only contrastive learning lifts text ↔ image", "The terms of the bound", "undecided"):
+        assert claim in words
+    assert len(shown["image/png"]) == len(list(out.glob("*.png"))) >= 4
+    runs = {
+        (run["tune"], run["generative_steps"]): run for run in json.loads((out / "results.json").read_text())["runs"]
+    }
+    assert len(runs) == 8
+    assert runs["lora", 8]["theory"]["kl"] > 0
+    assert {"image", "video", "audio", "page"} <= set(runs["none", 8]["generative"])
+    assert 0 < runs["projection", 8]["trained_parameters"] < runs["lora", 8]["trained_parameters"]
+    before = {path: path.stat().st_mtime_ns for path in (out / "seed-0" / "runs").iterdir()}
+    gone = out / "seed-0" / "runs" / "projection-8.json"
+    was = json.loads(gone.read_text())
+    gone.unlink()
+    again = experiment(get_config("short"), out, "again")
+    assert again["runs"][6]["representation"] == was["representation"]  # its training was there and is only measured
+    assert {path for path in before if path.stat().st_mtime_ns != before[path]} == {gone}
+    other = get_config("short")
+    other.contrast.train.steps = 5
+    with pytest.raises(LcoError, match="another configuration"):
+        experiment(other, out, "")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [("stages", (4, 2), "each more than"), ("stages", (0, 6), "none is saved"), ("ways", ("magic",), "magic"),
+     ("world", "other", "made, real"), ("world", "real", "data_dir")],
+)  # fmt: skip
+def test_an_experiment_that_cannot_be_says_so(tmp_path, key, value, says):
+    config = get_config("short")
+    config[key] = value
+    with pytest.raises(LcoError, match=says):
+        experiment(config, tmp_path, "")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

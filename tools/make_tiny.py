@@ -30,10 +30,7 @@ SPLIT = (
 )
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
-{%- if loop.first and message['role'] != 'system' -%}
-{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
-{%- endif -%}
-{{- '<|im_start|>' + message['role'] + '\\n' -}}
+SYSTEM{{- '<|im_start|>' + message['role'] + '\\n' -}}
 {%- if message['content'] is string -%}
 {{- message['content'] -}}
 {%- else -%}
@@ -45,6 +42,11 @@ MEDIA{%- else -%}{{- part['text'] -}}
 {{- '<|im_end|>\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
+SYSTEM = """\
+{%- if loop.first and message['role'] != 'system' -%}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
+{%- endif -%}
+"""
 PREPROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor",
     "patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 3136, "max_pixels": 12845056,
@@ -81,10 +83,10 @@ def tokenizer_config(ids: dict[str, int]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def chat_template(media: dict[str, str]) -> str:
-    """The template, with what stands in the place of each kind of media."""
+def chat_template(media: dict[str, str], system: str = SYSTEM) -> str:
+    """The template, with what stands in the place of each kind of media. system: what begins it, if anything does."""
     branches = (f"if part['type'] == '{kind}' -%}}{{{{- '{tokens}' -}}}}\n" for kind, tokens in media.items())
-    return CHAT_TEMPLATE.replace("MEDIA", "{%- " + "{%- el".join(branches))
+    return CHAT_TEMPLATE.replace("SYSTEM", system).replace("MEDIA", "{%- " + "{%- el".join(branches))
 
 
 def make_tokenizer(texts: Iterable[str], vocabulary: int, specials: Sequence[str]) -> Tokenizer:
