@@ -25,9 +25,9 @@ def get_config(form: str = "") -> ConfigDict:
     config.seeds = (0, 1, 2)
     config.sizes = asdict(real.Sizes() if form == "real" else worlds.Sizes())
     config.geometry = asdict(backbone.Geometry())
-    config.stages = (0, 100, 300, 700, 1500)  # steps of generative training; each checkpoint is measured and tuned
+    config.stages = (0, 150, 500, 1400)  # steps of generative training; each checkpoint is measured and tuned
     config.ways = ("full", "projection", "clip")  # of tuning the last of them, beside lora
-    config.mix = ConfigDict({"image": 0.3, "video": 0.2, "audio": 0.2, "page": 0.2, "text": 0.1})
+    config.mix = ConfigDict({"image": 0.4, "video": 0.15, "audio": 0.2, "page": 0.15, "text": 0.1})
     config.templates = ("{}",) if form == "real" else ("a {}",)  # what stands for a class is its label in these
     config.answers = 64  # held-out records of each kind that are answered
     config.answer_tokens = 40  # the most of an answer
@@ -39,7 +39,7 @@ def get_config(form: str = "") -> ConfigDict:
     config.pretrain.optimizer.learning_rate = 1e-3
     config.pretrain.optimizer.beta2 = 0.95
     config.pretrain.optimizer.warmup_steps = 50
-    config.pretrain.checkpoint.every = 100
+    config.pretrain.checkpoint.every = 50
 
     config.contrast = _training("contrast")  # equal steps and data for every way of tuning
     config.contrast.train.batch_size = 64

@@ -76,7 +76,7 @@ def test_every_file_has_its_records(known):
     want |= {f"heldout/{kind}": SIZES.heldout for kind in KINDS}
     want |= {f"tests/retrieval_{kind}": SIZES.retrieval for kind in KINDS}
     want |= {"contrast/text": SIZES.contrast, "contrast/media": SIZES.contrast, "tests/text": SIZES.triplets}
-    want |= {"tests/minimal": SIZES.minimal, "tests/cross": 20}
+    want |= {"tests/minimal": SIZES.minimal, "tests/cross": 16}
     want |= {f"tests/zeroshot_{kind}": SIZES.zeroshot for kind in ("image", "audio")}
     assert counts == want
     exists = file_lookup(True)
@@ -185,7 +185,7 @@ def test_no_two_meanings_share_a_wording():
         meaning = concepts.draw(KINDS[i % 4], rng, held=i % 8 < 4)
         assert said.setdefault(wording(meaning, rng), meaning) == meaning
         assert said.setdefault(wording(meaning), meaning) == meaning
-    assert wording(Things(2, "small", "red", "star")) == "two small red stars"
+    assert wording(Things(2, "small", "red", "drum")) == "two small red drums"
 
 
 # ---- what media show, measured
@@ -254,7 +254,7 @@ def onsets(samples):
 
 def test_sounds_have_their_number_of_events_tempo_and_pitch():
     rng, centres = np.random.default_rng(9), {}
-    for _ in range(200):
+    for _ in range(300):
         meaning = concepts.draw("audio", rng, held=bool(rng.integers(2)))
         samples = sound(meaning, rng)
         assert len(samples) <= 1.2 * RATE

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
-SOUNDING = ("bell", "drum", "horn", "bird", "clock")  # have both an icon and a sound
+SHAPES = ("circle", "square", "triangle", "cross")
+SOUNDING = ("bell", "drum", "horn", "bird")  # have both an icon and a sound
 TONES = ("rising tone", "falling tone")
 SEEN, HEARD = SHAPES + SOUNDING, SOUNDING + TONES
 COLOURS = ("red", "green", "blue", "yellow", "purple", "black")
@@ -20,7 +20,7 @@ DIRECTIONS = ("left", "right", "up", "down")
 PITCHES = ("high", "low")
 TEMPI = ("fast", "slow")
 SCRIPTS = {  # (consonants, vowels): letters that nobody takes for one of another script
-    "latin": ("dkmrst", "aeou"), "cyrillic": ("джшчц", "июя"), "greek": ("βθλψξ", "ιωε"), "georgian": ("ბმლკრ", "აიე"),
+    "latin": ("dkmst", "aou"), "cyrillic": ("джшц", "июя"), "greek": ("βθλψ", "ιωε"), "georgian": ("ბმლკ", "აიე"),
 }  # fmt: skip
 KINDS = ("image", "video", "audio", "page")
 _ALL = SHAPES + SOUNDING + TONES

@@ -11,7 +11,7 @@ HELD = 0.7  # of a gap, at most that what is sustained takes: a silence tells on
 PAUSE = 0.31  # from the last onset of a group to the first of the next
 PITCH = {  # Hz: where the thing is high, and where it is low
     "bell": (1500.0, 520.0), "drum": (230.0, 75.0), "horn": (620.0, 190.0), "bird": (4200.0, 2000.0),
-    "clock": (3400.0, 1100.0), "rising tone": (900.0, 280.0), "falling tone": (900.0, 280.0),
+    "rising tone": (900.0, 280.0), "falling tone": (900.0, 280.0),
 }  # fmt: skip
 
 
@@ -42,8 +42,6 @@ def _event(thing: str, pitch: float, length: float, rng: np.random.Generator) ->
     if thing == "drum":  # a burst of noise, and a thump that falls
         thump = np.exp(-20 * t) * np.sin(2 * np.pi * pitch * (t + 0.02 * (1 - np.exp(-30 * t))))
         return edges * (thump + 0.5 * np.exp(-60 * t) * rng.normal(0, 1, len(t)))
-    if thing == "clock":  # a click that rings a moment
-        return edges * np.exp(-90 * t) * np.sin(2 * np.pi * pitch * t)
     held = np.clip(np.minimum(t / 0.012, (length - t) / 0.025), 0, 1)
     if thing == "horn":  # a saw
         return held * sum(np.sin(2 * np.pi * pitch * k * t) / k for k in range(1, 9))

@@ -26,7 +26,11 @@ def leaf(module: nn.Module, name: str, shape: tuple[int, ...], init: nn.initiali
 
 
 def stacked(layer: type[nn.Module], length: int, in_axes: Any = nn.broadcast) -> Any:
-    """`length` layers run one after the other, their parameters stacked along a leading axis L (`nn.scan`)."""
+    """`length` layers run one after the other, their parameters stacked along a leading axis L (`nn.scan`).
+
+    A backward pass, if there is one, computes each layer again: what is kept is what went into it.
+    """
+    layer = nn.remat(layer, prevent_cse=False)
     return nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=in_axes, length=length)
 
 

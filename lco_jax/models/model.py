@@ -89,12 +89,12 @@ def _in_chunks(tower: nn.Module, params: dict[str, Any], arguments: dict[str, Ar
     per_shard = next(iter(arguments.values())).shape[0] // shards
     fits = max(TOWER_INPUTS // tower.row_size(arguments), 1)
     size = next(n for n in range(min(fits, per_shard), 0, -1) if per_shard % n == 0)
-    one = jax.checkpoint(lambda params, chunk: tower.apply({"params": params}, **chunk))
     if size == per_shard:
-        return one(params, arguments)
+        return tower.apply({"params": params}, **arguments)
     chunks = {
         key: constrain(rearrange(x, "(p c n) ... -> c (p n) ...", p=shards, n=size), None, ROWS)
         for key, x in arguments.items()
     }
-    tokens = jax.lax.map(lambda chunk: one(params, chunk), chunks)
+    one = jax.checkpoint(lambda chunk: tower.apply({"params": params}, **chunk))  # where towers are tuned
+    tokens = jax.lax.map(one, chunks)
     return rearrange(tokens, "c (p n) k d -> (p c n) k d", p=shards)

@@ -30,6 +30,7 @@ from lco_jax.core.packing import PackedTokens, Shape
 from lco_jax.core.sharding import row_shards
 from lco_jax.models.config import DecoderConfig
 from lco_jax.models.decoder import REMAT_POLICIES, Decoder, embed
+from lco_jax.models.head import LOGITS
 from lco_jax.models.model import Model
 from lco_jax.training.losses import TILE_SCORES
 from lco_jax.training.run import Training
@@ -211,8 +212,11 @@ def choose_for(
 
     def need(policy: str, shape: Shape) -> int:
         ways = mesh.shape["tensor"]
-        return resident + activation_bytes(
-            decoder.config, policy, shape, decoder.dtype, settings.rank, settings.dropout, ways
+        logits = 3 * 4 * LOGITS if shape.answers else 0  # themselves, their softmax, and the gradient
+        return (
+            logits
+            + resident
+            + activation_bytes(decoder.config, policy, shape, decoder.dtype, settings.rank, settings.dropout, ways)
         )
 
     there = device_bytes(held=_bytes(params))
