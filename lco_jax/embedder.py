@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from lco_jax.checkpoint import peft
 from lco_jax.checkpoint.hf import load_model, open_checkpoint
-from lco_jax.checkpoint.sentence_transformers import read_projection
 from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
 from lco_jax.core.packing import PackedTokens
@@ -111,9 +110,6 @@ class OmniEmbedder:
             places = None if quantize else shardings(decoder, mesh)
             join = jax.jit(join, static_argnums=2, donate_argnums=0, out_shardings=places)
             params["decoder"] = join(decoder, adapters, config)
-        projection = read_projection(checkpoint.folder, checkpoint.config.hidden_size)
-        if projection is not None:
-            params["projection"] = {"weight": jax.device_put(projection, replicated(mesh))}
         return cls(model, params, processor, mesh)
 
     @property

@@ -5,24 +5,30 @@ import numpy as np
 import pytest
 import reference
 import torch
+from PIL import Image
 from reference_media import answer_losses, audio, image, video
+from scipy.special import logsumexp
+from sentence_transformers import SentenceTransformer
 
 from configs import pretrain as settings
-from lco_jax import OmniEmbedder, make_mesh
+from lco_jax import LcoError, OmniEmbedder, make_mesh
 from lco_jax.checkpoint.hf import load_model, open_checkpoint, per_layer
 from lco_jax.core import lora
+from lco_jax.core.packing import Batch
 from lco_jax.core.sharding import shardings
 from lco_jax.data import pipeline
 from lco_jax.data.inputs import conversation
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import asked
 from lco_jax.data.records import Record
+from lco_jax.data.sources import JsonlSource
+from lco_jax.evaluation.retrieval import retrieval
 from lco_jax.models import head
 from lco_jax.pretrain import pretrain
 from lco_jax.train import train
 from lco_jax.training import tuning
 from lco_jax.training.metrics import read_metrics
-from lco_jax.training.step import generative_loss
+from lco_jax.training.step import contrastive_loss, generative_loss
 
 LORA = lora.LoraConfig(rank=4, alpha=8)
 WHOLE = tuning.TuneConfig("full", "all")
@@ -137,8 +143,54 @@ def test_a_run_learns_resumes_and_is_where_training_starts(tmp_path, monkeypatch
     losses = [[line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")] for name in "ab"]
     assert losses[0] == losses[1]
     merged = tmp_path / "a" / "merged"
-    for tune in ("full", "projection"):
-        config = short(merged, **{"tune.decoder": tune, "eval.path": "", "train.steps": 3})
-        train(config, tmp_path / tune)
-        base, tuned = (OmniEmbedder.from_pretrained(x) for x in (merged, tmp_path / tune / "merged"))
-        assert np.abs(base.encode(["a"]) - tuned.encode(["a"])).max() > 1e-3
+    held_out = list(JsonlSource("assets:triplets_heldout.jsonl"))
+    texts = [record.anchor for record in held_out[:5]]
+    base = OmniEmbedder.from_pretrained(merged).encode(texts)
+    for tune in ("full", "projection"):  # what is exported is what was trained
+        results = train(short(merged, **{"tune.decoder": tune, "train.steps": 3}), tmp_path / tune)
+        tuned = OmniEmbedder.from_pretrained(tmp_path / tune / "merged")
+        assert np.abs(tuned.encode(texts) - base).max() > 1e-3
+        found = retrieval(lambda sides, model=tuned: model.encode([{"text": side} for side in sides]), held_out)
+        assert abs(found.mrr - results["after"]["mrr"]) < 1e-6
+        assert not (tmp_path / tune / "adapter").exists()
+    theirs = SentenceTransformer(str(tmp_path / "projection" / "merged"), device="cpu").encode(texts)
+    assert np.abs(theirs - tuned.encode(texts)).max() < 1e-5
+    again = tmp_path / "again"  # a projection goes along when its model is tuned or exported once more
+    train(short(tmp_path / "projection" / "merged", **{"eval.path": "", "optimizer.learning_rate": 1e-30}), again)
+    assert np.abs(OmniEmbedder.from_pretrained(again / "merged").encode(texts) - tuned.encode(texts)).max() < 1e-5
+
+
+def test_what_cannot_be_tuned_says_so(tmp_path):
+    for keys, says in (
+        ({"tune.decoder": "half"}, "lora, full, projection"),
+        ({"tune.towers": "some"}, "none, projectors, all"),
+        ({"tune.decoder": "full", "model.quantize": "nf4"}, "quantised"),
+    ):
+        with pytest.raises(LcoError, match=says):
+            pretrain(short(**keys), tmp_path)
+    with pytest.raises(LcoError, match="pretrain"):
+        train(short(**{"tune.towers": "all"}), tmp_path)
+    (tmp_path / "data.jsonl").write_text('{"anchor": "a", "positive": {"image_path": "a.png"}}')
+    Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
+    config = short(**{"train.batch_size": 1})
+    config.data.sources = {"mine": {"kind": "jsonl", "path": str(tmp_path / "data.jsonl")}}
+    with pytest.raises(LcoError, match=r"data.jsonl:1: the positive is what a generator is to say"):
+        pretrain(config, tmp_path / "run")
+
+
+def test_two_ways_are_the_mean_of_each(tmp_path):
+    """CLIP's loss, beside the two losses by hand."""
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((5, 3, 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+    logits = vectors[:, 0] @ vectors[:, 1:].transpose(1, 0, 2).reshape(10, 8).T / 0.1
+    back = vectors[:, 1] @ vectors[:, 0].T / 0.1
+    want = [logsumexp(x, axis=1).mean() - np.diagonal(x).mean() for x in (logits, back)]
+    tokens = type("Tokens", (), {})()
+    batch = Batch(tokens, np.arange(15).reshape(5, 3), np.arange(15).reshape(5, 3), {})
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("lco_jax.training.step.embed_chunks", lambda *_: vectors.reshape(1, 1, 15, 8))
+        options = {"decoder": None, "config": LORA, "temperature": 0.1, "seed": 0}
+        for two_way, value in ((False, want[0]), (True, np.mean(want))):
+            loss, _ = contrastive_loss({}, {}, batch, None, two_way=two_way, **options)
+            assert abs(float(loss) - value) < 1e-5

@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lco_jax.checkpoint import builtin
+from lco_jax.checkpoint.sentence_transformers import read_projection
 from lco_jax.checkpoint.tensors import TensorFolder
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, resolve
@@ -174,7 +175,8 @@ def load_model(
     head: bool = False,
     **settings: str,
 ) -> tuple[Model, dict[str, Any]]:
-    """The decoder with `towers` (by default all of them), and {"decoder": parameters, tower: parameters}.
+    """The decoder with `towers` (by default all of them), and {"decoder": parameters, tower: parameters}; and, of a
+    checkpoint that has one, its "projection".
 
     tower_dtype: of the towers' parameters and activations, by default `dtype`. head: load the vocabulary head, too,
     unless it is the embeddings' (tied). settings: as of `load_decoder`, which also says how they are read.
@@ -188,6 +190,10 @@ def load_model(
     if head and "head" in checkpoint.keys:
         table = params["embed_tokens"]["weight"]
         tree["head"] = _load_part(checkpoint, "head", {"weight": jax.ShapeDtypeStruct(table.shape, table.dtype)}, mesh)
+    projection = read_projection(checkpoint.folder, checkpoint.config.hidden_size)
+    if projection is not None:
+        part = {"projection": {"weight": projection}}
+        tree |= jax.device_put(part, shardings(part, mesh))
     return Model(decoder, modules), tree
 
 

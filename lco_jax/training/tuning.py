@@ -4,7 +4,8 @@ Dimensions: D hidden; of a LoRA factor, as in `core/lora.py`.
 
 The tree is {"decoder": …, tower: …, "head": …, "projection": …}: LoRA factors in the place of the decoder's matrices,
 arrays in the place of what is tuned whole, which are float32 whatever the model's dtype is. The projection is none of
-the model's: a matrix [D, D] behind it, the identity at first (the paper's "linear projection only").
+the model's: a matrix [D, D] behind it (the paper's "linear projection only"), at first the identity, or the one that the
+checkpoint has.
 """
 
 import re
@@ -54,7 +55,8 @@ def init(key: Array, params: Tree, tune: TuneConfig, config: lora.LoraConfig) ->
     if tune.decoder == "lora":
         tuned["decoder"] = lora.init(key, params["decoder"], config)
     if tune.decoder == "projection":
-        tuned["projection"] = {"weight": jnp.eye(params["decoder"]["norm"]["weight"].shape[-1], dtype=jnp.float32)}
+        none = {"weight": jnp.eye(params["decoder"]["norm"]["weight"].shape[-1], dtype=jnp.float32)}
+        tuned["projection"] = params.get("projection", none)
     return tuned
 
 
