@@ -4,7 +4,7 @@ Dimensions: D hidden; of a LoRA factor, as in `core/lora.py`.
 
 The tree is {"decoder": …, tower: …, "head": …, "projection": …}: LoRA factors in the place of the decoder's matrices,
 arrays in the place of what is tuned whole, which are float32 whatever the model's dtype is. The projection is none of
-the model's: a matrix [D, D] behind it (the paper's "linear projection only"), at first the identity, or the one that the
+the model's: a matrix [D, D] behind it (the paper's "linear projection only"), at first the identity, or that which the
 checkpoint has.
 """
 
