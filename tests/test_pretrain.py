@@ -131,6 +131,7 @@ def short(path="builtin:tiny", **keys):
     return config
 
 
+@pytest.mark.slow
 def test_a_run_learns_resumes_and_is_where_training_starts(tmp_path, monkeypatch):
     whole = pretrain(short(), tmp_path / "a")
     assert whole["after"]["loss"] < whole["before"]["loss"]
