@@ -27,7 +27,7 @@ def get_config(form: str = "") -> ConfigDict:
     config.geometry = asdict(backbone.Geometry())
     config.stages = (0, 150, 500, 1400)  # steps of generative training; each checkpoint is measured and tuned
     config.ways = ("full", "projection", "clip")  # of tuning the last of them, beside lora
-    config.mix = ConfigDict({"image": 0.4, "video": 0.15, "audio": 0.2, "page": 0.15, "text": 0.1})
+    config.mix = ConfigDict({"image": 0.3, "video": 0.1, "audio": 0.15, "page": 0.1, "text": 0.05, "gist": 0.3})
     config.templates = ("{}",) if form == "real" else ("a {}",)  # what stands for a class is its label in these
     config.answers = 64  # held-out records of each kind that are answered
     config.answer_tokens = 40  # the most of an answer

@@ -26,6 +26,7 @@ from configs.cifar10 import DIGITS, LABELS
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import write_json, write_text, written_aside
 from lco_jax.data.captions import FilesSource
+from lco_jax.data.prompts import PROMPTS
 from lco_jax.data.tfds import CaptionedSource
 
 SIDE = 56  # pixels of a written image's side: four tokens of a tower with patches of 14 that merges 2 x 2
@@ -43,6 +44,7 @@ class Sizes:
     written: int = 400
     spoken: int = 200  # of the training speakers' clips of a digit
     text: int = 2000  # records
+    gist: int = 6000
     contrast: int = 2400  # records of either file
     heldout: int = 6  # media of a class
     tests: int = 20  # media of a class, for zero-shot classification and image <-> audio
@@ -50,7 +52,7 @@ class Sizes:
 
 def small() -> Sizes:
     """Enough for a test of everything."""
-    return Sizes(photos=2, written=2, spoken=4, text=40, contrast=48, heldout=1, tests=2)
+    return Sizes(photos=2, written=2, spoken=4, text=40, gist=24, contrast=48, heldout=1, tests=2)
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,8 @@ def _enough(pool: Pool, count: int, where: str) -> Pool:
 
 
 def _generative(train: dict[str, Pool], sizes: Sizes, rng: np.random.Generator) -> dict[str, list[dict[str, Any]]]:
-    """Media and what they show: half of the answers canonical, half in any wording. Texts, said in other words."""
+    """Media and what they show: half of the answers canonical, half in any wording. Texts, said in other words. Media
+    and texts in turn, asked as they will be to be embedded; the answer is the class in one word."""
     files: dict[str, list[dict[str, Any]]] = {}
     for kind, pool in train.items():
         records = files.setdefault(f"generative/{KINDS[kind].medium}.jsonl", [])
@@ -230,6 +233,13 @@ def _generative(train: dict[str, Pool], sizes: Sizes, rng: np.random.Generator) 
     meanings = [(kind, label) for kind in KINDS.values() for label in kind.names]
     texts = (_two(*meanings[i], rng) for i in rng.integers(len(meanings), size=sizes.text))
     files["generative/text.jsonl"] = [{"anchor": text + QUESTION, "positive": other} for text, other in texts]
+    gists = files.setdefault("generative/gist.jsonl", [])
+    for i in range(sizes.gist):
+        name = list(KINDS)[i // 2 % len(KINDS)]
+        label = _one(list(train[name]), rng)
+        side = {"text": _one(KINDS[name].all(label), rng)} if i % 2 else _one(train[name][label], rng)
+        prompt = PROMPTS["text" if i % 2 else KINDS[name].medium]
+        gists.append({"anchor": {**side, "text": side.get("text", "") + prompt}, "positive": label})
     return files
 
 

@@ -96,6 +96,9 @@ def test_texts_mean_the_same_and_negatives_another(world):
         for record in read(world, f"{name}.jsonl"):
             assert meaning(record["anchor"]) == meaning(record["positive"]) != meaning(record["negative"])
             assert record["anchor"] != record["positive"]
+    for record in read(world, "generative/gist.jsonl"):
+        assert record["positive"] in (*LABELS, *DIGITS)
+        assert record["anchor"]["text"].endswith("in one word:")
     for record in read(world, "generative/text.jsonl"):
         text = record["anchor"].removesuffix(QUESTION)
         assert text not in (record["anchor"], record["positive"])

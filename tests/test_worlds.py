@@ -11,10 +11,11 @@ from PIL import Image
 from scipy import ndimage
 
 from laboratory.worlds import Sizes, concepts, draw, texts, world
-from laboratory.worlds.captions import concept, page_text, wording
+from laboratory.worlds.captions import concept, page_text, wording, words
 from laboratory.worlds.concepts import KINDS, Motion, Page, Pair, Sound, Things
 from laboratory.worlds.sound import RATE, sound
 from lco_jax.core.errors import LcoError
+from lco_jax.data.prompts import PROMPTS
 from lco_jax.data.records import file_lookup, parse_record
 
 SIZES = Sizes.small()
@@ -72,7 +73,7 @@ def test_a_seed_makes_the_same_bytes(known, tmp_path):
 def test_every_file_has_its_records(known):
     counts = {str(file.relative_to(known.folder))[:-6]: len(known.read(str(file.relative_to(known.folder))[:-6]))
               for file in known.folder.rglob("*.jsonl")}  # fmt: skip
-    want = {f"generative/{kind}": getattr(SIZES, kind) for kind in (*KINDS, "text")}
+    want = {f"generative/{kind}": getattr(SIZES, kind) for kind in (*KINDS, "text", "gist")}
     want |= {f"heldout/{kind}": SIZES.heldout for kind in KINDS}
     want |= {f"tests/retrieval_{kind}": SIZES.retrieval for kind in KINDS}
     want |= {"contrast/text": SIZES.contrast, "contrast/media": SIZES.contrast, "tests/text": SIZES.triplets}
@@ -88,8 +89,21 @@ def test_every_file_has_its_records(known):
     assert media["sizes"]["image"] == SIZES.image
     assert media["seed"] == 3
     read = list(texts(known.folder))
-    assert len(read) == sum(getattr(SIZES, kind) for kind in (*KINDS, "text"))
+    assert len(read) == sum(getattr(SIZES, kind) for kind in (*KINDS, "text", "gist"))
     assert any("Read the text." in text for text in read)
+
+
+def test_a_gist_is_one_word_of_what_is_shown_or_said(known):
+    records = known.read("generative/gist")
+    asked = {record["anchor"]["text"] if record["anchor"]["text"][:10] == "\nSummarize" else None for record in records}
+    assert asked == {None, *(PROMPTS[kind] for kind in ("image", "video", "audio"))}
+    for record in records:
+        content, _, prompt = record["anchor"]["text"].partition("\nSummarize")
+        shown = known.said[content] if content else known.seen(record["anchor"])
+        assert record["positive"] in words(shown)
+        assert " " not in record["positive"]
+        assert not concepts.held_out(shown)
+        assert prompt.endswith("in one word:")
 
 
 def test_answers_and_captions_say_what_is_shown(known):

@@ -67,6 +67,24 @@ def another_wording(meaning: Meaning, not_this: str, rng: np.random.Generator) -
     return other
 
 
+def words(meaning: Meaning) -> list[str]:
+    """What a meaning may be summed up as in one word: the canonical word of each of its atoms."""
+    if isinstance(meaning, Things):
+        return [_number(meaning.count), meaning.size, meaning.colour, meaning.thing]
+    if isinstance(meaning, Pair):
+        return [meaning.first.colour, meaning.first.thing, meaning.second.colour, meaning.second.thing]
+    if isinstance(meaning, Motion):
+        return [meaning.size, meaning.colour, meaning.thing, meaning.direction]
+    if isinstance(meaning, Page):
+        return list(meaning.words)
+    each = [word for g in meaning.groups for word in (_number(g.count), g.pitch, g.thing.split()[0])]
+    return each + ([meaning.tempo] if meaning.tempo else [])
+
+
+def _number(count: int) -> str:
+    return "one" if count == 1 else SYNONYMS[count][0]
+
+
 def concept(count: int, thing: str) -> str:
     """What a picture and a sound have in common, such as "two bells"."""
     return f"{SYNONYMS[count][0]} {thing if count == 1 else _plural(thing)}"

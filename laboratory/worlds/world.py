@@ -15,13 +15,14 @@ import numpy as np
 import soundfile
 
 from laboratory.worlds import concepts
-from laboratory.worlds.captions import another_wording, concept, page_text, wording
+from laboratory.worlds.captions import another_wording, concept, page_text, wording, words
 from laboratory.worlds.concepts import COUNTS, HEARD, KINDS, SEEN, SOUNDING, Meaning, Page, Things
 from laboratory.worlds.draw import clip, picture
 from laboratory.worlds.pages import page
 from laboratory.worlds.sound import RATE, sound
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import write_json, written_aside
+from lco_jax.data.prompts import PROMPTS
 
 NAME = "shapes and sounds"
 READ = "\nRead the text."
@@ -45,6 +46,7 @@ class Sizes:
     audio: int = 4000
     page: int = 2500
     text: int = 3000
+    gist: int = 6000
     contrast: int = 4000
     heldout: int = 120
     retrieval: int = 100
@@ -55,7 +57,7 @@ class Sizes:
     @classmethod
     def small(cls) -> "Sizes":
         """A world for tests, made in about a second."""
-        return cls(60, 30, 50, 40, 40, 60, 12, 24, 32, 22, 20)
+        return cls(60, 30, 50, 40, 40, 48, 60, 12, 24, 32, 22, 20)
 
     def __post_init__(self):
         for field in fields(self):
@@ -79,6 +81,7 @@ def write(folder: Path, seed: int, sizes: Sizes | None = None) -> None:
             world.lines(f"heldout/{kind}", world.answers(kind, sizes.heldout, held=True))
             world.lines(f"tests/retrieval_{kind}", world.retrieval(kind, sizes.retrieval))
         world.lines("generative/text", world.rephrased(sizes.text))
+        world.lines("generative/gist", world.summed_up(sizes.gist))
         world.lines("contrast/text", world.triplets(sizes.contrast, held=False))
         world.lines("contrast/media", world.captioned(sizes.contrast))
         world.lines("tests/text", world.triplets(sizes.triplets, held=True))
@@ -162,6 +165,16 @@ class World:
                 yield {"anchor": {**side, "text": READ}, "positive": page_text(meaning)}
             else:
                 yield {"anchor": side, "positive": self.say(meaning, canonical=held or i % 2 == 0)}
+
+    def summed_up(self, count: int) -> Iterator[dict[str, Any]]:
+        """Media and texts in turn, asked as they will be to be embedded; the answer is one word of what they mean."""
+        for i in range(count):
+            kind = TEXTS[i // 2 % len(TEXTS)]
+            meaning = self.draw(kind, held=False)
+            content = "text" if i % 2 else "image" if kind == "page" else kind
+            side = {"text": self.say(meaning)} if i % 2 else self.side(kind, meaning)
+            anchor = {**side, "text": side.get("text", "") + PROMPTS[content]}
+            yield {"anchor": anchor, "positive": concepts.pick(self.rng, words(meaning))}
 
     def rephrased(self, count: int) -> Iterator[dict[str, Any]]:
         """Wordings, and others of the same."""
