@@ -44,7 +44,7 @@ def get_config(form: str = "") -> ConfigDict:
     config.contrast = _training("contrast")  # equal steps and data for every way of tuning
     config.contrast.train.batch_size = 64
     config.contrast.train.steps = 60
-    config.rates = ConfigDict({"lora": 2e-3, "full": 5e-4, "projection": 2e-3, "clip": 2e-3})
+    config.rates = ConfigDict({"lora": 5e-4, "full": 1e-4, "projection": 5e-4, "clip": 5e-4})
 
     if form == "short":
         config.seeds = (0,)
