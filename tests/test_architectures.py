@@ -10,7 +10,7 @@ import torch
 import transformers
 from flax.traverse_util import flatten_dict
 
-from lco_jax.checkpoint.hf import _per_layer, abstract_params, tower_module
+from lco_jax.checkpoint.hf import abstract_params, per_layer, tower_module
 from lco_jax.core.sharding import make_mesh, shardings
 from lco_jax.models.config import DecoderConfig
 from lco_jax.models.registry import find_backbone
@@ -122,9 +122,9 @@ def test_names_shapes_and_dtypes(name):
         model = reference.model_class(name)._from_config(theirs, dtype=torch.bfloat16)
     backbone, decoder, trees, unused = ours(name, config)
     got = {
-        f"{part}.{key}": (shape, str(flatten_dict(tree, sep=".")[path].dtype))
+        f"{part}.{key}": (leaf.shape[layer is not None :], str(leaf.dtype))
         for part, tree in trees.items()
-        for path, key, shape in _per_layer(tree)
+        for _, key, leaf, layer in per_layer(tree)
     }
     want = {}
     for key, parameter in model.named_parameters():

@@ -84,7 +84,7 @@ def test_flops_are_those_that_xla_counts(policy):
     adapters = jax.eval_shape(partial(lora.init, params=params, config=settings), jax.random.key(0))
 
     def loss(adapters, params, tokens):
-        return embed(decoder, lora.attach(params, adapters, settings), tokens).sum()
+        return embed(decoder, {"decoder": lora.attach(params, adapters, settings)}, tokens).sum()
 
     work = Work(tokens, 24, {32: 24})
     for run, want in (

@@ -76,7 +76,7 @@ def test_a_sequence_does_not_see_its_neighbours(cases, shared):
 
     @jax.jit
     def embeddings(tokens):
-        return embed(embedder.model.decoder, embedder.params["decoder"], tokens)
+        return embed(embedder.model.decoder, embedder.params, tokens)
 
     def run(sequences):
         packed = [TokenSequence(ids, line_positions(0, len(ids))) for ids in sequences]
