@@ -179,7 +179,7 @@ def config_of(case, path, **changes):
 @pytest.fixture
 def two_devices(monkeypatch):
     """Runs on two of the eight: the losses are the same on any mesh (below), and two compile faster."""
-    monkeypatch.setattr("lco_jax.train.make_mesh", lambda **_: make_mesh(devices=jax.devices()[:2]))
+    monkeypatch.setattr("lco_jax.job.make_mesh", lambda **_: make_mesh(devices=jax.devices()[:2]))
 
 
 def losses(workdir):

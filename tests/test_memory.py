@@ -92,7 +92,7 @@ def test_the_choice_as_memory_shrinks(monkeypatch):
 def test_a_run_with_little_memory_chunks_and_learns_the_same(tmp_path, monkeypatch, capfd):
     """Chunks are chosen, the losses are those of a run without, and the folder goes on where memory is another."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("lco_jax.train.make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
+    monkeypatch.setattr("lco_jax.job.make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
     real, auto = memory.choose, ["--config.model.remat=auto", "--config.train.chunk_tokens=-1"]
     small = [
         "--config=configs/base.py", "--config.train.steps=2", "--config.train.batch_size=8", "--config.eval.path=",
