@@ -13,7 +13,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch, if it is there, w
 
 import shlex
 import sys
-from pathlib import Path
 
 from laboratory.run import experiment
 from lco_jax.core.errors import run_main
@@ -22,10 +21,7 @@ from lco_jax.training import cli
 
 def main() -> int:
     """Parse the command line, run."""
-    args = cli.parse(sys.argv, __doc__)
-    cli.join_processes(args)
-    command = shlex.join(["python", "-m", "laboratory", *sys.argv[1:]])
-    experiment(args.config, Path(args.workdir or f"runs/{args.config.name}"), command)
+    experiment(*cli.start(__doc__), shlex.join(["python", "-m", "laboratory", *sys.argv[1:]]))
     return 0
 
 

@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from lco_jax import MediaConfig
-from lco_jax.checkpoint.hf import abstract_params, tower_module
+from lco_jax.checkpoint.hf import abstract_params, per_layer, tower_module
 from lco_jax.core.files import write_json, written_aside
-from lco_jax.data.prompts import PROMPTS
+from lco_jax.data.prompts import PROMPTS, QUESTIONS
 from lco_jax.models.config import DecoderConfig
 from lco_jax.models.registry import find_backbone
 from tools.make_tiny import PREPROCESSOR, PROMPT, chat_template, make_tokenizer, tokenizer_config
@@ -85,7 +84,7 @@ def write(folder: Path, texts: Iterable[str], seed: int, geometry: Geometry | No
     Raises for a folder that holds something else.
     """
     geometry = Geometry() if geometry is None else geometry
-    prompts = [*PROMPTS.values(), *(f"\nDescribe the above {kind}." for kind in PROMPTS), PROMPT]
+    prompts = [*PROMPTS.values(), *QUESTIONS.values(), PROMPT]
     tokenizer = make_tokenizer([*texts, *prompts * 100], geometry.vocabulary, SPECIALS)
     ids = {token: tokenizer.token_to_id(token) for token in SPECIALS}
     config = _config(geometry, ids, tokenizer.get_vocab_size())
@@ -146,14 +145,11 @@ def _shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     for name, (_, read) in backbone.towers.items():
         modules[name] = tower_module(backbone, name, read(model_config, "config.json", decoder))
     for part, module in modules.items():
-        for path, leaf in flatten_dict(abstract_params(module), sep=".").items():
-            stack, _, rest = path.partition(".")
-            stacked = stack in ("layers", "blocks")  # along a leading axis
-            for layer in range(leaf.shape[0]) if stacked else (None,):
-                key = f"{part}.{stack}.{layer}.{rest}" if stacked else f"{part}.{path}"
-                for ours, hub in HUB:
-                    key = re.sub(f"^{ours}", hub, key)
-                yield key, leaf.shape[stacked:]
+        for _, name, leaf, layer in per_layer(abstract_params(module)):
+            key = f"{part}.{name}"
+            for ours, hub in HUB:
+                key = re.sub(f"^{ours}", hub, key)
+            yield key, leaf.shape[layer is not None :]
     yield "audio_tower.audio_bos_eos_token.weight", (2, decoder.hidden_size)  # stored and never used
 
 

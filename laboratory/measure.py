@@ -3,7 +3,6 @@
 Dimensions: N inputs or pairs, L layers, D hidden.
 """
 
-import os
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,8 @@ import numpy as np
 
 from laboratory.probes import files, read_tests, rows_of
 from lco_jax.analysis.measures import Side, anisotropy, measure_layers
-from lco_jax.core.errors import LcoError
-from lco_jax.data.corpus import json_lines
-from lco_jax.data.prompts import asked
-from lco_jax.data.records import as_input, parse_record, side_key
+from lco_jax.data.records import answer_of, as_input, side_key
+from lco_jax.data.sources import JsonlSource
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation.answers import score
 
@@ -103,16 +100,11 @@ def generate_quality(
     """
     found = {}
     for file in sorted((world / "heldout").glob("*.jsonl")):
-        root, check = os.path.abspath(file.parent), os.path.isfile
-        records = [parse_record(row, where, root, check) for _, row, where in json_lines(file)]
-        if not records:
-            raise LcoError(f"{file} holds no record")
-        records = [records[i] for i in np.unique(np.linspace(0, len(records) - 1, limit).round().astype(int))]
-        if strange := [record.where for record in records if not isinstance(record.positive, str)]:
-            raise LcoError(f"{strange[0]}: positive is the answer, and must be a text")
-        inputs = [as_input(record.anchor) for record in records]
-        answers = [record.positive for record in records]
-        sums, counts = generator.token_losses(inputs, answers, prompt=asked)
+        records = JsonlSource(file)
+        spread = np.unique(np.linspace(0, len(records) - 1, limit).round().astype(int))
+        chosen = [records[i] for i in spread]
+        inputs, answers = [as_input(record.anchor) for record in chosen], [answer_of(record) for record in chosen]
+        sums, counts = generator.token_losses(inputs, answers)
         scores = score(generator.generate(inputs, max_new_tokens), answers)
         loss = float(sums.sum() / counts.sum())
         found[file.stem] = {"loss": loss, "exact": scores["exact_match"], "cer": scores["corpus_cer"]}

@@ -45,7 +45,7 @@ def plot_headline(path: Path, runs: Sequence[Run], chance: Callable[[str], float
     for label, alpha in (("before", PALE), ("after tuning on text alone", 1.0)):
         left.bar(0, 0, color="0.35", alpha=alpha, label=label, linewidth=0)
     left.set(title="Before and after tuning on text alone", ylabel="recall@1", ylim=(0, 1.1))
-    drawn = [_scatter(right, stats.scaling(runs, stats.exact(kind), _retrieval(kind)), kind) for kind in kinds]
+    drawn = [_scatter(right, stats.scaling(runs, stats.exact(kind), stats.retrieval(kind)), kind) for kind in kinds]
     right.set(title="Generation before it, representation after it", ylabel="recall@1, text ↔ media, after")
     right.set(xlabel="share of exact answers before", ylim=(0, 1.1), xlim=(-0.04, 1.04))
     for axes in (left, right) if any(drawn) else (left,):
@@ -62,7 +62,9 @@ def plot_scaling(path: Path, runs: Sequence[Run]) -> bool:
         "share of exact answers before": stats.exact,
         "minus the generative loss before, nats a token": stats.negative_loss,
     }
-    points = {(row, kind): stats.scaling(runs, x(kind), _retrieval(kind)) for row, x in rows.items() for kind in kinds}
+    points = {
+        (row, kind): stats.scaling(runs, x(kind), stats.retrieval(kind)) for row, x in rows.items() for kind in kinds
+    }
     if not any(len(found.x) for found in points.values()):
         return False
     figure = Figure(figsize=(1 + 2.9 * len(kinds), 6.4), layout="constrained")
@@ -142,7 +144,7 @@ def plot_layers(path: Path, runs: Sequence[Run]) -> bool:
     for axes, (measure, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
         for kind in COLOURS:
             for tune, style in (("none", {"linestyle": "--", "alpha": 0.6}), (METHOD, {})):
-                some = [run for run in runs if (run["generative_steps"], run["tune"]) == (best, tune)]
+                some = stats.of_all_seeds(runs, best, tune)
                 found = [((run.get("layers") or {}).get(measure) or {}).get(kind) for run in some]
                 found = [[np.nan if x is None else x for x in layers] for layers in found if layers]
                 if found and len({len(layers) for layers in found}) == 1:
@@ -166,7 +168,7 @@ def plot_layers(path: Path, runs: Sequence[Run]) -> bool:
 def plot_minimal(path: Path, runs: Sequence[Run], chance: float | None) -> bool:
     """Minimal pairs of the best generator by attribute: hollow before, full after, a point a seed."""
     best = stats.qualities(runs)[-1]
-    some = {tune: [r for r in runs if (r["generative_steps"], r["tune"]) == (best, tune)] for tune in ("none", METHOD)}
+    some = {tune: stats.of_all_seeds(runs, best, tune) for tune in ("none", METHOD)}
     names = {name for found in some.values() for run in found for name in run.get("representation") or {}}
     attributes = sorted(name for name in names if name.startswith("minimal."))[::-1]
     if not attributes:
@@ -217,10 +219,6 @@ def _kinds(runs: Sequence[Run]) -> list[str]:
 def _of_seeds(runs: Sequence[Run], steps: int, tune: str, kind: str) -> list[float]:
     each = [retrieval_of(stats.find(runs, seed, steps, tune), kind) for seed in stats.seeds_of(runs)]
     return [value for value in each if value is not None]
-
-
-def _retrieval(kind: str) -> Callable[[Run], float | None]:
-    return lambda run: retrieval_of(run, kind)
 
 
 def _bare(axes: Axes) -> None:

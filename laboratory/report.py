@@ -119,7 +119,7 @@ def _scaling(runs: Sequence[Run]) -> list[str]:
     for kind in MODALITIES:
         for quality, label in ((stats.exact, "exact answers"), (stats.negative_loss, "−loss")):
             for which, least in (("all", 0), ("trained", 1)):
-                points = stats.scaling(runs, quality(kind), partial(_retrieval, kind=kind), least)
+                points = stats.scaling(runs, quality(kind), stats.retrieval(kind), least)
                 r, rank = (stats.correlation(points, how) for how in (stats.pearson, stats.spearman))
                 if r is not None and rank is not None:
                     slope = "" if r.mean is None else f"{np.polyfit(points.x, points.y, 1)[0]:+.3f}"
@@ -130,7 +130,7 @@ def _scaling(runs: Sequence[Run]) -> list[str]:
 def _tuning(runs: Sequence[Run]) -> list[str]:
     """Every way of tuning the best generator, at equal steps and data."""
     best, rows = stats.qualities(runs)[-1], []
-    values = {f"text ↔ {kind}": partial(_retrieval, kind=kind) for kind in MODALITIES}
+    values = {f"text ↔ {kind}": stats.retrieval(kind) for kind in MODALITIES}
     values |= {"image ↔ audio": claims.crossed, "KL, nats": _at("theory", "kl")}
     values |= {"parameters": _at("trained_parameters"), "seconds": _at("seconds", "tune")}
     for way, name in plots.WAYS.items():
@@ -175,10 +175,6 @@ def _at(*path: str) -> Value:
     return lambda run: number(run, *path)
 
 
-def _retrieval(run: Run, kind: str) -> float | None:
-    return stats.retrieval_of(run, kind)
-
-
 def _change(runs: Sequence[Run], steps: int, value: Value) -> str:
     """Before → after text-only tuning; "" where neither is there."""
     sides = [_over(runs, steps, tune, value) for tune in ("none", METHOD)]
@@ -187,7 +183,7 @@ def _change(runs: Sequence[Run], steps: int, value: Value) -> str:
 
 def _over(runs: Sequence[Run], steps: int, tune: str, value: Value) -> str:
     """Mean ± standard deviation over seeds, where there are two; "" where there is nothing."""
-    each = [value(run) for run in runs if (run["generative_steps"], run["tune"]) == (steps, tune)]
+    each = [value(run) for run in stats.of_all_seeds(runs, steps, tune)]
     there = [one for one in each if one is not None]
     if not there:
         return ""

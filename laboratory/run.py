@@ -36,7 +36,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {  # what is tuned on, and what di
 
 
 class Bench(NamedTuple):
-    """One seed's folder, and what is in it. rates: way -> learning rate, where it is not the configuration's."""
+    """One seed's folder, and what is in it."""
 
     config: ConfigDict
     folder: Path

@@ -60,6 +60,11 @@ def retrieval_of(run: Run | None, *modalities: str) -> float | None:
     return mean_of([None if None in both else sum(both) / 2 for both in each])
 
 
+def retrieval(kind: str) -> Callable[[Run], float | None]:
+    """`retrieval_of` one modality."""
+    return lambda run: retrieval_of(run, kind)
+
+
 def exact(kind: str) -> Callable[[Run], float | None]:
     """Generative quality: the share of held-out answers that a run meets to the letter."""
     return lambda run: number(run, "generative", kind, "exact")
@@ -79,8 +84,12 @@ def last_layer(run: Run | None, measure: str, kind: str) -> float | None:
 
 def find(runs: Sequence[Run], seed: int, steps: int, tune: str) -> Run | None:
     """The run of a seed, of a generator trained for so many steps, tuned so."""
-    same = (run for run in runs if (run["seed"], run["generative_steps"], run["tune"]) == (seed, steps, tune))
-    return next(same, None)
+    return next((run for run in of_all_seeds(runs, steps, tune) if run["seed"] == seed), None)
+
+
+def of_all_seeds(runs: Sequence[Run], steps: int, tune: str) -> list[Run]:
+    """The runs of generators trained for so many steps, tuned so."""
+    return [run for run in runs if (run["generative_steps"], run["tune"]) == (steps, tune)]
 
 
 def qualities(runs: Sequence[Run]) -> list[int]:

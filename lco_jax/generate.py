@@ -25,7 +25,7 @@ from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.files import write_json, write_text, written_aside
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Contents, Corpus, scan
-from lco_jax.data.records import as_input
+from lco_jax.data.records import answer_of, as_input
 from lco_jax.data.sources import open_file
 from lco_jax.embed import add_model_flags, load, media_config, modalities_of, workers
 from lco_jax.evaluation.answers import score
@@ -80,13 +80,11 @@ def _said(args: argparse.Namespace) -> int:
 def _scored(args: argparse.Namespace) -> int:
     """Answer --data and score the answers."""
     records = list(open_file(args.data, args.media_root))
-    if strange := [one.where for one in records if not isinstance(one.positive, str) or not one.positive.strip()]:
-        raise LcoError(f"{strange[0]}: its positive is the answer, and must be a text")
+    references = [answer_of(one) for one in records]
     names = [one.where for one in records]
     kinds = {kind: one.where for one in records for kind in one.modalities}
     with written_aside(args.out) as folder:
         answers = _answer(args, [as_input(one.anchor) for one in records], names, Contents(len(records), kinds, int))
-        references = [one.positive for one in records]
         scores = score(answers, references)
         rows = zip(names, answers, references, strict=True)
         lines = _lines({"where": name, "answer": answer, "reference": wanted} for name, answer, wanted in rows)
@@ -105,7 +103,8 @@ def _answer(args: argparse.Namespace, contents: Sequence[Any], names: Sequence[s
     media, checkpoint = media_config(args), open_checkpoint(args.model)
     keep_compiled()
     model = load(args, checkpoint, media, modalities_of(checkpoint, found, media, strict=True), OmniGenerator)
-    options = {"prompt": args.prompt, "batch_size": args.batch_size, "max_length": args.max_length, "names": names}
+    options = {"batch_size": args.batch_size, "max_length": args.max_length, "names": names}
+    options |= {} if args.prompt is None else {"prompt": args.prompt}
     with tqdm(total=len(contents), desc="answering", unit="input") as progress:
         options |= {"workers": workers(args, found.has_media), "progress": progress}
         return model.generate(contents, args.max_new_tokens, **options)

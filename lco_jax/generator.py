@@ -49,31 +49,14 @@ class OmniGenerator(OmniEmbedder):
         self._prefill = jax.jit(partial(_prefill, decoder), static_argnums=3)
         self._decode = jax.jit(partial(_decode, decoder), donate_argnums=1, out_shardings=(everywhere, None))
 
-    def generate(
-        self,
-        inputs: Sequence[Any],
-        max_new_tokens: int = 64,
-        *,
-        prompt: Prompt | None = None,
-        batch_size: int | None = None,
-        max_length: int | None = None,
-        progress: tqdm | None = None,
-        workers: int = 0,
-        names: Sequence[str] | None = None,
-    ) -> list[str]:
+    def generate(self, inputs: Sequence[Any], max_new_tokens: int = 64, **options: Any) -> list[str]:
         """What the model says after each input, greedily, without the tokens that end its turn.
 
-        inputs (a list, or a single one), max_length, workers, progress, names: as of `encode`. Chat messages are
-        rendered as they are; a content with a text asks for itself, and any other is followed by one of
-        `prompts.QUESTIONS`; or all contents by `prompt`.
-        batch_size: the most inputs decoded together, by default 64; no answer depends on it.
-        Raises for the first input that is bad, or leaves no room for `max_new_tokens` in the model's context.
+        options: as of `generate_ids`.
         """
-        options = {"prompt": prompt, "batch_size": batch_size, "max_length": max_length, "progress": progress}
-        generated = self.generate_ids(inputs, max_new_tokens, **options, workers=workers, names=names)
         return [
             self.tokenizer.tokenizer.decode(ids[~np.isin(ids, self.ends)], skip_special_tokens=True)
-            for ids in generated
+            for ids in self.generate_ids(inputs, max_new_tokens, **options)
         ]
 
     def generate_ids(
@@ -81,19 +64,26 @@ class OmniGenerator(OmniEmbedder):
         inputs: Sequence[Any],
         max_new_tokens: int = 64,
         *,
-        prompt: Prompt | None = None,
+        prompt: Prompt = asked,
         batch_size: int | None = None,
         max_length: int | None = None,
         progress: tqdm | None = None,
         workers: int = 0,
         names: Sequence[str] | None = None,
     ) -> list[np.ndarray]:
-        """As `generate`: the token ids, int32 [at most M], the one that ended the turn included."""
+        """The token ids that `generate` decodes, int32 [at most M], the one that ended the turn included.
+
+        inputs (a list, or a single one), max_length, workers, progress, names: as of `encode`. Chat messages are
+        rendered as they are; a content with a text asks for itself, and any other is followed by one of
+        `prompts.QUESTIONS`; or all contents by `prompt`.
+        batch_size: the most inputs decoded together, by default 64; no answer depends on it.
+        Raises for the first input that is bad, or leaves no room for `max_new_tokens` in the model's context.
+        """
         for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise LcoError(f"{name} is {value}; it must be at least 1")
         inputs = [inputs] if is_single(inputs) else inputs
-        preparation = Preparation(self.processor, asked if prompt is None else prompt, max_length)
+        preparation = Preparation(self.processor, prompt, max_length)
         generated: list[np.ndarray] = []
         prepared = prepare_ahead(preparation, named(inputs, names), workers)
         for ready in one_ahead(blocks_of(prepared, BLOCK_INPUTS, raises=True)):
@@ -124,19 +114,19 @@ class OmniGenerator(OmniEmbedder):
         inputs: Sequence[Any],
         answers: Sequence[str],
         *,
-        prompt: Prompt | None = None,
+        prompt: Prompt = asked,
         max_length: int | None = None,
         max_tokens: int = MAX_TOKENS,
         progress: tqdm | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """What each answer costs the generator: -log p summed over its tokens, in nats, float32 [N]; their number [N].
 
-        The token that ends the answer's turn is one of them. inputs and options: as of `encode`, with its prompts;
-        answers are never cut.
+        The token that ends the answer's turn is one of them. inputs and options: as of `encode`, `prompt` as of
+        `generate_ids`; answers are never cut.
         """
         prompts = self._prepare(inputs, prompt, max_length)
         targets = self.tokenizer.answers(answers)
-        ready = [one.followed_by(ids[:-1]) for one, ids in zip(prompts, targets, strict=True)]
+        ready = [one.answered(ids) for one, ids in zip(prompts, targets, strict=True)]
         self._check_room(ready, [f"input {i}" for i in range(len(ready))], 0, "its answer")
         losses, counts = np.zeros(len(ready), np.float32), np.array([len(ids) for ids in targets])
 

@@ -26,6 +26,7 @@ from lco_jax.checkpoint.hf import Checkpoint, load_model, open_checkpoint
 from lco_jax.checkpoint.peft import has_adapters, write_peft
 from lco_jax.checkpoint.store import RunStore
 from lco_jax.core.errors import LcoError
+from lco_jax.core.files import write_json
 from lco_jax.core.sharding import make_mesh
 from lco_jax.data import pipeline
 from lco_jax.data.media import MediaConfig
@@ -194,32 +195,38 @@ def loop(run: Run, train_step: Step) -> bool:
     return step == job.total_steps
 
 
-def export(run: Run) -> tuple[dict[str, Any], dict[str, str]]:
-    """Let one process write adapter, merged model and loss curve: (results so far, {what: where}), {} in the others."""
-    job, config, workdir = run.job, run.job.config, run.job.workdir
+def finish(run: Run, numbers: dict[str, Any], pictures: Mapping[str, Path]) -> dict[str, Any]:
+    """Let one process write adapter, merged model, loss curve and results.json, and tell what there is.
+
+    numbers: what results.json holds beside the run's own. pictures: {what: where} of those there are already.
+    Returns what results.json holds; {} in the other processes, which wait: one that leaves early ends the job for all.
+    """
     tuned = multihost_utils.process_allgather(run.state["tuned"], tiled=True)
-    if jax.process_index() != 0:
-        return {}, {}
-    outputs = {}
+    results = _write(run, tuned, numbers, pictures) if jax.process_index() == 0 else {}
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("exported")
+    return results
+
+
+def _write(run: Run, tuned: dict[str, Any], numbers: dict[str, Any], pictures: Mapping[str, Path]) -> dict[str, Any]:
+    job, config, workdir = run.job, run.job.config, run.job.workdir
+    outputs: dict[str, Path] = {}
     if has_adapters(tuned.get("decoder", {})):
         write_peft(workdir / "adapter", tuned["decoder"], job.training.lora, config.model.path)
-        outputs["adapter"] = str(workdir / "adapter")
+        outputs["adapter"] = workdir / "adapter"
     if config.export.merged:
         export_merged(config.model.path, workdir / "merged", tuned, job.training.lora, config.export.dtype)
-        outputs["merged model"] = str(workdir / "merged")
+        outputs["merged model"] = workdir / "merged"
     lines = [line for line in read_metrics(workdir / "metrics.jsonl") if line["loss"] is not None]
     columns = [[line[key] for line in lines] for key in ("step", "loss", "learning_rate")]
     plot_loss(workdir / "loss.png", *columns)
-    outputs["loss curve"] = str(workdir / "loss.png")
-    say(f"\nloss {lines[0]['loss']:.3f} at the first step, {lines[-1]['loss']:.3f} at the last")
     results = {"steps": len(lines), "first_loss": lines[0]["loss"], "last_loss": lines[-1]["loss"]}
-    return {**results, "trained_parameters": tuning.count(job.training.tuned)}, outputs
-
-
-def together() -> None:
-    """Wait for all processes: one that leaves early ends the job for all."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("exported")
+    results |= {"trained_parameters": tuning.count(job.training.tuned), **numbers}
+    write_json(workdir / "results.json", results)
+    say(f"\nloss {results['first_loss']:.3f} at the first step, {results['last_loss']:.3f} at the last\n")
+    for label, path in {**outputs, "loss curve": workdir / "loss.png", **pictures}.items():
+        say(f"{label:14}{path}")
+    return results
 
 
 class _Watch:

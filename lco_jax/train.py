@@ -12,7 +12,6 @@ Any key of the config can be set on the command line, e.g. --config.optimizer.le
     checkpoints/  config.json  what resuming needs
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from ml_collections import ConfigDict
 
 from lco_jax import job as jobs
 from lco_jax.core.errors import LcoError, run_main
-from lco_jax.core.files import write_json
 from lco_jax.data.records import as_input
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation.plots import plot_similarity
@@ -69,30 +67,24 @@ def _evaluate(job: Job, params: dict[str, Any]) -> Retrieval | None:
 
 
 def _finish(run: Run, before: Retrieval | None) -> dict[str, Any]:
-    """Evaluate again, and let one process write everything and tell what there is."""
-    workdir, after = run.job.workdir, _evaluate(run.job, run.job.tuned_params(run.state))
-    results, outputs = jobs.export(run)
+    """Evaluate again, show the difference, and write everything."""
+    after = _evaluate(run.job, run.job.tuned_params(run.state))
+    if not before or not after:
+        return jobs.finish(run, {}, {})
+    picture = run.job.workdir / "similarity.png"
     if jax.process_index() == 0:
-        if before and after:
-            plot_similarity(workdir / "similarity.png", before.similarity, after.similarity)
-            outputs["similarities"] = str(workdir / "similarity.png")
-            for name, result in (("before", before), ("after", after)):
-                results[name] = {"recall_at_1": result.recall_at_1, "mrr": result.mrr}
-            say(f"\n{'held out':14}{'before':>10}{'after':>10}")
-            say(f"{'recall@1':14}{before.recall_at_1:10.3f}{after.recall_at_1:10.3f}")
-            say(f"{'MRR':14}{before.mrr:10.3f}{after.mrr:10.3f}\n")
-        write_json(workdir / "results.json", results)
-        for label, path in outputs.items():
-            say(f"{label:14}{path}")
-    jobs.together()
-    return results
+        plot_similarity(picture, before.similarity, after.similarity)
+    say(f"\n{'held out':14}{'before':>10}{'after':>10}")
+    say(f"{'recall@1':14}{before.recall_at_1:10.3f}{after.recall_at_1:10.3f}")
+    say(f"{'MRR':14}{before.mrr:10.3f}{after.mrr:10.3f}")
+    both = {"before": before, "after": after}
+    numbers = {name: {"recall_at_1": x.recall_at_1, "mrr": x.mrr} for name, x in both.items()}
+    return jobs.finish(run, numbers, {"similarities": picture})
 
 
 def main() -> int:
     """Parse the command line, join the other processes if there are any, train."""
-    args = cli.parse(sys.argv, __doc__)
-    cli.join_processes(args)
-    train(args.config, Path(args.workdir or f"runs/{args.config.name}"))
+    train(*cli.start(__doc__))
     return 0
 
 

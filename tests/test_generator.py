@@ -169,7 +169,7 @@ def test_generate_answers_and_scores_files(tmp_path, run_command, monkeypatch, t
         (["--data=x.jsonl", "--out=y", "--output=z"], "--output goes with --input"),
         (["--input=x.jsonl", "--output=z.npy"], "--output=z.npy: the file must end in .jsonl"),
         ([f"--input={tmp_path}/in.jsonl", "--max-new-tokens=0"], "--max-new-tokens=0: it must be at least 1"),
-        ([f"--data={tmp_path}/bad.jsonl", "--out=y"], "bad.jsonl:1: its positive is the answer, and must be a text"),
+        ([f"--data={tmp_path}/bad.jsonl", "--out=y"], "bad.jsonl:1: the positive is the answer, and must be a text"),
     ]:
         status, _, err = run_command(generate, *flags)
         assert (status, said in err) == (2, True), err
@@ -188,6 +188,14 @@ def test_a_tied_head_outlives_the_merge_of_an_adapter(tmp_path, tiny):
     tuned = OmniGenerator.from_pretrained("builtin:tiny", tmp_path / "adapter")
     want = tiny.token_losses(["a", "b c"], ["d", "e f g"])[0]
     np.testing.assert_allclose(tuned.token_losses(["a", "b c"], ["d", "e f g"])[0], want, rtol=1e-6)
+
+
+def test_an_answers_loss_is_asked_for_as_answers_are(cases):
+    model = OmniGenerator.from_pretrained(cases["vl"].path, mesh=make_mesh(devices=jax.devices()[:1]))
+    picture = image(1, 60, 84)["image"]
+    inputs = [{"image": picture}, {"image": picture, "text": "\nDescribe the above image."}]
+    asked_for, asking = model.token_losses(inputs, ["A cat."] * 2)[0]
+    assert asked_for == asking != model.token_losses([inputs[0]], ["A cat."], prompt="\nWhy?")[0]
 
 
 def test_a_content_without_a_text_is_asked_about():

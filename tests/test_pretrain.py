@@ -175,8 +175,17 @@ def test_what_cannot_be_tuned_says_so(tmp_path):
     Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
     config = short(**{"train.batch_size": 1})
     config.data.sources = {"mine": {"kind": "jsonl", "path": str(tmp_path / "data.jsonl")}}
-    with pytest.raises(LcoError, match=r"data.jsonl:1: the positive is what a generator is to say"):
+    with pytest.raises(LcoError, match=r"data.jsonl:1: the positive is the answer"):
         pretrain(config, tmp_path / "run")
+
+
+def test_a_record_without_an_answer_can_be_left_out(cases):
+    records = [*RECORDS["omni"][2:], Record("a", (image(1, 60, 84),), (), "mine:2")]
+    processor = Processor(cases["omni"].path)
+    layout = pipeline.Layout(2, 0, processor.tokenizer.head, on_bad="skip", generative=True)
+    local = pipeline._prepare(records, layout, processor, None, 1, 0)
+    assert local.record.tolist() == [0]
+    assert local.skipped == ("mine:2: the positive is the answer, and must be a text",)
 
 
 def test_two_ways_are_the_mean_of_each(tmp_path):

@@ -26,7 +26,7 @@ from lco_jax.core.sharding import ROWS, replicated, row_shards
 from lco_jax.data.inputs import conversation
 from lco_jax.data.processor import MediaRows, MediaShape, Processor, lay_media
 from lco_jax.data.prompts import asked
-from lco_jax.data.records import Record, Side, side_key
+from lco_jax.data.records import Record, Side, answer_of, side_key
 from lco_jax.data.scan import Source
 from lco_jax.data.sources import open_source
 from lco_jax.data.tower_rows import Processed, TowerRows
@@ -170,14 +170,17 @@ def _prepare(
 def answered(
     prompts: Sequence[Processed | LcoError], records: Sequence[Record], processor: Processor, max_length: int | None
 ) -> list[Processed | LcoError]:
-    """Each record's prompt with its positive as the answer, which is cut as texts are."""
-    if strange := [record for record in records if not isinstance(record.positive, str)]:
-        raise LcoError(f"{strange[0].where}: the positive is what a generator is to say, and must be text")
-    texts = [processor.tokenizer.cut(record.positive, max_length) for record in records]
-    return [
-        prompt if isinstance(prompt, LcoError) else processor.fitting(prompt.answered(ids), record.where)
-        for prompt, ids, record in zip(prompts, processor.tokenizer.answers(texts), records, strict=True)
-    ]
+    """Each record's prompt with its positive as the answer, which is cut as texts are; an error for one that is bad."""
+    found, texts = list(prompts), {}
+    for i, record in enumerate(records):
+        if not isinstance(found[i], LcoError):
+            try:
+                texts[i] = processor.tokenizer.cut(answer_of(record), max_length)
+            except LcoError as error:
+                found[i] = error
+    for i, ids in zip(texts, processor.tokenizer.answers(list(texts.values())), strict=True):
+        found[i] = processor.fitting(found[i].answered(ids), records[i].where)
+    return found
 
 
 def _number(side: Side) -> int:

@@ -67,6 +67,13 @@ def _key(value: Any) -> Hashable:
     return blake2b(value).digest() if isinstance(value, bytes) else value
 
 
+def answer_of(record: Record) -> str:
+    """What a generator is to say of a record: its positive. Raises unless that is a text."""
+    if not isinstance(record.positive, str) or not record.positive.strip():
+        raise LcoError(f"{record.where}: the positive is the answer, and must be a text")
+    return record.positive
+
+
 def parse_record(content: Any, where: str, root: str = "", exists: Callable[[str], bool] | None = None) -> Record:
     """Read `{"anchor": side, "positive": side, "negative": side | [side, …] | absent}`.
 

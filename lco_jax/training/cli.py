@@ -46,6 +46,13 @@ def parse(argv: list[str], doc: str | None) -> flags.FlagValues:
     return values
 
 
+def start(doc: str | None) -> tuple[ConfigDict, Path]:
+    """(configuration, workdir) of this process's command line, after joining the other processes if there are any."""
+    args = parse(sys.argv, doc)
+    join_processes(args)
+    return args.config, Path(args.workdir or f"runs/{args.config.name}")
+
+
 def _load(argv: Sequence[str]) -> ConfigDict | None:
     """The configuration that --config names, as its file has it. Raises naming the file if it does not load."""
     for arg, following in zip(argv[1:], [*argv[2:], ""], strict=False):
