@@ -10,6 +10,7 @@ import soundfile
 from PIL import Image
 from tfds_files import class_label, image_feature, png, write_tfds
 
+from laboratory import worlds
 from laboratory.real import DIGITS, KINDS, LABELS, QUESTION, Sizes, small, write
 from lco_jax import LcoError
 from lco_jax.data.sources import JsonlSource
@@ -89,6 +90,14 @@ def test_captions_say_what_the_media_are(world):
     for record in read(world, "tests/cross.jsonl"):
         assert shown(world, record["image"]) == ("written", record["concept"])
         assert shown(world, record["audio"]) == ("spoken", record["concept"])
+
+
+def test_a_tokenizer_can_be_trained_on_its_texts(world):
+    found = list(worlds.texts(world))
+    assert len(found) == sum(
+        len(read(world, f"generative/{kind}.jsonl")) for kind in ("image", "audio", "text", "gist")
+    )
+    assert any(QUESTION in text for text in found)
 
 
 def test_texts_mean_the_same_and_negatives_another(world):

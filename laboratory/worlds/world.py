@@ -96,7 +96,8 @@ def texts(folder: Path) -> Iterator[str]:
     for file in sorted((Path(folder) / "generative").glob("*.jsonl")):
         for line in file.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
-            yield record["anchor"].get("text", "") + "\n" + record["positive"]
+            anchor = record["anchor"]  # a text alone, or an object
+            yield (anchor if isinstance(anchor, str) else anchor.get("text", "")) + "\n" + record["positive"]
 
 
 class World:
