@@ -49,10 +49,10 @@ def get_config(form: str = "") -> ConfigDict:
     if form == "short":
         config.seeds = (0,)
         config.sizes = asdict(worlds.Sizes.small())
-        config.stages = (0, 4, 8)
+        config.stages = (0, 8)
         config.ways = ("projection", "clip")
         config.answers = 6
-        config.pretrain.checkpoint.every = 4
+        config.pretrain.checkpoint.every = 8
         config.pretrain.train.batch_size = 16
         config.pretrain.optimizer.warmup_steps = 2
         config.contrast.train.batch_size = 16
