@@ -4,8 +4,8 @@ Which key is which parameter is said by each backbone's key table (`models/regis
 """
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from lco_jax.core.files import read_json, resolve
 from lco_jax.core.lora import DECODER_LINEARS
 from lco_jax.core.packing import PackedTokens
 from lco_jax.core.quantize import quantize as quantize_matrix
-from lco_jax.core.sharding import shardings
+from lco_jax.core.sharding import placed, shardings
 from lco_jax.models.attention import IMPLEMENTATIONS
 from lco_jax.models.config import DecoderConfig
 from lco_jax.models.decoder import REMAT_POLICIES, Decoder
@@ -45,7 +45,7 @@ class Checkpoint:
 
     config: the decoder's geometry; towers: each tower's, by name. model_config: the part of config.json that describes
     the model. keys: part ("decoder", a tower, or an untied "head") -> {our name, e.g. layers.3.mlp.up_proj.weight: key
-    in the files}.
+    in the files}. Of one that was opened by its geometry alone, tensors is None, and no part has a key.
     """
 
     folder: Path
@@ -53,17 +53,14 @@ class Checkpoint:
     config: DecoderConfig
     towers: dict[str, Any]
     model_config: dict[str, Any]
-    tensors: TensorFolder
+    tensors: TensorFolder | None
     keys: dict[str, dict[str, str]]
 
 
 def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
     """Open a folder or hub id and check every key: unknown, missing, duplicate or misshapen ones raise by name."""
-    folder = builtin.build() if str(path_or_id) == builtin.NAME else resolve(path_or_id, CHECKPOINT_FILES)
-    where = str(folder / "config.json")
-    backbone, model_config = find_backbone(read_json(folder / "config.json"), where)
-    config = DecoderConfig.from_hf(model_config, where)
-    towers = {name: read(model_config, where, config) for name, (_, read) in backbone.towers.items()}
+    opened = open_geometry(path_or_id, CHECKPOINT_FILES)
+    folder, backbone, config, towers = opened.folder, opened.backbone, opened.config, opened.towers
     tensors = TensorFolder(folder)
     parts = {"decoder": abstract_params(config)}
     parts |= {name: abstract_params(tower_module(backbone, name, towers[name])) for name in towers}
@@ -89,7 +86,21 @@ def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
         by_part[part][rest] = keys[name]
     if not config.tie_word_embeddings:
         by_part["head"] = {"weight": keys[HEAD]}
-    return Checkpoint(folder, backbone, config, towers, model_config, tensors, by_part)
+    return replace(opened, tensors=tensors, keys=by_part)
+
+
+def open_geometry(path_or_id: str | Path, files: Sequence[str] = CHECKPOINT_FILES[:-2]) -> Checkpoint:
+    """A checkpoint by its config.json, all that a folder needs to hold; nothing can be loaded of it.
+
+    files: what is fetched of a hub id, by default no tensors.
+    """
+    folder = builtin.build() if str(path_or_id) == builtin.NAME else resolve(path_or_id, files)
+    where = str(folder / "config.json")
+    backbone, model_config = find_backbone(read_json(folder / "config.json"), where)
+    config = DecoderConfig.from_hf(model_config, where)
+    towers = {name: read(model_config, where, config) for name, (_, read) in backbone.towers.items()}
+    parts = ["decoder", *towers, *([] if config.tie_word_embeddings else ["head"])]
+    return Checkpoint(folder, backbone, config, towers, model_config, None, {part: {} for part in parts})
 
 
 def _match_keys(folder: Path, backbone: Backbone, tensors: TensorFolder, towers: dict[str, Any]) -> dict[str, str]:
@@ -209,12 +220,7 @@ def _load_part(
 ) -> dict[str, Any]:
     """One part's parameters. Each process reads only the slices its devices hold; the host holds one tensor's slice."""
     leaves = flatten_dict(abstract, sep=".")
-    kinds = {path: quantize for path in leaves if quantize and re.fullmatch(rf"{DECODER_LINEARS}\.weight", path)}
-    kept = {
-        path: jax.eval_shape(partial(quantize_matrix, kind=kinds[path], name=path), leaf) if path in kinds else leaf
-        for path, leaf in leaves.items()
-    }
-    flat_shardings = flatten_dict(shardings({part: unflatten_dict(kept, sep=".")}, mesh)[part], sep=".")
+    kinds, kept, flat_shardings = _kept(part, leaves, mesh, quantize)
     params: dict[str, Any] = {}
     for path, name, _, layer in per_layer(abstract):
         key, sharding = checkpoint.keys[part][name], flat_shardings[path]
@@ -229,6 +235,25 @@ def _load_part(
         with jax.set_mesh(mesh):
             params[path] = _write_layer(params[path], tensor, layer, kinds.get(path, ""), sharding)
     return unflatten_dict(params, sep=".")
+
+
+def _kept(
+    part: str, leaves: dict[str, Any], mesh: Mesh, quantize: str
+) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
+    """Of a part's flat leaves: what those that are quantised become, the shapes that are kept, and where they lie."""
+    kinds = {path: quantize for path in leaves if quantize and re.fullmatch(rf"{DECODER_LINEARS}\.weight", path)}
+    kept = {
+        path: jax.eval_shape(partial(quantize_matrix, kind=kinds[path], name=path), leaf) if path in kinds else leaf
+        for path, leaf in leaves.items()
+    }
+    return kinds, kept, flatten_dict(shardings({part: unflatten_dict(kept, sep=".")}, mesh)[part], sep=".")
+
+
+def placed_decoder(checkpoint: Checkpoint, mesh: Mesh, dtype: Any, quantize: str = "") -> dict[str, Any]:
+    """The parameters that `load_decoder` would load, as shapes that know where they lie."""
+    leaves = flatten_dict(abstract_params(checkpoint.config, _dtype(dtype)), sep=".")
+    _, kept, places = _kept("decoder", leaves, mesh, quantize)
+    return unflatten_dict(placed(kept, places), sep=".")
 
 
 def _read_sharded(tensors: TensorFolder, key: str, sharding: NamedSharding, dtype: Any) -> jax.Array:

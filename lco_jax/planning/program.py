@@ -1,0 +1,141 @@
+"""The training step of a run that does not exist: compiled for devices that are not there, from shapes alone.
+
+Dimensions: B records, M hard negatives a record.
+"""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lco_jax.checkpoint.hf import Checkpoint, placed_decoder
+from lco_jax.core.packing import Shape, width_of
+from lco_jax.core.sharding import row_shards
+from lco_jax.models.decoder import Decoder
+from lco_jax.models.model import Model
+from lco_jax.planning import hlo
+from lco_jax.planning.hardware import Hardware
+from lco_jax.training import memory, tuning
+from lco_jax.training.run import Training
+from lco_jax.training.step import train_update
+
+HEAD = 14  # tokens of the prompt that texts share: those of Qwen's template
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a step is given. sides: [B, 2 + M]. head: tokens that texts share. shape: of a stream, by chunk_tokens and mesh."""
+
+    sides: tuple[int, int]
+    head: int
+    shape: Callable[[int, Mesh], Shape]
+
+
+def even(sides: tuple[int, int], tokens: int) -> Workload:
+    """Texts of `tokens` tokens each, the shared head among them."""
+    own = max(tokens - HEAD, 1)
+
+    def shape(chunk_tokens: int, mesh: Mesh) -> Shape:
+        texts = -(-sides[0] * sides[1] // row_shards(mesh))
+        chunks = -(-texts * own // chunk_tokens) if chunk_tokens else 1
+        texts = -(-texts // chunks)
+        return Shape(HEAD + texts * own, {width_of(HEAD + own): texts}, chunks)
+
+    return Workload(sides, HEAD, shape)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A run's step on a mesh, in shapes. config: the run's."""
+
+    config: Mapping[str, Any]
+    checkpoint: Checkpoint
+    mesh: Mesh
+    hardware: Hardware
+    workload: Workload
+
+    @cached_property
+    def training(self) -> Training:
+        steps = self.config["train"]["steps"] or self.config["optimizer"]["warmup_steps"] + 1
+        return Training.build(self.config, self.checkpoint, steps, self.mesh)
+
+    @cached_property
+    def params(self) -> dict[str, Any]:
+        """The model's, placed; of towers a run on text loads none."""
+        model = self.config["model"]
+        return {"decoder": placed_decoder(self.checkpoint, self.mesh, model["dtype"], model["quantize"])}
+
+    def decoder(self, remat: str = "full") -> Decoder:
+        dtype = jnp.dtype(self.config["model"]["dtype"])
+        return Decoder(self.checkpoint.config, dtype, dtype, remat, tuned=self.config["tune"]["decoder"] == "full")
+
+    def choose(self) -> memory.Choice:
+        """Policy and chunk as `train` would choose them there; with what is fixed, what it needs, fitting or not."""
+        there = int(self.hardware.memory * (1 - memory.MARGIN))
+        given = self.params, self.training, self.mesh, self.workload.sides, self._shape
+        return memory.choose_for(
+            self.config, Model(self.decoder(), {}), *given, there=there, backend=self.hardware.backend
+        )
+
+    def _shape(self, chunk_tokens: int) -> Shape:
+        return self.workload.shape(chunk_tokens, self.mesh)
+
+    def compile(self, remat: str, chunk_tokens: int) -> dict[str, Any]:
+        """Memory a device by kind, bytes, as on `hardware` and by XLA's count on CPU; and what `hlo.count` counts."""
+        training, params, shape = self.training, self.params, self._shape(chunk_tokens)
+        state, frozen = training.placed, tuning.frozen(params, training.tune)
+        batch = memory.abstract_batch(shape, self.workload.sides, self.workload.head, self.mesh)
+        train, mesh = self.config["train"], self.mesh
+        options = {key: train[key] for key in ("ignore_duplicates", "candidates", "two_way")}
+        given = training.tx, training.lora, train["temperature"], self.config["seed"], mesh, training.shardings
+        with jax.set_mesh(mesh):
+            lowered = train_update(self.decoder(remat), *given, **options).lower(state, frozen, batch, None)
+            text, compiled = _compile(lowered, mesh.size)
+        counts = hlo.count(text, dict(mesh.shape), self.hardware.domain)
+        found = compiled.memory_analysis()
+        besides = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+        decoder, settings = self.checkpoint.config, training.lora
+        resident = memory.resident_bytes(params, training, decoder, mesh, self.workload.sides, 0)
+        resident -= memory.held_bytes((params, state))
+        active = {
+            backend: memory.activation_bytes(
+                decoder, remat, shape, self.config["model"]["dtype"], settings.rank, settings.dropout,
+                mesh.shape["tensor"], backend,
+            )
+            for backend in ("cpu", self.hardware.backend)
+        }  # fmt: skip
+        expected = {backend: resident + one for backend, one in active.items()}
+        # XLA's CPU programs keep bfloat16 activations in float32; what they take is scaled as the estimate says
+        scaled = besides * expected[self.hardware.backend] / expected["cpu"]
+        activations = scaled * active[self.hardware.backend] / expected[self.hardware.backend]
+        kinds = {
+            "weights": memory.held_bytes(frozen),
+            "adapters": memory.held_bytes(state["tuned"]),
+            "optimiser": memory.held_bytes(state["optimizer"]),
+            "batch": memory.held_bytes(batch),
+            "activations": int(activations),
+            "temporaries": int(scaled - activations),
+        }
+        return {
+            "memory": kinds,
+            "memory_cpu": found.argument_size_in_bytes + besides,
+            "estimate_cpu": memory.held_bytes((frozen, state, batch)) + expected["cpu"],
+            "shape": shape,
+            "counts": counts,
+        }
+
+
+def _compile(lowered: Any, devices: int) -> tuple[str, Any]:
+    """(the program of one device as HLO text, compiled). XLA writes down what it has once it is split."""
+    if devices == 1:
+        return lowered.as_text(dialect="hlo"), lowered.compile()
+    with tempfile.TemporaryDirectory(prefix="lco_jax_plan_") as folder:
+        compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"})
+        (text,) = Path(folder).glob("*after_spmd-partitioning*.txt")
+        return text.read_text(encoding="utf-8"), compiled
