@@ -20,6 +20,7 @@ import numpy as np
 
 from benchmarks.data import read_triplets
 from benchmarks.duel import peak_memory, serve
+from benchmarks.flops import Work, forward_flops, step_flops
 from benchmarks.presets import LORA, ON_DEVICE, PRESETS
 from lco_jax import OmniEmbedder, make_mesh
 from lco_jax.checkpoint import builtin
@@ -36,7 +37,6 @@ from lco_jax.data.processor import Processor
 from lco_jax.data.tower_rows import Processed
 from lco_jax.models.decoder import Decoder
 from lco_jax.models.model import Model
-from lco_jax.planning.flops import Work, forward_flops, step_flops
 from lco_jax.training import tuning
 from lco_jax.training.optimizer import OptimizerConfig, make_optimizer
 from lco_jax.training.step import contrastive_loss, embed_chunks, init_state, make_train_step, state_shardings

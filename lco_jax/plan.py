@@ -6,6 +6,7 @@ The step of `lco_jax.train` is compiled for as many pretended devices as the mes
 allocated, and of the checkpoint a config.json suffices. docs/planning.md says what each number is, and what it is not.
 """
 
+import argparse
 import math
 import sys
 import time
@@ -25,227 +26,199 @@ from lco_jax.core.packing import Shape
 from lco_jax.core.sharding import AXES, make_mesh
 from lco_jax.data import plan as data_plan
 from lco_jax.job import batches_of, open_data, say
-from lco_jax.planning import hardware, program
-from lco_jax.planning.flops import Work, forward_flops, step_flops
-from lco_jax.planning.hardware import Hardware
+from lco_jax.planning.hardware import DEVICES, Hardware
+from lco_jax.planning.program import Step, Workload, even
 from lco_jax.training import cli
-from lco_jax.training.memory import GIB, MARGIN, Choice
+from lco_jax.training.memory import GIB, MARGIN
 from lco_jax.training.run import check_config
 
 TOKENS = 64  # of a text, where there are no data to tell
-FLAGS = {
-    "device": f"what to run on: {', '.join(hardware.DEVICES)}",
-    "mesh": "devices along data, fsdp and tensor, as 1,16,1; without it, --devices and the mesh that is suggested",
-    "devices": "how many, where there is no --mesh",
-    "tokens_per_text": f"of a text, prompt included; by default as the data are, or {TOKENS} where they cannot be read",
-    "price": "USD an hour and device, in the place of the list's",
-    "json": "a file for the numbers",
-}
+# what a layer's backward pass computes once more, in forward passes (of Qwen2.5-7B)
+AGAIN = {"full": 0.71, "attention": 0.64, "gate": 0.35, "mlp": 0.06, "none": 0.0}
 
 
 def plan(
     config: ConfigDict, device: Hardware, devices: int, sizes: tuple[int, ...] | None = None, tokens: int | None = None
 ) -> dict[str, Any]:
-    """What a step takes on `devices` of a kind. sizes: of the mesh, by default the suggested; tokens: of a text.
+    """What a step takes on `devices` of a kind, of which jax must have as many to pretend with.
 
-    jax must have as many devices. Raises where the configuration is wrong or no mesh holds it.
+    sizes: of the mesh, by default the suggested. tokens: of a text, by default as the data are. Raises where the
+    configuration is wrong; a result without "memory" does not fit in any way that `train` would choose.
     """
     check_config(config)
     checkpoint = open_geometry(config.model.path)
     workload, assumed = _workload(config, checkpoint, tokens)
-    step = lambda sizes: program.Step(config, checkpoint, _mesh(sizes), device, workload)  # noqa: E731
-    found: list[tuple[float, tuple[int, ...], Choice]] = []
+    result: dict[str, Any] = {"device": device.name, "devices": devices, "mesh": sizes, "assumed": assumed}
+
+    def on(sizes: tuple[int, ...]) -> Step:
+        return Step(config, checkpoint, make_mesh(*sizes, devices=jax.devices()[:devices]), device, workload)
+
+    suggested = []
     for candidate in _meshes(devices, checkpoint.config.num_kv_heads):
+        step = on(candidate)
         try:
-            choice = step(candidate).choose()
-        except LcoError:
+            choice = step.choose()
+        except LcoError as error:
+            result["does_not_fit"] = str(error)
             continue
-        found.append((_cheap_seconds(step(candidate), choice), candidate, choice))
-    best = min(found, default=None)
-    result: dict[str, Any] = {"device": device.name, "devices": devices, "assumed": assumed}
-    if best is not None:
-        seconds, mesh, choice = best
-        result["suggested"] = {"mesh": mesh, **choice._asdict(), "seconds": seconds}
-    sizes = sizes or (best and best[1])
-    if sizes is None:
-        raise LcoError(
-            f"no mesh of {devices} × {device.name} holds this step, not even in chunks; take more devices, or quantize "
-            "the model (config.model.quantize)"
-        )
-    result["mesh"] = sizes
+        seconds = _cheap_seconds(step, choice.remat, choice.chunk_tokens)
+        suggested.append((seconds, {"mesh": candidate, **choice._asdict()}))
+    if suggested:
+        result["suggested"] = min(suggested, key=lambda x: x[0])[1]
+        result["mesh"] = sizes = sizes or result["suggested"]["mesh"]
+        result.pop("does_not_fit", None)
+    elif sizes is None:
+        return result
+    step, chosen = on(sizes), (config.model.remat, config.train.chunk_tokens)
     try:
-        choice = step(sizes).choose()
-        remat, chunk_tokens = choice.remat, choice.chunk_tokens
+        chosen = step.choose()[:2]
     except LcoError as error:
         result["does_not_fit"] = str(error)
-        automatic = config.model.remat == "auto" or config.train.chunk_tokens < 0
-        if automatic:  # there is nothing that `train` would choose
+        if config.model.remat == "auto" or config.train.chunk_tokens < 0:
             return result
-        remat, chunk_tokens = config.model.remat, config.train.chunk_tokens
-    say(f"compiling the step for {devices} devices, remat {remat}, chunks of {chunk_tokens or 'all'} tokens …")
+    say(f"compiling the step for {devices} devices, remat {chosen[0]}, chunks of {chosen[1] or 'all'} tokens …")
     start = time.perf_counter()
-    compiled = step(sizes).compile(remat, chunk_tokens)
-    result |= {"remat": remat, "chunk_tokens": chunk_tokens, "compile_seconds": time.perf_counter() - start}
-    return result | _costs(step(sizes), compiled)
+    compiled = step.compile(*chosen)
+    return result | {"remat": chosen[0], "compile_seconds": time.perf_counter() - start} | _costs(step, *compiled)
 
 
-def _workload(config: ConfigDict, checkpoint: Checkpoint, tokens: int | None) -> tuple[program.Workload, str]:
-    """What a step is given, and a sentence of where that is from."""
-    batch_size, negatives = config.train.batch_size, config.data.max_negatives
+def _workload(config: ConfigDict, checkpoint: Checkpoint, tokens: int | None) -> tuple[Workload, str]:
+    """What a step is given, and where that is from."""
+    why = ""
     if tokens is None:
         try:
             sources, processor, layout = open_data(config, checkpoint)
-            if media := sorted({kind for source in sources.values() for kind in source.modalities} - {"text"}):
-                raise LcoError(f"they hold {media[0]}, and towers are not planned")
+            if any(source.modalities - {"text"} for source in sources.values()):
+                raise LcoError("there are media in them, and towers are not planned")
             sample = data_plan.draw(batches_of(config, sources, layout, processor), layout, media=False)
         except LcoError as error:
-            tokens, why = TOKENS, f" (the data cannot be read: {error})"
+            tokens, why = TOKENS, f" (not as the data are: {error})"
         else:
 
             def shape(chunk_tokens: int, mesh: jax.sharding.Mesh) -> Shape:
                 laid = replace(layout, chunk_tokens=chunk_tokens)
                 return data_plan.plan(sample, laid, processor, mesh, config.data.max_length).floor
 
-            sides = batch_size, layout.sides
-            return program.Workload(sides, len(layout.head), shape), "shapes planned from the data"
-    else:
-        why = ""
-    sides = batch_size, 2 + (1 if negatives < 0 else negatives)
-    return program.even(sides, tokens), f"{sides[1]} texts a record, {tokens} tokens each{why}"
-
-
-def _mesh(sizes: tuple[int, ...]) -> jax.sharding.Mesh:
-    return make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+            return Workload((layout.batch_size, layout.sides), len(layout.head), shape), "shapes as the data are"
+    negatives = config.data.max_negatives
+    sides = config.train.batch_size, 2 + (1 if negatives < 0 else negatives)
+    return even(sides, tokens), f"{sides[1]} texts a record of {tokens} tokens each{why}"
 
 
 def _meshes(devices: int, kv_heads: int) -> Iterator[tuple[int, int, int]]:
     """Every (data, fsdp, tensor) of so many devices whose tensor axis splits the heads."""
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
-    for tensor in divisors:
-        for fsdp in divisors if kv_heads % tensor == 0 else ():
+    for tensor in (n for n in divisors if kv_heads % n == 0):
+        for fsdp in divisors:
             if devices % (tensor * fsdp) == 0:
                 yield devices // (tensor * fsdp), fsdp, tensor
 
 
-def _work(shape: Shape) -> Work:
-    """A device's work in a step."""
-    rows = {width: count * shape.chunks for width, count in shape.rows.items()}
-    return Work(shape.tokens * shape.chunks, sum(rows.values()), rows)
+def _layer_weights(step: Step) -> list[Any]:
+    """The weights of the decoder's layers, as shapes."""
+    return jax.tree.leaves(step.params["decoder"]["layers"])
 
 
-def _cheap_seconds(step: program.Step, choice: Choice) -> float:
+def _useful_flops(step: Step, shape: Shape) -> float:
+    """A device's, forward and backward, without the last layer (which few tokens pass), attention and adapters."""
+    c, full = step.checkpoint.config, step.config.tune.decoder == "full"
+    weights = sum(x.size for x in _layer_weights(step)) * (c.num_layers - 1) / c.num_layers
+    return (6 if full else 4) * weights * shape.tokens * shape.chunks / step.mesh.shape["tensor"]
+
+
+def _cheap_seconds(step: Step, remat: str, chunk_tokens: int) -> float:
     """A step without compiling it, to tell meshes apart: products, weights gathered along fsdp in every pass of every
-    chunk, activations summed along tensor."""
-    c, mesh, rank = step.checkpoint.config, step.mesh.shape, step.training.lora.rank
-    shape = step.workload.shape(choice.chunk_tokens, step.mesh)
-    work, again = _work(shape), shape.chunks > 1
-    flops = step_flops(c, rank, work, choice.remat) + again * forward_flops(c, rank, work)
-    gathered = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(step.params["decoder"]["layers"]))
-    sent = (2 + again) * shape.chunks * gathered / mesh["tensor"] * (1 - 1 / mesh["fsdp"])
-    summed = work.tokens * c.hidden_size * c.num_layers * step.decoder().dtype.itemsize
-    sent += (4 + 2 * again) * 2 * summed * (1 - 1 / mesh["tensor"])
-    link = step.hardware.links if step.mesh.size <= step.hardware.domain else step.hardware.network
-    return flops / mesh["tensor"] / step.hardware.flops + sent / link
+    chunk, and activations summed along tensor."""
+    mesh, c, shape = step.mesh.shape, step.checkpoint.config, step.workload.shape(chunk_tokens, step.mesh)
+    passes = 2 + (shape.chunks > 1)
+    flops = _useful_flops(step, shape) * (passes + AGAIN[remat]) / 2
+    gathered = sum(x.size * x.dtype.itemsize for x in _layer_weights(step)) / mesh["tensor"]
+    summed = 4 * shape.tokens * shape.chunks * c.hidden_size * c.num_layers * step.decoder().dtype.itemsize
+    sent = passes * (shape.chunks * gathered * (1 - 1 / mesh["fsdp"]) + summed * (1 - 1 / mesh["tensor"]))
+    device = step.hardware
+    return flops / device.flops + sent / (device.links if step.mesh.size <= device.domain else device.network)
 
 
-def _costs(step: program.Step, compiled: dict[str, Any]) -> dict[str, Any]:
-    """Memory, work and time of the compiled step; times are bounds, each as if nothing else took any."""
-    device, counts, c = step.hardware, compiled["counts"], step.checkpoint.config
-    total, room = sum(compiled["memory"].values()), int(device.memory * (1 - MARGIN))
+def _costs(step: Step, memory: dict[str, int], memory_cpu: int, shape: Shape, counts: Any) -> dict[str, Any]:
+    """Memory, work, time and money of a compiled step."""
+    device, total, room = step.hardware, sum(memory.values()), int(step.hardware.memory * (1 - MARGIN))
     seconds = {
         "products": (counts.flops["default"] + device.float32 * counts.flops["highest"]) / device.flops,
         "memory": counts.moved / device.bandwidth,
         "collectives": sum(n / (device.network if far else device.links) for (*_, far), n in counts.sent.items()),
     }
-    kinds: Counter[str] = Counter()
-    for (kind, axes, _), sent in counts.sent.items():
-        kinds[f"{kind} {axes}"] += sent
-    tuned = step.config["tune"]["decoder"] == "full"
-    useful = step_flops(c, step.training.lora.rank, _work(compiled["shape"]), "none") / step.mesh.shape["tensor"]
-    useful *= 1.5 if tuned else 1  # every weight has a gradient, too
-    least = max(seconds.values())
+    sent: Counter[str] = Counter()
+    for (kind, axes, _), size in counts.sent.items():
+        sent[f"{kind} {axes}"] += size
+    times = max(seconds.values()), sum(seconds.values())
     return {
-        "memory": compiled["memory"], "memory_total": total, "memory_room": room, "fits": total <= room,
-        "memory_cpu": compiled["memory_cpu"], "estimate_cpu": compiled["estimate_cpu"],
-        "shape": {"tokens": compiled["shape"].tokens, "chunks": compiled["shape"].chunks},
-        "flops": sum(counts.flops.values()), "bytes_moved": counts.moved, "bytes_sent": dict(kinds.most_common()),
-        "seconds": seconds, "step_seconds": [least, sum(seconds.values())],
-        "usd_per_1000_steps": [x * 1000 / 3600 * device.price * step.mesh.size for x in (least, sum(seconds.values()))],
-        "mfu_bound": useful / device.flops / least,
-        "records_per_second": step.workload.sides[0] / least,
+        "memory": memory, "memory_total": total, "memory_room": room, "memory_cpu": memory_cpu, "fits": total <= room,
+        "tokens": shape.tokens, "chunks": shape.chunks, "flops": counts.flops.total(), "bytes_moved": counts.moved,
+        "bytes_sent": dict(sent.most_common()), "seconds": seconds, "step_seconds": times,
+        "usd_per_1000_steps": [x / 3.6 * device.price * step.mesh.size for x in times],
+        "records_per_second": step.workload.sides[0] / times[0],
+        "mfu_bound": _useful_flops(step, shape) / device.flops / times[0],
     }  # fmt: skip
 
 
-def table(result: dict[str, Any]) -> str:
+def table(r: dict[str, Any]) -> str:
     """What a reader looks at."""
-    gib = lambda x: f"{x / GIB:10.2f} GiB"  # noqa: E731
-    mesh = lambda sizes: ", ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))  # noqa: E731
-    lines = [f"{result['devices']} × {result['device']}, mesh {mesh(result['mesh'])}; {result['assumed']}"]
-    if "memory" in result:
-        r = result
-        low, high = r["step_seconds"]
-        lines += [f"remat {r['remat']}, {r['shape']['chunks']} chunk(s) of {r['shape']['tokens']:,} tokens a device"]
-        lines += ["", "memory of a device"]
-        lines += [f"  {kind:34}{gib(size)}" for kind, size in r["memory"].items()]
-        lines += [f"  {'all':34}{gib(r['memory_total'])} of {r['memory_room'] / GIB:.2f}"]
-        lines += [f"  {'XLA, as compiled for CPU':34}{gib(r['memory_cpu'])}"]
-        lines += ["", "a step, of a device"]
-        lines += [f"  {'products':34}{r['flops'] / 1e12:10.2f} TFLOP {r['seconds']['products']:10.4f} s"]
-        lines += [
-            f"  {'bytes that products move':34}{r['bytes_moved'] / 1e9:10.2f} GB    {r['seconds']['memory']:10.4f} s"
-        ]
-        sent = sum(r["bytes_sent"].values())
-        lines += [f"  {'bytes sent':34}{sent / 1e9:10.2f} GB    {r['seconds']['collectives']:10.4f} s"]
-        lines += [f"    {kind:32}{size / 1e9:10.3f} GB" for kind, size in r["bytes_sent"].items() if size > 1e-4 * sent]
-        lines += ["", f"at best {low:.3f} s a step (all at once), {high:.3f} s (one after the other)"]
-        lines += [f"at best {r['records_per_second']:.0f} records/s, MFU {r['mfu_bound']:.0%}"]
-        cost = r["usd_per_1000_steps"]
-        lines += [f"1,000 steps: {cost[0]:.2f} to {cost[1]:.2f} USD", ""]
-    reason = result.get("does_not_fit", "it takes more than there is")
-    lines += ["it fits" if result.get("fits") else f"does not fit: {reason}"]
-    if "suggested" in result:
-        s = result["suggested"]
+    lines = [f"{r['devices']} × {r['device']}, {r['assumed']}"]
+    if "memory" in r:
+        mesh = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, r["mesh"], strict=True))
+        lines += [f"mesh {mesh}; remat {r['remat']}; chunks of a device: {r['chunks']} of {r['tokens']:,} tokens", ""]
+        rows = {**r["memory"], f"memory, of {r['memory_room'] / GIB:.2f} GiB": r["memory_total"]}
+        rows["by XLA's count, compiled for CPU"] = r["memory_cpu"]
+        lines += [f"{kind:34}{size / GIB:10.2f} GiB" for kind, size in rows.items()]
+        sent, seconds = sum(r["bytes_sent"].values()), r["seconds"]
+        lines += ["", f"{'products':34}{r['flops'] / 1e12:10.2f} TFLOP {seconds['products']:9.4f} s"]
+        lines += [f"{'bytes that products move':34}{r['bytes_moved'] / 1e9:10.2f} GB {seconds['memory']:12.4f} s"]
+        lines += [f"{'bytes sent':34}{sent / 1e9:10.2f} GB {seconds['collectives']:12.4f} s"]
+        lines += [f"  {kind:32}{size / 1e9:10.2f} GB" for kind, size in r["bytes_sent"].items() if size > sent / 1000]
+        (least, most), (cheap, dear) = r["step_seconds"], r["usd_per_1000_steps"]
+        lines += ["", f"a step: {least:.3f} s if all overlaps, {most:.3f} s if nothing does"]
+        lines += [f"at best {r['records_per_second']:,.0f} records/s, MFU {r['mfu_bound']:.0%}"]
+        lines += [f"1,000 steps: {cheap:.2f} to {dear:.2f} USD", ""]
+    lines += ["it fits" if r.get("fits") else f"does not fit: {r.get('does_not_fit', 'it takes more than there is')}"]
+    if s := r.get("suggested"):
         chunk = f"chunks of {s['chunk_tokens']:,} tokens" if s["chunk_tokens"] else "the batch in one chunk"
-        lines += [f"suggested: --mesh={','.join(map(str, s['mesh']))}, remat {s['remat']}, {chunk}: about "
-                  f"{s['need'] / GIB:.1f} of {s['memory'] / GIB:.1f} GiB (not compiled)"]  # fmt: skip
-    else:
-        lines += ["no mesh of so many holds it; take more devices, or quantize the model"]
-    return "\n".join(lines)
-
-
-def _number(name: str, text: str | None, kind: type, least: float) -> Any:
-    if text is None:
-        return None
-    try:
-        value = kind(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise LcoError(f"--{name}={text}: it must be a number, at least {least}")
-    return value
+        need = f"about {s['need'] / GIB:.1f} of {s['memory'] / GIB:.1f} GiB"
+        mesh = ",".join(map(str, s["mesh"]))
+        return "\n".join([*lines, f"suggested: --mesh={mesh}, remat {s['remat']}, {chunk}: {need}, not compiled"])
+    return "\n".join([*lines, f"no mesh of {r['devices']} × {r['device']} holds it: take more, or quantize the model"])
 
 
 def main() -> int:
     """Parse the command line, pretend to have the devices, plan, print."""
-    args = cli.parse(sys.argv, __doc__, FLAGS)
-    device = hardware.find(args.device)
-    price = _number("price", args.price, float, 0)
-    device = device if price is None else replace(device, price=price)
-    devices, sizes = _number("devices", args.devices, int, 1), None
-    if args.mesh:
-        sizes = tuple(_number("mesh", x, int, 1) for x in args.mesh.split(","))
-        if len(sizes) != len(AXES) or devices not in (None, math.prod(sizes)):
-            raise LcoError(f"--mesh={args.mesh} must be three sizes, data,fsdp,tensor, whose product is --devices")
-        devices = math.prod(sizes)
-    if devices is None:
-        raise LcoError("give --mesh=DATA,FSDP,TENSOR or --devices=N")
+    parser = argparse.ArgumentParser("lco_jax.plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", required=True, choices=DEVICES)
+    parser.add_argument("--mesh", help="sizes along data, fsdp and tensor, as 1,16,1; by default what is suggested")
+    parser.add_argument("--devices", type=int, help="how many, where no --mesh says it")
+    parser.add_argument("--tokens_per_text", type=int, help="prompt included; by default as the data are")
+    parser.add_argument("--price", type=float, help="USD an hour and device, in the place of the list's")
+    parser.add_argument("--json", type=Path, help="a file for the numbers")
+    args, rest = parser.parse_known_args()
+    try:
+        sizes = tuple(map(int, args.mesh.split(","))) if args.mesh else None
+    except ValueError:
+        sizes = ()
+    devices = args.devices if sizes is None else math.prod(sizes)
+    if sizes is not None and (len(sizes) != len(AXES) or min(sizes) < 1 or args.devices not in (None, devices)):
+        raise LcoError(
+            f"--mesh={args.mesh} must be three sizes, DATA,FSDP,TENSOR, and --devices, if given, their product"
+        )
+    if devices is None or devices < 1:
+        raise LcoError("give --mesh=DATA,FSDP,TENSOR, or --devices=N")
+    device = DEVICES[args.device]
+    device = device if args.price is None else replace(device, price=args.price)
+    config = cli.parse([sys.argv[0], *rest], __doc__).config
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
-    jax.config.update("jax_enable_compilation_cache", False)  # what is compiled cannot run
-    result = plan(args.config, device, devices, sizes, _number("tokens_per_text", args.tokens_per_text, int, 1))
+    jax.config.update("jax_enable_compilation_cache", False)  # what is compiled is for no machine here
+    result = plan(config, device, devices, sizes, args.tokens_per_text)
     print(table(result))
     if args.json:
-        write_json(Path(args.json), result)
+        write_json(args.json, result)
     return 0
 
 

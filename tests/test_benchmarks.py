@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.data import read_triplets, write_triplets
+from benchmarks.flops import Work, forward_flops, step_flops
 from benchmarks.presets import PRESETS
 from lco_jax.checkpoint.hf import abstract_params
 from lco_jax.core import lora
 from lco_jax.core.packing import PackedTokens
 from lco_jax.models.decoder import REMAT_POLICIES, Decoder, embed
-from lco_jax.planning.flops import Work, forward_flops, step_flops
 
 ROOT = Path(__file__).parents[1]
 

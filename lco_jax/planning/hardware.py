@@ -8,8 +8,6 @@ Google Cloud's list on demand in the US as it was in 2025. H100, H200: AWS's Cap
 
 from dataclasses import dataclass
 
-from lco_jax.core.errors import LcoError
-
 
 @dataclass(frozen=True)
 class Hardware:
@@ -44,10 +42,3 @@ DEVICES = {
         Hardware("H200", "gpu", 989 * _T, 141 * _G, 4.8 * _T, 450 * _G, 8, 50 * _G, 15, 5.41),
     )
 }
-
-
-def find(name: str | None) -> Hardware:
-    """The device of a name. Raises for one that is not known."""
-    if name not in DEVICES:
-        raise LcoError(f"--device is {name!r}; it is one of: {', '.join(DEVICES)}")
-    return DEVICES[name]

@@ -49,7 +49,7 @@ class Counts:
 
 
 def count(text: str, mesh: dict[str, int], domain: int = 2**31) -> Counts:
-    """Counts of a program. mesh: sizes of its axes, devices in row-major order; domain: how many in a row links join."""
+    """Of a program. mesh: sizes of its axes, devices in row-major order; domain: how many in a row links join."""
     computations, entry = _parse(text)
     counts = Counts()
 

@@ -4,7 +4,7 @@ Dimensions: B records, M hard negatives a record.
 """
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from lco_jax.checkpoint.hf import Checkpoint, placed_decoder
 from lco_jax.core.packing import Shape, width_of
@@ -30,7 +31,7 @@ HEAD = 14  # tokens of the prompt that texts share: those of Qwen's template
 
 @dataclass(frozen=True)
 class Workload:
-    """What a step is given. sides: [B, 2 + M]. head: tokens that texts share. shape: of a stream, by chunk_tokens and mesh."""
+    """What a step is given. sides: [B, 2 + M]. head: tokens that texts share. shape: of streams, by chunk and mesh."""
 
     sides: tuple[int, int]
     head: int
@@ -54,7 +55,7 @@ def even(sides: tuple[int, int], tokens: int) -> Workload:
 class Step:
     """A run's step on a mesh, in shapes. config: the run's."""
 
-    config: Mapping[str, Any]
+    config: ConfigDict
     checkpoint: Checkpoint
     mesh: Mesh
     hardware: Hardware
@@ -86,8 +87,9 @@ class Step:
     def _shape(self, chunk_tokens: int) -> Shape:
         return self.workload.shape(chunk_tokens, self.mesh)
 
-    def compile(self, remat: str, chunk_tokens: int) -> dict[str, Any]:
-        """Memory a device by kind, bytes, as on `hardware` and by XLA's count on CPU; and what `hlo.count` counts."""
+    def compile(self, remat: str, chunk_tokens: int) -> tuple[dict[str, int], int, Shape, hlo.Counts]:
+        """(bytes of a device by kind, as on `hardware`; all of them by XLA's count on CPU; what its streams are like;
+        what it does in a step)."""
         training, params, shape = self.training, self.params, self._shape(chunk_tokens)
         state, frozen = training.placed, tuning.frozen(params, training.tune)
         batch = memory.abstract_batch(shape, self.workload.sides, self.workload.head, self.mesh)
@@ -122,13 +124,7 @@ class Step:
             "activations": int(activations),
             "temporaries": int(scaled - activations),
         }
-        return {
-            "memory": kinds,
-            "memory_cpu": found.argument_size_in_bytes + besides,
-            "estimate_cpu": memory.held_bytes((frozen, state, batch)) + expected["cpu"],
-            "shape": shape,
-            "counts": counts,
-        }
+        return kinds, found.argument_size_in_bytes + besides, shape, counts
 
 
 def _compile(lowered: Any, devices: int) -> tuple[str, Any]:

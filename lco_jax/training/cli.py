@@ -4,7 +4,7 @@ import difflib
 import logging
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -15,15 +15,9 @@ from ml_collections import ConfigDict, config_flags
 from lco_jax.core.errors import LcoError
 from lco_jax.core.shapes import keep_compiled
 
-_NONE: Mapping[str, str] = {}
-_OF_RUNS = ("config", "workdir", "distributed", "coordinator", "num_processes", "process_id")
 
-
-def parse(argv: list[str], doc: str | None, more: Mapping[str, str] = _NONE) -> flags.FlagValues:
-    """The flags in argv; --help prints `doc` and every key of the config. Raises `LcoError` for what it cannot read.
-
-    more: {name: help} of further flags, which hold text or None.
-    """
+def parse(argv: list[str], doc: str | None) -> flags.FlagValues:
+    """The flags in argv; --help prints `doc` and every key of the config. Raises `LcoError` for what it cannot read."""
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "the configuration file", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "where the run lives; by default runs/NAME", flag_values=values)
@@ -31,8 +25,6 @@ def parse(argv: list[str], doc: str | None, more: Mapping[str, str] = _NONE) -> 
     flags.DEFINE_integer("num_processes", None, "how many processes", flag_values=values)
     flags.DEFINE_integer("process_id", None, "which of them this is", flag_values=values)
     flags.DEFINE_bool("distributed", False, "join the processes of a TPU pod or Slurm job", flag_values=values)
-    for name, help_text in more.items():
-        flags.DEFINE_string(name, None, help_text, flag_values=values)
     flags.DEFINE_bool("help", False, "this text", short_name="h", flag_values=values)
     wants_help = any(arg in ("--help", "-h", "-help") for arg in argv[1:])
     config = _load(argv)
@@ -46,7 +38,7 @@ def parse(argv: list[str], doc: str | None, more: Mapping[str, str] = _NONE) -> 
         raise LcoError(f"{rest[1]!r} is no flag; flags look like --workdir=runs/mine (--help lists them)")
     if wants_help:
         print(doc)
-        for name in ("config", *more) if more else _OF_RUNS:
+        for name in ("config", "workdir", "distributed", "coordinator", "num_processes", "process_id"):
             print(f"  --{name}: {values[name].help}")
         if values.config is not None:
             print(f"\nKeys and values of the configuration:\n\n{values.config}")
