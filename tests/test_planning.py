@@ -1,8 +1,8 @@
-"""What `lco_jax.plan` says, against the run that it plans, against loops unrolled, and against what shapes make of it."""
+"""What `lco_jax.plan` says, against the run that it plans, loops written out, and what shapes make of it."""
 
 import json
-import math
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,41 +11,34 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.presets import PRESETS
-from lco_jax import LcoError, job, make_mesh
+from lco_jax import job, make_mesh
 from lco_jax import plan as planning
-from lco_jax.core.packing import Batch
+from lco_jax.checkpoint.hf import open_geometry
+from lco_jax.core.errors import run_main
 from lco_jax.data import pipeline
-from lco_jax.planning import hardware, hlo, program
-from lco_jax.planning.flops import Work, step_flops
+from lco_jax.planning import hlo
+from lco_jax.planning.hardware import DEVICES
+from lco_jax.planning.program import Step, compile_split, even
 from lco_jax.training import cli, memory
 from lco_jax.training.step import train_update
 
 ROOT = Path(__file__).parents[1]
-V5E = hardware.find("v5e")
+V5E = DEVICES["v5e"]
 
 
 @pytest.fixture
-def config(tmp_path, monkeypatch):
+def configured(tmp_path, monkeypatch):
     """flags -> a configuration whose checkpoint is a config.json and nothing else."""
     monkeypatch.chdir(ROOT)
     (tmp_path / "config.json").write_text(json.dumps(PRESETS["tiny"].config), encoding="utf-8")
-
-    def make(*flags, path=tmp_path):
-        argv = ["plan", "--config=configs/base.py", f"--config.model.path={path}", *flags]
-        return cli.parse(argv, "", planning.FLAGS).config
-
-    return make
-
-
-def step_of(config, sizes, tokens=40, device=V5E):
-    workload, _ = planning._workload(config, planning.open_geometry(config.model.path), tokens)
-    return program.Step(config, planning.open_geometry(config.model.path), planning._mesh(sizes), device, workload)
+    given = ["plan", "--config=configs/base.py", f"--config.model.path={tmp_path}"]
+    return lambda *flags: cli.parse([*given, *flags], "").config
 
 
 def test_memory_is_that_of_the_run(tmp_path, monkeypatch):
-    """The plan of a config.json and the data, within a tenth of what XLA says of the step that the run would take."""
+    """The plan of a geometry and the data is within a tenth of what XLA says of the step that a run takes."""
     monkeypatch.chdir(ROOT)
-    config = cli.parse(["train", "--config=configs/base.py", "--config.mesh.fsdp=2", "--config.mesh.data=1"], "").config
+    config = cli.parse(["train", "--config=configs/base.py", "--config.model.remat=mlp"], "").config
     mesh = make_mesh(1, 2, 1, devices=jax.devices()[:2])
     monkeypatch.setattr(job, "make_mesh", lambda **_: mesh)
     opened = job.open_job(config, tmp_path)
@@ -56,36 +49,117 @@ def test_memory_is_that_of_the_run(tmp_path, monkeypatch):
     with jax.set_mesh(mesh):
         real = train_update(opened.model.decoder, *given).lower(run.state, opened.params, batch, None).compile()
     found = real.memory_analysis()
-    real_bytes = found.argument_size_in_bytes + found.temp_size_in_bytes
-    real_bytes += found.output_size_in_bytes - found.alias_size_in_bytes
+    bytes_ = found.argument_size_in_bytes + found.temp_size_in_bytes
+    bytes_ += found.output_size_in_bytes - found.alias_size_in_bytes
     before = len(jax.live_arrays())
     planned = planning.plan(config, V5E, 2, (1, 2, 1))
-    assert len(jax.live_arrays()) == before  # nothing is allocated
-    assert planned["assumed"] == "shapes planned from the data"
-    assert planned["memory_total"] == pytest.approx(real_bytes, rel=0.1)
+    assert len(jax.live_arrays()) == before
+    assert planned["assumed"] == "shapes as the data are"
+    assert planned["memory_total"] == pytest.approx(bytes_, rel=0.1)
     assert planned["memory"]["weights"] == memory.held_bytes(opened.params["decoder"])
+    assert planned["memory"]["adapters"] == memory.held_bytes(run.state["tuned"])
     assert planned["memory"]["optimiser"] == memory.held_bytes(run.state["optimizer"])
     assert planned["fits"]
+    assert "it fits" in planning.table(planned)
 
 
 def test_loops_count_as_often_as_they_run():
-    """Products and collectives of a scan within a scan are those of the same written out."""
-    mesh = make_mesh(2, 4, 1)
-    place = partial(jax.NamedSharding, mesh)
-    w = jax.ShapeDtypeStruct((3, 64, 64), jnp.bfloat16, sharding=place(jax.P(None, "fsdp", None)))
-    x = jax.ShapeDtypeStruct((5, 16, 64), jnp.bfloat16, sharding=place(jax.P(None, "data", None)))
+    """Products of a scan within a scan are those of the same written out, on one device and on several."""
 
     def loss(w, x, unroll):
-        layer = lambda y, m: (jax.lax.with_sharding_constraint(y @ m, place(jax.P("data", None))), None)  # noqa: E731
+        layer = lambda y, m: (jnp.tanh(y @ m), None)  # noqa: E731
         one = lambda total, y: (total + jax.lax.scan(layer, y, w, unroll=unroll)[0].sum(), None)  # noqa: E731
         return jax.lax.scan(one, jnp.float32(0), x, unroll=unroll)[0]
 
-    def counts(unroll):
+    def counts(unroll, mesh):
+        place = partial(jax.NamedSharding, mesh)
+        w = jax.ShapeDtypeStruct((3, 64, 64), jnp.bfloat16, sharding=place(jax.P()))
+        x = jax.ShapeDtypeStruct((5, 16, 64), jnp.bfloat16, sharding=place(jax.P(None, "data")))
         lowered = jax.jit(jax.grad(partial(loss, unroll=unroll))).lower(w, x)
-        return hlo.count(program._compile(lowered, mesh.size)[0], dict(mesh.shape))
+        return hlo.count(compile_split(lowered, mesh.size)[0], dict(mesh.shape))
 
-    looped, flat = counts(1), counts(True)
-    assert looped.flops == flat.flops
-    assert looped.flops["default"] >= 3 * 5 * 3 * 2 * (16 // 2) * 64 * 64 / 4
-    assert looped.sent["all-gather", "fsdp", False] >= 3 * 5 * 64 * 64 * 2 * 3 / 4
-    assert looped.moved == flat.moved
+    for devices in (1, 4):
+        mesh = make_mesh(devices=jax.devices()[:devices])
+        looped, flat = counts(1, mesh), counts(True, mesh)
+        product = 2 * (16 // devices) * 64 * 64
+        assert looped.flops == flat.flops == {"default": 5 * (3 + 3 + 3) * product}
+        assert looped.moved == flat.moved
+
+
+def test_groups_are_read_in_every_spelling():
+    """The same groups listed, counted and named; and of axes, those along which they lie."""
+    same = ["{{0,2},{4,6},{1,3},{5,7}}", "[4,2]<=[2,2,2]T(0,2,1)", "mesh['x'=2,'y'=2,'z'=2] {'y'}",
+            "mesh['x'=4,'y'=2], device_ids=([2,2,2]T(0,2,1)) {'y'}"]  # fmt: skip
+    for spelling in same:
+        groups = hlo._groups(f"%x), channel_id=1, replica_groups={spelling}, dimensions={{1}}")
+        assert {tuple(group) for group in groups} == {(0, 2), (1, 3), (4, 6), (5, 7)}
+    text = "ENTRY %main (x: f32[4]) -> f32[4] {\n  ROOT %y = f32[4]{0} all-reduce(%x), replica_groups=GROUPS, a=b\n}"
+    for spelling in same:
+        counts = hlo.count(text.replace("GROUPS", spelling), {"data": 2, "fsdp": 2, "tensor": 2}, domain=4)
+        assert counts.sent == {("all-reduce", "fsdp", False): 16}
+    far = hlo.count(text.replace("GROUPS", "{{0,4},{1,5},{2,6},{3,7}}"), {"data": 2, "fsdp": 4}, domain=4)
+    assert far.sent == {("all-reduce", "data", True): 16}
+
+
+def test_collectives_are_what_shapes_make_of_them(configured):
+    """Copies of a model add up gradients; what is split is gathered in both passes; a product's halves are summed."""
+    config = configured("--config.model.dtype=bfloat16", "--config.lora.rank=8", "--config.model.remat=full")
+    checkpoint = open_geometry(config.model.path)
+
+    def step(*sizes):
+        made = Step(config, checkpoint, make_mesh(*sizes), V5E, even((48, 3), 40))
+        return made, {(kind, axes): n for (kind, axes, _), n in made.compile("full", 0)[-1].sent.items()}
+
+    copies, sent = step(8, 1, 1)
+    texts, hidden = 48 * 3, checkpoint.config.hidden_size
+    gradients = memory.held_bytes(copies.training.placed["tuned"]) + 4 * hidden * (texts + 48 * 2)  # and of the loss
+    assert sent["all-reduce", "data"] == pytest.approx(2 * 7 / 8 * gradients, abs=200)
+    assert sent["all-gather", "data"] == pytest.approx(7 / 8 * texts * (4 * hidden + 256), rel=0.5)
+    assert len(sent) == 2
+
+    split, sent = step(2, 2, 2)
+    matrices = [x for x in jax.tree.leaves(split.params["decoder"]["layers"]) if x.ndim == 3]
+    gathered = 2 * sum(x.size * 2 for x in matrices) / 2 / 2  # two passes, of a half of the matrices the other half
+    table = split.params["decoder"]["embed_tokens"]["weight"].size * 2 / 2 / 2
+    factors = 2 * sum(x.size * 2 for x in jax.tree.leaves(split.training.tuned))
+    assert gathered <= sent["all-gather", "fsdp"] <= gathered + table + factors
+    tokens = split.workload.shape(0, split.mesh).tokens
+    assert sent["all-reduce", "tensor"] > 2 * 2 * 2 * (checkpoint.config.num_layers - 1) * tokens * hidden / 2
+    assert sum(n for (kind, axes), n in sent.items() if kind == "all-reduce" and "data" in axes) > 0
+
+
+def test_what_does_not_fit_says_so_and_what_would(configured, capsys):
+    small = replace(V5E, memory=60 * 10**6)
+    automatic = configured("--config.model.remat=auto", "--config.train.chunk_tokens=-1")
+    result = planning.plan(automatic, small, 8, (8, 1, 1), tokens=40)
+    assert "memory" not in result
+    assert "does not fit: a training step needs about" in planning.table(result)
+    found = result["suggested"]
+    assert found["mesh"] != (8, 1, 1)
+    assert found["need"] <= found["memory"] == int(small.memory * 0.9)
+    assert f"suggested: --mesh={','.join(map(str, found['mesh']))}" in planning.table(result)
+    nothing = planning.plan(automatic, replace(V5E, memory=10**6), 8, tokens=40)
+    assert "take more, or quantize" in planning.table(nothing)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--device=v5e", "--mesh=2,2"], "--mesh=2,2 must be three sizes"),
+        (["--device=v5e", "--mesh=a,b,c"], "--mesh=a,b,c must be three sizes"),
+        (["--device=v5e", "--mesh=2,2,2", "--devices=4"], "whose product is --devices"),
+        (["--device=v5e"], "give --mesh"),
+        (["--device=v9", "--devices=2"], "invalid choice: 'v9'"),
+        (["--device=v5e", "--devices=2", "--config=configs/base.py", "--config.model.path=."], "config.json does not"),
+    ],
+)
+def test_a_mistake_is_one_sentence(flags, says, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # devices are this process's
+    monkeypatch.setattr(sys, "argv", ["plan", *flags])
+    with pytest.raises(SystemExit) as end:
+        run_main(planning.main)
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert says in said
+    assert "Traceback" not in said

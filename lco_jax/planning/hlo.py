@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,17 +23,12 @@ _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) .*{$|(ENTRY )?%?([\w.-]+) {$")
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     """type: what it returns; rest: the text after its opening parenthesis."""
 
     type: str
     op: str
     rest: str
-
-    @property
-    def operands(self) -> list[str]:
-        return re.findall(r"[\w.-]*[a-zA-Z_][\w.-]*", self.rest.split(")")[0])
 
 
 @dataclass
@@ -66,7 +62,7 @@ def count(text: str, mesh: dict[str, int], domain: int = 2**31) -> Counts:
                 for branch in branches + (re.findall(r"[\w.-]+", listed[1]) if listed else []):
                     visit(branch, times)
             elif one.op == "dot":
-                left, right = (mine[operand].type for operand in one.operands[:2])
+                left, right = (mine[name].type for name in re.findall(r"[\w.-]+", one.rest.split(")")[0])[:2])
                 (_, sizes), (_, out) = _arrays(left)[0], _arrays(one.type)[0]
                 contracted = re.search(r"lhs_contracting_dims={([\d,]*)}", one.rest)[1]
                 inner = math.prod(sizes[i] for i in _numbers(contracted))

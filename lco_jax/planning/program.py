@@ -98,7 +98,7 @@ class Step:
         given = training.tx, training.lora, train["temperature"], self.config["seed"], mesh, training.shardings
         with jax.set_mesh(mesh):
             lowered = train_update(self.decoder(remat), *given, **options).lower(state, frozen, batch, None)
-            text, compiled = _compile(lowered, mesh.size)
+            text, compiled = compile_split(lowered, mesh.size)
         counts = hlo.count(text, dict(mesh.shape), self.hardware.domain)
         found = compiled.memory_analysis()
         besides = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
@@ -127,7 +127,7 @@ class Step:
         return kinds, found.argument_size_in_bytes + besides, shape, counts
 
 
-def _compile(lowered: Any, devices: int) -> tuple[str, Any]:
+def compile_split(lowered: Any, devices: int) -> tuple[str, Any]:
     """(the program of one device as HLO text, compiled). XLA writes down what it has once it is split."""
     if devices == 1:
         return lowered.as_text(dialect="hlo"), lowered.compile()
