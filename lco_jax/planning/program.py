@@ -4,10 +4,11 @@ Dimensions: B records, M hard negatives a record.
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from lco_jax.training import memory, tuning
 from lco_jax.training.run import Training
 from lco_jax.training.step import train_update
 
+HOISTING = "while-loop-invariant-code-motion"
 HEAD = 14  # tokens of the prompt that texts share: those of Qwen's template
 
 
@@ -98,7 +100,9 @@ class Step:
         given = training.tx, training.lora, train["temperature"], self.config["seed"], mesh, training.shardings
         with jax.set_mesh(mesh):
             lowered = train_update(self.decoder(remat), *given, **options).lower(state, frozen, batch, None)
-            text, compiled = compile_split(lowered, mesh.size)
+            # XLA's CPU programs widen bfloat16 to float32, and would hoist a wide copy of all weights out of the layers
+            narrow = {} if self.decoder().dtype == jnp.float32 else {"xla_disable_hlo_passes": HOISTING}
+            text, compiled = compile_split(lowered, mesh.size, narrow)
         counts = hlo.count(text, dict(mesh.shape), self.hardware.domain)
         found = compiled.memory_analysis()
         besides = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
@@ -113,7 +117,7 @@ class Step:
             for backend in ("cpu", self.hardware.backend)
         }  # fmt: skip
         expected = {backend: resident + one for backend, one in active.items()}
-        # XLA's CPU programs keep bfloat16 activations in float32; what they take is scaled as the estimate says
+        # they keep bfloat16 activations in float32, too: what they take is scaled as the estimate says
         scaled = besides * expected[self.hardware.backend] / expected["cpu"]
         activations = scaled * active[self.hardware.backend] / expected[self.hardware.backend]
         kinds = {
@@ -127,11 +131,11 @@ class Step:
         return kinds, found.argument_size_in_bytes + besides, shape, counts
 
 
-def compile_split(lowered: Any, devices: int) -> tuple[str, Any]:
-    """(the program of one device as HLO text, compiled). XLA writes down what it has once it is split."""
+def compile_split(lowered: Any, devices: int, options: Mapping[str, str] = MappingProxyType({})) -> tuple[str, Any]:
+    """(the program of one device as HLO text, compiled with XLA's `options`). XLA writes it down once it is split."""
     if devices == 1:
-        return lowered.as_text(dialect="hlo"), lowered.compile()
+        return lowered.as_text(dialect="hlo"), lowered.compile(dict(options))
     with tempfile.TemporaryDirectory(prefix="lco_jax_plan_") as folder:
-        compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"})
+        compiled = lowered.compile({**options, "xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"})
         (text,) = Path(folder).glob("*after_spmd-partitioning*.txt")
         return text.read_text(encoding="utf-8"), compiled
