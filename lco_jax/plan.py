@@ -53,28 +53,28 @@ def plan(
     def on(sizes: tuple[int, ...]) -> Step:
         return Step(config, checkpoint, make_mesh(*sizes, devices=jax.devices()[:devices]), device, workload)
 
-    suggested = []
-    for candidate in _meshes(devices, checkpoint.config.num_kv_heads):
-        step = on(candidate)
-        try:
-            choice = step.choose()
-        except LcoError as error:
-            result["does_not_fit"] = str(error)
-            continue
-        seconds = _cheap_seconds(step, choice.remat, choice.chunk_tokens)
-        suggested.append((seconds, {"mesh": candidate, **choice._asdict()}))
+    suggested, chunk_tokens = [], config.train.chunk_tokens
+    for chunk in (0, -1) if chunk_tokens < 0 else (chunk_tokens,):  # chunks only where no mesh holds the batch whole
+        for candidate in () if suggested else _meshes(devices, checkpoint.config.num_kv_heads):
+            try:
+                choice = on(candidate).choose(chunk)
+            except LcoError as error:
+                result["does_not_fit"] = str(error)
+                continue
+            seconds = _cheap_seconds(on(candidate), choice.remat, choice.chunk_tokens)
+            suggested.append((seconds, {"mesh": candidate, **choice._asdict()}))
     if suggested:
         result["suggested"] = min(suggested, key=lambda x: x[0])[1]
         result["mesh"] = sizes = sizes or result["suggested"]["mesh"]
         result.pop("does_not_fit", None)
     elif sizes is None:
         return result
-    step, chosen = on(sizes), (config.model.remat, config.train.chunk_tokens)
+    step, chosen = on(sizes), (config.model.remat, chunk_tokens)
     try:
-        chosen = step.choose()[:2]
+        chosen = step.choose(chunk_tokens)[:2]
     except LcoError as error:
         result["does_not_fit"] = str(error)
-        if config.model.remat == "auto" or config.train.chunk_tokens < 0:
+        if config.model.remat == "auto" or chunk_tokens < 0:
             return result
     say(f"compiling the step for {devices} devices, remat {chosen[0]}, chunks of {chosen[1] or 'all'} tokens …")
     start = time.perf_counter()

@@ -16,6 +16,7 @@ ALLOWED = {
     "analysis": {"core", "data"},
     "searching": {"core", "data"},
     "training": {"core", "models", "checkpoint"},
+    "planning": {"core", "models", "checkpoint", "training"},
 }
 
 

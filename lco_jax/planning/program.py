@@ -78,13 +78,12 @@ class Step:
         dtype = jnp.dtype(self.config["model"]["dtype"])
         return Decoder(self.checkpoint.config, dtype, dtype, remat, tuned=self.config["tune"]["decoder"] == "full")
 
-    def choose(self) -> memory.Choice:
-        """Policy and chunk as `train` would choose them there; with what is fixed, what it needs, fitting or not."""
+    def choose(self, chunk_tokens: int) -> memory.Choice:
+        """Policy and chunk as `train` would choose them there, chunk_tokens being the configuration's. Raises if none fits."""
         there = int(self.hardware.memory * (1 - memory.MARGIN))
         given = self.params, self.training, self.mesh, self.workload.sides, self._shape
-        return memory.choose_for(
-            self.config, Model(self.decoder(), {}), *given, there=there, backend=self.hardware.backend
-        )
+        config = {"model": self.config["model"], "train": {"chunk_tokens": chunk_tokens}}
+        return memory.choose_for(config, Model(self.decoder(), {}), *given, there=there, backend=self.hardware.backend)
 
     def _shape(self, chunk_tokens: int) -> Shape:
         return self.workload.shape(chunk_tokens, self.mesh)
