@@ -79,7 +79,7 @@ class Step:
         return Decoder(self.checkpoint.config, dtype, dtype, remat, tuned=self.config["tune"]["decoder"] == "full")
 
     def choose(self, chunk_tokens: int) -> memory.Choice:
-        """Policy and chunk as `train` would choose them there, chunk_tokens being the configuration's. Raises if none fits."""
+        """Policy and chunk as `train` would choose them there; chunk_tokens as it has it. Raises where none fits."""
         there = int(self.hardware.memory * (1 - memory.MARGIN))
         given = self.params, self.training, self.mesh, self.workload.sides, self._shape
         config = {"model": self.config["model"], "train": {"chunk_tokens": chunk_tokens}}
