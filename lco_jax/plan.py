@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def plan(
     workload, assumed = _workload(config, checkpoint, tokens)
     result: dict[str, Any] = {"device": device.name, "devices": devices, "mesh": sizes, "assumed": assumed}
 
+    @cache
     def on(sizes: tuple[int, ...]) -> Step:
         return Step(config, checkpoint, make_mesh(*sizes, devices=jax.devices()[:devices]), device, workload)
 
