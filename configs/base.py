@@ -94,7 +94,7 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.checkpoint.keep = 2
 
     config.eval = ConfigDict()
-    config.eval.path = "assets:triplets_heldout.jsonl"  # held-out triplets, jsonl; "": no evaluation
+    config.eval.path = "assets:triplets_heldout.jsonl"  # held-out records, jsonl; several with commas; "": none
     config.eval.batch_size = 64
 
     config.export = ConfigDict()

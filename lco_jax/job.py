@@ -33,7 +33,7 @@ from lco_jax.data.media import MediaConfig
 from lco_jax.data.plan import draw, plan
 from lco_jax.data.processor import Processor
 from lco_jax.data.records import Record
-from lco_jax.data.scan import ListSource, Source
+from lco_jax.data.scan import Source
 from lco_jax.data.sources import JsonlSource
 from lco_jax.evaluation.plots import plot_loss
 from lco_jax.models.model import Model
@@ -46,7 +46,7 @@ from lco_jax.training.step import State, Step
 
 @dataclass
 class Job:
-    """A run, open. params: the whole model's, as they were before the run; held_out: records."""
+    """A run, open. params: the whole model's, as they were before the run. held_out: records, by file."""
 
     config: ConfigDict
     workdir: Path
@@ -58,7 +58,7 @@ class Job:
     training: Training
     model: Model
     params: dict[str, Any]
-    held_out: list[Record]
+    held_out: dict[str, list[Record]]
     total_steps: int
 
     def tuned_params(self, state: State) -> dict[str, Any]:
@@ -99,8 +99,9 @@ def open_job(config: ConfigDict, workdir: Path, generative: bool = False) -> Job
         on_bad=config.data.on_bad,
         generative=generative,
     )
-    held_out = JsonlSource(config.eval.path, config.data.on_bad) if config.eval.path else ListSource([])
-    towers = _towers(checkpoint, {"held-out data": held_out, **sources}, media)
+    files = [JsonlSource(file, config.data.on_bad) for file in config.eval.path.split(",") if file]
+    held_out = {source.path.stem: source for source in files}
+    towers = _towers(checkpoint, {**{f"held-out data {name}": one for name, one in held_out.items()}, **sources}, media)
     if training.tune.towers != "none":
         towers = list(checkpoint.towers)
     settings = {key: config.model[key] for key in ("quantize", "remat", "attention")}
@@ -111,8 +112,8 @@ def open_job(config: ConfigDict, workdir: Path, generative: bool = False) -> Job
     if training.tune.decoder == "full":
         model = dataclasses.replace(model, decoder=model.decoder.clone(tuned=True))
     return Job(
-        config, workdir, mesh, checkpoint, sources, processor, layout, training, model, params, list(held_out),
-        total_steps,
+        config, workdir, mesh, checkpoint, sources, processor, layout, training, model, params,
+        {name: list(source) for name, source in held_out.items()}, total_steps,
     )  # fmt: skip
 
 

@@ -56,12 +56,13 @@ def _evaluate(job: Job, params: dict[str, Any], said: int) -> dict[str, Any]:
     if not job.held_out:
         return {}
     generator = OmniGenerator(job.model, params, job.processor, job.mesh)
-    prompts, answers = [as_input(one.anchor) for one in job.held_out], [answer_of(one) for one in job.held_out]
+    records = [record for some in job.held_out.values() for record in some]
+    prompts, answers = [as_input(one.anchor) for one in records], [answer_of(one) for one in records]
     losses, counts = generator.token_losses(prompts, answers, max_length=job.config.data.max_length)
     loss = float(losses.sum() / counts.sum())
     say(f"held-out loss ({len(answers)} answers): {loss:.4f} nats a token")
     texts = generator.generate(prompts[:said]) if said else []
-    rows = zip(job.held_out[:said], texts, strict=True)
+    rows = zip(records[:said], texts, strict=True)
     shown = [{"where": one.where, "wanted": one.positive, "said": text} for one, text in rows]
     return {"loss": loss, **({"said": shown} if said else {})}
 
