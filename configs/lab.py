@@ -22,12 +22,12 @@ def get_config(form: str = "") -> ConfigDict:
     config.name = f"lab_{form}" if form else "lab"
     config.world = "real" if form == "real" else "made"
     config.data_dir = config_dict.placeholder(str)
-    config.seeds = (0, 1, 2)
+    config.seeds = (10, 11, 12)  # rates and the world's difficulty were chosen on seed 0
     config.sizes = asdict(real.Sizes() if form == "real" else worlds.Sizes())
     config.geometry = asdict(backbone.Geometry())
-    config.stages = (0, 150, 500, 1400)  # steps of generative training; each checkpoint is measured and tuned
+    config.stages = (0, 400, 1000, 2400)  # steps of generative training; each checkpoint is measured and tuned
     config.ways = ("full", "projection", "clip")  # of tuning the last of them, beside lora
-    config.mix = ConfigDict({"image": 0.3, "video": 0.1, "audio": 0.15, "page": 0.1, "text": 0.05, "gist": 0.3})
+    config.mix = ConfigDict({"image": 0.25, "video": 0.15, "audio": 0.2, "page": 0.1, "text": 0.05, "gist": 0.25})
     config.templates = ("{}",) if form == "real" else ("a {}",)  # what stands for a class is its label in these
     config.answers = 64  # held-out records of each kind that are answered
     config.answer_tokens = 40  # the most of an answer
