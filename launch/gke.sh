@@ -59,7 +59,7 @@ if [ -n "$dry_run" ]; then
 fi
 "${wait_for[@]}" >&2 &
 waiter=$!
-trap 'kill "$waiter" 2>/dev/null' EXIT
+trap 'kill "$waiter" 2>/dev/null || true' EXIT
 while kill -0 "$waiter" 2>/dev/null; do
   "${logs[@]}" 2>/dev/null || true
   sleep "$POLL"

@@ -45,7 +45,7 @@ say "job $id; its log is $log"
 [ -n "${follow:-}" ] || exit 0
 
 tail -n +1 -F "$log" 2>/dev/null &
-trap 'kill %1 2>/dev/null' EXIT
+trap 'kill %1 2>/dev/null || true' EXIT
 while true; do
   state=$(squeue --noheader --jobs="$id" --states=all --format=%T) || state=
   case $state in
