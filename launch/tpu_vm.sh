@@ -84,9 +84,9 @@ provide() {
 on() { run gcloud compute tpus tpu-vm ssh "$NAME" "${here[@]}" --worker="$1" --command="$2"; }
 copy() { run gcloud compute tpus tpu-vm scp "$1" "$NAME:$2" "${here[@]}" --worker="$worker"; }
 
-# Python 3.12 comes with uv, for the runtime images have an older one.
-install="umask 077 && rm -rf lco-jax && mkdir lco-jax && tar -xzf lco-jax.tar.gz -C lco-jax && cd lco-jax"
-install+=" && python3 -m pip install --quiet --user uv && ~/.local/bin/uv venv --quiet --python 3.12 .venv"
+# Python 3.12 comes with uv, for the runtime images have an older one. Of an earlier launch only code is removed: runs stay.
+install="umask 077 && mkdir -p lco-jax && cd lco-jax && rm -rf lco_jax configs && tar -xzf ../lco-jax.tar.gz"
+install+=" && python3 -m pip install --quiet --user uv && ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 .venv"
 install+=" && ~/.local/bin/uv pip install --quiet --python .venv -e '.[${EXTRAS:-tpu}]'"
 [ -z "${ENV_FILE:-}" ] || install="chmod 600 lco-jax.env && $install"
 [ -z "${SETUP:-}" ] || install="$SETUP && $install"

@@ -4,6 +4,7 @@ Nothing here reaches a cloud or a cluster: a real launch of launch/local.sh is i
 """
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -43,9 +44,9 @@ class Launcher:
         self.repository, self.calls_file, self.part = folder / "repository", folder / "calls", folder / "part"
         shutil.copytree(LAUNCH, self.repository / "launch")
         (self.repository / "lco_jax").mkdir()
-        for module in ("train", "embed"):
+        for module in ("train", "pretrain", "embed"):
             (self.repository / "lco_jax" / f"{module}.py").touch()
-        (self.repository / ".gitignore").write_text("runs/\n*.restarts\n")
+        (self.repository / ".gitignore").write_text("runs/\n*.restarts\ntokens.env\n")
         for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
             name = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
             subprocess.run(["git", *name, *command], cwd=self.repository, check=True)
@@ -118,6 +119,21 @@ def test_a_dry_run_prints_what_a_run_calls(launcher, script, arguments, environm
     called = [call for i, call in enumerate(launcher.calls) if call[0] != "kubectl" or call not in launcher.calls[:i]]
     concurrent = script == "local.sh" or "--follow" in arguments
     assert (sorted(called) if concurrent else called) == (sorted(planned) if concurrent else planned)
+
+
+def test_the_documented_dry_runs_are_what_is_printed(launcher):
+    (launcher.repository / "tokens.env").touch()
+    environment = {**launcher.environment, "TMPDIR": "/tmp"}
+    del environment["PYTHON"], environment["POLL"]
+    changing = re.compile(r"(lco-jax-|--chdir=)[\w/-]+")  # a commit and a folder
+    text = (LAUNCH.parent / "docs" / "launching.md").read_text()
+    blocks = re.findall(r"```console\n\$ (.*)\n([^`]*)```", text)
+    assert len(blocks) == 4
+    for command, printed in blocks:
+        done = subprocess.run(
+            command, shell=True, cwd=launcher.repository, env=environment, capture_output=True, text=True, check=True
+        )
+        assert changing.sub(r"\1", done.stdout) == changing.sub(r"\1", printed)
 
 
 @pytest.mark.parametrize(("script", "needed"), [("tpu_vm.sh", TPU), ("gke.sh", GKE), ("slurm.sh", SLURM)])
