@@ -91,7 +91,7 @@ install+=" && ~/.local/bin/uv pip install --quiet --python .venv -e '.[${EXTRAS:
 [ -z "${ENV_FILE:-}" ] || install="chmod 600 lco-jax.env && $install"
 [ -z "${SETUP:-}" ] || install="$SETUP && $install"
 stop="pkill -f '[-]m lco_jax' || exit 0; for i in \$(seq $GRACE); do pgrep -f '[-]m lco_jax' >/dev/null || exit 0; sleep 1; done"
-stop+="; pkill -KILL -f '[-]m lco_jax'"
+stop+="; pkill -KILL -f '[-]m lco_jax' || true"
 job="cd lco-jax"
 [ -z "${ENV_FILE:-}" ] || job+=" && set -a && . ../lco-jax.env && set +a"
 job+=" && $(quote .venv/bin/python -m "lco_jax.$module" "${arguments[@]}"); status=\$?"
