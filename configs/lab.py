@@ -25,9 +25,10 @@ def get_config(form: str = "") -> ConfigDict:
     config.seeds = (10, 11, 12)  # rates and the world's difficulty were chosen on seed 0
     config.sizes = asdict(real.Sizes() if form == "real" else worlds.Sizes())
     config.geometry = asdict(backbone.Geometry())
-    config.stages = (0, 400, 1000, 2400)  # steps of generative training; each checkpoint is measured and tuned
+    config.stages = (0, 600, 1800)  # steps of generative training; each checkpoint is measured and tuned
     config.ways = ("full", "projection", "clip")  # of tuning the last of them, beside lora
-    config.mix = ConfigDict({"image": 0.25, "video": 0.15, "audio": 0.2, "page": 0.1, "text": 0.05, "gist": 0.25})
+    # gist: answering the embedding prompt itself, which aligns before any tuning (docs/laboratory.md)
+    config.mix = ConfigDict({"image": 0.35, "video": 0.15, "audio": 0.25, "page": 0.1, "text": 0.15, "gist": 0.0})
     config.templates = ("{}",) if form == "real" else ("a {}",)  # what stands for a class is its label in these
     config.answers = 64  # held-out records of each kind that are answered
     config.answer_tokens = 40  # the most of an answer
@@ -44,7 +45,7 @@ def get_config(form: str = "") -> ConfigDict:
     config.contrast = _training("contrast")  # equal steps and data for every way of tuning
     config.contrast.train.batch_size = 64
     config.contrast.train.steps = 60
-    config.rates = ConfigDict({"lora": 5e-4, "full": 1e-4, "projection": 5e-4, "clip": 5e-4})
+    config.rates = ConfigDict({"lora": 2e-3, "full": 5e-4, "projection": 2e-3, "clip": 2e-3})
 
     if form == "short":
         config.seeds = (0,)
