@@ -47,7 +47,10 @@ def get_config(form: str = "") -> ConfigDict:
     config.contrast.train.steps = 60
     config.rates = ConfigDict({"lora": 2e-3, "full": 5e-4, "projection": 2e-3, "clip": 2e-3})
 
-    if form == "short":
+    if form == "real":
+        config.stages = (0, 300, 1000)
+        config.mix = ConfigDict({"image": 0.45, "audio": 0.35, "text": 0.2, "gist": 0.0})
+    elif form == "short":
         config.seeds = (0,)
         config.sizes = asdict(worlds.Sizes.small())
         config.stages = (0, 8)
@@ -59,7 +62,7 @@ def get_config(form: str = "") -> ConfigDict:
         config.contrast.train.batch_size = 16
         config.contrast.train.steps = 4
         config.contrast.optimizer.warmup_steps = 1
-    elif form not in ("", "real"):
+    elif form:
         raise ValueError(f"there is no form {form!r}; there are: short, real")
     return config
 

@@ -1,4 +1,4 @@
-"""Generative training: what differs from base.
+"""Generative training: what differs from tiny.
 
     python -m lco_jax.pretrain --config=configs/pretrain.py
     python -m lco_jax.pretrain --config=configs/pretrain.py:ocr --config.data.sources.pages.path=pages.jsonl \
@@ -11,12 +11,12 @@ mixed in so that it forgets nothing; anchors are pages (and a question, or none)
 
 from ml_collections import ConfigDict, config_dict
 
-from configs import base
+from configs import tiny
 
 
 def get_config(kind: str = "") -> ConfigDict:
     """kind: "" or "ocr"."""
-    config = base.get_config()
+    config = tiny.get_config()
     config.name = "pretrain"
     config.train.epochs = 4.0
     config.optimizer.learning_rate = 2e-3

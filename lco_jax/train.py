@@ -76,8 +76,7 @@ def _finish(run: Run, before: dict[str, Retrieval]) -> dict[str, Any]:
         plot_similarity(picture, {name: (before[name].similarity, after[name].similarity) for name in after})
     say(f"\n{'held out':32}{'before':>10}{'after':>10}")
     for name, b, a in ((name, before[name], after[name]) for name in after):
-        candidates = f"of {b.similarity.shape[1]}"
-        say(f"{f'{name}, recall@1 {candidates}':32}{b.recall_at_1:10.3f}{a.recall_at_1:10.3f}")
+        say(f"{f'{name}, recall@1 of {a.candidates}':32}{b.recall_at_1:10.3f}{a.recall_at_1:10.3f}")
         say(f"{f'{name}, MRR':32}{b.mrr:10.3f}{a.mrr:10.3f}")
     numbers = {
         when: {name: {"recall_at_1": x.recall_at_1, "mrr": x.mrr} for name, x in found.items()}

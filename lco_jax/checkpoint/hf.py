@@ -59,7 +59,7 @@ class Checkpoint:
 
 def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
     """Open a folder or hub id and check every key: unknown, missing, duplicate or misshapen ones raise by name."""
-    folder = builtin.build() if str(path_or_id) == builtin.NAME else resolve(path_or_id, CHECKPOINT_FILES)
+    folder = builtin.find(str(path_or_id)) or resolve(path_or_id, CHECKPOINT_FILES)
     where = str(folder / "config.json")
     backbone, model_config = find_backbone(read_json(folder / "config.json"), where)
     config = DecoderConfig.from_hf(model_config, where)
