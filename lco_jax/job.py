@@ -42,6 +42,7 @@ from lco_jax.training.metrics import MetricsLog, read_metrics
 from lco_jax.training.optimizer import OptimizerConfig, learning_rate
 from lco_jax.training.run import Training, check_config, claim_workdir
 from lco_jax.training.step import State, Step
+from lco_jax.training.watch import Watchdog, peers
 
 
 @dataclass
@@ -171,13 +172,15 @@ def begin(job: Job) -> Run:
 def loop(run: Run, train_step: Step) -> bool:
     """Train to the end, saving on the way; False where a SIGTERM (preemption) ended it early, after saving."""
     job, step, config = run.job, run.step, run.job.config
-    previous_handler, stop = signal.getsignal(signal.SIGTERM), _on_sigterm()
+    previous_handler, stop = signal.getsignal(signal.SIGTERM), None
     log = MetricsLog(job.workdir, step, config) if jax.process_index() == 0 else None
-    watch = _Watch(config, log, job.total_steps, step)
+    dog = Watchdog(config.train.patience, step)
+    watch = _Watch(config, log, job.total_steps, step, dog)
     batches = pipeline.batches(run.iterator, run.planned, job.processor.rows, job.mesh)
-    with contextlib.closing(run.store), jax.set_mesh(job.mesh), watch.progress:  # on any way out, saves are finished
+    with dog, contextlib.closing(run.store), jax.set_mesh(job.mesh), watch.progress, peers():  # closing ends the saves
         for batch in batches if step < job.total_steps else ():
             run.state, metrics = train_step(run.state, job.params, batch)
+            stop = stop or _on_sigterm()  # from the first step on there is something to save
             watch.record(step, metrics)
             step += 1
             last = step == job.total_steps or stop()
@@ -199,10 +202,12 @@ def finish(run: Run, numbers: dict[str, Any], pictures: Mapping[str, Path]) -> d
     """Let one process write adapter, merged model, loss curve and results.json, and tell what there is.
 
     numbers: what results.json holds beside the run's own. pictures: {what: where} of those there are already.
-    Returns what results.json holds; {} in the other processes, which wait: one that leaves early ends the job for all.
+    Returns what results.json holds; how many steps there were in the other processes, which wait: one that leaves early
+    ends the job for all.
     """
     tuned = multihost_utils.process_allgather(run.state["tuned"], tiled=True)
-    results = _write(run, tuned, numbers, pictures) if jax.process_index() == 0 else {}
+    first = jax.process_index() == 0
+    results = _write(run, tuned, numbers, pictures) if first else {"steps": run.job.total_steps}
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("exported")
     return results
@@ -232,8 +237,9 @@ def _write(run: Run, tuned: dict[str, Any], numbers: dict[str, Any], pictures: M
 class _Watch:
     """Metrics to the log and the progress bar, one step late: the next step is under way before these are fetched."""
 
-    def __init__(self, config: ConfigDict, log: MetricsLog | None, total_steps: int, first_step: int):
-        self.log, self.batch_size, self.limit = log, config.train.batch_size, config.train.max_nonfinite
+    def __init__(self, config: ConfigDict, log: MetricsLog | None, total_steps: int, first_step: int, dog: Watchdog):
+        self.dog, self.log = dog, log
+        self.batch_size, self.limit = config.train.batch_size, config.train.max_nonfinite
         self.rate = learning_rate(OptimizerConfig(**config.optimizer), total_steps)
         self.pending: tuple[int, Mapping[str, Any]] | None = None
         self.skipped, self.in_a_row = log.skipped if log else 0, 0
@@ -254,6 +260,7 @@ class _Watch:
         step, metrics = self.pending
         self.pending = None
         values = {key: float(value) for key, value in jax.device_get(metrics).items()}
+        self.dog.ended(step)
         now, since = time.perf_counter(), self.since
         self.since = now
         finite = bool(values.pop("finite"))
