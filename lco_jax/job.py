@@ -157,10 +157,10 @@ def begin(job: Job) -> Run:
     planned = shaped(chunk_tokens)
     iterator = pipeline.ahead(batches, config.data.threads)
     store = RunStore(job.workdir / "checkpoints", config.checkpoint.keep)
-    step = store.latest_step() or 0
-    claim_workdir(job.workdir, config, job.total_steps, begun=step > 0)
-    if step:
-        state, position = training.restore(store, step)
+    claim_workdir(job.workdir, config, job.total_steps, begun=bool(store.steps()))
+    step = 0
+    if found := training.resume(store):
+        step, state, position = found
         iterator.set_state(position)
         say(f"resuming {job.workdir} at step {step}")
     else:

@@ -64,9 +64,9 @@ class Training:
         """The state as shapes."""
         return jax.eval_shape(partial(init_state, tx=self.tx), self.tuned)
 
-    def restore(self, store: RunStore, step: int) -> tuple[State, dict[str, Any]]:
-        """(state, data position) of a checkpoint."""
-        return store.restore(step, self.abstract, self.shardings)
+    def resume(self, store: RunStore) -> tuple[int, State, dict[str, Any]] | None:
+        """(step, state, data position) of the newest checkpoint that can be read; None where none was saved."""
+        return store.restore_newest(self.abstract, self.shardings)
 
 
 def check_config(config: ConfigDict) -> None:
@@ -123,7 +123,7 @@ def tuned_of_run(workdir: Path, step: int | None = None) -> tuple[str, dict[str,
         raise LcoError(f"{workdir} has no checkpoint of step {step}; there are: {', '.join(map(str, there))}")
     mesh = make_mesh(devices=jax.local_devices()[:1])
     training = Training.build(config, open_checkpoint(config["model"]["path"]), config["total_steps"], mesh)
-    state, _ = training.restore(store, step)
+    state, _ = store.restore(step, training.abstract, training.shardings)
     store.close()
     return config["model"]["path"], jax.device_get(state["tuned"]), training.lora, step
 
