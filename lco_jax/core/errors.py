@@ -1,5 +1,6 @@
 """What a user sees when something they gave us is wrong: one sentence, no traceback."""
 
+import errno
 import os
 import sys
 import threading
@@ -52,7 +53,10 @@ def run_main(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         leave(130)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(f"error: {error.filename or 'a file'}: {reason(error)}; make room, then try again", file=sys.stderr)
+            leave(2)
         if not jax.distributed.is_initialized():
             raise
         traceback.print_exc()

@@ -24,7 +24,7 @@ from lco_jax.training.optimizer import OptimizerConfig, make_optimizer
 from lco_jax.training.step import State, init_state, state_shardings
 
 # what may change between the parts of a resumed run: it moves no number, or says where and how long
-FREE = ("mesh", "checkpoint", "eval", "export", "log", "name", "data.threads", "train.patience")
+FREE = ("mesh", "checkpoint", "eval", "export", "log", "name", "data.threads", "train.patience", "train.spike")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,9 @@ def check_config(config: ConfigDict) -> None:
         "data.threads", "train.batch_size", "train.temperature", "train.max_nonfinite", "checkpoint.every",
         "eval.batch_size",
     )  # fmt: skip
-    not_negative = ("seed", "train.steps", "optimizer.clip_norm", "optimizer.warmup_steps", "train.patience")
+    not_negative = (
+        "seed", "train.steps", "train.patience", "train.spike", "optimizer.clip_norm", "optimizer.warmup_steps",
+    )  # fmt: skip
     flat = _flat(json.loads(config.to_json()))
     for keys, fine, says in (
         (positive, lambda x: x > 0, "above 0"),
