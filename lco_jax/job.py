@@ -174,7 +174,7 @@ def loop(run: Run, train_step: Step) -> bool:
     dog = Watchdog(config.train.patience, step)
     progress = Progress(config, job.workdir, job.total_steps, step)
     batches = pipeline.batches(run.iterator, run.planned, job.processor.rows, job.mesh)
-    with dog, contextlib.closing(run.store), jax.set_mesh(job.mesh), progress, peers():  # closing ends the saves
+    with contextlib.closing(run.store), dog, jax.set_mesh(job.mesh), progress, peers():  # closing ends the saves
         for batch, where in batches if step < job.total_steps else ():
             run.state, metrics = train_step(run.state, job.params, batch)
             stop = stop or _on_sigterm()  # from the first step on there is something to save
