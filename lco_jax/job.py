@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import grain
@@ -174,7 +173,8 @@ def loop(run: Run, train_step: Step) -> bool:
     dog = Watchdog(config.train.patience, step)
     progress = Progress(config, job.workdir, job.total_steps, step)
     batches = pipeline.batches(run.iterator, run.planned, job.processor.rows, job.mesh)
-    with contextlib.closing(run.store), dog, jax.set_mesh(job.mesh), progress, peers():  # closing ends the saves
+    closing = contextlib.closing  # which ends the saves, on any way out
+    with closing(run.store), dog, jax.set_mesh(job.mesh), closing(progress), peers():
         for batch, where in batches if step < job.total_steps else ():
             run.state, metrics = train_step(run.state, job.params, batch)
             stop = stop or _on_sigterm()  # from the first step on there is something to save
@@ -244,17 +244,8 @@ def _towers(checkpoint: Checkpoint, sources: Mapping[str, Source], media: MediaC
 def _on_sigterm() -> Callable[[], bool]:
     """A function that tells whether SIGTERM has come (preemption) to any process: the loop then saves and ends."""
     came: list[int] = []
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-
-    def anywhere() -> bool:
-        if jax.process_count() == 1:
-            return bool(came)
-        return bool(multihost_utils.process_allgather(np.array(bool(came))).any())
-
-    signal.signal(signal.SIGTERM, handler)
-    return anywhere
+    signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    return lambda: bool(pipeline.agree(np.array([len(came)]))[0])
 
 
 def say(line: str) -> None:

@@ -19,9 +19,9 @@ from lco_jax.core.errors import PEER_LOST, PREEMPTED, run_main
 from lco_jax.data import pipeline
 from lco_jax.data.sources import JsonlSource
 from lco_jax.pretrain import pretrain
-from lco_jax.training import cli, incidents, watch
-from lco_jax.training.incidents import LEAST, Incidents
+from lco_jax.training import cli, progress, watch
 from lco_jax.training.metrics import read_metrics
+from lco_jax.training.progress import LEAST, Incidents
 
 ROOT = Path(__file__).parent.parent
 NAMES = tuple(f"a.jsonl:{i}" for i in range(8))
@@ -43,8 +43,8 @@ def test_a_leap_is_told_with_the_highest_rows_and_noise_is_not(tmp_path, caplog)
     assert [one["record"] for one in line["records"]][:2] == ["a.jsonl:4", "a.jsonl:1"]
     assert len(line["records"]) == 7  # the one that was left out is not among them
     assert (line["step"], line["loss"], line["skipped"]) == (200, 10.0, False)
-    assert "step 200: the loss leaps to 10 from 0.1" in caplog.text
-    assert "a.jsonl:4 (70)" in caplog.text
+    assert "step 200: the loss leaps from 0.1" in caplog.text
+    assert "a.jsonl:4 (70), a.jsonl:1 (9)" in caplog.text
 
 
 def test_few_losses_and_a_spike_of_nought_tell_of_no_leap(tmp_path):
@@ -62,7 +62,7 @@ def test_what_is_not_finite_is_blamed_on_its_own_records(tmp_path, caplog):
     (line,) = told(tmp_path)
     assert [one["record"] for one in line["records"] if not one["finite"]] == ["a.jsonl:2", "a.jsonl:5"]
     assert line["loss"] is None
-    assert "not finite in itself: a.jsonl:2, a.jsonl:5 (more" in caplog.text
+    assert "not finite; the worst records and their losses: a.jsonl:2 (nan), a.jsonl:5 (nan), a.jsonl:0" in caplog.text
     Incidents(tmp_path, 4, 20.0)
     assert told(tmp_path)
     Incidents(tmp_path, 3, 20.0)  # resumed before it
@@ -73,14 +73,16 @@ def test_processes_tell_each_other_their_names(monkeypatch):
     """Each of three has every third; a name that is too long keeps its end."""
     names = ["x" * 600 + ":7", "b:2", "c:3", "ü:4", "e:5", "f:6"]
     shares = {}
-    monkeypatch.setattr(incidents.jax, "process_count", lambda: 3)
+    monkeypatch.setattr(progress.jax, "process_count", lambda: 3)
     for me in range(3):
-        monkeypatch.setattr(incidents.jax, "process_index", lambda me=me: me)
-        gather = lambda x, me=me: shares.setdefault(me, x)[None]  # noqa: E731
-        monkeypatch.setattr(incidents.multihost_utils, "process_allgather", gather)
-        incidents._names([5, 0, 3], names[me::3])
-    monkeypatch.setattr(incidents.multihost_utils, "process_allgather", lambda x: np.stack(list(shares.values())))
-    assert incidents._names([5, 0, 3], names[2::3]) == ["f:6", names[0][-incidents.NAME :], "ü:4"]
+        monkeypatch.setattr(progress.jax, "process_index", lambda me=me: me)
+        gather = lambda x, tiled, me=me: shares.setdefault(me, x)  # noqa: E731
+        monkeypatch.setattr(progress.multihost_utils, "process_allgather", gather)
+        progress._names([5, 0, 3], names[me::3])
+    monkeypatch.setattr(
+        progress.multihost_utils, "process_allgather", lambda x, tiled: np.concatenate(list(shares.values()))
+    )
+    assert progress._names([5, 0, 3], names[2::3]) == ["f:6", names[0][-progress.NAME :], "ü:4"]
 
 
 @pytest.mark.slow

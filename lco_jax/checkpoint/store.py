@@ -7,10 +7,11 @@ files are laid beside them: whether the disk kept them is then known to one proc
 begin to read together.
 """
 
+import hashlib
 import logging
 import shutil
-import zlib
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from lco_jax.core.errors import LcoError, explained, reason
+from lco_jax.core.errors import LcoError, reason
 from lco_jax.core.files import read_json, write_json
 
 SUMS = "sums.json"
-BLOCK = 2**24
 logger = logging.getLogger(__name__)
 
 
@@ -102,11 +102,15 @@ class RunStore:
         with self._explained():
             self._manager.close()
 
-    def _explained(self) -> AbstractContextManager[None]:
-        return explained(
-            f"a checkpoint could not be written to {self.folder} (those before are whole; make room, and the same "
-            "command resumes)", OSError, ValueError,
-        )  # fmt: skip
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if isinstance(error, TimeoutError):  # of a barrier: another process is gone
+                raise
+            what = f"a checkpoint could not be written to {self.folder}, where those before it are whole"
+            raise LcoError(f"{what}: {reason(error)}; make room, and the same command resumes") from None
 
     def _sum_up(self) -> None:
         """Lay the sums of a checkpoint's files beside them, before it gets its name."""
@@ -115,15 +119,12 @@ class RunStore:
                 write_json(folder / SUMS, _sums(folder))
 
 
-def _sums(folder: Path) -> dict[str, int]:
-    """The CRC-32 of every file of an item; those beside the items orbax writes once more when all else is done."""
+def _sums(folder: Path) -> dict[str, str]:
+    """A digest of every file of an item; those beside the items orbax writes once more when all else is done."""
     sums = {}
     for path in sorted(path for path in folder.glob("*/**/*") if path.is_file()):
-        total = 0
         with open(path, "rb") as file:
-            while block := file.read(BLOCK):
-                total = zlib.crc32(block, total)
-        sums[path.relative_to(folder).as_posix()] = total
+            sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return sums
 
 

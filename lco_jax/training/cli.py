@@ -16,8 +16,6 @@ from lco_jax.core.errors import LcoError
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.training.watch import leave_on_sigterm
 
-HEARTBEAT = 100  # seconds without one until jax takes a process for dead, where no step is to end sooner
-
 
 def parse(argv: list[str], doc: str | None) -> flags.FlagValues:
     """The flags in argv; --help prints `doc` and every key of the config. Raises `LcoError` for what it cannot read."""
@@ -100,8 +98,7 @@ def _explain(error: Exception, argv: list[str], values: flags.FlagValues, config
 def join_processes(args: flags.FlagValues) -> None:
     """`jax.distributed`: by the three explicit flags, or as the cluster says with --distributed."""
     explicit = (args.coordinator, args.num_processes, args.process_id)
-    # jax aborts without a sentence of ours: where steps are waited for, that is the watchdog's to do, and first
-    heartbeat = HEARTBEAT + int(args.config.get("train", {}).get("patience", 0))
+    heartbeat = 100 + int(args.config.get("train", {}).get("patience", 0))  # jax just aborts: the watchdog comes first
     if any(value is not None for value in explicit):
         if any(value is None for value in explicit):
             raise LcoError("--coordinator, --num_processes and --process_id go together")

@@ -20,23 +20,14 @@ GONE = re.compile(r"gloo|nccl|connection|heartbeat|barrier|UNAVAILABLE|ABORTED|D
 
 
 def leave_on_sigterm() -> None:
-    """From now on SIGTERM ends this process with `PREEMPTED`, for as long as nobody sets another handler.
+    """From now on SIGTERM ends this process at once, with `PREEMPTED`, until another handler is set."""
 
-    A thread waits for it: Python's handlers would wait for the end of what jax loads or compiles.
-    """
-    heard, told = os.pipe()
-    os.set_blocking(told, False)
-    signal.set_wakeup_fd(told)
-    ours = lambda *_: None  # noqa: E731
-    signal.signal(signal.SIGTERM, ours)
-
-    def wait() -> None:
-        while os.read(heard, 1)[0] != signal.SIGTERM or signal.getsignal(signal.SIGTERM) is not ours:
-            pass
+    def handler(*_: object) -> None:
         print("stopped by SIGTERM; there was nothing to save: the same command begins or resumes", file=sys.stderr)
+        sys.stderr.flush()
         os._exit(PREEMPTED)
 
-    threading.Thread(target=wait, daemon=True).start()
+    signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager
