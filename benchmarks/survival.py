@@ -69,11 +69,14 @@ class Job:
         self._wait(lambda: all(one.poll() is not None for one in self.processes))
         return [one.returncode for one in self.processes]
 
-    def finish(self) -> "Job":
-        """Wait for all to end well."""
-        if any(status != 0 for status in self.ended()):
-            raise RuntimeError("\n".join(path.read_text(encoding="utf-8")[-3000:] for path in self.said))
-        return self
+    def lost(self) -> bool:
+        """Whether they, which have ended, are to be started again, as a launcher would; raises for any other failure."""
+        statuses, words = self.ended(), "\n".join(path.read_text(encoding="utf-8")[-2000:] for path in self.said)
+        if any(status not in (0, PEER_LOST, -signal.SIGABRT) for status in statuses):
+            raise RuntimeError(f"ended with {statuses}\n{words}")
+        if lost := any(statuses):
+            print(f"ended with {statuses}, starting again\n{words}", file=sys.stderr, flush=True)
+        return lost
 
     def _wait(self, come: Callable[[], bool]) -> None:
         end = time.monotonic() + LIMIT
@@ -89,10 +92,11 @@ def survival(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """An uninterrupted run of one process; one that is killed, one process or all; and what both say of every step."""
     flags = [f"--config.train.steps={args.steps}", "--config.train.patience=300"]
     shards = args.processes * args.devices
-    quiet = Job(folder / "quiet", 1, shards, *flags).finish()
+    quiet = _finished(folder / "quiet", 1, shards, *flags)
     chance, killed, moments = random.Random(args.seed), folder / "killed", Counter[str]()
     statuses, waits = Counter[str](), []
-    for kill in range(args.kills):
+    kill = restarts = 0
+    while kill < args.kills:
         job, before = Job(killed, args.processes, args.devices, *flags), len(read_metrics(killed / "metrics.jsonl"))
         base = before // EVERY * EVERY  # where it resumes, or a little before
         moment = ("step", "save", "start")[kill % 3] if before < args.steps - 4 * EVERY else "start"
@@ -105,33 +109,41 @@ def survival(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             job.until(base + EVERY)
             time.sleep(chance.uniform(0, 0.05))
         victims = job.processes if kill % 2 else [chance.choice(job.processes)]
-        if any(one.poll() is not None for one in victims):
-            raise RuntimeError(f"process ended by itself: {job.ended()}")
+        if any(one.poll() is not None for one in victims):  # a starved machine: a barrier timed out
+            restarts += job.lost()
+            continue
         for one in victims:
             one.send_signal(signal.SIGKILL)
         began = time.monotonic()
         left = [status for status in job.ended() if status != -signal.SIGKILL]
         moments[moment] += 1
-        what = f"kill {kill + 1} ({moment}, {len(victims)} of {len(job.processes)})"
+        kill += 1
+        what = f"kill {kill} ({moment}, {len(victims)} of {len(job.processes)})"
         print(
             f"{what}: {len(read_metrics(killed / 'metrics.jsonl'))} steps; others {left}", file=sys.stderr, flush=True
         )
         if left:
             waits.append(time.monotonic() - began)
             statuses.update("76" if status == PEER_LOST else str(status) for status in left)
-    want = read_metrics(quiet.metrics)
+    want = read_metrics(quiet)
     result = {"kills": dict(moments), "killed_at": len(read_metrics(killed / "metrics.jsonl")), "steps": args.steps}
-    result |= {"others": dict(statuses), "others_seconds": max(waits, default=0.0), "ends": {}}
+    result |= {"restarts": restarts, "others": dict(statuses), "others_seconds": max(waits, default=0.0), "ends": {}}
     for layout in (f"{args.processes}x{args.devices}", *args.then):
         workdir = folder / f"on_{layout}"
         shutil.copytree(killed, workdir)
-        job = Job(workdir, *map(int, layout.split("x")), *flags).finish()
-        got = read_metrics(job.metrics)
+        got = read_metrics(_finished(workdir, *map(int, layout.split("x")), *flags))
         result["ends"][layout] = {
             "loss": max(abs(a["loss"] - b["loss"]) for a, b in zip(got, want, strict=True)),
             "same_batches": [line["batch"] for line in got] == [line["batch"] for line in want],
         }
     return result
+
+
+def _finished(workdir: Path, processes: int, devices: int, *flags: str) -> Path:
+    """The metrics of a run that is started until it has come to its end."""
+    while (job := Job(workdir, processes, devices, *flags)).lost():
+        pass
+    return job.metrics
 
 
 def survival_table(result: dict[str, Any]) -> str:
@@ -155,11 +167,11 @@ def endurance(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for step in (args.steps // 10, args.steps // 2, args.steps - 20):
         while len(read_metrics(job.metrics)) < step:
             if job.processes[0].poll() is not None:
-                job.finish()
+                raise RuntimeError(f"ended early with {job.ended()}")
             time.sleep(1)
         status = Path(f"/proc/{job.processes[0].pid}/status").read_text(encoding="utf-8")
         mib[step] = int(status.split("VmRSS:")[1].split()[0]) / 1024
-    job.finish()
+    job.lost()
     return {"steps": args.steps, "mib": mib}
 
 
