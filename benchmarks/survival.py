@@ -70,7 +70,7 @@ class Job:
         return [one.returncode for one in self.processes]
 
     def lost(self) -> bool:
-        """Whether they, which have ended, are to be started again, as a launcher would; raises for any other failure."""
+        """Whether they, when ended, are to be started again, as a launcher would; raises for any other failure."""
         statuses, words = self.ended(), "\n".join(path.read_text(encoding="utf-8")[-2000:] for path in self.said)
         if any(status not in (0, PEER_LOST, -signal.SIGABRT) for status in statuses):
             raise RuntimeError(f"ended with {statuses}\n{words}")
