@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -150,6 +151,35 @@ def test_a_collective_that_fails_names_the_loss_of_a_peer(monkeypatch, capsys, s
         raise ValueError(says)
     assert ends == ([] if says == "a bug" else [PEER_LOST])
     assert ("another process is gone" in capsys.readouterr().err) == bool(ends)
+
+
+def test_an_error_in_one_process_does_not_leave_the_other_waiting():
+    """The one with a user's mistake says it and ends with 2; the other, in a collective, with 76 and a sentence."""
+    code = """
+import sys, jax, numpy as np
+from jax.experimental import multihost_utils
+from lco_jax.core.errors import LcoError, run_main
+from lco_jax.training.watch import peers
+
+def main():
+    jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, int(sys.argv[1]))
+    with peers():
+        for step in range(10):
+            if jax.process_index() == 1 and step == 3:
+                raise LcoError("a.jsonl:7: bad")
+            multihost_utils.process_allgather(np.ones(1))
+
+run_main(main)
+"""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-c", code]
+    both = [subprocess.Popen([*command, str(i), port], stderr=subprocess.PIPE, text=True) for i in range(2)]
+    said = [one.communicate(timeout=250)[1] for one in both]
+    assert [one.returncode for one in both] == [PEER_LOST, 2], said
+    assert "process 0 of 2: another process is gone" in said[0]
+    assert "error: a.jsonl:7: bad" in said[1]
 
 
 def test_sigterm_before_there_is_anything_to_save():
