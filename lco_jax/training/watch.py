@@ -39,8 +39,8 @@ def peers() -> Iterator[None]:
         if isinstance(error, LcoError) or not (jax.distributed.is_initialized() and GONE.search(str(error))):
             raise
         print(
-            f"\n{_me()}: another process is gone ({reason(error)}); see what it said last. The same command resumes "
-            "from the newest checkpoint",
+            f"\n{_me()}: another process is gone, or late ({reason(error)}); see what it said last. The same command "
+            "resumes from the newest checkpoint",
             file=sys.stderr,
         )
         leave(PEER_LOST, seconds=0.0 if jax.process_index() else 1.0)  # the others hang on to the first
