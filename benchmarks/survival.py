@@ -108,7 +108,7 @@ def survival(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         else:
             job.until(base + EVERY)
             time.sleep(chance.uniform(0, 0.05))
-        victims = job.processes if kill % 2 else [chance.choice(job.processes)]
+        victims = job.processes if kill % 2 or moment == "start" else [chance.choice(job.processes)]
         if any(one.poll() is not None for one in victims):  # a starved machine: a barrier timed out
             restarts += job.lost()
             continue

@@ -14,6 +14,7 @@ import jax
 
 from lco_jax.core.errors import PEER_LOST, PREEMPTED, LcoError, leave, reason
 
+MEET = 300  # seconds in which processes are to have met
 FIRST = 6  # times its patience a run waits for its first step, which is compiled
 # what the failures of a collective or a barrier say when another process is gone
 GONE = re.compile(r"gloo|nccl|connection|heartbeat|barrier|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED", re.IGNORECASE)
@@ -28,6 +29,22 @@ def leave_on_sigterm() -> None:
         os._exit(PREEMPTED)
 
     signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
+def meeting() -> Iterator[int]:
+    """Within, processes meet; where that takes more than the seconds it gives, this one says so and ends."""
+
+    def end() -> None:
+        print(f"the other processes have not come in {MEET} s; the same command begins or resumes", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(PEER_LOST)
+
+    timer = threading.Timer(MEET, end)
+    timer.daemon = True
+    timer.start()
+    yield MEET
+    timer.cancel()
 
 
 @contextmanager
