@@ -73,6 +73,10 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.train.candidates = "auto"  # or gather, ring
     config.train.chunk_tokens = 0  # GradCache: tokens a device embeds at a time; 0: all; -1: what fits
     config.train.max_nonfinite = 5  # so many non-finite steps in a row stop the run
+    # a loss that lies more than so many (median absolute) deviations above the median of the last steps' is told in
+    # incidents.jsonl with the records of the highest; as is one that is not finite. 0: the latter alone
+    config.train.spike = 20.0
+    config.train.patience = 300.0  # seconds without the end of a step (six times as many for the first) end the process
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 2e-3  # the peak

@@ -15,12 +15,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lco_jax import job as jobs
-from lco_jax.core.errors import run_main
+from lco_jax.core.errors import PREEMPTED, run_main
 from lco_jax.data.records import answer_of, as_input
 from lco_jax.generator import OmniGenerator
 from lco_jax.job import Job, say
 from lco_jax.training import cli
 from lco_jax.training.step import make_pretrain_step
+from lco_jax.training.watch import peers
 
 SAID = 4  # held-out prompts that are answered
 
@@ -69,8 +70,9 @@ def _evaluate(job: Job, params: dict[str, Any], said: int) -> dict[str, Any]:
 
 def main() -> int:
     """Parse the command line, join the other processes if there are any, train."""
-    pretrain(*cli.start(__doc__))
-    return 0
+    arguments = cli.start(__doc__)
+    with peers():
+        return 0 if pretrain(*arguments) else PREEMPTED
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import jax
 from ml_collections import ConfigDict
 
 from lco_jax import job as jobs
-from lco_jax.core.errors import LcoError, run_main
+from lco_jax.core.errors import PREEMPTED, LcoError, run_main
 from lco_jax.data.records import as_input
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation.plots import plot_similarity
@@ -27,6 +27,7 @@ from lco_jax.evaluation.retrieval import Retrieval, retrieval
 from lco_jax.job import Job, Run, say
 from lco_jax.training import cli
 from lco_jax.training.step import make_train_step
+from lco_jax.training.watch import peers
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -87,8 +88,9 @@ def _finish(run: Run, before: dict[str, Retrieval]) -> dict[str, Any]:
 
 def main() -> int:
     """Parse the command line, join the other processes if there are any, train."""
-    train(*cli.start(__doc__))
-    return 0
+    arguments = cli.start(__doc__)
+    with peers():
+        return 0 if train(*arguments) else PREEMPTED
 
 
 if __name__ == "__main__":

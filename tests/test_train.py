@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from lco_jax import LcoError, OmniEmbedder
+from lco_jax.core.errors import PREEMPTED
 from lco_jax.train import train
 from lco_jax.training import cli
 from lco_jax.training.metrics import read_metrics
@@ -92,11 +93,11 @@ def test_killed_at_random_moments_and_resumed_bit_for_bit(quiet, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_cleanly(quiet, tmp_path):
+def test_sigterm_saves_and_says_so_by_its_status(quiet, tmp_path):
     process = start(tmp_path, "--config.checkpoint.every=1000")
     wait_for_lines(tmp_path, 3, process)
     process.send_signal(signal.SIGTERM)
-    assert "the same command resumes" in finish(process)
+    assert "the same command resumes" in finish(process, PREEMPTED)
     assert 3 <= len(losses(tmp_path)) < STEPS
     assert "resuming" in finish(start(tmp_path))
     assert losses(tmp_path) == losses(quiet)
