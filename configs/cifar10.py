@@ -1,4 +1,4 @@
-"""Photos from TFDS and a caption template, on the built-in checkpoint: how to train on a media dataset.
+"""Photos from TFDS and a caption template, on `builtin:tiny`: how to train on a media dataset.
 
     python -m lco_jax.train --config=configs/cifar10.py --config.data.sources.photos.data_dir=DIR
     python -m lco_jax.train --config=configs/cifar10.py:mnist --config.data.sources.photos.data_dir=DIR

@@ -1,4 +1,4 @@
-"""SNLI from TFDS, as triplets, on the built-in checkpoint: how to train on a TFDS dataset.
+"""SNLI from TFDS, as triplets, on `builtin:tiny`: how to train on a TFDS dataset.
 
     python -m lco_jax.train --config=configs/snli.py --config.data.sources.snli.data_dir=DIR
 

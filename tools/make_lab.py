@@ -1,8 +1,7 @@
 """Make `builtin:lab` and its data, which ship in `lco_jax/assets/lab`, of one seed of a laboratory's run.
 
-A generator of the made world before any contrastive tuning, in bfloat16; the world's triplets to tune it on; and held
-out: triplets, pictures with what they show (one of eight things) and sounds with what they are (one of six). It is what
-`configs/base.py` begins with.
+A generator of the made world before any contrastive tuning, in bfloat16; the world's triplets to tune it on; and
+held-out texts, pictures and sounds with their captions. It is what `configs/base.py` begins with.
 
 Usage, from the project's root (the folder is a seed's, of the run in docs/lab):
 
@@ -34,12 +33,12 @@ def write(seed: Path, out: Path) -> None:
         for name, file in (("train", "contrast/text"), ("text", "tests/text")):
             shutil.copyfile(seed / f"world/{file}.jsonl", aside / f"{name}.jsonl")
         for kind in ("image", "audio"):
-            lines = (seed / f"world/tests/zeroshot_{kind}.jsonl").read_text(encoding="utf-8").splitlines()
-            records = [_labelled(json.loads(line), seed / "world/tests", aside) for line in lines]
+            lines = (seed / f"world/tests/retrieval_{kind}.jsonl").read_text(encoding="utf-8").splitlines()
+            records = [_captioned(json.loads(line), seed / "world/tests", aside) for line in lines]
             write_text(aside / f"{kind}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
 
-def _labelled(record: dict[str, Any], tests: Path, out: Path) -> dict[str, Any]:
+def _captioned(record: dict[str, Any], tests: Path, out: Path) -> dict[str, Any]:
     """A test's record as one of retrieval, its medium copied."""
     ((key, path),) = record["media"].items()
     source = tests / path
@@ -49,7 +48,7 @@ def _labelled(record: dict[str, Any], tests: Path, out: Path) -> dict[str, Any]:
         soundfile.write(out / name, *soundfile.read(source, dtype="int16"), format=SOUNDS)
     else:
         shutil.copyfile(source, out / name)
-    return {"anchor": {key: name}, "positive": f"a {record['label']}"}
+    return {"anchor": {key: name}, "positive": record["text"]}
 
 
 if __name__ == "__main__":
