@@ -18,9 +18,7 @@ def add_parsers(kinds: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices", type=int, nargs="*", default=[8, 64, 512], help="multiples of --fsdp")
     parser.add_argument("--fsdp", type=int, default=8)
     parser.add_argument("--records", type=int, default=48, help="of a device")
-    parser.add_argument(
-        "--loss", type=int, default=2**20, help="anchors of the loss alone, on the most devices"
-    )
+    parser.add_argument("--loss", type=int, default=2**20, help="anchors of the loss alone, on the most devices")
     parser.set_defaults(measure=measure, table=table)
 
 

@@ -18,7 +18,7 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.seed = 0  # of the adapter, the data order and dropout
 
     config.model = ConfigDict()
-    config.model.path = "builtin:tiny"  # a folder, a hub id, or the built-in checkpoint
+    config.model.path = "builtin:lab"  # a folder, a hub id, or a built-in checkpoint (builtin:lab, builtin:tiny)
     config.model.dtype = "float32"  # of the frozen base and the activations: float32 or bfloat16
     config.model.tower_dtype = ""  # of the frozen towers; "": the same
     config.model.quantize = ""  # the frozen decoder's matrices in fewer bits: int8, or nf4 (QLoRA)
@@ -44,7 +44,7 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.data.sources = {
         "bundled": {
             "kind": "jsonl",
-            "path": "assets:triplets_train.jsonl",
+            "path": "assets:lab/train.jsonl",
         }
     }
     config.data.on_bad = "error"  # a bad record stops the run by file and line; "skip" leaves it out and says so
@@ -62,9 +62,9 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.data.max_length = 64  # tokens of a text, before the template
 
     config.train = ConfigDict()
-    config.train.batch_size = 48  # records of a global batch; all of their texts are candidates
+    config.train.batch_size = 64  # records of a global batch; all of their texts are candidates
     config.train.steps = 0  # 0: as many as `epochs` makes
-    config.train.epochs = 6.0
+    config.train.epochs = 2.0
     config.train.temperature = 0.03
     config.train.two_way = False  # CLIP's loss: positives find their anchors, too
     config.train.ignore_duplicates = False  # whatever says the same as a positive is no negative of its anchor
@@ -73,9 +73,13 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.train.candidates = "auto"  # or gather, ring
     config.train.chunk_tokens = 0  # GradCache: tokens a device embeds at a time; 0: all; -1: what fits
     config.train.max_nonfinite = 5  # so many non-finite steps in a row stop the run
+    # a loss that lies more than so many (median absolute) deviations above the median of the last steps' is told in
+    # incidents.jsonl with the records of the highest; as is one that is not finite. 0: the latter alone
+    config.train.spike = 20.0
+    config.train.patience = 300.0  # seconds without the end of a step (six times as many for the first) end the process
 
     config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = 4e-3  # the peak
+    config.optimizer.learning_rate = 2e-3  # the peak
     config.optimizer.schedule = "cosine"  # or linear, constant
     config.optimizer.warmup_steps = 10
     config.optimizer.beta1 = 0.9
@@ -94,7 +98,8 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.checkpoint.keep = 2
 
     config.eval = ConfigDict()
-    config.eval.path = "assets:triplets_heldout.jsonl"  # held-out triplets, jsonl; "": no evaluation
+    # held-out records, jsonl, each file scored on its own; "": none
+    config.eval.path = "assets:lab/text.jsonl,assets:lab/image.jsonl,assets:lab/audio.jsonl"
     config.eval.batch_size = 64
 
     config.export = ConfigDict()

@@ -1,4 +1,4 @@
-"""Photos from TFDS and a caption template, on the built-in checkpoint: how to train on a media dataset.
+"""Photos from TFDS and a caption template, on `builtin:tiny`: how to train on a media dataset.
 
     python -m lco_jax.train --config=configs/cifar10.py --config.data.sources.photos.data_dir=DIR
     python -m lco_jax.train --config=configs/cifar10.py:mnist --config.data.sources.photos.data_dir=DIR
@@ -8,7 +8,7 @@ DIR holds the dataset as array_record files (`tfds build cifar10 --file_format=a
 
 from ml_collections import ConfigDict, config_dict
 
-from configs import base
+from configs import tiny
 
 LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -16,8 +16,8 @@ SETS = {"cifar10": ("a photo of a {label}.", LABELS), "mnist": ("the handwritten
 
 
 def get_config(name: str = "cifar10") -> ConfigDict:
-    """What differs from base. name: cifar10 or mnist."""
-    config = base.get_config()
+    """What differs from tiny. name: cifar10 or mnist."""
+    config = tiny.get_config()
     caption, labels = SETS[name]
     config.name = name
     config.data.sources = {

@@ -22,12 +22,13 @@ def get_config(form: str = "") -> ConfigDict:
     config.name = f"lab_{form}" if form else "lab"
     config.world = "real" if form == "real" else "made"
     config.data_dir = config_dict.placeholder(str)
-    config.seeds = (0, 1, 2)
+    config.seeds = (10, 11, 12)  # rates and the world's difficulty were chosen on seed 0
     config.sizes = asdict(real.Sizes() if form == "real" else worlds.Sizes())
     config.geometry = asdict(backbone.Geometry())
-    config.stages = (0, 150, 500, 1400)  # steps of generative training; each checkpoint is measured and tuned
+    config.stages = (0, 600, 1800)  # steps of generative training; each checkpoint is measured and tuned
     config.ways = ("full", "projection", "clip")  # of tuning the last of them, beside lora
-    config.mix = ConfigDict({"image": 0.3, "video": 0.1, "audio": 0.15, "page": 0.1, "text": 0.05, "gist": 0.3})
+    # gist: answering the embedding prompt itself, which aligns before any tuning (docs/laboratory.md)
+    config.mix = ConfigDict({"image": 0.35, "video": 0.15, "audio": 0.25, "page": 0.1, "text": 0.15, "gist": 0.0})
     config.templates = ("{}",) if form == "real" else ("a {}",)  # what stands for a class is its label in these
     config.answers = 64  # held-out records of each kind that are answered
     config.answer_tokens = 40  # the most of an answer
@@ -44,9 +45,12 @@ def get_config(form: str = "") -> ConfigDict:
     config.contrast = _training("contrast")  # equal steps and data for every way of tuning
     config.contrast.train.batch_size = 64
     config.contrast.train.steps = 60
-    config.rates = ConfigDict({"lora": 5e-4, "full": 1e-4, "projection": 5e-4, "clip": 5e-4})
+    config.rates = ConfigDict({"lora": 2e-3, "full": 5e-4, "projection": 2e-3, "clip": 2e-3})
 
-    if form == "short":
+    if form == "real":
+        config.stages = (0, 300, 1000)
+        config.mix = ConfigDict({"image": 0.45, "audio": 0.35, "text": 0.2, "gist": 0.0})
+    elif form == "short":
         config.seeds = (0,)
         config.sizes = asdict(worlds.Sizes.small())
         config.stages = (0, 8)
@@ -58,7 +62,7 @@ def get_config(form: str = "") -> ConfigDict:
         config.contrast.train.batch_size = 16
         config.contrast.train.steps = 4
         config.contrast.optimizer.warmup_steps = 1
-    elif form not in ("", "real"):
+    elif form:
         raise ValueError(f"there is no form {form!r}; there are: short, real")
     return config
 

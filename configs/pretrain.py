@@ -1,22 +1,22 @@
-"""Generative training: what differs from base.
+"""Generative training: what differs from tiny.
 
     python -m lco_jax.pretrain --config=configs/pretrain.py
     python -m lco_jax.pretrain --config=configs/pretrain.py:ocr --config.data.sources.pages.path=pages.jsonl \
         --config.data.sources.captions.path=captions.jsonl
 
-The first runs anywhere: the built-in checkpoint learns to answer a sentence with another that says the same. The second
+The first runs anywhere: `builtin:tiny` learns to answer a sentence with another that says the same. The second
 is the paper's way to better pages (SeaDoc): Qwen2.5-VL reads text off pages at high resolution, with general captions
 mixed in so that it forgets nothing; anchors are pages (and a question, or none), positives what stands on them.
 """
 
 from ml_collections import ConfigDict, config_dict
 
-from configs import base
+from configs import tiny
 
 
 def get_config(kind: str = "") -> ConfigDict:
     """kind: "" or "ocr"."""
-    config = base.get_config()
+    config = tiny.get_config()
     config.name = "pretrain"
     config.train.epochs = 4.0
     config.optimizer.learning_rate = 2e-3

@@ -1,4 +1,4 @@
-"""SNLI from TFDS, as triplets, on the built-in checkpoint: how to train on a TFDS dataset.
+"""SNLI from TFDS, as triplets, on `builtin:tiny`: how to train on a TFDS dataset.
 
     python -m lco_jax.train --config=configs/snli.py --config.data.sources.snli.data_dir=DIR
 
@@ -7,12 +7,12 @@ DIR holds the dataset as array_record files (`tfds build snli --file_format=arra
 
 from ml_collections import ConfigDict, config_dict
 
-from configs import base
+from configs import tiny
 
 
 def get_config(recipe: str = "") -> ConfigDict:
-    """What differs from base."""
-    config = base.get_config(recipe)
+    """What differs from tiny."""
+    config = tiny.get_config(recipe)
     config.name = "snli"
     config.data.sources = {
         "snli": {"kind": "tfds", "name": "snli", "split": "train", "data_dir": config_dict.placeholder(str)}

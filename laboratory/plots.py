@@ -37,17 +37,18 @@ def plot_headline(path: Path, runs: Sequence[Run], chance: Callable[[str], float
             if values:
                 left.bar(at + shift, np.mean(values), 0.36, color=COLOURS[kind], alpha=alpha, linewidth=0)
                 left.scatter([at + shift] * len(values), values, s=14, color="0.15", zorder=3, linewidths=0)
-                left.text(at + shift, max(values) + 0.015, f"{np.mean(values):.2f}", ha="center", va="bottom")
+                label = f"{np.mean(values):.2f}"
+                left.annotate(label, (at + shift, max(values)), (0, 4), textcoords="offset points", ha="center")
         if (level := chance(kind)) is not None:
             left.hlines(level, at - 0.42, at + 0.42, color="0.15", linestyle=":", linewidth=1.4, zorder=4)
     left.set_xticks(range(len(kinds)), [f"text ↔ {NAMES[kind]}" for kind in kinds])
     left.plot([], [], color="0.15", linestyle=":", label="chance")
     for label, alpha in (("before", PALE), ("after tuning on text alone", 1.0)):
         left.bar(0, 0, color="0.35", alpha=alpha, label=label, linewidth=0)
-    left.set(title="Before and after tuning on text alone", ylabel="recall@1", ylim=(0, 1.1))
+    left.set(title="Before and after tuning on text alone", ylabel="recall@1", ylim=(0, None))
     drawn = [_scatter(right, stats.scaling(runs, stats.exact(kind), stats.retrieval(kind)), kind) for kind in kinds]
     right.set(title="Generation before it, representation after it", ylabel="recall@1, text ↔ media, after")
-    right.set(xlabel="share of exact answers before", ylim=(0, 1.1), xlim=(-0.04, 1.04))
+    right.set(xlabel="share of exact answers before", ylim=(0, None))
     for axes in (left, right) if any(drawn) else (left,):
         axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4, handlelength=1.4)
         _bare(axes)

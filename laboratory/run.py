@@ -140,10 +140,11 @@ def _generate(bench: Bench) -> dict[str, Any]:
     config, began = bench.config, time.perf_counter()
     say(f"\n== seed {bench.seed}: generative training")
     settings, workdir = config.pretrain.copy_and_resolve_references(), bench.folder / "pretrain"
-    kinds = {kind: weight for kind, weight in config.mix.items() if (bench.world / f"generative/{kind}.jsonl").exists()}
+    files = {kind: bench.world / f"generative/{kind}.jsonl" for kind, weight in config.mix.items() if weight}
     settings.data.sources = {
-        kind: {"kind": "jsonl", "path": str(bench.world / f"generative/{kind}.jsonl"), "weight": weight}
-        for kind, weight in kinds.items()
+        kind: {"kind": "jsonl", "path": str(file), "weight": config.mix[kind]}
+        for kind, file in files.items()
+        if file.exists()
     }
     settings.model.path, settings.seed, settings.train.steps = str(bench.stage(0)), bench.seed, config.stages[-1]
     settings.checkpoint.keep = math.ceil(config.stages[-1] / settings.checkpoint.every)

@@ -1,29 +1,76 @@
 #!/usr/bin/env bash
-# Train on this machine with several processes, as a pod would: each gets its share of the data and of the devices.
+# Run a job on this machine in several processes, as a pod would: each has its share of the data and of the devices.
 #
+#   launch/local.sh [--dry-run] PROCESSES [MODULE] [flags of the module]
 #   launch/local.sh 4 --config=configs/base.py --workdir=runs/four
 #
-# PYTHON names the interpreter (default .venv/bin/python), PORT the coordinator's port (default 29500), and on a machine
-# without accelerators DEVICES the CPU devices of each process (default 1).
-set -euo pipefail
+# MODULE is train (default) or pretrain; another, such as embed, runs in one process. If one process fails, the others
+# are told to end (SIGTERM) and, GRACE seconds later (120), are killed. All are then started again after status 75, 76,
+# a kill or a failure, RETRIES times (3); an attempt of STEADY seconds (600) forgives those before it. Status 2, a
+# mistake in the command, and a failure within a minute twice in a row end it. SIGTERM and Ctrl-C go to the processes,
+# which save. PYTHON names the interpreter (default .venv/bin/python), PORT the coordinator's port (29500), and on a
+# machine without accelerators DEVICES the CPU devices of each process (1).
+source "$(dirname "$0")/common.sh"
+
+options "" "$@"
+set -- "${rest[@]}"
 if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]]; then
-  echo "usage: launch/local.sh PROCESSES --config=FILE [flags of lco_jax.train]" >&2
+  echo "usage: launch/local.sh PROCESSES [MODULE] --config=FILE [flags of the module]" >&2
   exit 2
 fi
-cd "$(dirname "$0")/.."
 count=$1
 shift
-python=${PYTHON:-.venv/bin/python}
-export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=${DEVICES:-1}"
+[[ $1 != -* ]] || set -- train "$@"
+read_module "$@"
+[ -n "$joins" ] || [ "$count" = 1 ] || fail "$module runs in one process: launch/local.sh 1 $module …"
+run export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=${DEVICES:-1}"
 
-pids=()
-trap 'kill "${pids[@]}" 2>/dev/null || true' INT TERM
-for ((i = 0; i < count; i++)); do
-  "$python" -m lco_jax.train --coordinator="127.0.0.1:${PORT:-29500}" --num_processes="$count" --process_id="$i" "$@" &
-  pids+=($!)
+command=("${PYTHON:-.venv/bin/python}" -m "lco_jax.$module")
+start() {
+  local join=()
+  [ -z "$joins" ] || join=(--coordinator="127.0.0.1:${PORT:-29500}" --num_processes="$count" --process_id="$1")
+  if [ -n "$dry_run" ]; then
+    echo "$(quote "${command[@]}" "${join[@]}" "${arguments[@]}") &"
+  else
+    "${command[@]}" "${join[@]}" "${arguments[@]}" &
+    pids+=($!)
+  fi
+}
+
+# Starts all, and waits until all have ended; `status` is 0, 2 if a process says so, or that of the first to fail.
+attempt() {
+  local i pid code left ending=no deadline=0
+  pids=() status=0
+  for ((i = 0; i < count; i++)); do start "$i"; done
+  while [ ${#pids[@]} -gt 0 ]; do
+    sleep 0.2
+    left=()
+    for pid in "${pids[@]}"; do
+      if kill -0 "$pid" 2>/dev/null; then
+        left+=("$pid")
+        continue
+      fi
+      code=0
+      wait "$pid" || code=$?
+      [ "$status" != 0 ] && [ $code != 2 ] || status=$code
+    done
+    pids=("${left[@]}")
+    [ ${#pids[@]} -gt 0 ] || break
+    if [ $ending = no ] && { [ "$status" != 0 ] || [ $stopping = yes ]; }; then
+      ending=yes deadline=$((SECONDS + GRACE))
+      kill -TERM "${pids[@]}" 2>/dev/null || true
+    elif [ $ending = yes ] && [ $SECONDS -ge $deadline ]; then
+      kill -KILL "${pids[@]}" 2>/dev/null || true
+    fi
+  done
+}
+
+stopping=no
+trap 'stopping=yes' INT TERM
+while true; do
+  since=$SECONDS
+  attempt
+  { [ $stopping = no ] && again "$status" $((SECONDS - since)); } || break
 done
-status=0
-for pid in "${pids[@]}"; do
-  wait "$pid" || status=$?
-done
+[ -z "$dry_run" ] || echo wait
 exit "$status"

@@ -3,14 +3,11 @@
 import contextlib
 import dataclasses
 import functools
-import math
 import signal
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import grain
@@ -33,20 +30,21 @@ from lco_jax.data.media import MediaConfig
 from lco_jax.data.plan import draw, plan
 from lco_jax.data.processor import Processor
 from lco_jax.data.records import Record
-from lco_jax.data.scan import ListSource, Source
+from lco_jax.data.scan import Source
 from lco_jax.data.sources import JsonlSource
 from lco_jax.evaluation.plots import plot_loss
 from lco_jax.models.model import Model
 from lco_jax.training import memory, tuning
-from lco_jax.training.metrics import MetricsLog, read_metrics
-from lco_jax.training.optimizer import OptimizerConfig, learning_rate
+from lco_jax.training.metrics import read_metrics
+from lco_jax.training.progress import Progress
 from lco_jax.training.run import Training, check_config, claim_workdir
 from lco_jax.training.step import State, Step
+from lco_jax.training.watch import Watchdog, peers
 
 
 @dataclass
 class Job:
-    """A run, open. params: the whole model's, as they were before the run; held_out: records."""
+    """A run, open. params: the whole model's, as they were before the run. held_out: records, by file."""
 
     config: ConfigDict
     workdir: Path
@@ -58,7 +56,7 @@ class Job:
     training: Training
     model: Model
     params: dict[str, Any]
-    held_out: list[Record]
+    held_out: dict[str, list[Record]]
     total_steps: int
 
     def tuned_params(self, state: State) -> dict[str, Any]:
@@ -87,8 +85,10 @@ def open_job(config: ConfigDict, workdir: Path, generative: bool = False) -> Job
     if skipped := sum(source.skipped for source in sources.values()):
         say(f"{skipped:,} bad records skipped")
 
-    held_out = JsonlSource(config.eval.path, config.data.on_bad) if config.eval.path else ListSource([])
-    towers = _towers(checkpoint, {"held-out data": held_out, **sources}, MediaConfig(**config.data.media))
+    files = [JsonlSource(file, config.data.on_bad) for file in config.eval.path.split(",") if file]
+    held_out = {source.path.stem: source for source in files}
+    media = MediaConfig(**config.data.media)
+    towers = _towers(checkpoint, {**{f"held-out data {name}": one for name, one in held_out.items()}, **sources}, media)
     if training.tune.towers != "none":
         towers = list(checkpoint.towers)
     settings = {key: config.model[key] for key in ("quantize", "remat", "attention")}
@@ -99,8 +99,8 @@ def open_job(config: ConfigDict, workdir: Path, generative: bool = False) -> Job
     if training.tune.decoder == "full":
         model = dataclasses.replace(model, decoder=model.decoder.clone(tuned=True))
     return Job(
-        config, workdir, mesh, checkpoint, sources, processor, layout, training, model, params, list(held_out),
-        total_steps,
+        config, workdir, mesh, checkpoint, sources, processor, layout, training, model, params,
+        {name: list(source) for name, source in held_out.items()}, total_steps,
     )  # fmt: skip
 
 
@@ -170,10 +170,10 @@ def begin(job: Job) -> Run:
     planned = shaped(chunk_tokens)
     iterator = pipeline.ahead(batches, config.data.threads)
     store = RunStore(job.workdir / "checkpoints", config.checkpoint.keep)
-    step = store.latest_step() or 0
-    claim_workdir(job.workdir, config, job.total_steps, begun=step > 0)
-    if step:
-        state, position = training.restore(store, step)
+    claim_workdir(job.workdir, config, job.total_steps, begun=bool(store.steps()))
+    step = 0
+    if found := training.resume(store):
+        step, state, position = found
         iterator.set_state(position)
         say(f"resuming {job.workdir} at step {step}")
     else:
@@ -185,25 +185,26 @@ def begin(job: Job) -> Run:
 def loop(run: Run, train_step: Step) -> bool:
     """Train to the end, saving on the way; False where a SIGTERM (preemption) ended it early, after saving."""
     job, step, config = run.job, run.step, run.job.config
-    previous_handler, stop = signal.getsignal(signal.SIGTERM), _on_sigterm()
-    log = MetricsLog(job.workdir, step, config) if jax.process_index() == 0 else None
-    watch = _Watch(config, log, job.total_steps, step)
+    previous_handler, stop = signal.getsignal(signal.SIGTERM), None
+    dog = Watchdog(config.train.patience, step)
+    progress = Progress(config, job.workdir, job.total_steps, step)
     batches = pipeline.batches(run.iterator, run.planned, job.processor.rows, job.mesh)
-    with contextlib.closing(run.store), jax.set_mesh(job.mesh), watch.progress:  # on any way out, saves are finished
-        for batch in batches if step < job.total_steps else ():
+    closing = contextlib.closing  # which ends the saves, on any way out
+    with closing(run.store), dog, jax.set_mesh(job.mesh), closing(progress), peers():
+        for batch, where in batches if step < job.total_steps else ():
             run.state, metrics = train_step(run.state, job.params, batch)
-            watch.record(step, metrics)
+            stop = stop or _on_sigterm()  # from the first step on there is something to save
+            progress.record(step, metrics, where)
+            dog.ended(step - 1)  # whose results were awaited
             step += 1
             last = step == job.total_steps or stop()
             if last or step % config.checkpoint.every == 0:
-                watch.flush()
+                progress.flush()
                 run.store.save(step, run.state, run.iterator.get_state())
             if last:
                 break
-        watch.flush()
+        progress.flush()
     signal.signal(signal.SIGTERM, previous_handler)  # from here on there is nothing to save
-    if log:
-        log.close()
     if step < job.total_steps:
         say(f"stopped by SIGTERM; saved at step {step}: the same command resumes")
     return step == job.total_steps
@@ -213,10 +214,12 @@ def finish(run: Run, numbers: dict[str, Any], pictures: Mapping[str, Path]) -> d
     """Let one process write adapter, merged model, loss curve and results.json, and tell what there is.
 
     numbers: what results.json holds beside the run's own. pictures: {what: where} of those there are already.
-    Returns what results.json holds; {} in the other processes, which wait: one that leaves early ends the job for all.
+    Returns what results.json holds; how many steps there were in the other processes, which wait: one that leaves early
+    ends the job for all.
     """
     tuned = multihost_utils.process_allgather(run.state["tuned"], tiled=True)
-    results = _write(run, tuned, numbers, pictures) if jax.process_index() == 0 else {}
+    first = jax.process_index() == 0
+    results = _write(run, tuned, numbers, pictures) if first else {"steps": run.job.total_steps}
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("exported")
     return results
@@ -243,58 +246,6 @@ def _write(run: Run, tuned: dict[str, Any], numbers: dict[str, Any], pictures: M
     return results
 
 
-class _Watch:
-    """Metrics to the log and the progress bar, one step late: the next step is under way before these are fetched."""
-
-    def __init__(self, config: ConfigDict, log: MetricsLog | None, total_steps: int, first_step: int):
-        self.log, self.batch_size, self.limit = log, config.train.batch_size, config.train.max_nonfinite
-        self.rate = learning_rate(OptimizerConfig(**config.optimizer), total_steps)
-        self.pending: tuple[int, Mapping[str, Any]] | None = None
-        self.skipped, self.in_a_row = log.skipped if log else 0, 0
-        self.since = time.perf_counter()
-        self.progress = tqdm(
-            total=total_steps, initial=first_step, desc="training", unit="step", disable=log is None, mininterval=0.5
-        )
-
-    def record(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Queue the metrics of `step`, and write those of the step before."""
-        self.flush()
-        self.pending = step, metrics
-
-    def flush(self) -> None:
-        """Write what is queued. Raises when too many steps in a row were not finite."""
-        if self.pending is None:
-            return
-        step, metrics = self.pending
-        self.pending = None
-        values = {key: float(value) for key, value in jax.device_get(metrics).items()}
-        now, since = time.perf_counter(), self.since
-        self.since = now
-        finite = bool(values.pop("finite"))
-        self.in_a_row = 0 if finite else self.in_a_row + 1
-        values = {key: value if math.isfinite(value) else None for key, value in values.items()}  # JSON has no NaN
-        values |= {
-            "learning_rate": float(self.rate(step - self.skipped)),  # a skipped step does not advance the schedule
-            "tokens_per_s": values.pop("tokens") / (now - since),
-            "records_per_s": self.batch_size / (now - since),
-            "skipped_steps": self.skipped + (not finite),
-        }
-        self.skipped = values["skipped_steps"]
-        if self.log:
-            self.log.write(step, values)
-        self.progress.set_postfix(
-            loss="-" if values["loss"] is None else f"{values['loss']:.4f}",
-            rate=f"{values['records_per_s']:.0f}/s",
-            refresh=False,
-        )
-        self.progress.update()
-        if self.in_a_row >= self.limit:
-            raise LcoError(
-                f"the loss or its gradient was not finite in {self.in_a_row} steps in a row, up to step {step}; lower "
-                "config.optimizer.learning_rate, or look at the records of these steps"
-            )
-
-
 def _towers(checkpoint: Checkpoint, sources: Mapping[str, Source], media: MediaConfig) -> list[str]:
     """The towers that the data needs. Raises for data that the checkpoint does not take."""
     backbone = checkpoint.backbone
@@ -309,17 +260,8 @@ def _towers(checkpoint: Checkpoint, sources: Mapping[str, Source], media: MediaC
 def _on_sigterm() -> Callable[[], bool]:
     """A function that tells whether SIGTERM has come (preemption) to any process: the loop then saves and ends."""
     came: list[int] = []
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-
-    def anywhere() -> bool:
-        if jax.process_count() == 1:
-            return bool(came)
-        return bool(multihost_utils.process_allgather(np.array(bool(came))).any())
-
-    signal.signal(signal.SIGTERM, handler)
-    return anywhere
+    signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    return lambda: bool(pipeline.agree(np.array([len(came)]))[0])
 
 
 def say(line: str) -> None:

@@ -15,12 +15,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lco_jax import job as jobs
-from lco_jax.core.errors import run_main
+from lco_jax.core.errors import PREEMPTED, run_main
 from lco_jax.data.records import answer_of, as_input
 from lco_jax.generator import OmniGenerator
 from lco_jax.job import Job, say
 from lco_jax.training import cli
 from lco_jax.training.step import make_pretrain_step
+from lco_jax.training.watch import peers
 
 SAID = 4  # held-out prompts that are answered
 
@@ -56,20 +57,22 @@ def _evaluate(job: Job, params: dict[str, Any], said: int) -> dict[str, Any]:
     if not job.held_out:
         return {}
     generator = OmniGenerator(job.model, params, job.processor, job.mesh)
-    prompts, answers = [as_input(one.anchor) for one in job.held_out], [answer_of(one) for one in job.held_out]
+    records = [record for some in job.held_out.values() for record in some]
+    prompts, answers = [as_input(one.anchor) for one in records], [answer_of(one) for one in records]
     losses, counts = generator.token_losses(prompts, answers, max_length=job.config.data.max_length)
     loss = float(losses.sum() / counts.sum())
     say(f"held-out loss ({len(answers)} answers): {loss:.4f} nats a token")
     texts = generator.generate(prompts[:said]) if said else []
-    rows = zip(job.held_out[:said], texts, strict=True)
+    rows = zip(records[:said], texts, strict=True)
     shown = [{"where": one.where, "wanted": one.positive, "said": text} for one, text in rows]
     return {"loss": loss, **({"said": shown} if said else {})}
 
 
 def main() -> int:
     """Parse the command line, join the other processes if there are any, train."""
-    pretrain(*cli.start(__doc__))
-    return 0
+    arguments = cli.start(__doc__)
+    with peers():
+        return 0 if pretrain(*arguments) else PREEMPTED
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import jax
 from ml_collections import ConfigDict
 
 from lco_jax import job as jobs
-from lco_jax.core.errors import LcoError, run_main
+from lco_jax.core.errors import PREEMPTED, LcoError, run_main
 from lco_jax.data.records import as_input
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation.plots import plot_similarity
@@ -27,6 +27,7 @@ from lco_jax.evaluation.retrieval import Retrieval, retrieval
 from lco_jax.job import Job, Run, say
 from lco_jax.training import cli
 from lco_jax.training.step import make_train_step
+from lco_jax.training.watch import peers
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -53,39 +54,43 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     return _finish(run, before)
 
 
-def _evaluate(job: Job, params: dict[str, Any]) -> Retrieval | None:
-    """Held-out retrieval, if there are held-out records."""
-    if not job.held_out:
-        return None
+def _evaluate(job: Job, params: dict[str, Any]) -> dict[str, Retrieval]:
+    """Held-out retrieval by file, if there are any."""
     embedder = OmniEmbedder(job.model, params, job.processor, job.mesh)
     encode = lambda sides: embedder.encode(  # noqa: E731
         list(map(as_input, sides)), job.config.eval.batch_size, max_length=job.config.data.max_length
     )
-    result = retrieval(encode, job.held_out)
-    say(f"held-out retrieval ({len(job.held_out)} anchors): recall@1 {result.recall_at_1:.3f}, MRR {result.mrr:.3f}")
-    return result
+    found = {}
+    for name, records in job.held_out.items():
+        found[name] = one = retrieval(encode, records)
+        say(f"held out, {name}: {len(records)} anchors, recall@1 {one.recall_at_1:.3f}, MRR {one.mrr:.3f}")
+    return found
 
 
-def _finish(run: Run, before: Retrieval | None) -> dict[str, Any]:
+def _finish(run: Run, before: dict[str, Retrieval]) -> dict[str, Any]:
     """Evaluate again, show the difference, and write everything."""
     after = _evaluate(run.job, run.job.tuned_params(run.state))
-    if not before or not after:
+    if not after:
         return jobs.finish(run, {}, {})
     picture = run.job.workdir / "similarity.png"
     if jax.process_index() == 0:
-        plot_similarity(picture, before.similarity, after.similarity)
-    say(f"\n{'held out':14}{'before':>10}{'after':>10}")
-    say(f"{'recall@1':14}{before.recall_at_1:10.3f}{after.recall_at_1:10.3f}")
-    say(f"{'MRR':14}{before.mrr:10.3f}{after.mrr:10.3f}")
-    both = {"before": before, "after": after}
-    numbers = {name: {"recall_at_1": x.recall_at_1, "mrr": x.mrr} for name, x in both.items()}
+        plot_similarity(picture, {name: (before[name].similarity, after[name].similarity) for name in after})
+    say(f"\n{'held out':32}{'before':>10}{'after':>10}")
+    for name, b, a in ((name, before[name], after[name]) for name in after):
+        say(f"{f'{name}, recall@1 of {a.candidates}':32}{b.recall_at_1:10.3f}{a.recall_at_1:10.3f}")
+        say(f"{f'{name}, MRR':32}{b.mrr:10.3f}{a.mrr:10.3f}")
+    numbers = {
+        when: {name: {"recall_at_1": x.recall_at_1, "mrr": x.mrr} for name, x in found.items()}
+        for when, found in (("before", before), ("after", after))
+    }
     return jobs.finish(run, numbers, {"similarities": picture})
 
 
 def main() -> int:
     """Parse the command line, join the other processes if there are any, train."""
-    train(*cli.start(__doc__))
-    return 0
+    arguments = cli.start(__doc__)
+    with peers():
+        return 0 if train(*arguments) else PREEMPTED
 
 
 if __name__ == "__main__":

@@ -296,7 +296,7 @@ def test_retrieval_takes_equal_sides_for_one(shared):
         side_key(side): [0, 1] for side in ("z", "another", wrong)
     }
     result = retrieval(lambda sides: np.array([vectors[side_key(side)] for side in sides]), records)
-    assert result.similarity.shape == (3, 5)
+    assert (result.candidates, result.similarity.shape) == (3, (3, 3))
     assert result.recall_at_1 == 2 / 3
     assert result.mrr == (1 + 1 + 1 / 2) / 3
 

@@ -59,7 +59,7 @@ def test_the_notebook_that_trains_runs(monkeypatch, tmp_path):
     assert len(shown["image/png"]) == 2
     assert "When do you open?" in shown["text/plain"][-1]
     numbers = [json.loads((tmp_path / "run" / name / "results.json").read_text()) for name in ("run", "measured")]
-    assert numbers[0]["after"]["recall_at_1"] == numbers[1]["recall_at_1"]  # the merged model is the trained one
+    assert numbers[0]["after"]["held_out"]["recall_at_1"] == numbers[1]["recall_at_1"]  # merged is trained
     assert (tmp_path / "run" / "export-adapter" / "adapter_model.safetensors").exists()
 
 

@@ -40,12 +40,14 @@ def test_the_ring_equals_gathered_candidates(mesh, records, tile_scores):
 
     def both(e, content, ring):
         _, metrics = info_nce(e, jnp.array(present), 0.05, content, tile_scores, ring)
-        return sum(weights[key] * value for key, value in metrics.items()), metrics  # the metrics' gradients as well
+        return sum(weights[key] * metrics[key] for key in weights), metrics  # the metrics' gradients as well
 
     run = jax.jit(jax.value_and_grad(both, has_aux=True), static_argnums=2)
     for says in (content, None):
         want = run(e, says, False)
         assert 0 < want[0][1]["accuracy"] < 1
+        assert want[0][1]["rows"][present[:, 0]].mean() == pytest.approx(float(want[0][1]["loss"]), abs=1e-6)
+        assert np.all(want[0][1]["rows"][~present[:, 0]] == -np.inf)
         with jax.set_mesh(make_mesh(*mesh)):
             got = run(e, says, True)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), got, want)

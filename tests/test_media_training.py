@@ -12,7 +12,7 @@ import soundfile
 import torch
 from PIL import Image
 
-from configs import base
+from configs import tiny
 from lco_jax import LcoError, make_mesh
 from lco_jax.checkpoint.hf import load_model, open_checkpoint
 from lco_jax.checkpoint.peft import layer_tensors
@@ -163,7 +163,7 @@ def mixed(tmp_path_factory):
 
 
 def config_of(case, path, **changes):
-    config = base.get_config()
+    config = tiny.get_config()
     config.model.path = str(case.path)
     config.data.sources = {"mixed": {"kind": "jsonl", "path": str(path)}}
     config.data.media.video_max_pixels = 28 * 28 * 12

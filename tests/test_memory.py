@@ -95,7 +95,7 @@ def test_a_run_with_little_memory_chunks_and_learns_the_same(tmp_path, monkeypat
     monkeypatch.setattr("lco_jax.job.make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
     real, auto = memory.choose, ["--config.model.remat=auto", "--config.train.chunk_tokens=-1"]
     small = [
-        "--config=configs/base.py", "--config.train.steps=2", "--config.train.batch_size=8", "--config.eval.path=",
+        "--config=configs/tiny.py", "--config.train.steps=2", "--config.train.batch_size=8", "--config.eval.path=",
         "--config.optimizer.warmup_steps=1", "--config.export.merged=False", "--config.lora.rank=4",
     ]  # fmt: skip
 

@@ -68,7 +68,10 @@ def ours(path, records, tune=WHOLE, mesh=(1, 1, 1), chunk_tokens=0):
         rest = tuning.frozen(params, tune)
         model = type(model)(decoder, model.towers)
         loss = lambda tuned: generative_loss(tuned, rest, batch, None, model, LORA, 0)  # noqa: E731
-        (value, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(tuned)
+        (value, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(tuned)
+    record = np.asarray(batch.answers.record)
+    counts = np.bincount(record[record >= 0], minlength=len(records))
+    assert np.average(metrics["rows"], weights=counts) == pytest.approx(float(value), rel=1e-5)
     return float(value), jax.device_get(gradient), checkpoint
 
 

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
-from configs.base import get_config
+from configs.tiny import get_config
 from lco_jax import LcoError, OmniEmbedder, make_mesh
 from lco_jax.checkpoint import builtin
 from lco_jax.checkpoint.hf import load_decoder, load_model, open_checkpoint

@@ -43,7 +43,7 @@ class Sizes:
 
     image: int = 6000
     video: int = 2000
-    audio: int = 4000
+    audio: int = 8000
     page: int = 2500
     text: int = 3000
     gist: int = 6000

@@ -1,10 +1,12 @@
-"""`builtin:tiny`: a small random Qwen2.5-VL checkpoint with its own tokenizer, made on first use.
+"""The checkpoints that need no network: `builtin:lab` and `builtin:tiny`.
 
-In real Hugging Face layout: config.json as the hub spells it, safetensors with the hub's key names (vision tower
-included, so that transformers loads it whole), a byte-level BPE tokenizer trained on the bundled triplets, a chat
-template. It makes everything run without a network; it has learned nothing, and says so by its retrieval scores.
+`builtin:lab` is a Qwen2.5-Omni of 1.8 M parameters that has learned to say what pictures, clips and sounds of a made
+world show (docs/laboratory.md), and nothing contrastive. It lies in `assets`, made by `tools/make_lab.py`.
 
-All but the weights lies in `assets`, where `tools/make_tiny.py` has made it.
+`builtin:tiny` is a random Qwen2.5-VL in real Hugging Face layout: config.json as the hub has it, safetensors with the
+hub's key names (vision tower included, so that transformers loads it whole), a byte-level BPE tokenizer trained on the
+bundled triplets, a chat template. It has learned nothing. All of it but the weights lies in `assets`, where
+`tools/make_tiny.py` has made it; they are drawn on first use.
 """
 
 import hashlib
@@ -17,14 +19,19 @@ from safetensors.numpy import save_file
 
 from lco_jax.core.files import ASSETS, cache_folder, read_json, write_json, written_aside
 
-NAME = "builtin:tiny"
+LAB = ASSETS / "lab" / "model"
 VERSION = 1  # part of the cache's name: raise it when the weights change
 FILES = ASSETS / "tiny"
 SHAPES = ASSETS / "tiny_shapes.json"  # of every tensor, by its hub name
 
 
+def find(name: str) -> Path | None:
+    """The folder of the built-in checkpoint of this name; None where there is none."""
+    return {"builtin:lab": lambda: LAB, "builtin:tiny": build}.get(name, lambda: None)()
+
+
 def build(folder: Path | None = None) -> Path:
-    """The checkpoint's folder; written on the first call, by default under ~/.cache/lco_jax."""
+    """The folder of `builtin:tiny`; written on the first call, by default under ~/.cache/lco_jax."""
     cached = folder is None
     if folder is None:
         files = [*sorted(FILES.iterdir()), SHAPES]

@@ -94,7 +94,7 @@ def open_geometry(path_or_id: str | Path, files: Sequence[str] = CHECKPOINT_FILE
 
     files: what is fetched of a hub id, by default no tensors.
     """
-    folder = builtin.build() if str(path_or_id) == builtin.NAME else resolve(path_or_id, files)
+    folder = builtin.find(str(path_or_id)) or resolve(path_or_id, files)
     where = str(folder / "config.json")
     backbone, model_config = find_backbone(read_json(folder / "config.json"), where)
     config = DecoderConfig.from_hf(model_config, where)

@@ -2,16 +2,33 @@
 
 A checkpoint holds the adapters, the optimiser's moments and the step (one tree), and the position in the data. The
 dropout key is a function of the seed and the step, so there is no other random state. Orbax writes to a temporary
-folder and renames it when everything is there: a kill at any moment leaves the one before.
+folder and renames it when everything is there: a kill at any moment leaves the one before. Before that the sums of its
+files are laid beside them: whether the disk kept them is then known to one process, which tells the others, before they
+begin to read together.
 """
 
+import hashlib
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, reason
+from lco_jax.core.files import read_json, write_json
+
+SUMS = "sums.json"
+logger = logging.getLogger(__name__)
+
+
+class Damaged(LcoError):
+    """A checkpoint whose files are not as they were written."""
 
 
 class RunStore:
@@ -22,14 +39,13 @@ class RunStore:
             raise LcoError(f"config.checkpoint.keep is {keep}; it must be at least 1")
         if read_only and not folder.is_dir():
             raise LcoError(f"{folder} does not exist; the run has saved nothing yet")
+        self.folder = folder.absolute()
+        written = None if read_only else ocp.AsyncOptions(post_finalization_callback=self._sum_up)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=not read_only, create=not read_only, read_only=read_only
-        )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
-
-    def latest_step(self) -> int | None:
-        """The newest complete checkpoint."""
-        return self._manager.latest_step()
+            max_to_keep=keep, enable_async_checkpointing=not read_only, create=not read_only, read_only=read_only,
+            async_options=written, cleanup_tmp_directories=not read_only,
+        )  # fmt: skip
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def steps(self) -> list[int]:
         """All complete checkpoints, the newest last."""
@@ -38,15 +54,87 @@ class RunStore:
     def save(self, step: int, state: Any, data_position: dict[str, Any]) -> None:
         """Begin to save; returns when the state is copied out, before it is on disk."""
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_position))
-        self._manager.save(step, args=items)
+        with self._explained():
+            self._manager.save(step, args=items)
 
     def restore(self, step: int, state: Any, where: Any) -> tuple[Any, dict[str, Any]]:
-        """(state, data position) of a step. state: shapes; where: the sharding of every leaf, on any mesh."""
+        """(state, data position) of a step. state: shapes; where: the sharding of every leaf, on any mesh.
+
+        Raises where its files are not as they were written; every process does.
+        """
+        folder = self.folder / str(step)
+        damage = _damage(folder) if jax.process_index() == 0 else ""
+        if multihost_utils.broadcast_one_to_all(np.bool_(damage)):
+            raise Damaged(f"{folder} is damaged: {damage or 'process 0 says how'}")
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=items)
+        try:
+            restored = self._manager.restore(step, args=items)
+        except (OSError, ValueError, KeyError) as error:  # if its files are as they were, it is another run's
+            kind = LcoError if (folder / SUMS).exists() else Damaged
+            raise kind(f"{folder} cannot be read: {reason(error)}") from None
         return restored.state, restored.data
+
+    def restore_newest(self, state: Any, where: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """(step, state, data position) of the newest checkpoint that can be read; None where none was ever saved.
+
+        One that cannot is said and put aside, as STEP.damaged. Raises where there is none but such.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return step, *self.restore(step, state, where)
+            except Damaged as error:
+                aside = self.folder / f"{step}.damaged"
+                logger.warning("%s; it is put aside as %s, and the one before is used", error, aside.name)
+            if jax.process_index() == 0:
+                shutil.rmtree(aside, ignore_errors=True)  # an earlier one of this step
+                (self.folder / str(step)).rename(aside)
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("put aside")
+            self._manager.reload()
+        if steps or next(self.folder.glob("*.damaged"), None):
+            raise LcoError(f"{self.folder} holds no checkpoint that can be read; give another --workdir to begin anew")
+        return None
 
     def close(self) -> None:
         """Returns when everything begun is on disk."""
-        self._manager.close()
+        with self._explained():
+            self._manager.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if isinstance(error, TimeoutError):  # of a barrier: another process is gone
+                raise
+            what = f"a checkpoint could not be written to {self.folder}, where those before it are whole"
+            raise LcoError(f"{what}: {reason(error)}; make room, and the same command resumes") from None
+
+    def _sum_up(self) -> None:
+        """Lay the sums of a checkpoint's files beside them, before it gets its name."""
+        with suppress(OSError):  # without them it is believed
+            for folder in self.folder.glob("*tmp*"):  # one: the next save awaits this one, and torn ones were removed
+                write_json(folder / SUMS, _sums(folder))
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """A digest of every file of an item; those beside the items orbax writes once more when all else is done."""
+    sums = {}
+    for path in sorted(path for path in folder.glob("*/**/*") if path.is_file()):
+        with open(path, "rb") as file:
+            sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with a checkpoint's files; "" where nothing is, or nobody knows."""
+    if not (folder / SUMS).exists():
+        return ""
+    try:
+        was, now = read_json(folder / SUMS), _sums(folder)
+    except (LcoError, OSError) as error:
+        return reason(error)
+    wrong = [name for name in was if was[name] != now.get(name)]
+    return f"{wrong[0]} is not as it was written" if wrong else ""

@@ -1,9 +1,18 @@
 """What a user sees when something they gave us is wrong: one sentence, no traceback."""
 
+import errno
+import os
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
+
+import jax
+
+# exit statuses after which the same command is to be started again: SIGTERM stopped it; a process hung or is gone
+PREEMPTED, PEER_LOST = 75, 76
 
 
 class LcoError(Exception):
@@ -40,7 +49,30 @@ def run_main(main: Callable[[], int | None]) -> None:
         sys.exit(main())
     except LcoError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        leave(130)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(f"error: {error.filename or 'a file'}: {reason(error)}; make room, then try again", file=sys.stderr)
+            leave(2)
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        leave(1)
+
+
+def leave(status: int, seconds: float = 5.0) -> NoReturn:
+    """End this process. One of several ends when all of them do, or after so many `seconds`.
+
+    Left to itself, jax would wait minutes for the others, which wait for this one in a collective, and then abort.
+    """
+    if not jax.distributed.is_initialized():
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    farewell.start()
+    farewell.join(seconds)
+    os._exit(status)

@@ -59,14 +59,15 @@ class PackedTokens:
         return jax.tree.map(function, self)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["at", "ids"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["at", "ids", "record"], meta_fields=[])
 @dataclass(frozen=True)
 class Answers:
     """What a generator is to say. at: int32 [C, R, A], the token of the stream that says it; ids: int32 [C, R, A], what
-    it says; -1 beyond the last."""
+    it says; record: int32 [C, R, A], whose it is in the batch; -1 beyond the last."""
 
     at: Array
     ids: Array
+    record: Array
 
 
 @partial(
@@ -259,16 +260,17 @@ def fill(
     return PackedTokens(*arrays, None if head is None else len(head)), became
 
 
-def fill_answers(streams: Sequence[Stream], count: int) -> Answers:
-    """The answers of R streams, at most `count` tokens each: int32 [R, A]."""
-    at, ids = (np.full((len(streams), count), -1, np.int32) for _ in range(2))
+def fill_answers(streams: Sequence[Stream], records: Sequence[Sequence[int]], count: int) -> Answers:
+    """The answers of R streams, at most `count` tokens each: int32 [R, A]. records: of each sequence, its number."""
+    at, ids, record = (np.full((len(streams), count), -1, np.int32) for _ in range(3))
     for r, stream in enumerate(streams):
         end = 0
-        for one, where in zip(stream.sequences, stream.at, strict=True):
+        for one, where, number in zip(stream.sequences, stream.at, records[r], strict=True):
             if one.answer is not None and len(one.answer):
                 begin, end = end, end + len(one.answer)
                 at[r, begin:end], ids[r, begin:end] = where[-len(one.answer) :], one.answer
-    return Answers(at, ids)
+                record[r, begin:end] = number
+    return Answers(at, ids, record)
 
 
 class Placement(NamedTuple):

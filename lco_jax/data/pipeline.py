@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 class LocalBatch:
     """What one process read of a global batch: its inputs, and of each input its record, side and content's number.
 
-    skipped: why records were left out (`on_bad` "skip").
+    skipped: why records were left out (`on_bad` "skip"). where: the origin of every record of the share, in order.
     """
 
     inputs: list[Processed]
@@ -49,6 +49,7 @@ class LocalBatch:
     side: np.ndarray
     content: np.ndarray
     skipped: tuple[str, ...] = ()
+    where: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ def _prepare(
         side=np.array([j for _, j, *_ in kept], np.int64),
         content=np.array([_number(side) for *_, side, _ in kept], np.int32),
         skipped=tuple(bad.values()),
+        where=tuple(record.where for record in records),
     )
 
 
@@ -232,7 +234,8 @@ def global_batch(local: LocalBatch, layout: Layout, layouts: Mapping[str, TowerR
     shape = fit(agree_shape(largest(stream.need for stream in laid.streams)), layout.floor)
     identities = [local.record[chosen] * MAX_SIDES + local.side[chosen] for chosen in laid.members]
     tokens, became = fill(laid.streams, identities, shape, layout.head)
-    answers = fill_answers(laid.streams, shape.answers) if layout.generative else None
+    records = [local.record[chosen] for chosen in laid.members]
+    answers = fill_answers(laid.streams, records, shape.answers) if layout.generative else None
     split, split_media = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, ROWS), (ROWS,)))
 
     def to_mesh(x: np.ndarray) -> Array:
@@ -286,9 +289,9 @@ def check_mesh(mesh: Mesh) -> None:
 
 def batches(
     iterator: grain.DatasetIterator, layout: Layout, layouts: Mapping[str, TowerRows], mesh: Mesh
-) -> Iterator[Batch]:
-    """Global batches, one after the other. Says which records were left out."""
+) -> Iterator[tuple[Batch, tuple[str, ...]]]:
+    """Global batches, each with the origins of this process's share of its records. Says which were left out."""
     for local in iterator:
         for reason in local.skipped:
             logger.warning("skipped: %s", reason)
-        yield global_batch(local, layout, layouts, mesh)
+        yield global_batch(local, layout, layouts, mesh), local.where

@@ -52,7 +52,7 @@ class JsonlSource:
 
     def __getitem__(self, index: int) -> Record:
         offset, number = self.lines[index]
-        with open(self.path, "rb") as file:
+        with explained(f"{self.path} can no longer be read", OSError), open(self.path, "rb") as file:
             file.seek(offset)
             return self._parse(file.readline(), number)
 

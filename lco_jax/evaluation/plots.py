@@ -31,16 +31,18 @@ def plot_loss(path: Path, steps: list[int], losses: list[float], rates: list[flo
     save(figure, path)
 
 
-def plot_similarity(path: Path, before: np.ndarray, after: np.ndarray) -> None:
-    """Cosines of held-out anchors with held-out positives, before and after; the diagonal holds the right pairs."""
-    figure = Figure(figsize=(9, 4.4), layout="constrained")
-    for axes, matrix, title in zip(figure.subplots(1, 2), (before, after), ("before", "after"), strict=True):
-        n = min(SHOWN, len(matrix))
-        image = axes.imshow(matrix[:n, :n], vmin=min(0.0, float(after[:n, :n].min())), vmax=1.0, cmap="viridis")
-        axes.set_title(title)
-        axes.set_xlabel("positive")
-        axes.set_ylabel("anchor")
-    figure.colorbar(image, ax=figure.axes, label="cosine")
+def plot_similarity(path: Path, found: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """Cosines of held-out anchors with held-out positives before and after; the diagonal holds the right pairs.
+
+    found: what is shown in a row -> (before, after), each [N, N].
+    """
+    figure = Figure(figsize=(9, 4.2 * len(found)), layout="constrained")
+    for pair, name, sides in zip(figure.subplots(len(found), 2, squeeze=False), found, found.values(), strict=True):
+        lowest = min(0.0, *(float(side[:SHOWN, :SHOWN].min()) for side in sides))
+        for axes, side, title in zip(pair, sides, ("before", "after"), strict=True):
+            image = axes.imshow(side[:SHOWN, :SHOWN], vmin=lowest, vmax=1.0, cmap="viridis")
+            axes.set(title=f"{name}, {title}", xlabel="positive", ylabel="anchor")
+        figure.colorbar(image, ax=pair, label="cosine")
     save(figure, path)
 
 

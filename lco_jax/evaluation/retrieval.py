@@ -1,6 +1,6 @@
 """Retrieval: does an anchor find its positive among all positives and all hard negatives, a query its documents?
 
-Dimensions: N records or queries, C candidates, M documents, R relevant documents of a query, D hidden.
+Dimensions: N records or queries, M documents, R relevant documents of a query, D hidden.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -18,27 +18,29 @@ QUERIES, DOCUMENTS = 256, 4096  # of whose scores there is one block at a time
 
 @dataclass(frozen=True)
 class Retrieval:
-    """recall_at_1 and mrr in [0, 1]; similarity [N, C]: anchors × candidates, the first N of them the positives."""
+    """recall_at_1 and mrr in [0, 1]; candidates: how many; similarity [N, N]: of anchors with positives."""
 
     recall_at_1: float
     mrr: float
+    candidates: int
     similarity: np.ndarray
 
 
 def retrieval(encode: Encode, records: Sequence[Record]) -> Retrieval:
     """Recall@1 and mean reciprocal rank; a tie with a wrong candidate counts against the anchor.
 
-    Candidates that say the same as the right answer, word for word and pixel for pixel, are not counted as wrong.
+    Candidates are all positives and negatives; those that say the same, word for word and pixel for pixel, are one.
     """
-    candidates = [record.positive for record in records] + [side for record in records for side in record.negatives]
-    vectors = encode([record.anchor for record in records] + candidates)
+    positives = [side_key(record.positive) for record in records]
+    negatives = [side for record in records for side in record.negatives]
+    candidates: dict[Hashable, Side] = dict(zip(positives, (record.positive for record in records), strict=True))
+    candidates |= {side_key(side): side for side in negatives}
+    vectors = encode([record.anchor for record in records] + list(candidates.values()))
     anchors, others = vectors[: len(records)], vectors[len(records) :]
-    said: dict[Hashable, dict[int, float]] = {}
-    for at, side in enumerate(candidates):
-        said.setdefault(side_key(side), {})[at] = 1.0
-    right = [said[side_key(record.positive)] for record in records]
-    rank = np.array([found.min() for found, _ in ranks(anchors, others, right)])
-    return Retrieval(float((rank == 1).mean()), float((1.0 / rank).mean()), anchors @ others.T)
+    place = {key: i for i, key in enumerate(candidates)}
+    right = [place[key] for key in positives]
+    rank = np.array([found.min() for found, _ in ranks(anchors, others, [{at: 1.0} for at in right])])
+    return Retrieval(float((rank == 1).mean()), float((1.0 / rank).mean()), len(others), anchors @ others[right].T)
 
 
 def ranks(

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, config_flags
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.shapes import keep_compiled
+from lco_jax.training.watch import leave_on_sigterm, meeting
 
 
 def parse(argv: list[str], doc: str | None) -> flags.FlagValues:
@@ -97,12 +98,18 @@ def _explain(error: Exception, argv: list[str], values: flags.FlagValues, config
 def join_processes(args: flags.FlagValues) -> None:
     """`jax.distributed`: by the three explicit flags, or as the cluster says with --distributed."""
     explicit = (args.coordinator, args.num_processes, args.process_id)
+    heartbeat = 100 + int(args.config.get("train", {}).get("patience", 0))  # jax just aborts: the watchdog comes first
     if any(value is not None for value in explicit):
         if any(value is None for value in explicit):
             raise LcoError("--coordinator, --num_processes and --process_id go together")
-        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+        with meeting() as seconds:
+            jax.distributed.initialize(
+                *explicit, heartbeat_timeout_seconds=heartbeat, initialization_timeout=2 * seconds
+            )
     elif args.distributed:
-        jax.distributed.initialize()
+        with meeting() as seconds:
+            jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat, initialization_timeout=2 * seconds)
+    leave_on_sigterm()  # jax has a handler of its own, which only takes note
     logging.basicConfig(level=logging.WARNING, format="%(levelname).1s %(name)s: %(message)s", force=True)
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save
     logging.getLogger("lco_jax").setLevel(logging.INFO)  # which programs are compiled, which kernels are taken

@@ -40,10 +40,12 @@ def info_nce(
     tile_scores: beyond so many scores a device, anchors go through in tiles, and the B × N matrix never exists.
     ring: no device gathers the candidates: each keeps its share, and anchors visit it tile by tile (under `jit`).
 
-    Returns the mean loss and its metrics. Written as if on one device: the compiler gathers the candidates, and the
-    gradient is that of the global loss on any mesh (the reference's is divided by the world size). Paper, eq. 1.
+    Returns the mean loss and its metrics, among them `rows` [B], each record's loss: NaN where its own embeddings are
+    not finite, inf where that is another's fault, -inf where there is no such record. Written as if on one device: the
+    compiler gathers the candidates, and the gradient is that of the global loss on any mesh (the reference's is divided
+    by the world size). Paper, eq. 1.
     """
-    shards = current_row_shards()
+    shards, asked = current_row_shards(), len(present)
     ring = ring and shards > 1
     if ring:  # records that are absent make the shards equal
         embeddings, present = whole(embeddings), whole(present)
@@ -62,6 +64,9 @@ def info_nce(
     one = lambda tile: _compare(tile, candidates, temperature)  # noqa: E731
     found = jax.lax.map(one if tiles == 1 else jax.checkpoint(one), anchors)
     there, logit = split(present[:, 0]), found["positive"] / temperature
+    rows = rearrange(found["logsumexp"] - logit, "t (p b) -> (p t b)", p=shards)
+    own_fault = jnp.any(present & ~jnp.all(jnp.isfinite(embeddings), axis=-1), axis=-1)
+    rows = jnp.where(own_fault, jnp.nan, jnp.where(jnp.isfinite(rows), rows, jnp.inf))
     total = lambda x: jnp.sum(jnp.where(there, x, 0.0))  # noqa: E731, over the anchors there are
     count = jnp.sum(there)  # of a batch without a record the mean is NaN, and its step is skipped
     metrics = {
@@ -69,6 +74,7 @@ def info_nce(
         "accuracy": total((found["before"] < logit) & (found["after"] <= logit)) / count,  # of equals, the first
         "positive_similarity": total(found["positive"]) / count,
         "negative_similarity": total(found["negative"]) / jnp.maximum(total(found["negatives"]), 1),
+        "rows": jnp.where(present[:, 0], rows, -jnp.inf)[:asked],
     }
     return metrics["loss"], metrics
 

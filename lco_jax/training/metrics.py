@@ -22,9 +22,8 @@ class MetricsLog:
 
     def __init__(self, workdir: Path, first_step: int, config: ConfigDict):
         self.path = workdir / "metrics.jsonl"
-        kept = [line for line in read_metrics(self.path) if line["step"] < first_step]
+        kept = keep_before(self.path, first_step)
         self.skipped = kept[-1]["skipped_steps"] if kept else 0  # steps that were not finite, so far
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115, closed in close()
         self._tensorboard = self._wandb = None
         if config.log.tensorboard:
@@ -58,6 +57,13 @@ class MetricsLog:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def keep_before(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the lines of `step` and later ones from a file; what it then holds."""
+    kept = [line for line in read_metrics(path) if line["step"] < step]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    return kept
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from lco_jax.training.optimizer import OptimizerConfig, make_optimizer
 from lco_jax.training.step import State, init_state, state_shardings
 
 # what may change between the parts of a resumed run: it moves no number, or says where and how long
-FREE = ("mesh", "checkpoint", "eval", "export", "log", "name", "data.threads")
+FREE = ("mesh", "checkpoint", "eval", "export", "log", "name", "data.threads", "train.patience", "train.spike")
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ class Training:
         """The state as shapes that know where they lie."""
         return placed(self.abstract, self.shardings)
 
-    def restore(self, store: RunStore, step: int) -> tuple[State, dict[str, Any]]:
-        """(state, data position) of a checkpoint."""
-        return store.restore(step, self.abstract, self.shardings)
+    def resume(self, store: RunStore) -> tuple[int, State, dict[str, Any]] | None:
+        """(step, state, data position) of the newest checkpoint that can be read; None where none was saved."""
+        return store.restore_newest(self.abstract, self.shardings)
 
 
 def check_config(config: ConfigDict) -> None:
@@ -80,7 +80,9 @@ def check_config(config: ConfigDict) -> None:
         "data.threads", "train.batch_size", "train.temperature", "train.max_nonfinite", "checkpoint.every",
         "eval.batch_size",
     )  # fmt: skip
-    not_negative = ("seed", "train.steps", "optimizer.clip_norm", "optimizer.warmup_steps")
+    not_negative = (
+        "seed", "train.steps", "train.patience", "train.spike", "optimizer.clip_norm", "optimizer.warmup_steps",
+    )  # fmt: skip
     flat = _flat(json.loads(config.to_json()))
     for keys, fine, says in (
         (positive, lambda x: x > 0, "above 0"),
@@ -128,7 +130,7 @@ def tuned_of_run(workdir: Path, step: int | None = None) -> tuple[str, dict[str,
         raise LcoError(f"{workdir} has no checkpoint of step {step}; there are: {', '.join(map(str, there))}")
     mesh = make_mesh(devices=jax.local_devices()[:1])
     training = Training.build(config, open_checkpoint(config["model"]["path"]), config["total_steps"], mesh)
-    state, _ = training.restore(store, step)
+    state, _ = store.restore(step, training.abstract, training.shardings)
     store.close()
     return config["model"]["path"], jax.device_get(state["tuned"]), training.lora, step
 

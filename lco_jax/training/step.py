@@ -99,9 +99,9 @@ def contrastive_loss(
     loss, metrics = info_nce(sides, present, temperature, content, ring=ring)
     if two_way:
         turned = [None if x is None else x[:, 1::-1] for x in (sides, present, content)]
-        back, _ = info_nce(turned[0], turned[1], temperature, turned[2], ring=ring)
-        loss = (loss + back) / 2
-    return loss, {**metrics, "loss": loss}
+        back, others = info_nce(turned[0], turned[1], temperature, turned[2], ring=ring)
+        loss, metrics["rows"] = (loss + back) / 2, (metrics["rows"] + others["rows"]) / 2
+    return loss, {**metrics, "loss": loss, "rows": metrics["rows"][: len(batch.sequences)]}
 
 
 def generative_loss(
@@ -124,10 +124,13 @@ def generative_loss(
     def one(chunk: tuple[PackedTokens, Answers]) -> Array:
         tokens, answers = chunk
         states = model.decoder.apply({"params": params["decoder"]}, tokens, media, "tokens")
-        return token_losses(take(states, jnp.maximum(answers.at, 0)), head_of(params), answers.ids).sum()
+        return token_losses(take(states, jnp.maximum(answers.at, 0)), head_of(params), answers.ids)
 
-    loss = in_chunks(one, (batch.tokens, batch.answers)).sum() / jnp.sum(batch.answers.ids >= 0)
-    return loss, {"loss": loss}
+    losses, records = in_chunks(one, (batch.tokens, batch.answers)), len(batch.sequences)
+    loss = losses.sum() / jnp.sum(batch.answers.ids >= 0)
+    record = jnp.where(batch.answers.record < 0, records, batch.answers.record)  # one more, for padding
+    sums, counts = (jnp.zeros(records + 1).at[record].add(x)[:-1] for x in (losses, 1.0))
+    return loss, {"loss": loss, "rows": jnp.where(counts > 0, sums / jnp.maximum(counts, 1), -jnp.inf)}
 
 
 def make_train_step(
@@ -179,6 +182,7 @@ def _make_update(loss: Loss, tx: optax.GradientTransformation, seed: int, mesh: 
     """(state, frozen parameters, batch, media tokens) -> (state, metrics), jitted; the state is donated.
 
     A step whose loss or gradient is not finite changes nothing but the step count, and says so in `metrics["finite"]`.
+    `metrics["rows"]` [B] holds each record's loss (as of `info_nce`), `batch` a number that tells which batch it was.
     """
 
     def update(
@@ -194,7 +198,10 @@ def _make_update(loss: Loss, tx: optax.GradientTransformation, seed: int, mesh: 
         old = {key: state[key] for key in new}
         kept = jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
         tokens = sum(jnp.sum(group >= 0) for group in batch.tokens.rows)
-        return {"step": state["step"] + 1, **kept}, {**metrics, "grad_norm": norm, "finite": finite, "tokens": tokens}
+        said = batch.content.astype(jnp.uint32).ravel()
+        which = jnp.sum(said * (2 * jnp.arange(said.size, dtype=jnp.uint32) + 1))  # equal content in an equal order
+        metrics |= {"grad_norm": norm, "finite": finite, "tokens": tokens, "batch": which}
+        return {"step": state["step"] + 1, **kept}, metrics
 
     return jax.jit(update, donate_argnums=0, out_shardings=(state_sharding, replicated(mesh)))
 

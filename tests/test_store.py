@@ -1,0 +1,122 @@
+"""Checkpoints on disks that fail: damaged ones are noticed and put aside, and a disk that is full is told as such."""
+
+import json
+import resource
+
+import jax
+import numpy as np
+import pytest
+
+from lco_jax import LcoError
+from lco_jax.checkpoint.store import SUMS, RunStore
+from lco_jax.core.sharding import make_mesh, replicated
+
+
+def state_of(step):
+    return {"step": np.int32(step), "w": np.random.default_rng(step).normal(size=(64, 32)).astype(np.float32)}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A store's folder, with checkpoints of steps 4, 8 and 12."""
+    store = RunStore(tmp_path, 3)
+    for step in (4, 8, 12):
+        store.save(step, jax.tree.map(jax.numpy.asarray, state_of(step)), {"next": step})
+    store.close()
+    return tmp_path
+
+
+def newest(folder):
+    store, like = RunStore(folder, 3), state_of(0)
+    try:
+        return store.restore_newest(like, jax.tree.map(lambda _: replicated(make_mesh()), like))
+    finally:
+        store.close()
+
+
+def files(folder, kind):
+    found = {"any": "*", "data": "data/*", "sums": SUMS}[kind]
+    return sorted(path for path in folder.rglob(found) if path.is_file())
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def holds(found, step):
+    got, state, position = found
+    return got == step and position == {"next": step} and np.array_equal(state["w"], state_of(step)["w"])
+
+
+def test_the_newest_is_used_and_its_sums_are_there(saved):
+    assert holds(newest(saved), 12)
+    sums = json.loads((saved / "12" / SUMS).read_text())
+    assert {"data/metadata", "state/manifest.ocdbt"} < sums.keys()
+
+
+@pytest.mark.parametrize("harm", [flip, truncate, lambda path: path.unlink()], ids=["flipped", "truncated", "removed"])
+def test_a_harm_to_any_file_is_noticed_said_and_put_aside(saved, caplog, harm):
+    """Each file in turn, in whichever checkpoint is the newest; the last of all is used in the end."""
+    harmed = max((path for path in files(saved / "12", "any") if path.stat().st_size), key=lambda x: x.stat().st_size)
+    harm(harmed)
+    assert holds(newest(saved), 8)
+    assert "12 is damaged" in caplog.text
+    assert "the one before is used" in caplog.text
+    assert (saved / "12.damaged").is_dir()
+    for path in files(saved / "8", "data"):
+        if path.stat().st_size:
+            harm(path)
+    assert holds(newest(saved), 4)
+    flip(files(saved / "4", "sums")[0])
+    for _ in range(2):  # nor does the run silently begin anew
+        with pytest.raises(LcoError, match="holds no checkpoint that can be read; give another --workdir"):
+            newest(saved)
+
+
+def test_without_sums_what_cannot_be_read_is_put_aside(saved):
+    for path in files(saved / "12", "any"):
+        truncate(path) if path.name == "manifest.ocdbt" else None
+    (saved / "12" / SUMS).unlink()
+    assert holds(newest(saved), 8)
+
+
+def test_a_whole_checkpoint_of_another_run_stays_where_it_is(saved):
+    store, like = RunStore(saved, 3), {**state_of(0), "other": np.zeros(3, np.float32)}
+    with pytest.raises(LcoError, match="12 cannot be read"):
+        store.restore_newest(like, jax.tree.map(lambda _: replicated(make_mesh()), like))
+    store.close()
+    assert holds(newest(saved), 12)
+
+
+def test_a_put_aside_checkpoint_may_come_again(saved):
+    for _ in range(2):
+        flip(files(saved / "12", "data")[0])
+        assert holds(newest(saved), 8)
+        store = RunStore(saved, 3)
+        store.save(12, jax.tree.map(jax.numpy.asarray, state_of(12)), {"next": 12})
+        store.close()
+        assert holds(newest(saved), 12)
+
+
+def test_none_was_saved(tmp_path):
+    assert newest(tmp_path) is None
+
+
+def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_is_whole(saved):
+    store = RunStore(saved, 3)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limit[1]))  # a write beyond fails, as on a full disk
+    try:
+        store.save(16, jax.tree.map(jax.numpy.asarray, state_of(16)), {"next": 16})
+        with pytest.raises(LcoError, match=r"could not be written to .*those before it are whole"):
+            store.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert holds(newest(saved), 12)
+    assert not list(saved.glob("*tmp*"))  # what it left is removed
