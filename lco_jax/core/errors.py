@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 import threading
 import traceback
@@ -13,6 +14,8 @@ import jax
 
 # exit statuses after which the same command is to be started again: SIGTERM stopped it; a process hung or is gone
 PREEMPTED, PEER_LOST = 75, 76
+# what the failures of a collective or a barrier say when another process is gone
+GONE = re.compile(r"gloo|nccl|connection|heartbeat|barrier|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED", re.IGNORECASE)
 
 
 class LcoError(Exception):

@@ -1,7 +1,6 @@
 """What keeps a run from dying or stalling without a word: SIGTERM, peers that are gone, steps that do not end."""
 
 import os
-import re
 import signal
 import sys
 import threading
@@ -12,12 +11,10 @@ from pathlib import Path
 
 import jax
 
-from lco_jax.core.errors import PEER_LOST, PREEMPTED, LcoError, leave, reason
+from lco_jax.core.errors import GONE, PEER_LOST, PREEMPTED, LcoError, leave, reason
 
 MEET = 300  # seconds in which processes are to have met
 FIRST = 6  # times its patience a run waits for its first step, which is compiled
-# what the failures of a collective or a barrier say when another process is gone
-GONE = re.compile(r"gloo|nccl|connection|heartbeat|barrier|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED", re.IGNORECASE)
 
 
 def leave_on_sigterm() -> None:
