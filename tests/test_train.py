@@ -185,7 +185,7 @@ def test_the_whole_job(tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     for kind in ("text", "image", "audio"):
         before, after = (results[when][kind]["mrr"] for when in ("before", "after"))
-        assert 0 < before < after - 0.05 <= 1, kind
+        assert 0 < before < after - 0.03 <= 1, kind
     assert list((tmp_path / "tensorboard").iterdir())
     texts = ["A man rides a horse.", "Two dogs are running."]
     merged = OmniEmbedder.from_pretrained(tmp_path / "merged").encode(texts)

@@ -3,10 +3,10 @@
 A generator of the made world before any contrastive tuning, in bfloat16; the world's triplets to tune it on; and
 held-out texts, pictures and sounds with their captions. It is what `configs/base.py` begins with.
 
-Usage, from the project's root (the folder is a seed's, of the run in docs/lab):
+Usage, from the project's root (the seed is the best of the run in docs/lab, by its retrieval after tuning):
 
     python -m laboratory --config=configs/lab.py --workdir=runs/lab
-    python -m tools.make_lab runs/lab/seed-10
+    python -m tools.make_lab runs/lab/seed-11
 """
 
 import json
