@@ -68,9 +68,9 @@ def adapter_bytes(workdir):
 
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_bit_for_bit(quiet, tmp_path):
-    """SIGKILL five times, among them while a checkpoint is being written; the same losses, the same adapter."""
+    """SIGKILL four times, among them while a checkpoint is being written; the same losses, the same adapter."""
     rng, kills = random.Random(0), 0
-    while kills < 5:
+    while kills < 4:
         process = start(tmp_path)
         done = len(read_metrics(tmp_path / "metrics.jsonl"))
         if kills % 2:  # right after a step that saves, while orbax writes in the background
@@ -86,7 +86,7 @@ def test_killed_at_random_moments_and_resumed_bit_for_bit(quiet, tmp_path):
         if len(read_metrics(tmp_path / "metrics.jsonl")) > STEPS - 6:  # nearly through: from the beginning
             shutil.rmtree(tmp_path)
             tmp_path.mkdir()
-    assert kills == 5
+    assert kills == 4
     finish(start(tmp_path))
     assert losses(tmp_path) == losses(quiet)
     assert adapter_bytes(tmp_path) == adapter_bytes(quiet)
