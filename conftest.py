@@ -16,8 +16,3 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
-
-
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores, for many tests wait for processes of their own; four at most."""
-    return min(4, (os.cpu_count() or 1) + 1)
