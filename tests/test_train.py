@@ -153,6 +153,7 @@ def test_a_finished_run_and_another_configuration(quiet):
         ("mesh.tensor=3", "mesh .* needs"),
         ("optimizer.schedule=cubic", "optimizer.schedule is 'cubic'"),
         ("eval.path=nowhere.jsonl", "nowhere.jsonl cannot be read"),
+        ("eval.path=assets:lab/text.jsonl,assets:lab/text.jsonl", "names two files alike"),
     ],
 )
 def test_a_value_that_cannot_be_is_told_and_claims_no_workdir(tmp_path, monkeypatch, flag, says):

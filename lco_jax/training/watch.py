@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from lco_jax.core.errors import GONE, PEER_LOST, PREEMPTED, LcoError, leave, reason
+from lco_jax.core.errors import PEER_LOST, PREEMPTED, LcoError, leave, peer_is_gone, reason
 
 MEET = 300  # seconds in which processes are to have met
 FIRST = 6  # times its patience a run waits for its first step, which is compiled
@@ -50,7 +50,7 @@ def peers() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, LcoError) or not (jax.distributed.is_initialized() and GONE.search(str(error))):
+        if isinstance(error, LcoError) or not peer_is_gone(error):
             raise
         print(
             f"\n{_me()}: another process is gone, or late ({reason(error)}); see what it said last. The same command "
