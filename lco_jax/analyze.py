@@ -1,6 +1,6 @@
 """Analyse how a model aligns two modalities, layer by layer, before and after contrastive learning.
 
-    python -m lco_jax.analyze --model=builtin:tiny --adapter=runs/base/adapter --data=pairs.jsonl --out=analysis
+    python -m lco_jax.analyze --model=builtin:lab --adapter=runs/base/adapter --data=pairs.jsonl --out=analysis
     python -m lco_jax.analyze --model=Qwen/Qwen2.5-VL-3B-Instruct --after-model=exports/vl3b --dtype=bfloat16 \\
         --data=photos.json --a=image --b=text --limit=2000 --out=analysis
 

@@ -87,6 +87,8 @@ def open_job(config: ConfigDict, workdir: Path, generative: bool = False) -> Job
 
     files = [JsonlSource(file, config.data.on_bad) for file in config.eval.path.split(",") if file]
     held_out = {source.path.stem: source for source in files}
+    if len(held_out) < len(files):
+        raise LcoError(f"config.eval.path={config.eval.path} names two files alike; scores go by their names")
     media = MediaConfig(**config.data.media)
     towers = _towers(checkpoint, {**{f"held-out data {name}": one for name, one in held_out.items()}, **sources}, media)
     if training.tune.towers != "none":

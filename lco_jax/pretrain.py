@@ -42,13 +42,13 @@ def pretrain(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     )
     if not jobs.loop(run, step):
         return {}
-    numbers = {"before": before}
-    if before:
-        after = _evaluate(job, job.tuned_params(run.state), said=SAID)
-        numbers |= {"said": after.pop("said"), "after": after}
-        for one in numbers["said"]:
-            say(f"wanted {one['wanted']!r:.60}\n  said {one['said']!r:.60}")
-    return jobs.finish(run, numbers if before else {}, {})
+    after = _evaluate(job, job.tuned_params(run.state), said=SAID)
+    if not after:
+        return jobs.finish(run, {}, {})
+    said = after.pop("said")
+    for one in said:
+        say(f"wanted {one['wanted']!r:.60}\n  said {one['said']!r:.60}")
+    return jobs.finish(run, {"before": before, "after": after, "said": said}, {})
 
 
 def _evaluate(job: Job, params: dict[str, Any], said: int) -> dict[str, Any]:

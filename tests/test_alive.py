@@ -11,12 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lco_jax import LcoError, job, train
 from lco_jax.core.errors import PEER_LOST, PREEMPTED, run_main
+from lco_jax.core.sharding import make_mesh
 from lco_jax.data import pipeline
 from lco_jax.data.sources import JsonlSource
 from lco_jax.training import cli, progress, watch
@@ -104,11 +106,12 @@ def test_a_record_that_makes_nan_is_found(tmp_path, monkeypatch):
         return model, params
 
     monkeypatch.setattr(job, "load_model", poisoned)
+    monkeypatch.setattr(job, "make_mesh", lambda **_: make_mesh(devices=jax.devices()[:2]))
     monkeypatch.chdir(ROOT)
     args = cli.parse(
         ["train", "--config=configs/base.py", "--config.train.steps=4", "--config.train.batch_size=8",
          "--config.eval.path=", "--config.export.merged=False", "--config.train.chunk_tokens=64",
-         "--config.optimizer.warmup_steps=1", "--config.mesh.data=2", "--config.mesh.tensor=4",
+         "--config.optimizer.warmup_steps=1",
          f"--config.data.sources.bundled.path={tmp_path / 'a.jsonl'}"], "",
     )  # fmt: skip
     train.train(args.config, tmp_path)
@@ -218,7 +221,7 @@ def test_data_that_vanishes_in_mid_run_is_named(tmp_path, tiny):
 
 @pytest.mark.slow
 def test_several_processes_survive_kills():
-    """The short form of what docs/training.md reports: the same losses and batches as one process, uninterrupted."""
+    """The benchmark of that name in short: the same losses and batches as one process, uninterrupted."""
     command = [sys.executable, "-m", "benchmarks", "survival", "--kills=2", "--processes=2", "--devices=1"]
     done = subprocess.run(
         [*command, "--steps=20", "--then", "--json"], cwd=ROOT, capture_output=True, text=True, check=True

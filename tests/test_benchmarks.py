@@ -33,7 +33,7 @@ def bench(*args):
 def test_a_duel_in_training_is_between_equals(tmp_path):
     """Same losses, step by step; same embeddings and gradients at the first; a trace on request."""
     trace = tmp_path / "trace"
-    small = ("--preset=tiny", "--batch=6", "--micro=4", "--rounds=2", "--dropout=0")
+    small = ("--preset=tiny", "--batch=6", "--micro=4", "--rounds=1", "--dropout=0")
     result = bench("train", *small, f"--profile={trace}", f"--out={tmp_path / 'out.json'}")
     assert result["ratio"] > 0
     assert result["exactness"]["embeddings"] < 1e-5

@@ -156,7 +156,7 @@ def test_a_run_learns_resumes_and_is_where_training_starts(tmp_path, monkeypatch
         tuned = OmniEmbedder.from_pretrained(tmp_path / tune / "merged")
         assert np.abs(tuned.encode(texts) - base).max() > 1e-3
         found = retrieval(lambda sides, model=tuned: model.encode([{"text": side} for side in sides]), held_out)
-        assert abs(found.mrr - results["after"]["mrr"]) < 1e-6
+        assert abs(found.mrr - results["after"]["triplets_heldout"]["mrr"]) < 1e-6
         assert not (tmp_path / tune / "adapter").exists()
     theirs = SentenceTransformer(str(tmp_path / "projection" / "merged"), device="cpu").encode(texts)
     assert np.abs(theirs - tuned.encode(texts)).max() < 1e-5

@@ -3,10 +3,10 @@
 A generator of the made world before any contrastive tuning, in bfloat16; the world's triplets to tune it on; and
 held-out texts, pictures and sounds with their captions. It is what `configs/base.py` begins with.
 
-Usage, from the project's root (the folder is a seed's, of the run in docs/lab):
+Usage, from the project's root (the seed is the best of the run in docs/lab, by its retrieval after tuning):
 
     python -m laboratory --config=configs/lab.py --workdir=runs/lab
-    python -m tools.make_lab runs/lab/seed-10
+    python -m tools.make_lab runs/lab/seed-11
 """
 
 import json
@@ -29,6 +29,9 @@ def write(seed: Path, out: Path) -> None:
     generator = max(seed.glob("generator-*"), key=lambda folder: int(folder.name.split("-")[1]))
     with written_aside(out) as aside:
         export_merged(generator, aside / "model", dtype="bfloat16")
+        for path in (aside / "model").iterdir():  # a checkpoint as a hub has it: no embedder's files
+            if not (seed / "generator-0" / path.name).exists():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         (aside / "media").mkdir()
         for name, file in (("train", "contrast/text"), ("text", "tests/text")):
             shutil.copyfile(seed / f"world/{file}.jsonl", aside / f"{name}.jsonl")

@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from lco_jax.core.errors import LcoError, reason
+from lco_jax.core.errors import LcoError, peer_is_gone, reason
 from lco_jax.core.files import read_json, write_json
 
 SUMS = "sums.json"
@@ -107,7 +107,7 @@ class RunStore:
         try:
             yield
         except (OSError, ValueError) as error:
-            if isinstance(error, TimeoutError):  # of a barrier: another process is gone
+            if isinstance(error, TimeoutError) or peer_is_gone(error):  # the former of a barrier
                 raise
             what = f"a checkpoint could not be written to {self.folder}, where those before it are whole"
             raise LcoError(f"{what}: {reason(error)}; make room, and the same command resumes") from None

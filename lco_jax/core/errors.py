@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 import threading
 import traceback
@@ -13,6 +14,8 @@ import jax
 
 # exit statuses after which the same command is to be started again: SIGTERM stopped it; a process hung or is gone
 PREEMPTED, PEER_LOST = 75, 76
+# what the failures of a collective or a barrier say when another process is gone
+_GONE = re.compile(r"gloo|nccl|connection|heartbeat|barrier|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED", re.IGNORECASE)
 
 
 class LcoError(Exception):
@@ -61,6 +64,11 @@ def run_main(main: Callable[[], int | None]) -> None:
             raise
         traceback.print_exc()
         leave(1)
+
+
+def peer_is_gone(error: BaseException) -> bool:
+    """Whether an exception says that another process of this job is gone."""
+    return jax.distributed.is_initialized() and bool(_GONE.search(f"{type(error).__name__} {error}"))
 
 
 def leave(status: int, seconds: float = 5.0) -> NoReturn:

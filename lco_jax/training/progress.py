@@ -135,6 +135,7 @@ class Progress:
             )
 
     def close(self) -> None:
+        """End the bar and the log."""
         self.bar.close()
         if self.log:
             self.log.close()

@@ -1,7 +1,6 @@
 """What keeps a run from dying or stalling without a word: SIGTERM, peers that are gone, steps that do not end."""
 
 import os
-import re
 import signal
 import sys
 import threading
@@ -12,12 +11,10 @@ from pathlib import Path
 
 import jax
 
-from lco_jax.core.errors import PEER_LOST, PREEMPTED, LcoError, leave, reason
+from lco_jax.core.errors import PEER_LOST, PREEMPTED, LcoError, leave, peer_is_gone, reason
 
 MEET = 300  # seconds in which processes are to have met
 FIRST = 6  # times its patience a run waits for its first step, which is compiled
-# what the failures of a collective or a barrier say when another process is gone
-GONE = re.compile(r"gloo|nccl|connection|heartbeat|barrier|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED", re.IGNORECASE)
 
 
 def leave_on_sigterm() -> None:
@@ -53,7 +50,7 @@ def peers() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, LcoError) or not (jax.distributed.is_initialized() and GONE.search(str(error))):
+        if isinstance(error, LcoError) or not peer_is_gone(error):
             raise
         print(
             f"\n{_me()}: another process is gone, or late ({reason(error)}); see what it said last. The same command "
