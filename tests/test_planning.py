@@ -43,7 +43,7 @@ def test_memory_is_that_of_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(job, "make_mesh", lambda **_: mesh)
     opened = job.open_job(config, tmp_path)
     run = job.begin(opened)
-    batch = next(pipeline.batches(run.iterator, run.planned, opened.processor.rows, mesh))
+    batch, _ = next(pipeline.batches(run.iterator, run.planned, opened.processor.rows, mesh))
     training, train = opened.training, config.train
     given = training.tx, training.lora, train.temperature, config.seed, mesh, training.shardings
     with jax.set_mesh(mesh):

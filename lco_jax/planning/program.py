@@ -28,6 +28,7 @@ from lco_jax.training.run import Training
 from lco_jax.training.step import train_update
 
 HOISTING = "while-loop-invariant-code-motion"
+QUICK = {"xla_backend_optimization_level": "0"}  # of machine code that nobody runs; buffers are the same
 HEAD = 14  # tokens of the prompt that texts share: those of Qwen's template
 
 
@@ -133,8 +134,9 @@ class Step:
 def compile_split(lowered: Any, devices: int, options: Mapping[str, str] = MappingProxyType({})) -> tuple[str, Any]:
     """(the program of one device as HLO text, compiled with XLA's `options`). XLA writes it down once it is split."""
     if devices == 1:
-        return lowered.as_text(dialect="hlo"), lowered.compile(dict(options))
+        return lowered.as_text(dialect="hlo"), lowered.compile({**QUICK, **options})
     with tempfile.TemporaryDirectory(prefix="lco_jax_plan_") as folder:
-        compiled = lowered.compile({**options, "xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"})
+        dumped = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
+        compiled = lowered.compile({**QUICK, **options, **dumped})
         (text,) = Path(folder).glob("*after_spmd-partitioning*.txt")
         return text.read_text(encoding="utf-8"), compiled
