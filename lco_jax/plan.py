@@ -20,13 +20,15 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from lco_jax.checkpoint.hf import Checkpoint, open_geometry
+from lco_jax.checkpoint.hf import Checkpoint, abstract_params, open_geometry
 from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.files import write_json
 from lco_jax.core.packing import Shape
 from lco_jax.core.sharding import AXES, make_mesh
 from lco_jax.data import plan as data_plan
 from lco_jax.job import batches_of, open_data, say
+from lco_jax.models.config import DecoderConfig
+from lco_jax.planning import hlo
 from lco_jax.planning.hardware import DEVICES, Hardware
 from lco_jax.planning.program import Step, Workload, even
 from lco_jax.training import cli
@@ -55,33 +57,32 @@ def plan(
     def on(sizes: tuple[int, ...]) -> Step:
         return Step(config, checkpoint, make_mesh(*sizes, devices=jax.devices()[:devices]), device, workload)
 
-    suggested, chunk_tokens = [], config.train.chunk_tokens
+    chunk_tokens, suggested, says = config.train.chunk_tokens, [], {}
     for chunk in (0, -1) if chunk_tokens < 0 else (chunk_tokens,):  # chunks only where no mesh holds the batch whole
         for candidate in () if suggested else _meshes(devices, checkpoint.config.num_kv_heads):
             try:
                 choice = on(candidate).choose(chunk)
             except LcoError as error:
-                result["does_not_fit"] = str(error)
-                continue
-            seconds = _cheap_seconds(on(candidate), choice.remat, choice.chunk_tokens)
-            suggested.append((seconds, {"mesh": candidate, **choice._asdict()}))
+                says[candidate] = str(error)
+            else:
+                seconds = _cheap_seconds(on(candidate), choice.remat, choice.chunk_tokens)
+                suggested.append((seconds, {"mesh": candidate, **choice._asdict()}))
     if suggested:
         result["suggested"] = min(suggested, key=lambda x: x[0])[1]
         result["mesh"] = sizes = sizes or result["suggested"]["mesh"]
-        result.pop("does_not_fit", None)
     elif sizes is None:
-        return result
+        return result | {"does_not_fit": list(says.values())[-1]}
     step, chosen = on(sizes), (config.model.remat, chunk_tokens)
     try:
         chosen = step.choose(chunk_tokens)[:2]
     except LcoError as error:
-        result["does_not_fit"] = str(error)
-        if config.model.remat == "auto" or chunk_tokens < 0:
-            return result
+        if config.model.remat == "auto" or chunk_tokens < 0:  # `train` would not begin
+            return result | {"does_not_fit": str(error)}
     say(f"compiling the step for {devices} devices, remat {chosen[0]}, chunks of {chosen[1] or 'all'} tokens …")
     start = time.perf_counter()
-    compiled = step.compile(*chosen)
-    return result | {"remat": chosen[0], "compile_seconds": time.perf_counter() - start} | _costs(step, *compiled)
+    memory, counts = step.compile(*chosen)
+    result |= {"remat": chosen[0], "compile_seconds": time.perf_counter() - start}
+    return result | _costs(step, memory, step.shape(chosen[1]), counts)
 
 
 def _workload(config: ConfigDict, checkpoint: Checkpoint, tokens: int | None) -> tuple[Workload, str]:
@@ -116,32 +117,34 @@ def _meshes(devices: int, kv_heads: int) -> Iterator[tuple[int, int, int]]:
                 yield devices // (tensor * fsdp), fsdp, tensor
 
 
-def _layer_weights(step: Step) -> list[Any]:
-    """The weights of the decoder's layers, as shapes."""
-    return jax.tree.leaves(step.params["decoder"]["layers"])
+@cache
+def _numbers(config: DecoderConfig) -> int:
+    """Weights of a layer."""
+    return sum(x.size for x in jax.tree.leaves(abstract_params(config)["layers"])) // config.num_layers
 
 
 def _useful_flops(step: Step, shape: Shape) -> float:
     """A device's, forward and backward, without the last layer (which few tokens pass), attention and adapters."""
     c, full = step.checkpoint.config, step.config.tune.decoder == "full"
-    weights = sum(x.size for x in _layer_weights(step)) * (c.num_layers - 1) / c.num_layers
-    return (6 if full else 4) * weights * shape.tokens * shape.chunks / step.mesh.shape["tensor"]
+    tokens = shape.tokens * shape.chunks / step.mesh.shape["tensor"]
+    return (6 if full else 4) * _numbers(c) * (c.num_layers - 1) * tokens
 
 
 def _cheap_seconds(step: Step, remat: str, chunk_tokens: int) -> float:
     """A step without compiling it, to tell meshes apart: products, weights gathered along fsdp in every pass of every
     chunk, and activations summed along tensor."""
-    mesh, c, shape = step.mesh.shape, step.checkpoint.config, step.workload.shape(chunk_tokens, step.mesh)
+    mesh, c, shape = step.mesh.shape, step.checkpoint.config, step.shape(chunk_tokens)
     passes = 2 + (shape.chunks > 1)
     flops = _useful_flops(step, shape) * (passes + AGAIN[remat]) / 2
-    gathered = sum(x.size * x.dtype.itemsize for x in _layer_weights(step)) / mesh["tensor"]
+    layers = jax.tree.leaves(step.params["decoder"]["layers"])
+    gathered = sum(x.size * x.dtype.itemsize for x in layers) / mesh["tensor"]
     summed = 4 * shape.tokens * shape.chunks * c.hidden_size * c.num_layers * step.decoder().dtype.itemsize
     sent = passes * (shape.chunks * gathered * (1 - 1 / mesh["fsdp"]) + summed * (1 - 1 / mesh["tensor"]))
     device = step.hardware
     return flops / device.flops + sent / (device.links if step.mesh.size <= device.domain else device.network)
 
 
-def _costs(step: Step, memory: dict[str, int], memory_cpu: int, shape: Shape, counts: Any) -> dict[str, Any]:
+def _costs(step: Step, memory: dict[str, int], shape: Shape, counts: hlo.Counts) -> dict[str, Any]:
     """Memory, work, time and money of a compiled step."""
     device, total, room = step.hardware, sum(memory.values()), int(step.hardware.memory * (1 - MARGIN))
     seconds = {
@@ -154,7 +157,7 @@ def _costs(step: Step, memory: dict[str, int], memory_cpu: int, shape: Shape, co
         sent[f"{kind} {axes}"] += size
     times = max(seconds.values()), sum(seconds.values())
     return {
-        "memory": memory, "memory_total": total, "memory_room": room, "memory_cpu": memory_cpu, "fits": total <= room,
+        "memory": memory, "memory_total": total, "memory_room": room, "fits": total <= room,
         "tokens": shape.tokens, "chunks": shape.chunks, "flops": counts.flops.total(), "bytes_moved": counts.moved,
         "bytes_sent": dict(sent.most_common()), "seconds": seconds, "step_seconds": times,
         "usd_per_1000_steps": [x / 3.6 * device.price * step.mesh.size for x in times],
@@ -170,7 +173,6 @@ def table(r: dict[str, Any]) -> str:
         mesh = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, r["mesh"], strict=True))
         lines += [f"mesh {mesh}; remat {r['remat']}; chunks of a device: {r['chunks']} of {r['tokens']:,} tokens", ""]
         rows = {**r["memory"], f"memory, of {r['memory_room'] / GIB:.2f} GiB": r["memory_total"]}
-        rows["by XLA's count, compiled for CPU"] = r["memory_cpu"]
         lines += [f"{kind:34}{size / GIB:10.2f} GiB" for kind, size in rows.items()]
         sent, seconds = sum(r["bytes_sent"].values()), r["seconds"]
         lines += ["", f"{'products':34}{r['flops'] / 1e12:10.2f} TFLOP {seconds['products']:9.4f} s"]
@@ -190,34 +192,32 @@ def table(r: dict[str, Any]) -> str:
     return "\n".join([*lines, f"no mesh of {r['devices']} × {r['device']} holds it: take more, or quantize the model"])
 
 
+def _sizes(text: str) -> tuple[int, ...]:
+    sizes = tuple(int(x) for x in text.split(",") if x.isdecimal() and int(x))
+    if len(sizes) != len(AXES) or len(text.split(",")) != len(AXES):
+        raise argparse.ArgumentTypeError(f"{text} must be three sizes, DATA,FSDP,TENSOR")
+    return sizes
+
+
 def main() -> int:
     """Parse the command line, pretend to have the devices, plan, print."""
     parser = argparse.ArgumentParser("lco_jax.plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", required=True, choices=DEVICES)
-    parser.add_argument("--mesh", help="sizes along data, fsdp and tensor, as 1,16,1; by default what is suggested")
-    parser.add_argument("--devices", type=int, help="how many, where no --mesh says it")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--mesh", type=_sizes, help="sizes along data, fsdp and tensor, as 1,16,1")
+    where.add_argument("--devices", type=int, choices=range(1, 513), metavar="N", help="plan on the suggested mesh")
     parser.add_argument("--tokens_per_text", type=int, help="prompt included; by default as the data are")
     parser.add_argument("--price", type=float, help="USD an hour and device, in the place of the list's")
     parser.add_argument("--json", type=Path, help="a file for the numbers")
     args, rest = parser.parse_known_args()
-    try:
-        sizes = tuple(map(int, args.mesh.split(","))) if args.mesh else None
-    except ValueError:
-        sizes = ()
-    devices = args.devices if sizes is None else math.prod(sizes)
-    if sizes is not None and (len(sizes) != len(AXES) or min(sizes) < 1 or args.devices not in (None, devices)):
-        raise LcoError(
-            f"--mesh={args.mesh} must be three sizes, DATA,FSDP,TENSOR, and --devices, if given, their product"
-        )
-    if devices is None or devices < 1:
-        raise LcoError("give --mesh=DATA,FSDP,TENSOR, or --devices=N")
+    devices = args.devices or math.prod(args.mesh)
     device = DEVICES[args.device]
     device = device if args.price is None else replace(device, price=args.price)
     config = cli.parse([sys.argv[0], *rest], __doc__).config
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_enable_compilation_cache", False)  # what is compiled is for no machine here
-    result = plan(config, device, devices, sizes, args.tokens_per_text)
+    result = plan(config, device, devices, args.mesh, args.tokens_per_text)
     print(table(result))
     if args.json:
         write_json(args.json, result)

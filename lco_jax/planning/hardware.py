@@ -1,9 +1,9 @@
 """Accelerators: what their makers say of one device, and what it costs by the hour.
 
 v5e, v5p, v6e: docs.cloud.google.com/tpu/docs/v5e, v5p, v6e (read in November 2026). A100 80 GB, H100, H200: NVIDIA's
-data sheets of the SXM parts; networks as in DGX systems. Prices are approximate and move; `--price` says another. TPUs:
-Google Cloud's list on demand in the US as it was in 2025. H100, H200: AWS's Capacity Blocks at the end of 2024
-(aws.amazon.com/ec2/capacityblocks/pricing); A100: AWS's p4de on demand then.
+data sheets of the SXM parts; networks as in DGX systems. Prices are approximate and move; `--price` says another. H100,
+H200: AWS's Capacity Blocks at the end of 2024 (aws.amazon.com/ec2/capacityblocks/pricing). Not looked up again: TPUs,
+Google Cloud's list on demand in the US in 2025; A100, AWS's p4de on demand since June 2025.
 """
 
 from dataclasses import dataclass

@@ -19,7 +19,7 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.+?) ([\w-]+)\((.*)")
-_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) .*{$|(ENTRY )?%?([\w.-]+) {$")
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) (?:.* )?{$")
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 
 
@@ -88,17 +88,16 @@ def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
         if match := _INSTRUCTION.match(line):
             computations[mine][match[1]] = Instruction(*match.groups()[1:])
         elif match := _COMPUTATION.match(line):
-            mine = match[2] or match[4]
+            mine = match[2]
             computations[mine] = {}
-            entry = mine if match[1] or match[3] else entry
+            entry = mine if match[1] else entry
     return computations, entry
 
 
 def _trips(condition: dict[str, Instruction], where: str) -> int:
     """How often a loop runs: jax's count from 0 up to a constant, the only whole number in their condition."""
-    limits = [
-        int(x.rest.split(")")[0]) for x in condition.values() if x.op == "constant" and x.type.startswith("s32[]")
-    ]
+    whole = (x for x in condition.values() if x.op == "constant" and x.type.startswith("s32[]"))
+    limits = [int(x.rest.split(")")[0]) for x in whole]
     if len(limits) != 1:
         raise ValueError(f"a loop in {where} does not say how often it runs")
     return limits[0]
@@ -119,9 +118,7 @@ def _size(type_: str) -> int:
 
 def _groups(rest: str) -> np.ndarray:
     """Which devices talk to one another, [G, n], in each of the spellings that HLO has."""
-    if pairs := re.search(r"source_target_pairs={({.*?})}", rest):
-        return np.array([_numbers(pair) for pair in re.findall(r"{([\d,]+)}", pairs[1])])
-    if listed := re.search(r"replica_groups={({.*?})}", rest):
+    if listed := re.search(r"(?:source_target_pairs|replica_groups)={({.*?})}", rest):
         return np.array([_numbers(group) for group in re.findall(r"{([\d,]+)}", listed[1])])
     if iota := re.search(rf"replica_groups=\[(\d+),(\d+)\]<={_IOTA}", rest):
         return _iota(iota[3], iota[4]).reshape(int(iota[1]), int(iota[2]))
@@ -137,7 +134,7 @@ def _groups(rest: str) -> np.ndarray:
 
 def _iota(sizes: str, order: str | None) -> np.ndarray:
     devices = np.arange(math.prod(_numbers(sizes))).reshape(_numbers(sizes))
-    return devices.transpose(_numbers(order) if order else None if devices.ndim == 1 else range(devices.ndim)).ravel()
+    return devices.transpose(_numbers(order) if order else range(devices.ndim)).ravel()
 
 
 def _sent(kind: str, size: int, ways: int) -> float:

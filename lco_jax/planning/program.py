@@ -4,11 +4,10 @@ Dimensions: B records, M hard negatives a record.
 """
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -27,8 +26,9 @@ from lco_jax.training import memory, tuning
 from lco_jax.training.run import Training
 from lco_jax.training.step import train_update
 
-HOISTING = "while-loop-invariant-code-motion"
-QUICK = {"xla_backend_optimization_level": "0"}  # of machine code that nobody runs; buffers are the same
+# XLA's CPU programs widen what is bfloat16 before they compute, and would hoist that of all weights and activations out
+# of the loop over layers. Machine code, which nobody runs, is not optimised: buffers are the same.
+OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion", "xla_backend_optimization_level": "0"}
 HEAD = 14  # tokens of the prompt that texts share: those of Qwen's template
 
 
@@ -79,64 +79,46 @@ class Step:
         dtype = jnp.dtype(self.config["model"]["dtype"])
         return Decoder(self.checkpoint.config, dtype, dtype, remat, tuned=self.config["tune"]["decoder"] == "full")
 
+    def shape(self, chunk_tokens: int) -> Shape:
+        return self.workload.shape(chunk_tokens, self.mesh)
+
     def choose(self, chunk_tokens: int) -> memory.Choice:
         """Policy and chunk as `train` would choose them there; chunk_tokens as it has it. Raises where none fits."""
         there = int(self.hardware.memory * (1 - memory.MARGIN))
-        given = self.params, self.training, self.mesh, self.workload.sides, self._shape
+        given = self.params, self.training, self.mesh, self.workload.sides, self.shape
         config = {"model": self.config["model"], "train": {"chunk_tokens": chunk_tokens}}
         return memory.choose_for(config, Model(self.decoder(), {}), *given, there=there, backend=self.hardware.backend)
 
-    def _shape(self, chunk_tokens: int) -> Shape:
-        return self.workload.shape(chunk_tokens, self.mesh)
-
-    def compile(self, remat: str, chunk_tokens: int) -> tuple[dict[str, int], int, Shape, hlo.Counts]:
-        """(bytes of a device by kind, as on `hardware`; all of them by XLA's count on CPU; what its streams are like;
-        what it does in a step)."""
-        training, params, shape = self.training, self.params, self._shape(chunk_tokens)
-        state, frozen = training.placed, tuning.frozen(params, training.tune)
-        batch = memory.abstract_batch(shape, self.workload.sides, self.workload.head, self.mesh)
-        train, mesh = self.config["train"], self.mesh
+    def compile(self, remat: str, chunk_tokens: int) -> tuple[dict[str, int], hlo.Counts]:
+        """(bytes of a device by kind, what it does in a step)."""
+        training, mesh, shape = self.training, self.mesh, self.shape(chunk_tokens)
+        state, frozen = training.placed, tuning.frozen(self.params, training.tune)
+        batch = memory.abstract_batch(shape, self.workload.sides, self.workload.head, mesh)
+        train = self.config["train"]
         options = {key: train[key] for key in ("ignore_duplicates", "candidates", "two_way")}
         given = training.tx, training.lora, train["temperature"], self.config["seed"], mesh, training.shardings
         with jax.set_mesh(mesh):
             lowered = train_update(self.decoder(remat), *given, **options).lower(state, frozen, batch, None)
-            # XLA's CPU programs widen bfloat16 to float32, and would hoist a wide copy of all weights out of the layers
-            narrow = {} if self.decoder().dtype == jnp.float32 else {"xla_disable_hlo_passes": HOISTING}
-            text, compiled = compile_split(lowered, mesh.size, narrow)
-        counts = hlo.count(text, dict(mesh.shape), self.hardware.domain)
-        found = compiled.memory_analysis()
+            counts, compiled = compile_split(lowered, mesh, self.hardware.domain)
+        found, dtype = compiled.memory_analysis(), self.config["model"]["dtype"]
         besides = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
         decoder, settings = self.checkpoint.config, training.lora
-        resident = memory.resident_bytes(params, training, decoder, mesh, self.workload.sides, 0)
-        resident -= memory.held_bytes((params, state))
-        active = {
-            backend: memory.activation_bytes(
-                decoder, remat, shape, self.config["model"]["dtype"], settings.rank, settings.dropout,
-                mesh.shape["tensor"], backend,
-            )
-            for backend in ("cpu", self.hardware.backend)
-        }  # fmt: skip
-        expected = {backend: resident + one for backend, one in active.items()}
-        # they keep bfloat16 activations in float32, too: what they take is scaled as the estimate says
-        scaled = besides * expected[self.hardware.backend] / expected["cpu"]
-        activations = scaled * active[self.hardware.backend] / expected[self.hardware.backend]
-        kinds = {
-            "weights": memory.held_bytes(frozen),
-            "adapters": memory.held_bytes(state["tuned"]),
-            "optimiser": memory.held_bytes(state["optimizer"]),
-            "batch": memory.held_bytes(batch),
-            "activations": int(activations),
-            "temporaries": int(scaled - activations),
-        }
-        return kinds, found.argument_size_in_bytes + besides, shape, counts
+        held = memory.resident_bytes(self.params, training, decoder, mesh, self.workload.sides, 0)
+        held -= memory.held_bytes((self.params, state))
+        there = shape, dtype, settings.rank, settings.dropout, mesh.shape["tensor"], self.hardware.backend
+        active = memory.activation_bytes(decoder, remat, *there)
+        activations = besides * active // (active + held)  # XLA does not say which is which
+        return {
+            "weights": memory.held_bytes(frozen), "adapters": memory.held_bytes(state["tuned"]),
+            "optimiser": memory.held_bytes(state["optimizer"]), "batch": memory.held_bytes(batch),
+            "activations": activations, "temporaries": besides - activations,
+        }, counts  # fmt: skip
 
 
-def compile_split(lowered: Any, devices: int, options: Mapping[str, str] = MappingProxyType({})) -> tuple[str, Any]:
-    """(the program of one device as HLO text, compiled with XLA's `options`). XLA writes it down once it is split."""
-    if devices == 1:
-        return lowered.as_text(dialect="hlo"), lowered.compile({**QUICK, **options})
+def compile_split(lowered: Any, mesh: Mesh, domain: int = 2**31) -> tuple[hlo.Counts, Any]:
+    """(what one device does, compiled). What is counted is the program as XLA writes it down once it is split."""
     with tempfile.TemporaryDirectory(prefix="lco_jax_plan_") as folder:
-        dumped = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
-        compiled = lowered.compile({**QUICK, **options, **dumped})
-        (text,) = Path(folder).glob("*after_spmd-partitioning*.txt")
-        return text.read_text(encoding="utf-8"), compiled
+        compiled = lowered.compile({**OPTIONS, "xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"})
+        split = [path.read_text(encoding="utf-8") for path in Path(folder).glob("*after_spmd-partitioning*.txt")]
+    (text,) = split or [lowered.as_text(dialect="hlo")]  # of one device there is nothing to split
+    return hlo.count(text, dict(mesh.shape), domain), compiled

@@ -184,9 +184,8 @@ def choose(
     shape_of: chunk_tokens -> the planned shape of a stream. need: bytes a device for a policy and a shape.
     Raises where nothing fits.
     """
-    order = (
-        ORDER.get(backend or jax.default_backend(), tuple(reversed(REMAT_POLICIES))) if remat == "auto" else (remat,)
-    )
+    fastest = ORDER.get(backend or jax.default_backend(), tuple(reversed(REMAT_POLICIES)))
+    order = fastest if remat == "auto" else (remat,)
     whole = shape_of(max(chunk_tokens, 0))
     for policy in order:
         if (bytes_ := need(policy, whole)) <= memory:
@@ -229,15 +228,9 @@ def choose_for(
     resident = resident_bytes(params, training, decoder.config, mesh, sides, whole.tokens if model.towers else 0)
 
     def need(policy: str, shape: Shape) -> int:
-        ways = mesh.shape["tensor"]
         logits = 3 * 4 * LOGITS if shape.answers else 0  # themselves, their softmax, and the gradient
-        return (
-            logits
-            + resident
-            + activation_bytes(
-                decoder.config, policy, shape, decoder.dtype, settings.rank, settings.dropout, ways, backend
-            )
-        )
+        given = decoder.dtype, settings.rank, settings.dropout, mesh.shape["tensor"], backend
+        return logits + resident + activation_bytes(decoder.config, policy, shape, *given)
 
     there = device_bytes(held=held_bytes(params)) if there is None else there
     return choose(there, config["model"]["remat"], config["train"]["chunk_tokens"], shape_of, need, backend)

@@ -30,7 +30,7 @@ from lco_jax.training.losses import by_record, info_nce, takes_ring, whole
 State = dict[str, Any]  # {"step": int32, "tuned": tree, "optimizer": optax state}; all of it is checkpointed
 Loss = Callable[..., tuple[Array, dict[str, Array]]]  # (tuned, params, batch, media, seed=) -> loss and metrics
 Step = Callable[[State, dict[str, Any], Batch], tuple[State, dict[str, Array]]]
-Update = Any  # a jitted (state, params, batch, media) -> (state, metrics)
+Update = jax.stages.Wrapped  # a jitted (state, params, batch, media) -> (state, metrics)
 
 
 def init_state(tuned: dict[str, Any], tx: optax.GradientTransformation) -> State:
