@@ -41,7 +41,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for devices in args.devices:
         mesh = make_mesh(devices // args.fsdp, args.fsdp, devices=jax.devices()[:devices])
         step = Step(config, checkpoint, mesh, DEVICES["v5p"], even((args.records * devices, 3), 40))
-        memory, _, _, counts = step.compile("full", 0)
+        memory, counts = step.compile("full", 0)
         sent = {f"{kind} {axes}": size for (kind, axes, _), size in counts.sent.most_common()}
         steps[devices] = {"memory": memory, "tflops": counts.flops.total() / 1e12, "sent": sent}
         print(devices, steps[devices], flush=True)
@@ -55,7 +55,6 @@ def _loss(args: argparse.Namespace, hidden: int) -> dict[str, Any]:
 
     from lco_jax import make_mesh
     from lco_jax.core.sharding import ROWS
-    from lco_jax.planning import hlo
     from lco_jax.planning.program import compile_split
     from lco_jax.training.losses import info_nce
 
@@ -67,8 +66,8 @@ def _loss(args: argparse.Namespace, hidden: int) -> dict[str, Any]:
     place = jax.NamedSharding(mesh, jax.P(ROWS))
     shape = lambda dtype, *sizes: jax.ShapeDtypeStruct((args.loss, 3, *sizes), dtype, sharding=place)  # noqa: E731
     with jax.set_mesh(mesh):
-        text, compiled = compile_split(jax.jit(gradient).lower(shape(jnp.float32, hidden), shape(jnp.bool)), devices)
-    memory, counts = compiled.memory_analysis(), hlo.count(text, dict(mesh.shape))
+        counts, compiled = compile_split(jax.jit(gradient).lower(shape(jnp.float32, hidden), shape(jnp.bool)), mesh)
+    memory = compiled.memory_analysis()
     return {
         "anchors": args.loss, "devices": devices, "hidden": hidden,
         "arguments_gib": memory.argument_size_in_bytes / 2**30, "results_gib": memory.output_size_in_bytes / 2**30,

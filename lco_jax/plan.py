@@ -57,21 +57,20 @@ def plan(
     def on(sizes: tuple[int, ...]) -> Step:
         return Step(config, checkpoint, make_mesh(*sizes, devices=jax.devices()[:devices]), device, workload)
 
-    chunk_tokens, suggested, says = config.train.chunk_tokens, [], {}
+    chunk_tokens, suggested, why = config.train.chunk_tokens, [], ""
     for chunk in (0, -1) if chunk_tokens < 0 else (chunk_tokens,):  # chunks only where no mesh holds the batch whole
         for candidate in () if suggested else _meshes(devices, checkpoint.config.num_kv_heads):
             try:
                 choice = on(candidate).choose(chunk)
-            except LcoError as error:
-                says[candidate] = str(error)
-            else:
                 seconds = _cheap_seconds(on(candidate), choice.remat, choice.chunk_tokens)
                 suggested.append((seconds, {"mesh": candidate, **choice._asdict()}))
+            except LcoError as error:
+                why = str(error)
     if suggested:
         result["suggested"] = min(suggested, key=lambda x: x[0])[1]
         result["mesh"] = sizes = sizes or result["suggested"]["mesh"]
     elif sizes is None:
-        return result | {"does_not_fit": list(says.values())[-1]}
+        return result | {"does_not_fit": why}
     step, chosen = on(sizes), (config.model.remat, chunk_tokens)
     try:
         chosen = step.choose(chunk_tokens)[:2]
@@ -192,9 +191,15 @@ def table(r: dict[str, Any]) -> str:
     return "\n".join([*lines, f"no mesh of {r['devices']} × {r['device']} holds it: take more, or quantize the model"])
 
 
+def _whole(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
 def _sizes(text: str) -> tuple[int, ...]:
-    sizes = tuple(int(x) for x in text.split(",") if x.isdecimal() and int(x))
-    if len(sizes) != len(AXES) or len(text.split(",")) != len(AXES):
+    sizes = tuple(map(_whole, text.split(",")))
+    if len(sizes) != len(AXES):
         raise argparse.ArgumentTypeError(f"{text} must be three sizes, DATA,FSDP,TENSOR")
     return sizes
 
@@ -205,8 +210,8 @@ def main() -> int:
     parser.add_argument("--device", required=True, choices=DEVICES)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--mesh", type=_sizes, help="sizes along data, fsdp and tensor, as 1,16,1")
-    where.add_argument("--devices", type=int, choices=range(1, 513), metavar="N", help="plan on the suggested mesh")
-    parser.add_argument("--tokens_per_text", type=int, help="prompt included; by default as the data are")
+    where.add_argument("--devices", type=_whole, help="plan on the suggested mesh")
+    parser.add_argument("--tokens_per_text", type=_whole, help="prompt included; by default as the data are")
     parser.add_argument("--price", type=float, help="USD an hour and device, in the place of the list's")
     parser.add_argument("--json", type=Path, help="a file for the numbers")
     args, rest = parser.parse_known_args()

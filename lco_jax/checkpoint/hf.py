@@ -219,41 +219,41 @@ def _load_part(
     checkpoint: Checkpoint, part: str, abstract: dict[str, Any], mesh: Mesh, quantize: str = ""
 ) -> dict[str, Any]:
     """One part's parameters. Each process reads only the slices its devices hold; the host holds one tensor's slice."""
-    leaves = flatten_dict(abstract, sep=".")
-    kinds, kept, flat_shardings = _kept(part, leaves, mesh, quantize)
+    leaves, kept = flatten_dict(abstract, sep="."), _placed(part, abstract, mesh, quantize)
     params: dict[str, Any] = {}
     for path, name, _, layer in per_layer(abstract):
-        key, sharding = checkpoint.keys[part][name], flat_shardings[path]
+        key, leaf = checkpoint.keys[part][name], kept[path]
+        matrix = jax.tree.leaves(leaf)[0].sharding  # a quantised leaf's first array lies as its matrix would
         if layer is None:
-            params[path] = _read_sharded(checkpoint.tensors, key, sharding, leaves[path].dtype)
+            params[path] = _read_sharded(checkpoint.tensors, key, matrix, leaves[path].dtype)
             continue
         if path not in params:
-            params[path] = jax.tree.map(lambda x, place: _zeros(x.shape, x.dtype, place), kept[path], sharding)
-        matrix = jax.tree.leaves(sharding)[0]  # a quantised leaf's first array lies as its matrix would
+            params[path] = jax.tree.map(lambda x: _zeros(x.shape, x.dtype, x.sharding), leaf)
         one_layer = NamedSharding(mesh, PartitionSpec(*matrix.spec[1:]))
         tensor = _read_sharded(checkpoint.tensors, key, one_layer, leaves[path].dtype)
+        kind = "" if isinstance(leaf, jax.ShapeDtypeStruct) else quantize
+        places = jax.tree.map(lambda x: x.sharding, leaf)
         with jax.set_mesh(mesh):
-            params[path] = _write_layer(params[path], tensor, layer, kinds.get(path, ""), sharding)
+            params[path] = _write_layer(params[path], tensor, layer, kind, places)
     return unflatten_dict(params, sep=".")
 
 
-def _kept(
-    part: str, leaves: dict[str, Any], mesh: Mesh, quantize: str
-) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
-    """Of a part's flat leaves: what those that are quantised become, the shapes that are kept, and where they lie."""
-    kinds = {path: quantize for path in leaves if quantize and re.fullmatch(rf"{DECODER_LINEARS}\.weight", path)}
-    kept = {
-        path: jax.eval_shape(partial(quantize_matrix, kind=kinds[path], name=path), leaf) if path in kinds else leaf
-        for path, leaf in leaves.items()
-    }
-    return kinds, kept, flatten_dict(shardings({part: unflatten_dict(kept, sep=".")}, mesh)[part], sep=".")
+def _placed(part: str, abstract: dict[str, Any], mesh: Mesh, quantize: str = "") -> dict[str, Any]:
+    """What is kept of a part, as shapes that know where they lie, by path."""
+
+    def keep(path: str, leaf: Any) -> Any:
+        if quantize and re.fullmatch(rf"{DECODER_LINEARS}\.weight", path):
+            return jax.eval_shape(partial(quantize_matrix, kind=quantize, name=path), leaf)
+        return leaf
+
+    kept = unflatten_dict({path: keep(path, leaf) for path, leaf in flatten_dict(abstract, sep=".").items()}, sep=".")
+    return flatten_dict(placed(kept, shardings({part: kept}, mesh)[part]), sep=".")
 
 
 def placed_decoder(checkpoint: Checkpoint, mesh: Mesh, dtype: Any, quantize: str = "") -> dict[str, Any]:
     """The parameters that `load_decoder` would load, as shapes that know where they lie."""
-    leaves = flatten_dict(abstract_params(checkpoint.config, _dtype(dtype)), sep=".")
-    _, kept, places = _kept("decoder", leaves, mesh, quantize)
-    return unflatten_dict(placed(kept, places), sep=".")
+    abstract = abstract_params(checkpoint.config, _dtype(dtype))
+    return unflatten_dict(_placed("decoder", abstract, mesh, quantize), sep=".")
 
 
 def _read_sharded(tensors: TensorFolder, key: str, sharding: NamedSharding, dtype: Any) -> jax.Array:

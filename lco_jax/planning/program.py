@@ -6,7 +6,7 @@ Dimensions: B records, M hard negatives a record.
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from lco_jax.planning import hlo
 from lco_jax.planning.hardware import Hardware
 from lco_jax.training import memory, tuning
 from lco_jax.training.run import Training
-from lco_jax.training.step import train_update
+from lco_jax.training.step import contrastive_loss, make_update
 
 # XLA's CPU programs widen what is bfloat16 before they compute, and would hoist that of all weights and activations out
 # of the loop over layers. Machine code, which nobody runs, is not optimised: buffers are the same.
@@ -95,11 +95,11 @@ class Step:
         state, frozen = training.placed, tuning.frozen(self.params, training.tune)
         batch = memory.abstract_batch(shape, self.workload.sides, self.workload.head, mesh)
         train = self.config["train"]
-        options = {key: train[key] for key in ("ignore_duplicates", "candidates", "two_way")}
-        given = training.tx, training.lora, train["temperature"], self.config["seed"], mesh, training.shardings
+        options = {key: train[key] for key in ("temperature", "ignore_duplicates", "candidates", "two_way")}
+        loss = partial(contrastive_loss, decoder=self.decoder(remat), config=training.lora, **options)
+        update = make_update(loss, training.tx, self.config["seed"], mesh, training.shardings)
         with jax.set_mesh(mesh):
-            lowered = train_update(self.decoder(remat), *given, **options).lower(state, frozen, batch, None)
-            counts, compiled = compile_split(lowered, mesh, self.hardware.domain)
+            counts, compiled = compile_split(update.lower(state, frozen, batch, None), mesh, self.hardware.domain)
         found, dtype = compiled.memory_analysis(), self.config["model"]["dtype"]
         besides = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
         decoder, settings = self.checkpoint.config, training.lora

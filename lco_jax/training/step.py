@@ -144,23 +144,8 @@ def make_train_step(
     **options: Any,
 ) -> Step:
     """The contrastive step. options: as of `contrastive_loss`."""
-    update = train_update(model.decoder, tx, config, temperature, seed, mesh, state_sharding, **options)
-    return _make_step("training step", update, MediaPrograms(model, mesh))
-
-
-def train_update(
-    decoder: Decoder,
-    tx: optax.GradientTransformation,
-    config: lora.LoraConfig,
-    temperature: float,
-    seed: int,
-    mesh: Mesh,
-    state_sharding: State,
-    **options: Any,
-) -> Update:
-    """The program of the contrastive step, which may also be lowered for shapes alone. options: as above."""
-    loss = partial(contrastive_loss, decoder=decoder, config=config, temperature=temperature, **options)
-    return _make_update(loss, tx, seed, mesh, state_sharding)
+    loss = partial(contrastive_loss, decoder=model.decoder, config=config, temperature=temperature, **options)
+    return _make_step("training step", make_update(loss, tx, seed, mesh, state_sharding), MediaPrograms(model, mesh))
 
 
 def make_pretrain_step(
@@ -175,10 +160,10 @@ def make_pretrain_step(
     """The generative step. tunes_towers: whether gradients are to reach the towers, which then are part of the step."""
     loss = partial(generative_loss, model=model, config=config)
     towers = None if tunes_towers else MediaPrograms(model, mesh)
-    return _make_step("pretraining step", _make_update(loss, tx, seed, mesh, state_sharding), towers)
+    return _make_step("pretraining step", make_update(loss, tx, seed, mesh, state_sharding), towers)
 
 
-def _make_update(loss: Loss, tx: optax.GradientTransformation, seed: int, mesh: Mesh, state_sharding: State) -> Update:
+def make_update(loss: Loss, tx: optax.GradientTransformation, seed: int, mesh: Mesh, state_sharding: State) -> Update:
     """(state, frozen parameters, batch, media tokens) -> (state, metrics), jitted; the state is donated.
 
     A step whose loss or gradient is not finite changes nothing but the step count, and says so in `metrics["finite"]`.
