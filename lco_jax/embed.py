@@ -109,9 +109,9 @@ def main() -> int:
         raise LcoError(f"--output={args.output} is a folder of something else; give another name")
     if args.id_field and args.output.suffix == ".npy":
         raise LcoError("--id-field needs a .parquet output; an .npy has no place for ids")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))  # what waits is written on the way out
     if args.distributed:
         jax.distributed.initialize()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))  # what waits is written on the way out
     media = media_config(args)
     corpus = Corpus(args.input, args.id_field, args.media_root)
     as_it_was = corpus.fingerprint()
