@@ -17,7 +17,7 @@ import pytest
 LAUNCH = Path(__file__).parents[1] / "launch"
 STUBS = ("gcloud", "xpk", "kubectl", "sbatch", "srun", "scontrol", "squeue", "python")
 STUB = """#!/usr/bin/env bash
-{ printf '%s\\x1f' "${0##*/}" "$@"; echo; } >>"$CALLS"
+line=$(printf '%s\\x1f' "${0##*/}" "$@") && echo "$line" >>"$CALLS"  # in one piece: others call, too
 times() { grep -c -- "$1" "$CALLS" || true; }  # how many calls so far, this one with them, say so
 source "$PART"
 """
