@@ -193,6 +193,25 @@ def test_the_scan_says_what_there_is_and_finds_what_is_missing(tmp_path):
     assert scan(Corpus(path).items(True), remote, True) == found
 
 
+@pytest.mark.parametrize("name", ["in.txt", "in.jsonl", "in.parquet", "."])
+def test_a_reader_gives_any_range(tmp_path, name):
+    total = 300
+    if name == ".":
+        for i in range(total):
+            (tmp_path / f"{i}.png").touch()
+    elif name == "in.parquet":
+        table = pa.table({"text": [f"{i}" for i in range(total)], "name": [f"n{i}" for i in range(total)]})
+        pyarrow.parquet.write_table(table, tmp_path / name, row_group_size=70)
+    else:
+        lines = [f'"{i}"' + "\n" * (1 + (i % 7 == 0 and name == "in.jsonl")) for i in range(total)]
+        (tmp_path / name).write_text("".join(lines))
+    corpus = Corpus(tmp_path / name)
+    items, read = list(corpus.items()), corpus.reader()
+    assert len(items) == total
+    for first, end in ((0, 3), (3, 5), (69, 71), (140, 210), (290, 310), (10, 11), (10, 11), (299, 300), (0, 300)):
+        assert list(read(first, end)) == items[first:end]
+
+
 # ---- parts
 
 
@@ -513,6 +532,31 @@ def test_a_folder_in_processes(tmp_path, tiny, run_embed, pictures):
     reasons = [json.loads(line) for line in Path(f"{output}.skipped.jsonl").read_text().splitlines()]
     assert [(x["index"], x["id"]) for x in reasons] == [(6, "6.png"), (10, "a.wav")]
     assert "a.wav has audio" in reasons[1]["reason"]
+
+
+def test_a_folder_of_parts_and_a_work_that_is_whole(tmp_path, run_embed, load):
+    source, output = tmp_path / "in.txt", tmp_path / "out"
+    source.write_text("".join(f"text {i}\n" for i in range(12)))
+    command = [f"--input={source}", f"--output={output}"]
+    assert run_embed(*command, "--part-size=5")[1] == f"12 vectors of {load('builtin:tiny').dimension}: {output}\n"
+    table = pyarrow.parquet.read_table(output)
+    assert table["id"].to_pylist() == list(range(12))
+    want = load("builtin:tiny", None, "float32").encode([f"text {i}" for i in range(12)])
+    np.testing.assert_allclose(np.array(table["embedding"].to_pylist()), want, atol=1e-5)
+    status, out, _ = run_embed(*command)
+    assert (status, out) == (0, f"{output} is whole: this very command has made its 12 vectors\n")
+    assert not Path(f"{output}.partial").exists()
+    status, _, err = run_embed(*command, "--max-length=3")
+    assert status == 2
+    assert f"{output} holds other work: --max-length was None and is 3; give another --output, or remove" in err
+    for kind in ("npy", "parquet"):
+        (tmp_path / f"a.{kind}").mkdir()
+        assert f"a.{kind} is a folder; give" in run_embed(f"--input={source}", f"--output={tmp_path / f'a.{kind}'}")[2]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").touch()
+    assert "is a folder of something else" in run_embed(f"--input={source}", f"--output={tmp_path / 'mine'}")[2]
+    source.write_text("other\n")
+    assert "what --input holds was" in run_embed(*command)[2]
 
 
 def test_a_table_of_pictures_and_the_caps_on_media(tmp_path, run_embed, pictures, load):
