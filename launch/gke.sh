@@ -29,7 +29,7 @@ if [ "${rest[*]}" = delete ]; then
   exit
 fi
 read_module "${rest[@]}"
-[ -z "$joins" ] || arguments=(--distributed "${arguments[@]}")
+[ -z "$joins$shares" ] || arguments=(--distributed "${arguments[@]}")
 [ -z "${ENV_FILE:-}" ] || [ -f "$ENV_FILE" ] || fail "ENV_FILE=$ENV_FILE: there is no such file"
 
 job="exec $(quote python -m "lco_jax.$module" "${arguments[@]}")" # exec: SIGTERM then reaches Python itself

@@ -6,7 +6,7 @@
 # --follow  print the log as it is written, and end when the job ends: with 0 if it did well
 # --dry-run print the commands, and run none
 #
-# NODES: how many; GPUS: how many a node has. PER: `gpu` (default) or `node`, which a mesh with a tensor axis needs.
+# NODES: how many; GPUS: how many a node has. PER: `gpu` (default) or `node`, which a mesh with a tensor axis needs, and embed.
 # NAME: the job's (lco). LOGS: the folder of its log, NAME-JOBID.out (runs/slurm). PYTHON: the interpreter
 # (.venv/bin/python). The rest is sbatch's own: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT,
 # SBATCH_CPUS_PER_GPU and so on. The checkout is run as it stands and must lie where every node sees it; the environment,
@@ -26,7 +26,8 @@ case $PER in
   node) tasks=1 ;;
   *) fail "PER=$PER: processes are one a gpu or one a node" ;;
 esac
-[ -n "$joins" ] || [ "$NODES $tasks" = "1 1" ] || fail "$module runs in one process: NODES=1 PER=node"
+[ -n "$joins" ] || [ "$tasks" = 1 ] || fail "a process of $module takes all GPUs of a node: PER=node"
+[ -n "$joins$shares" ] || [ "$NODES" = 1 ] || fail "$module runs in one process: NODES=1 PER=node"
 export RETRIES STEADY GRACE LOGS NAME GPUS PER
 
 run mkdir -p "$LOGS"

@@ -11,8 +11,10 @@ read_module "$@"
 
 record=$LOGS/$NAME-$SLURM_JOB_ID.restarts # of this job's earlier attempts
 [ ! -f "$record" ] || read -r restarts failed_at_once <"$record"
-# A process that ends leaves the others GRACE seconds; the status is the highest of any.
-srun --label --kill-on-bad-exit=0 --wait="$GRACE" "${PYTHON:-.venv/bin/python}" -m "lco_jax.$module" "${arguments[@]}" &
+wait_for=$GRACE
+[ -n "$joins" ] || wait_for=0
+# A process that ends leaves the others GRACE seconds, where they are lost without it; the status is the highest of any.
+srun --label --kill-on-bad-exit=0 --wait="$wait_for" "${PYTHON:-.venv/bin/python}" -m "lco_jax.$module" "${arguments[@]}" &
 steps=$! status=0
 trap 'kill -TERM "$steps"' TERM
 wait "$steps" || status=$?

@@ -31,7 +31,7 @@ if [ "${rest[*]}" = delete ]; then
 fi
 read_module "${rest[@]}"
 worker=0
-[ -z "$joins" ] || { worker=all && arguments=(--distributed "${arguments[@]}"); }
+[ -z "$joins$shares" ] || { worker=all && arguments=(--distributed "${arguments[@]}"); }
 [ -z "${ENV_FILE:-}" ] || [ -f "$ENV_FILE" ] || fail "ENV_FILE=$ENV_FILE: there is no such file"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT

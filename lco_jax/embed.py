@@ -13,38 +13,44 @@ Input, one of:
 Other keys and columns are metadata and left alone. Relative paths start at the folder of the file that has them.
 
 Output: .npy holds float32 [N, D] in input order; .parquet holds the columns id and embedding (id: the --id-field, else
-the line or row number from 0, or the path within the folder). With --on-error=skip, an input that cannot be read keeps
-its row, NaN or null, and <output>.skipped.jsonl says why.
+the line or row number from 0, or the path within the folder); a name without an ending is a folder of such files,
+never joined, with _index.json. With --on-error=skip, an input that cannot be read keeps its row, NaN or null, and
+<output>.skipped.jsonl says why. <output>.json records what was done: the same command again has nothing to do.
 
-What is done lies in <output>.partial until all is; the same command after a kill goes on from there.
+What is done lies in <output>.partial until all is; the same command after a kill goes on from there, and started again
+meanwhile, here or on another machine that sees the folder, it shares the work: any of the processes may die.
 """
 
 import argparse
 import logging
 import os
 import re
+import signal
 import sys
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
-from itertools import islice, tee
+from itertools import chain, tee
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
-from lco_jax.core.errors import LcoError, run_main
+from lco_jax.core.errors import PREEMPTED, LcoError, run_main
 from lco_jax.core.files import fingerprint
 from lco_jax.core.quantize import KINDS
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Contents, Corpus, Item, scan
 from lco_jax.data.media import MediaConfig
-from lco_jax.data.vectors import VectorParts
+from lco_jax.data.parts import INDEX, Unit, VectorParts
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.models.attention import IMPLEMENTATIONS
 
 TEXTS_A_PART, MEDIA_A_PART = 8192, 512
+POLL = 1.0  # seconds from one look at the units of others to the next
 Model = TypeVar("Model", bound=OmniEmbedder)
 
 
@@ -56,6 +62,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--input", type=Path, required=True, help=".txt, .jsonl, .parquet or a folder of media")
     parser.add_argument("--output", type=Path, required=True, help=".npy or .parquet")
     parser.add_argument("--id-field", help="the key of a jsonl object, or column of a parquet, that is its id")
+    parser.add_argument("--distributed", action="store_true", help="one of the processes of a TPU slice")
     add_flags(parser, on_error="raise")
     return parser.parse_args()
 
@@ -92,41 +99,78 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> int:
-    """Check every input, then embed and write part by part; the output appears when it is whole."""
+    """Check every input, then embed and write unit by unit; the output appears when it is whole."""
     args = parse_args()
-    if args.output.suffix not in (".npy", ".parquet"):
-        raise LcoError(f"--output={args.output}: the file must end in .npy or .parquet")
-    if args.output.is_dir():
-        raise LcoError(f"--output={args.output} is a folder")
+    if args.output.suffix not in (".npy", ".parquet", ""):
+        raise LcoError(f"--output={args.output}: the file must end in .npy or .parquet, or in nothing: a folder")
+    if args.output.is_dir() == bool(args.output.suffix) and args.output.exists():
+        raise LcoError(f"--output={args.output} is a {'folder' if args.output.suffix else 'file'}; give another name")
+    if args.output.is_dir() and os.listdir(args.output) and not (args.output / INDEX).exists():
+        raise LcoError(f"--output={args.output} is a folder of something else; give another name")
     if args.id_field and args.output.suffix == ".npy":
         raise LcoError("--id-field needs a .parquet output; an .npy has no place for ids")
+    if args.distributed:
+        jax.distributed.initialize()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))  # what waits is written on the way out
     media = media_config(args)
     corpus = Corpus(args.input, args.id_field, args.media_root)
     as_it_was = corpus.fingerprint()
-    strict = args.on_error == "raise"  # then what is missing is found before hours of work, not after
-    with tqdm(corpus.items(strict), desc="checking", unit="input", leave=False, delay=2) as items:
-        found = scan(items, media, strict)
-    keep_compiled()
     checkpoint = open_checkpoint(args.model)
-    modalities = modalities_of(checkpoint, found, media, strict)
-    part_size = args.part_size or (MEDIA_A_PART if found.has_media else TEXTS_A_PART)
-    parts = VectorParts(args.output, _work(args, as_it_was, media, checkpoint), part_size)
-    try:
-        with parts:
-            embedder = load(args, checkpoint, media, modalities)
-            embed_items(embedder, islice(corpus.items(), parts.done, None), found, parts, args)
-            if corpus.fingerprint() != as_it_was:
-                raise LcoError(f"--input={corpus.path} changed meanwhile; remove {parts.folder} and start anew")
-            skipped = parts.finish(found.total, embedder.dimension, found.ids)
-    except (LcoError, KeyboardInterrupt):
-        if parts.done:
-            kept = f"{parts.done:,} of {found.total:,} vectors are kept in {parts.folder}"
-            print(f"{kept}; the same command goes on from there", file=sys.stderr)
-        raise
-    print(f"{found.total:,} vectors of {embedder.dimension}: {args.output}")
-    if skipped:
+    with VectorParts(args.output, _work(args, as_it_was, media, checkpoint)) as parts:
+        if record := parts.whole():
+            print(f"{args.output} is whole: this very command has made its {record['vectors']:,} vectors")
+        else:
+            record = _embed(args, corpus, as_it_was, media, checkpoint, parts)
+            print(f"{record['vectors']:,} vectors of {record['dimension']}: {args.output}")
+    if skipped := record["skipped"]:
         print(f"{skipped:,} of them are empty: {args.output}.skipped.jsonl says which inputs were skipped, and why")
     return 0
+
+
+def _embed(
+    args: argparse.Namespace,
+    corpus: Corpus,
+    as_it_was: str,
+    media: MediaConfig,
+    checkpoint: Checkpoint,
+    parts: VectorParts,
+) -> dict[str, Any]:
+    """Embed what no other process does, until all is there: the record of it."""
+    strict = args.on_error == "raise"  # then what is missing is found before hours of work, not after
+
+    def look() -> dict[str, Any]:  # the first process does, for all
+        with tqdm(corpus.items(strict), desc="checking", unit="input", leave=False, delay=2) as items:
+            found = scan(items, media, strict)
+        part_rows = args.part_size or (MEDIA_A_PART if found.has_media else TEXTS_A_PART)
+        return {"total": found.total, "kinds": found.kinds, "ids": found.ids.__name__, "part_rows": part_rows}
+
+    settled = parts.settled(look)
+    found = Contents(settled["total"], settled["kinds"], {"int": int, "str": str}[settled["ids"]])
+    parts.part_rows = settled["part_rows"]  # one for all: processes that cut otherwise would not share
+    modalities = modalities_of(checkpoint, found, media, strict)
+    keep_compiled()
+    try:
+        embedder, read = load(args, checkpoint, media, modalities), corpus.reader()
+        parts.divide(found.total)
+        with tqdm(total=found.total, initial=parts.news(), desc="embedding", unit="input") as progress:
+            while True:
+                while parts.left:
+                    if unit := parts.claim():
+                        units = ((one, read(one.first, one.end)) for one in chain([unit], iter(parts.claim, None)))
+                        embed_items(embedder, units, found, parts, args, progress)
+                    else:
+                        time.sleep(POLL)  # others have what is left, and may die
+                        progress.update(parts.news())
+                if corpus.fingerprint() != as_it_was:
+                    raise LcoError(f"--input={corpus.path} changed meanwhile; remove {parts.folder} and start anew")
+                if record := parts.finish(found.total, embedder.dimension, found.ids):
+                    progress.update(found.total - progress.n)
+                    return record
+    except (LcoError, KeyboardInterrupt, SystemExit):
+        if done := parts.done:
+            kept = f"{done:,} of {found.total:,} vectors are kept in {parts.folder}"
+            print(f"{kept}; the same command goes on from there", file=sys.stderr)
+        raise
 
 
 def load(
@@ -149,36 +193,49 @@ def load(
 
 
 def embed_items(
-    embedder: OmniEmbedder, items: Iterable[Item], found: Contents, parts: VectorParts, args: argparse.Namespace
+    embedder: OmniEmbedder,
+    units: Iterable[tuple[Unit, Iterable[Item]]],
+    found: Contents,
+    parts: VectorParts,
+    args: argparse.Namespace,
+    progress: tqdm,
 ) -> None:
-    """Embed what `parts` does not hold yet. found: of all inputs, with those that it does."""
-    ids: deque[int | str] = deque()  # of inputs on their way, which are no more than a block and what is prepared ahead
+    """Embed units of `parts`, each with its inputs. They are taken ahead of what is computed. found: of all inputs."""
+    sizes = deque[int]()  # of units that are taken
+    coming = deque[tuple[Unit, int | str]]()  # inputs on their way: no more than a block and what is prepared ahead
 
     def inputs() -> Iterator[tuple[Any, str]]:
-        for item in items:
-            ids.append(item.id)
-            yield item.content, item.where
+        for unit, items in units:
+            sizes.append(len(unit))
+            count = 0
+            for item in items:
+                coming.append((unit, item.id))
+                yield item.content, item.where
+                count += 1
+            if count != len(unit):
+                raise LcoError(f"--input={args.input} changed meanwhile; remove {parts.folder} and start anew")
 
     logging.getLogger("lco_jax.embedder").setLevel(logging.ERROR)  # what it skips is counted and listed here
     contents, names = tee(inputs())
-    count = 0
-    with tqdm(total=found.total, initial=parts.done, desc="embedding", unit="input") as progress:
-        blocks = embedder.encode_blocks(
-            (content for content, _ in contents),
-            args.batch_size,
-            prompt=args.prompt,
-            max_length=args.max_length,
-            on_error=args.on_error,
-            workers=workers(args, found.has_media),
-            block_inputs=parts.part_rows,
-            progress=progress,
-            names=(where for _, where in names),
-        )
-        for block in blocks:
-            reasons = {index - block.first: reason for index, reason in block.skipped.items()}
-            parts.add([ids.popleft() for _ in block.vectors], block.vectors, reasons)
-            if count := count + len(reasons):
-                progress.set_postfix(skipped=count)
+    skipped = 0
+    blocks = embedder.encode_blocks(
+        (content for content, _ in contents),
+        args.batch_size,
+        prompt=args.prompt,
+        max_length=args.max_length,
+        on_error=args.on_error,
+        workers=workers(args, found.has_media),
+        block_inputs=parts.part_rows,
+        units=iter(sizes.popleft, None),
+        progress=progress,
+        names=(where for _, where in names),
+    )
+    for block in blocks:
+        unit, reasons = coming[0][0], {index - block.first: reason for index, reason in block.skipped.items()}
+        unit.add([coming.popleft()[1] for _ in block.vectors], block.vectors, reasons)
+        progress.update(parts.news())
+        if skipped := skipped + len(reasons):
+            progress.set_postfix(skipped=skipped)
 
 
 def workers(args: argparse.Namespace, media: bool) -> int:

@@ -84,7 +84,7 @@ class OmniEmbedder:
 
         dtype: "float32" or "bfloat16", or jax's dtype of that name: of the weights and the activations; embeddings are
         float32 either way.
-        mesh: from `lco_jax.make_mesh`; by default one copy of the model on every device.
+        mesh: from `lco_jax.make_mesh`; by default one copy of the model on every device of this process.
         modalities: what will be embedded, by default all that the checkpoint takes; ("text",) loads no tower.
         media: caps on images, sound and video (`lco_jax.MediaConfig`).
         video_positions: whose rule Qwen2.5-VL's video positions follow: transformers "4.57", with which LCO was
@@ -93,7 +93,7 @@ class OmniEmbedder:
         attention: the kernel, as of `models.attention.attention`.
         """
         checkpoint = open_checkpoint(path_or_id)
-        mesh = make_mesh() if mesh is None else mesh
+        mesh = make_mesh(devices=jax.local_devices()) if mesh is None else mesh
         known = checkpoint.backbone.modalities
         chosen = known if modalities is None else _chosen(modalities, known)
         context = checkpoint.config.max_position_embeddings
@@ -198,12 +198,15 @@ class OmniEmbedder:
         workers: int = 0,
         max_tokens: int = MAX_TOKENS,
         block_inputs: int = BLOCK_INPUTS,
+        units: Iterator[int] | None = None,
         progress: tqdm | None = None,
         names: Iterable[str] | None = None,
     ) -> Iterator[Block]:
         """As `encode`, for any number of inputs in bounded memory: consecutive `Block`s as they are ready.
 
-        block_inputs: the most inputs in a block. Where blocks end depends on it and on the inputs, and not on time.
+        block_inputs: the most inputs in a block. units: how many inputs follow that no block may share with those after
+        them; each number is asked for when the first of its inputs is prepared. Where blocks end depends on these and
+        on the inputs, and not on time.
         """
         for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens), ("block_inputs", block_inputs)):
             if value is not None and value < 1:
@@ -213,7 +216,7 @@ class OmniEmbedder:
         preparation = Preparation(self.processor, prompt, max_length)
         prepared = prepare_ahead(preparation, named(inputs, names), workers)
         first = 0
-        for ready in one_ahead(blocks_of(prepared, block_inputs, raises=on_error == "raise")):
+        for ready in one_ahead(blocks_of(prepared, block_inputs, on_error == "raise", units)):
             yield self._block(first, ready, batch_size, max_tokens, normalize, progress)
             first += len(ready)
 

@@ -16,12 +16,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet
+from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.core.errors import LcoError, explained, run_main
+from lco_jax.core.files import read_json, write_json
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Contents, Corpus, scan
-from lco_jax.data.vectors import MANIFEST, VectorParts, read_vectors, same_work
+from lco_jax.data.parts import Unit, VectorParts
+from lco_jax.data.vectors import read_vectors, same_work
 from lco_jax.embed import MEDIA_A_PART, add_flags, embed_items, load, media_config, model_work
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.searching.library import Entry, Library
@@ -107,11 +110,13 @@ def update(
     entries: by key. What a killed start has embedded lies in `parts`; what the index had is laid down after it, then
     what is new. An input that could not be embedded is tried again only when another one is new.
     """
-    table, manifest = partial(pyarrow.parquet.read_table, parts.output), parts.output.parent / MANIFEST
-    with parts:
-        if parts.output.exists() and not manifest.exists():
+    table, manifest = partial(pyarrow.parquet.read_table, parts.output), parts.output.parent / "manifest.json"
+    with parts, parts.alone(wait=False):
+        if manifest.exists():
+            same_work(read_json(manifest), parts.work, manifest.parent, parts.flag)
+        elif parts.output.exists():
             raise LcoError(f"{parts.output} is of no index of ours; give another --index")
-        same_work(manifest, parts.work, parts.flag)
+        write_json(manifest, parts.work)
         known, vectors = read_vectors([table()] if parts.output.exists() else [])
         if not parts.done and known and entries.keys() == set(known):
             return known, vectors
@@ -119,12 +124,14 @@ def update(
         lacking = entries.keys() - done
         rows = [row for row, key in enumerate(known) if key in lacking and np.isfinite(vectors[row, 0])]
         if rows:
-            parts.add([known[row] for row in rows], vectors[rows], {})
+            Unit(parts, row := parts.next_row, row + len(rows)).add([known[row] for row in rows], vectors[rows], {})
         there = done | {known[row] for row in rows}
         new = [entry.item._replace(id=key) for key, entry in entries.items() if key not in there]
         if new:
-            embed_items(embedder, new, found._replace(total=parts.done + len(new)), parts, args)
-        parts.finish(len(there) + len(new), embedder.dimension, str)
+            parts.open.add(unit := Unit(parts, row := parts.next_row, row + len(new)))
+            with tqdm(total=len(there) + len(new), initial=len(there), desc="embedding", unit="input") as progress:
+                embed_items(embedder, [(unit, new)], found, parts, args, progress)
+        parts.join(len(there) + len(new), embedder.dimension, str, recorded=False)
     return read_vectors([table()])
 
 

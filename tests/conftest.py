@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -62,8 +63,10 @@ def run_command(monkeypatch, capsys):
 
     def run(entry, *args):
         monkeypatch.setattr(sys, "argv", [entry.__name__, "--model=builtin:tiny", *map(str, args)])
+        handler = signal.getsignal(signal.SIGTERM)
         with pytest.raises(SystemExit) as done:
             run_main(entry.main)
+        signal.signal(signal.SIGTERM, handler)
         out, err = capsys.readouterr()
         return done.value.code or 0, out, err
 

@@ -198,7 +198,7 @@ def test_embed_a_txt(tmp_path, tiny):
     assert got.dtype == np.float32
     assert got.shape == (len(TEXTS), tiny.dimension)
     assert np.abs(got - tiny.encode(TEXTS)).max() < 1e-6
-    assert [path.name for path in out.parent.iterdir()] == ["vectors.npy"]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["vectors.npy", "vectors.npy.json"]
 
 
 @pytest.mark.parametrize("ids", ["field", "line"])

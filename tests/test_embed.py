@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from lco_jax import LcoError, MediaConfig
+from lco_jax.data import parts as parts_module
 from lco_jax.data.corpus import Corpus, scan
-from lco_jax.data.vectors import VectorParts
+from lco_jax.data.parts import VectorParts
 
 ROOT = Path(__file__).parents[1]
 STRANGE = "path/to/cat.png"  # a text that looks like a file
@@ -192,97 +193,191 @@ def test_the_scan_says_what_there_is_and_finds_what_is_missing(tmp_path):
     assert scan(Corpus(path).items(True), remote, True) == found
 
 
+@pytest.mark.parametrize("name", ["in.txt", "in.jsonl", "in.parquet", "."])
+def test_a_reader_gives_any_range(tmp_path, name):
+    total = 300
+    if name == ".":
+        for i in range(total):
+            (tmp_path / f"{i}.png").touch()
+    elif name == "in.parquet":
+        table = pa.table({"text": [f"{i}" for i in range(total)], "name": [f"n{i}" for i in range(total)]})
+        pyarrow.parquet.write_table(table, tmp_path / name, row_group_size=70)
+    else:
+        lines = [f'"{i}"' + "\n" * (1 + (i % 7 == 0 and name == "in.jsonl")) for i in range(total)]
+        (tmp_path / name).write_text("".join(lines))
+    corpus = Corpus(tmp_path / name)
+    items, read = list(corpus.items()), corpus.reader()
+    assert len(items) == total
+    for first, end in ((0, 3), (3, 5), (69, 71), (140, 210), (290, 310), (10, 11), (10, 11), (299, 300), (0, 300)):
+        assert list(read(first, end)) == items[first:end]
+
+
 # ---- parts
 
 
 def fill(parts, total, step=2):
     """Rows of a value that is their index, `step` at a time; row 3 is skipped."""
-    for first in range(parts.done, total, step):
-        rows = np.arange(first, min(first + step, total), dtype=np.float32)
+    parts.divide(total)
+    while unit := parts.claim():
+        add(unit, unit.first, unit.end, step)
+
+
+def add(unit, first, end, step=2):
+    for row in range(first, end, step):
+        rows = np.arange(row, min(row + step, end), dtype=np.float32)
         vectors = np.repeat(rows[:, None], 4, axis=1)
         vectors[rows == 3] = np.nan
-        parts.add([f"k{i:.0f}" for i in rows], vectors, {int(i) - first: "why" for i in rows if i == 3})
+        unit.add([f"k{i:.0f}" for i in rows], vectors, {int(i) - row: "why" for i in rows if i == 3})
 
 
-def check(output, total):
+def check(output, total, recorded=True):
     want = np.repeat(np.arange(total, dtype=np.float32)[:, None], 4, axis=1)
     want[3] = np.nan
     if output.suffix == ".npy":
         np.testing.assert_array_equal(np.load(output), want)
     else:
-        table = pyarrow.parquet.read_table(output).to_pydict()
+        table = pyarrow.parquet.read_table(output, columns=["id", "embedding"]).to_pydict()  # also a folder of them
         assert table["id"] == [f"k{i}" for i in range(total)]
         assert table["embedding"] == [None if i == 3 else [float(i)] * 4 for i in range(total)]
     skipped = output.with_name(output.name + ".skipped.jsonl")
     assert json.loads(skipped.read_text()) == {"index": 3, "id": "k3", "reason": "why"}
+    assert not recorded or VectorParts(output, {"a": 1}).whole()["vectors"] == total
 
 
-@pytest.mark.parametrize("suffix", ["npy", "parquet"])
-def test_parts_become_the_output(tmp_path, suffix):
-    output = tmp_path / "new" / f"out.{suffix}"
-    with VectorParts(output, {}, 4) as parts:
+OUTPUTS = pytest.mark.parametrize("name", ["out.npy", "out.parquet", "out"])
+
+
+@OUTPUTS
+def test_parts_become_the_output(tmp_path, name):
+    output = tmp_path / "new" / name
+    with VectorParts(output, {"a": 1}, 4) as parts:
+        assert parts.settled(lambda: {"total": 6}) == {"total": 6}
+        assert parts.settled(lambda: {"total": 7}) == {"total": 6}
         fill(parts, 6)
-        names = sorted(x.name for x in parts.folder.iterdir())
-        assert names == ["000000000000-000000000004.parquet", "manifest.json"]
-        assert parts.finish(7 - 1, 4, str) == 1
+        names = sorted(x.name for x in parts.folder.iterdir() if x.name[0] != "_")
+        assert names == ["000000000000-000000000004.parquet", "000000000004-000000000006.parquet"]
+        assert parts.finish(6, 4, str)["skipped"] == 1
     check(output, 6)
-    assert len(list(output.parent.iterdir())) == 2
-    with VectorParts(output, {}, 4) as parts:  # and again, with nothing skipped
-        parts.add([1], np.ones((1, 4), np.float32), {})
-        assert parts.finish(1, 4, int) == 0
-    assert [x.name for x in output.parent.iterdir()] == [output.name]
+    beside = {f"{name}.skipped.jsonl", *([] if name == "out" else [f"{name}.json"])}
+    assert {x.name for x in output.parent.iterdir()} == {name, *beside}
+    if name == "out":
+        assert sorted(os.listdir(output)) == [*names, "_index.json"]
+        assert json.loads((output / "_index.json").read_text())["parts"] == names
+        with pytest.raises(LcoError, match="out holds other work: a was 1 and is 2"):
+            VectorParts(output, {"a": 2}).whole()
+        return
+    assert VectorParts(output, {"a": 2}).whole() is None
+    with VectorParts(output, {"a": 2}, 4) as parts, parts.alone():
+        parts_module.Unit(parts, 0, 1).add([1], np.ones((1, 4), np.float32), {})  # and again, with nothing skipped
+        assert parts.join(1, 4, int)["skipped"] == 0
+    assert {x.name for x in output.parent.iterdir()} == {name, f"{name}.json"}
+
+
+def test_processes_share_the_units_and_what_one_leaves_another_makes(tmp_path):
+    output = tmp_path / "out.npy"
+    with VectorParts(output, {"a": 1}, 4) as one, VectorParts(output, {"a": 1}, 4) as other:
+        one.settled(dict)
+        one.divide(10), other.divide(10)
+        mine, theirs = one.claim(), other.claim()
+        assert [(mine.first, mine.end), (theirs.first, theirs.end)] == [(0, 4), (4, 8)]
+        add(mine, 0, 2)
+        mine.close()  # as a process that is killed, but for what waits
+        add(theirs, 4, 8)
+        left = [other.claim(), other.claim(), other.claim()]
+        assert [(unit.first, unit.end) for unit in left[:2]] == [(2, 4), (8, 10)]
+        assert left[2] is None
+        assert one.claim() is None, "all that one has in view is made, or in the hands of the other"
+        assert set(one.left) == {8}
+        add(left[0], 2, 4)
+        add(left[1], 8, 10)
+        assert one.claim() is None
+        assert not one.left
+        assert one.news() == 8
+        assert one.news() == 0
+        assert other.finish(10, 4, str)["vectors"] == one.finish(10, 4, str)["vectors"] == 10
+    check(output, 10)
+    assert not one.folder.exists()
+
+
+@OUTPUTS
+def test_a_process_that_hangs_is_overtaken_and_no_row_is_there_twice(tmp_path, name, monkeypatch):
+    with VectorParts(tmp_path / name, {"a": 1}, 6) as one, VectorParts(tmp_path / name, {"a": 1}, 6) as other:
+        one.settled(dict)
+        one.divide(6), other.divide(6)
+        hung = one.claim()
+        monkeypatch.setattr(parts_module, "PART_SECONDS", 0)
+        add(hung, 0, 2)
+        assert other.claim() is None
+        monkeypatch.setattr(parts_module, "STALE", 0)
+        unit = other.claim()
+        assert (unit.first, unit.end) == (2, 6)
+        add(hung, 2, 5, 3)  # it goes on, after all
+        add(unit, 2, 6, 2)
+        assert other.done == 6
+        assert other.finish(6, 4, str)["vectors"] == 6
+        hung.add(["k5"], np.full((1, 4), 5, np.float32), {})
+    check(tmp_path / name, 6)
 
 
 def test_a_gap_is_made_again_and_a_torn_part_named(tmp_path):
     output = tmp_path / "out.npy"
 
     def begin():
-        with VectorParts(output, {}, 2) as parts:
-            done = parts.done
+        with VectorParts(output, {"a": 1}, 2) as parts:
+            with parts.alone():
+                done = parts.done
             fill(parts, 8)
             return done, parts
 
     assert begin()[0] == 0
     (tmp_path / "out.npy.partial" / "000000000002-000000000004.parquet").unlink()
+    with VectorParts(output, {"a": 1}, 2) as parts:
+        assert parts.finish(8, 4, str) is None
+        assert parts.left == {2: 4}
     done, parts = begin()
-    assert done == 2
+    assert done == 6
     torn = parts.folder / "000000000004-000000000006.parquet"
     torn.write_bytes(b"torn")
-    with VectorParts(output, {}, 2) as parts, pytest.raises(LcoError) as error:
+    with VectorParts(output, {"a": 1}, 2) as parts, pytest.raises(LcoError) as error:
         parts.finish(8, 4, str)
     assert sentence(error).startswith(f"{torn} is torn; remove it")
     torn.unlink()
-    with VectorParts(output, {}, 2) as parts:
-        assert parts.done == 4
-        fill(parts, 8)
+    assert begin()[0] == 6
+    with VectorParts(output, {"a": 1}, 2) as parts:
         parts.finish(8, 4, str)
     check(output, 8)
 
 
 def test_other_work_is_refused(tmp_path):
     output, work = tmp_path / "out.npy", {"--dtype": "float32", "--on-error": "raise"}
-    with VectorParts(output, work, 2) as parts:
-        fill(parts, 2)
+
+    def enter(output, work):
+        with VectorParts(output, work, 2) as parts, parts.alone(wait=False):
+            return parts.done
+
+    with VectorParts(output, work, 2) as parts, parts.alone():
+        parts_module.Unit(parts, 0, 2).add(["a", "b"], np.ones((2, 4), np.float32), {})
         with pytest.raises(LcoError, match="another process writes"):
-            VectorParts(output, work, 2).__enter__()
+            enter(output, work)
     with pytest.raises(LcoError) as error:
-        VectorParts(output, {**work, "--dtype": "bfloat16"}, 2).__enter__()
+        enter(output, {**work, "--dtype": "bfloat16"})
     assert "--dtype was 'float32' and is 'bfloat16'; give another --output, or remove the folder" in sentence(error)
     for _ in range(2):  # what was made while every input was good, a run that skips can use
-        with VectorParts(output, {**work, "--on-error": "skip"}, 2) as parts:
-            assert parts.done == 2
+        assert enter(output, {**work, "--on-error": "skip"}) == 2
     with pytest.raises(LcoError, match="--on-error was 'skip' and is 'raise'"):
-        VectorParts(output, work, 2).__enter__()
+        enter(output, work)
     (tmp_path / "out.parquet.partial").mkdir()
     (tmp_path / "out.parquet.partial" / "mine").touch()
-    with pytest.raises(LcoError, match="holds mine and no manifest of ours"):
-        VectorParts(tmp_path / "out.parquet", work, 2).__enter__()
+    with pytest.raises(LcoError, match="holds mine and no index of ours"):
+        enter(tmp_path / "out.parquet", work)
 
 
 def test_a_folder_without_a_whole_part_vanishes_and_a_failure_keeps_the_rest(tmp_path):
     def fail(rows):
         with VectorParts(tmp_path / "out.npy", {}, 100) as parts:
-            fill(parts, rows)
+            parts.settled(dict)
+            parts.divide(10)
+            add(parts.claim(), 0, rows)
             raise KeyboardInterrupt
 
     for rows in (0, 4):
@@ -316,12 +411,23 @@ def deadly(call, fatal):  # dies just before or just after one of its calls
 
 def write():
     with VectorParts(output, {"a": 1}, 2) as parts:
-        fill(parts, 5)
-        parts.finish(5, 4, str)
+        if not parts.whole():
+            parts.settled(dict)
+            fill(parts, 5)
+            parts.finish(5, 4, str)
+
+def old():
+    for path in (output, output.with_name(output.name + ".json"), output.with_name(output.name + ".skipped.jsonl")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if output.suffix:
+        output.write_bytes(b"old")  # a folder would be refused
+
+def is_old():
+    return output.read_bytes() == b"old" if output.suffix else not output.exists()
 
 def run(fatal=None):  # in a process of its own -> its status
     if os.fork() == 0:
-        for name in ("mkdir", "fsync", "replace", "unlink", "rmdir", "open", "close"):
+        for name in ("mkdir", "fsync", "replace", "rename", "unlink", "rmdir", "open", "close"):
             setattr(os, name, deadly(getattr(os, name), fatal))
         write()
         os._exit(0)
@@ -330,13 +436,12 @@ def run(fatal=None):  # in a process of its own -> its status
 write()  # here, so that what pyarrow imports late (pandas, where it is) is not imported by every process
 kills = 0
 while True:
-    output.write_bytes(b"old")
-    output.with_name(output.name + ".skipped.jsonl").unlink(missing_ok=True)
+    old()
     if status := run((kills // 2 + 1, ("before", "after")[kills % 2])):
         assert status == signal.SIGKILL, status
         kills += 1
-        if output.read_bytes() != b"old":
-            check(output, 5)
+        if not is_old():
+            check(output, 5, recorded=False)
         assert run() == 0
     check(output, 5)
     assert not output.with_name(output.name + ".partial").exists()
@@ -347,10 +452,10 @@ print(kills)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", ["npy", "parquet"])
-def test_sigkill_at_every_step(tmp_path, suffix):
+@OUTPUTS
+def test_sigkill_at_every_step(tmp_path, name):
     """Before and after each of its calls a process dies; whatever is there is whole, and the next one ends well."""
-    output = tmp_path / f"out.{suffix}"
+    output = tmp_path / name
     command = [sys.executable, "-W", "ignore", "-c", KILLED, str(output), str(Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
@@ -429,6 +534,31 @@ def test_a_folder_in_processes(tmp_path, tiny, run_embed, pictures):
     assert "a.wav has audio" in reasons[1]["reason"]
 
 
+def test_a_folder_of_parts_and_a_work_that_is_whole(tmp_path, run_embed, load):
+    source, output = tmp_path / "in.txt", tmp_path / "out"
+    source.write_text("".join(f"text {i}\n" for i in range(12)))
+    command = [f"--input={source}", f"--output={output}"]
+    assert run_embed(*command, "--part-size=5")[1] == f"12 vectors of {load('builtin:tiny').dimension}: {output}\n"
+    table = pyarrow.parquet.read_table(output)
+    assert table["id"].to_pylist() == list(range(12))
+    want = load("builtin:tiny", None, "float32").encode([f"text {i}" for i in range(12)])
+    np.testing.assert_allclose(np.array(table["embedding"].to_pylist()), want, atol=1e-5)
+    status, out, _ = run_embed(*command)
+    assert (status, out) == (0, f"{output} is whole: this very command has made its 12 vectors\n")
+    assert not Path(f"{output}.partial").exists()
+    status, _, err = run_embed(*command, "--max-length=3")
+    assert status == 2
+    assert f"{output} holds other work: --max-length was None and is 3; give another --output, or remove" in err
+    for kind in ("npy", "parquet"):
+        (tmp_path / f"a.{kind}").mkdir()
+        assert f"a.{kind} is a folder; give" in run_embed(f"--input={source}", f"--output={tmp_path / f'a.{kind}'}")[2]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").touch()
+    assert "is a folder of something else" in run_embed(f"--input={source}", f"--output={tmp_path / 'mine'}")[2]
+    source.write_text("other\n")
+    assert "what --input holds was" in run_embed(*command)[2]
+
+
 def test_a_table_of_pictures_and_the_caps_on_media(tmp_path, run_embed, pictures, load):
     content = [(tmp_path / "media" / f"{i}.png").read_bytes() for i in range(3)]
     pyarrow.parquet.write_table(
@@ -476,9 +606,12 @@ def children(process):
 
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path):
-    """Equal bits to a quiet run, nothing half-written, no part lost, and no worker outlives its parent."""
-    lines = [{"key": i, "text": f"{'word ' * (i % 40)}{i}"} for i in range(600)]
-    for i in range(0, 600, 3):
+    """Two processes share a work, and both are killed; equal bits to a quiet run, and no worker outlives its parent.
+
+    Many more of them: `python -m benchmarks sharing`.
+    """
+    lines = [{"key": i, "text": f"{'word ' * (i % 40)}{i}"} for i in range(1500)]
+    for i in range(0, 1500, 3):
         picture(tmp_path / f"{i}.png", i)
         lines[i] = {"key": i, "image_path": f"{i}.png"}
     source = write_lines(tmp_path / "in.jsonl", *lines)
@@ -492,32 +625,33 @@ def test_killed_at_random_moments(tmp_path):
     quiet, output = tmp_path / "quiet.npy", tmp_path / "out.npy"
     assert start(quiet).wait() == 0
     parts = Path(f"{output}.partial")
-    draw = random.Random(0)
-    kept = 0
-    for _ in range(2):
-        job = start(output)
-        wait_for = kept + 50 * draw.randrange(1, 4)
-        while job.poll() is None and done(parts) < wait_for:
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.2))
-        workers = children(job.pid)
+    draw, workers = random.Random(0), []
+    for job in [start(output), start(output)]:  # the second is killed while it makes what the first has left
+        kept = len(done(parts))
+        while job.poll() is None and len(done(parts)) < kept + 2:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.02))
+        workers += children(job.pid)
         job.kill()
         assert job.wait() == -signal.SIGKILL, "it ended before it was killed"
-        assert workers
-        assert not output.exists()
-        assert done(parts) >= wait_for
-        kept = done(parts)
-        end = time.monotonic() + 20
-        while any(Path(f"/proc/{worker}").exists() for worker in workers):
-            assert time.monotonic() < end, "a worker outlives its parent"
-            time.sleep(0.1)
-    assert start(output).wait() == 0
+    assert len(workers) >= 2
+    end = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < end, "a worker outlives its parent"
+        time.sleep(0.1)
+    assert not output.exists()
+    kept = {part: part.stat().st_ino for part in done(parts)}
+    last = start(output)
+    while last.poll() is None and len(done(parts)) <= len(kept):
+        time.sleep(0.01)
+    assert kept.items() <= {part: part.stat().st_ino for part in done(parts)}.items(), "a part is made twice"
+    assert last.wait() == 0
     assert output.read_bytes() == quiet.read_bytes()
     assert not parts.exists()
 
 
 def done(parts):
-    return max((int(x.stem.split("-")[1]) for x in parts.glob("*-*.parquet")), default=0)
+    return sorted(parts.glob("*-*.parquet"))
 
 
 @pytest.mark.slow

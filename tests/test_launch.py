@@ -17,7 +17,7 @@ import pytest
 LAUNCH = Path(__file__).parents[1] / "launch"
 STUBS = ("gcloud", "xpk", "kubectl", "sbatch", "srun", "scontrol", "squeue", "python")
 STUB = """#!/usr/bin/env bash
-{ printf '%s\\x1f' "${0##*/}" "$@"; echo; } >>"$CALLS"
+line=$(printf '%s\\x1f' "${0##*/}" "$@") && echo "$line" >>"$CALLS"  # in one piece: others call, too
 times() { grep -c -- "$1" "$CALLS" || true; }  # how many calls so far, this one with them, say so
 source "$PART"
 """
@@ -104,7 +104,8 @@ def launcher(tmp_path):
         ("gke.sh", ["delete"], GKE, ""),
         ("slurm.sh", ["train"], SLURM, "echo 7"),
         ("local.sh", ["3", "train"], {}, ""),
-        ("local.sh", ["1", "embed"], {}, ""),
+        ("local.sh", ["3", "embed"], {}, ""),
+        ("slurm.sh", ["embed"], {**SLURM, "PER": "node"}, "echo 7"),
     ],
 )
 def test_a_dry_run_prints_what_a_run_calls(launcher, script, arguments, environment, part):
@@ -258,6 +259,16 @@ def test_processes_start_again_together_where_that_helps(launcher, first, later,
     assert status == ended, error
     assert launcher.count("process_id=0") == launcher.count("process_id=1") == runs
     assert error.count("restart ") == runs - 1
+
+
+@pytest.mark.parametrize(("last", "ended", "runs"), [("exit 0", 0, 1), ("exit 2", 2, 1), ("exit 137", 137, 3)])
+def test_processes_that_share_a_work_outlive_one_another(launcher, last, ended, runs):
+    """Of three, one dies at once and one soon; the last ends well, and nobody is told to end before."""
+    part = f"""for n in {{1..9}}; do mkdir "$CALLS.$n" 2>/dev/null && break; done
+    case $((n % 3)) in 1) exit 137 ;; 2) sleep 0.1; exit 137 ;; 0) sleep 0.5; {last} ;; esac"""
+    status, _, error = launcher.run("local.sh", "3", "embed", *FLAGS, part=part, RETRIES="2")
+    assert (status, launcher.count("lco_jax.embed")) == (ended, 3 * runs), error
+    assert "--process_id" not in str(launcher.calls)
 
 
 def test_a_process_that_does_not_end_is_killed(launcher):

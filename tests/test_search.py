@@ -249,7 +249,12 @@ def start(monkeypatch, capsys, load, tmp_path):
     monkeypatch.setattr(OmniEmbedder, "from_pretrained", load)
     embedded = []
     embed_items = search.embed_items
-    monkeypatch.setattr(search, "embed_items", lambda e, items, *a: (embedded.extend(items), embed_items(e, items, *a)))
+
+    def spied(embedder, units, *args):
+        embedded.extend(units[0][1])
+        embed_items(embedder, units, *args)
+
+    monkeypatch.setattr(search, "embed_items", spied)
 
     def start(*args):
         embedded.clear()
@@ -292,7 +297,7 @@ def test_changed_and_vanished_files_and_a_start_that_was_ended(start, tmp_path, 
     os.utime(changed, (5, 5))
     (folder / "b.png").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(search.VectorParts, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(search.VectorParts, "join", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             start()
     library, embedded, _ = start()

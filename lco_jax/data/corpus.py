@@ -2,8 +2,11 @@
 
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,9 +74,32 @@ class Corpus:
 
         Raises naming the file and line of the first that is malformed.
         """
-        read = self._folder if self.path.is_dir() else getattr(self, f"_{self.path.suffix[1:]}")
+        return self._parsed(self._unread(0), file_lookup(check_media))
+
+    def reader(self) -> Callable[[int, int], Iterator[Item]]:
+        """A function from (first, end) to those inputs, which are to be taken before it is called again.
+
+        Ranges in ascending order cost one pass over the input, of which little is done for what lies between.
+        """
+        unread, at = self._unread(0), 0
+
+        def read(first: int, end: int) -> Iterator[Item]:
+            nonlocal unread, at
+            if first < at or (first > at and self.path.suffix == ".parquet"):
+                unread, at = self._unread(first), first
+            skipped, at = first - at, end
+            return self._parsed(islice(unread, skipped, skipped + end - first), None)
+
+        return read
+
+    def _parsed(self, unread: Iterable[Callable[..., Item]], exists: Callable[[str], bool] | None) -> Iterator[Item]:
         with explained(f"{self.flag}={self.path} cannot be read", OSError):
-            yield from read(file_lookup(check_media))
+            for parse in unread:
+                yield parse(exists)
+
+    def _unread(self, first: int) -> Iterator[Callable[..., Item]]:
+        """What makes an item of each input from `first` on."""
+        return (self._folder if self.path.is_dir() else getattr(self, f"_{self.path.suffix[1:]}"))(first)
 
     def fingerprint(self) -> str:
         """What tells whether it has changed: size and time of change of the file, or of each medium of the folder."""
@@ -81,14 +107,19 @@ class Corpus:
             return fingerprint([(self.path.name, self.path.stat())])
         return fingerprint((name, entry.stat()) for name, entry in _walk(self.path))
 
-    def _txt(self, _: Callable | None) -> Iterator[Item]:
-        return (Item(number, {"text": line}, where) for number, line, where in _lines(self.path))
+    def _txt(self, first: int) -> Iterator[Callable[..., Item]]:
+        for number, line, where in islice(_lines(self.path), first, None):
+            yield partial(_ready, Item(number, {"text": line}, where))
 
-    def _jsonl(self, exists: Callable[[str], bool] | None) -> Iterator[Item]:
-        for number, item, where in json_lines(self.path):
-            yield Item(self._id(item, number, where), self._content(item, where, exists), where)
+    def _jsonl(self, first: int) -> Iterator[Callable[..., Item]]:
+        def parse(exists: Callable | None, number: int, line: str, where: str) -> Item:
+            item = _json(line, where)
+            return Item(self._id(item, number, where), self._content(item, where, exists), where)
 
-    def _parquet(self, exists: Callable[[str], bool] | None) -> Iterator[Item]:
+        for number, line, where in islice(_full_lines(self.path), first, None):
+            yield partial(parse, number=number, line=line, where=where)
+
+    def _parquet(self, first: int) -> Iterator[Callable[..., Item]]:
         torn = explained(f"{self.path} is torn or not a parquet file", pyarrow.lib.ArrowException, OSError)
         with torn, pyarrow.parquet.ParquetFile(self.path) as file:
             names = file.schema_arrow.names
@@ -97,19 +128,32 @@ class Corpus:
             if self.id_field and self.id_field not in names:
                 raise LcoError(f"{self.path} has no column {self.id_field!r}; its columns: {', '.join(names)}")
             columns = [name for name in names if name in (*KEYS, self.id_field)]
-            batches = file.iter_batches(ROWS_AT_ONCE, columns=columns)
-            for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            ends = list(accumulate(sizes))
+            group = bisect_right(ends, first)  # whole groups before it are not even decoded
+            number = ends[group] - sizes[group] if group < len(ends) else 0
+
+            def parse(exists: Callable | None, number: int, row: dict[str, Any]) -> Item:
                 where = f"{self.path}, row {number}"
                 content = {key: _cell(value) for key, value in row.items() if key in KEYS}
-                yield Item(self._id(row, number, where), self._content(content, where, exists), where)
+                return Item(self._id(row, number, where), self._content(content, where, exists), where)
 
-    def _folder(self, _: Callable | None) -> Iterator[Item]:
-        name = None
+            for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=range(group, len(ends)), columns=columns):
+                if number + len(batch) > first:
+                    for i, row in enumerate(batch.to_pylist()):
+                        if number + i >= first:
+                            yield partial(parse, number=number + i, row=row)
+                number += len(batch)
+
+    def _folder(self, first: int) -> Iterator[Callable[..., Item]]:
+        found = 0
         for name, entry in _walk(self.path):
             check_text(name, f"the file name {os.fsencode(name)!r} in {self.path}")
             kind = is_media_file(name)
-            yield Item(name, ({"type": kind, kind: entry.path},), name)
-        if name is None:
+            found += 1
+            if found > first:
+                yield partial(_ready, Item(name, ({"type": kind, kind: entry.path},), name))
+        if not found:
             raise LcoError(f"{self.flag}={self.path} holds no image, video or audio file")
 
     def _id(self, item: Any, number: int, where: str) -> int | str:
@@ -173,11 +217,21 @@ def scan(items: Iterable[Item], media: MediaConfig, check_media: bool) -> Conten
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any, str]]:
     """(number from 0, value, file and line for errors) of every line of a .jsonl that is not blank."""
-    for number, line, where in _lines(path):
-        if line.strip():
-            with explained(f"{where}: not valid JSON", ValueError, RecursionError):
-                value = json.loads(line)
-            yield number, value, where
+    return ((number, _json(line, where), where) for number, line, where in _full_lines(path))
+
+
+def _ready(item: Item, _: Callable | None) -> Item:
+    return item
+
+
+def _json(line: str, where: str) -> Any:
+    with explained(f"{where}: not valid JSON", ValueError, RecursionError):
+        return json.loads(line)
+
+
+def _full_lines(path: Path) -> Iterator[tuple[int, str, str]]:
+    """As `_lines`, without those that are blank."""
+    return (line for line in _lines(path) if line[1].strip())
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str, str]]:

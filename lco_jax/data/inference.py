@@ -37,17 +37,19 @@ class InferenceBatch(NamedTuple):
 
 
 def blocks_of(
-    prepared: Iterator[Processed | LcoError], block_inputs: int, raises: bool
+    prepared: Iterator[Processed | LcoError], block_inputs: int, raises: bool, units: Iterator[int] | None = None
 ) -> Iterator[list[Processed | LcoError]]:
-    """Blocks of at most so many inputs and, but for a single large one, bytes."""
+    """Blocks of at most so many inputs and, but for a single large one, bytes. units: sizes; no block has of two."""
     ready: list[Processed | LcoError] = []
-    held = 0
+    held = left = 0
     for one in prepared:
         if isinstance(one, LcoError) and raises:
             raise one
+        left = left or (next(units) if units else -1)
+        left -= 1
         ready.append(one)
         held += 0 if isinstance(one, LcoError) else sum(placed.item.values.nbytes for placed in one.media)
-        if len(ready) >= block_inputs or held >= BLOCK_BYTES:
+        if len(ready) >= block_inputs or held >= BLOCK_BYTES or left == 0:
             yield ready
             ready, held = [], 0
     if ready:
