@@ -123,7 +123,7 @@ def test_groups_are_read_in_every_spelling():
 
 def test_copies_compute_and_send_what_shapes_make_of_it(configured, unsplit):
     """FLOPs to the last one, written out here; what is sent is the adapters' gradient and what the loss needs."""
-    step = _step(configured("--config.model.remat=none", "--config.model.dtype=float32", FEW), 8, 1, 1)
+    step = _step(configured("--config.model.remat=none", FEW), 8, 1, 1)
     kinds, counts = step.compile("none", 0)
     c = step.checkpoint.config
     d, f, kv, texts = c.hidden_size, c.intermediate_size, c.num_kv_heads * c.head_dim, RECORDS * 3 // 8
