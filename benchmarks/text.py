@@ -104,7 +104,7 @@ def matmul_ceiling(dtype: str) -> float:
     import jax.numpy as jnp
 
     best = 0.0
-    for n in (2048, 4096) if jax.default_backend() == "cpu" else (8192, 16384):
+    for n in (1024, 2048) if jax.default_backend() == "cpu" else (8192, 16384):
         a = jnp.ones((n, n), dtype)
         product = jax.jit(lambda a, b: a @ b)
         product(a, a).block_until_ready()

@@ -83,7 +83,9 @@ def test_the_laboratory_runs_in_its_notebook_and_goes_on(monkeypatch, tmp_path):
     gone = out / "seed-0" / "runs" / "projection-8.json"
     was = json.loads(gone.read_text())
     gone.unlink()
-    again = experiment(get_config("short"), out, "again")
+    command = [sys.executable, "-m", "laboratory", "--config=configs/lab.py:short", f"--workdir={out}"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    again = json.loads((out / "results.json").read_text())
     assert again["runs"][4]["representation"] == was["representation"]  # its training was there and is only measured
     assert {path for path in before if path.stat().st_mtime_ns != before[path]} == {gone}
     other = get_config("short")

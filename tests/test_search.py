@@ -27,6 +27,8 @@ from lco_jax.searching.library import Entry, Library
 from lco_jax.searching.nearest import Nearest, with_graph
 from lco_jax.searching.server import LOOPBACK, Server
 
+ROOT = Path(__file__).parents[1]
+
 
 def unit(n, d, seed=0):
     x = np.random.default_rng(seed).standard_normal((n, d)).astype(np.float32)
@@ -332,8 +334,8 @@ def test_mistakes_are_one_sentence(monkeypatch, run_command, tmp_path):
 def serving(*args):
     """The command in a process of its own: its address."""
     command = [sys.executable, "-m", "lco_jax.search", "--port=0", "--workers=0", *map(str, args)]
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[1])}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         for line in process.stdout:
             if found := re.search(r"http://\S+", line):
