@@ -74,7 +74,7 @@ def open_job(config: ConfigDict, workdir: Path, generative: bool = False) -> Job
     mesh = make_mesh(**config.mesh)
     pipeline.check_mesh(mesh)
     checkpoint = open_checkpoint(config.model.path)
-    sources = pipeline.open_sources(config.data)
+    sources, processor, layout = open_data(config, checkpoint, generative)
     records = sum(len(source) for source in sources.values())
     batch_size = config.train.batch_size
     total_steps = config.train.steps or max(int(config.train.epochs * records / batch_size), 1)
@@ -85,22 +85,11 @@ def open_job(config: ConfigDict, workdir: Path, generative: bool = False) -> Job
     if skipped := sum(source.skipped for source in sources.values()):
         say(f"{skipped:,} bad records skipped")
 
-    media = MediaConfig(**config.data.media)
-    context = checkpoint.config.max_position_embeddings
-    processor = Processor(checkpoint.folder, context, media, modalities=checkpoint.backbone.modalities)
-    most = max(source.max_negatives for source in sources.values())
-    layout = pipeline.Layout(
-        batch_size=batch_size,
-        max_negatives=most if config.data.max_negatives < 0 else min(most, config.data.max_negatives),
-        head=processor.tokenizer.head,
-        chunk_tokens=config.train.chunk_tokens,
-        on_bad=config.data.on_bad,
-        generative=generative,
-    )
     files = [JsonlSource(file, config.data.on_bad) for file in config.eval.path.split(",") if file]
     held_out = {source.path.stem: source for source in files}
     if len(held_out) < len(files):
         raise LcoError(f"config.eval.path={config.eval.path} names two files alike; scores go by their names")
+    media = MediaConfig(**config.data.media)
     towers = _towers(checkpoint, {**{f"held-out data {name}": one for name, one in held_out.items()}, **sources}, media)
     if training.tune.towers != "none":
         towers = list(checkpoint.towers)
@@ -115,6 +104,35 @@ def open_job(config: ConfigDict, workdir: Path, generative: bool = False) -> Job
         config, workdir, mesh, checkpoint, sources, processor, layout, training, model, params,
         {name: list(source) for name, source in held_out.items()}, total_steps,
     )  # fmt: skip
+
+
+def open_data(
+    config: ConfigDict, checkpoint: Checkpoint, generative: bool = False
+) -> tuple[dict[str, Source], Processor, pipeline.Layout]:
+    """What a run reads, what makes inputs of it, and how they are laid into batches, not yet planned."""
+    sources = pipeline.open_sources(config.data)
+    media, context = MediaConfig(**config.data.media), checkpoint.config.max_position_embeddings
+    processor = Processor(checkpoint.folder, context, media, modalities=checkpoint.backbone.modalities)
+    most = max(source.max_negatives for source in sources.values())
+    layout = pipeline.Layout(
+        batch_size=config.train.batch_size,
+        max_negatives=most if config.data.max_negatives < 0 else min(most, config.data.max_negatives),
+        head=processor.tokenizer.head,
+        chunk_tokens=config.train.chunk_tokens,
+        on_bad=config.data.on_bad,
+        generative=generative,
+    )
+    return sources, processor, layout
+
+
+def batches_of(
+    config: ConfigDict, sources: Mapping[str, Source], layout: pipeline.Layout, processor: Processor
+) -> grain.MapDataset:
+    """This process's share of each global batch of a run."""
+    weights = {name: config.data.sources[name].get("weight", len(source)) for name, source in sources.items()}
+    run = layout.batch_size if config.data.batches == "homogeneous" else 1
+    stream = pipeline.record_stream(sources, weights, config.seed, run)
+    return pipeline.local_batches(stream, layout, processor, config.data.max_length)
 
 
 @dataclass
@@ -135,10 +153,7 @@ def begin(job: Job) -> Run:
     The job's parameters are afterwards those alone that the run leaves as they are.
     """
     config, layout, training = job.config, job.layout, job.training
-    weights = {name: config.data.sources[name].get("weight", len(source)) for name, source in job.sources.items()}
-    run = layout.batch_size if config.data.batches == "homogeneous" else 1
-    stream = pipeline.record_stream(job.sources, weights, config.seed, run)
-    batches = pipeline.local_batches(stream, layout, job.processor, config.data.max_length)
+    batches = batches_of(config, job.sources, layout, job.processor)
     sample = draw(batches, layout, media=bool(job.model.towers))
 
     @functools.cache

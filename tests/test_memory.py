@@ -63,7 +63,7 @@ def test_no_frozen_weight_is_kept(policy):
     deep, shallow = (
         memory._kept(memory.replace(GEOMETRY, num_layers=n), policy, "float32", 4, 0.0, (8, ((8, 1),))) for n in (4, 3)
     )
-    weights = memory._bytes(abstract_params(GEOMETRY)["layers"]) / GEOMETRY.num_layers
+    weights = memory.held_bytes(abstract_params(GEOMETRY)["layers"]) / GEOMETRY.num_layers
     assert 8 * GEOMETRY.hidden_size * 4 <= deep - shallow < weights / 4
 
 

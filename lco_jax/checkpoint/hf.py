@@ -4,8 +4,8 @@ Which key is which parameter is said by each backbone's key table (`models/regis
 """
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from lco_jax.core.files import read_json, resolve
 from lco_jax.core.lora import DECODER_LINEARS
 from lco_jax.core.packing import PackedTokens
 from lco_jax.core.quantize import quantize as quantize_matrix
-from lco_jax.core.sharding import shardings
+from lco_jax.core.sharding import placed, shardings
 from lco_jax.models.attention import IMPLEMENTATIONS
 from lco_jax.models.config import DecoderConfig
 from lco_jax.models.decoder import REMAT_POLICIES, Decoder
@@ -45,7 +45,7 @@ class Checkpoint:
 
     config: the decoder's geometry; towers: each tower's, by name. model_config: the part of config.json that describes
     the model. keys: part ("decoder", a tower, or an untied "head") -> {our name, e.g. layers.3.mlp.up_proj.weight: key
-    in the files}.
+    in the files}. Of one that was opened by its geometry alone, tensors is None, and no part has a key.
     """
 
     folder: Path
@@ -53,17 +53,14 @@ class Checkpoint:
     config: DecoderConfig
     towers: dict[str, Any]
     model_config: dict[str, Any]
-    tensors: TensorFolder
+    tensors: TensorFolder | None
     keys: dict[str, dict[str, str]]
 
 
 def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
     """Open a folder or hub id and check every key: unknown, missing, duplicate or misshapen ones raise by name."""
-    folder = builtin.find(str(path_or_id)) or resolve(path_or_id, CHECKPOINT_FILES)
-    where = str(folder / "config.json")
-    backbone, model_config = find_backbone(read_json(folder / "config.json"), where)
-    config = DecoderConfig.from_hf(model_config, where)
-    towers = {name: read(model_config, where, config) for name, (_, read) in backbone.towers.items()}
+    opened = open_geometry(path_or_id, CHECKPOINT_FILES)
+    folder, backbone, config, towers = opened.folder, opened.backbone, opened.config, opened.towers
     tensors = TensorFolder(folder)
     parts = {"decoder": abstract_params(config)}
     parts |= {name: abstract_params(tower_module(backbone, name, towers[name])) for name in towers}
@@ -89,7 +86,21 @@ def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
         by_part[part][rest] = keys[name]
     if not config.tie_word_embeddings:
         by_part["head"] = {"weight": keys[HEAD]}
-    return Checkpoint(folder, backbone, config, towers, model_config, tensors, by_part)
+    return replace(opened, tensors=tensors, keys=by_part)
+
+
+def open_geometry(path_or_id: str | Path, files: Sequence[str] = CHECKPOINT_FILES[:-2]) -> Checkpoint:
+    """A checkpoint by its config.json, all that a folder needs to hold; nothing can be loaded of it.
+
+    files: what is fetched of a hub id, by default no tensors.
+    """
+    folder = builtin.find(str(path_or_id)) or resolve(path_or_id, files)
+    where = str(folder / "config.json")
+    backbone, model_config = find_backbone(read_json(folder / "config.json"), where)
+    config = DecoderConfig.from_hf(model_config, where)
+    towers = {name: read(model_config, where, config) for name, (_, read) in backbone.towers.items()}
+    parts = ["decoder", *towers, *([] if config.tie_word_embeddings else ["head"])]
+    return Checkpoint(folder, backbone, config, towers, model_config, None, {part: {} for part in parts})
 
 
 def _match_keys(folder: Path, backbone: Backbone, tensors: TensorFolder, towers: dict[str, Any]) -> dict[str, str]:
@@ -208,27 +219,41 @@ def _load_part(
     checkpoint: Checkpoint, part: str, abstract: dict[str, Any], mesh: Mesh, quantize: str = ""
 ) -> dict[str, Any]:
     """One part's parameters. Each process reads only the slices its devices hold; the host holds one tensor's slice."""
-    leaves = flatten_dict(abstract, sep=".")
-    kinds = {path: quantize for path in leaves if quantize and re.fullmatch(rf"{DECODER_LINEARS}\.weight", path)}
-    kept = {
-        path: jax.eval_shape(partial(quantize_matrix, kind=kinds[path], name=path), leaf) if path in kinds else leaf
-        for path, leaf in leaves.items()
-    }
-    flat_shardings = flatten_dict(shardings({part: unflatten_dict(kept, sep=".")}, mesh)[part], sep=".")
+    leaves, kept = flatten_dict(abstract, sep="."), _placed(part, abstract, mesh, quantize)
     params: dict[str, Any] = {}
     for path, name, _, layer in per_layer(abstract):
-        key, sharding = checkpoint.keys[part][name], flat_shardings[path]
+        key, leaf = checkpoint.keys[part][name], kept[path]
+        matrix = jax.tree.leaves(leaf)[0].sharding  # a quantised leaf's first array lies as its matrix would
         if layer is None:
-            params[path] = _read_sharded(checkpoint.tensors, key, sharding, leaves[path].dtype)
+            params[path] = _read_sharded(checkpoint.tensors, key, matrix, leaves[path].dtype)
             continue
         if path not in params:
-            params[path] = jax.tree.map(lambda x, place: _zeros(x.shape, x.dtype, place), kept[path], sharding)
-        matrix = jax.tree.leaves(sharding)[0]  # a quantised leaf's first array lies as its matrix would
+            params[path] = jax.tree.map(lambda x: _zeros(x.shape, x.dtype, x.sharding), leaf)
         one_layer = NamedSharding(mesh, PartitionSpec(*matrix.spec[1:]))
         tensor = _read_sharded(checkpoint.tensors, key, one_layer, leaves[path].dtype)
+        kind = "" if isinstance(leaf, jax.ShapeDtypeStruct) else quantize
+        places = jax.tree.map(lambda x: x.sharding, leaf)
         with jax.set_mesh(mesh):
-            params[path] = _write_layer(params[path], tensor, layer, kinds.get(path, ""), sharding)
+            params[path] = _write_layer(params[path], tensor, layer, kind, places)
     return unflatten_dict(params, sep=".")
+
+
+def _placed(part: str, abstract: dict[str, Any], mesh: Mesh, quantize: str = "") -> dict[str, Any]:
+    """What is kept of a part, as shapes that know where they lie, by path."""
+
+    def keep(path: str, leaf: Any) -> Any:
+        if quantize and re.fullmatch(rf"{DECODER_LINEARS}\.weight", path):
+            return jax.eval_shape(partial(quantize_matrix, kind=quantize, name=path), leaf)
+        return leaf
+
+    kept = unflatten_dict({path: keep(path, leaf) for path, leaf in flatten_dict(abstract, sep=".").items()}, sep=".")
+    return flatten_dict(placed(kept, shardings({part: kept}, mesh)[part]), sep=".")
+
+
+def placed_decoder(checkpoint: Checkpoint, mesh: Mesh, dtype: Any, quantize: str = "") -> dict[str, Any]:
+    """The parameters that `load_decoder` would load, as shapes that know where they lie."""
+    abstract = abstract_params(checkpoint.config, _dtype(dtype))
+    return unflatten_dict(_placed("decoder", abstract, mesh, quantize), sep=".")
 
 
 def _read_sharded(tensors: TensorFolder, key: str, sharding: NamedSharding, dtype: Any) -> jax.Array:

@@ -117,6 +117,11 @@ def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     return jax.lax.with_sharding_constraint(x, _fit(x.shape, (*axes, *[None] * (x.ndim - len(axes))), mesh))
 
 
+def placed(shapes: Any, shardings: Any) -> Any:
+    """A tree of shapes with the shardings of another."""
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

@@ -21,13 +21,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax import Array
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lco_jax.checkpoint.hf import abstract_params
 from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
-from lco_jax.core.packing import PackedTokens, Shape
-from lco_jax.core.sharding import row_shards
+from lco_jax.core.packing import Batch, PackedTokens, Shape
+from lco_jax.core.sharding import ROWS, replicated, row_shards
 from lco_jax.models.config import DecoderConfig
 from lco_jax.models.decoder import REMAT_POLICIES, Decoder, embed
 from lco_jax.models.head import LOGITS
@@ -58,14 +58,16 @@ class Choice(NamedTuple):
 
 
 def activation_bytes(
-    config: DecoderConfig, policy: str, shape: Shape, dtype: Any, rank: int, dropout: float, tensor: int = 1
-) -> int:
+    config: DecoderConfig, policy: str, shape: Shape, dtype: Any, rank: int, dropout: float, tensor: int = 1,
+    backend: str | None = None,
+) -> int:  # fmt: skip
     """Bytes of a device in forward and backward pass of a chunk of `shape`, beyond what `resident_bytes` counts.
 
     It is what `policy` keeps, and beside it what a layer computes once more and the gradients on their way. tensor: the
-    ways a product is split. An upper bound of what XLA says it takes on CPU: 1.03 to 1.41 times that (measured).
+    ways a product is split. backend: jax's name of what computes, by default the one here. An upper bound of what XLA
+    says it takes on CPU: 1.03 to 1.41 times that (measured).
     """
-    if jax.default_backend() == "cpu":
+    if (backend or jax.default_backend()) == "cpu":
         dtype = "float32"  # XLA's CPU programs compute bfloat16 in float32, and keep much of it so
     rows = tuple(shape.rows.items())
     here = _local(config, tensor)
@@ -97,17 +99,28 @@ def _kept(config: DecoderConfig, policy: str, dtype: str, rank: int, dropout: fl
         inputs = {id(x) for x in jax.tree.leaves((adapters, params, tokens))}
         return [x for x in jax.tree.leaves(backward) if id(x) not in inputs]
 
-    return _bytes(jax.eval_shape(residuals, adapters, params, _abstract_tokens(*shape)))
+    return held_bytes(jax.eval_shape(residuals, adapters, params, _abstract_tokens(*shape)))
 
 
-def _abstract_tokens(tokens: int, rows: tuple[tuple[int, int], ...]) -> PackedTokens:
-    array = lambda *sizes, dtype=jnp.int32: jax.ShapeDtypeStruct((1, *sizes), dtype)  # noqa: E731
+def _abstract_tokens(
+    tokens: int, rows: tuple[tuple[int, int], ...], leading: tuple[int, ...] = (1,), head: int = 0, place: Any = None
+) -> PackedTokens:
+    array = lambda *sizes, dtype=jnp.int32: jax.ShapeDtypeStruct((*leading, *sizes), dtype, sharding=place)  # noqa: E731
     one, groups = array(tokens), tuple(array(count, width) for width, count in rows)
     last = array(sum(count for _, count in rows))
-    return PackedTokens(one, array(tokens, 3), array(tokens, dtype=jnp.uint32), one, groups, one, last, 0)
+    return PackedTokens(one, array(tokens, 3), array(tokens, dtype=jnp.uint32), one, groups, one, last, head)
 
 
-def _bytes(tree: Any) -> int:
+def abstract_batch(shape: Shape, sides: tuple[int, int], head: int, mesh: Mesh) -> Batch:
+    """A batch of texts as shapes on the mesh. sides: [B, 2 + M]; head: tokens that all texts share."""
+    place = NamedSharding(mesh, PartitionSpec(None, ROWS))
+    leading = shape.chunks, row_shards(mesh)
+    tokens = _abstract_tokens(shape.tokens, tuple(sorted(shape.rows.items())), leading, head, place)
+    table = jax.ShapeDtypeStruct(sides, jnp.int32, sharding=replicated(mesh))
+    return Batch(tokens, table, table, {})
+
+
+def held_bytes(tree: Any) -> int:
     """Of the arrays or shapes of a tree, those that one device holds."""
     total = 0
     for x in jax.tree.leaves(tree):
@@ -125,11 +138,10 @@ def resident_bytes(
     Parameters as they lie; what is tuned, its moments, gradient and update; embeddings and scores of a batch of `sides`
     [B, 2 + M]; `media_tokens` of a shard; a layer's matrices whole, where they are gathered or widened before use.
     """
-    on_mesh = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
-    state = jax.tree.map(on_mesh, training.abstract, training.shardings)
+    state = training.placed
     records, width = sides
     scores = min(records * records * (width - 1) // row_shards(mesh), TILE_SCORES)
-    total = _bytes(params) + _bytes(state) + 2 * _bytes(state["tuned"])
+    total = held_bytes(params) + held_bytes(state) + 2 * held_bytes(state["tuned"])
     total += 4 * (3 * records * width * config.hidden_size + 4 * scores)
     table = params["decoder"]["embed_tokens"]["weight"]
     total += 2 * media_tokens * config.hidden_size * table.dtype.itemsize  # the towers' and, joined, the decoder's
@@ -138,7 +150,7 @@ def resident_bytes(
     if quantized or mesh.shape["fsdp"] > 1:
         matrices = jax.tree.leaves(abstract_params(config)["layers"])
         total += sum(map(math.prod, (x.shape[1:] for x in matrices))) * 4 // mesh.shape["tensor"]
-    return total + (mesh.shape["fsdp"] > 1) * _bytes(table) * mesh.shape["fsdp"]
+    return total + (mesh.shape["fsdp"] > 1) * held_bytes(table) * mesh.shape["fsdp"]
 
 
 def device_bytes(held: int) -> int:
@@ -162,8 +174,9 @@ def _free_memory() -> int:
 
 
 def choose(
-    memory: int, remat: str, chunk_tokens: int, shape_of: Callable[[int], Shape], need: Callable[[str, Shape], int]
-) -> Choice:
+    memory: int, remat: str, chunk_tokens: int, shape_of: Callable[[int], Shape], need: Callable[[str, Shape], int],
+    backend: str | None = None,
+) -> Choice:  # fmt: skip
     """The policy and chunk for `memory` bytes a device.
 
     remat, chunk_tokens: the configuration's; "auto" and -1 are chosen: the first policy of `ORDER` under which a whole
@@ -171,7 +184,8 @@ def choose(
     shape_of: chunk_tokens -> the planned shape of a stream. need: bytes a device for a policy and a shape.
     Raises where nothing fits.
     """
-    order = ORDER.get(jax.default_backend(), tuple(reversed(REMAT_POLICIES))) if remat == "auto" else (remat,)
+    fastest = ORDER.get(backend or jax.default_backend(), tuple(reversed(REMAT_POLICIES)))
+    order = fastest if remat == "auto" else (remat,)
     whole = shape_of(max(chunk_tokens, 0))
     for policy in order:
         if (bytes_ := need(policy, whole)) <= memory:
@@ -201,23 +215,22 @@ def choose_for(
     mesh: Mesh,
     sides: tuple[int, int],
     shape_of: Callable[[int], Shape],
+    there: int | None = None,
+    backend: str | None = None,
 ) -> Choice:
     """`choose` for a run: its configuration, what is on its devices, and the shapes that its data are planned to take.
 
-    sides: records of a batch, and texts of a record (the most).
+    sides: records of a batch, and texts of a record (the most). there, backend: bytes that a run may fill, and jax's
+    name, of devices that are not these.
     """
     decoder, settings = model.decoder, training.lora
     whole = shape_of(0)
     resident = resident_bytes(params, training, decoder.config, mesh, sides, whole.tokens if model.towers else 0)
 
     def need(policy: str, shape: Shape) -> int:
-        ways = mesh.shape["tensor"]
         logits = 3 * 4 * LOGITS if shape.answers else 0  # themselves, their softmax, and the gradient
-        return (
-            logits
-            + resident
-            + activation_bytes(decoder.config, policy, shape, decoder.dtype, settings.rank, settings.dropout, ways)
-        )
+        given = decoder.dtype, settings.rank, settings.dropout, mesh.shape["tensor"], backend
+        return logits + resident + activation_bytes(decoder.config, policy, shape, *given)
 
-    there = device_bytes(held=_bytes(params))
-    return choose(there, config["model"]["remat"], config["train"]["chunk_tokens"], shape_of, need)
+    there = device_bytes(held=held_bytes(params)) if there is None else there
+    return choose(there, config["model"]["remat"], config["train"]["chunk_tokens"], shape_of, need, backend)

@@ -17,7 +17,7 @@ from lco_jax.checkpoint.store import RunStore
 from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, write_json
-from lco_jax.core.sharding import make_mesh
+from lco_jax.core.sharding import make_mesh, placed
 from lco_jax.training import tuning
 from lco_jax.training.losses import CANDIDATES
 from lco_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -63,6 +63,11 @@ class Training:
     def abstract(self) -> State:
         """The state as shapes."""
         return jax.eval_shape(partial(init_state, tx=self.tx), self.tuned)
+
+    @property
+    def placed(self) -> State:
+        """The state as shapes that know where they lie."""
+        return placed(self.abstract, self.shardings)
 
     def resume(self, store: RunStore) -> tuple[int, State, dict[str, Any]] | None:
         """(step, state, data position) of the newest checkpoint that can be read; None where none was saved."""

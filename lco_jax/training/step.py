@@ -30,6 +30,7 @@ from lco_jax.training.losses import by_record, info_nce, takes_ring, whole
 State = dict[str, Any]  # {"step": int32, "tuned": tree, "optimizer": optax state}; all of it is checkpointed
 Loss = Callable[..., tuple[Array, dict[str, Array]]]  # (tuned, params, batch, media, seed=) -> loss and metrics
 Step = Callable[[State, dict[str, Any], Batch], tuple[State, dict[str, Array]]]
+Update = jax.stages.Wrapped  # a jitted (state, params, batch, media) -> (state, metrics)
 
 
 def init_state(tuned: dict[str, Any], tx: optax.GradientTransformation) -> State:
@@ -144,7 +145,7 @@ def make_train_step(
 ) -> Step:
     """The contrastive step. options: as of `contrastive_loss`."""
     loss = partial(contrastive_loss, decoder=model.decoder, config=config, temperature=temperature, **options)
-    return _make_step("training step", loss, MediaPrograms(model, mesh), tx, seed, mesh, state_sharding)
+    return _make_step("training step", make_update(loss, tx, seed, mesh, state_sharding), MediaPrograms(model, mesh))
 
 
 def make_pretrain_step(
@@ -159,24 +160,14 @@ def make_pretrain_step(
     """The generative step. tunes_towers: whether gradients are to reach the towers, which then are part of the step."""
     loss = partial(generative_loss, model=model, config=config)
     towers = None if tunes_towers else MediaPrograms(model, mesh)
-    return _make_step("pretraining step", loss, towers, tx, seed, mesh, state_sharding)
+    return _make_step("pretraining step", make_update(loss, tx, seed, mesh, state_sharding), towers)
 
 
-def _make_step(
-    name: str,
-    loss: Loss,
-    towers: MediaPrograms | None,
-    tx: optax.GradientTransformation,
-    seed: int,
-    mesh: Mesh,
-    state_sharding: State,
-) -> Step:
-    """(state, frozen parameters, batch) -> (state, metrics). Call it inside `jax.set_mesh(mesh)`.
+def make_update(loss: Loss, tx: optax.GradientTransformation, seed: int, mesh: Mesh, state_sharding: State) -> Update:
+    """(state, frozen parameters, batch, media tokens) -> (state, metrics), jitted; the state is donated.
 
     A step whose loss or gradient is not finite changes nothing but the step count, and says so in `metrics["finite"]`.
     `metrics["rows"]` [B] holds each record's loss (as of `info_nce`), `batch` a number that tells which batch it was.
-    Frozen `towers` run in a program of their own: no chunk's backward pass repeats them, and the shapes of media and of
-    rows, which vary apart, are compiled apart.
     """
 
     def update(
@@ -197,7 +188,15 @@ def _make_step(
         metrics |= {"grad_norm": norm, "finite": finite, "tokens": tokens, "batch": which}
         return {"step": state["step"] + 1, **kept}, metrics
 
-    update = jax.jit(update, donate_argnums=0, out_shardings=(state_sharding, replicated(mesh)))
+    return jax.jit(update, donate_argnums=0, out_shardings=(state_sharding, replicated(mesh)))
+
+
+def _make_step(name: str, update: Update, towers: MediaPrograms | None) -> Step:
+    """(state, frozen parameters, batch) -> (state, metrics). Call it inside `jax.set_mesh(mesh)`.
+
+    Frozen `towers` run in a program of their own: no chunk's backward pass repeats them, and the shapes of media and of
+    rows, which vary apart, are compiled apart.
+    """
     shapes = ShapeLog(name)
 
     def step(state: State, params: dict[str, Any], batch: Batch) -> tuple[State, dict[str, Array]]:
