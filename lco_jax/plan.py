@@ -179,7 +179,7 @@ def table(r: dict[str, Any]) -> str:
         lines += [f"{'bytes sent':34}{sent / 1e9:10.2f} GB {seconds['collectives']:12.4f} s"]
         lines += [f"  {kind:32}{size / 1e9:10.2f} GB" for kind, size in r["bytes_sent"].items() if size > sent / 1000]
         (least, most), (cheap, dear) = r["step_seconds"], r["usd_per_1000_steps"]
-        lines += ["", f"a step: {least:.3f} s if all overlaps, {most:.3f} s if nothing does"]
+        lines += ["", f"a step: {least:.3g} s if all overlaps, {most:.3g} s if nothing does"]
         lines += [f"at best {r['records_per_second']:,.0f} records/s, MFU {r['mfu_bound']:.0%}"]
         lines += [f"1,000 steps: {cheap:.2f} to {dear:.2f} USD", ""]
     lines += ["it fits" if r.get("fits") else f"does not fit: {r.get('does_not_fit', 'it takes more than there is')}"]
