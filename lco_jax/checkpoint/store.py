@@ -11,6 +11,7 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -129,7 +130,7 @@ def _sums(folder: epath.Path) -> dict[str, str]:
     if on_bucket(folder):
         return {name: str(about.get("crc32c")) for name, about in listing(folder).items() if "/" in name}
     sums = {}
-    for path in sorted(path for path in folder.glob("*/**/*") if path.is_file()):
+    for path in sorted(path for path in Path(folder).glob("*/**/*") if path.is_file()):
         with open(path, "rb") as file:
             sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return sums

@@ -6,6 +6,7 @@ appended to nor renamed: programs write to a folder on this machine, and `copy_u
 
 import base64
 import hashlib
+import logging
 import os
 import posixpath
 from collections.abc import Iterable, Iterator
@@ -101,4 +102,5 @@ def _same(file: Path, about: dict[str, Any]) -> bool:
 
 def _system() -> fsspec.AbstractFileSystem:
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False  # nor orbax's: other processes write, too
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of what it raises
     return fsspec.filesystem("gcs")

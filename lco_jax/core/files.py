@@ -135,7 +135,10 @@ def written_aside(target: Path, first_wins: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Place, text: str) -> None:
-    """Write a small file aside, then rename it into place."""
+    """Write a small file aside, then rename it into place; an object is there whole or not at all."""
+    if on_bucket(path):
+        path.write_text(text)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     aside.write_text(text, encoding="utf-8")
