@@ -51,7 +51,7 @@ class RunStore:
 
     def steps(self) -> list[int]:
         """All complete checkpoints, the newest last."""
-        return sorted(self._manager.all_steps())
+        return sorted(map(int, self._manager.all_steps()))
 
     def save(self, step: int, state: Any, data_position: dict[str, Any]) -> None:
         """Begin to save; returns when the state is copied out, before it is on disk."""
