@@ -43,10 +43,9 @@ def reaching(path: Place | str) -> Iterator[None]:
     except Exception as error:
         if not on_bucket(path) or isinstance(error, LcoError) or peer_is_gone(error):
             raise
-        if isinstance(error, ImportError):
-            raise LcoError(f"{path} needs the package gcsfs: pip install 'lco-jax[gcs]'") from None
-        why = "there is no such bucket or object" if isinstance(error, FileNotFoundError) else reason(error)
-        raise LcoError(f"{path} cannot be read or written: {why}; docs/training.md says what rights it takes") from None
+        known = {ImportError: "pip install 'lco-jax[gcs]'", FileNotFoundError: "there is no such bucket or object"}
+        why = known.get(type(error)) or reason(error)
+        raise LcoError(f"{path} cannot be read or written: {why}; docs/training.md says what it takes") from None
 
 
 def listing(path: Place | str) -> dict[str, dict[str, Any]]:
@@ -57,47 +56,34 @@ def listing(path: Place | str) -> dict[str, dict[str, Any]]:
 
 def download(path: Place | str, folder: Path, names: Iterable[str]) -> None:
     """Fetch objects below `path` into a folder of this machine; "." goes by its own name."""
-    names = list(names)
     folder.mkdir(parents=True, exist_ok=True)
-    files = [str(folder / (posixpath.basename(str(path)) if name == "." else name)) for name in names]
-    if names:
-        _system().get(_below(path, names), files)
+    files = {name: str(folder / (posixpath.basename(str(path)) if name == "." else name)) for name in names}
+    if files:
+        _system().get(_addresses(path, files), list(files.values()))
 
 
 def copy_up(folder: Path, path: Place) -> None:
     """Copy to the bucket what it has not, or not so. Output folders (`files.written_aside`) become the same, and bear
     their marks only when they are."""
-    system, there = _system(), listing(path)
+    there = listing(path)
     here = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
     marks = [name for name in here if posixpath.basename(name) == MARK]
-    changed = [name for name in here if name not in marks and not _same(here[name], there.get(name, {}))]
+    sums = {name: about.get("md5Hash") for name, about in there.items()}
+    changed = [name for name in here if name not in marks and _sum(here[name]) != sums.get(name)]
     written = tuple(name.removesuffix(MARK) for name in marks)
-
-    def put(names: list[str]) -> None:
-        if names:
-            system.put([str(here[name]) for name in names], _below(path, names))
-
-    def drop(names: list[str]) -> None:
-        if names:
-            system.rm(_below(path, names))
-
-    drop([name for name in marks if name in there])
-    put(changed)
-    drop([name for name in there if name.startswith(written) and name not in here])
-    put(marks)
+    if gone := [name for name in there if name.startswith(written) and (name in marks or name not in here)]:
+        _system().rm(_addresses(path, gone))
+    for names in filter(None, (changed, marks)):
+        _system().put([str(here[name]) for name in names], _addresses(path, names))
 
 
-def _below(path: Place | str, names: Iterable[str]) -> list[str]:
-    return [posixpath.normpath(posixpath.join(str(path).removeprefix("gs://"), name)) for name in names]
+def _addresses(path: Place | str, names: Iterable[str]) -> list[str]:
+    return [posixpath.normpath(f"{str(path).removeprefix('gs://')}/{name}") for name in names]
 
 
-def _same(file: Path, about: dict[str, Any]) -> bool:
-    """Whether an object is what a file holds."""
-    if file.stat().st_size != about.get("size"):
-        return False
+def _sum(file: Path) -> str:
     with open(file, "rb") as content:
-        digest = hashlib.file_digest(content, "md5").digest()
-    return base64.b64encode(digest).decode() == about.get("md5Hash")
+        return base64.b64encode(hashlib.file_digest(content, "md5").digest()).decode()
 
 
 def _system() -> fsspec.AbstractFileSystem:

@@ -24,7 +24,7 @@ ASSETS = Path(__file__).parent.parent / "assets"
 def resolve(path_or_id: str | os.PathLike[str], patterns: Sequence[str], kind: str = "model") -> Path:
     """A local folder as it is, or the files of a bucket's folder or a hub repository that match `patterns`, in a cache.
 
-    kind: "model" or "dataset". Raises if it is no folder nor to be had from the bucket or the hub.
+    kind: "model" or "dataset". Raises if it is neither a folder nor to be had from the bucket or the hub.
     """
     if on_bucket(path_or_id):
         return fetched(path_or_id, patterns)
@@ -42,9 +42,8 @@ def resolve(path_or_id: str | os.PathLike[str], patterns: Sequence[str], kind: s
 
 
 def fetched(path: str | os.PathLike[str], patterns: Sequence[str] = ("*",)) -> Path:
-    """What is on a bucket, fetched to the cache, unless it is there as the bucket has it: the file of an object, or a
-    folder of those below `path` that match `patterns`. What is local stays as it is. Raises where there is nothing.
-    """
+    """What is on a bucket, in the cache as the bucket has it: an object's file, or a folder of the objects below `path`
+    that match `patterns`. What is local stays where it is. Raises where there is nothing."""
     if not on_bucket(path):
         return Path(path)
     with reaching(path):
@@ -53,7 +52,7 @@ def fetched(path: str | os.PathLike[str], patterns: Sequence[str] = ("*",)) -> P
     if not names:
         raise LcoError(f"{path} holds nothing that matches {' or '.join(patterns)}")
     state = repr([(str(path), name, there[name]["size"], there[name].get("crc32c")) for name in names])
-    folder = cache_folder() / "buckets" / digest(state)
+    folder = cache_folder() / "buckets" / blake2b(state.encode(), digest_size=8).hexdigest()
     if not folder.is_dir():
         with written_aside(folder, first_wins=True) as aside, reaching(path):
             download(path, aside, names)
@@ -61,20 +60,15 @@ def fetched(path: str | os.PathLike[str], patterns: Sequence[str] = ("*",)) -> P
 
 
 def mirrored(home: Place, pattern: str) -> Path:
-    """The folder where what lives at `home` is written: the same, or, where that is on a bucket, one of this process's
-    in the cache, with the objects that match `pattern` and nothing else."""
+    """Where a run writes that lives at `home`: there, or, of a bucket, in an own folder of the cache, with what is on
+    the bucket and matches `pattern`."""
     if not on_bucket(home):
         return home
-    folder = cache_folder() / "workdirs" / digest(f"{home} {jax.process_index()}")
+    folder = cache_folder() / "workdirs" / f"{str(home)[5:].replace('/', '_')}-{jax.process_index()}"
     shutil.rmtree(folder, ignore_errors=True)
     with reaching(home):
         download(home, folder, [name for name in listing(home) if fnmatch(name, pattern)])
     return folder
-
-
-def digest(text: str) -> str:
-    """A short name for a text."""
-    return blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def cache_folder() -> Path:

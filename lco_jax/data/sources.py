@@ -153,13 +153,10 @@ def open_source(name: str, spec: Mapping[str, Any], on_bad: str = "error") -> So
     for key in {"columns", "values"} & set(arguments):
         if not isinstance(arguments[key], Mapping):
             raise LcoError(f"config.data.sources.{name}.{key} must be a mapping, and is {arguments[key]!r:.60}")
-    for key, patterns in (
-        ("path", [(files := str(arguments.get("files", "*"))), files.removeprefix("**/")]),
-        ("data_dir", [f"{str(arguments.get('name')).split(':')[0]}/*"]),
-        ("media_root", ["*"]),
-    ):
+    subset = str(arguments.get("name")).split(":")[0] + "/*"
+    for key, pattern in (("path", arguments.get("files", "*")), ("data_dir", subset), ("media_root", "*")):
         if on_bucket(arguments.get(key, "")):
-            arguments[key] = str(fetched(arguments[key], patterns))
+            arguments[key] = str(fetched(arguments[key], [pattern, pattern.removeprefix("**/")]))
     try:
         if kind == "parquet":
             arguments["columns"] = Columns(**arguments.get("columns", {}))

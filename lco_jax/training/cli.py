@@ -22,9 +22,7 @@ def parse(argv: list[str], doc: str | None) -> flags.FlagValues:
     """The flags in argv; --help prints `doc` and every key of the config. Raises `LcoError` for what it cannot read."""
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "the configuration file", flag_values=values, sys_argv=argv)
-    flags.DEFINE_string(
-        "workdir", None, "where the run lives, perhaps gs://…; by default runs/NAME", flag_values=values
-    )
+    flags.DEFINE_string("workdir", None, "where the run lives (or gs://…); by default runs/NAME", flag_values=values)
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for several processes", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "how many processes", flag_values=values)
     flags.DEFINE_integer("process_id", None, "which of them this is", flag_values=values)
