@@ -56,13 +56,15 @@ needs() {
   [ ${#missing[@]} -eq 0 ] || fail "set ${missing[*]}; for example: $(quote "${examples[@]}") $me …"
 }
 
-# read_module MODULE ARGUMENT…: sets module, arguments, and joins: whether its processes join into one job.
+# read_module MODULE ARGUMENT…: sets module, arguments, and joins: whether its processes join into one job; and what
+# is installed for flags that name a bucket.
 read_module() {
   module=${1:-}
   [[ $module =~ ^[a-z]+$ && -f lco_jax/$module.py ]] || fail "name a module of lco_jax (train, pretrain, embed), not '$module'"
   arguments=("${@:2}")
   joins=
   case $module in train | pretrain) joins=yes ;; esac
+  [[ ${arguments[*]} != *gs://* ]] || : "${EXTRAS:=tpu,gcs}"
 }
 
 # again STATUS SECONDS: whether a job that ended so after so long is to be started again; says why, or why not.

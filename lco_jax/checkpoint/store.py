@@ -109,11 +109,10 @@ class RunStore:
         try:
             yield
         except (OSError, ValueError) as error:
-            if isinstance(error, TimeoutError) or peer_is_gone(error):  # the former of a barrier
+            if isinstance(error, TimeoutError) or peer_is_gone(error) or on_bucket(self.folder):  # a barrier's; passing
                 raise
             what = f"a checkpoint could not be written to {self.folder}, where those before it are whole"
-            advice = "see docs/training.md for the rights" if on_bucket(self.folder) else "make room"
-            raise LcoError(f"{what}: {reason(error)}; {advice}, and the same command resumes") from None
+            raise LcoError(f"{what}: {reason(error)}; make room, and the same command resumes") from None
 
     def _sum_up(self) -> None:
         """Lay the sums of a checkpoint's files beside them, before it gets its name."""
