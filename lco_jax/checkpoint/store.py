@@ -118,8 +118,7 @@ class RunStore:
         """Lay the sums of a checkpoint's files beside them, before it gets its name."""
         with suppress(OSError):  # without them it is believed
             for folder in self.folder.glob("*"):  # one: the next save awaits this one, and torn ones were removed
-                torn = not (folder / COMMITTED).exists() if on_bucket(folder) else "tmp" in folder.name
-                if torn:
+                if not (folder / COMMITTED).exists() if on_bucket(folder) else "tmp" in folder.name:
                     write_json(folder / SUMS, _sums(folder))
 
 

@@ -50,8 +50,8 @@ def reaching(path: Place | str) -> Iterator[None]:
 
 def listing(path: Place | str) -> dict[str, dict[str, Any]]:
     """{name below `path`: what the bucket knows of the object, such as size and crc32c}; "." is `path` itself."""
-    found = _system().find(str(path), detail=True)
-    return {posixpath.relpath(name, str(path).removeprefix("gs://")): about for name, about in found.items()}
+    found = _system().find(str(path), detail=True).items()
+    return {posixpath.relpath(name, str(path)[5:]): about for name, about in found if ".." not in name.split("/")}
 
 
 def download(path: Place | str, folder: Path, names: Iterable[str]) -> None:
@@ -68,8 +68,7 @@ def copy_up(folder: Path, path: Place) -> None:
     there = listing(path)
     here = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
     marks = [name for name in here if posixpath.basename(name) == MARK]
-    sums = {name: about.get("md5Hash") for name, about in there.items()}
-    changed = [name for name in here if name not in marks and _sum(here[name]) != sums.get(name)]
+    changed = [name for name in here if name not in marks and _sum(here[name]) != there.get(name, {}).get("md5Hash")]
     written = tuple(name.removesuffix(MARK) for name in marks)
     if gone := [name for name in there if name.startswith(written) and (name in marks or name not in here)]:
         _system().rm(_addresses(path, gone))
@@ -78,7 +77,7 @@ def copy_up(folder: Path, path: Place) -> None:
 
 
 def _addresses(path: Place | str, names: Iterable[str]) -> list[str]:
-    return [posixpath.normpath(f"{str(path).removeprefix('gs://')}/{name}") for name in names]
+    return [posixpath.normpath(f"{str(path)[5:]}/{name}") for name in names]
 
 
 def _sum(file: Path) -> str:
