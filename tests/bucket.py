@@ -12,7 +12,7 @@ import re
 import threading
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import google_crc32c
 
@@ -25,7 +25,7 @@ class Bucket(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.objects, self.generations, self.uploads = {}, {}, {}
+        self.objects, self.generations = {}, {}
         self.numbers, self.lock = itertools.count(1), threading.Lock()
 
     def __enter__(self):
@@ -69,34 +69,22 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def body(self):
-        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        chunks = []
-        while size := int(self.rfile.readline(), 16):
-            chunks.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(chunks)
-
     def handle_call(self):
-        body, address = self.body(), urlsplit(self.path)
+        body, address = self.rfile.read(int(self.headers.get("Content-Length") or 0)), urlsplit(self.path)
         query = {key: values[0] for key, values in parse_qs(address.query, keep_blank_values=True).items()}
         with self.server.lock:
             if address.path.startswith("/batch/"):
                 return self.batch(body)
-            path = re.fullmatch(
-                r"(/upload|/download|/resumable)?/storage/v1/b/([^/]+)(/o)?(?:/([^/]+)(/.*)?)?", address.path
-            )
+            path = re.fullmatch(r"(/upload|/download)?/storage/v1/b/([^/]+)(/o)?(?:/([^/]+)(/.*)?)?", address.path)
             kind, bucket, objects, name, more = path.groups()
             name = name and unquote(name)
             if bucket == "closed":
                 return self.answer(403, {"error": {"code": 403, "message": "you may not"}})
-            if bucket != "bucket" or (name and self.command != "PUT" and name not in self.server.objects):
+            if bucket != "bucket" or (name and name not in self.server.objects):
                 return self.answer(404, {"error": {"code": 404, "message": "Not Found"}})
             if not objects:
                 return self.answer(200, {"kind": "storage#bucket", "name": bucket})
-            if kind in ("/upload", "/resumable"):
+            if kind == "/upload":
                 return self.upload(query, body)
             return self.object(name, more, query, kind) if name else self.list(query)
 
@@ -129,9 +117,8 @@ class Handler(BaseHTTPRequestHandler):
             del objects[name]
             return self.answer(204)
         if more:
-            verb, target = re.fullmatch(r"/(moveTo|copyTo|rewriteTo)(?:/b/bucket)?/o/(.+)", more).groups()
-            about = self.server.put(unquote(target), objects.pop(name) if verb == "moveTo" else objects[name])
-            return self.answer(200, {"done": True, "resource": about} if verb == "rewriteTo" else about)
+            target = unquote(re.fullmatch(r"/moveTo/o/(.+)", more)[1])
+            return self.answer(200, self.server.put(target, objects.pop(name)))
         if query.get("alt") != "media" and not kind:
             return self.answer(200, self.server.about(name))
         content, about = objects[name], self.server.about(name)
@@ -145,27 +132,15 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer(206, content[first : last + 1], **headers)
 
     def upload(self, query, body):
-        kind, name = query.get("uploadType"), query.get("name")
-        if kind == "multipart":
+        name = query.get("name")
+        if query["uploadType"] == "multipart":  # the name, and the content, between borders
             border = b"--" + re.search('boundary="?([^";]+)', self.headers["Content-Type"])[1].encode()
             _, about, rest = body.split(border, 2)
             name = name or json.loads(about[about.index(b"{") :])["name"]
-            body = (
-                re.split(rb"\r?\n\r?\n", rest, maxsplit=1)[1]
-                .rsplit(border, 1)[0]
-                .removesuffix(b"\n")
-                .removesuffix(b"\r")
-            )
-        elif kind == "resumable" and self.command == "POST":
-            name, number = name or json.loads(body)["name"], str(next(self.server.numbers))
-            self.server.uploads[number] = name, b""
-            return self.answer(200, Location=f"{self.server.url}/resumable/storage/v1/b/bucket/o?session={number}")
-        elif "session" in query:
-            name, before = self.server.uploads[query["session"]]
-            body = before + body
-            self.server.uploads[query["session"]] = name, body
-            if self.headers.get("Content-Range", "").endswith("/*"):
-                return self.answer(308, Range=f"bytes=0-{len(body) - 1}")
+            body = rest.split(b"\n\n", 1)[1].rsplit(b"\n" + border, 1)[0]
+        elif query["uploadType"] == "resumable":  # and put there in one piece
+            target = f"/upload/storage/v1/b/bucket/o?uploadType=media&name={quote(name, safe='')}"
+            return self.answer(200, Location=self.server.url + target)
         return None if self.refused(name, query) else self.answer(200, self.server.put(name, body))
 
     def batch(self, body):
