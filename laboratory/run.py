@@ -18,6 +18,7 @@ from laboratory import backbone, measure, real, report, theory, worlds
 from lco_jax.checkpoint.export import export_merged
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.checkpoint.sentence_transformers import read_projection
+from lco_jax.core.buckets import on_bucket
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, write_json
 from lco_jax.generator import OmniGenerator
@@ -58,6 +59,8 @@ class Bench(NamedTuple):
 def experiment(config: ConfigDict, workdir: Path, command: str) -> dict[str, Any]:
     """Run or go on; writes report.md with its pictures and results.json into `workdir`, and returns the latter."""
     _check(config)
+    if on_bucket(workdir):
+        raise LcoError(f"--workdir={workdir}: the laboratory works in a folder, which can be copied to a bucket")
     content = json.loads(config.to_json())
     if (workdir / "config.json").exists() and read_json(workdir / "config.json") != content:
         raise LcoError(f"{workdir} holds an experiment of another configuration; give another --workdir")

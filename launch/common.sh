@@ -57,13 +57,14 @@ needs() {
 }
 
 # read_module MODULE ARGUMENT…: sets module, arguments, and whether its processes join into one job (joins), or share
-# one work through a folder, so that any may die (shares).
+# one work through a folder, so that any may die (shares); and what is installed for flags that name a bucket.
 read_module() {
   module=${1:-}
   [[ $module =~ ^[a-z]+$ && -f lco_jax/$module.py ]] || fail "name a module of lco_jax (train, pretrain, embed), not '$module'"
   arguments=("${@:2}")
   joins='' shares=''
   case $module in train | pretrain) joins=yes ;; embed) shares=yes ;; esac
+  [[ ${arguments[*]} != *gs://* ]] || : "${EXTRAS:=tpu,gcs}"
 }
 
 # again STATUS SECONDS: whether a job that ended so after so long is to be started again; says why, or why not.

@@ -23,6 +23,7 @@ from lco_jax.checkpoint.export import export_merged, write_model
 from lco_jax.checkpoint.hf import DTYPES, open_checkpoint
 from lco_jax.checkpoint.peft import has_adapters, read_peft, write_peft
 from lco_jax.core import lora
+from lco_jax.core.buckets import place
 from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.files import write_json
 from lco_jax.core.sharding import replicated
@@ -40,7 +41,7 @@ def parse_args() -> argparse.Namespace:
         prog="python -m lco_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", nargs="?", choices=["soup"], help="average instead of converting one")
-    parser.add_argument("--workdir", type=Path, help="a training run, one of whose checkpoints is exported")
+    parser.add_argument("--workdir", type=place, help="a training run, one of whose checkpoints is exported")
     parser.add_argument("--step", type=int, help="which of the --workdir's (default: the newest)")
     parser.add_argument("--model", help="a checkpoint folder or hub id (with --workdir: the run's own)")
     parser.add_argument("--adapter", help="a PEFT adapter folder or hub id; none: the model as it is")

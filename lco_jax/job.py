@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -22,8 +23,9 @@ from lco_jax.checkpoint.export import export_merged
 from lco_jax.checkpoint.hf import Checkpoint, load_model, open_checkpoint
 from lco_jax.checkpoint.peft import has_adapters, write_peft
 from lco_jax.checkpoint.store import RunStore
+from lco_jax.core.buckets import Place, copy_up, on_bucket, reaching
 from lco_jax.core.errors import LcoError
-from lco_jax.core.files import write_json
+from lco_jax.core.files import fetched, mirrored, write_json
 from lco_jax.core.sharding import make_mesh
 from lco_jax.data import pipeline
 from lco_jax.data.media import MediaConfig
@@ -44,9 +46,13 @@ from lco_jax.training.watch import Watchdog, peers
 
 @dataclass
 class Job:
-    """A run, open. params: the whole model's, as they were before the run. held_out: records, by file."""
+    """A run, open. params: the whole model's, as they were before the run. held_out: records, by file.
+
+    home: where the run lives; workdir: where programs write, the home itself unless that is on a bucket.
+    """
 
     config: ConfigDict
+    home: Place
     workdir: Path
     mesh: Mesh
     checkpoint: Checkpoint
@@ -64,13 +70,19 @@ class Job:
         no_dropout = dataclasses.replace(self.training.lora, dropout=0.0)
         return tuning.attach(self.params, state["tuned"], no_dropout)
 
+    def keep(self) -> None:
+        """Copy to the bucket, if the run lives on one, what this process has written."""
+        if on_bucket(self.home) and jax.process_index() == 0:
+            copy_up(self.workdir, self.home)
 
-def open_job(config: ConfigDict, workdir: Path, generative: bool = False) -> Job:
+
+def open_job(config: ConfigDict, home: Place, generative: bool = False) -> Job:
     """Check and open everything: mesh, checkpoint, data, model; and say what there is.
 
     generative: records are prompts and answers, and the vocabulary head is loaded, too.
     """
     check_config(config)
+    workdir = mirrored(home, "*.jsonl")
     mesh = make_mesh(**config.mesh)
     pipeline.check_mesh(mesh)
     checkpoint = open_checkpoint(config.model.path)
@@ -85,7 +97,7 @@ def open_job(config: ConfigDict, workdir: Path, generative: bool = False) -> Job
     if skipped := sum(source.skipped for source in sources.values()):
         say(f"{skipped:,} bad records skipped")
 
-    files = [JsonlSource(file, config.data.on_bad) for file in config.eval.path.split(",") if file]
+    files = [JsonlSource(fetched(file), config.data.on_bad) for file in config.eval.path.split(",") if file]
     held_out = {source.path.stem: source for source in files}
     if len(held_out) < len(files):
         raise LcoError(f"config.eval.path={config.eval.path} names two files alike; scores go by their names")
@@ -101,7 +113,7 @@ def open_job(config: ConfigDict, workdir: Path, generative: bool = False) -> Job
     if training.tune.decoder == "full":
         model = dataclasses.replace(model, decoder=model.decoder.clone(tuned=True))
     return Job(
-        config, workdir, mesh, checkpoint, sources, processor, layout, training, model, params,
+        config, home, workdir, mesh, checkpoint, sources, processor, layout, training, model, params,
         {name: list(source) for name, source in held_out.items()}, total_steps,
     )  # fmt: skip
 
@@ -171,13 +183,14 @@ def begin(job: Job) -> Run:
         chunk_tokens = chosen.chunk_tokens
     planned = shaped(chunk_tokens)
     iterator = pipeline.ahead(batches, config.data.threads)
-    store = RunStore(job.workdir / "checkpoints", config.checkpoint.keep)
-    claim_workdir(job.workdir, config, job.total_steps, begun=bool(store.steps()))
+    with reaching(job.home):
+        store = RunStore(job.home / "checkpoints", config.checkpoint.keep)
+        claim_workdir(job.home, config, job.total_steps, begun=bool(store.steps()))
     step = 0
     if found := training.resume(store):
         step, state, position = found
         iterator.set_state(position)
-        say(f"resuming {job.workdir} at step {step}")
+        say(f"resuming {job.home} at step {step}")
     else:
         state = training.fresh(job.params, seed=config.seed)
     job.params = tuning.frozen(job.params, training.tune)
@@ -192,7 +205,8 @@ def loop(run: Run, train_step: Step) -> bool:
     progress = Progress(config, job.workdir, job.total_steps, step)
     batches = pipeline.batches(run.iterator, run.planned, job.processor.rows, job.mesh)
     closing = contextlib.closing  # which ends the saves, on any way out
-    with closing(run.store), dog, jax.set_mesh(job.mesh), closing(progress), peers():
+    with contextlib.ExitStack() as end, closing(run.store), dog, jax.set_mesh(job.mesh), closing(progress), peers():
+        end.callback(job.keep)
         for batch, where in batches if step < job.total_steps else ():
             run.state, metrics = train_step(run.state, job.params, batch)
             stop = stop or _on_sigterm()  # from the first step on there is something to save
@@ -202,6 +216,7 @@ def loop(run: Run, train_step: Step) -> bool:
             last = step == job.total_steps or stop()
             if last or step % config.checkpoint.every == 0:
                 progress.flush()
+                job.keep()  # a checkpoint's lines are there before it is
                 run.store.save(step, run.state, run.iterator.get_state())
             if last:
                 break
@@ -224,6 +239,8 @@ def finish(run: Run, numbers: dict[str, Any], pictures: Mapping[str, Path]) -> d
     results = _write(run, tuned, numbers, pictures) if first else {"steps": run.job.total_steps}
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("exported")
+    if on_bucket(run.job.home):
+        shutil.rmtree(run.job.workdir)
     return results
 
 
@@ -242,9 +259,10 @@ def _write(run: Run, tuned: dict[str, Any], numbers: dict[str, Any], pictures: M
     results = {"steps": len(lines), "first_loss": lines[0]["loss"], "last_loss": lines[-1]["loss"]}
     results |= {"trained_parameters": tuning.count(job.training.tuned), **numbers}
     write_json(workdir / "results.json", results)
+    job.keep()
     say(f"\nloss {results['first_loss']:.3f} at the first step, {results['last_loss']:.3f} at the last\n")
     for label, path in {**outputs, "loss curve": workdir / "loss.png", **pictures}.items():
-        say(f"{label:14}{path}")
+        say(f"{label:14}{job.home / path.relative_to(workdir)}")
     return results
 
 

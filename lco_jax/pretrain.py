@@ -9,12 +9,12 @@ this leaves with --config.model.path=WORKDIR/merged. A workdir holds the same fi
 loss before and after, in nats a token, and what the model then says to the first held-out prompts.
 """
 
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from lco_jax import job as jobs
+from lco_jax.core.buckets import Place
 from lco_jax.core.errors import PREEMPTED, run_main
 from lco_jax.data.records import answer_of, as_input
 from lco_jax.generator import OmniGenerator
@@ -26,7 +26,7 @@ from lco_jax.training.watch import peers
 SAID = 4  # held-out prompts that are answered
 
 
-def pretrain(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+def pretrain(config: ConfigDict, workdir: Place) -> dict[str, Any]:
     """Run or resume; returns results.json's content, or {} when a SIGTERM ended the run early (after saving it)."""
     job = jobs.open_job(config, workdir, generative=True)
     before = _evaluate(job, job.params, said=0)

@@ -12,13 +12,13 @@ Any key of the config can be set on the command line, e.g. --config.optimizer.le
     checkpoints/  config.json  what resuming needs
 """
 
-from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from lco_jax import job as jobs
+from lco_jax.core.buckets import Place
 from lco_jax.core.errors import PREEMPTED, LcoError, run_main
 from lco_jax.data.records import as_input
 from lco_jax.embedder import OmniEmbedder
@@ -30,7 +30,7 @@ from lco_jax.training.step import make_train_step
 from lco_jax.training.watch import peers
 
 
-def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+def train(config: ConfigDict, workdir: Place) -> dict[str, Any]:
     """Run or resume; returns results.json's content, or {} when a SIGTERM ended the run early (after saving it)."""
     if config.tune.towers != "none":
         raise LcoError("config.tune.towers goes with lco_jax.pretrain; contrastive training leaves towers as they are")

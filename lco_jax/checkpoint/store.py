@@ -2,14 +2,13 @@
 
 A checkpoint holds the adapters, the optimiser's moments and the step (one tree), and the position in the data. The
 dropout key is a function of the seed and the step, so there is no other random state. Orbax writes to a temporary
-folder and renames it when everything is there: a kill at any moment leaves the one before. Before that the sums of its
-files are laid beside them: whether the disk kept them is then known to one process, which tells the others, before they
-begin to read together.
+folder and renames it when everything is there (on a bucket: to the folder itself, where an object then says so): a kill
+at any moment leaves the one before. Before that the sums of its files are laid beside them: whether the disk kept them
+is then known to one process, which tells the others, before they begin to read together.
 """
 
 import hashlib
 import logging
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,12 +17,14 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 
+from lco_jax.core.buckets import Place, listing, on_bucket
 from lco_jax.core.errors import LcoError, peer_is_gone, reason
 from lco_jax.core.files import read_json, write_json
 
-SUMS = "sums.json"
+SUMS, COMMITTED = "sums.json", "commit_success.txt"  # the latter is orbax's
 logger = logging.getLogger(__name__)
 
 
@@ -34,22 +35,23 @@ class Damaged(LcoError):
 class RunStore:
     """Checkpoints of one run under `folder`, the newest `keep` of them. read_only: the run may be in progress."""
 
-    def __init__(self, folder: Path, keep: int, read_only: bool = False):
+    def __init__(self, folder: Place, keep: int, read_only: bool = False):
         if keep < 1:
             raise LcoError(f"config.checkpoint.keep is {keep}; it must be at least 1")
         if read_only and not folder.is_dir():
             raise LcoError(f"{folder} does not exist; the run has saved nothing yet")
-        self.folder = folder.absolute()
+        self.folder = epath.Path(folder if on_bucket(folder) else folder.absolute())
         written = None if read_only else ocp.AsyncOptions(post_finalization_callback=self._sum_up)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=not read_only, create=not read_only, read_only=read_only,
             async_options=written, cleanup_tmp_directories=not read_only,
+            single_host_load_and_broadcast=True,  # a process that sees an old listing (NFS) would read another step
         )  # fmt: skip
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def steps(self) -> list[int]:
         """All complete checkpoints, the newest last."""
-        return sorted(self._manager.all_steps())
+        return sorted(map(int, self._manager.all_steps()))
 
     def save(self, step: int, state: Any, data_position: dict[str, Any]) -> None:
         """Begin to save; returns when the state is copied out, before it is on disk."""
@@ -88,7 +90,7 @@ class RunStore:
                 aside = self.folder / f"{step}.damaged"
                 logger.warning("%s; it is put aside as %s, and the one before is used", error, aside.name)
             if jax.process_index() == 0:
-                shutil.rmtree(aside, ignore_errors=True)  # an earlier one of this step
+                aside.rmtree(missing_ok=True)  # an earlier one of this step
                 (self.folder / str(step)).rename(aside)
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices("put aside")
@@ -107,7 +109,7 @@ class RunStore:
         try:
             yield
         except (OSError, ValueError) as error:
-            if isinstance(error, TimeoutError) or peer_is_gone(error):  # the former of a barrier
+            if isinstance(error, TimeoutError) or peer_is_gone(error) or on_bucket(self.folder):  # a barrier's; passing
                 raise
             what = f"a checkpoint could not be written to {self.folder}, where those before it are whole"
             raise LcoError(f"{what}: {reason(error)}; make room, and the same command resumes") from None
@@ -115,20 +117,24 @@ class RunStore:
     def _sum_up(self) -> None:
         """Lay the sums of a checkpoint's files beside them, before it gets its name."""
         with suppress(OSError):  # without them it is believed
-            for folder in self.folder.glob("*tmp*"):  # one: the next save awaits this one, and torn ones were removed
-                write_json(folder / SUMS, _sums(folder))
+            for folder in self.folder.glob("*"):  # one: the next save awaits this one, and torn ones were removed
+                if not (folder / COMMITTED).exists() if on_bucket(folder) else "tmp" in folder.name:
+                    write_json(folder / SUMS, _sums(folder))
 
 
-def _sums(folder: Path) -> dict[str, str]:
-    """A digest of every file of an item; those beside the items orbax writes once more when all else is done."""
+def _sums(folder: epath.Path) -> dict[str, str]:
+    """A digest of every file of an item, of an object the bucket's own; those beside the items orbax writes once more
+    when all else is done."""
+    if on_bucket(folder):
+        return {name: str(about.get("crc32c")) for name, about in listing(folder).items() if "/" in name}
     sums = {}
-    for path in sorted(path for path in folder.glob("*/**/*") if path.is_file()):
+    for path in sorted(path for path in Path(folder).glob("*/**/*") if path.is_file()):
         with open(path, "rb") as file:
             sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return sums
 
 
-def _damage(folder: Path) -> str:
+def _damage(folder: epath.Path) -> str:
     """What is wrong with a checkpoint's files; "" where nothing is, or nobody knows."""
     if not (folder / SUMS).exists():
         return ""

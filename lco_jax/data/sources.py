@@ -13,8 +13,9 @@ import pyarrow.dataset
 import pyarrow.lib
 from ml_collections import ConfigDict
 
+from lco_jax.core.buckets import on_bucket
 from lco_jax.core.errors import LcoError, explained
-from lco_jax.core.files import ASSETS, read_json, resolve
+from lco_jax.core.files import ASSETS, fetched, read_json, resolve
 from lco_jax.data.captions import FilesSource
 from lco_jax.data.prompts import MEDIA
 from lco_jax.data.records import Record, file_lookup, listed, parse_record
@@ -152,6 +153,10 @@ def open_source(name: str, spec: Mapping[str, Any], on_bad: str = "error") -> So
     for key in {"columns", "values"} & set(arguments):
         if not isinstance(arguments[key], Mapping):
             raise LcoError(f"config.data.sources.{name}.{key} must be a mapping, and is {arguments[key]!r:.60}")
+    subset = str(arguments.get("name")).split(":")[0] + "/*"
+    for key, pattern in (("path", arguments.get("files", "*")), ("data_dir", subset), ("media_root", "*")):
+        if on_bucket(arguments.get(key, "")):
+            arguments[key] = str(fetched(arguments[key], [pattern, pattern.removeprefix("**/")]))
     try:
         if kind == "parquet":
             arguments["columns"] = Columns(**arguments.get("columns", {}))

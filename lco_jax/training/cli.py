@@ -12,6 +12,7 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 
+from lco_jax.core.buckets import Place, place
 from lco_jax.core.errors import LcoError
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.training.watch import leave_on_sigterm, meeting
@@ -21,7 +22,7 @@ def parse(argv: list[str], doc: str | None) -> flags.FlagValues:
     """The flags in argv; --help prints `doc` and every key of the config. Raises `LcoError` for what it cannot read."""
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "the configuration file", flag_values=values, sys_argv=argv)
-    flags.DEFINE_string("workdir", None, "where the run lives; by default runs/NAME", flag_values=values)
+    flags.DEFINE_string("workdir", None, "where the run lives (or gs://…); by default runs/NAME", flag_values=values)
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for several processes", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "how many processes", flag_values=values)
     flags.DEFINE_integer("process_id", None, "which of them this is", flag_values=values)
@@ -47,11 +48,11 @@ def parse(argv: list[str], doc: str | None) -> flags.FlagValues:
     return values
 
 
-def start(doc: str | None) -> tuple[ConfigDict, Path]:
+def start(doc: str | None) -> tuple[ConfigDict, Place]:
     """(configuration, workdir) of this process's command line, after joining the other processes if there are any."""
     args = parse(sys.argv, doc)
     join_processes(args)
-    return args.config, Path(args.workdir or f"runs/{args.config.name}")
+    return args.config, place(args.workdir or f"runs/{args.config.name}")
 
 
 def _load(argv: Sequence[str]) -> ConfigDict | None:

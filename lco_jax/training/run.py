@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 from lco_jax.checkpoint.hf import Checkpoint, abstract_model, open_checkpoint
 from lco_jax.checkpoint.store import RunStore
 from lco_jax.core import lora
+from lco_jax.core.buckets import Place, reaching
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, write_json
 from lco_jax.core.sharding import make_mesh, placed
@@ -99,7 +99,7 @@ def check_config(config: ConfigDict) -> None:
         raise LcoError(f"config.train.epochs is {config.train.epochs}; it must be above 0 where train.steps is 0")
 
 
-def claim_workdir(workdir: Path, config: ConfigDict, total_steps: int, begun: bool) -> None:
+def claim_workdir(workdir: Place, config: ConfigDict, total_steps: int, begun: bool) -> None:
     """Write `workdir/config.json`; where a run has `begun`, raise by the key in which the one there differs."""
     content = json.loads(config.to_json()) | {"total_steps": total_steps}
     path = workdir / "config.json"
@@ -115,13 +115,14 @@ def claim_workdir(workdir: Path, config: ConfigDict, total_steps: int, begun: bo
         write_json(path, content)
 
 
-def tuned_of_run(workdir: Path, step: int | None = None) -> tuple[str, dict[str, Any], lora.LoraConfig, int]:
+def tuned_of_run(workdir: Place, step: int | None = None) -> tuple[str, dict[str, Any], lora.LoraConfig, int]:
     """(checkpoint path, what was tuned, on the host, configuration of adapters, step) of a run's checkpoint.
 
     step: which, by default the newest. Raises where there is none.
     """
-    config = read_json(workdir / "config.json")
-    store = RunStore(workdir / "checkpoints", config["checkpoint"]["keep"], read_only=True)
+    with reaching(workdir):
+        config = read_json(workdir / "config.json")
+        store = RunStore(workdir / "checkpoints", config["checkpoint"]["keep"], read_only=True)
     there = store.steps()
     if not there:
         raise LcoError(f"{workdir} has no checkpoint yet")
