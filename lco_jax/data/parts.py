@@ -13,8 +13,9 @@ import re
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import numpy as np
@@ -57,12 +58,16 @@ class Unit:
         }
         self._waiting.append(pa.table(columns))
         waiting = sum(map(len, self._waiting))
-        if self._lock is not None:
-            os.utime(self._lock)  # a sign of life
         if self._row + waiting == self.end:
             self.close(ended=True)
         elif waiting >= self.parts.part_rows or time.monotonic() - self._since >= PART_SECONDS:
             self._write()
+
+    def alive(self) -> None:
+        """Give others a sign of life."""
+        if self._lock is not None:
+            with suppress(OSError):  # all is done, and a file server has forgotten the file
+                os.utime(self._lock)
 
     def close(self, ended: bool = False) -> None:
         """Write what waits, and let others have the rest."""
@@ -71,21 +76,24 @@ class Unit:
         self.parts.open.discard(self)
         if self._lock is not None:
             if ended:
-                os.pwrite(self._lock, ENDED, 0)
-                os.fsync(self._lock)
+                with suppress(OSError):  # the parts tell it, too
+                    os.pwrite(self._lock, ENDED, 0)
+                    os.fsync(self._lock)
             os.close(self._lock)
             self._lock = None
 
     def _write(self) -> None:
         table = pa.concat_tables(self._waiting)
         end = self._row + len(table)
-        aside = self.parts.folder / f"{self._row:012d}-{os.getpid()}.tmp"
-        if not self.parts.folder.exists() and self.parts.whole():
-            return  # we were thought dead, and others have made these rows
-        with explained(f"{self.parts.folder} cannot be written", OSError):
+        aside = self.parts.folder / f"_{self._row:012d}-{token_hex(4)}.tmp"  # numbers of processes repeat in containers
+        # without the folder, or in that of other work: we were thought dead, and others have made these rows
+        with explained(f"{self.parts.folder} cannot be written", OSError), suppress(FileNotFoundError):
             pyarrow.parquet.write_table(table, aside, compression="none", use_dictionary=False)
-            vectors.rename(aside, self.parts.folder / f"{self._row:012d}-{end:012d}.parquet")
-        self.parts.made += len(table)
+            if self.parts.ours():  # asked once `aside` is there, which vanishes with its folder
+                vectors.rename(aside, self.parts.folder / f"{self._row:012d}-{end:012d}.parquet")
+                self.parts.made += len(table)
+            else:
+                aside.unlink()
         self._row, self._waiting, self._since = end, [], time.monotonic()
 
 
@@ -130,7 +138,7 @@ class VectorParts:
         """Write what this work is, or compare it with what the folder holds."""
         index = self.folder / INDEX
         if not index.exists():
-            if strange := [x for x in os.listdir(self.folder) if not x.endswith(".tmp") and x != LOCK]:
+            if strange := [x for x in os.listdir(self.folder) if not x.endswith((".tmp", UNIT)) and x != LOCK]:
                 raise LcoError(f"{self.folder} holds {min(strange)} and no index of ours; give another {self.flag}")
         elif (before := read_json(index).get("work")) != self.work:
             same_work(before or {}, self.work, self.folder, self.flag)
@@ -138,18 +146,30 @@ class VectorParts:
             return
         write_json(index, {"work": self.work})
 
+    def ours(self) -> bool:
+        """Whether the folder is still that of this work; who wakes late may find it gone, or another's."""
+        with suppress(LcoError, FileNotFoundError):
+            return difference(self.work, read_json(self.folder / INDEX).get("work", {})) is None
+        return False
+
+    def _writing(self) -> AbstractContextManager:
+        return explained(f"{self.flag}={self.output} cannot be written, or locked", OSError)
+
+    def _open(self, name: str) -> int | None:
+        """The descriptor of a file to lock; None if the folder was removed meanwhile."""
+        with self._writing(), suppress(FileNotFoundError):
+            return os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+        return None
+
     def _lock(self, wait: bool) -> int | None:
         """The descriptor of a lock on the folder; None if the folder was removed meanwhile."""
-        path = self.folder / LOCK
-        with explained(f"{self.flag}={self.output} cannot be written, or locked", OSError):
+        with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            except FileNotFoundError:
+            if (lock := self._open(LOCK)) is None:
                 return None
             busy = not _locks(lock, wait)
             with suppress(FileNotFoundError):
-                if not busy and os.path.samestat(os.fstat(lock), os.stat(path)):
+                if not busy and os.path.samestat(os.fstat(lock), os.stat(self.folder / LOCK)):
                     return lock
             os.close(lock)
         if busy:
@@ -160,8 +180,10 @@ class VectorParts:
 
     def _pieces(self) -> list[tuple[int, int, Path]]:
         """(row, row, part) of the rows that parts hold, in order, each row once: of its part from the first row on."""
-        found = [(*map(int, name.groups()), name[0]) for name in map(_PART.fullmatch, os.listdir(self.folder)) if name]
-        pieces, reached = [], 0
+        pieces, reached, names = [], 0, list[str]()
+        with suppress(FileNotFoundError):  # others have finished
+            names = os.listdir(self.folder)
+        found = [(*map(int, name.groups()), name[0]) for name in map(_PART.fullmatch, names) if name]
         for first, end, name in sorted(found, key=lambda part: (part[0], -part[1])):
             if end > reached:
                 pieces.append((max(first, reached), end, self.folder / name))
@@ -171,7 +193,7 @@ class VectorParts:
     @property
     def done(self) -> int:
         """Rows that parts hold, whoever made them."""
-        return sum(end - first for first, end, _ in self._pieces()) if self.folder.exists() else 0
+        return sum(end - first for first, end, _ in self._pieces())
 
     def news(self) -> int:
         """Rows that others have made since this was last asked."""
@@ -209,19 +231,27 @@ class VectorParts:
     def claim(self) -> Unit | None:
         """The next unit that nobody makes, or what a process that died has left of it; None: there is none now."""
         for first, end in list(self.left.items()):
-            try:
-                lock = os.open(self.folder / f"_{first:012d}{UNIT}", os.O_RDWR | os.O_CREAT, 0o644)
-            except FileNotFoundError:  # another process has finished, and removed the folder
+            if (lock := self._open(f"_{first:012d}{UNIT}")) is None:  # another process has finished
                 self.left.clear()
-                return None
-            if _locks(lock) or self._is_stale(first, lock):
+                break
+            if not self.ours():
+                self.left.clear()
+            elif _locks(lock) or self._is_stale(first, lock):
                 del self.left[first]
                 row = end if os.pread(lock, len(ENDED), 0) == ENDED else _reached(first, self._pieces())
                 if row < end:
                     self.open.add(unit := Unit(self, row, end, lock))
+                    unit.alive()
                     return unit
             os.close(lock)
+            if not self.left:
+                break
         return None
+
+    def alive(self) -> None:
+        """Give others a sign of life; call it often."""
+        for unit in list(self.open):  # a thread may claim meanwhile
+            unit.alive()
 
     def _is_stale(self, first: int, lock: int) -> bool:
         """Whether whoever holds a unit has given no sign of life for long: it hangs, or its lock outlives it."""
@@ -249,17 +279,19 @@ class VectorParts:
 
     def finish(self, total: int, dimension: int, ids: type) -> dict[str, Any] | None:
         """`join`, unless another process has; None where rows are missing, which `left` then has."""
-        with self.alone():
+        with self.alone(), self._writing():
             if record := self.whole():  # by another process, meanwhile
                 return record
             write_text(self.folder / "look.tmp", "")  # NFS lists a folder anew after a change of our own
-            if self.done != total:
-                for unit in self._units():
-                    if not _is_held(unit):
-                        unit.unlink(missing_ok=True)
-                self.divide(total)
-                return None
-            return self.join(total, dimension, ids)
+            self.divide(total)
+            if not self.left:
+                return self.join(total, dimension, ids)
+            for unit in self._units():  # a part was lost
+                if int(unit.stem[1:]) in self.left:
+                    with open(unit, "r+b") as file:
+                        if _locks(file.fileno()):
+                            file.truncate()
+            return None
 
     def join(self, total: int, dimension: int, ids: type, recorded: bool = True) -> dict[str, Any]:
         """Join the parts into the output, list the skipped beside it, and remove the folder; call it `alone`.
@@ -267,7 +299,7 @@ class VectorParts:
         total: N; dimension: D; ids: int or str. A row without a vector is NaN in .npy and null in .parquet. A folder
         keeps its parts, and an index of them. recorded: what is returned, for `whole`.
         """
-        with explained(f"{self.flag}={self.output} cannot be written", OSError):
+        with self._writing():
             return self._join(total, dimension, ids, recorded)
 
     def _join(self, total: int, dimension: int, ids: type, recorded: bool) -> dict[str, Any]:
@@ -310,11 +342,9 @@ class VectorParts:
         return list(self.folder.glob(f"_*{UNIT}"))
 
     def _remove(self, folder: Path, but: Collection[str] = ()) -> None:
-        """Delete our files, the index last: a kill on the way leaves a folder that the same command continues."""
-        ours = [
-            x for x in os.listdir(folder) if _PART.fullmatch(x) or x.endswith((".tmp", UNIT)) or x in (SETTLED, LOCK)
-        ]
-        for name in [*sorted(ours, reverse=True), INDEX]:
+        """Delete our files, the index late: a kill on the way leaves a folder that the same command continues."""
+        ours = [x for x in os.listdir(folder) if _PART.fullmatch(x) or x.endswith((".tmp", UNIT)) or x == SETTLED]
+        for name in [*sorted(ours, reverse=True), INDEX, LOCK]:  # until then nobody else comes in
             if name not in but:
                 (folder / name).unlink(missing_ok=True)
         with suppress(OSError):  # somebody put a file of theirs there, or it stays
