@@ -12,7 +12,7 @@ import os
 import re
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
@@ -31,6 +31,7 @@ PART_SECONDS = 30.0  # of work that a part holds, unless it is full before, or a
 STALE = 600.0  # seconds in which a process shows no sign of life, after which others make its unit as well
 # beside the parts; names that readers of a folder of parquet leave alone
 INDEX, LOCK, SETTLED, UNIT = "_index.json", "_lock", "_settled.json", ".unit"
+OURS = (".tmp", UNIT, SETTLED)
 ENDED = b"done"  # what a unit's file holds at last: locks carry it to all, where NFS may show an old list of the parts
 _PART = re.compile(r"(\d{12})-(\d{12})\.parquet")  # its first row, and the one after its last
 
@@ -91,9 +92,9 @@ class Unit:
             pyarrow.parquet.write_table(table, aside, compression="none", use_dictionary=False)
             if self.parts.ours():  # asked once `aside` is there, which vanishes with its folder
                 vectors.rename(aside, self.parts.folder / f"{self._row:012d}-{end:012d}.parquet")
-                self.parts.made += len(table)
             else:
                 aside.unlink()
+        self.parts.made += len(table)
         self._row, self._waiting, self._since = end, [], time.monotonic()
 
 
@@ -119,9 +120,9 @@ class VectorParts:
             unit.close()
         with suppress(LcoError):  # others are at work there, or it is not ours
             if self.folder.exists():
-                with self.alone(wait=False):
+                with self.alone(wait=False), self._writing():
                     if self.whole() or not (self._pieces() or any(map(_is_held, self._units()))):
-                        self._remove(self.folder)
+                        self._remove({})
 
     @contextmanager
     def alone(self, wait: bool = True) -> Iterator[None]:
@@ -140,8 +141,8 @@ class VectorParts:
         if not index.exists():
             if strange := [x for x in os.listdir(self.folder) if not x.endswith((".tmp", UNIT)) and x != LOCK]:
                 raise LcoError(f"{self.folder} holds {min(strange)} and no index of ours; give another {self.flag}")
-        elif (before := read_json(index).get("work")) != self.work:
-            same_work(before or {}, self.work, self.folder, self.flag)
+        elif (before := read_json(index)) != {"work": self.work}:
+            same_work(before.get("work") or {}, self.work, self.folder, self.flag)
         else:
             return
         write_json(index, {"work": self.work})
@@ -149,7 +150,8 @@ class VectorParts:
     def ours(self) -> bool:
         """Whether the folder is still that of this work; who wakes late may find it gone, or another's."""
         with suppress(LcoError, FileNotFoundError):
-            return difference(self.work, read_json(self.folder / INDEX).get("work", {})) is None
+            index = read_json(self.folder / INDEX)
+            return index.keys() == {"work"} and difference(self.work, index["work"]) is None
         return False
 
     def _writing(self) -> AbstractContextManager:
@@ -283,6 +285,8 @@ class VectorParts:
             if record := self.whole():  # by another process, meanwhile
                 return record
             write_text(self.folder / "look.tmp", "")  # NFS lists a folder anew after a change of our own
+            if self.done < self.made:
+                raise LcoError(f"{self.folder} was removed meanwhile; the same command begins anew")
             self.divide(total)
             if not self.left:
                 return self.join(total, dimension, ids)
@@ -312,8 +316,7 @@ class VectorParts:
         record |= {"vectors": total, "dimension": dimension, "skipped": count}
         if not self.output.suffix:
             files = [self._exact(*piece) for piece in self._pieces()]
-            write_json(self.folder / INDEX, {**record, "parts": files})
-            self._remove(self.folder, {*files, INDEX, LOCK})
+            self._remove({**record, "parts": files}, files)
             self.folder.rename(self.output)
             (self.output / LOCK).unlink()  # only now: whoever made another would think itself alone
             return record
@@ -324,7 +327,7 @@ class VectorParts:
         vectors.rename(aside, self.output)
         if recorded:
             write_json(self.record, {**record, "output": _state(self.output)})
-        self._remove(self.folder)
+        self._remove(record)
         return record
 
     def _exact(self, first: int, end: int, part: Path) -> str:
@@ -341,14 +344,22 @@ class VectorParts:
     def _units(self) -> list[Path]:
         return list(self.folder.glob(f"_*{UNIT}"))
 
-    def _remove(self, folder: Path, but: Collection[str] = ()) -> None:
-        """Delete our files, the index late: a kill on the way leaves a folder that the same command continues."""
-        ours = [x for x in os.listdir(folder) if _PART.fullmatch(x) or x.endswith((".tmp", UNIT)) or x == SETTLED]
-        for name in [*sorted(ours, reverse=True), INDEX, LOCK]:  # until then nobody else comes in
-            if name not in but:
-                (folder / name).unlink(missing_ok=True)
-        with suppress(OSError):  # somebody put a file of theirs there, or it stays
-            folder.rmdir()
+    def _remove(self, record: Mapping[str, Any], but: Sequence[str] | None = None) -> None:
+        """Delete our files, or the others. A kill on the way leaves a folder that the same command continues."""
+        write_json(
+            self.folder / INDEX, {"work": self.work, "vectors": 0, **record}
+        )  # so that nobody adds to it: `ours`
+        kept = {*(but or ()), INDEX, LOCK}
+        while ours := [
+            x for x in os.listdir(self.folder) if x not in kept and (_PART.fullmatch(x) or x.endswith(OURS))
+        ]:
+            for name in ours:
+                (self.folder / name).unlink(missing_ok=True)
+        if but is None:
+            for name in (INDEX, LOCK):  # the lock last: until then nobody comes in
+                (self.folder / name).unlink()
+            with suppress(OSError):  # somebody put a file of theirs there, or it stays
+                self.folder.rmdir()
 
 
 def _reached(row: int, pieces: Sequence[tuple[int, int, Path]]) -> int:
