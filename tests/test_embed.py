@@ -404,6 +404,20 @@ def test_nobody_comes_in_while_the_folder_is_removed(tmp_path, monkeypatch):
     assert not parts.folder.exists()
 
 
+def test_a_folder_that_is_removed_while_one_comes_in_is_made(tmp_path, monkeypatch):
+    mkdir, calls = os.mkdir, []
+
+    def there_and_gone(path, *args):
+        calls.append(path)
+        if len(calls) == 1:
+            raise FileExistsError
+        mkdir(path, *args)
+
+    monkeypatch.setattr(os, "mkdir", there_and_gone)
+    with VectorParts(tmp_path / "out.npy", {}) as parts, parts.alone():
+        assert parts.ours()
+
+
 def test_a_gap_is_made_again_and_a_torn_part_named(tmp_path):
     output = tmp_path / "out.npy"
 

@@ -166,7 +166,8 @@ class VectorParts:
     def _lock(self, wait: bool) -> int | None:
         """The descriptor of a lock on the folder; None if the folder was removed meanwhile."""
         with self._writing():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):  # `exist_ok` raises where it is removed at once
+                self.folder.mkdir(parents=True)
             if (lock := self._open(LOCK)) is None:
                 return None
             busy = not _locks(lock, wait)
