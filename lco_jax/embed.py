@@ -54,6 +54,19 @@ POLL = 1.0  # seconds from one look at the units of others to the next
 Model = TypeVar("Model", bound=OmniEmbedder)
 
 
+class Progress(tqdm):
+    """A bar, whose steps (after a forward pass, at the latest) are signs of life to the other processes."""
+
+    def __init__(self, parts: VectorParts, **options: Any):
+        self.parts = parts
+        super().__init__(**options)
+
+    def update(self, n: float = 1) -> bool | None:
+        """Advance by n inputs."""
+        self.parts.alive()
+        return super().update(n)
+
+
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -151,9 +164,8 @@ def _embed(
     keep_compiled()
     try:
         embedder, read = load(args, checkpoint, media, modalities), corpus.reader()
-        parts.divide(found.total)
-        with tqdm(total=found.total, initial=parts.news(), desc="embedding", unit="input") as progress:
-            while True:
+        with Progress(parts, total=found.total, initial=parts.news(), desc="embedding", unit="input") as progress:
+            while not (record := parts.finish(found.total, embedder.dimension, found.ids)):
                 while parts.left:
                     if unit := parts.claim():
                         units = ((one, read(one.first, one.end)) for one in chain([unit], iter(parts.claim, None)))
@@ -163,9 +175,8 @@ def _embed(
                         progress.update(parts.news())
                 if corpus.fingerprint() != as_it_was:
                     raise LcoError(f"--input={corpus.path} changed meanwhile; remove {parts.folder} and start anew")
-                if record := parts.finish(found.total, embedder.dimension, found.ids):
-                    progress.update(found.total - progress.n)
-                    return record
+            progress.update(found.total - progress.n)
+            return record
     except (LcoError, KeyboardInterrupt, SystemExit):
         if done := parts.done:
             kept = f"{done:,} of {found.total:,} vectors are kept in {parts.folder}"

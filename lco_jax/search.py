@@ -10,6 +10,7 @@ kill it goes on from there. Needs the extra: pip install 'lco-jax[search]'.
 import argparse
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,9 @@ def update(
         there = done | {known[row] for row in rows}
         new = [entry.item._replace(id=key) for key, entry in entries.items() if key not in there]
         if new:
-            parts.open.add(unit := Unit(parts, row := parts.next_row, row + len(new)))
-            with tqdm(total=len(there) + len(new), initial=len(there), desc="embedding", unit="input") as progress:
+            rest = closing(Unit(parts, row := parts.next_row, row + len(new)))  # while nobody else may come in
+            bar = tqdm(total=len(there) + len(new), initial=len(there), desc="embedding", unit="input")
+            with rest as unit, bar as progress:
                 embed_items(embedder, [(unit, new)], found, parts, args, progress)
         parts.join(len(there) + len(new), embedder.dimension, str, recorded=False)
     return read_vectors([table()])

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from lco_jax import LcoError, MediaConfig
+from lco_jax import LcoError, MediaConfig, embed
 from lco_jax.data import parts as parts_module
 from lco_jax.data.corpus import Corpus, scan
 from lco_jax.data.parts import VectorParts
@@ -319,6 +319,105 @@ def test_a_process_that_hangs_is_overtaken_and_no_row_is_there_twice(tmp_path, n
     check(tmp_path / name, 6)
 
 
+def test_who_wakes_when_all_is_done_does_no_harm(tmp_path, monkeypatch):
+    """To the output, or to other work that has begun in its place; and makes nothing again."""
+    output = tmp_path / "out.npy"
+    hung, loading, one = (VectorParts(output, {"a": 1}, 4) for _ in range(3))
+    with hung, one:
+        for parts in (hung, loading, one):
+            parts.settled(dict)
+            parts.divide(8)
+        unit = hung.claim()
+        monkeypatch.setattr(parts_module, "STALE", 0)
+        one.claim().close(), fill(one, 8)
+        assert one.finish(8, 4, str)
+        with loading:
+            assert loading.done == 0, "the folder is gone"
+            assert loading.claim() is None
+            assert loading.finish(8, 4, str)["vectors"] == 8
+        with VectorParts(output, {"a": 2}, 4) as other:
+            assert other.finish(8, 4, str) is None
+            unit.add(list("abcd"), np.ones((4, 4)), {})
+            assert hung.claim() is None
+            assert not list(other.folder.glob("0*"))
+            with pytest.raises(LcoError, match="holds other work: a was 2 and is 1"):
+                hung.finish(8, 4, str)
+            assert len(other.claim()) == 4
+    check(output, 8, recorded=False)
+
+
+def test_a_part_in_the_making_is_nobody_elses(tmp_path, monkeypatch):
+    """In containers, processes have equal numbers; one is stopped in the midst of writing, and overtaken."""
+    monkeypatch.setattr(parts_module, "STALE", 0)
+    monkeypatch.setattr(parts_module, "PART_SECONDS", 0)
+    write = pyarrow.parquet.write_table
+    with VectorParts(tmp_path / "out", {"a": 1}, 6) as one, VectorParts(tmp_path / "out", {"a": 1}, 6) as other:
+        one.settled(dict)
+        one.divide(6), other.divide(6)
+        unit = one.claim()
+
+        def stopped(table, path, **options):
+            monkeypatch.setattr(pyarrow.parquet, "write_table", write)
+            with open(path, "wb") as file:
+                assert other.claim() is None
+                add(other.claim(), 0, 6, 6)
+                write(table, file, **options)
+
+        monkeypatch.setattr(pyarrow.parquet, "write_table", stopped)
+        add(unit, 0, 2)
+        other.finish(6, 4, str)
+    check(tmp_path / "out", 6)
+
+
+def test_a_unit_that_changes_hands_is_not_stale(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts_module, "STALE", 0)
+    with VectorParts(tmp_path / "a.npy", {}, 4) as one, VectorParts(tmp_path / "a.npy", {}, 4) as other:
+        one.settled(dict)
+        one.divide(4), other.divide(4)
+        unit = one.claim()
+        assert other.claim() is None
+        unit.close()
+        one.divide(4)
+        assert len(one.claim()) == 4
+        assert other.claim() is None
+        one.alive()
+        assert other.claim() is None
+        assert len(other.claim()) == 4
+
+
+def test_nobody_comes_in_while_the_folder_is_removed(tmp_path, monkeypatch):
+    unlink, seen = Path.unlink, []
+    with VectorParts(tmp_path / "out.npy", {"a": 1}, 4) as parts:
+        parts.settled(dict)
+        fill(parts, 6)
+
+        def watched(path, **options):
+            unlink(path, **options)
+            seen.append(path.name)
+            if path.name != parts_module.LOCK:
+                with pytest.raises(LcoError, match="another process writes"), parts.alone(wait=False):
+                    pass
+
+        monkeypatch.setattr(Path, "unlink", watched)
+        parts.finish(6, 4, str)
+    assert parts_module.INDEX in seen
+    assert not parts.folder.exists()
+
+
+def test_a_folder_that_is_removed_while_one_comes_in_is_made(tmp_path, monkeypatch):
+    mkdir, calls = os.mkdir, []
+
+    def there_and_gone(path, *args):
+        calls.append(path)
+        if len(calls) == 1:
+            raise FileExistsError
+        mkdir(path, *args)
+
+    monkeypatch.setattr(os, "mkdir", there_and_gone)
+    with VectorParts(tmp_path / "out.npy", {}) as parts, parts.alone():
+        assert parts.ours()
+
+
 def test_a_gap_is_made_again_and_a_torn_part_named(tmp_path):
     output = tmp_path / "out.npy"
 
@@ -342,8 +441,10 @@ def test_a_gap_is_made_again_and_a_torn_part_named(tmp_path):
         parts.finish(8, 4, str)
     assert sentence(error).startswith(f"{torn} is torn; remove it")
     torn.unlink()
-    assert begin()[0] == 6
     with VectorParts(output, {"a": 1}, 2) as parts:
+        assert parts.finish(8, 4, str) is None
+        fill(parts, 8)
+        assert parts.made == 2
         parts.finish(8, 4, str)
     check(output, 8)
 
@@ -557,6 +658,29 @@ def test_a_folder_of_parts_and_a_work_that_is_whole(tmp_path, run_embed, load):
     assert "is a folder of something else" in run_embed(f"--input={source}", f"--output={tmp_path / 'mine'}")[2]
     source.write_text("other\n")
     assert "what --input holds was" in run_embed(*command)[2]
+
+
+@pytest.mark.parametrize("at", ["before the first look", "while the model loads"])
+def test_who_comes_late_makes_nothing_again(tmp_path, run_embed, monkeypatch, at):
+    """Another process does all meanwhile; each of its forward passes is a sign of life."""
+    (tmp_path / "in.txt").write_text("a\nb\nc\nd\n")
+    owner, name = (VectorParts, "settled") if at == "before the first look" else (embed, "load")
+    step, embed_items, alive, made, signs = getattr(owner, name), embed.embed_items, VectorParts.alive, [], []
+
+    def late(*args):
+        monkeypatch.setattr(owner, name, step)
+        embed.main()
+        return step(*args)
+
+    monkeypatch.setattr(owner, name, late)
+    monkeypatch.setattr(embed, "embed_items", lambda *args: (made.append(1), embed_items(*args)))
+    monkeypatch.setattr(VectorParts, "alive", lambda parts: (signs.append(len(parts.open)), alive(parts)))
+    status, out, err = run_embed(f"--input={tmp_path / 'in.txt'}", f"--output={tmp_path / 'out.npy'}", "--batch-size=1")
+    assert status == 0, err
+    assert out.count("4 vectors of ") == 2
+    assert len(made) == 1
+    assert signs.count(1) >= 4
+    assert {x.name for x in tmp_path.iterdir()} == {"in.txt", "out.npy", "out.npy.json"}
 
 
 def test_a_table_of_pictures_and_the_caps_on_media(tmp_path, run_embed, pictures, load):

@@ -316,6 +316,30 @@ def test_changed_and_vanished_files_and_a_start_that_was_ended(start, tmp_path, 
         start()
 
 
+def test_who_ends_a_start_lets_others_in_once_its_rows_are_there(start, tmp_path, monkeypatch):
+    picture(tmp_path / "in" / "a.png", 0), picture(tmp_path / "in" / "b.png", 1)
+    kept = []
+
+    def ended(embedder, units, found, parts, *_):
+        unit, _ = units[0]
+        write = unit._write
+
+        def watched():
+            with pytest.raises(LcoError, match="another process writes"), parts.alone(wait=False):
+                pass
+            write()
+            kept.append(parts.done)
+
+        unit._write = watched
+        unit.add(["a"], np.ones((1, 4)), {})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search, "embed_items", ended)
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert kept == [1]
+
+
 def test_mistakes_are_one_sentence(monkeypatch, run_command, tmp_path):
     def said(*args):
         code, _, error = run_command(search, f"--index={tmp_path / 'i'}", *args)

@@ -103,9 +103,10 @@ class Corpus:
 
     def fingerprint(self) -> str:
         """What tells whether it has changed: size and time of change of the file, or of each medium of the folder."""
-        if not self.path.is_dir():
-            return fingerprint([(self.path.name, self.path.stat())])
-        return fingerprint((name, entry.stat()) for name, entry in _walk(self.path))
+        with explained(f"{self.flag}={self.path} cannot be read", OSError):
+            if not self.path.is_dir():
+                return fingerprint([(self.path.name, self.path.stat())])
+            return fingerprint((name, entry.stat()) for name, entry in _walk(self.path))
 
     def _txt(self, first: int) -> Iterator[Callable[..., Item]]:
         for number, line, where in islice(_lines(self.path), first, None):

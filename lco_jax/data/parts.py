@@ -12,9 +12,10 @@ import os
 import re
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ PART_SECONDS = 30.0  # of work that a part holds, unless it is full before, or a
 STALE = 600.0  # seconds in which a process shows no sign of life, after which others make its unit as well
 # beside the parts; names that readers of a folder of parquet leave alone
 INDEX, LOCK, SETTLED, UNIT = "_index.json", "_lock", "_settled.json", ".unit"
+OURS = (".tmp", UNIT, SETTLED)
 ENDED = b"done"  # what a unit's file holds at last: locks carry it to all, where NFS may show an old list of the parts
 _PART = re.compile(r"(\d{12})-(\d{12})\.parquet")  # its first row, and the one after its last
 
@@ -57,12 +59,16 @@ class Unit:
         }
         self._waiting.append(pa.table(columns))
         waiting = sum(map(len, self._waiting))
-        if self._lock is not None:
-            os.utime(self._lock)  # a sign of life
         if self._row + waiting == self.end:
             self.close(ended=True)
         elif waiting >= self.parts.part_rows or time.monotonic() - self._since >= PART_SECONDS:
             self._write()
+
+    def alive(self) -> None:
+        """Give others a sign of life."""
+        if self._lock is not None:
+            with suppress(OSError):  # all is done, and a file server has forgotten the file
+                os.utime(self._lock)
 
     def close(self, ended: bool = False) -> None:
         """Write what waits, and let others have the rest."""
@@ -71,20 +77,23 @@ class Unit:
         self.parts.open.discard(self)
         if self._lock is not None:
             if ended:
-                os.pwrite(self._lock, ENDED, 0)
-                os.fsync(self._lock)
+                with suppress(OSError):  # the parts tell it, too
+                    os.pwrite(self._lock, ENDED, 0)
+                    os.fsync(self._lock)
             os.close(self._lock)
             self._lock = None
 
     def _write(self) -> None:
         table = pa.concat_tables(self._waiting)
         end = self._row + len(table)
-        aside = self.parts.folder / f"{self._row:012d}-{os.getpid()}.tmp"
-        if not self.parts.folder.exists() and self.parts.whole():
-            return  # we were thought dead, and others have made these rows
-        with explained(f"{self.parts.folder} cannot be written", OSError):
+        aside = self.parts.folder / f"_{self._row:012d}-{token_hex(4)}.tmp"  # numbers of processes repeat in containers
+        # without the folder, or in that of other work: we were thought dead, and others have made these rows
+        with explained(f"{self.parts.folder} cannot be written", OSError), suppress(FileNotFoundError):
             pyarrow.parquet.write_table(table, aside, compression="none", use_dictionary=False)
-            vectors.rename(aside, self.parts.folder / f"{self._row:012d}-{end:012d}.parquet")
+            if self.parts.ours():  # asked once `aside` is there, which vanishes with its folder
+                vectors.rename(aside, self.parts.folder / f"{self._row:012d}-{end:012d}.parquet")
+            else:
+                aside.unlink()
         self.parts.made += len(table)
         self._row, self._waiting, self._since = end, [], time.monotonic()
 
@@ -111,9 +120,9 @@ class VectorParts:
             unit.close()
         with suppress(LcoError):  # others are at work there, or it is not ours
             if self.folder.exists():
-                with self.alone(wait=False):
+                with self.alone(wait=False), self._writing():
                     if self.whole() or not (self._pieces() or any(map(_is_held, self._units()))):
-                        self._remove(self.folder)
+                        self._remove({})
 
     @contextmanager
     def alone(self, wait: bool = True) -> Iterator[None]:
@@ -130,26 +139,40 @@ class VectorParts:
         """Write what this work is, or compare it with what the folder holds."""
         index = self.folder / INDEX
         if not index.exists():
-            if strange := [x for x in os.listdir(self.folder) if not x.endswith(".tmp") and x != LOCK]:
+            if strange := [x for x in os.listdir(self.folder) if not x.endswith((".tmp", UNIT)) and x != LOCK]:
                 raise LcoError(f"{self.folder} holds {min(strange)} and no index of ours; give another {self.flag}")
-        elif (before := read_json(index).get("work")) != self.work:
-            same_work(before or {}, self.work, self.folder, self.flag)
+        elif (before := read_json(index)) != {"work": self.work}:
+            same_work(before.get("work") or {}, self.work, self.folder, self.flag)
         else:
             return
         write_json(index, {"work": self.work})
 
+    def ours(self) -> bool:
+        """Whether the folder is still that of this work; who wakes late may find it gone, or another's."""
+        with suppress(LcoError, FileNotFoundError):
+            index = read_json(self.folder / INDEX)
+            return index.keys() == {"work"} and difference(self.work, index["work"]) is None
+        return False
+
+    def _writing(self) -> AbstractContextManager:
+        return explained(f"{self.flag}={self.output} cannot be written, or locked", OSError)
+
+    def _open(self, name: str) -> int | None:
+        """The descriptor of a file to lock; None if the folder was removed meanwhile."""
+        with self._writing(), suppress(FileNotFoundError):
+            return os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+        return None
+
     def _lock(self, wait: bool) -> int | None:
         """The descriptor of a lock on the folder; None if the folder was removed meanwhile."""
-        path = self.folder / LOCK
-        with explained(f"{self.flag}={self.output} cannot be written, or locked", OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            except FileNotFoundError:
+        with self._writing():
+            with suppress(FileExistsError):  # `exist_ok` raises where it is removed at once
+                self.folder.mkdir(parents=True)
+            if (lock := self._open(LOCK)) is None:
                 return None
             busy = not _locks(lock, wait)
             with suppress(FileNotFoundError):
-                if not busy and os.path.samestat(os.fstat(lock), os.stat(path)):
+                if not busy and os.path.samestat(os.fstat(lock), os.stat(self.folder / LOCK)):
                     return lock
             os.close(lock)
         if busy:
@@ -160,8 +183,10 @@ class VectorParts:
 
     def _pieces(self) -> list[tuple[int, int, Path]]:
         """(row, row, part) of the rows that parts hold, in order, each row once: of its part from the first row on."""
-        found = [(*map(int, name.groups()), name[0]) for name in map(_PART.fullmatch, os.listdir(self.folder)) if name]
-        pieces, reached = [], 0
+        pieces, reached, names = [], 0, list[str]()
+        with suppress(FileNotFoundError):  # others have finished
+            names = os.listdir(self.folder)
+        found = [(*map(int, name.groups()), name[0]) for name in map(_PART.fullmatch, names) if name]
         for first, end, name in sorted(found, key=lambda part: (part[0], -part[1])):
             if end > reached:
                 pieces.append((max(first, reached), end, self.folder / name))
@@ -171,7 +196,7 @@ class VectorParts:
     @property
     def done(self) -> int:
         """Rows that parts hold, whoever made them."""
-        return sum(end - first for first, end, _ in self._pieces()) if self.folder.exists() else 0
+        return sum(end - first for first, end, _ in self._pieces())
 
     def news(self) -> int:
         """Rows that others have made since this was last asked."""
@@ -209,19 +234,27 @@ class VectorParts:
     def claim(self) -> Unit | None:
         """The next unit that nobody makes, or what a process that died has left of it; None: there is none now."""
         for first, end in list(self.left.items()):
-            try:
-                lock = os.open(self.folder / f"_{first:012d}{UNIT}", os.O_RDWR | os.O_CREAT, 0o644)
-            except FileNotFoundError:  # another process has finished, and removed the folder
+            if (lock := self._open(f"_{first:012d}{UNIT}")) is None:  # another process has finished
                 self.left.clear()
-                return None
-            if _locks(lock) or self._is_stale(first, lock):
+                break
+            if not self.ours():
+                self.left.clear()
+            elif _locks(lock) or self._is_stale(first, lock):
                 del self.left[first]
                 row = end if os.pread(lock, len(ENDED), 0) == ENDED else _reached(first, self._pieces())
                 if row < end:
                     self.open.add(unit := Unit(self, row, end, lock))
+                    unit.alive()
                     return unit
             os.close(lock)
+            if not self.left:
+                break
         return None
+
+    def alive(self) -> None:
+        """Give others a sign of life; call it often."""
+        for unit in list(self.open):  # a thread may claim meanwhile
+            unit.alive()
 
     def _is_stale(self, first: int, lock: int) -> bool:
         """Whether whoever holds a unit has given no sign of life for long: it hangs, or its lock outlives it."""
@@ -249,17 +282,21 @@ class VectorParts:
 
     def finish(self, total: int, dimension: int, ids: type) -> dict[str, Any] | None:
         """`join`, unless another process has; None where rows are missing, which `left` then has."""
-        with self.alone():
+        with self.alone(), self._writing():
             if record := self.whole():  # by another process, meanwhile
                 return record
             write_text(self.folder / "look.tmp", "")  # NFS lists a folder anew after a change of our own
-            if self.done != total:
-                for unit in self._units():
-                    if not _is_held(unit):
-                        unit.unlink(missing_ok=True)
-                self.divide(total)
-                return None
-            return self.join(total, dimension, ids)
+            if self.done < self.made:
+                raise LcoError(f"{self.folder} was removed meanwhile; the same command begins anew")
+            self.divide(total)
+            if not self.left:
+                return self.join(total, dimension, ids)
+            for unit in self._units():  # a part was lost
+                if int(unit.stem[1:]) in self.left:
+                    with open(unit, "r+b") as file:
+                        if _locks(file.fileno()):
+                            file.truncate()
+            return None
 
     def join(self, total: int, dimension: int, ids: type, recorded: bool = True) -> dict[str, Any]:
         """Join the parts into the output, list the skipped beside it, and remove the folder; call it `alone`.
@@ -267,7 +304,7 @@ class VectorParts:
         total: N; dimension: D; ids: int or str. A row without a vector is NaN in .npy and null in .parquet. A folder
         keeps its parts, and an index of them. recorded: what is returned, for `whole`.
         """
-        with explained(f"{self.flag}={self.output} cannot be written", OSError):
+        with self._writing():
             return self._join(total, dimension, ids, recorded)
 
     def _join(self, total: int, dimension: int, ids: type, recorded: bool) -> dict[str, Any]:
@@ -280,8 +317,7 @@ class VectorParts:
         record |= {"vectors": total, "dimension": dimension, "skipped": count}
         if not self.output.suffix:
             files = [self._exact(*piece) for piece in self._pieces()]
-            write_json(self.folder / INDEX, {**record, "parts": files})
-            self._remove(self.folder, {*files, INDEX, LOCK})
+            self._remove({**record, "parts": files}, files)
             self.folder.rename(self.output)
             (self.output / LOCK).unlink()  # only now: whoever made another would think itself alone
             return record
@@ -292,7 +328,7 @@ class VectorParts:
         vectors.rename(aside, self.output)
         if recorded:
             write_json(self.record, {**record, "output": _state(self.output)})
-        self._remove(self.folder)
+        self._remove(record)
         return record
 
     def _exact(self, first: int, end: int, part: Path) -> str:
@@ -309,16 +345,22 @@ class VectorParts:
     def _units(self) -> list[Path]:
         return list(self.folder.glob(f"_*{UNIT}"))
 
-    def _remove(self, folder: Path, but: Collection[str] = ()) -> None:
-        """Delete our files, the index last: a kill on the way leaves a folder that the same command continues."""
-        ours = [
-            x for x in os.listdir(folder) if _PART.fullmatch(x) or x.endswith((".tmp", UNIT)) or x in (SETTLED, LOCK)
-        ]
-        for name in [*sorted(ours, reverse=True), INDEX]:
-            if name not in but:
-                (folder / name).unlink(missing_ok=True)
-        with suppress(OSError):  # somebody put a file of theirs there, or it stays
-            folder.rmdir()
+    def _remove(self, record: Mapping[str, Any], but: Sequence[str] | None = None) -> None:
+        """Delete our files, or the others. A kill on the way leaves a folder that the same command continues."""
+        write_json(
+            self.folder / INDEX, {"work": self.work, "vectors": 0, **record}
+        )  # so that nobody adds to it: `ours`
+        kept = {*(but or ()), INDEX, LOCK}
+        while ours := [
+            x for x in os.listdir(self.folder) if x not in kept and (_PART.fullmatch(x) or x.endswith(OURS))
+        ]:
+            for name in ours:
+                (self.folder / name).unlink(missing_ok=True)
+        if but is None:
+            for name in (INDEX, LOCK):  # the lock last: until then nobody comes in
+                (self.folder / name).unlink()
+            with suppress(OSError):  # somebody put a file of theirs there, or it stays
+                self.folder.rmdir()
 
 
 def _reached(row: int, pieces: Sequence[tuple[int, int, Path]]) -> int:
