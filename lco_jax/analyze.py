@@ -24,6 +24,7 @@ from lco_jax.analysis.generator import Losses, token_cost
 from lco_jax.analysis.pairs import Pairs, draw_pairs
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.checkpoint.peft import read_peft
+from lco_jax.core.buckets import on_disk
 from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.files import write_json, write_text, written_aside
 from lco_jax.core.shapes import keep_compiled
@@ -40,11 +41,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="a checkpoint folder or hub id: before")
     parser.add_argument("--adapter", help="a PEFT adapter folder or hub id: the same model after")
     parser.add_argument("--after-model", help="a checkpoint folder or hub id: after, where there is no adapter")
-    parser.add_argument("--data", type=Path, required=True, help="pairs: .jsonl, .parquet, or a source in .json")
+    parser.add_argument("--data", type=on_disk, required=True, help="pairs: .jsonl, .parquet, or a source in .json")
     parser.add_argument("--a", default="", help="modality of one side (default: as in the first record)")
     parser.add_argument("--b", default="", help="modality of the other")
-    parser.add_argument("--captions", type=Path, help="pairs with a text to tell the generator (default: --data)")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--captions", type=on_disk, help="pairs with a text to tell the generator (default: --data)")
+    parser.add_argument("--out", type=on_disk, required=True, help="the folder to write")
     parser.add_argument("--k", type=int, default=10, help="nearest neighbours (default: 10)")
     parser.add_argument("--limit", type=int, default=1000, help="the most pairs, drawn by --seed (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing and the bootstrap (default: 0)")

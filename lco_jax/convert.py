@@ -13,7 +13,6 @@ model OUT.
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from lco_jax.checkpoint.export import export_merged, write_model
 from lco_jax.checkpoint.hf import DTYPES, open_checkpoint
 from lco_jax.checkpoint.peft import has_adapters, read_peft, write_peft
 from lco_jax.core import lora
-from lco_jax.core.buckets import place
+from lco_jax.core.buckets import on_disk, place
 from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.files import write_json
 from lco_jax.core.sharding import replicated
@@ -45,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--step", type=int, help="which of the --workdir's (default: the newest)")
     parser.add_argument("--model", help="a checkpoint folder or hub id (with --workdir: the run's own)")
     parser.add_argument("--adapter", help="a PEFT adapter folder or hub id; none: the model as it is")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--out", type=on_disk, required=True, help="the folder to write")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of models (default bfloat16)")
     parser.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help="of one file (default 5)")
     group = parser.add_argument_group("soup")
@@ -56,7 +55,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--merge", action="store_true", help="write OUT-merged, too")
     group.add_argument("--greedy", action="store_true", help="the best, then each that does not lower the soup's score")
     group.add_argument("--validate", help="what --greedy scores with: files as `lco_jax.evaluate` takes")
-    group.add_argument("--media-root", type=Path, help="where relative paths of media in --validate start")
+    group.add_argument("--media-root", type=on_disk, help="where relative paths of media in --validate start")
     own.add_flags(parser, "--validate")
     return parser.parse_args()
 

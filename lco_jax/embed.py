@@ -39,6 +39,7 @@ import jax
 from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
+from lco_jax.core.buckets import on_disk
 from lco_jax.core.errors import PREEMPTED, LcoError, run_main
 from lco_jax.core.files import fingerprint
 from lco_jax.core.quantize import KINDS
@@ -72,8 +73,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m lco_jax.embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", type=Path, required=True, help=".txt, .jsonl, .parquet or a folder of media")
-    parser.add_argument("--output", type=Path, required=True, help=".npy or .parquet")
+    parser.add_argument("--input", type=on_disk, required=True, help=".txt, .jsonl, .parquet or a folder of media")
+    parser.add_argument("--output", type=on_disk, required=True, help=".npy or .parquet, or a folder")
     parser.add_argument("--id-field", help="the key of a jsonl object, or column of a parquet, that is its id")
     parser.add_argument("--distributed", action="store_true", help="one of the processes of a TPU slice")
     add_flags(parser, on_error="raise")
@@ -99,7 +100,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, help="the most inputs in a forward pass; by default any number")
     parser.add_argument("--max-length", type=int, help="cut texts to so many tokens")
     parser.add_argument("--prompt", help="instead of the reference's, placed after the content")
-    parser.add_argument("--media-root", type=Path, help="where relative paths of media start")
+    parser.add_argument("--media-root", type=on_disk, help="where relative paths of media start")
     parser.add_argument("--workers", type=int, help="processes that prepare media (default: one a CPU, at most 8)")
     group = parser.add_argument_group("caps on media")
     for field in fields(MediaConfig):

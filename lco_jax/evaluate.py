@@ -22,6 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import open_checkpoint
+from lco_jax.core.buckets import on_disk
 from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.embed import add_flags, load, media_config, model_work, workers
@@ -42,8 +43,8 @@ def parse_args() -> argparse.Namespace:
     what.add_argument("--benchmark", help='of mteb: "MIEB(lite)", "MAEB", "ViDoRe(v2)", "MTEB(eng, v2)", …')
     what.add_argument("--tasks", help="of mteb, between commas")
     what.add_argument("--seadoc", help="a folder with corpus/, query/ and qrels/ in parquet, or a data set of the hub")
-    what.add_argument("--data", type=Path, help="your own records or folder; needs no mteb")
-    parser.add_argument("--out", type=Path, required=True, help="the folder for results and vectors")
+    what.add_argument("--data", type=on_disk, help="your own records or folder; needs no mteb")
+    parser.add_argument("--out", type=on_disk, required=True, help="the folder for results and vectors")
     add_flags(parser, on_error="raise")
     own.add_flags(parser, "--data")
     parser.set_defaults(max_length=MAX_LENGTH, part_size=PART_INPUTS)

@@ -14,13 +14,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from lco_jax.checkpoint.hf import Checkpoint, abstract_params, open_geometry
+from lco_jax.core.buckets import on_disk
 from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.files import write_json
 from lco_jax.core.packing import Shape
@@ -213,7 +213,7 @@ def main() -> int:
     where.add_argument("--devices", type=_whole, help="plan on the suggested mesh")
     parser.add_argument("--tokens_per_text", type=_whole, help="prompt included; by default as the data are")
     parser.add_argument("--price", type=float, help="USD an hour and device, in the place of the list's")
-    parser.add_argument("--json", type=Path, help="a file for the numbers")
+    parser.add_argument("--json", type=on_disk, help="a file for the numbers")
     args, rest = parser.parse_known_args()
     devices = args.devices or math.prod(args.mesh)
     device = DEVICES[args.device]

@@ -20,6 +20,7 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import open_checkpoint
+from lco_jax.core.buckets import on_disk
 from lco_jax.core.errors import LcoError, explained, run_main
 from lco_jax.core.files import read_json, write_json
 from lco_jax.core.shapes import keep_compiled
@@ -37,8 +38,10 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m lco_jax.search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", type=Path, required=True, help="a folder of media, a .jsonl or a .txt, as of embed")
-    parser.add_argument("--index", type=Path, required=True, help="the folder that keeps the vectors")
+    parser.add_argument(
+        "--input", type=on_disk, required=True, help="a folder of media, a .jsonl or a .txt, as of embed"
+    )
+    parser.add_argument("--index", type=on_disk, required=True, help="the folder that keeps the vectors")
     parser.add_argument("--port", type=int, default=8765, help="0: any that is free (default: 8765)")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1)")
     parser.add_argument("--max-upload", type=int, default=100_000_000, help="bytes of a query (default: 100,000,000)")

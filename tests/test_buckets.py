@@ -1,5 +1,6 @@
 """Runs, models and data on a bucket, as the stand-in of it in bucket.py has them."""
 
+import argparse
 import os
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from lco_jax.checkpoint import builtin
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.checkpoint.store import RunStore
 from lco_jax.core import buckets
-from lco_jax.core.buckets import copy_up, place
+from lco_jax.core.buckets import copy_up, on_disk, place
 from lco_jax.core.files import ASSETS, fetched, written_aside
 from lco_jax.core.sharding import make_mesh
 from lco_jax.data.sources import open_source
@@ -107,6 +108,8 @@ def test_without_the_package_and_with_other_addresses(monkeypatch, tmp_path):
         fetched("gs://b/x")
     with pytest.raises(LcoError, match="s3://b/x: give a folder"):
         place("s3://b/x")
+    with pytest.raises(argparse.ArgumentTypeError, match="gs://b/x is no path of a disk"):
+        on_disk("gs://b/x")
     with pytest.raises(LcoError, match="outputs go to a folder"), written_aside(Path("gs://bucket/x")):
         pass
 
@@ -123,7 +126,7 @@ import itertools, sys, jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from lco_jax.checkpoint.store import RunStore
-from lco_jax.core.buckets import place
+from lco_jax.core.buckets import on_disk, place
 from lco_jax.core.sharding import make_mesh
 rows = NamedSharding(make_mesh(), PartitionSpec("data"))
 store = RunStore(place("gs://bucket/two"), 3)

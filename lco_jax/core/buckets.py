@@ -4,6 +4,7 @@ gcsfs speaks to them, and orbax through it and tensorstore. An object is there w
 appended to nor renamed: programs write to a folder on this machine, and `copy_up` makes the bucket's like it.
 """
 
+import argparse
 import base64
 import hashlib
 import logging
@@ -33,6 +34,13 @@ def place(path: str) -> Place:
     if "://" in path and not on_bucket(path):
         raise LcoError(f"{path}: give a folder, perhaps a mounted one, or gs://BUCKET/FOLDER")
     return epath.Path(path) if on_bucket(path) else Path(path)
+
+
+def on_disk(path: str) -> Path:
+    """The path of a flag that takes folders and files of disks alone, for argparse."""
+    if "://" in path:
+        raise argparse.ArgumentTypeError(f"{path} is no path of a disk; mount it, or copy it")
+    return Path(path)
 
 
 @contextmanager
