@@ -4,12 +4,12 @@
 #   launch/local.sh [--dry-run] PROCESSES [MODULE] [flags of the module]
 #   launch/local.sh 4 --config=configs/base.py --workdir=runs/four
 #
-# MODULE is train (default), pretrain or embed; another runs in one process. If one process fails, the others are told to
-# end (SIGTERM) and, GRACE seconds later (120), are killed; but those of embed go on, and do its work. If none ends well,
-# all are started again after status 75, 76, a kill or a failure, RETRIES times (3); an attempt of STEADY seconds (600) forgives those before it. Status 2, a
-# mistake in the command, and a failure within a minute twice in a row end it. SIGTERM and Ctrl-C go to the processes,
-# which save. PYTHON names the interpreter (default .venv/bin/python), PORT the coordinator's port (29500), and on a
-# machine without accelerators DEVICES the CPU devices of each process (1).
+# MODULE is train (default), pretrain or embed; another runs in one process. If one process fails, the others are told
+# to end (SIGTERM) and, GRACE seconds later (120), are killed; but those of embed go on, and do its work. If none ends
+# well, all are started again after status 75, 76, a kill or a failure, RETRIES times (3); an attempt of STEADY seconds
+# (600) forgives those before it. Status 2, a mistake in the command, and a failure within a minute twice in a row end
+# it. SIGTERM and Ctrl-C go to the processes, which save. PYTHON names the interpreter (default .venv/bin/python), PORT
+# the coordinator's port (29500), and on a machine without accelerators DEVICES the CPU devices of each process (1).
 source "$(dirname "$0")/common.sh"
 
 options "" "$@"

@@ -305,31 +305,28 @@ class VectorParts:
         keeps its parts, and an index of them. recorded: what is returned, for `whole`.
         """
         with self._writing():
-            return self._join(total, dimension, ids, recorded)
-
-    def _join(self, total: int, dimension: int, ids: type, recorded: bool) -> dict[str, Any]:
-        skipped, record = self.output.with_name(f"{self.output.name}.skipped.jsonl"), {"work": self.work}
-        count = vectors.write_skipped(self.folder / "skipped.tmp", self.tables(["id", "reason"]))
-        if count:
-            vectors.rename(self.folder / "skipped.tmp", skipped)
-        else:
-            skipped.unlink(missing_ok=True)  # of an earlier output
-        record |= {"vectors": total, "dimension": dimension, "skipped": count}
-        if not self.output.suffix:
-            files = [self._exact(*piece) for piece in self._pieces()]
-            self._remove({**record, "parts": files}, files)
-            self.folder.rename(self.output)
-            (self.output / LOCK).unlink()  # only now: whoever made another would think itself alone
+            skipped, record = self.output.with_name(f"{self.output.name}.skipped.jsonl"), {"work": self.work}
+            count = vectors.write_skipped(self.folder / "skipped.tmp", self.tables(["id", "reason"]))
+            if count:
+                vectors.rename(self.folder / "skipped.tmp", skipped)
+            else:
+                skipped.unlink(missing_ok=True)  # of an earlier output
+            record |= {"vectors": total, "dimension": dimension, "skipped": count}
+            if not self.output.suffix:
+                files = [self._exact(*piece) for piece in self._pieces()]
+                self._remove({**record, "parts": files}, files)
+                self.folder.rename(self.output)
+                (self.output / LOCK).unlink()  # only now: whoever made another would think itself alone
+                return record
+            kind, aside = pa.int64() if ids is int else pa.string(), self.folder / "output.tmp"
+            schema = pa.schema({"id": kind, "embedding": pa.list_(pa.float32(), dimension)})
+            write = vectors.write_npy if self.output.suffix == ".npy" else vectors.write_parquet
+            write(aside, self.tables(), total, schema)
+            vectors.rename(aside, self.output)
+            if recorded:
+                write_json(self.record, {**record, "output": _state(self.output)})
+            self._remove(record)
             return record
-        kind, aside = pa.int64() if ids is int else pa.string(), self.folder / "output.tmp"
-        schema = pa.schema({"id": kind, "embedding": pa.list_(pa.float32(), dimension)})
-        write = vectors.write_npy if self.output.suffix == ".npy" else vectors.write_parquet
-        write(aside, self.tables(), total, schema)
-        vectors.rename(aside, self.output)
-        if recorded:
-            write_json(self.record, {**record, "output": _state(self.output)})
-        self._remove(record)
-        return record
 
     def _exact(self, first: int, end: int, part: Path) -> str:
         """The name of a part that holds these rows and no others: another may hold its first ones."""
