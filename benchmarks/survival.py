@@ -140,7 +140,7 @@ def survival(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             statuses.update("76" if status == PEER_LOST else str(status) for status in left)
     want = read_metrics(quiet)
     result = {"kills": dict(moments), "killed_at": len(read_metrics(killed / "metrics.jsonl")), "steps": args.steps}
-    result |= {"restarts": restarts, "others": dict(statuses), "others_seconds": max(waits, default=0.0), "ends": {}}
+    result |= {"restarts": restarts, "others": dict(statuses), "others_seconds": sorted(waits), "ends": {}}
     for layout in (f"{args.processes}x{args.devices}", *args.then):
         workdir = folder / f"on_{layout}"
         shutil.copytree(killed, workdir)
@@ -165,7 +165,8 @@ def survival_table(result: dict[str, Any]) -> str:
     lines = [
         result["command"],
         f"{sum(result['kills'].values())} kills (at: {kills}), the last at step {result['killed_at']} of "
-        f"{result['steps']}; statuses of those not killed: {others}, within {result['others_seconds']:.1f} s",
+        f"{result['steps']}; statuses of those not killed: {others}",
+        "after " + ", ".join(f"{seconds:.1f}" for seconds in result["others_seconds"]) + " s",
         f"{'then ended on':16}{'largest difference of a loss':>30}{'batches':>12}",
     ]
     for layout, end in result["ends"].items():
