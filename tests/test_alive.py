@@ -221,8 +221,8 @@ def test_data_that_vanishes_in_mid_run_is_named(tmp_path, tiny):
 
 @pytest.mark.slow
 def test_several_processes_survive_kills():
-    """The benchmark of that name in short: the same losses and batches as one process, uninterrupted."""
-    command = [sys.executable, "-m", "benchmarks", "survival", "--kills=2", "--processes=2", "--devices=1"]
+    """The benchmark of that name in short, one process killed: losses and batches of one that ran uninterrupted."""
+    command = [sys.executable, "-m", "benchmarks", "survival", "--kills=1", "--processes=2", "--devices=1"]
     done = subprocess.run(
         [*command, "--steps=20", "--then", "--json"], cwd=ROOT, capture_output=True, text=True, check=True
     )

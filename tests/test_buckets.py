@@ -172,6 +172,7 @@ def test_two_processes_save_one_checkpoint_and_are_killed(bucket, caplog):
 @pytest.mark.slow
 def test_a_run_on_a_bucket_is_a_local_run(bucket, tmp_path, monkeypatch, capsys):
     """With its model and its data, too; also when it resumes before what is damaged, and in what it leaves behind."""
+    monkeypatch.setattr("lco_jax.job.make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
     monkeypatch.chdir(ROOT)
     for file in builtin.build().iterdir():
         bucket.put(f"model/{file.name}", file.read_bytes())

@@ -137,6 +137,7 @@ def short(path="builtin:tiny", **keys):
 
 @pytest.mark.slow
 def test_a_run_learns_resumes_and_is_where_training_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr("lco_jax.job.make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
     whole = pretrain(short(), tmp_path / "a")
     assert whole["after"]["loss"] < whole["before"]["loss"]
     assert len(whole["said"]) == 4

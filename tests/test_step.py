@@ -159,16 +159,16 @@ def test_dropout_moves_the_loss(records, one_device):
 
 
 @pytest.mark.slow
-def test_any_number_of_negatives(cases, records):
+def test_any_number_of_negatives(records):
     """A record without negatives adds no candidates; one with three adds three."""
     mixed = [
         Record(r.anchor, r.positive, tuple(s.negatives[0] for s in records[j : j + n]), r.where)
         for j, (r, n) in enumerate(zip(records, (0, 3, 1, 2, 0, 1), strict=False))
     ]
-    losses, _, metrics = run(cases["vl"].path, mixed, steps=1, negatives=3)
-    cut, _, _ = run(cases["vl"].path, mixed, steps=1, negatives=1)
+    losses, _, metrics = run("builtin:tiny", mixed, steps=1, negatives=3)
+    cut, _, _ = run("builtin:tiny", mixed, steps=1, negatives=1)
     assert losses[0] > cut[0]  # more candidates, more to tell apart
-    none, _, _ = run(cases["vl"].path, [Record(r.anchor, r.positive, (), "") for r in mixed], steps=1, negatives=0)
+    none, _, _ = run("builtin:tiny", [Record(r.anchor, r.positive, (), "") for r in mixed], steps=1, negatives=0)
     assert none[0] < cut[0]
     assert int(metrics["tokens"]) > 0
 

@@ -113,8 +113,8 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_is_whole(saved):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limit[1]))  # a write beyond fails, as on a full disk
     try:
-        store.save(16, jax.tree.map(jax.numpy.asarray, state_of(16)), {"next": 16})
         with pytest.raises(LcoError, match=r"could not be written to .*those before it are whole"):
+            store.save(16, jax.tree.map(jax.numpy.asarray, state_of(16)), {"next": 16})  # or only then:
             store.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)

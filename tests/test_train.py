@@ -69,9 +69,9 @@ def adapter_bytes(workdir):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """A run after four SIGKILLs, among them while a checkpoint is being written: what each test goes on from."""
+    """A run after three SIGKILLs, one of them while a checkpoint is being written: what each test goes on from."""
     workdir, rng = tmp_path_factory.mktemp("killed"), random.Random(0)
-    for kill in range(4):
+    for kill in range(3):
         if len(read_metrics(workdir / "metrics.jsonl")) > STEPS - 6:  # nearly through: from the beginning
             shutil.rmtree(workdir)
             workdir.mkdir()
@@ -126,7 +126,7 @@ def test_two_processes_equal_one(quiet, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    environment = {**os.environ, "PYTHON": sys.executable, "XLA_FLAGS": "", "PORT": port, "DEVICES": "4"}
+    environment = {**os.environ, "PYTHON": sys.executable, "XLA_FLAGS": "", "PORT": port, "DEVICES": "2"}
     flags = [*SMALL, f"--workdir={tmp_path}", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
     subprocess.run([ROOT / "launch" / "local.sh", "2", *flags], env=environment, check=True, timeout=300)
     assert np.abs(np.array(losses(tmp_path)) - losses(quiet)).max() < 1e-4
