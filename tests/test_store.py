@@ -2,6 +2,7 @@
 
 import json
 import resource
+from contextlib import closing
 
 import jax
 import numpy as np
@@ -113,9 +114,9 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_is_whole(saved):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limit[1]))  # a write beyond fails, as on a full disk
     try:
-        with pytest.raises(LcoError, match=r"could not be written to .*those before it are whole"):
-            store.save(16, jax.tree.map(jax.numpy.asarray, state_of(16)), {"next": 16})  # or only then:
-            store.close()
+        told = pytest.raises(LcoError, match=r"could not be written to .*those before it are whole")
+        with told, closing(store):  # at once or in the end
+            store.save(16, jax.tree.map(jax.numpy.asarray, state_of(16)), {"next": 16})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert holds(newest(saved), 12)
