@@ -118,7 +118,8 @@ class RunStore:
         """Lay the sums of a checkpoint's files beside them, before it gets its name."""
         with suppress(OSError):  # without them it is believed
             for folder in self.folder.glob("*"):  # one: the next save awaits this one, and torn ones were removed
-                if not (folder / COMMITTED).exists() if on_bucket(folder) else "tmp" in folder.name:
+                whole = (folder / COMMITTED).exists() if on_bucket(folder) else "tmp" not in folder.name
+                if not whole:
                     write_json(folder / SUMS, _sums(folder))
 
 

@@ -89,7 +89,7 @@ class Unit:
         aside = self.parts.folder / f"_{self._row:012d}-{token_hex(4)}.tmp"  # numbers of processes repeat in containers
         # without the folder, or in that of other work: we were thought dead, and others have made these rows
         with explained(f"{self.parts.folder} cannot be written", OSError), suppress(FileNotFoundError):
-            pyarrow.parquet.write_table(table, aside, compression="none", use_dictionary=False)
+            _write_part(table, aside)
             if self.parts.ours():  # asked once `aside` is there, which vanishes with its folder
                 vectors.rename(aside, self.parts.folder / f"{self._row:012d}-{end:012d}.parquet")
             else:
@@ -211,10 +211,7 @@ class VectorParts:
     def tables(self, columns: Sequence[str] = ("id", "embedding")) -> Iterator[pa.Table]:
         """The rows that are there, in order."""
         for first, _, part in self._pieces():
-            torn = f"{part} is torn; remove it, and the same command makes it again"
-            with explained(torn, pa.ArrowException, OSError):
-                table = pyarrow.parquet.read_table(part, columns=list(columns), memory_map=True)
-            yield table.slice(first - int(part.name[:12]))
+            yield _read_part(part, first, list(columns))
 
     # ---- units
 
@@ -332,10 +329,8 @@ class VectorParts:
         """The name of a part that holds these rows and no others: another may hold its first ones."""
         name = f"{first:012d}-{end:012d}.parquet"
         if part.name != name:
-            aside, (there, _) = self.folder / "part.tmp", map(int, part.stem.split("-"))
-            pyarrow.parquet.write_table(
-                pyarrow.parquet.read_table(part).slice(first - there), aside, compression="none"
-            )
+            aside = self.folder / "part.tmp"
+            _write_part(_read_part(part, first), aside)
             vectors.rename(aside, self.folder / name)
         return name
 
@@ -344,20 +339,29 @@ class VectorParts:
 
     def _remove(self, record: Mapping[str, Any], but: Sequence[str] | None = None) -> None:
         """Delete our files, or the others. A kill on the way leaves a folder that the same command continues."""
-        write_json(
-            self.folder / INDEX, {"work": self.work, "vectors": 0, **record}
-        )  # so that nobody adds to it: `ours`
+        write_json(self.folder / INDEX, {"work": self.work, "vectors": 0, **record})  # nobody adds to it now: `ours`
         kept = {*(but or ()), INDEX, LOCK}
-        while ours := [
+        while names := [
             x for x in os.listdir(self.folder) if x not in kept and (_PART.fullmatch(x) or x.endswith(OURS))
         ]:
-            for name in ours:
+            for name in names:
                 (self.folder / name).unlink(missing_ok=True)
         if but is None:
             for name in (INDEX, LOCK):  # the lock last: until then nobody comes in
                 (self.folder / name).unlink()
             with suppress(OSError):  # somebody put a file of theirs there, or it stays
                 self.folder.rmdir()
+
+
+def _read_part(part: Path, first: int, columns: list[str] | None = None) -> pa.Table:
+    """The rows of a part from row `first` of the output on."""
+    with explained(f"{part} is torn; remove it, and the same command makes it again", pa.ArrowException, OSError):
+        table = pyarrow.parquet.read_table(part, columns=columns, memory_map=True)
+    return table.slice(first - int(part.name[:12]))
+
+
+def _write_part(table: pa.Table, path: Path) -> None:
+    pyarrow.parquet.write_table(table, path, compression="none", use_dictionary=False)
 
 
 def _reached(row: int, pieces: Sequence[tuple[int, int, Path]]) -> int:
