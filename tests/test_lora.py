@@ -1,5 +1,7 @@
 """LoRA over parameter trees: init, attach, merge, and the dropout that belongs to it."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from lco_jax.checkpoint.hf import load_decoder, open_checkpoint
 from lco_jax.checkpoint.peft import read_peft, write_peft
 from lco_jax.core import lora
 from lco_jax.core.sharding import make_mesh
-from lco_jax.core.weights import LoraWeight, dot, dropout
+from lco_jax.core.weights import LoraWeight, dot, dots, dropout, fold_in
 from lco_jax.models.model import Model
 
 
@@ -78,7 +80,7 @@ def test_peft_round_trip(model, tmp_path):
 def test_gradient_is_of_the_adapter_alone_and_dot_is_what_it_says():
     rng = np.random.default_rng(0)
     x, base, a, b = (jnp.array(rng.normal(size=s), jnp.float32) for s in ((5, 8), (6, 8), (3, 8), (6, 3)))
-    w = LoraWeight(base, a, b, jnp.uint32(0), 0.5, 0.0)
+    w = LoraWeight(base, a, b, 0.5, 0.0)
     np.testing.assert_allclose(dot(x, w), x @ (base + 0.5 * b @ a).T, atol=1e-5)
     assert dot(x.astype(jnp.bfloat16), w).dtype == jnp.bfloat16
 
@@ -90,7 +92,7 @@ def test_gradients_of_the_factors(dtype, tolerance):
     x, base, a, b = (jnp.array(rng.normal(size=s), jnp.float32) for s in ((2, 50, 8), (60, 8), (3, 8), (60, 3)))
 
     def loss(x, a, b, dtype):
-        w = LoraWeight(base.astype(dtype), a, b, jnp.uint32(0), 0.5, 0.0)
+        w = LoraWeight(base.astype(dtype), a, b, 0.5, 0.0)
         return jnp.sum(jnp.sin(dot(x.astype(dtype), w).astype(jnp.float32)))
 
     def plain(x, a, b):
@@ -106,9 +108,9 @@ def test_dropout_is_a_function_of_the_token_not_of_its_place():
     keys = jnp.arange(4000, dtype=jnp.uint32) * 7
     x = jnp.ones((4000, 64))
     seed, rate = jnp.uint32(3), 0.2
-    dropped = np.asarray(dropout(x, keys, seed, rate))
+    dropped = np.asarray(dropout(x, fold_in(keys, seed), rate))
     order = np.random.default_rng(0).permutation(4000)
-    np.testing.assert_array_equal(np.asarray(dropout(x, keys[order], seed, rate)), dropped[order])
+    np.testing.assert_array_equal(np.asarray(dropout(x, fold_in(keys[order], seed), rate)), dropped[order])
     zero = dropped == 0
     spread = 4 * (rate * (1 - rate) / zero.size) ** 0.5
     assert abs(zero.mean() - rate) < spread
@@ -116,20 +118,37 @@ def test_dropout_is_a_function_of_the_token_not_of_its_place():
     # independent along tokens, channels and seeds: no column, row or other draw is special
     assert np.abs(zero.mean(0) - rate).max() < 5 * (rate * (1 - rate) / 4000) ** 0.5
     assert np.abs(zero.mean(1) - rate).max() < 6 * (rate * (1 - rate) / 64) ** 0.5
-    other = np.asarray(dropout(x, keys, jnp.uint32(4), rate)) == 0
+    other = np.asarray(dropout(x, fold_in(keys, jnp.uint32(4)), rate)) == 0
     assert abs((zero & other).mean() - rate**2) < 4 * (rate**2 / zero.size) ** 0.5
     assert abs((zero[:-1] & zero[1:]).mean() - rate**2) < 4 * (rate**2 / zero.size) ** 0.5
     assert abs((zero[:, :-1] & zero[:, 1:]).mean() - rate**2) < 4 * (rate**2 / zero.size) ** 0.5
 
 
-def test_every_matrix_and_layer_has_its_own_dropout(model):
-    config = lora.LoraConfig(rank=4, alpha=8, dropout=0.1)
-    tree = lora.attach(model[1], lora.init(jax.random.key(0), model[1], config), config, 5)
-    leaves = [
-        x for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, LoraWeight)) if isinstance(x, LoraWeight)
-    ]
-    seeds = np.concatenate([np.asarray(x.seed) for x in leaves])
-    assert len(set(seeds.tolist())) == len(seeds) == 7 * reference.LAYERS
+def test_each_step_layer_and_input_drops_other_elements():
+    keys, rate = jnp.arange(500, dtype=jnp.uint32), 0.2
+    x = jnp.ones((500, 64))
+    masks = []
+    for step, layer, where in itertools.product((0, 7), (0, 1), range(4)):
+        own = fold_in(fold_in(fold_in(keys, step), layer), where)
+        masks.append(np.asarray(dropout(x, own, rate)) == 0)
+    size = masks[0].size
+    for one, other in itertools.combinations(masks, 2):
+        assert abs((one & other).mean() - rate**2) < 5 * (rate**2 / size) ** 0.5
+
+
+@pytest.mark.parametrize("outputs", [6, 20])  # narrower and wider than the input
+def test_adapters_of_one_input_drop_the_same_elements(outputs):
+    rng = np.random.default_rng(0)
+    shapes = (5, 12), (outputs, 12), (3, 12), (outputs, 3), (2, 12), (outputs, 2)
+    x, base, a1, b1, a2, b2 = (jnp.array(rng.normal(size=s), jnp.float32) for s in shapes)
+    weights = [LoraWeight(base, a1, b1, 0.5, 0.3), LoraWeight(base, a2, b2, 2.0, 0.3), base]
+    keys = jnp.arange(5, dtype=jnp.uint32)
+    dropped = dropout(x, keys, 0.3)
+    want = [x @ base.T + 0.5 * (dropped @ a1.T) @ b1.T, x @ base.T + 2 * (dropped @ a2.T) @ b2.T]
+    got = dots(x, weights, keys)
+    np.testing.assert_allclose(got, [*want, x @ base.T], atol=1e-5)
+    for one, w in zip(got, weights, strict=True):
+        np.testing.assert_array_equal(dot(x, w, keys), one)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from jax import Array
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.quantize import QuantizedWeight
-from lco_jax.core.weights import GOLDEN_RATIO, LoraWeight, mix_bits
+from lco_jax.core.weights import LoraWeight
 
 Tree = dict[str, Any]
 DECODER_LINEARS = r"layers\.(self_attn|mlp)\.\w+_proj"
@@ -87,14 +87,11 @@ def _adapted_leaves(params: Tree, adapters: Tree) -> tuple[Tree, dict[str, tuple
     return {**leaves, **whole}, {path: (pairs[f"{path}.a"], pairs[f"{path}.b"]) for path in paths}
 
 
-def attach(params: Tree, adapters: Tree, config: LoraConfig, seed: Array | int = 0) -> Tree:
-    """`params` with a `LoraWeight` in the place of every adapted matrix. `seed` is the dropout key of the step."""
+def attach(params: Tree, adapters: Tree, config: LoraConfig) -> Tree:
+    """`params` with a `LoraWeight` in the place of every adapted matrix."""
     leaves, pairs = _adapted_leaves(params, adapters)
     for path, (a, b) in pairs.items():
-        layers = jnp.arange(math.prod(a.shape[:-2]), dtype=jnp.uint32).reshape(a.shape[:-2])
-        path_seed = mix_bits(jnp.uint32(seed) ^ jnp.uint32(zlib.crc32(path.encode())))
-        seeds = mix_bits(path_seed + layers * jnp.uint32(GOLDEN_RATIO))
-        leaves[path] = LoraWeight(leaves[path], a, b, seeds, config.scale, config.dropout)
+        leaves[path] = LoraWeight(leaves[path], a, b, config.scale, config.dropout)
     return unflatten_dict(leaves, sep=".")
 
 
@@ -120,23 +117,28 @@ def merge(params: Tree, adapters: Tree, config: LoraConfig) -> Tree:
 def split_frozen(
     params: Tree, all_tuned: bool = False
 ) -> tuple[list[Any], list[Any], Callable[[list[Any], list[Any]], Tree]]:
-    """What of `params` no gradient is taken of, what is tuned, and the function that puts them together again.
+    """What of `params` no gradient is taken of, what is tuned, and the function that joins them again.
 
-    Tuned are the factors of `LoraWeight`s (None elsewhere), or all leaves if `all_tuned`; frozen is the rest.
+    Tuned are the factors of `LoraWeight`s (None elsewhere), or all leaves if `all_tuned`. Frozen is the rest.
     """
     if all_tuned:
         leaves, structure = jax.tree.flatten(params)
         return [], leaves, lambda _, tuned: structure.unflatten(tuned)
-    adapted = lambda leaf: isinstance(leaf, LoraWeight)  # noqa: E731
+
+    def adapted(leaf: Any) -> bool:
+        return isinstance(leaf, LoraWeight)
+
     leaves, structure = jax.tree.flatten(params, is_leaf=adapted)
     frozen = [leaf.base if adapted(leaf) else leaf for leaf in leaves]
-    tuned = [(leaf.a, leaf.b, leaf.seed) if adapted(leaf) else None for leaf in leaves]
+    tuned = [(leaf.a, leaf.b) if adapted(leaf) else None for leaf in leaves]
 
     def join(frozen: list[Any], tuned: list[Any]) -> Tree:
-        rebuilt = [
-            base if factors is None else replace(leaf, base=base, a=factors[0], b=factors[1], seed=factors[2])
-            for leaf, base, factors in zip(leaves, frozen, tuned, strict=True)
-        ]
+        rebuilt = []
+        for leaf, base, factors in zip(leaves, frozen, tuned, strict=True):
+            if factors is not None:
+                a, b = factors
+                base = replace(leaf, base=base, a=a, b=b)
+            rebuilt.append(base)
         return structure.unflatten(rebuilt)
 
     return frozen, tuned, join

@@ -13,7 +13,7 @@ into groups of a few widths, begun at the left, where plain causal attention nev
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from lco_jax.core.weights import GOLDEN_RATIO
+from lco_jax.core.weights import GOLDEN_RATIO, fold_in
 
 WIDTHS = (32, 48, 64, 96, *(2**i for i in range(7, 21)))  # of attention rows, up to a million tokens
 
@@ -57,6 +57,10 @@ class PackedTokens:
     def map(self, function: Callable[[Array], Array]) -> "PackedTokens":
         """`function` applied to every array."""
         return jax.tree.map(function, self)
+
+    def with_seed(self, seed: Array | int) -> "PackedTokens":
+        """The same tokens with other dropout masks for each seed."""
+        return replace(self, token_keys=fold_in(self.token_keys, seed))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["at", "ids", "record"], meta_fields=[])

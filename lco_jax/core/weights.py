@@ -1,41 +1,81 @@
 """A weight is a value that knows how to be multiplied: `dot(x, w)` dispatches on the leaf.
 
-Dimensions: I input features, O output features, r LoRA rank; weights are stored as the checkpoints store them, [O, I].
+Dimensions: I input features, O output features, r LoRA rank, n matrices that read the same input. Weights are stored
+as the checkpoints store them, [O, I].
 
-A module never asks what its weight is. It reads a leaf from the parameter tree and calls `dot`; the leaf may be an
-array, its 8 or 4 bits (`core/quantize.py`), or a `LoraWeight` around either, so LoRA (`core/lora.py`) and quantisation
+A module never asks what its weight is. It reads a leaf from the parameter tree and calls `dot`. The leaf may be an
+array, its 8 or 4 bits (`core/quantize.py`), or a `LoraWeight` around either. So LoRA (`core/lora.py`) and quantisation
 are changes of the tree and never of the forward code.
+
+Weights are stored split over the mesh axis fsdp, and every device computes with whole rows of a batch. So a weight is
+gathered before its product. Left alone, XLA's TPU compiler multiplies by one slice of the weight after the other and
+adds the partial sums in bfloat16, which takes two to three times as long.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from lco_jax.core.quantize import Int8Weight, QuantizedWeight, dequantize
+from lco_jax.core.sharding import constrain
 
 GOLDEN_RATIO = 0x9E3779B9  # 2^32 / phi: successive multiples of it spread evenly over the 32-bit integers
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["base", "a", "b", "seed"], meta_fields=["scale", "dropout"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["base", "a", "b"],
+    meta_fields=["scale", "dropout"],
+)
 @dataclass(frozen=True)
 class LoraWeight:
     """W + scale · B A, kept factored (Hu et al. 2021, arXiv 2106.09685).
 
-    base: the frozen weight, [O, I], itself any leaf that `dot` takes.
+    base: the frozen weight, [O, I], itself any leaf that `dot` takes. It has no gradient.
     a: [r, I]; b: [O, r]; both float32, cast to the activations' dtype where they are multiplied.
-    seed: uint32 scalar, the dropout key of this matrix in this step.
-    scale, dropout: static, so that a stack of them goes through `nn.scan`.
+    scale, dropout: static, so that a stack of them goes through a scan.
     """
 
     base: Array | QuantizedWeight
     a: Array
     b: Array
-    seed: Array
     scale: float
     dropout: float
+
+
+Weight = Array | QuantizedWeight | LoraWeight
+
+
+class Split(NamedTuple):
+    """The mesh axes that a product's output and input features are split over; None: every device has them all."""
+
+    outputs: str | None = None
+    inputs: str | None = None
+
+    @property
+    def stored(self) -> "Split | None":
+        """How a gradient of a decoder's matrix is split; None: as the compiler likes."""
+        if self == WHOLE:
+            return None
+        return Split(self.outputs or "fsdp", self.inputs or "fsdp")
+
+    @property
+    def of_a(self) -> "Split":
+        """That of a factor A [r, I]."""
+        return Split(None, self.inputs)
+
+    @property
+    def of_b(self) -> "Split":
+        """That of a factor B [O, r]."""
+        return Split(self.outputs, None)
+
+
+WHOLE = Split()
 
 
 def matmul_precision(x: Array) -> jax.lax.Precision:
@@ -43,18 +83,77 @@ def matmul_precision(x: Array) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
-def dot(x: Array, w: Array | QuantizedWeight | LoraWeight, token_keys: Array | None = None) -> Array:
-    """x [..., I] times w [O, I] -> [..., O] in the dtype of x.
+def dot(x: Array, w: Weight, token_keys: Array | None = None, split: Split = WHOLE) -> Array:
+    """x [..., I] times w [O, I] -> [..., O] in the dtype of x. Arguments are those of `dots`."""
+    return dots(x, [w], token_keys, split)[0]
 
-    token_keys: uint32 [...], an identity of every token that does not depend on where it is packed; needed
-    by a LoRA leaf with dropout, ignored otherwise.
+
+def dots(x: Array, weights: Sequence[Weight], token_keys: Array | None = None, split: Split = WHOLE) -> list[Array]:
+    """x [..., I] times each of n weights [O, I] -> n of [..., O], in the dtype of x.
+
+    token_keys: uint32 [...], an identity of every input vector that does not depend on where it is packed. Adapters
+    with dropout need it. All adapters of one input drop the same elements, so their mask is computed once.
+    split: how the mesh splits the features of these products.
     """
-    if isinstance(w, LoraWeight):
-        update = _factor_product(dropout(x, token_keys, w.seed, w.dropout), w.a) * w.scale
-        return dot(x, w.base) + _factor_product(update, w.b)
-    if isinstance(w, QuantizedWeight):
-        return _frozen_product(x, w)
-    return _product(x, w)
+    adapted = [w for w in weights if isinstance(w, LoraWeight)]
+    if not adapted:
+        return [_frozen(x, w, split) for w in weights]
+    dropped = dropout(x, token_keys, adapted[0].dropout)
+    factors = jnp.concatenate([w.a * w.scale for w in adapted])
+    inner = _factor_product(dropped, factors, split.of_a)  # [..., n r]
+    products, first = [], 0
+    for w in weights:
+        if not isinstance(w, LoraWeight):
+            products.append(_frozen(x, w, split))
+            continue
+        products.append(_adapted(x, inner, w, first, split))
+        first += len(w.a)
+    return products
+
+
+def _frozen(x: Array, w: Array | QuantizedWeight, split: Split) -> Array:
+    """The product with a weight that is no adapter's."""
+    w = gathered(w, split)
+    return _quantized_product(x, w) if isinstance(w, QuantizedWeight) else _product(x, w)
+
+
+def _adapted(x: Array, inner: Array, w: LoraWeight, first: int, split: Split) -> Array:
+    """x [..., I] times W, plus what B makes of its part of `inner` [..., n r], which begins at `first`.
+
+    A wide product is written once: its input is [x, inner] and its weight is [W, B]. Reading it again to add the
+    update would take longer than the update itself.
+    """
+    outputs, inputs = w.base.shape
+    if outputs > inputs and not isinstance(w.base, QuantizedWeight):
+        return _extended_product(x, inner, gathered(w.base, split), w.b, first, split)
+    update = _factor_product(inner[..., first : first + len(w.a)], w.b, split.of_b)
+    return _frozen(x, w.base, split) + update
+
+
+def gathered(w: Any, split: Split) -> Any:
+    """A weight, or one in fewer bits, with its matrices split as `split` says and no further."""
+
+    def gather(array: Array) -> Array:
+        return _gather(array, split) if array.ndim == 2 else array
+
+    return jax.tree.map(gather, w)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(w: Array, split: Split) -> Array:
+    """w [O, I] as `split` says. Its gradient is summed over devices and stays split as w is stored."""
+    return constrain(w, *split)
+
+
+def _gather_forward(w: Array, split: Split) -> tuple[Array, None]:
+    return constrain(w, *split), None
+
+
+def _gather_backward(split: Split, _: None, g: Array) -> tuple[Array]:
+    return (g if split.stored is None else constrain(g, *split.stored),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def _product(x: Array, w: Array) -> Array:
@@ -66,46 +165,91 @@ def _product_back(g: Array, w: Array) -> Array:
     return jnp.einsum("...o,oi->...i", g, w.astype(g.dtype), precision=matmul_precision(g))
 
 
-@jax.custom_vjp
-def _factor_product(x: Array, w: Array) -> Array:
-    """`_product` with a factor of an adapter, long on one side and short on the other. Its gradient is float32.
+def _factor_gradient(x: Array, g: Array, split: Split) -> Array:
+    """The gradient of `_product`'s w, where w is a factor of an adapter: float32 [O, I], summed in float32.
 
-    The compiler would transpose the wide one of x and the gradient for it, many times what the product itself costs on
-    CPU; here it is the narrow one.
+    Factors are long on one side and short on the other. The compiler would transpose the wide one of x and g, which
+    costs many times what the product costs on CPU. Here it transposes the narrow one.
     """
-    return _product(x, w)
-
-
-def _factor_gradients(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, w = saved
     tokens = tuple(range(x.ndim - 1))
     sums = partial(
-        jnp.tensordot, axes=(tokens, tokens), precision=matmul_precision(g), preferred_element_type=jnp.float32
+        jnp.tensordot,
+        axes=(tokens, tokens),
+        precision=matmul_precision(g),
+        preferred_element_type=jnp.float32,
     )
-    wide = jnp.float32 if jax.default_backend() == "cpu" else g.dtype  # XLA's CPU products of bfloat16 give bfloat16
-    a, b = x.astype(wide), g.astype(wide)
-    of_w = sums(a, b).T if w.shape[0] > w.shape[1] else sums(b, a)
-    return _product_back(g, w), of_w.astype(w.dtype)
+    # XLA's CPU products of bfloat16 give bfloat16
+    wide = jnp.float32 if jax.default_backend() == "cpu" else g.dtype
+    x, g = x.astype(wide), g.astype(wide)
+    gradient = sums(x, g).T if g.shape[-1] > x.shape[-1] else sums(g, x)
+    return constrain(gradient, *split)
 
 
-_factor_product.defvjp(lambda x, w: (_product(x, w), (x, w)), _factor_gradients)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _factor_product(x: Array, w: Array, split: Split) -> Array:
+    """`_product` with a factor of an adapter, which is float32 and is gathered in the dtype of x."""
+    return _product(x, constrain(w.astype(x.dtype), *split))
+
+
+def _factor_product_forward(x: Array, w: Array, split: Split) -> tuple[Array, tuple[Array, Array]]:
+    return _factor_product(x, w, split), (x, w)
+
+
+def _factor_product_backward(split: Split, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = saved
+    return _product_back(g, constrain(w.astype(g.dtype), *split)), _factor_gradient(x, g, split)
+
+
+_factor_product.defvjp(_factor_product_forward, _factor_product_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _extended_product(x: Array, inner: Array, base: Array, b: Array, first: int, split: Split) -> Array:
+    """x times W, plus `inner`'s columns from `first` on times B, as one product. W has no gradient."""
+    return _product(jnp.concatenate([x, inner], axis=-1), _extended(base, b, inner, first, split))
+
+
+def _extended(base: Array, b: Array, inner: Array, first: int, split: Split) -> Array:
+    """[W, B], with zeros where `inner` belongs to other adapters: [O, I + n r]."""
+    after = inner.shape[-1] - first - b.shape[-1]
+    wide = jnp.pad(constrain(b.astype(inner.dtype), *split.of_b), ((0, 0), (first, after)))
+    return jnp.concatenate([base.astype(inner.dtype), wide], axis=-1)
+
+
+def _extended_product_forward(
+    x: Array, inner: Array, base: Array, b: Array, first: int, split: Split
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    return _extended_product(x, inner, base, b, first, split), (inner, base, b)
+
+
+def _extended_product_backward(
+    first: int, split: Split, saved: tuple[Array, Array, Array], g: Array
+) -> tuple[Array, Array, None, Array]:
+    inner, base, b = saved
+    both = _product_back(g, _extended(base, b, inner, first, split))
+    of_x, of_inner = jnp.split(both, [base.shape[-1]], axis=-1)
+    of_b = _factor_gradient(inner[..., first : first + b.shape[-1]], g, split.of_b)
+    return of_x, of_inner, None, of_b
+
+
+_extended_product.defvjp(_extended_product_forward, _extended_product_backward)
 
 
 @jax.custom_vjp
-def _frozen_product(x: Array, w: QuantizedWeight) -> Array:
-    """`_product` with a matrix that has no gradient. What is kept for x's is w as it is, never its wide form."""
+def _quantized_product(x: Array, w: QuantizedWeight) -> Array:
+    """`_product` with a matrix in fewer bits, which has no gradient. Its wide form is never kept."""
     if isinstance(w, Int8Weight):
         return (_product(x, w.values) * w.scales).astype(x.dtype)
     return _product(x, dequantize(w, x.dtype))
 
 
-def _frozen_gradient(w: QuantizedWeight, g: Array) -> tuple[Array, None]:
+def _quantized_gradient(w: QuantizedWeight, g: Array) -> tuple[Array, None]:
     if isinstance(w, Int8Weight):
         return _product_back((g * w.scales).astype(g.dtype), w.values), None
     return _product_back(g, dequantize(w, g.dtype)), None
 
 
-_frozen_product.defvjp(lambda x, w: (_frozen_product(x, w), w), _frozen_gradient)
+_quantized_product.defvjp(lambda x, w: (_quantized_product(x, w), w), _quantized_gradient)
 
 
 def mix_bits(x: Array) -> Array:
@@ -116,17 +260,22 @@ def mix_bits(x: Array) -> Array:
     return x ^ (x >> 16)
 
 
-def dropout(x: Array, token_keys: Array | None, seed: Array, rate: float) -> Array:
+def fold_in(keys: Array, number: Array | int) -> Array:
+    """Other keys for each number: uint32 [...]."""
+    return mix_bits(keys + mix_bits(jnp.asarray(number).astype(jnp.uint32) + jnp.uint32(GOLDEN_RATIO)))
+
+
+def dropout(x: Array, token_keys: Array | None, rate: float) -> Array:
     """Zero each element of x [..., I] with probability `rate` and scale the rest by 1 / (1 - rate).
 
-    The mask is a hash of (seed, token key, channel): the same token gets the same mask in any row, chunk or mesh,
-    and the backward pass recomputes it instead of storing it.
+    The mask is a hash of (token key, channel): the same token gets the same mask in any row, chunk or mesh, and the
+    backward pass computes it again instead of storing it.
     """
     if rate == 0.0:
         return x
     if token_keys is None:
         raise ValueError("LoRA dropout needs token_keys")
     channels = jnp.arange(x.shape[-1], dtype=jnp.uint32) * jnp.uint32(GOLDEN_RATIO)
-    bits = mix_bits(mix_bits(token_keys ^ seed)[..., None] + channels)
+    bits = mix_bits(token_keys[..., None] + channels)
     keep = bits >= jnp.uint32(round(rate * 2**32))
     return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)

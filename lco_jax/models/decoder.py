@@ -25,11 +25,20 @@ from jax.ad_checkpoint import checkpoint_name
 from lco_jax.core.lora import split_frozen
 from lco_jax.core.packing import PackedTokens
 from lco_jax.core.sharding import ROWS, constrain
-from lco_jax.core.weights import dot
+from lco_jax.core.weights import Split, dot, fold_in
 from lco_jax.models.attention import attend_last, attend_rows
 from lco_jax.models.cache import Cache
 from lco_jax.models.config import DecoderConfig
-from lco_jax.models.layers import Embedding, Linear, RMSNorm, apply_rotary, rotary_angles, rotation_of, stacked
+from lco_jax.models.layers import (
+    Embedding,
+    Linear,
+    RMSNorm,
+    apply_rotary,
+    linears,
+    rotary_angles,
+    rotation_of,
+    stacked,
+)
 from lco_jax.models.streams import from_rows, take, to_rows
 
 # What a layer keeps for its backward pass, from the least memory to the least recomputation.
@@ -41,6 +50,9 @@ REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
     "none": None,
 }
 
+
+COLUMN, ROW = Split(outputs="tensor"), Split(inputs="tensor")  # matrices by the features that the mesh splits
+_DROPOUT = {"qkv": 0, "o_proj": 1, "gate_up": 2, "down_proj": 3}  # the inputs of a layer that adapters drop
 
 Past = tuple[Array | int, Cache]
 Mixed = tuple[Array, Cache | list[list[Array]]]
@@ -61,12 +73,11 @@ class Attention(nn.Module):
         keys and values [R, N, W, K, H] of the rows.
         """
         c = self.config
-        keys = tokens.token_keys
-        linear = partial(Linear, param_dtype=self.param_dtype)
-        at_last = (lambda y: take(y, tokens.last_tokens)) if last else (lambda y: y)
-        q = linear(c.num_heads * c.head_dim, use_bias=c.qkv_bias, name="q_proj")(at_last(x), at_last(keys))
-        k = linear(c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias, name="k_proj")(x, keys)
-        v = linear(c.num_kv_heads * c.head_dim, use_bias=c.qkv_bias, name="v_proj")(x, keys)
+
+        def at_last(y: Array) -> Array:
+            return take(y, tokens.last_tokens) if last else y
+
+        q, k, v = self._project(x, tokens, last)
         q = apply_rotary(rearrange(q, "r t (k g h) -> r t k g h", k=c.num_kv_heads, h=c.head_dim), at_last(rotation))
         k = apply_rotary(rearrange(k, "r t (k h) -> r t k h", h=c.head_dim), rotation)
         v = rearrange(v, "r t (k h) -> r t k h", h=c.head_dim)
@@ -79,7 +90,21 @@ class Attention(nn.Module):
             kept = [to_rows(y, tokens) for y in (k, v)]
             mixed = checkpoint_name((self._last if last else self._rows)(q, *kept, tokens), "mixed")
         mixed = rearrange(mixed, "r t k g h -> r t (k g h)")
-        return linear(c.hidden_size, name="o_proj")(mixed, at_last(keys)), kept
+        keys = fold_in(at_last(tokens.token_keys), _DROPOUT["o_proj"])
+        return Linear(c.hidden_size, False, self.param_dtype, ROW, name="o_proj")(mixed, keys), kept
+
+    def _project(self, x: Array, tokens: PackedTokens, last: bool) -> list[Array]:
+        """Queries, of last tokens alone in the `last` layer, keys and values, their heads side by side."""
+        c = self.config
+        linear = partial(Linear, use_bias=c.qkv_bias, param_dtype=self.param_dtype, split=COLUMN)
+        q = linear(c.num_heads * c.head_dim, name="q_proj")
+        k = linear(c.num_kv_heads * c.head_dim, name="k_proj")
+        v = linear(c.num_kv_heads * c.head_dim, name="v_proj")
+        keys = fold_in(tokens.token_keys, _DROPOUT["qkv"])
+        if not last:
+            return linears(x, [q, k, v], keys)
+        ends = tokens.last_tokens
+        return [q(take(x, ends), take(keys, ends)), *linears(x, [k, v], keys)]
 
     def _rows(self, q: Array, k: list[Array], v: list[Array], tokens: PackedTokens) -> Array:
         """Every token: [R, T, K, G, H]."""
@@ -106,10 +131,13 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Array, token_keys: Array) -> Array:
         """x [R, T, D] -> [R, T, D]."""
-        linear = partial(Linear, param_dtype=self.param_dtype)
-        gate = checkpoint_name(linear(self.config.intermediate_size, name="gate_proj")(x, token_keys), "gate")
-        up = checkpoint_name(linear(self.config.intermediate_size, name="up_proj")(x, token_keys), "up")
-        return linear(self.config.hidden_size, name="down_proj")(nn.silu(gate) * up, token_keys)
+        c = self.config
+        wide = partial(Linear, c.intermediate_size, False, self.param_dtype, COLUMN)
+        layers = [wide(name="gate_proj"), wide(name="up_proj")]
+        gate, up = linears(x, layers, fold_in(token_keys, _DROPOUT["gate_up"]))
+        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
+        down = Linear(c.hidden_size, False, self.param_dtype, ROW, name="down_proj")
+        return down(nn.silu(gate) * up, fold_in(token_keys, _DROPOUT["down_proj"]))
 
 
 class DecoderLayer(nn.Module):
@@ -191,7 +219,8 @@ class Decoder(nn.Module):
             outside of the checkpoint is kept for it, a copy of every layer's."""
             mine = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), frozen)
             past = None if cache is None else (i, cache)
-            x, kept = layer.apply({"params": join(mine, tuned)}, x, rotation, tokens, last, past)
+            here = tokens.with_seed(i)
+            x, kept = layer.apply({"params": join(mine, tuned)}, x, rotation, here, last, past)
             return x, kept if of == "cache" or cache is not None else None
 
         names = REMAT_POLICIES[self.remat]
@@ -220,8 +249,8 @@ class Decoder(nn.Module):
 
 
 def _all_but_slices(primitive: Any, *_: Any, **__: Any) -> bool:
-    """The policy of "none": all is kept but the layer's slices of the stacked weights, and what merely reshapes."""
-    return primitive.name not in ("dynamic_slice", "squeeze", "reshape")
+    """The policy of "none": all is kept but the layer's weights, sliced and gathered, and what merely reshapes."""
+    return primitive.name not in ("dynamic_slice", "squeeze", "reshape", "sharding_constraint")
 
 
 def place_media(x: Array, media_slots: Array, media: Array) -> Array:

@@ -3,6 +3,7 @@
 Dimensions: B rows, T tokens, D hidden, I input features, O output features, H head_dim.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from lco_jax.core.sharding import ROWS, constrain
-from lco_jax.core.weights import dot
+from lco_jax.core.weights import WHOLE, Split, dots
 
 
 def leaf(module: nn.Module, name: str, shape: tuple[int, ...], init: nn.initializers.Initializer, dtype: Any) -> Any:
@@ -35,20 +36,32 @@ def stacked(layer: type[nn.Module], length: int, in_axes: Any = nn.broadcast) ->
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ + b, with W stored [O, I] as in the checkpoints."""
+    """y = x Wᵀ + b, with W stored [O, I] as in the checkpoints. split: how the mesh splits its features."""
 
     features: int
     use_bias: bool = False
     param_dtype: Any = jnp.float32
+    split: Split = WHOLE
 
     @nn.compact
+    def leaves(self, inputs: int) -> tuple[Any, Any]:
+        """(weight, bias or None), as the tree holds them."""
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
+        weight = leaf(self, "weight", (self.features, inputs), init, self.param_dtype)
+        if not self.use_bias:
+            return weight, None
+        return weight, leaf(self, "bias", (self.features,), nn.initializers.zeros, self.param_dtype)
+
     def __call__(self, x: Array, token_keys: Array | None = None) -> Array:
         """x [..., I] -> [..., O]; token_keys as in `dot`."""
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
-        y = dot(x, leaf(self, "weight", (self.features, x.shape[-1]), init, self.param_dtype), token_keys)
-        if self.use_bias:
-            y += leaf(self, "bias", (self.features,), nn.initializers.zeros, self.param_dtype).astype(x.dtype)
-        return y
+        return linears(x, [self], token_keys)[0]
+
+
+def linears(x: Array, layers: Sequence[Linear], token_keys: Array | None = None) -> list[Array]:
+    """Several layers of one input, which are split alike: x [..., I] -> [..., O] of each; token_keys as in `dots`."""
+    weights, biases = zip(*(layer.leaves(x.shape[-1]) for layer in layers), strict=True)
+    products = dots(x, weights, token_keys, layers[0].split)
+    return [y if b is None else y + b.astype(x.dtype) for y, b in zip(products, biases, strict=True)]
 
 
 class Projector(nn.Module):
@@ -110,8 +123,11 @@ class Embedding(nn.Module):
         """ids int [...] -> [..., D]."""
         init = nn.initializers.normal(1.0)
         table = leaf(self, "weight", (self.vocab_size, self.features), init, self.param_dtype)
-        # gathered over fsdp like every other weight, looked up in shards of the vocabulary
-        return constrain(jnp.take(constrain(table, "tensor"), ids, axis=0), ROWS).astype(self.dtype)
+        # Every device looks up its part of the features for all tokens of the devices that share the table. What it
+        # sends is then parts of rows, and not a part of the table.
+        parts = jnp.take(table, constrain(ids, "data"), axis=0)
+        parts = constrain(parts, "data", *[None] * (ids.ndim - 1), "fsdp")
+        return constrain(parts, ROWS).astype(self.dtype)
 
 
 def rotary_angles(position_ids: Array, head_dim: int, theta: float, mrope_section: tuple[int, ...]) -> Array:

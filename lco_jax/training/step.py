@@ -86,7 +86,8 @@ def contrastive_loss(
     `takes_ring` has it; two_way: the mean of this and of the loss of each positive among all anchors (CLIP's, Radford
     et al. 2021, arXiv 2103.00020).
     """
-    embeddings = embed_chunks(decoder, tuning.attach(params, tuned, config, seed), batch.tokens, media)
+    tokens = batch.tokens.with_seed(seed)
+    embeddings = embed_chunks(decoder, tuning.attach(params, tuned, config), tokens, media)
     sequences, content, hidden = batch.sequences, batch.content, embeddings.shape[-1]
     ring = takes_ring(candidates, sequences[:, 1:].size, hidden)
     if ring:
@@ -117,7 +118,7 @@ def generative_loss(
 
     media: what frozen towers made of the batch; None where the loss runs them, and gradients reach what is tuned there.
     """
-    params = tuning.attach(params, tuned, config, seed)
+    params = tuning.attach(params, tuned, config)
     if media is None:
         media = model.media_tokens(params, batch.media, current_row_shards())
 
@@ -126,7 +127,8 @@ def generative_loss(
         states = model.decoder.apply({"params": params["decoder"]}, tokens, media, "tokens")
         return token_losses(take(states, jnp.maximum(answers.at, 0)), head_of(params), answers.ids)
 
-    losses, records = in_chunks(one, (batch.tokens, batch.answers)), len(batch.sequences)
+    losses = in_chunks(one, (batch.tokens.with_seed(seed), batch.answers))
+    records = len(batch.sequences)
     loss = losses.sum() / jnp.sum(batch.answers.ids >= 0)
     record = jnp.where(batch.answers.record < 0, records, batch.answers.record)  # one more, for padding
     sums, counts = (jnp.zeros(records + 1).at[record].add(x)[:-1] for x in (losses, 1.0))

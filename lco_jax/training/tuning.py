@@ -66,9 +66,9 @@ def frozen(params: Tree, tune: TuneConfig) -> Tree:
     return unflatten_dict({path: x for path, x in flat.items() if not tune.whole(path)}, sep=".")
 
 
-def attach(params: Tree, tuned: Tree, config: lora.LoraConfig, seed: Array | int = 0) -> Tree:
-    """`params` (frozen or all) with what is tuned in its place. `seed` is the dropout key of the step."""
-    decoder = lora.attach(params.get("decoder", {}), tuned.get("decoder", {}), config, seed)
+def attach(params: Tree, tuned: Tree, config: lora.LoraConfig) -> Tree:
+    """`params` (frozen or all) with what is tuned in its place."""
+    decoder = lora.attach(params.get("decoder", {}), tuned.get("decoder", {}), config)
     others = lambda tree: flatten_dict({k: v for k, v in tree.items() if k != "decoder"}, sep=".")  # noqa: E731
     return {"decoder": decoder, **unflatten_dict({**others(params), **others(tuned)}, sep=".")}
 
