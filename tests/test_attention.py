@@ -133,7 +133,7 @@ def test_cudnn_that_does_not_compile_is_told_and_not_used(monkeypatch, caplog):
 
 def test_a_group_of_rows_in_parts(monkeypatch):
     """Rows a part at a time, on several streams, change nothing."""
-    query, key, value = draw(2, 6, 32, 2, 3, 16), draw(2, 6, 32, 2, 16, seed=1), draw(2, 6, 32, 2, 16, seed=2)
+    query, key, value = draw(2, 6, 2, 32, 3, 16), draw(2, 6, 2, 32, 16, seed=1), draw(2, 6, 2, 32, 16, seed=2)
 
     def run(*qkv):
         mixed = attend_rows(*qkv)
@@ -152,6 +152,7 @@ def test_the_last_token_attends_as_it_does_among_all():
     want = np.stack([whole[b, n - 1] for b, n in enumerate(lengths)])
     valid = np.arange(32) < np.array(lengths)[:, None]
     last = jnp.stack([query[b, n - 1] for b, n in enumerate(lengths)])
+    key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
     np.testing.assert_allclose(attend_last(last, key, value, valid), want, atol=1e-6)
 
 
@@ -180,7 +181,7 @@ def test_rows_hold_the_sequences_and_come_home(packed):
     for r, (stream, slots) in enumerate(zip(laid, which, strict=True)):
         for at, slot in zip(stream.at, slots, strict=True):
             row = rows[0][r, slot] if slot < 5 else rows[1][r, slot - 5]
-            np.testing.assert_array_equal(row[: len(at)], x[r, at])
+            np.testing.assert_array_equal(jnp.swapaxes(row, 0, 1)[: len(at)], x[r, at])
     home = streams.from_rows(rows, tokens)
     there = np.asarray(tokens.home >= 0)
     np.testing.assert_array_equal(home[there], x[there])
@@ -191,7 +192,12 @@ def test_gathers_have_the_gradient_of_gathers(packed):
     """Against jax's own transposes, with whatever does not belong to a sequence left out, as in a decoder it is."""
     tokens, laid, _ = packed
     x = draw(len(laid), 130, 4)
-    weights = [draw(*group.shape, 4, seed=i) * (group >= 0)[..., None] for i, group in enumerate(tokens.rows)]
+
+    def by_head(group, seed):
+        streams, count, width = group.shape
+        return draw(streams, count, 4, width, seed=seed)
+
+    weights = [by_head(x, seed=i) * (x >= 0)[:, :, None] for i, x in enumerate(tokens.rows)]
 
     def through_rows(x, to_rows):
         return sum(jnp.sum(jnp.sin(y) * w) for y, w in zip(to_rows(x, tokens), weights, strict=True))
@@ -202,14 +208,14 @@ def test_gathers_have_the_gradient_of_gathers(packed):
     np.testing.assert_allclose(got[there], want[there], atol=1e-5)
     assert (np.asarray(got)[~there] == 0).all()
 
-    rows = [draw(*group.shape, 4, seed=9 + i) for i, group in enumerate(tokens.rows)]
+    rows = [by_head(group, seed=9 + i) for i, group in enumerate(tokens.rows)]
     weight = draw(len(laid), 130, 4, seed=7) * (tokens.home >= 0)[..., None]
 
     def home(rows, from_rows):
         return jnp.sum(jnp.sin(from_rows(rows)) * weight)
 
     def plainly(rows):
-        flat = jnp.concatenate([y.reshape(len(laid), -1, 4) for y in rows], axis=1)
+        flat = jnp.concatenate([jnp.swapaxes(y, 2, 3).reshape(len(laid), -1, 4) for y in rows], axis=1)
         return jnp.take_along_axis(flat, jnp.maximum(tokens.home, 0)[..., None], axis=1)
 
     got, want = jax.grad(home)(rows, lambda rows: streams.from_rows(rows, tokens)), jax.grad(home)(rows, plainly)

@@ -73,6 +73,13 @@ def current_row_shards() -> int:
     return 1 if mesh.empty else row_shards(mesh)
 
 
+def ways(size: int, axis: str) -> int:
+    """In how many parts the current mesh splits `size` equal things over an axis; 1 where they do not divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else mesh.shape[axis]
+    return parts if size % parts == 0 else 1
+
+
 def _fit(shape: tuple[int, ...], axes: Sequence[str | tuple[str, ...] | None], mesh: Mesh) -> PartitionSpec:
     """The spec without those mesh axes that do not divide their array axis (jax has no uneven shards)."""
     ways = [

@@ -53,28 +53,33 @@ def attention(
 
 
 def attend_rows(query: Array, key: Array, value: Array, implementation: str = "auto") -> Array:
-    """Causal attention in a group of rows: query [R, N, W, K, G, H]; key, value [R, N, W, K, H].
+    """Causal attention in a group of rows: query [R, N, K, W, G, H]; key, value [R, N, K, W, H].
 
     The plain kernel takes a part of the N rows at a time, so that memory does not grow with their number.
     """
-    flat = lambda x: rearrange(x, "r n ... -> (r n) ...")  # noqa: E731
-    one = partial(attention, implementation=implementation)
-    streams, count, width, heads, groups, _ = query.shape  # a stream a device
-    size = count
-    if _choose(flat(query), None, implementation) == "xla":
-        most = max(SCORES // (heads * groups * width * min(width, BLOCK)), 1)
-        size = next(n for n in range(min(most, count), 0, -1) if count % n == 0)
+    streams, count, heads, width, groups, _ = query.shape  # a stream a device
+    by_token = rearrange(query, "r n k w g h -> (r n) w k g h")
+    if width > BLOCK or _choose(by_token, None, implementation) != "xla":
+        keys = (rearrange(x, "r n k w h -> (r n) w k h") for x in (key, value))
+        mixed = attention(by_token, *keys, implementation=implementation)
+        return rearrange(mixed, "(r n) w k g h -> r n k w g h", r=streams)
+
+    def attend(part: tuple[Array, Array, Array]) -> Array:
+        return _by_head(*part, jnp.tri(width, dtype=bool)[None])
+
+    most = max(SCORES // (heads * groups * width * width), 1)
+    size = next(n for n in range(min(most, count), 0, -1) if count % n == 0)
+    parts = tuple(rearrange(x, "r (c n) ... -> c (r n) ...", n=size) for x in (query, key, value))
     if size == count:
-        return one(flat(query), flat(key), flat(value)).reshape(query.shape)
-    split = lambda x: rearrange(x, "r (c n) ... -> c (r n) ...", n=size)  # noqa: E731
-    mixed = jax.lax.map(jax.checkpoint(lambda part: one(*part)), (split(query), split(key), split(value)))
+        mixed = attend(jax.tree.map(lambda x: x[0], parts))[None]
+    else:
+        mixed = jax.lax.map(jax.checkpoint(attend), parts)
     return rearrange(mixed, "c (r n) ... -> r (c n) ...", r=streams)
 
 
 def attend_last(query: Array, key: Array, value: Array, valid: Array) -> Array:
-    """One query a row against the row's keys: query [B, K, G, H]; key, value [B, S, K, H]; valid bool [B, S]."""
-    ones = jnp.ones((query.shape[0], 1), jnp.int32)
-    return _attend(query[:, None], key, value, (ones, valid.astype(jnp.int32)), jnp.int32(0), causal=False)[:, 0]
+    """One query a row against the row's keys: query [B, K, G, H]; key, value [B, K, S, H]; valid bool [B, S]."""
+    return _by_head(query[:, :, None], key, value, valid[:, None])[:, :, 0]
 
 
 def _choose(query: Array, segment_ids: Array | None, asked: str) -> str:
@@ -120,21 +125,29 @@ def _attend(
     causal: bool,
 ) -> Array:
     """The queries that begin at token `first` of the row, against all keys. segments: the queries', the keys'."""
-    precision = matmul_precision(query)
-    tokens, groups = query.shape[1], query.shape[3]
-    # heads first and the G axis folded into T: plain batched matrix products (on CPU twice as fast as the einsums)
-    query = rearrange(query * query.shape[-1] ** -0.5, "b t k g h -> b k (g t) h")
-    key, value = (rearrange(x, "b s k h -> b k s h") for x in (key, value))
-    scores = jnp.einsum("bkth,bksh->bkts", query, key, precision=precision, preferred_element_type=jnp.float32)
-    seen = jnp.ones((1, tokens, key.shape[2]), bool)
+    tokens = query.shape[1]
+    seen = jnp.ones((1, tokens, key.shape[1]), bool)
     if segments is not None:
         seen &= segments[0][:, :, None] == segments[1][:, None, :]
     if causal:
-        seen &= first + jnp.arange(tokens)[:, None] >= jnp.arange(key.shape[2])
-    seen = jnp.tile(seen, (1, groups, 1))
-    weights = jax.nn.softmax(jnp.where(seen[:, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
-    mixed = jnp.einsum("bkts,bksh->bkth", weights.astype(value.dtype), value, precision=precision)
-    return rearrange(mixed, "b k (g t) h -> b t k g h", g=groups)
+        seen &= first + jnp.arange(tokens)[:, None] >= jnp.arange(key.shape[1])
+    query = rearrange(query, "b t k g h -> b k t g h")
+    key, value = (rearrange(x, "b s k h -> b k s h") for x in (key, value))
+    return rearrange(_by_head(query, key, value, seen), "b k t g h -> b t k g h")
+
+
+def _by_head(query: Array, key: Array, value: Array, seen: Array) -> Array:
+    """query [B, K, T, G, H]; key, value [B, K, S, H]; seen bool [B or 1, T, S] -> [B, K, T, G, H].
+
+    The G axis is folded into T: plain batched matrix products, on CPU twice as fast as the einsums.
+    """
+    precision, groups = matmul_precision(query), query.shape[3]
+    query = rearrange(query * query.shape[-1] ** -0.5, "b k t g h -> b k (t g) h")
+    scores = jnp.einsum("bkqh,bksh->bkqs", query, key, precision=precision, preferred_element_type=jnp.float32)
+    seen = jnp.repeat(seen, groups, axis=1)[:, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    mixed = jnp.einsum("bkqs,bksh->bkqh", weights.astype(value.dtype), value, precision=precision)
+    return rearrange(mixed, "b k (t g) h -> b k t g h", g=groups)
 
 
 class TowerAttention(nn.Module):

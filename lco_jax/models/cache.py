@@ -20,7 +20,7 @@ from lco_jax.models.attention import attend_last
 )
 @dataclass(frozen=True)
 class Cache:
-    """Keys (rotated) and values, [L, R, S, C, K, H].
+    """Keys (rotated) and values, [L, R, S, K, C, H].
 
     A sequence's prompt lies at the left; what it generates from column `width` (W) on, the same column for all
     sequences, so that a token is written to one slice.
@@ -35,18 +35,21 @@ class Cache:
 
     def with_room(self, tokens: int) -> "Cache":
         """With columns for so many tokens more."""
-        room = [(0, 0), (0, 0), (0, 0), (0, tokens), (0, 0), (0, 0)]
+        room = [(0, 0), (0, 0), (0, 0), (0, 0), (0, tokens), (0, 0)]
         return replace(self, keys=jnp.pad(self.keys, room), values=jnp.pad(self.values, room))
 
     def write(self, layer: Array | int, keys: Array, values: Array) -> "Cache":
         """With a layer's keys and values [R, S, K, H] of each sequence's newest token."""
-        at = (layer, 0, 0, self.width + self.generated, 0, 0)
-        put = lambda x, new: jax.lax.dynamic_update_slice(x, new[None, :, :, None], at)  # noqa: E731
+        at = (layer, 0, 0, 0, self.width + self.generated, 0)
+
+        def put(x: Array, new: Array) -> Array:
+            return jax.lax.dynamic_update_slice(x, new[None, :, :, :, None], at)
+
         return replace(self, keys=put(self.keys, keys), values=put(self.values, values))
 
     def attend(self, layer: Array | int, query: Array) -> Array:
         """The newest tokens' queries [R, S, K, G, H], each against its sequence: [R, S, K, G, H]."""
-        columns = jnp.arange(self.keys.shape[3])
+        columns = jnp.arange(self.keys.shape[4])
         since = (columns >= self.width) & (columns <= self.width + self.generated)
         seen = (columns < self.lengths[..., None]) | since
         one = [jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (self.keys, self.values)]

@@ -70,7 +70,7 @@ class Attention(nn.Module):
         """x [R, T, D] -> [R, T, D], or, for the `last` layer, [R, S, D]; and what `past` becomes.
 
         past: where this is layer i of tokens that go on, (i, the cache of those before); else None, and it becomes the
-        keys and values [R, N, W, K, H] of the rows.
+        keys and values [R, N, K, W, H] of the rows.
         """
         c = self.config
 
@@ -234,9 +234,15 @@ class Decoder(nn.Module):
             x, kept = run(*slices, x, cache, False)
             return (x, None if cache is None else kept), (before, kept if cache is None else None)
 
+        # Slices of what is tuned whole would be a second copy of the decoder, and so would be their gradients. Its last
+        # layer goes through the scan with the others.
+        alike = self.tuned and cache is None and of in ("last", "tokens")
+        scanned = end + alike
         (x, going), (before, kept) = jax.lax.scan(
-            body, (x, cache), (jnp.arange(end), jax.tree.map(lambda w: w[:end], tuned))
+            body, (x, cache), (jnp.arange(scanned), jax.tree.map(lambda w: w[:scanned], tuned))
         )
+        if alike:
+            return x if of == "tokens" else take(x, tokens.last_tokens), [], None
         before = [*before, take(x, tokens.last_tokens)] if of == "layers" else []
         x, last = run(end, jax.tree.map(lambda w: w[end], tuned), x, going, of != "tokens" and cache is None)
         if cache is not None:
@@ -244,7 +250,7 @@ class Decoder(nn.Module):
         elif of == "cache":
             [keys], [values] = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), kept, last)
             lengths = jnp.sum(tokens.rows[0] >= 0, axis=-1, dtype=jnp.int32)
-            cache = Cache(keys, values, lengths, jnp.int32(0), keys.shape[3])
+            cache = Cache(keys, values, lengths, jnp.int32(0), keys.shape[4])
         return x, before, cache
 
 

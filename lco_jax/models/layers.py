@@ -142,13 +142,19 @@ def rotary_angles(position_ids: Array, head_dim: int, theta: float, mrope_sectio
 
 
 def apply_rotary(x: Array, rotation: Array) -> Array:
-    """Rotate the halves of x [B, T, …, H]. rotation: [B, T, H/2, 2], the angles' cosines and sines (`rotation_of`)."""
-    rotation = rotation.astype(x.dtype).reshape(*rotation.shape[:2], *[1] * (x.ndim - 3), *rotation.shape[2:])
-    cos, sin = rotation[..., 0], rotation[..., 1]
-    left, right = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    """Rotate the halves of x [B, T, …, H]. rotation: [B, T, 2, H], factors of x and of its halves exchanged."""
+    rotation = rotation.astype(x.dtype)
+    rotation = rotation.reshape(*rotation.shape[:2], *[1] * (x.ndim - 3), *rotation.shape[2:])
+    of_own, of_other = rotation[..., 0, :], rotation[..., 1, :]
+    return x * of_own + jnp.roll(x, x.shape[-1] // 2, axis=-1) * of_other
 
 
 def rotation_of(angles: Array) -> Array:
-    """Angles [B, T, H/2] -> [B, T, H/2, 2]: cosines and sines, computed once for all layers."""
-    return jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    """Angles [B, T, H/2] -> [B, T, 2, H], what `apply_rotary` takes: computed once for all layers.
+
+    The left half becomes left · cos - right · sin, the right half becomes right · cos + left · sin.
+    """
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    of_own = jnp.concatenate([cos, cos], axis=-1)
+    of_other = jnp.concatenate([-sin, sin], axis=-1)
+    return jnp.stack([of_own, of_other], axis=-2)
