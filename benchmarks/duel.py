@@ -67,8 +67,8 @@ class Side:
         path = folder / f"{self.name}-{role}.json"
         path.write_text(json.dumps({**spec, "role": role, "started": time.time()}), encoding="utf-8")
         environment = {
-            **os.environ,
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            **os.environ,
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # both sides share a card
         }
         self.process = subprocess.Popen(

@@ -25,7 +25,7 @@ def get_config(recipe: str = "") -> ConfigDict:
     # what a layer keeps for its backward pass, from the least memory to the least recomputation: full (nothing),
     # attention, gate, mlp, none (nothing is recomputed); auto: what the device's memory holds
     config.model.remat = "none"
-    config.model.attention = "auto"  # the decoder's kernel: auto (the machine's own), xla, cudnn, splash
+    config.model.attention = "auto"  # the decoder's kernel: auto (the machine's own), xla, cudnn, triton, splash
 
     config.tune = ConfigDict()
     # of the decoder: lora (adapters), full (all of it, in float32), projection (nothing; a matrix behind the model)

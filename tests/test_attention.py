@@ -7,6 +7,7 @@ import pytest
 
 from lco_jax import LcoError, make_mesh
 from lco_jax.core.packing import Shape, TokenSequence, fill, lay_stream
+from lco_jax.core.target import target_platform
 from lco_jax.models import attention, streams
 from lco_jax.models.attention import attend_last, attend_rows
 
@@ -79,13 +80,47 @@ def test_splash_equals_xla(segment_ids, causal, dtype, tolerance):
         np.testing.assert_allclose(got.astype(jnp.float32), wanted, atol=tolerance * max(float(abs(wanted).max()), 1))
 
 
-def test_splash_on_a_mesh(monkeypatch):
+@pytest.mark.parametrize(("segment_ids", "causal"), CASES)
+def test_the_triton_kernel_equals_xla(segment_ids, causal):
+    """The GPU's kernel for segments, interpreted; a head_dim that is no power of two."""
+    qkv = inputs(256, size=24)
+    want = value_and_gradients(*qkv, segment_ids, causal, "xla")
+    for got, wanted in zip(value_and_gradients(*qkv, segment_ids, causal, "triton"), want, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=2e-5 * max(float(abs(wanted).max()), 1))
+
+
+@pytest.mark.parametrize("kernel", ["triton", "splash"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_rows_that_are_no_whole_blocks(kernel, causal):
+    """They are lengthened inside, and nothing attends to what is added."""
+    qkv = inputs(577, rows=1, heads=1, groups=2)
+    want = value_and_gradients(*qkv, None, causal, "xla")
+    for got, wanted in zip(value_and_gradients(*qkv, None, causal, kernel), want, strict=True):
+        assert got.shape == wanted.shape
+        np.testing.assert_allclose(got, wanted, atol=2e-5 * max(float(abs(wanted).max()), 1))
+
+
+@pytest.mark.parametrize("kernel", ["triton", "splash"])
+def test_nothing_leaks_from_one_segment_to_another(kernel):
+    """Change one segment's queries, keys and values: no other's result or gradient moves by a bit."""
+    qkv = inputs(256, rows=1, groups=1)
+    ids = SEGMENTS[:1]
+    changed = [x.at[:, 40:128].multiply(-7.0) for x in qkv]
+    others = ids[0] != 2
+    runs = (value_and_gradients(*x, ids, False, kernel) for x in (qkv, changed))
+    for before, after in zip(*runs, strict=True):
+        np.testing.assert_array_equal(before[0, others], after[0, others])
+        assert (np.asarray(before)[0, ~others] != np.asarray(after)[0, ~others]).any()
+
+
+@pytest.mark.parametrize("kernel", ["triton", "splash"])
+def test_kernels_on_a_mesh(monkeypatch, kernel):
     qkv = inputs(128, rows=4)
     want = value_and_gradients(*qkv, None, True, "xla")
     with jax.set_mesh(make_mesh(2, 2, 2)):
         chosen = []
         monkeypatch.setattr(attention, "_in_blocks", lambda *_: chosen.append("xla"))
-        got = value_and_gradients(*qkv, None, True, "splash")
+        got = value_and_gradients(*qkv, None, True, kernel)
     assert not chosen
     for x, y in zip(got, want, strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5 * max(float(abs(y).max()), 1))
@@ -108,15 +143,26 @@ def test_what_auto_takes(monkeypatch):
 
     monkeypatch.setattr("lco_jax.models.kernels._cudnn_works", lambda *_: True)
     assert chosen(1024, "gpu") == "cudnn"
-    assert chosen(1024, "gpu", dtype=jnp.float32) == chosen(64, "gpu") == chosen(1024, "gpu", size=12) == "xla"
-    assert chosen(1024, "gpu", segment_ids=np.ones((2, 1024))) == "xla"
+    assert chosen(1024, "gpu", dtype=jnp.float32) == chosen(64, "gpu") == chosen(1024, "gpu", size=256) == "xla"
+    assert chosen(1024, "gpu", segment_ids=np.ones((2, 1024))) == chosen(1024, "gpu", size=12) == "triton"
     assert chosen(1024, "tpu") == chosen(1024, "tpu", segment_ids=np.ones((2, 1024))) == "splash"
-    assert chosen(64, "tpu") == chosen(1000, "tpu") == "xla"
+    assert chosen(64, "tpu") == "xla"
+    assert chosen(577, "tpu") == "splash"
     assert chosen(1024, "cpu") == "xla"
     monkeypatch.setattr("lco_jax.models.kernels._cudnn_works", lambda *_: False)
-    assert chosen(1024, "gpu") == "xla"
-    with pytest.raises(LcoError, match="attention is 'flash'; it is one of: auto, xla, cudnn, splash"):
+    assert chosen(1024, "gpu") == "triton"
+    with pytest.raises(LcoError, match="attention is 'flash'; it is one of: auto, xla, cudnn, triton, splash"):
         attention.attention(*inputs(8), implementation="flash")
+
+
+def test_a_program_has_the_kernels_of_its_mesh(monkeypatch):
+    """And not those of the machine that compiles it."""
+    query = inputs(1024, rows=8, dtype=jnp.bfloat16)[0]
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert attention._choose(query, None, "auto") == "splash"
+    with jax.set_mesh(make_mesh(8, 1, 1)):
+        assert target_platform() == "cpu"
+        assert attention._choose(query, None, "auto") == "xla"
 
 
 def test_cudnn_that_does_not_compile_is_told_and_not_used(monkeypatch, caplog):
@@ -125,10 +171,9 @@ def test_cudnn_that_does_not_compile_is_told_and_not_used(monkeypatch, caplog):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # and there is none
     kernels._cudnn_works.cache_clear()
     qkv = inputs(1024, rows=1, heads=1, groups=1, dtype=jnp.bfloat16)
-    mixed = attention.attention(*qkv)
+    assert attention._choose(qkv[0], None, "auto") == "triton"
     kernels._cudnn_works.cache_clear()
     assert "cuDNN's attention is not used" in caplog.text
-    np.testing.assert_array_equal(mixed, attention.attention(*qkv, implementation="xla"))
 
 
 def test_a_group_of_rows_in_parts(monkeypatch):

@@ -61,6 +61,21 @@ def test_the_loss_alone():
     assert max(result["exactness"].values()) < 1e-5
 
 
+@pytest.mark.slow
+def test_one_command_for_a_device_writes_each_part_and_goes_on(tmp_path):
+    """In its small form: products, kernels against XLA; what is there is not run again, what has no time is told."""
+    folder = f"--folder={tmp_path}"
+    result = bench("device", "--small", "--budget=600", "--parts=matmul,kernels", folder)
+    assert set(result["parts"]) == {"matmul", "kernels"}
+    rows = result["parts"]["kernels"]["rows"]
+    assert set(rows) == {f"{name}: {kind}" for name in ("causal", "segments") for kind in ("xla", "triton", "splash")}
+    assert max(error for row in rows.values() for error in row["errors"].values()) < 0.05
+    (tmp_path / "matmul.json").write_text(json.dumps({"kept": True}))
+    result = bench("device", "--small", "--budget=0", "--parts=matmul,encode-3b", folder)
+    assert result["parts"] == {"matmul": {"kept": True}}
+    assert result["not_there"] == {"encode-3b": "no time was left"}
+
+
 def test_triplets_are_as_long_as_snlis(tmp_path):
     write_triplets(tmp_path / "t.jsonl", 412, 8192, "", "")
     triplets = read_triplets(tmp_path / "t.jsonl")

@@ -34,7 +34,7 @@ def a_batch(records: int):
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize(("records", "tile_scores"), [(24, TILE_SCORES), (17, 30)])
-def test_the_ring_equals_gathered_candidates(mesh, records, tile_scores):
+def test_on_a_mesh_it_is_the_same_with_the_ring_and_without(mesh, records, tile_scores):
     e, present, content = a_batch(records)
     weights = {"accuracy": 0.0, "loss": 1.0, "positive_similarity": 0.3, "negative_similarity": 0.7}
 
@@ -49,8 +49,29 @@ def test_the_ring_equals_gathered_candidates(mesh, records, tile_scores):
         assert want[0][1]["rows"][present[:, 0]].mean() == pytest.approx(float(want[0][1]["loss"]), abs=1e-6)
         assert np.all(want[0][1]["rows"][~present[:, 0]] == -np.inf)
         with jax.set_mesh(make_mesh(*mesh)):
-            got = run(e, says, True)
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), got, want)
+            found = [run(e, says, ring) for ring in (True, False)]
+        for got in found:
+            jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), got, want)
+
+
+def test_anchors_are_split_where_the_batch_does_not_divide():
+    """1,057 records, a prime, on 8 devices: each compares 133 of them with all candidates, and no device more."""
+
+    def loss(e):
+        return info_nce(e, jnp.ones(e.shape[:2], bool), 0.03)[0]
+
+    with jax.set_mesh(make_mesh()):
+        program = jax.jit(jax.grad(loss)).lower(jax.ShapeDtypeStruct((1057, 3, 16), jnp.float32)).compile()
+    shapes = re.findall(r"f32\[([\d,]+)\]", program.as_text())
+    assert 133 * 2 * 1064 <= max(math.prod(map(int, shape.split(","))) for shape in shapes) < 2 * 133 * 2 * 1064
+
+
+def test_tiles_are_few_where_anchors_are_a_prime_number():
+    """Of 1,009 anchors four tiles, and not 1,009: a device holds a quarter of the scores."""
+    e = jnp.asarray(np.random.default_rng(0).normal(size=(1009, 2, 8)), jnp.float32)
+    program = jax.jit(lambda e: info_nce(e, jnp.ones((1009, 2), bool), 0.3, None, 2**18)[0]).lower(e).compile()
+    shapes = [tuple(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", program.as_text())]
+    assert max(map(math.prod, shapes)) == 253 * 1012
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -16,7 +16,18 @@ from lco_jax.checkpoint import builtin
 from lco_jax.checkpoint.hf import load_decoder, load_model, open_checkpoint
 from lco_jax.checkpoint.peft import write_peft
 from lco_jax.core import lora
-from lco_jax.core.quantize import DYNAMIC, KINDS, Int8Weight, Nf4Weight, QuantizedWeight, dequantize, quantize
+from lco_jax.core.quantize import (
+    DYNAMIC,
+    KINDS,
+    NF4,
+    Int8Weight,
+    Nf4Weight,
+    QuantizedWeight,
+    _dynamic,
+    _dynamic_select,
+    dequantize,
+    quantize,
+)
 from lco_jax.core.sharding import shardings
 from lco_jax.core.weights import LoraWeight, dot
 from lco_jax.data import pipeline
@@ -63,21 +74,59 @@ def test_nf4_is_bitsandbytes(monkeypatch, shape, dtype):
 
     monkeypatch.setattr(bnb, "quantize_blockwise", nearest)
     codes, state, want = of_bitsandbytes(source)
-    np.testing.assert_array_equal(np.asarray(leaf.codes).ravel(), codes.ravel())
+    pairs = np.asarray(leaf.codes).reshape(-1, 1, 32)
+    ours_in_order = np.concatenate([pairs >> 4, pairs & 15], axis=1).ravel()  # a block's first half in the high bits
+    theirs_in_order = np.stack([codes.ravel() >> 4, codes.ravel() & 15], axis=1).ravel()
+    np.testing.assert_array_equal(ours_in_order, theirs_in_order)
     np.testing.assert_array_equal(np.asarray(leaf.absmax).ravel(), state.absmax.numpy())
-    np.testing.assert_allclose(leaf.absmax2, state.state2.absmax.numpy(), rtol=1e-6, atol=1e-7)
+    rows, blocks = leaf.absmax.shape  # each row has the absmaxes of its groups: one, two or a few
+    groups = np.arange(rows) * blocks // 256 + np.arange(leaf.absmax2.size // rows)[:, None]
+    theirs_of_rows = state.state2.absmax.numpy()[np.minimum(groups, (rows * blocks - 1) // 256)]
+    np.testing.assert_allclose(leaf.absmax2, theirs_of_rows.ravel(), rtol=1e-6, atol=1e-7)
     got = jax.jit(lambda leaf: dequantize(leaf, ours))(leaf)
     assert got.dtype == ours
     np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=1e-6, atol=1e-8)
     assert shape[0] == 1 or (np.asarray(got)[3, :128] == 0).all()
 
 
+@pytest.mark.parametrize("rows", [(24, 448), (3, 40 * 1024)])  # groups of blocks that straddle rows, or divide them
+def test_a_matrix_is_its_tables_looked_up(rows):
+    """To the bit, whatever way the tables are read: every code of both, and every group's scale at its blocks."""
+    shape = (rows[0], rows[1] // 64)
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 256, (rows[0], rows[1] // 2), np.uint8)
+    absmax = rng.permutation(np.resize(np.arange(256, dtype=np.uint8), shape[0] * shape[1])).reshape(shape)
+    group = np.arange(absmax.size).reshape(shape) // 256
+    scales = rng.random(group.max() + 1, np.float32)
+    scale = scales[group]
+    columns = np.unique(group - group[:, :1])
+    of_rows = scales[np.minimum(group[:, 0] + columns[:, None], len(scales) - 1)].ravel()
+    leaf = Nf4Weight(*(jnp.asarray(x) for x in (codes, absmax, of_rows, np.float32(0.25))))
+    exact = DYNAMIC[absmax].astype(np.float64) * scale  # and then rounded once or twice: a compiler may fuse the sum
+    for wide in (exact.astype(np.float32) + np.float32(0.25), (exact + 0.25).astype(np.float32)):
+        pairs = codes.reshape(*shape, 1, 32)
+        values = NF4[np.concatenate([pairs >> 4, pairs & 15], axis=2).reshape(*shape, 64)]
+        want = (values * wide[..., None]).reshape(rows)
+        if np.array_equal(jax.jit(lambda leaf: dequantize(leaf, jnp.float32))(leaf), want):
+            return
+    raise AssertionError("neither rounding of the absmax gives the matrix")
+
+
+def test_what_tpus_do_in_the_place_of_a_gather_gives_the_same_numbers():
+    codes = jnp.arange(256, dtype=jnp.uint8)
+    np.testing.assert_array_equal(_dynamic_select(codes), DYNAMIC)
+    np.testing.assert_array_equal(_dynamic(codes), DYNAMIC)
+    leaf = quantize(jnp.asarray(draw(2, 24, 448)), "nf4")
+    program = jax.jit(lambda leaf: dequantize(leaf, jnp.bfloat16)).trace(leaf).lower(lowering_platforms=("tpu",))
+    assert "gather" not in program.as_text()
+
+
 def test_sizes():
     leaf = quantize(jnp.asarray(draw(2, 512, 1024)), "nf4")
     assert leaf.shape == (2, 512, 1024)
     shapes = [(x.shape, x.dtype.name) for x in jax.tree.leaves(leaf)]
-    assert shapes == [((2, 512, 512), "uint8"), ((2, 512, 16), "uint8"), ((2, 32), "float32"), ((2,), "float32")]
-    assert sum(x.nbytes for x in jax.tree.leaves(leaf)) == 2 * (512 * 1024 // 2 + 512 * 16 + 32 * 4 + 4)  # 4.127 bits
+    assert shapes == [((2, 512, 512), "uint8"), ((2, 512, 16), "uint8"), ((2, 512), "float32"), ((2,), "float32")]
+    assert sum(x.nbytes for x in jax.tree.leaves(leaf)) == 2 * (512 * 1024 // 2 + 512 * 16 + 512 * 4 + 4)  # 4.156 bits
 
 
 def test_int8_errs_by_half_a_step():

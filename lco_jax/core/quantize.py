@@ -1,6 +1,7 @@
 """Frozen matrices in 8 or 4 bits: leaves that `core.weights.dot` takes in the place of an array.
 
-Dimensions: O output features, I input features, N = I / 64 blocks of a row, S = ceil(O N / 256) groups of blocks.
+Dimensions: O output features, I input features, N = I / 64 blocks of a row, K the most groups of 256 blocks (counted
+through the matrix) that a row's blocks lie in.
 Every array of a leaf may have leading axes (the stacked layers'), the same for all, so `nn.scan` slices a leaf whole.
 """
 
@@ -57,10 +58,15 @@ class Int8Weight:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Nf4Weight:
-    """NF4[codes] · absmax of the block, that absmax being DYNAMIC[absmax] · absmax2 of its group + offset.
+    """NF4[codes] · absmax of its block; that is DYNAMIC[absmax] · the block's group's absmax2 + offset.
 
-    codes: uint8 [..., O, I / 2], two a byte, the first in the high bits. absmax: uint8 [..., O, N]. absmax2: float32
-    [..., S]. offset: float32 [...]. 4.127 bits a weight; numbers and layout are bitsandbytes' (double quantisation).
+    codes: uint8 [..., O, I / 2], two a byte: of each block of 64, the first 32 in the high bits and the last 32 in the
+    low ones. absmax: uint8 [..., O, N]. absmax2: float32 [..., K O], of each row's first group, then of the next ones.
+    offset: float32 [...]. 4.13 to 4.16 bits a weight.
+
+    The numbers are bitsandbytes' (double quantisation). The order is not, for TPUs, which are slow at shuffling the
+    lanes of their registers and at gathers: bitsandbytes has neighbours in a byte and each group's absmax2 once. Blocks
+    stay whole, so a shard of the codes holds the columns of the same shard of the matrix.
     """
 
     codes: Array
@@ -99,14 +105,17 @@ def _nf4(w: Array) -> Nf4Weight:
     absmax = jnp.max(jnp.abs(blocks), axis=2)
     scaled = blocks * (1 / jnp.maximum(absmax, _TINY))[..., None]
     nearest = sum((scaled > bound).astype(jnp.uint8) for bound in (NF4[1:] + NF4[:-1]) / 2)  # fuses; no [O, I, 15]
-    pairs = nearest.reshape(w.shape[0], -1, 2)
+    pairs = nearest.reshape(w.shape[0], -1, 2, BLOCK // 2)
     absmax = constrain(absmax)  # whole on every device, so that the mean has the same bits on any mesh
     offset = jnp.mean(absmax)
     groups = jnp.pad((absmax - offset).ravel(), (0, -absmax.size % GROUP)).reshape(-1, GROUP)
     absmax2 = jnp.max(jnp.abs(groups), axis=1)
     codes2 = jnp.searchsorted((DYNAMIC[1:] + DYNAMIC[:-1]) / 2, groups / jnp.maximum(absmax2, _TINY)[:, None])
     codes2 = codes2.astype(jnp.uint8).ravel()[: absmax.size].reshape(absmax.shape)
-    return Nf4Weight(pairs[..., 0] << 4 | pairs[..., 1], codes2, absmax2, offset)
+    codes = (pairs[:, :, 0] << 4 | pairs[:, :, 1]).reshape(w.shape[0], -1)
+    first = np.arange(len(absmax)) * absmax.shape[1] // GROUP  # of each row's groups
+    of_rows = first + np.arange(_groups(*absmax.shape).max() + 1)[:, None]
+    return Nf4Weight(codes, codes2, absmax2[np.minimum(of_rows, len(absmax2) - 1).ravel()], offset)
 
 
 def dequantize(leaf: QuantizedWeight, dtype: Any) -> Array:
@@ -115,11 +124,50 @@ def dequantize(leaf: QuantizedWeight, dtype: Any) -> Array:
         return jax.vmap(partial(dequantize, dtype=dtype))(leaf)
     if isinstance(leaf, Int8Weight):
         return (leaf.values * leaf.scales[:, None]).astype(dtype)
-    group = jnp.arange(leaf.absmax.size).reshape(leaf.absmax.shape) // GROUP
-    absmax = _look_up(DYNAMIC, leaf.absmax) * _look_up(leaf.absmax2, group) + leaf.offset
-    codes = jnp.stack([leaf.codes >> 4, leaf.codes & 15], axis=-1).reshape(*absmax.shape, BLOCK)
-    return (_look_up(NF4, codes) * absmax[..., None]).astype(dtype).reshape(leaf.shape)
+    halves = leaf.codes >> 4, leaf.codes & 15
+    values = [_select(NF4, x).reshape(*leaf.absmax.shape, BLOCK // 2) for x in halves]
+    blocks = jnp.concatenate(values, axis=-1) * _absmax(leaf)[..., None]
+    return blocks.astype(dtype).reshape(leaf.shape)
 
 
-def _look_up(table: Array | np.ndarray, index: Array) -> Array:
-    return jnp.asarray(table).at[index].get(mode="promise_in_bounds")
+def _absmax(leaf: Nf4Weight) -> Array:
+    """The absmax of each block, float32 [O, N]."""
+    which = _groups(*leaf.absmax.shape)
+    first, *others = jnp.split(leaf.absmax2, which.max() + 1)
+    scale = jnp.broadcast_to(first[:, None], which.shape)
+    for i, of_group in enumerate(others, start=1):
+        scale = jnp.where(which == i, of_group[:, None], scale)
+    return _dynamic(leaf.absmax) * scale + leaf.offset
+
+
+def _groups(rows: int, blocks: int) -> np.ndarray:
+    """In which group each block lies, counted from that of its row's first block: int [O, N]."""
+    group = np.arange(rows * blocks).reshape(rows, blocks) // GROUP
+    return group - group[:, :1]
+
+
+def _dynamic(codes: Array) -> Array:
+    """DYNAMIC[codes]."""
+
+    def gather(codes: Array) -> Array:
+        return jnp.asarray(DYNAMIC).at[codes].get(mode="promise_in_bounds")
+
+    return jax.lax.platform_dependent(codes, tpu=_dynamic_select, default=gather)
+
+
+def _dynamic_select(codes: Array) -> Array:
+    """`_dynamic` without a gather, which TPUs are slow at. The map is symmetric, but for the 1 at its end."""
+    zero = 127  # DYNAMIC[127] is 0
+    place = codes.astype(jnp.int32) - zero
+    size = _select(DYNAMIC[zero:-1], jnp.abs(place))
+    return jnp.where(place > zero, 1.0, jnp.where(place < 0, -size, size))
+
+
+def _select(table: np.ndarray, codes: Array) -> Array:
+    """table[codes] of a table of 2^n numbers, without a gather: a bit of the code at a time halves the table."""
+    codes, values = codes.astype(jnp.int32), list(table)
+    while len(values) > 1:
+        odd = codes & 1 != 0
+        values = [jnp.where(odd, two, one) for one, two in zip(values[::2], values[1::2], strict=True)]
+        codes = codes >> 1
+    return values[0]

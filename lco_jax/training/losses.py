@@ -4,6 +4,8 @@ Dimensions: B records, M hard negatives a record, D hidden, N candidates = B · 
 tiles; b anchors and n candidates of a shard or a tile; C chunks, R streams, S sequences of a stream.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -47,17 +49,16 @@ def info_nce(
     """
     shards, asked = current_row_shards(), len(present)
     ring = ring and shards > 1
-    if ring:  # records that are absent make the shards equal
-        embeddings, present = whole(embeddings), whole(present)
-        content = None if content is None else whole(content)
+    tiles = _tiles(-(-asked // shards), present[:, 1:].size, tile_scores)
+    equal = partial(whole, parts=shards * tiles)  # records that are absent make shards and tiles equal
+    embeddings, present = equal(embeddings), equal(present)
+    content = None if content is None else equal(content)
     records, sides = present.shape
-    shards = 1 if records % shards else shards
     own = jnp.arange(records)
     index = jnp.concatenate([own[:, None], records + jnp.arange(records * (sides - 2)).reshape(records, -1)], axis=1)
     says = index if content is None else content[:, 1:]  # positives come first; no two say the same
     parts = embeddings[:, 1:], index, present[:, 1:], says
     candidates = tuple(rearrange(x, "b s ... -> (b s) ...") for x in parts)
-    tiles = _tiles(records // shards, index.size, tile_scores)
     split = lambda x: constrain(rearrange(x, "(p t b) ... -> t (p b) ...", p=shards, t=tiles), None, ROWS)  # noqa: E731
     anchors = split(embeddings[:, 0]), split(own), split(says[:, 0])
     candidates = jax.tree.map(lambda x: constrain(x, *([ROWS] if ring else [])), candidates)
@@ -80,9 +81,8 @@ def info_nce(
 
 
 def _tiles(anchors: int, candidates: int, tile_scores: int) -> int:
-    """The least T that makes tiles of a device's anchors small enough."""
-    need = -(-anchors * candidates // tile_scores)
-    return next(tiles for tiles in range(min(need, anchors), anchors + 1) if anchors % tiles == 0)
+    """The least T that makes tiles of a device's anchors small enough; a tile has an anchor at least."""
+    return min(-(-anchors * candidates // tile_scores), anchors)
 
 
 def _compare(anchors: tuple[Array, ...], candidates: tuple[Array, ...], temperature: float) -> dict[str, Array]:
@@ -110,9 +110,10 @@ def _compare(anchors: tuple[Array, ...], candidates: tuple[Array, ...], temperat
 # ---- the ring: how each device comes by its records' sides when no device may hold them all
 
 
-def whole(x: Array, fill: int = 0) -> Array:
-    """x [B, …] with records that are `fill` throughout up to a multiple of P."""
-    return jnp.pad(x, ((0, -len(x) % current_row_shards()), *[(0, 0)] * (x.ndim - 1)), constant_values=fill)
+def whole(x: Array, fill: int = 0, parts: int | None = None) -> Array:
+    """x [B, …] with records that are `fill` throughout up to a multiple of `parts`, or of P."""
+    room = -len(x) % (parts or current_row_shards())
+    return jnp.pad(x, ((0, room), *[(0, 0)] * (x.ndim - 1)), constant_values=fill)
 
 
 def by_record(embeddings: Array, sequences: Array) -> Array:
