@@ -23,6 +23,7 @@ from jax import Array
 
 from lco_jax.core.quantize import Int8Weight, QuantizedWeight, dequantize
 from lco_jax.core.sharding import constrain
+from lco_jax.core.target import target_platform
 
 GOLDEN_RATIO = 0x9E3779B9  # 2^32 / phi: successive multiples of it spread evenly over the 32-bit integers
 
@@ -134,7 +135,11 @@ def gathered(w: Any, split: Split) -> Any:
     """A weight, or one in fewer bits, with its matrices split as `split` says and no further."""
 
     def gather(array: Array) -> Array:
-        return _gather(array, split) if array.ndim == 2 else array
+        if array.ndim != 2:
+            return array
+        if jnp.issubdtype(array.dtype, jnp.integer):  # bits have no gradient
+            return constrain(array, *split)
+        return _gather(array, split)
 
     return jax.tree.map(gather, w)
 
@@ -179,7 +184,7 @@ def _factor_gradient(x: Array, g: Array, split: Split) -> Array:
         preferred_element_type=jnp.float32,
     )
     # XLA's CPU products of bfloat16 give bfloat16
-    wide = jnp.float32 if jax.default_backend() == "cpu" else g.dtype
+    wide = jnp.float32 if target_platform() == "cpu" else g.dtype
     x, g = x.astype(wide), g.astype(wide)
     gradient = sums(x, g).T if g.shape[-1] > x.shape[-1] else sums(g, x)
     return constrain(gradient, *split)
