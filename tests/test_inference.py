@@ -107,3 +107,31 @@ def test_the_same_vectors_on_one_device_and_eight(tiny):
     one = make_mesh(devices=tiny.mesh.devices.reshape(-1)[:1])
     alone = OmniEmbedder.from_pretrained("builtin:tiny", mesh=one).encode(texts)
     np.testing.assert_allclose(tiny.encode(texts, max_tokens=64), alone, atol=1e-6)
+
+
+def test_a_picture_travels_as_bytes_and_once(tiny):
+    """A megapixel takes at most 3.8 MB, also beside a clip, whose patches have two pictures."""
+    rng = np.random.default_rng(0)
+    picture = {"type": "image", "image": rng.integers(0, 256, (1000, 1000, 3), np.uint8)}
+    clip = {"type": "video", "video": rng.integers(0, 256, (4, 56, 84, 3), np.uint8)}
+    ready = tiny.processor([[{"role": "user", "content": [part]}] for part in (picture, clip)])
+    for inputs in (ready[:1], ready):
+        (members,) = inference.batches_of(inputs, len(inputs), 16_384, 1)
+        media = inference.pack(inputs, members, tiny.processor.rows).media()
+        assert sum(x.nbytes for x in media["visual"].values()) <= 3.8e6
+        assert media["visual"]["patches"].dtype == np.uint8
+        assert ("visual/clips" in media) == (len(inputs) == 2)
+    assert media["visual/clips"]["patches"].shape[-1] == 2 * media["visual"]["patches"].shape[-1]
+
+
+@pytest.mark.parametrize("shards", [1, 4, 8])
+def test_little_is_padded_beside_pictures(tiny, shards):
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (*size, 3), np.uint8) for size in rng.integers(100, 500, (60, 2))]
+    parts = [[{"role": "user", "content": [{"type": "image", "image": one}]}] for one in pictures]
+    ready = sentences(1500) + tiny.processor(parts)
+    over = real = 0
+    for members in inference.batches_of(ready, None, inference.MAX_TOKENS, shards):
+        padded, held = tokens_of(inference.pack(ready, members, tiny.processor.rows))
+        over, real = over + padded, real + held
+    assert over <= 1.1 * real

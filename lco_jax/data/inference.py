@@ -34,7 +34,7 @@ from lco_jax.data.tower_rows import Processed, TowerRows
 MAX_TOKENS = 16_384  # of a device in one forward pass, unless a single input has more
 BLOCK_INPUTS = 8192  # inputs sorted by length and embedded together: at most so many
 BLOCK_BYTES = 2**27  # and of their media so many for each shard
-PASS = 1024  # tokens of a device that one more pass costs: it reads the weights and rounds its shapes
+PASS = 2048  # tokens of a device that one more pass costs: it reads the weights and rounds its shapes
 PARTS = 16  # of a shard: inputs that share most of what they are are spread as one, up to a part
 
 
