@@ -24,6 +24,7 @@ AUDIO = {
     "output_dim": 512, "num_mel_bins": 128, "max_source_positions": 1500,
 }  # fmt: skip
 HZ = 100  # mel frames a second
+SCALE = np.array([[255, 0.48, 0.27], [255, 0.46, 0.26], [255, 0.41, 0.28]], np.float32)  # as of `pixels.read_scale`
 
 
 def add_parsers(kinds: Any, common: argparse.ArgumentParser) -> None:
@@ -74,9 +75,8 @@ def _in_turns(sides: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
 
 
 def _patches(rng: np.random.Generator, grid: tuple[int, int, int]) -> Patches:
-    levels = np.linspace(-1, 1, 256, dtype=np.float32) * np.array([[1.0], [0.9], [1.1]], np.float32)
     pictures = 1 if grid[0] == 1 else 2
-    return Patches(rng.integers(0, 256, (int(np.prod(grid)), 3, pictures, 196), np.uint8), grid, levels)
+    return Patches(rng.integers(0, 256, (int(np.prod(grid)), 3, pictures, 196), np.uint8), grid, SCALE)
 
 
 class Tower:
@@ -97,7 +97,7 @@ class Tower:
             config = configs.Qwen2_5OmniVisionEncoderConfig(**VISION)
             config._attn_implementation = "sdpa"
             self.torch = models.Qwen2_5OmniVisionEncoder(config)
-            self.rows: TowerRows = PatchRows(8, 2, (3, 2, 196))
+            self.rows: TowerRows | None = None  # another for clips than for stills
         else:
             config = configs.Qwen2_5OmniAudioEncoderConfig(**AUDIO)
             config._attn_implementation = "sdpa"
@@ -138,10 +138,12 @@ class Tower:
 
         run = jax.jit(lambda arguments: self.module.apply({"params": self.params}, **arguments))
 
+        rows = self.rows or PatchRows(8, 2, (3, *items[0].values.shape[2:]))
+
         def tokens() -> list[np.ndarray]:
-            width = self.rows.width(items)
-            laid = self.rows.lay(items, width)
-            filled = self.rows.fill([(items, laid)], bucket(laid.rows, 4), width)
+            width = rows.width(items)
+            laid = rows.lay(items, width)
+            filled = rows.fill([(items, laid)], bucket(laid.rows, 4), width)
             out = np.asarray(run(filled))
             return [out.reshape(-1, out.shape[-1])[at] for at in laid.tokens]
 
@@ -154,8 +156,9 @@ class Tower:
         if self.name == "visual":
             pixels = []
             for item in items:
-                levels = np.stack([item.levels[c][item.values[:, c]] for c in range(3)], axis=1)
-                pixels.append(np.broadcast_to(levels, (len(levels), 3, 2, 196)).reshape(len(levels), -1))
+                divisor, mean, std = item.scale.T[:, :, None, None]
+                read = (item.values / divisor - mean) / std
+                pixels.append(np.broadcast_to(read, (len(read), 3, 2, 196)).reshape(len(read), -1))
             arguments = (torch.tensor(np.concatenate(pixels)), torch.tensor([item.grid for item in items]))
             counts = [len(item.values) // 4 for item in items]
             call = lambda: self.torch(arguments[0], grid_thw=arguments[1])  # noqa: E731

@@ -22,7 +22,7 @@ from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
 from lco_jax.core.packing import PackedTokens
 from lco_jax.core.shapes import ShapeLog
-from lco_jax.core.sharding import make_mesh, replicated, shardings
+from lco_jax.core.sharding import make_mesh, replicated, row_shards, shardings
 from lco_jax.data.inference import BLOCK_INPUTS, MAX_TOKENS, InferenceBatch, batches_of, blocks_of, lay
 from lco_jax.data.inputs import Preparation, named, one_ahead, prepare_ahead
 from lco_jax.data.media import MediaConfig
@@ -153,8 +153,8 @@ class OmniEmbedder:
         messages. All but messages get the reference's prompt for their modality (or `prompt`); messages are rendered as
         they are.
 
-        batch_size, max_tokens: the most inputs (None: any number), and tokens, in one forward pass: they change the
-        speed, not a vector.
+        batch_size: the most inputs in one forward pass (None: any number). max_tokens: the most tokens of a device in
+        it, unless a single input has more. They change the speed, not a vector.
         normalize: unit length; the hidden state as the final norm left it when False.
         max_length: cut texts to so many tokens before the prompt (the reference's evaluation cuts at 300); by
         default nothing is cut, and an input longer than the model's context raises.
@@ -216,7 +216,8 @@ class OmniEmbedder:
         preparation = Preparation(self.processor, prompt, max_length)
         prepared = prepare_ahead(preparation, named(inputs, names), workers)
         first = 0
-        for ready in one_ahead(blocks_of(prepared, block_inputs, on_error == "raise", units)):
+        shards = row_shards(self.mesh)
+        for ready in one_ahead(blocks_of(prepared, block_inputs, on_error == "raise", units, shards)):
             yield self._block(first, ready, batch_size, max_tokens, normalize, progress)
             first += len(ready)
 
@@ -302,9 +303,13 @@ class OmniEmbedder:
     ) -> Iterator[tuple[list[int], Any]]:
         """(which inputs, what `start` began for their batch); the next is begun before one is read."""
         waiting: tuple[list[int], Any] | None = None
+        batches = batches_of(ready, batch_size, max_tokens, row_shards(self.mesh))
         with jax.set_mesh(self.mesh):
-            for chosen in [*batches_of(ready, batch_size, max_tokens), None]:
-                begun = None if chosen is None else (chosen, start(lay(ready, chosen, self.processor.rows, self.mesh)))
+            for members in [*batches, None]:
+                begun = None
+                if members is not None:
+                    batch = lay(ready, members, self.processor.rows, self.mesh)
+                    begun = batch.inputs, start(batch)
                 if waiting is not None:
                     yield waiting
                     if progress is not None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json
 from lco_jax.core.packing import PackedTokens, bucket
-from lco_jax.core.sharding import replicated
+from lco_jax.core.sharding import replicated, row_shards
 from lco_jax.data.inference import BLOCK_INPUTS, MAX_TOKENS, InferenceBatch, blocks_of
 from lco_jax.data.inputs import Preparation, named, one_ahead, prepare_ahead
 from lco_jax.data.processor import Processor
@@ -86,7 +86,8 @@ class OmniGenerator(OmniEmbedder):
         preparation = Preparation(self.processor, prompt, max_length)
         generated: list[np.ndarray] = []
         prepared = prepare_ahead(preparation, named(inputs, names), workers)
-        for ready in one_ahead(blocks_of(prepared, BLOCK_INPUTS, raises=True)):
+        shards = row_shards(self.mesh)
+        for ready in one_ahead(blocks_of(prepared, BLOCK_INPUTS, raises=True, shards=shards)):
             first = len(generated)
             where = names[first:] if names else [f"input {first + i}" for i in range(len(ready))]
             self._check_room(ready, where, max_new_tokens, f"max_new_tokens={max_new_tokens}")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lco_jax import LcoError, make_mesh
-from lco_jax.core.packing import Shape, TokenSequence, fill, lay_stream
+from lco_jax.core.packing import WIDTHS, Shape, TokenSequence, fill, lay_stream, width_of
 from lco_jax.core.target import target_platform
 from lco_jax.models import attention, streams
 from lco_jax.models.attention import attend_last, attend_rows
@@ -124,6 +124,21 @@ def test_kernels_on_a_mesh(monkeypatch, kernel):
     assert not chosen
     for x, y in zip(got, want, strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5 * max(float(abs(y).max()), 1))
+
+
+def test_rows_are_little_longer_than_sequences_and_of_lengths_that_kernels_tile(monkeypatch):
+    assert all(width % 128 == 0 for width in WIDTHS if width >= 128)
+    assert all(width % 512 == 0 for width in WIDTHS if width >= 2048)  # splash attention's largest blocks
+    assert width_of(33_000) / 33_000 < 1.13
+    for length in (*range(4097, 60_000, 997), *(width + 1 for width in WIDTHS if 4096 <= width < 2**20)):
+        assert length <= width_of(length) <= 1.125 * length
+    sizes = []
+    monkeypatch.setattr(attention, "_attend", lambda q, *_: sizes.append(q.shape[1]) or q)
+    for width in WIDTHS:
+        query, key, _ = (jax.ShapeDtypeStruct(x, jnp.float32) for x in ((1, width, 1, 1, 8), (1, width, 1, 8), ()))
+        sizes.clear()
+        jax.eval_shape(lambda q, k: attention.attention(q, k, k, None, True, "xla"), query, key)
+        assert sizes[0] * width <= 4 * attention.BLOCK**2  # scores in memory at once: every width has a good divisor
 
 
 def test_splash_lowers_for_a_tpu(monkeypatch):

@@ -20,7 +20,7 @@ from tfds_files import CORE, NUMBER, TEXT, class_label, image_feature, png, shap
 from lco_jax import LcoError, make_mesh
 from lco_jax.checkpoint import builtin
 from lco_jax.core.files import ASSETS
-from lco_jax.core.packing import Shape, TokenSequence, bucket, fill, fit, lay_stream, place, spread
+from lco_jax.core.packing import Shape, TokenSequence, bucket, fill, fit, in_widths, lay_stream, place, spread
 from lco_jax.data import pipeline
 from lco_jax.data.pipeline import Layout, ahead, local_batches, record_stream
 from lco_jax.data.processor import Processor
@@ -1168,6 +1168,12 @@ def test_a_fitted_shape_holds_what_it_must(seed):
         assert tokens.input_ids.shape == (1, shape.tokens)
         assert all(shape.rows[w] >= n for w, n in floor.rows.items())
     assert fit(stream.need, Shape(10**5, {512: 100})) == Shape(10**5, {512: 100})  # the widest group holds them all
+    assert in_widths(stream.need, [512]).rows == {512: len(sequences)}
+    wide = in_widths(stream.need, [64])
+    assert sum(wide.rows.values()) == len(sequences)
+    assert {width: count for width, count in wide.rows.items() if width > 64} == {
+        width: count for width, count in stream.need.rows.items() if width > 64
+    }
 
 
 def test_spread_is_even():

@@ -6,13 +6,15 @@ import pytest
 
 from lco_jax import make_mesh
 from lco_jax.checkpoint import builtin
-from lco_jax.core.packing import Shape, fit, largest
+from lco_jax.core.packing import Shape, fit, in_widths, largest
 from lco_jax.data import pipeline
 from lco_jax.data.pipeline import Layout, lay_batch, local_batches, record_stream
-from lco_jax.data.plan import draw, plan
+from lco_jax.data.plan import draw, floor_of, plan
+from lco_jax.data.positions import line_positions
 from lco_jax.data.processor import Processor
 from lco_jax.data.records import Record
 from lco_jax.data.scan import ListSource
+from lco_jax.data.tower_rows import Processed
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +84,28 @@ def test_a_sample_without_a_good_record(cache):
     _, layout = planned(short, bad, mesh, on_bad="skip", max_negatives=0)
     assert layout.floor.tokens >= len(layout.head)
     assert sum(layout.floor.rows.values()) >= 1
+
+
+@pytest.mark.parametrize("shards", [1, 8])
+def test_long_sequences_of_many_lengths_have_one_shape_and_few_slots(processor, shards):
+    """Widths are fine, and each has a margin of its own: few long sequences in many widths share wider rows."""
+    rng = np.random.default_rng(0)
+    layout = Layout(batch_size=48, max_negatives=0, head=processor.tokenizer.head)
+
+    def batch():
+        lengths = np.where(np.arange(96) % 2, rng.integers(30, 90, 96), rng.integers(300, 3000, 96))
+        inputs = [Processed(np.zeros(n, np.int32), line_positions(0, n)) for n in lengths]
+        record, side = np.divmod(np.arange(96), 2)
+        return pipeline.LocalBatch(inputs, record, side, np.zeros(96, np.int32))
+
+    mesh = make_mesh(devices=jax.devices()[:shards])
+    layout = floor_of([batch() for _ in range(11)], layout, processor, mesh)
+    assert sum(width > 128 for width in layout.floor.rows) <= 4
+    slots = shards * sum(width * count for width, count in layout.floor.rows.items())
+    tokens = 0
+    for local in (batch() for _ in range(20)):
+        laid = lay_batch(local, layout, processor.rows, shards)
+        need = largest(in_widths(stream.need, layout.floor.rows) for stream in laid.streams)
+        assert fit(need, layout.floor).rows == layout.floor.rows
+        tokens += sum(map(len, local.inputs))
+    assert 20 * slots / tokens < (3 if shards == 1 else 5.5)

@@ -24,6 +24,7 @@ from lco_jax.data.prompts import MEDIA
 from lco_jax.data.records import Record
 from lco_jax.data.tower_rows import _frame
 from lco_jax.models.config import DecoderConfig
+from lco_jax.models.layers import normalised
 from lco_jax.models.qwen_vision import VisionConfig
 from lco_jax.training.losses import info_nce
 
@@ -449,7 +450,7 @@ SIZES = [(84, 140), (97, 181), (25, 19), (3, 5), (113, 112), (30, 290)]
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("family", ["vl", "llava_mistral"])
 def test_pixels_stay_bytes_and_normalise_as_transformers(cases, family, size):
-    """To the last bit, in the rows that the tower reads."""
+    """To the last bit, as the tower reads them on the device."""
     folder, pixels = cases[family].path, picture(1, *size)
     processor = Processor(folder)
     (placed,) = processor([user({"type": "image", "image": pixels}, "x")])[0].media
@@ -462,9 +463,14 @@ def test_pixels_stay_bytes_and_normalise_as_transformers(cases, family, size):
     theirs = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
     want = theirs(Image.fromarray(pixels), return_tensors="np")["pixel_values"]
     if family == "vl":
-        got = filled["patches"].reshape(-1, want.shape[-1])[laid.inputs[0]]
+        assert filled["patches"].dtype == np.uint8
+        values = filled["patches"].reshape(laid.rows, width, 3, 1, -1)  # of which a still has one
+        got = np.asarray(jax.jit(normalised)(values, filled["scale"]))
+        got = np.repeat(got, 2, axis=3).reshape(-1, want.shape[-1])[laid.inputs[0]]
     else:
-        got, want = filled["pixels"], want[0]
+        assert filled["pixels"].dtype == np.uint8
+        got = np.asarray(jax.jit(normalised)(filled["pixels"][:, None], filled["scale"]))[:, 0]
+        want = want[0]
     assert got.dtype == want.dtype == np.float32
     np.testing.assert_array_equal(got, want)
 

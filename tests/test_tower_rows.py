@@ -7,12 +7,12 @@ from lco_jax.core.packing import bucket
 from lco_jax.data.qwen import smart_resize
 from lco_jax.data.tower_rows import ChunkRows, Mel, Patches, PatchRows, TileRows, Tiles, mel_tokens
 
-LEVELS = np.tile(np.arange(256, dtype=np.float32), (3, 1))
+SCALE = np.array([[255, 0.5, 0.3], [255, 0.4, 0.2], [255, 0.3, 0.1]], np.float32)
 
 
 def patches(rng, frames, height, width):
     values = rng.integers(0, 256, (frames * height * width, 3, 1, 4), dtype=np.uint8)
-    return Patches(values, (frames, height, width), LEVELS)
+    return Patches(values, (frames, height, width), SCALE)
 
 
 @pytest.mark.parametrize(("window", "merge"), [(8, 2), (4, 2), (8, 4)])
@@ -20,7 +20,7 @@ def test_frames_lie_whole_in_a_row_and_windows_in_a_sub_row(window, merge):
     rng = np.random.default_rng(0)
     sizes = [(1, 4, 4), (3, 8, 12), (1, 36, 20), (2, 20, 44), (1, 4, 100), (5, 4, 8), (1, 48, 48)]
     items = [patches(rng, *size) for size in sizes]
-    rows = PatchRows(window, merge, (3, 2, 4))
+    rows = PatchRows(window, merge, (3, 1, 4))
     width = rows.width(items)
     laid = rows.lay(items, width)
     slots = np.concatenate(laid.inputs)
@@ -42,9 +42,8 @@ def test_frames_lie_whole_in_a_row_and_windows_in_a_sub_row(window, merge):
                 assert (np.ptp(corner, axis=0) < window).all()
                 assert len({tuple(x // window) for x in corner}) == 1
         assert len(set(frame_ids[where])) == frames
-        got = flat["patches"][where].reshape(-1, 3, 2, 4)
-        np.testing.assert_array_equal(got[:, :, 0], item.values[:, :, 0])
-        np.testing.assert_array_equal(got[:, :, 1], got[:, :, 0])  # a still stands for both pictures
+        np.testing.assert_array_equal(flat["patches"][where].reshape(-1, 3, 1, 4), item.values)
+        assert (filled["scale"][where // width] == SCALE).all()
         assert flat["coordinates"][where].max(axis=0).tolist() == [height - 1, columns - 1]
     squares = np.stack([x.reshape(-1, merge**2) for x in (slots,)])[0]
     assert (squares[:, 0] % merge**2 == 0).all()  # a token's patches side by side
@@ -63,11 +62,14 @@ def test_chunks_and_tiles():
     filled = rows.fill([(sounds, laid), ([], rows.lay([], 40))], laid.rows, 40)
     assert filled["frames"].tolist() == [7, 40, 40, 1, 40, 40, 20, 3] + [0] * laid.rows
     np.testing.assert_array_equal(filled["mel"][4:7].reshape(-1, 5)[:100], sounds[3].values)
-    images = [Tiles(rng.integers(0, 256, (n, 3, 6, 6), dtype=np.uint8), np.arange(4), LEVELS) for n in (3, 2)]
+    images = [Tiles(rng.integers(0, 256, (n, 3, 6, 6), dtype=np.uint8), np.arange(4), SCALE) for n in (3, 2)]
     tiles = TileRows(5, 6)
     laid = tiles.lay(images, 1)
     assert [tokens.tolist() for tokens in laid.tokens] == [[0, 1, 2, 3], [15, 16, 17, 18]]
-    assert (tiles.fill([(images, laid)], 5, 1)["pixels"][3:] == images[1].values).all()
+    filled = tiles.fill([(images, laid)], 6, 1)
+    assert (filled["pixels"][3:5] == images[1].values).all()
+    assert (filled["scale"][:5] == SCALE).all()
+    assert (filled["scale"][5] == 1).all()  # nothing is divided by zero
 
 
 def test_128_seconds_are_16_times_8():
@@ -86,7 +88,7 @@ def test_few_shapes_in_a_long_run():
         items = []
         for height, width in rng.integers(100, 700, (32, 2)):
             height, width = smart_resize(int(height), int(width), 28, 3136, 12_845_056)
-            items.append(Patches(np.zeros(0, np.uint8), (1, height // 14, width // 14), LEVELS))
+            items.append(Patches(np.zeros(0, np.uint8), (1, height // 14, width // 14), SCALE))
         width = rows.width(items)
         count = bucket(rows.lay(items, width).rows, 4)
         shapes.add((count, width))

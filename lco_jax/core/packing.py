@@ -11,6 +11,7 @@ into groups of a few widths, begun at the left, where plain causal attention nev
 """
 
 import heapq
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,16 @@ from jax import Array
 
 from lco_jax.core.weights import GOLDEN_RATIO, fold_in
 
-WIDTHS = (32, 48, 64, 96, *(2**i for i in range(7, 21)))  # of attention rows, up to a million tokens
+# Of attention rows, up to a million tokens. From 128 on they are multiples of what the kernels tile, 128, from 1,024
+# on of 256, from 2,048 on of 512; from 4,096 on a row is longer than its sequence by an eighth at most.
+WIDTHS = (
+    *(32, 48, 64, 96),
+    *range(128, 1024, 128),
+    *range(1024, 2048, 256),
+    *range(2048, 4096, 512),
+    *(eighths * 2**i for i in range(9, 17) for eighths in range(8, 16)),
+    2**20,
+)
 
 
 @partial(
@@ -148,7 +158,7 @@ def bucket(n: int, granularity: int = 8) -> int:
 
 def width_of(length: int) -> int:
     """The width of the attention row that a sequence of so many tokens is given."""
-    return next(width for width in WIDTHS if width >= length)
+    return WIDTHS[bisect_left(WIDTHS, length)]
 
 
 def common_length(a: np.ndarray, b: np.ndarray) -> int:
@@ -210,6 +220,19 @@ def fit(need: Shape, floor: Shape) -> Shape:
     tokens = floor.tokens if need.tokens <= floor.tokens else bucket(need.tokens, 16)
     answers = floor.answers if need.answers <= floor.answers else bucket(need.answers, 16)
     return Shape(tokens, dict(sorted(rows.items())), max(need.chunks, floor.chunks), answers)
+
+
+def in_widths(need: Shape, widths: Iterable[int]) -> Shape:
+    """`need` with each row in the least of `widths` that holds it, or in its own where none does.
+
+    Streams whose longest sequences differ a little then need the same rows, and the largest of their needs is no larger
+    than one of them.
+    """
+    rows, known = Counter[int](), sorted(widths)
+    for width, count in need.rows.items():
+        at = bisect_left(known, width)
+        rows[known[at] if at < len(known) else width] += count
+    return replace(need, rows=rows)
 
 
 def largest(shapes: Iterable[Shape]) -> Shape:

@@ -16,7 +16,7 @@ from einops import rearrange
 from lco_jax.core.errors import LcoError
 from lco_jax.data.images import load_image
 from lco_jax.data.media import MediaConfig
-from lco_jax.data.pixels import read_levels, resize
+from lco_jax.data.pixels import read_scale, resize
 from lco_jax.data.positions import line_positions
 from lco_jax.data.tower_rows import Placed, Processed, TileRows, Tiles, TowerRows
 
@@ -33,9 +33,9 @@ class LlavaMedia:
         self.placeholder = config.get("image_token_index", config.get("image_token_id"))
 
     @cached_property
-    def levels(self) -> np.ndarray:
-        """How pictures are normalised: float32 [3, 256]."""
-        return read_levels(self.folder)
+    def scale(self) -> np.ndarray:
+        """How pictures are normalised: float32 [3, 3], as of `read_scale`."""
+        return read_scale(self.folder)
 
     def load(self, part: dict[str, Any], where: str) -> Tiles:
         """The image of a chat part."""
@@ -47,7 +47,7 @@ class LlavaMedia:
         height, width = image.shape[:2]
         best = self._best_resolution(height, width)
         tiles = np.stack([resize(image, self.image_size, self.image_size), *self._tiles(image, best)])
-        return Tiles(tiles.transpose(0, 3, 1, 2), self._order(height, width, best), self.levels)
+        return Tiles(tiles.transpose(0, 3, 1, 2), self._order(height, width, best), self.scale)
 
     def _tiles(self, image: np.ndarray, best: tuple[int, int]) -> np.ndarray:
         """uint8 [X, X, 3] each: the image, fitted into `best` and padded with black, cut row by row."""

@@ -21,7 +21,19 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lco_jax.core.errors import LcoError
-from lco_jax.core.packing import WIDTHS, Batch, Shape, Stream, fill, fill_answers, fit, largest, lay_stream, spread
+from lco_jax.core.packing import (
+    WIDTHS,
+    Batch,
+    Shape,
+    Stream,
+    fill,
+    fill_answers,
+    fit,
+    in_widths,
+    largest,
+    lay_stream,
+    spread,
+)
 from lco_jax.core.sharding import ROWS, replicated, row_shards
 from lco_jax.data.inputs import conversation
 from lco_jax.data.processor import MediaRows, MediaShape, Processor, lay_media
@@ -231,7 +243,8 @@ def global_batch(local: LocalBatch, layout: Layout, layouts: Mapping[str, TowerR
     processes, me = jax.process_count(), jax.process_index()
     shards = row_shards(mesh) // processes  # the row shards that this process feeds
     laid = lay_batch(local, layout, layouts, shards)
-    shape = fit(agree_shape(largest(stream.need for stream in laid.streams)), layout.floor)
+    need = largest(in_widths(stream.need, layout.floor.rows) for stream in laid.streams)
+    shape = fit(agree_shape(need), layout.floor)
     identities = [local.record[chosen] * MAX_SIDES + local.side[chosen] for chosen in laid.members]
     tokens, became = fill(laid.streams, identities, shape, layout.head)
     records = [local.record[chosen] for chosen in laid.members]

@@ -3,7 +3,7 @@
 They cannot be used themselves: importing one imports torchvision where it is installed, and fails where that is broken.
 Ours are equal to the last bit (a test holds it), and serve the frames of clips as well, which have no PIL processor.
 
-Pictures stay uint8 until rows are filled (`data/tower_rows.py`); normalising them is a table of 256 levels.
+Pictures stay uint8 until they are on the device, where towers normalise them (`models.layers.normalised`).
 
 Dimensions: X and Y the height and width of a picture.
 """
@@ -21,19 +21,19 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 BICUBIC = 3  # PIL's number for it, and so the configs'
 
 
-def read_levels(folder: Path) -> np.ndarray:
-    """What each of the 256 levels of each channel becomes: float32 [3, 256]. Raises for what is not implemented."""
+def read_scale(folder: Path) -> np.ndarray:
+    """How levels become what towers read, (level / divisor - mean) / std: float32 [3 channels, 3].
+
+    Raises for what is not implemented.
+    """
     config, where = processor_config(folder, "image_processor")
     if config.get("resample", BICUBIC) != BICUBIC:
         raise LcoError(f"{where}: resample is {config['resample']!r}; only {BICUBIC} (bicubic) is supported")
     if off := [key for key in ("do_resize", "do_rescale", "do_normalize") if config.get(key) is False]:
         raise LcoError(f"{where}: {off[0]} is false, which is not supported")
-    scaled = (np.arange(256, dtype=np.float64) * config.get("rescale_factor", 1 / 255)).astype(np.float32)
-    mean, std = (
-        np.array(config.get(key, default), np.float32)[:, None]
-        for key, default in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD))
-    )
-    return (scaled - mean) / std
+    divisor = 1 / config.get("rescale_factor", 1 / 255)
+    mean, std = config.get("image_mean", CLIP_MEAN), config.get("image_std", CLIP_STD)
+    return np.stack([np.full(3, divisor), mean, std], axis=1).astype(np.float32)
 
 
 def processor_config(folder: Path, part: str) -> tuple[dict[str, Any], Path]:

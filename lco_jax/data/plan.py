@@ -5,15 +5,16 @@ all the same is given a larger shape of its own.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from operator import itemgetter
 
 import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lco_jax.core.packing import Shape, bucket, largest, width_of
+from lco_jax.core.packing import Shape, bucket, in_widths, largest, width_of
 from lco_jax.core.sharding import row_shards
 from lco_jax.data.pipeline import Layout, LocalBatch, agree, agree_shape, lay_batch
 from lco_jax.data.processor import Processor
@@ -22,6 +23,7 @@ from lco_jax.data.tower_rows import Processed
 
 RECORDS, MEDIA_RECORDS = 512, 64  # sampled at least; media take their time to read
 BATCHES, MEDIA_BATCHES = 4, 2
+APART = 128  # the widest rows that are never shared with wider ones: short texts are many, and their margins small
 MARGIN = 4.5  # standard deviations of a sum over a batch: one batch in 300,000 does not fit
 
 
@@ -49,14 +51,15 @@ def floor_of(sample: list[LocalBatch], layout: Layout, processor: Processor, mes
     layout = replace(layout, floor=Shape(chunks=max(one.chunks for one in laid)))
     if layout.floor.chunks > 1:  # all in as many chunks
         laid = [lay_batch(local, layout, processor.rows, shards) for local in sample]
-    needs = [largest(stream.need for stream in one.streams) for one in laid]
     bins = shards * layout.floor.chunks
+    rows = _rows(sample, bins)
+    needs = [largest(in_widths(stream.need, rows) for stream in one.streams) for one in laid]
     head = len(layout.head)
     tokens = head + _sum(sample, [need.tokens - head for need in needs], lambda x: max(len(x) - head, 1), share, bins)
     answers = 0
     if layout.generative:
         answers = _sum(sample, [need.answers for need in needs], lambda x: len(x.answer), share, bins)
-    floor = largest([*needs, Shape(tokens, _rows(sample, bins), layout.floor.chunks, answers)])
+    floor = largest([*needs, Shape(tokens, rows, layout.floor.chunks, answers)])
     floor = agree_shape(Shape(bucket(floor.tokens, 64), floor.rows, floor.chunks, bucket(floor.answers, 64)))
     return replace(layout, floor=floor, media_floor=_media(laid, processor))
 
@@ -79,14 +82,28 @@ def _sum(sample: list[LocalBatch], needs: list[int], size: Callable[[Processed],
 
 
 def _rows(sample: list[LocalBatch], bins: int) -> dict[int, int]:
-    """Rows of each width, likewise."""
+    """Rows of each width, likewise. Widths beyond `APART` share the rows of the widest among them where that makes
+    fewer slots: every width has a margin of its own, which a few long sequences in many widths would pay many times.
+    """
     counts = Counter(width_of(len(one)) for local in sample for one in local.inputs)
-    here = sum(counts.values()) / len(sample) / bins
-    rows = {}
-    for width, count in counts.items():
-        part = count / sum(counts.values())
-        rows[width] = bucket(int(np.ceil(here * part + MARGIN * (here * part * (1 - part)) ** 0.5)) + 1, 8)
-    return rows
+    total = sum(counts.values())
+    here = total / len(sample) / bins
+
+    def needed(widths: Sequence[int]) -> int:
+        part = sum(counts[width] for width in widths) / total
+        return bucket(int(np.ceil(here * part + MARGIN * (here * part * (1 - part)) ** 0.5)) + 1, 8)
+
+    widths = sorted(counts)
+    best: list[tuple[int, dict[int, int]]] = [(0, {})]  # of the first n widths: the fewest slots, and their rows
+    for end in range(1, len(widths) + 1):
+        last, options = widths[end - 1], []
+        for begin in range(end):
+            if begin == end - 1 or widths[begin] > APART:
+                slots, rows = best[begin]
+                count = needed(widths[begin:end])
+                options.append((slots + last * count, {**rows, last: count}))
+        best.append(min(options, key=itemgetter(0)))
+    return best[-1][1]
 
 
 def _media(laid: list, processor: Processor) -> dict[str, tuple[int, int]]:

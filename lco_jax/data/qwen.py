@@ -19,7 +19,7 @@ from lco_jax.core.errors import LcoError
 from lco_jax.data.audio import load_audio
 from lco_jax.data.images import load_image
 from lco_jax.data.media import MediaConfig
-from lco_jax.data.pixels import processor_config, read_levels, resize
+from lco_jax.data.pixels import processor_config, read_scale, resize
 from lco_jax.data.positions import frame_times, grid_positions, interleave, line_positions
 from lco_jax.data.tower_rows import ChunkRows, Item, Mel, Patches, PatchRows, Placed, Processed, TowerRows, mel_tokens
 from lco_jax.data.video import load_video
@@ -29,6 +29,9 @@ IMAGE_PIXELS = (3_136, 1_003_520)  # the least and most of an image, and
 VIDEO_PIXELS = (100_352, 602_112)  # of a clip's picture, where a checkpoint does not say
 # of a medium: (tokens, positions, [(tower, item, index of its tokens in the block)], the next text's position)
 Block = tuple[np.ndarray, np.ndarray, list[tuple[str, Item, np.ndarray]], int]
+# The tower's rows: of stills, which have one picture a patch, and of clips, which have as many as the tower takes
+# together. So a still travels to the device once, whatever travels with it.
+STILLS, CLIPS = "visual", "visual/clips"
 VIDEO_POSITIONS = ("4.57", "5")  # whose rule of Qwen2.5-VL's video positions
 
 
@@ -53,8 +56,10 @@ class QwenMedia:
         self.merge, self.patch = vision["spatial_merge_size"], vision["patch_size"]
         self.frames_per_patch = vision["temporal_patch_size"]
         window = vision["window_size"] // self.patch
-        patch_rows = PatchRows(window, self.merge, (3, self.frames_per_patch, self.patch**2))
-        self.rows: dict[str, TowerRows] = {"visual": patch_rows}
+        stills, clips = (
+            PatchRows(window, self.merge, (3, pictures, self.patch**2)) for pictures in (1, self.frames_per_patch)
+        )
+        self.rows: dict[str, TowerRows] = {STILLS: stills, CLIPS: clips}
         if self.omni:
             audio = config["audio_config"]
             self.rows["audio_tower"] = ChunkRows(audio["n_window"], audio["num_mel_bins"])
@@ -70,9 +75,9 @@ class QwenMedia:
     # ---- media
 
     @cached_property
-    def levels(self) -> np.ndarray:
-        """How pictures are normalised: float32 [3, 256]."""
-        return read_levels(self.folder)
+    def scale(self) -> np.ndarray:
+        """How pictures are normalised: float32 [3, 3], as of `read_scale`."""
+        return read_scale(self.folder)
 
     @cached_property
     def feature_extractor(self) -> WhisperFeatureExtractor:
@@ -139,7 +144,7 @@ class QwenMedia:
         grid = len(frames) // t, frames.shape[1] // p, frames.shape[2] // p
         values = frames.reshape(grid[0], t, grid[1] // m, m, p, grid[2] // m, m, p, 3)
         values = values.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
-        return Patches(values.reshape(math.prod(grid), 3, t, p * p), grid, self.levels)
+        return Patches(values.reshape(math.prod(grid), 3, t, p * p), grid, self.scale)
 
     def _mel(self, audio: np.ndarray) -> Mel:
         """float32 samples at 16 kHz -> [ceil(samples / hop), C].
@@ -196,7 +201,8 @@ class QwenMedia:
         after = int(positions.max()) + 1
         if kind == "video" and not self.omni and self.video_positions == "5":
             after = start + max(height, width)
-        return block, positions, [("visual", patches, np.arange(len(block)))], after
+        tower = CLIPS if kind == "video" else STILLS
+        return block, positions, [(tower, patches, np.arange(len(block)))], after
 
     def _times(self, clip: Clip, frames: int) -> np.ndarray:
         if self.omni or self.video_positions == "5":
@@ -214,7 +220,7 @@ class QwenMedia:
         after = int(where_to[-1].max()) + 1  # upstream goes on from the chunk that is last, not from the latest time
         tokens = np.concatenate([[self.audio_bos], tokens, [self.audio_eos]]).astype(np.int32)
         where_to = np.concatenate([line_positions(start - 1, 1), where_to, line_positions(after, 1)])
-        parts = [("visual", clip.patches, 1 + np.flatnonzero(~is_sound))]
+        parts = [(CLIPS, clip.patches, 1 + np.flatnonzero(~is_sound))]
         parts.append(("audio_tower", clip.sound, 1 + np.flatnonzero(is_sound)))
         return tokens, where_to, parts, after
 

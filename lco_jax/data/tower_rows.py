@@ -25,12 +25,12 @@ class Patches:
     """An image or a clip. values: uint8 [frames · height · width, 3, pictures, pixels], squares side by side.
 
     pictures: of a patch; an image has one, which stands for all. grid: frames (of so many pictures), and patches down
-    and across. levels: float32 [3, 256], what each level of each channel becomes.
+    and across. scale: float32 [3, 3], how the levels of each channel are normalised (`pixels.read_scale`).
     """
 
     values: np.ndarray
     grid: tuple[int, int, int]
-    levels: np.ndarray
+    scale: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,24 @@ class Mel:
 
 @dataclass(frozen=True)
 class Tiles:
-    """An image cut into tiles. values: uint8 [tiles, 3, X, X]; levels: as of `Patches`.
+    """An image cut into tiles. values: uint8 [tiles, 3, X, X]; scale: as of `Patches`.
 
     order: which of its tiles' tokens it gives the decoder: indices into tiles × K (a tile's last is the newline).
     """
 
     values: np.ndarray
     order: np.ndarray
-    levels: np.ndarray
+    scale: np.ndarray
 
 
 Item = Patches | Mel | Tiles
 
 
 class Placed(NamedTuple):
-    """A medium in a sequence. at: the index in the sequence of each of its tokens, in their order: int [tokens]."""
+    """A medium in a sequence. at: the index in the sequence of each of its tokens, in their order: int [tokens].
+
+    tower: the tower's name; media of one tower that are laid into rows of their own have it with a part after a slash.
+    """
 
     tower: str
     item: Item
@@ -170,17 +173,19 @@ class PatchRows:
         return width // self.merge**2
 
     def fill(self, shards: Sequence[tuple[Sequence[Patches], Laid]], rows: int, width: int) -> dict[str, np.ndarray]:
-        """patches [P · N, T, V], coordinates [P · N, T, 2], frame_ids [P · N, T], window_ids [P · N, W, T / W]."""
+        """patches uint8 [P · N, T, V], scale [P · N, 3, 3], coordinates [P · N, T, 2], frame_ids [P · N, T],
+        window_ids [P · N, W, T / W]."""
         room = len(shards) * rows * width
-        patches, coordinates = np.zeros((room, *self.shape), np.float32), np.zeros((room, 2), np.int32)
+        patches, coordinates = np.zeros((room, *self.shape), np.uint8), np.zeros((room, 2), np.int32)
         frame_ids, window_ids = np.zeros(room, np.int32), np.zeros(room, np.int32)
+        scale = np.ones((len(shards) * rows, 3, 3), np.float32)
         for shard, (items, laid) in enumerate(shards):
             frames = windows = 0  # so far in this shard: ids need only differ within it
             for item, slots in zip(items, laid.inputs, strict=True):
                 frame, count = self._frame(item), item.grid[0]
                 slots = slots + shard * rows * width
-                for channel, levels in enumerate(item.levels):
-                    patches[slots, channel] = levels[item.values[:, channel]]
+                patches[slots] = item.values
+                scale[np.unique(slots // width)] = item.scale
                 coordinates[slots] = np.tile(frame.coordinates, (count, 1))
                 which = np.repeat(np.arange(count), len(frame.slots))
                 each = int(frame.windows.max()) + 1
@@ -190,6 +195,7 @@ class PatchRows:
         shape = (len(shards) * rows, width)
         return {
             "patches": patches.reshape(*shape, -1),
+            "scale": scale,
             "coordinates": coordinates.reshape(*shape, 2),
             "frame_ids": frame_ids.reshape(shape),
             "window_ids": window_ids.reshape(shape[0], width // self.sub_row, self.sub_row),
@@ -282,11 +288,12 @@ class TileRows:
         return self.tokens
 
     def fill(self, shards: Sequence[tuple[Sequence[Tiles], Laid]], rows: int, width: int) -> dict[str, np.ndarray]:
-        """pixels [P · N, 3, X, X]."""
-        pixels = np.zeros((len(shards) * rows, 3, self.size, self.size), np.float32)
+        """pixels uint8 [P · N, 3, X, X], scale [P · N, 3, 3]."""
+        pixels = np.zeros((len(shards) * rows, 3, self.size, self.size), np.uint8)
+        scale = np.ones((len(pixels), 3, 3), np.float32)
         for shard, (items, laid) in enumerate(shards):
             for item, first in zip(items, laid.inputs, strict=True):
                 row = shard * rows + int(first)
-                for channel, levels in enumerate(item.levels):
-                    pixels[row : row + len(item.values), channel] = levels[item.values[:, channel]]
-        return {"pixels": pixels}
+                pixels[row : row + len(item.values)] = item.values
+                scale[row : row + len(item.values)] = item.scale
+        return {"pixels": pixels, "scale": scale}

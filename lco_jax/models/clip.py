@@ -21,7 +21,7 @@ from lco_jax.core.errors import LcoError
 from lco_jax.core.weights import dot
 from lco_jax.models.attention import TowerAttention
 from lco_jax.models.config import positive, section
-from lco_jax.models.layers import LayerNorm, Linear, Projector, leaf, stacked
+from lco_jax.models.layers import LayerNorm, Linear, Projector, leaf, normalised, stacked
 
 
 @dataclass(frozen=True)
@@ -140,17 +140,24 @@ class LlavaVision(nn.Module):
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The least input, as shapes."""
         c = self.config
-        return {"pixels": jax.ShapeDtypeStruct((1, c.num_channels, c.image_size, c.image_size), jnp.float32)}
+        return {
+            "pixels": jax.ShapeDtypeStruct((1, c.num_channels, c.image_size, c.image_size), jnp.uint8),
+            "scale": jax.ShapeDtypeStruct((1, c.num_channels, 3), jnp.float32),
+        }
 
     def row_size(self, arguments: dict[str, Array]) -> int:
         """Patches of a tile."""
         return (self.config.image_size // self.config.patch_size) ** 2
 
     @nn.compact
-    def __call__(self, pixels: Array) -> Array:
-        """pixels [B, channels, X, X] -> [B, T + 1, O]: a token a patch, and after them the newline token."""
+    def __call__(self, pixels: Array, scale: Array) -> Array:
+        """pixels uint8 [B, channels, X, X] -> [B, T + 1, O]: a token a patch, and after them the newline token.
+
+        scale: float32 [B, channels, 3], how the levels of each channel are normalised.
+        """
         c = self.config
-        x = Embeddings(c, self.param_dtype, name="embeddings")(pixels.astype(self.dtype))
+        x = normalised(pixels[:, None], scale)[:, 0].astype(self.dtype)
+        x = Embeddings(c, self.param_dtype, name="embeddings")(x)
         x = LayerNorm(c.layer_norm_eps, self.param_dtype, name="pre_layrnorm")(x)
         x, _ = stacked(Layer, c.num_layers)(c, self.param_dtype, name="layers")(x, None)
         x = Projector(c.out_hidden_size, c.out_hidden_size, self.param_dtype, name="projector")(x[:, 1:])

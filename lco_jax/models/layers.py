@@ -64,6 +64,17 @@ def linears(x: Array, layers: Sequence[Linear], token_keys: Array | None = None)
     return [y if b is None else y + b.astype(x.dtype) for y, b in zip(products, biases, strict=True)]
 
 
+def normalised(levels: Array, scale: Array) -> Array:
+    """Pictures as their towers read them, as the processors round them: float32, (level / divisor - mean) / std.
+
+    levels: uint8 [B, T, C, …]. scale: float32 [B, C, 3], divisor, mean and std of each channel.
+    """
+    divisor, mean, std = jnp.moveaxis(scale.reshape(levels.shape[0], 1, -1, *[1] * (levels.ndim - 3), 3), -1, 0)
+    # a compiler multiplies by the reciprocal of a divisor that it sees repeated, which is rounded otherwise
+    divisor, std = jax.lax.optimization_barrier([jnp.broadcast_to(x, levels.shape) for x in (divisor, std)])
+    return (levels.astype(jnp.float32) / divisor - mean) / std
+
+
 class Projector(nn.Module):
     """Two layers with exact GELU between them."""
 

@@ -23,7 +23,9 @@ from lco_jax.models.decoder import Decoder
 
 TOWER_INPUTS = 16_384  # patches, frames or the like that a shard has in a tower at once; what its activations cost
 
-TowerInputs = Mapping[str, Mapping[str, Array]]  # tower -> argument -> array of N rows
+# tower -> argument -> array of N rows. A tower whose media are laid into rows of several kinds has
+# each under a name of its own: the tower's, and a part after a slash.
+TowerInputs = Mapping[str, Mapping[str, Array]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Model:
     def media_tokens(self, params: dict[str, Any], inputs: TowerInputs, shards: int) -> Array | None:
         """Every tower's tokens, as `MediaPrograms` makes them, within a program of the caller's: gradients reach the
         towers, and their backward pass computes each chunk again."""
-        parts = [self.tower_tokens(name, params[name], inputs[name], shards) for name in sorted(inputs)]
+        towers = {name: tower_of(name) for name in sorted(inputs)}
+        parts = [self.tower_tokens(tower, params[tower], inputs[name], shards) for name, tower in towers.items()]
         return constrain(_join(parts), ROWS) if parts else None
 
 
@@ -69,13 +72,19 @@ class MediaPrograms:
         """
         parts = []
         for name in sorted(inputs):
-            self.shapes[name].note(inputs[name])
-            parts.append(self._towers[name](params[name], inputs[name]))
+            tower = tower_of(name)
+            self.shapes[tower].note(inputs[name])
+            parts.append(self._towers[tower](params[tower], inputs[name]))
         return self._join(parts) if parts else None
 
     def __len__(self) -> int:
         """How many programs there are."""
         return sum(map(len, self.shapes.values()))
+
+
+def tower_of(name: str) -> str:
+    """Whose rows those of a name among `TowerInputs` are."""
+    return name.partition("/")[0]
 
 
 def _join(parts: list[Array]) -> Array:

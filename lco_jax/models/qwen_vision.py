@@ -1,7 +1,8 @@
 """The vision tower of Qwen2.5-VL and Qwen2.5-Omni (upstream: modeling_qwen2_5_vl.py, modeling_qwen2_5_omni.py).
 
-Dimensions: B rows, T patches in a row, W sub-rows of whole windows in a row, V values of a patch,
-D hidden, K heads, H head_dim, F MLP width, M merged patches (4 to a token), O the decoder's hidden size.
+Dimensions: B rows, T patches in a row, W sub-rows of whole windows in a row, V values of a patch (of one picture or of
+as many as the convolution spans), C channels, D hidden, K heads, H head_dim, F MLP width, M merged patches (4 to a
+token), O the decoder's hidden size.
 
 Patches arrive in window order (`data/tower_rows.py` lays them out): most blocks attend within a window and so reshape
 rows to short sub-rows; the others attend within a frame. Neither ever looks across, so cost grows with Σ n², and since
@@ -24,7 +25,7 @@ from lco_jax.core.errors import LcoError
 from lco_jax.core.weights import dot
 from lco_jax.models.attention import attention
 from lco_jax.models.config import positive, section
-from lco_jax.models.layers import Linear, Projector, RMSNorm, apply_rotary, leaf, rotation_of, stacked
+from lco_jax.models.layers import Linear, Projector, RMSNorm, apply_rotary, leaf, normalised, rotation_of, stacked
 
 ROPE_THETA = 10_000.0
 NORM_EPS = 1e-6
@@ -138,12 +139,19 @@ class PatchEmbed(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, patches: Array) -> Array:
-        """patches [B, T, V], their values in the order (channel, time, height, width) -> [B, T, D]."""
+    def __call__(self, patches: Array, scale: Array, dtype: Any) -> Array:
+        """patches uint8 [B, T, V], their values in the order (channel, time, height, width) -> [B, T, D] of `dtype`.
+
+        A still has one picture, which the convolution sees at each time.
+        """
         c = self.config
+        patches = rearrange(patches, "b t (c p v) -> b t c p v", c=c.in_channels, v=c.patch_size**2)
+        x = normalised(patches, scale).astype(dtype)
+        x = jnp.repeat(x, c.temporal_patch_size // x.shape[3], axis=3)
         shape = (c.hidden_size, c.in_channels, c.temporal_patch_size, c.patch_size, c.patch_size)
         init = nn.initializers.normal(math.prod(shape[1:]) ** -0.5)
-        return dot(patches, leaf(self, "weight", shape, init, self.param_dtype).reshape(c.hidden_size, -1))
+        x = rearrange(x, "b t c p v -> b t (c p v)")
+        return dot(x, leaf(self, "weight", shape, init, self.param_dtype).reshape(c.hidden_size, -1))
 
 
 class Merger(nn.Module):
@@ -173,7 +181,8 @@ class QwenVision(nn.Module):
         values, unit = c.in_channels * c.temporal_patch_size * c.patch_size**2, c.spatial_merge_size**2
         ids = jax.ShapeDtypeStruct((1, unit), jnp.int32)
         return {
-            "patches": jax.ShapeDtypeStruct((1, unit, values), jnp.float32),
+            "patches": jax.ShapeDtypeStruct((1, unit, values), jnp.uint8),
+            "scale": jax.ShapeDtypeStruct((1, c.in_channels, 3), jnp.float32),
             "coordinates": jax.ShapeDtypeStruct((1, unit, 2), jnp.int32),
             "frame_ids": ids,
             "window_ids": jax.ShapeDtypeStruct((1, 1, unit), jnp.int32),
@@ -184,14 +193,15 @@ class QwenVision(nn.Module):
         return arguments["patches"].shape[1]
 
     @nn.compact
-    def __call__(self, patches: Array, coordinates: Array, frame_ids: Array, window_ids: Array) -> Array:
+    def __call__(self, patches: Array, scale: Array, coordinates: Array, frame_ids: Array, window_ids: Array) -> Array:
         """Rows in window order -> [B, M, O], M = T / 4.
 
-        patches: [B, T, V]. coordinates: int [B, T, 2], row and column of each patch in its frame.
+        patches: uint8 [B, T, V]. scale: float32 [B, C, 3], how the levels of each of C channels are normalised.
+        coordinates: int [B, T, 2], row and column of each patch in its frame.
         frame_ids: int [B, T], 0 for padding. window_ids: int [B, W, T / W], 0 for padding.
         """
         c = self.config
-        x = PatchEmbed(c, self.param_dtype, name="patch_embed")(patches.astype(self.dtype))
+        x = PatchEmbed(c, self.param_dtype, name="patch_embed")(patches, scale, self.dtype)
         rotation = rotation_of(_angles(coordinates, c.hidden_size // c.num_heads))
         blocks = stacked(Block, c.depth, (0, nn.broadcast, nn.broadcast, nn.broadcast))
         full = jnp.isin(jnp.arange(c.depth), np.array(c.full_blocks, np.int32))
