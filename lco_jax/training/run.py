@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -20,7 +19,7 @@ from lco_jax.core.files import read_json, write_json
 from lco_jax.core.sharding import make_mesh, placed
 from lco_jax.training import tuning
 from lco_jax.training.losses import CANDIDATES
-from lco_jax.training.optimizer import OptimizerConfig, make_optimizer
+from lco_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
 from lco_jax.training.step import State, init_state, state_shardings
 
 # what may change between the parts of a resumed run: it moves no number, or says where and how long
@@ -33,7 +32,7 @@ class Training:
 
     lora: lora.LoraConfig
     tune: tuning.TuneConfig
-    tx: optax.GradientTransformation
+    tx: Optimizer
     tuned: dict[str, Any]
     shardings: State
 
