@@ -65,10 +65,14 @@ class Job:
     held_out: dict[str, list[Record]]
     total_steps: int
 
-    def tuned_params(self, state: State) -> dict[str, Any]:
-        """The model's parameters as the run has left them, for inference."""
+    def tuned_params(self, tuned: dict[str, Any]) -> dict[str, Any]:
+        """The model's parameters with what is tuned of them as a state has it, for inference."""
         no_dropout = dataclasses.replace(self.training.lora, dropout=0.0)
-        return tuning.attach(self.params, state["tuned"], no_dropout)
+        return tuning.attach(self.params, tuned, no_dropout)
+
+    def untrained_params(self) -> dict[str, Any]:
+        """As `tuned_params` of step 0: the parameters before the run, for programs that will take those after it."""
+        return self.tuned_params(self.training.untrained(self.params))
 
     def keep(self) -> None:
         """Copy to the bucket, if the run lives on one, what this process has written."""
