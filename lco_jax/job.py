@@ -238,14 +238,24 @@ def finish(run: Run, numbers: dict[str, Any], pictures: Mapping[str, Path]) -> d
     Returns what results.json holds; how many steps there were in the other processes, which wait: one that leaves early
     ends the job for all.
     """
-    tuned = multihost_utils.process_allgather(run.state["tuned"], tiled=True)
-    first = jax.process_index() == 0
-    results = _write(run, tuned, numbers, pictures) if first else {"steps": run.job.total_steps}
+    results = {"steps": run.job.total_steps}
+    if jax.process_index() == 0:
+        results = _write(run, _tuned_on_host(run), numbers, pictures)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("exported")
     if on_bucket(run.job.home):
         shutil.rmtree(run.job.workdir)
     return results
+
+
+def _tuned_on_host(run: Run) -> dict[str, Any]:
+    """What the run has tuned, for this process alone.
+
+    Where others hold parts of it, it is read from the last checkpoint: no device and no other host has to hold it all.
+    """
+    if jax.process_count() == 1:
+        return jax.device_get(run.state["tuned"])
+    return run.store.read(run.job.total_steps, {"tuned": run.job.training.tuned})["tuned"]
 
 
 def _write(run: Run, tuned: dict[str, Any], numbers: dict[str, Any], pictures: Mapping[str, Path]) -> dict[str, Any]:

@@ -135,9 +135,9 @@ def tuned_of_run(workdir: Place, step: int | None = None) -> tuple[str, dict[str
         raise LcoError(f"{workdir} has no checkpoint of step {step}; there are: {', '.join(map(str, there))}")
     mesh = make_mesh(devices=jax.local_devices()[:1])
     training = Training.build(config, open_checkpoint(config["model"]["path"]), config["total_steps"], mesh)
-    state, _ = store.restore(step, training.abstract, training.shardings)
+    tuned = store.read(step, {"tuned": training.tuned})["tuned"]  # and not the optimizer's moments
     store.close()
-    return config["model"]["path"], jax.device_get(state["tuned"]), training.lora, step
+    return config["model"]["path"], tuned, training.lora, step
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
