@@ -124,6 +124,13 @@ class RunStore:
             raise LcoError(f"{self.folder} holds no checkpoint that can be read; give another --workdir to begin anew")
         return None
 
+    def reached_preemption(self, step: int) -> bool:
+        """Whether `step` is the one at which all processes are to save, because one of them is to end.
+
+        Each of several processes asks at every step. Costs no collective; always False for one alone.
+        """
+        return self._manager.reached_preemption(step)
+
     def close(self) -> None:
         """Returns when everything begun is on disk."""
         with self._explained():
