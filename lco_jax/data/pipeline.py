@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from hashlib import blake2b
 from itertools import islice
 from typing import Any, NamedTuple
@@ -26,9 +26,7 @@ from lco_jax.core.errors import LcoError
 from lco_jax.core.exchange import Exchange
 from lco_jax.core.packing import (
     WIDTHS,
-    Answers,
     Batch,
-    PackedTokens,
     Shape,
     Stream,
     TokenSequence,
@@ -39,7 +37,7 @@ from lco_jax.core.packing import (
     lay_stream,
     spread,
 )
-from lco_jax.core.sharding import ROWS, replicated, row_shards
+from lco_jax.core.sharding import ROWS, row_shards
 from lco_jax.data.inputs import conversation, one_ahead
 from lco_jax.data.processor import LaidMedia, MediaRows, MediaShape, Processor, widest, with_room
 from lco_jax.data.prompts import asked
@@ -292,18 +290,7 @@ def lay_batch(local: LocalBatch, layout: Layout, layouts: Mapping[str, TowerRows
     return share.laid(agree(share.second))
 
 
-class OnDevices(NamedTuple):
-    """A batch on its devices. tables: `sequences` and `content` of `Batch`, each int32 [B, 2 + M], replicated; where
-    processes share a batch, [B / processes, shards of all, 2 + M], split by shard, and of each process's shards the
-    first has its records."""
-
-    tokens: PackedTokens
-    tables: tuple[Array, Array]
-    media: dict[str, dict[str, Array]]
-    answers: Answers | None
-
-
-def to_devices(local: LocalBatch, laid: LaidBatch, layout: Layout, mesh: Mesh) -> OnDevices:
+def to_devices(local: LocalBatch, laid: LaidBatch, layout: Layout, mesh: Mesh) -> Batch:
     """Fill a share's arrays and send them to this process's devices. No other process is waited for."""
     processes, shards = jax.process_count(), row_shards(mesh) // jax.process_count()
     shape = fit(laid.need, layout.floor)
@@ -325,7 +312,7 @@ def to_devices(local: LocalBatch, laid: LaidBatch, layout: Layout, mesh: Mesh) -
     media = jax.tree.map(lambda x: to_mesh(x, ROWS), laid.media())
     split = (None, ROWS) if processes > 1 else ()
     sequences, content = (to_mesh(table, *split) for table in tables)
-    return OnDevices(tokens, (sequences, content), media, answers)
+    return Batch(tokens, sequences, content, media, answers)
 
 
 def _tables(
@@ -336,7 +323,7 @@ def _tables(
     layout: Layout,
     shards: int,
 ) -> np.ndarray:
-    """This process's part of `OnDevices.tables`, one behind the other.
+    """This process's part of the batch's `sequences` and `content`, one behind the other.
 
     became: as of `fill`; slots: sequences of a stream.
     """
@@ -355,31 +342,10 @@ def _tables(
     return split
 
 
-@cache
-def _gathering(mesh: Mesh, processes: int) -> Callable[[tuple[Array, ...]], tuple[Array, ...]]:
-    """What makes tables of all processes' parts; record p + i · P is number i of process p."""
-
-    def whole(table: Array) -> Array:
-        count, shards, sides = table.shape
-        each = table.reshape(count, processes, shards // processes, sides)
-        return each[:, :, 0].reshape(count * processes, sides)
-
-    return jax.jit(partial(jax.tree.map, whole), out_shardings=replicated(mesh))
-
-
-def whole_batch(ready: OnDevices, mesh: Mesh) -> Batch:
-    """A batch with whole tables: what is other processes' comes in a program that no host waits for."""
-    tables, processes = ready.tables, jax.process_count()
-    if processes > 1:
-        tables = _gathering(mesh, processes)(tables)
-    return Batch(ready.tokens, *tables, ready.media, ready.answers)
-
-
 def global_batch(local: LocalBatch, layout: Layout, layouts: Mapping[str, TowerRows], mesh: Mesh) -> Batch:
     """Every process's share -> one `Batch` on the mesh, at once. layouts: as of `Share`."""
     shards = row_shards(mesh) // jax.process_count()
-    laid = lay_batch(local, layout, layouts, shards)
-    return whole_batch(to_devices(local, laid, layout, mesh), mesh)
+    return to_devices(local, lay_batch(local, layout, layouts, shards), layout, mesh)
 
 
 def agree(need: np.ndarray) -> np.ndarray:
@@ -441,8 +407,7 @@ def batches(
     exchange = Exchange() if exchange is None else exchange
     shares = _shares(islice(iterator, count), iterator, layout, layouts, mesh)
     with closing(one_ahead(_sent(shares, layout, mesh, exchange))) as ready:
-        for on_devices, origin in ready:
-            yield whole_batch(on_devices, mesh), origin
+        yield from ready
 
 
 def _shares(
@@ -462,13 +427,13 @@ def _shares(
 
 def _sent(
     shares: Iterator[tuple[Share, Origin]], layout: Layout, mesh: Mesh, exchange: Exchange
-) -> Iterator[tuple[OnDevices, Origin]]:
+) -> Iterator[tuple[Batch, Origin]]:
     """Shares, sent to the devices.
 
     One exchange a batch: what a share needs second is told with what the next one needs first.
     """
 
-    def send(share: Share, second: np.ndarray) -> OnDevices:
+    def send(share: Share, second: np.ndarray) -> Batch:
         return to_devices(share.local, share.laid(second), layout, mesh)
 
     before: tuple[Share, Origin] | None = None

@@ -175,6 +175,7 @@ def make_update(loss: Loss, tx: Optimizer, seed: int, mesh: Mesh, state_sharding
     def update(
         state: State, params: dict[str, Any], batch: Batch, media: Array | None
     ) -> tuple[State, dict[str, Array]]:
+        batch = batch.whole(jax.process_count())
         dropout_seed = jnp.uint32(seed) + state["step"].astype(jnp.uint32) * jnp.uint32(GOLDEN_RATIO)
         of = partial(loss, seed=dropout_seed)
         (_, metrics), grads = jax.value_and_grad(of, has_aux=True)(state["tuned"], params, batch, media)
