@@ -47,6 +47,12 @@ class Exchange:
         self.count += 1
         if not self._peers:
             return numbers
+        try:
+            return self._most(numbers)
+        except OSError as error:
+            raise ConnectionError(f"the connection to another process is gone ({error})") from error
+
+    def _most(self, numbers: np.ndarray) -> np.ndarray:
         if jax.process_index():
             self._peers[0].sendall(numbers.tobytes())
             return _numbers(self._peers[0], len(numbers))
@@ -75,7 +81,11 @@ def _invite(count: int) -> list[socket.socket]:
         server.settimeout(PATIENCE)
         peers: list[socket.socket] = []
         while len(peers) < count:
-            peer, _ = server.accept()
+            try:
+                peer, _ = server.accept()
+            except TimeoutError as error:
+                missing = count - len(peers)
+                raise ConnectionError(f"no connection from {missing} of the processes") from error
             if _knows(peer, token):
                 peers.append(_ready(peer))
             else:
@@ -153,6 +163,6 @@ def _receive(peer: socket.socket, size: int) -> bytes:
     while len(parts) < size:
         part = peer.recv(size - len(parts))
         if not part:
-            raise ConnectionError("another process has closed its connection")
+            raise ConnectionError("the other side has closed it")
         parts += part
     return bytes(parts)
