@@ -1,8 +1,9 @@
-"""Whether a device waits for its host: the training loop where a batch takes as long to make as a step to compute.
+"""Whether a device waits for its host: the training loop where a batch takes as long to make as a
+step to compute.
 
-The loop, its data and its hosts' exchange are the real ones; the step is a stand-in, some seconds of products that know
-every process's tokens, and a batch is made to take as many seconds to read. A device idles from the end of a step to
-the dispatch of the next, wherever that comes later.
+The loop, its data and its hosts' exchange are the real ones; the step is a stand-in, some seconds
+of products that know every process's tokens, and a batch is made to take as many seconds to read. A
+device idles from the end of a step to the dispatch of the next, wherever that comes later.
 """
 
 import argparse
@@ -141,7 +142,8 @@ def stand_in(workdir: Path, seconds: float, steps: int) -> Any:
 
 
 def slow_step(mesh: Any, rounds: int) -> Any:
-    """A step of so many products, each waiting for the one before, and for every process's tokens."""
+    """A step of so many products, each waiting for the one before, and for every process's
+    tokens."""
     import jax
     import jax.numpy as jnp
 

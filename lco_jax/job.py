@@ -70,7 +70,8 @@ class Job:
         return tuning.attach(self.params, tuned, no_dropout)
 
     def untrained_params(self) -> dict[str, Any]:
-        """As `tuned_params` of step 0: the parameters before the run, for programs that will take those after it."""
+        """As `tuned_params` of step 0: the parameters before the run, for programs that will take
+        those after it."""
         return self.tuned_params(self.training.untrained(self.params))
 
     def keep(self) -> None:
@@ -201,9 +202,11 @@ def begin(job: Job) -> Run:
 
 
 def loop(run: Run, train_step: Step) -> bool:
-    """Train to the end, saving on the way; False where a SIGTERM (preemption) ended it early, after saving.
+    """Train to the end, saving on the way; False where a SIGTERM (preemption) ended it early, after
+    saving.
 
-    Nothing here waits for the step under way: batches come from a thread, and metrics are those of the step before.
+    Nothing here waits for the step under way: batches come from a thread, and metrics are those of
+    the step before.
     """
     job, config, store = run.job, run.job.config, run.store
     dog = Watchdog(config.train.patience, run.step)
@@ -256,7 +259,8 @@ def finish(run: Run, numbers: dict[str, Any], pictures: Mapping[str, Path]) -> d
 def _tuned_on_host(run: Run) -> dict[str, Any]:
     """What the run has tuned, for this process alone.
 
-    Where others hold parts of it, it is read from the last checkpoint: no device and no other host has to hold it all.
+    Where others hold parts of it, it is read from the last checkpoint: no device and no other host
+    has to hold it all.
     """
     if jax.process_count() == 1:
         return jax.device_get(run.state["tuned"])

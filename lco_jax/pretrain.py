@@ -55,7 +55,8 @@ def pretrain(config: ConfigDict, workdir: Place) -> dict[str, Any]:
 
 
 def _evaluate(job: Job, generator: OmniGenerator, params: Callable[[], dict[str, Any]], said: int) -> dict[str, Any]:
-    """The loss of the held-out answers, in nats a token, and what the model says to the first prompts, so many.
+    """The loss of the held-out answers, in nats a token, and what the model says to the first
+    prompts, so many.
 
     params: makes those that the generator has meanwhile.
     """

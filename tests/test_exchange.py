@@ -1,4 +1,5 @@
-"""What hosts tell each other: the largest numbers, in threads beside the devices; and who may not join, or is gone."""
+"""What hosts tell each other: the largest numbers, in threads beside the devices; and who may not
+join, or is gone."""
 
 import socket
 import subprocess

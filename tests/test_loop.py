@@ -1,6 +1,8 @@
-"""The training loop waits for nothing: what is dispatched before what has ended, and what moves to and from devices.
+"""The training loop waits for nothing: what is dispatched before what has ended, and what moves to
+and from devices.
 
-A stand-in of a step (that of `benchmarks loop`) takes its time on the device, and a batch as long on the host.
+A stand-in of a step (that of `benchmarks loop`) takes its time on the device, and a batch as long
+on the host.
 """
 
 import threading
@@ -29,7 +31,8 @@ def step(run):
 
 
 def test_a_step_is_dispatched_before_the_one_before_has_ended(run, step):
-    """Though a batch takes as long as a step. Before, no step was. And the position saved is that of what was used."""
+    """Though a batch takes as long as a step. Before, no step was. And the position saved is that
+    of what was used."""
     positions = []
     save = run.store.save
     run.store.save = lambda step, state, position: (positions.append(position), save(step, state, position))

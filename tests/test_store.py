@@ -97,7 +97,8 @@ def test_a_whole_checkpoint_of_another_run_stays_where_it_is(saved):
 
 
 def test_a_part_is_read_alone_and_onto_the_host(tmp_path):
-    """The bytes read are those of the part, and no device holds them; a damaged checkpoint is told."""
+    """The bytes read are those of the part, and no device holds them; a damaged checkpoint is
+    told."""
     part = {"a": np.arange(6, dtype=np.float32)}
     large = np.random.default_rng(0).normal(size=2**20).astype(np.float32)
     state = {"tuned": part, "optimizer": {"mu": large}}

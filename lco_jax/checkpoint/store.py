@@ -78,9 +78,11 @@ class RunStore:
         return restored.state, restored.data
 
     def read(self, step: int, part: Any) -> Any:
-        """Of a step's state what `part` names, a tree of shapes: on the host, and nothing else is read.
+        """Of a step's state what `part` names, a tree of shapes: on the host, and nothing else is
+        read.
 
-        For one process alone, as the first of several may be. Raises where files are not as they were written.
+        For one process alone, as the first of several may be. Raises where files are not as they
+        were written.
         """
         folder = self.folder / str(step)
         if damage := _damage(folder):
@@ -125,9 +127,11 @@ class RunStore:
         return None
 
     def reached_preemption(self, step: int) -> bool:
-        """Whether `step` is the one at which all processes are to save, because one of them is to end.
+        """Whether `step` is the one at which all processes are to save, because one of them is to
+        end.
 
-        Each of several processes asks at every step. Costs no collective; always False for one alone.
+        Each of several processes asks at every step. Costs no collective; always False for one
+        alone.
         """
         return self._manager.reached_preemption(step)
 
@@ -156,7 +160,8 @@ class RunStore:
 
 
 def _whole(found: Any, shapes: Any) -> bool:
-    """Whether what was read has all shapes; where there is no such leaf, orbax hands back the shape."""
+    """Whether what was read has all shapes; where there is no such leaf, orbax hands back the
+    shape."""
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(shapes), strict=True)
     return all(isinstance(x, np.ndarray) and x.shape == shape.shape for x, shape in pairs)
 

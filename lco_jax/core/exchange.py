@@ -1,4 +1,5 @@
-"""What hosts tell each other while their devices compute: the largest of every process's numbers, over TCP.
+"""What hosts tell each other while their devices compute: the largest of every process's numbers,
+over TCP.
 
 jax's collectives run on devices, where they wait behind the step that is under way, and those of
 two threads may meet in another order elsewhere; the store of its coordination service has no public
@@ -23,7 +24,8 @@ INVITATION = 1024  # bytes
 
 
 class Exchange:
-    """Connects this process with the others, all of which open it together; alone it connects nothing.
+    """Connects this process with the others, all of which open it together; alone it connects
+    nothing.
 
     count: how often numbers were exchanged.
     """
@@ -115,7 +117,8 @@ def _join() -> socket.socket:
 
 
 def _names() -> Iterator[str]:
-    """What this host may be called by others, the likeliest first; those on it reach it by the last."""
+    """What this host may be called by others, the likeliest first; those on it reach it by the
+    last."""
     probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     with probe, suppress(OSError):  # where no route leads out of here
         probe.connect(("192.0.2.1", 9))  # sends nothing: it only looks for the way out

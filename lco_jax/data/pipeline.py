@@ -208,8 +208,8 @@ def _number(side: Side) -> int:
 class LaidBatch(NamedTuple):
     """A process's share of a batch, laid into its streams. bins: of each input, its stream, chunk by chunk.
 
-    members: of each stream, its inputs' numbers. need: the least shape that holds every process's streams. media: makes
-    the towers' rows; media_need: the least shape that holds every process's.
+    members: of each stream, its inputs' numbers. need: the least shape that holds every process's
+    streams. media: makes the towers' rows; media_need: the least shape that holds every process's.
     """
 
     chunks: int
@@ -222,10 +222,12 @@ class LaidBatch(NamedTuple):
 
 
 class Share:
-    """A process's share of a batch, spread over the `shards` that it feeds, and over chunks, and laid into streams.
+    """A process's share of a batch, spread over the `shards` that it feeds, and over chunks, and
+    laid into streams.
 
-    Two times all processes agree on the most that one of them needs: on `first`, chunks and the width of each tower's
-    rows, without which nothing can be laid; then on `second`, the sizes of streams and towers' rows as laid.
+    Two times all processes agree on the most that one of them needs: on `first`, chunks and the
+    width of each tower's rows, without which nothing can be laid; then on `second`, the sizes of
+    streams and towers' rows as laid.
     layouts: how each tower's rows are laid out (`Processor.rows`).
     """
 
@@ -291,7 +293,8 @@ def lay_batch(local: LocalBatch, layout: Layout, layouts: Mapping[str, TowerRows
 
 
 def to_devices(local: LocalBatch, laid: LaidBatch, layout: Layout, mesh: Mesh) -> Batch:
-    """Fill a share's arrays and send them to this process's devices. No other process is waited for."""
+    """Fill a share's arrays and send them to this process's devices. No other process is waited
+    for."""
     processes, shards = jax.process_count(), row_shards(mesh) // jax.process_count()
     shape = fit(laid.need, layout.floor)
     identities = [local.record[chosen] * MAX_SIDES + local.side[chosen] for chosen in laid.members]
@@ -382,7 +385,8 @@ def check_mesh(mesh: Mesh) -> None:
 
 
 class Origin(NamedTuple):
-    """Where a batch comes from. where: the origins of this process's share of its records, in order.
+    """Where a batch comes from. where: the origins of this process's share of its records, in
+    order.
 
     position: the data's, once it is consumed, as a checkpoint keeps it.
     """
@@ -401,8 +405,9 @@ def batches(
 ) -> Iterator[tuple[Batch, Origin]]:
     """Global batches, so many (None: without end). Says which records were left out.
 
-    The next is read, laid, filled and sent to the devices in a thread while the caller has the one before; an exception
-    there is raised here. The thread alone has the iterator. layouts: as of `Share`. exchange: with the other processes.
+    The next is read, laid, filled and sent to the devices in a thread while the caller has the one
+    before; an exception there is raised here. The thread alone has the iterator. layouts: as of
+    `Share`. exchange: with the other processes.
     """
     exchange = Exchange() if exchange is None else exchange
     shares = _shares(islice(iterator, count), iterator, layout, layouts, mesh)

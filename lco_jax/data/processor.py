@@ -117,13 +117,15 @@ def _without_media(messages: Messages) -> Messages:
 
 
 def widest(layouts: Mapping[str, TowerRows], inputs: Sequence[Processed]) -> dict[str, int]:
-    """Of each tower, the least width of rows that holds every medium; 0 where there are none for it."""
+    """Of each tower, the least width of rows that holds every medium; 0 where there are none for
+    it."""
     found = {tower: _items(tower, inputs) for tower in sorted(layouts)}
     return {tower: layouts[tower].width(items) if items else 0 for tower, items in found.items()}
 
 
 def with_room(need: MediaShape, floor: MediaShape) -> MediaShape:
-    """A shape that holds `need`: as many rows as `floor` has wherever that does; else few values."""
+    """A shape that holds `need`: as many rows as `floor` has wherever that does; else few
+    values."""
     shape = {}
     for tower, (width, count) in need.items():
         least = floor.get(tower, (0, 0))[1]
@@ -132,9 +134,11 @@ def with_room(need: MediaShape, floor: MediaShape) -> MediaShape:
 
 
 class LaidMedia:
-    """The media of each shard's inputs, laid into tower rows; how many rows there will be is told afterwards.
+    """The media of each shard's inputs, laid into tower rows; how many rows there will be is told
+    afterwards.
 
-    widths: of each tower's rows; 0 for a tower that gets none. need: the least shape that holds them.
+    widths: of each tower's rows; 0 for a tower that gets none. need: the least shape that holds
+    them.
     """
 
     def __init__(
@@ -174,8 +178,8 @@ class LaidMedia:
 def lay_media(
     layouts: Mapping[str, TowerRows], shards: Sequence[Sequence[Processed]]
 ) -> tuple[Callable[[], MediaRows], list[list[TokenSequence]], MediaShape]:
-    """Lay the media of each shard's inputs into tower rows, where there is one process: (what makes the rows, the
-    inputs' tokens, the rows' shape)."""
+    """Lay the media of each shard's inputs into tower rows, where there is one process: (what makes
+    the rows, the inputs' tokens, the rows' shape)."""
     media = LaidMedia(layouts, shards, widest(layouts, [one for inputs in shards for one in inputs]))
     shape = with_room(media.need, {})
     return partial(media.fill, shape), media.sequences(shape), shape

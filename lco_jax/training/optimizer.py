@@ -43,7 +43,8 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
 
 class Optimizer(NamedTuple):
-    """An optax transformation that tells its rate. rate: the rate of the update that comes next, of a state."""
+    """An optax transformation that tells its rate. rate: the rate of the update that comes next, of
+    a state."""
 
     init: optax.TransformInitFn
     update: optax.TransformUpdateFn

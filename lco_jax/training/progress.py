@@ -79,9 +79,11 @@ def _names(numbers: Sequence[int], where: Sequence[str]) -> list[str]:
 
 
 class Progress:
-    """Metrics to the log and the progress bar, one step late: the next step is under way before these are fetched.
+    """Metrics to the log and the progress bar, one step late: the next step is under way before
+    these are fetched.
 
-    Whatever is told of a step is among its metrics: anything computed here would wait behind the step under way.
+    Whatever is told of a step is among its metrics: anything computed here would wait behind the
+    step under way.
     """
 
     def __init__(self, config: ConfigDict, workdir: Path, total_steps: int, first_step: int):

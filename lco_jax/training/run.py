@@ -59,7 +59,8 @@ class Training:
         return jax.jit(make, out_shardings=self.shardings)(jax.random.key(seed), params)
 
     def untrained(self, params: dict[str, Any], seed: int = 0) -> dict[str, Any]:
-        """What is tuned as it is at step 0, without an optimizer: as it stands, it changes no output of the model."""
+        """What is tuned as it is at step 0, without an optimizer: as it stands, it changes no
+        output of the model."""
         make = partial(tuning.init, tune=self.tune, config=self.lora)
         return jax.jit(make, out_shardings=self.shardings["tuned"])(jax.random.key(seed), params)
 

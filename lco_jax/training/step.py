@@ -167,9 +167,10 @@ def make_pretrain_step(
 def make_update(loss: Loss, tx: Optimizer, seed: int, mesh: Mesh, state_sharding: State) -> Update:
     """(state, frozen parameters, batch, media tokens) -> (state, metrics), jitted; the state is donated.
 
-    A step whose loss or gradient is not finite changes nothing but the step count, and says so in `metrics["finite"]`;
-    the schedule does not advance either, whose rate at this step `metrics["learning_rate"]` is.
-    `metrics["rows"]` [B] holds each record's loss (as of `info_nce`), `batch` a number that tells which batch it was.
+    A step whose loss or gradient is not finite changes nothing but the step count, and says so in
+    `metrics["finite"]`; the schedule does not advance either, whose rate at this step
+    `metrics["learning_rate"]` is. `metrics["rows"]` [B] holds each record's loss (as of
+    `info_nce`), `batch` a number that tells which batch it was.
     """
 
     def update(

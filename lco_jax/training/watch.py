@@ -32,12 +32,14 @@ def leave_on_sigterm() -> None:
 
 
 class Preemption:
-    """While open, tells between steps whether the run is to save and end: SIGTERM came to some process of it.
+    """While open, tells between steps whether the run is to save and end: SIGTERM came to some
+    process of it.
 
-    reached: `RunStore.reached_preemption`. Several processes hear of it by jax's preemption service, which
-    `jax.distributed.initialize` starts (unless `jax_enable_preemption_service` is False, with which nobody would hear):
-    its own handler, in C++, notes a SIGTERM; within a second its coordination service tells all processes, and they
-    agree on the step after the one that the foremost has reached. One process alone has no such service, but a handler.
+    reached: `RunStore.reached_preemption`. Several processes hear of it by jax's preemption
+    service, which `jax.distributed.initialize` starts (unless `jax_enable_preemption_service` is
+    False, with which nobody would hear): its own handler, in C++, notes a SIGTERM; within a second
+    its coordination service tells all processes, and they agree on the step after the one that the
+    foremost has reached. One process alone has no such service, but a handler.
     """
 
     def __init__(self, reached: Callable[[int], bool]):
@@ -68,7 +70,8 @@ class Preemption:
 
 
 def _sigterm_action(new: ctypes.Array | None = None) -> ctypes.Array:
-    """What the system does on SIGTERM (a `struct sigaction`, not looked into), after making it `new`.
+    """What the system does on SIGTERM (a `struct sigaction`, not looked into), after making it
+    `new`.
 
     `signal.signal` cannot bring back a handler that was not set from Python.
     """
