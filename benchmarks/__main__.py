@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import device, feed, infonce, kernels, media, scaling, survival, text, vocabulary
+from benchmarks import device, feed, infonce, kernels, loop, media, scaling, survival, text, vocabulary
 from lco_jax.core.errors import run_main
 from lco_jax.core.files import write_json
 
@@ -31,7 +31,7 @@ def main() -> int:
     common.add_argument("--rounds", type=int, default=5, help="turns that each side takes")
     common.add_argument("--profile", default="", help="a folder for a trace of one of our rounds")
     kinds = parser.add_subparsers(dest="kind", required=True)
-    for module in (text, media, feed, infonce, vocabulary, scaling, survival, kernels, device):
+    for module in (text, media, feed, infonce, vocabulary, scaling, survival, kernels, loop, device):
         module.add_parsers(kinds, common)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:

@@ -4,16 +4,14 @@ import contextlib
 import dataclasses
 import functools
 import shutil
-import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -25,6 +23,7 @@ from lco_jax.checkpoint.peft import has_adapters, write_peft
 from lco_jax.checkpoint.store import RunStore
 from lco_jax.core.buckets import Place, copy_up, on_bucket, reaching
 from lco_jax.core.errors import LcoError
+from lco_jax.core.exchange import Exchange
 from lco_jax.core.files import fetched, mirrored, write_json
 from lco_jax.core.sharding import make_mesh
 from lco_jax.data import pipeline
@@ -41,7 +40,7 @@ from lco_jax.training.metrics import read_metrics
 from lco_jax.training.progress import Progress
 from lco_jax.training.run import Training, check_config, claim_workdir
 from lco_jax.training.step import State, Step
-from lco_jax.training.watch import Watchdog, peers
+from lco_jax.training.watch import Preemption, Watchdog, peers
 
 
 @dataclass
@@ -65,10 +64,15 @@ class Job:
     held_out: dict[str, list[Record]]
     total_steps: int
 
-    def tuned_params(self, state: State) -> dict[str, Any]:
-        """The model's parameters as the run has left them, for inference."""
+    def tuned_params(self, tuned: dict[str, Any]) -> dict[str, Any]:
+        """The model's parameters with what is tuned of them as a state has it, for inference."""
         no_dropout = dataclasses.replace(self.training.lora, dropout=0.0)
-        return tuning.attach(self.params, state["tuned"], no_dropout)
+        return tuning.attach(self.params, tuned, no_dropout)
+
+    def untrained_params(self) -> dict[str, Any]:
+        """As `tuned_params` of step 0: the parameters before the run, for programs that will take
+        those after it."""
+        return self.tuned_params(self.training.untrained(self.params))
 
     def keep(self) -> None:
         """Copy to the bucket, if the run lives on one, what this process has written."""
@@ -198,33 +202,41 @@ def begin(job: Job) -> Run:
 
 
 def loop(run: Run, train_step: Step) -> bool:
-    """Train to the end, saving on the way; False where a SIGTERM (preemption) ended it early, after saving."""
-    job, step, config = run.job, run.step, run.job.config
-    previous_handler, stop = signal.getsignal(signal.SIGTERM), None
-    dog = Watchdog(config.train.patience, step)
-    progress = Progress(config, job.workdir, job.total_steps, step)
-    batches = pipeline.batches(run.iterator, run.planned, job.processor.rows, job.mesh)
-    closing = contextlib.closing  # which ends the saves, on any way out
-    with contextlib.ExitStack() as end, closing(run.store), dog, jax.set_mesh(job.mesh), closing(progress), peers():
+    """Train to the end, saving on the way; False where a SIGTERM (preemption) ended it early, after
+    saving.
+
+    Nothing here waits for the step under way: batches come from a thread, and metrics are those of
+    the step before.
+    """
+    job, config, store = run.job, run.job.config, run.store
+    dog = Watchdog(config.train.patience, run.step)
+    progress = Progress(config, job.workdir, job.total_steps, run.step)
+    exchange, left = Exchange(), job.total_steps - run.step
+    batches = pipeline.batches(run.iterator, run.planned, job.processor.rows, job.mesh, exchange, left)
+    with contextlib.ExitStack() as end:
         end.callback(job.keep)
-        for batch, where in batches if step < job.total_steps else ():
+        preemption = end.enter_context(Preemption(store.reached_preemption))
+        for resource in (store, progress, batches, exchange):  # closed from the last to the first, on any way out
+            end.enter_context(contextlib.closing(resource))
+        for context in (dog, jax.set_mesh(job.mesh), peers()):
+            end.enter_context(context)
+        for batch, origin in batches:
             run.state, metrics = train_step(run.state, job.params, batch)
-            stop = stop or _on_sigterm()  # from the first step on there is something to save
-            progress.record(step, metrics, where)
-            dog.ended(step - 1)  # whose results were awaited
-            step += 1
-            last = step == job.total_steps or stop()
-            if last or step % config.checkpoint.every == 0:
+            preemption.heed()  # from the first step on there is something to save
+            progress.record(run.step, metrics, origin.where)
+            dog.ended(run.step - 1)  # whose results were awaited
+            run.step += 1
+            last = run.step == job.total_steps or preemption.now(run.step)
+            if last or run.step % config.checkpoint.every == 0:
                 progress.flush()
                 job.keep()  # a checkpoint's lines are there before it is
-                run.store.save(step, run.state, run.iterator.get_state())
+                store.save(run.step, run.state, origin.position)
             if last:
                 break
         progress.flush()
-    signal.signal(signal.SIGTERM, previous_handler)  # from here on there is nothing to save
-    if step < job.total_steps:
-        say(f"stopped by SIGTERM; saved at step {step}: the same command resumes")
-    return step == job.total_steps
+    if run.step < job.total_steps:
+        say(f"stopped by SIGTERM; saved at step {run.step}: the same command resumes")
+    return run.step == job.total_steps
 
 
 def finish(run: Run, numbers: dict[str, Any], pictures: Mapping[str, Path]) -> dict[str, Any]:
@@ -234,14 +246,25 @@ def finish(run: Run, numbers: dict[str, Any], pictures: Mapping[str, Path]) -> d
     Returns what results.json holds; how many steps there were in the other processes, which wait: one that leaves early
     ends the job for all.
     """
-    tuned = multihost_utils.process_allgather(run.state["tuned"], tiled=True)
-    first = jax.process_index() == 0
-    results = _write(run, tuned, numbers, pictures) if first else {"steps": run.job.total_steps}
+    results = {"steps": run.job.total_steps}
+    if jax.process_index() == 0:
+        results = _write(run, _tuned_on_host(run), numbers, pictures)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("exported")
     if on_bucket(run.job.home):
         shutil.rmtree(run.job.workdir)
     return results
+
+
+def _tuned_on_host(run: Run) -> dict[str, Any]:
+    """What the run has tuned, for this process alone.
+
+    Where others hold parts of it, it is read from the last checkpoint: no device and no other host
+    has to hold it all.
+    """
+    if jax.process_count() == 1:
+        return jax.device_get(run.state["tuned"])
+    return run.store.read(run.job.total_steps, {"tuned": run.job.training.tuned})["tuned"]
 
 
 def _write(run: Run, tuned: dict[str, Any], numbers: dict[str, Any], pictures: Mapping[str, Path]) -> dict[str, Any]:
@@ -275,13 +298,6 @@ def _towers(checkpoint: Checkpoint, sources: Mapping[str, Source], media: MediaC
     used = frozenset().union(*(source.modalities for source in sources.values()))
     used |= {"audio"} if media.use_audio_in_video and "video" in used else set()
     return [tower for tower, kinds in backbone.reads.items() if used & set(kinds)]
-
-
-def _on_sigterm() -> Callable[[], bool]:
-    """A function that tells whether SIGTERM has come (preemption) to any process: the loop then saves and ends."""
-    came: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
-    return lambda: bool(pipeline.agree(np.array([len(came)]))[0])
 
 
 def say(line: str) -> None:

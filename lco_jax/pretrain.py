@@ -9,6 +9,8 @@ this leaves with --config.model.path=WORKDIR/merged. A workdir holds the same fi
 loss before and after, in nats a token, and what the model then says to the first held-out prompts.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -29,7 +31,8 @@ SAID = 4  # held-out prompts that are answered
 def pretrain(config: ConfigDict, workdir: Place) -> dict[str, Any]:
     """Run or resume; returns results.json's content, or {} when a SIGTERM ended the run early (after saving it)."""
     job = jobs.open_job(config, workdir, generative=True)
-    before = _evaluate(job, job.params, said=0)
+    generator = OmniGenerator(job.model, {}, job.processor, job.mesh)  # one: its programs are compiled once
+    before = _evaluate(job, generator, job.untrained_params, said=0) if job.held_out else {}
     run = jobs.begin(job)
     step = make_pretrain_step(
         job.model,
@@ -42,29 +45,35 @@ def pretrain(config: ConfigDict, workdir: Place) -> dict[str, Any]:
     )
     if not jobs.loop(run, step):
         return {}
-    after = _evaluate(job, job.tuned_params(run.state), said=SAID)
-    if not after:
+    if not job.held_out:
         return jobs.finish(run, {}, {})
+    after = _evaluate(job, generator, partial(job.tuned_params, run.state["tuned"]), said=SAID)
     said = after.pop("said")
     for one in said:
         say(f"wanted {one['wanted']!r:.60}\n  said {one['said']!r:.60}")
     return jobs.finish(run, {"before": before, "after": after, "said": said}, {})
 
 
-def _evaluate(job: Job, params: dict[str, Any], said: int) -> dict[str, Any]:
-    """The loss of the held-out answers, in nats a token, and what the model says to the first prompts, so many; {}
-    without held-out records."""
-    if not job.held_out:
-        return {}
-    generator = OmniGenerator(job.model, params, job.processor, job.mesh)
+def _evaluate(job: Job, generator: OmniGenerator, params: Callable[[], dict[str, Any]], said: int) -> dict[str, Any]:
+    """The loss of the held-out answers, in nats a token, and what the model says to the first
+    prompts, so many.
+
+    params: makes those that the generator has meanwhile.
+    """
+    generator.params = params()
     records = [record for some in job.held_out.values() for record in some]
-    prompts, answers = [as_input(one.anchor) for one in records], [answer_of(one) for one in records]
-    losses, counts = generator.token_losses(prompts, answers, max_length=job.config.data.max_length)
+    prompts = [as_input(record.anchor) for record in records]
+    answers = [answer_of(record) for record in records]
+    max_length = job.config.data.max_length
+    losses, counts = generator.token_losses(prompts, answers, max_length=max_length)
     loss = float(losses.sum() / counts.sum())
     say(f"held-out loss ({len(answers)} answers): {loss:.4f} nats a token")
     texts = generator.generate(prompts[:said]) if said else []
-    rows = zip(records[:said], texts, strict=True)
-    shown = [{"where": one.where, "wanted": one.positive, "said": text} for one, text in rows]
+    generator.params = {}  # training has the memory
+    shown = [
+        {"where": record.where, "wanted": record.positive, "said": text}
+        for record, text in zip(records[:said], texts, strict=True)
+    ]
     return {"loss": loss, **({"said": shown} if said else {})}
 
 

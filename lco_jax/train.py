@@ -12,15 +12,18 @@ Any key of the config can be set on the command line, e.g. --config.optimizer.le
     checkpoints/  config.json  what resuming needs
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from lco_jax import job as jobs
 from lco_jax.core.buckets import Place
 from lco_jax.core.errors import PREEMPTED, LcoError, run_main
-from lco_jax.data.records import as_input
+from lco_jax.data.records import Side, as_input
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation.plots import plot_similarity
 from lco_jax.evaluation.retrieval import Retrieval, retrieval
@@ -35,7 +38,8 @@ def train(config: ConfigDict, workdir: Place) -> dict[str, Any]:
     if config.tune.towers != "none":
         raise LcoError("config.tune.towers goes with lco_jax.pretrain; contrastive training leaves towers as they are")
     job = jobs.open_job(config, workdir)
-    before = _evaluate(job, job.params)
+    embedder = OmniEmbedder(job.model, {}, job.processor, job.mesh)  # one: its programs are compiled once
+    before = _evaluate(job, embedder, job.untrained_params) if job.held_out else {}
     run = jobs.begin(job)
     train_step = make_train_step(
         job.model,
@@ -51,33 +55,39 @@ def train(config: ConfigDict, workdir: Place) -> dict[str, Any]:
     )
     if not jobs.loop(run, train_step):
         return {}
-    return _finish(run, before)
+    if not job.held_out:
+        return jobs.finish(run, {}, {})
+    after = _evaluate(job, embedder, partial(job.tuned_params, run.state["tuned"]))
+    return _finish(run, before, after)
 
 
-def _evaluate(job: Job, params: dict[str, Any]) -> dict[str, Retrieval]:
-    """Held-out retrieval by file, if there are any."""
-    embedder = OmniEmbedder(job.model, params, job.processor, job.mesh)
-    encode = lambda sides: embedder.encode(  # noqa: E731
-        list(map(as_input, sides)), job.config.eval.batch_size, max_length=job.config.data.max_length
-    )
-    found = {}
+def _evaluate(job: Job, embedder: OmniEmbedder, params: Callable[[], dict[str, Any]]) -> dict[str, Retrieval]:
+    """Held-out retrieval by file. params: makes those that the embedder has meanwhile."""
+
+    def encode(sides: Sequence[Side]) -> np.ndarray:
+        inputs = list(map(as_input, sides))
+        return embedder.encode(inputs, job.config.eval.batch_size, max_length=job.config.data.max_length)
+
+    embedder.params, found = params(), {}
     for name, records in job.held_out.items():
         found[name] = one = retrieval(encode, records)
-        say(f"held out, {name}: {len(records)} anchors, recall@1 {one.recall_at_1:.3f}, MRR {one.mrr:.3f}")
+        scores = f"recall@1 {one.recall_at_1:.3f}, MRR {one.mrr:.3f}"
+        say(f"held out, {name}: {len(records)} anchors, {scores}")
+    embedder.params = {}  # training has the memory
     return found
 
 
-def _finish(run: Run, before: dict[str, Retrieval]) -> dict[str, Any]:
-    """Evaluate again, show the difference, and write everything."""
-    after = _evaluate(run.job, run.job.tuned_params(run.state))
-    if not after:
-        return jobs.finish(run, {}, {})
+def _finish(run: Run, before: dict[str, Retrieval], after: dict[str, Retrieval]) -> dict[str, Any]:
+    """Show the difference, and write everything."""
     picture = run.job.workdir / "similarity.png"
     if jax.process_index() == 0:
-        plot_similarity(picture, {name: (before[name].similarity, after[name].similarity) for name in after})
+        similarities = {name: (before[name].similarity, after[name].similarity) for name in after}
+        plot_similarity(picture, similarities)
     say(f"\n{'held out':32}{'before':>10}{'after':>10}")
-    for name, b, a in ((name, before[name], after[name]) for name in after):
-        say(f"{f'{name}, recall@1 of {a.candidates}':32}{b.recall_at_1:10.3f}{a.recall_at_1:10.3f}")
+    for name, a in after.items():
+        b = before[name]
+        recall = f"{name}, recall@1 of {a.candidates}"
+        say(f"{recall:32}{b.recall_at_1:10.3f}{a.recall_at_1:10.3f}")
         say(f"{f'{name}, MRR':32}{b.mrr:10.3f}{a.mrr:10.3f}")
     numbers = {
         when: {name: {"recall_at_1": x.recall_at_1, "mrr": x.mrr} for name, x in found.items()}

@@ -195,6 +195,31 @@ def test_sigterm_before_there_is_anything_to_save():
     assert process.returncode == PREEMPTED
 
 
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_processes_lets_both_save_the_same_step(tmp_path):
+    """Which jax's preemption service tells; then the same command resumes from there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable, "-m", "lco_jax.train", "--config=configs/tiny.py", f"--workdir={tmp_path}",
+        "--config.train.batch_size=8", "--config.train.steps=2000", "--config.checkpoint.every=100000",
+        "--config.eval.path=", "--config.lora.rank=4", f"--coordinator=127.0.0.1:{port}", "--num_processes=2",
+    ]  # fmt: skip
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    options = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    both = [subprocess.Popen([*command, f"--process_id={i}"], **options) for i in range(2)]
+    while both[1].poll() is None and len(read_metrics(tmp_path / "metrics.jsonl")) < 3:
+        time.sleep(0.05)
+    both[1].send_signal(signal.SIGTERM)
+    said = [one.communicate(timeout=250)[0] for one in both]
+    assert [one.returncode for one in both] == [PREEMPTED, PREEMPTED], said
+    steps = len(read_metrics(tmp_path / "metrics.jsonl"))
+    assert 3 <= steps < 2000
+    assert f"saved at step {steps}: the same command resumes" in said[0]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()] == [str(steps)]
+
+
 def test_a_full_disk_is_one_sentence(capsys):
     def main():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a/metrics.jsonl")

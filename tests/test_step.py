@@ -22,7 +22,7 @@ from lco_jax.data.records import Record
 from lco_jax.data.sources import JsonlSource
 from lco_jax.training.losses import info_nce
 from lco_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from lco_jax.training.step import init_state, make_train_step, state_shardings
+from lco_jax.training.step import init_state, make_train_step, make_update, state_shardings
 
 PROMPT = "\nSummarize the above text in one word:"
 STEPS, BATCH, TEMPERATURE = 20, 6, 0.03
@@ -216,6 +216,29 @@ def test_a_step_that_is_not_finite_changes_nothing(cases, records):
         assert bool(metrics["finite"])
         moved = jax.tree.map(lambda x, y: bool((x != y).any()), jax.device_get(good["tuned"]), before["tuned"])
         assert any(jax.tree.leaves(moved))
+
+
+def test_a_step_tells_its_rate_and_one_that_is_not_finite_does_not_advance_the_schedule(records):
+    """The loss of a step is not finite where the frozen parameters are not."""
+    config = OptimizerConfig(learning_rate=2.0, schedule="linear", warmup_steps=4)
+    tx, mesh = make_optimizer(config, 10), make_mesh(devices=jax.devices()[:1])
+    rate = learning_rate(config, 10)
+    processor = Processor(open_checkpoint("builtin:tiny").folder)
+    layout = pipeline.Layout(2, 1, processor.tokenizer.head)
+    local = pipeline._prepare(records[:2], layout, processor, None, 1, 0)
+    batch = pipeline.global_batch(local, layout, processor.rows, mesh)
+
+    def loss(tuned, params, batch, media, seed):
+        value = jnp.sum(tuned["decoder"]["norm"]["weight"] * params)
+        return value, {"loss": value}
+
+    state, places = begin({"norm": {"weight": jnp.ones(3)}}, tx, mesh)
+    update = make_update(loss, tx, 0, mesh, places)
+    told = []
+    for scale in (1.0, 1.0, jnp.nan, jnp.nan, 1.0):
+        state, metrics = update(state, jnp.float32(scale), batch, None)
+        told.append(float(metrics["learning_rate"]))
+    assert told == pytest.approx([float(rate(i)) for i in (0, 1, 2, 2, 2)])
 
 
 def test_schedules():

@@ -7,6 +7,7 @@ from contextlib import closing
 import jax
 import numpy as np
 import pytest
+import tensorstore
 
 from lco_jax import LcoError
 from lco_jax.checkpoint.store import SUMS, RunStore
@@ -93,6 +94,35 @@ def test_a_whole_checkpoint_of_another_run_stays_where_it_is(saved):
         store.restore_newest(like, jax.tree.map(lambda _: replicated(make_mesh()), like))
     store.close()
     assert holds(newest(saved), 12)
+
+
+def test_a_part_is_read_alone_and_onto_the_host(tmp_path):
+    """The bytes read are those of the part, and no device holds them; a damaged checkpoint is
+    told."""
+    part = {"a": np.arange(6, dtype=np.float32)}
+    large = np.random.default_rng(0).normal(size=2**20).astype(np.float32)
+    state = {"tuned": part, "optimizer": {"mu": large}}
+    store = RunStore(tmp_path, 1)
+    store.save(4, jax.tree.map(jax.numpy.asarray, state), {})
+    store.close()
+    shape = {"tuned": {"a": jax.ShapeDtypeStruct((6,), np.float32)}}
+    live, before = len(jax.live_arrays()), bytes_read()
+    found = store.read(4, shape)
+    assert len(jax.live_arrays()) == live
+    assert bytes_read() - before < large.nbytes / 4
+    assert list(found) == ["tuned"]
+    assert type(found["tuned"]["a"]) is np.ndarray
+    assert np.array_equal(found["tuned"]["a"], part["a"])
+    with pytest.raises(LcoError, match="4 cannot be read"):
+        store.read(4, {"tuned": {"b": shape["tuned"]["a"]}})
+    flip(max(files(tmp_path / "4", "any"), key=lambda path: path.stat().st_size))
+    with pytest.raises(LcoError, match="4 is damaged"):
+        store.read(4, shape)
+
+
+def bytes_read():
+    metrics = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return sum(value["value"] for metric in metrics for value in metric["values"])
 
 
 def test_a_put_aside_checkpoint_may_come_again(saved):

@@ -17,6 +17,7 @@ import pytest
 
 from lco_jax import LcoError, OmniEmbedder, convert, make_mesh
 from lco_jax.core.errors import PREEMPTED
+from lco_jax.pretrain import pretrain
 from lco_jax.train import train
 from lco_jax.training import cli
 from lco_jax.training.metrics import read_metrics
@@ -171,6 +172,43 @@ def test_a_value_that_cannot_be_is_told_and_claims_no_workdir(tmp_path, monkeypa
     with pytest.raises(LcoError, match=says):
         train(args.config, tmp_path)
     assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", [train, pretrain])
+def test_the_second_evaluation_compiles_nothing(tmp_path, monkeypatch, job):
+    """Before and after, of the same held-out records, with the same programs."""
+    lines = [{"anchor": f"dog {i}", "positive": f"a dog runs {i}"} for i in range(8)]
+    data = tmp_path / "a.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    module, compiled, evaluated = sys.modules[job.__module__], [], []
+    evaluate = module._evaluate
+
+    def counted(*args, said=0):
+        before = len(compiled)
+        kwargs = {"said": 0} if job is pretrain else {}
+        evaluated.append((evaluate(*args, **kwargs), len(compiled) - before))
+        return {**evaluated[-1][0], **({"said": []} if said else {})}
+
+    def listen(event, *_, **__):
+        compiled.append(event) if event.endswith("backend_compile_duration") else None
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    monkeypatch.setattr(module, "_evaluate", counted)
+    monkeypatch.setattr("lco_jax.job.make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
+    monkeypatch.chdir(ROOT)
+    flags = [
+        *SMALL,
+        "--config.train.steps=2",
+        f"--config.eval.path={data}",
+        f"--config.data.sources.bundled.path={data}",
+    ]
+    job(cli.parse(["train", *flags, "--config.optimizer.warmup_steps=1"], "").config, tmp_path / "run")
+    jax.monitoring.unregister_event_duration_listener(listen)
+    (before, programs), (after, again) = evaluated
+    assert programs > 0
+    assert again == 0
+    assert repr(before) != repr(after)
 
 
 @pytest.mark.slow

@@ -77,6 +77,33 @@ class RunStore:
             raise kind(f"{folder} cannot be read: {reason(error)}") from None
         return restored.state, restored.data
 
+    def read(self, step: int, part: Any) -> Any:
+        """Of a step's state what `part` names, a tree of shapes: on the host, and nothing else is
+        read.
+
+        For one process alone, as the first of several may be. Raises where files are not as they
+        were written.
+        """
+        folder = self.folder / str(step)
+        if damage := _damage(folder):
+            raise Damaged(f"{folder} is damaged: {damage}")
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(),
+            active_processes={jax.process_index()},
+            barrier_sync_key_prefix="read",
+        )
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), part)
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        args = ocp.args.PyTreeRestore(part, restore_args=on_host, partial_restore=True)
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+            try:
+                found = reader.restore(folder / "state", args=args)
+            except (OSError, ValueError, KeyError) as error:
+                raise LcoError(f"{folder} cannot be read: {reason(error)}") from None
+        if not _whole(found, part):
+            raise LcoError(f"{folder} cannot be read: it holds another model, or other adapters")
+        return found
+
     def restore_newest(self, state: Any, where: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """(step, state, data position) of the newest checkpoint that can be read; None where none was ever saved.
 
@@ -98,6 +125,15 @@ class RunStore:
         if steps or next(self.folder.glob("*.damaged"), None):
             raise LcoError(f"{self.folder} holds no checkpoint that can be read; give another --workdir to begin anew")
         return None
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether `step` is the one at which all processes are to save, because one of them is to
+        end.
+
+        Each of several processes asks at every step. Costs no collective; always False for one
+        alone.
+        """
+        return self._manager.reached_preemption(step)
 
     def close(self) -> None:
         """Returns when everything begun is on disk."""
@@ -121,6 +157,13 @@ class RunStore:
                 whole = (folder / COMMITTED).exists() if on_bucket(folder) else "tmp" not in folder.name
                 if not whole:
                     write_json(folder / SUMS, _sums(folder))
+
+
+def _whole(found: Any, shapes: Any) -> bool:
+    """Whether what was read has all shapes; where there is no such leaf, orbax hands back the
+    shape."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(shapes), strict=True)
+    return all(isinstance(x, np.ndarray) and x.shape == shape.shape for x, shape in pairs)
 
 
 def _sums(folder: epath.Path) -> dict[str, str]:

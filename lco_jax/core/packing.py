@@ -97,6 +97,9 @@ class Batch:
     sequences: int32 [B, 2 + M], replicated: where anchor, positive and negatives of each record lie among the
     C · R · S sequences; -1 for a negative that a record does not have, and throughout for a record that was left out.
     content: int32 [B, 2 + M], replicated: equal for sides that say the same.
+    Of a batch that P processes share, both are [B / P, R, 2 + M] and split as the streams are: a
+    process has its own records, number p + i · P at [i, the first of its streams]; the step gathers
+    them (`whole`).
     media: what each tower reads: tower -> argument -> rows, split over the mesh as the batch's are; {} for text alone.
     answers: the tokens that generative training predicts, split as the streams are; None in contrastive training.
     """
@@ -106,6 +109,18 @@ class Batch:
     content: Array
     media: dict[str, dict[str, Array]]
     answers: Answers | None = None
+
+    def whole(self, processes: int) -> "Batch":
+        """With `sequences` and `content` of all records, for every device."""
+        if processes == 1:
+            return self
+
+        def gathered(table: Array) -> Array:
+            count, streams, sides = table.shape
+            each = table.reshape(count, processes, streams // processes, sides)
+            return each[:, :, 0].reshape(count * processes, sides)
+
+        return replace(self, sequences=gathered(self.sequences), content=gathered(self.content))
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,11 @@ those whose index is p modulo P. The position of the stream is one number, so a 
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
+from itertools import islice
 from typing import Any, NamedTuple
 
 import grain
@@ -21,11 +23,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lco_jax.core.errors import LcoError
+from lco_jax.core.exchange import Exchange
 from lco_jax.core.packing import (
     WIDTHS,
     Batch,
     Shape,
     Stream,
+    TokenSequence,
     fill,
     fill_answers,
     fit,
@@ -34,9 +38,9 @@ from lco_jax.core.packing import (
     lay_stream,
     spread,
 )
-from lco_jax.core.sharding import ROWS, replicated, row_shards
-from lco_jax.data.inputs import conversation
-from lco_jax.data.processor import MediaRows, MediaShape, Processor, lay_media
+from lco_jax.core.sharding import ROWS, row_shards
+from lco_jax.data.inputs import conversation, one_ahead
+from lco_jax.data.processor import LaidMedia, MediaRows, MediaShape, Processor, widest, with_room
 from lco_jax.data.prompts import asked
 from lco_jax.data.records import Record, Side, answer_of, side_key
 from lco_jax.data.scan import Source
@@ -205,73 +209,148 @@ def _number(side: Side) -> int:
 class LaidBatch(NamedTuple):
     """A process's share of a batch, laid into its streams. bins: of each input, its stream, chunk by chunk.
 
-    members: of each stream, its inputs' numbers. media: makes the towers' rows.
+    members: of each stream, its inputs' numbers. need: the least shape that holds every process's
+    streams. media: makes the towers' rows; media_need: the least shape that holds every process's.
     """
 
     chunks: int
     bins: np.ndarray
     members: list[np.ndarray]
     streams: list[Stream]
+    need: Shape
     media: Callable[[], MediaRows]
-    media_shape: MediaShape
+    media_need: MediaShape
+
+
+class Share:
+    """A process's share of a batch, spread over the `shards` that it feeds, and over chunks, and
+    laid into streams.
+
+    Two times all processes agree on the most that one of them needs: on `first`, chunks and the
+    width of each tower's rows, without which nothing can be laid; then on `second`, the sizes of
+    streams and towers' rows as laid.
+    layouts: how each tower's rows are laid out (`Processor.rows`).
+    """
+
+    def __init__(self, local: LocalBatch, layout: Layout, layouts: Mapping[str, TowerRows], shards: int):
+        self.local, self.layout, self.layouts, self.shards = local, layout, layouts, shards
+        self.towers = sorted(layouts)
+        self.own = [max(len(one) - len(layout.head), 1) for one in local.inputs]
+        most = shards * layout.chunk_tokens
+        chunks = -(-sum(self.own) // most) if most else 1
+        widths = widest(layouts, local.inputs)
+        self.first = np.array([chunks, *(widths[tower] for tower in self.towers)], np.int64)
+
+    def lay(self, agreed: np.ndarray) -> None:
+        """Lay it. agreed: on `first`. Afterwards there is `second`."""
+        chunks, *widths = map(int, agreed)
+        self.chunks = max(chunks, self.layout.floor.chunks)
+        floor = self.layout.media_floor
+        wide = {
+            tower: max(width, floor.get(tower, (0, 0))[0]) for tower, width in zip(self.towers, widths, strict=True)
+        }
+        self.bins = spread(self.own, self.chunks * self.shards)
+        self.by_shard = [np.flatnonzero(self.bins % self.shards == shard) for shard in range(self.shards)]
+        shards = [[self.local.inputs[i] for i in chosen] for chosen in self.by_shard]
+        self.media = LaidMedia(self.layouts, shards, wide)
+        self.members = [np.flatnonzero(self.bins == i) for i in range(self.chunks * self.shards)]
+        self.streams = [lay_stream(ones, self.layout.head) for ones in self._sequences(self.media.need)]
+        floor = self.layout.floor.rows
+        need = largest(in_widths(stream.need, floor) for stream in self.streams)
+        rows = [self.media.need.get(tower, (0, 0))[1] for tower in self.towers]
+        self.second = np.array([*_sizes(need), *rows], np.int64)
+
+    def laid(self, agreed: np.ndarray) -> LaidBatch:
+        """The end of it. agreed: on `second`."""
+        sizes, rows = np.split(agreed, [len(agreed) - len(self.towers)])
+        counts = dict(zip(self.towers, map(int, rows), strict=True))
+        media_need = {tower: (width, counts[tower]) for tower, (width, _) in self.media.need.items()}
+        shape = with_room(media_need, self.layout.media_floor)
+        streams = [
+            stream._replace(sequences=ones)  # which lie where they lay, and know their media's tokens
+            for stream, ones in zip(self.streams, self._sequences(shape), strict=True)
+        ]
+        return LaidBatch(
+            self.chunks,
+            self.bins,
+            self.members,
+            streams,
+            _shape(sizes),
+            partial(self.media.fill, shape),
+            media_need,
+        )
+
+    def _sequences(self, media: MediaShape) -> list[list[TokenSequence]]:
+        """Of each stream, if the towers' rows have a shape."""
+        laid = (one for ones in self.media.sequences(media) for one in ones)
+        sequences = dict(zip(np.concatenate(self.by_shard), laid, strict=True))
+        return [[sequences[i] for i in chosen] for chosen in self.members]
 
 
 def lay_batch(local: LocalBatch, layout: Layout, layouts: Mapping[str, TowerRows], shards: int) -> LaidBatch:
-    """Spread a share over the `shards` that this process feeds, and over chunks, and lay each part into its stream.
-
-    layouts: how each tower's rows are laid out (`Processor.rows`).
-    """
-    own = [max(len(one) - len(layout.head), 1) for one in local.inputs]
-    chunks = -(-sum(own) // (shards * layout.chunk_tokens)) if layout.chunk_tokens else 1
-    chunks = max(int(agree(np.array([chunks]))[0]), layout.floor.chunks)
-    bins = spread(own, chunks * shards)
-    by_shard = [np.flatnonzero(bins % shards == shard) for shard in range(shards)]
-    media, laid, media_shape = lay_media(
-        layouts, [[local.inputs[i] for i in chosen] for chosen in by_shard], agree, layout.media_floor
-    )
-    sequences = dict(zip(np.concatenate(by_shard), (one for ones in laid for one in ones), strict=True))
-    members = [np.flatnonzero(bins == i) for i in range(chunks * shards)]
-    streams = [lay_stream([sequences[i] for i in chosen], layout.head) for chosen in members]
-    return LaidBatch(chunks, bins, members, streams, media, media_shape)
+    """A share, laid; what processes agree on they do at once. Arguments: as of `Share`."""
+    share = Share(local, layout, layouts, shards)
+    share.lay(agree(share.first))
+    return share.laid(agree(share.second))
 
 
-def global_batch(local: LocalBatch, layout: Layout, layouts: Mapping[str, TowerRows], mesh: Mesh) -> Batch:
-    """Every process's share -> one `Batch` on the mesh. Processes agree on its shape, which is nearly always the same.
-
-    layouts: how each tower's rows are laid out (`Processor.rows`).
-    """
-    processes, me = jax.process_count(), jax.process_index()
-    shards = row_shards(mesh) // processes  # the row shards that this process feeds
-    laid = lay_batch(local, layout, layouts, shards)
-    need = largest(in_widths(stream.need, layout.floor.rows) for stream in laid.streams)
-    shape = fit(agree_shape(need), layout.floor)
+def to_devices(local: LocalBatch, laid: LaidBatch, layout: Layout, mesh: Mesh) -> Batch:
+    """Fill a share's arrays and send them to this process's devices. No other process is waited
+    for."""
+    processes, shards = jax.process_count(), row_shards(mesh) // jax.process_count()
+    shape = fit(laid.need, layout.floor)
     identities = [local.record[chosen] * MAX_SIDES + local.side[chosen] for chosen in laid.members]
     tokens, became = fill(laid.streams, identities, shape, layout.head)
     records = [local.record[chosen] for chosen in laid.members]
     answers = fill_answers(laid.streams, records, shape.answers) if layout.generative else None
-    split, split_media = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, ROWS), (ROWS,)))
 
-    def to_mesh(x: np.ndarray) -> Array:
-        x = x.reshape(laid.chunks, shards, *x.shape[1:])
-        return jax.make_array_from_process_local_data(split, x, (laid.chunks, shards * processes, *x.shape[2:]))
+    def to_mesh(x: np.ndarray, *axes: str | tuple[str, ...] | None) -> Array:
+        sizes = [n * processes if axis else n for n, axis in zip(x.shape, axes, strict=False)]
+        place = NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.make_array_from_process_local_data(place, x, (*sizes, *x.shape[len(axes) :]))
 
-    def media_to_mesh(x: np.ndarray) -> Array:
-        return jax.make_array_from_process_local_data(split_media, x, (len(x) * processes, *x.shape[1:]))
+    def in_chunks(x: np.ndarray) -> Array:
+        return to_mesh(x.reshape(laid.chunks, shards, *x.shape[1:]), None, ROWS)
 
+    tables = _tables(local, laid, became, tokens.last_tokens.shape[-1], layout, shards)
+    tokens, answers = jax.tree.map(in_chunks, (tokens, answers))
+    media = jax.tree.map(lambda x: to_mesh(x, ROWS), laid.media())
+    split = (None, ROWS) if processes > 1 else ()
+    sequences, content = (to_mesh(table, *split) for table in tables)
+    return Batch(tokens, sequences, content, media, answers)
+
+
+def _tables(
+    local: LocalBatch,
+    laid: LaidBatch,
+    became: list[np.ndarray],
+    slots: int,
+    layout: Layout,
+    shards: int,
+) -> np.ndarray:
+    """This process's part of the batch's `sequences` and `content`, one behind the other.
+
+    became: as of `fill`; slots: sequences of a stream.
+    """
+    processes, me = jax.process_count(), jax.process_index()
     which = np.zeros(len(local.inputs), np.int64)
-    for chosen, slots in zip(laid.members, became, strict=True):
-        which[chosen] = slots
+    for chosen, numbers in zip(laid.members, became, strict=True):
+        which[chosen] = numbers
     chunk, shard = np.divmod(laid.bins, shards)
-    slots = (chunk * shards * processes + me * shards + shard) * tokens.last_tokens.shape[-1] + which
-    table = np.full((2, layout.batch_size, layout.sides), -1, np.int32)
-    table[:, local.record, local.side] = slots, local.content
-    if processes > 1:
-        every = multihost_utils.process_allgather(table)  # a record is one process's, which has its slots
-        table = np.where(every[:, :1] >= 0, every, np.iinfo(np.int32).min).max(axis=0)
-        table[0] = np.maximum(table[0], -1)
-    everywhere_same = [jax.make_array_from_callback(x.shape, replicated(mesh), x.__getitem__) for x in table]
-    tokens, answers = jax.tree.map(to_mesh, (tokens, answers))
-    return Batch(tokens, *everywhere_same, jax.tree.map(media_to_mesh, laid.media()), answers)
+    at = (chunk * shards * processes + me * shards + shard) * slots + which
+    table = np.full((2, layout.batch_size // processes, layout.sides), -1, np.int32)
+    table[:, local.record // processes, local.side] = at, local.content
+    if processes == 1:
+        return table
+    split = np.full((*table.shape[:2], shards, layout.sides), -1, np.int32)
+    split[:, :, 0] = table
+    return split
+
+
+def global_batch(local: LocalBatch, layout: Layout, layouts: Mapping[str, TowerRows], mesh: Mesh) -> Batch:
+    """Every process's share -> one `Batch` on the mesh, at once. layouts: as of `Share`."""
+    shards = row_shards(mesh) // jax.process_count()
+    return to_devices(local, lay_batch(local, layout, layouts, shards), layout, mesh)
 
 
 def agree(need: np.ndarray) -> np.ndarray:
@@ -281,9 +360,16 @@ def agree(need: np.ndarray) -> np.ndarray:
 
 def agree_shape(need: Shape) -> Shape:
     """The least shape that holds every process's."""
-    counts = [need.rows.get(width, 0) for width in WIDTHS]
-    sizes = np.array([need.tokens, need.chunks, need.answers, *counts], np.int64)
-    tokens, chunks, answers, *counts = (int(x) for x in agree(sizes))
+    return _shape(agree(_sizes(need)))
+
+
+def _sizes(shape: Shape) -> np.ndarray:
+    counts = [shape.rows.get(width, 0) for width in WIDTHS]
+    return np.array([shape.tokens, shape.chunks, shape.answers, *counts], np.int64)
+
+
+def _shape(sizes: np.ndarray) -> Shape:
+    tokens, chunks, answers, *counts = map(int, sizes)
     rows = {width: count for width, count in zip(WIDTHS, counts, strict=True) if count}
     return Shape(tokens, rows, chunks, answers)
 
@@ -300,11 +386,74 @@ def check_mesh(mesh: Mesh) -> None:
         )
 
 
+class Origin(NamedTuple):
+    """Where a batch comes from. where: the origins of this process's share of its records, in
+    order.
+
+    position: the data's, once it is consumed, as a checkpoint keeps it.
+    """
+
+    where: tuple[str, ...]
+    position: dict[str, Any]
+
+
 def batches(
-    iterator: grain.DatasetIterator, layout: Layout, layouts: Mapping[str, TowerRows], mesh: Mesh
-) -> Iterator[tuple[Batch, tuple[str, ...]]]:
-    """Global batches, each with the origins of this process's share of its records. Says which were left out."""
-    for local in iterator:
+    iterator: grain.DatasetIterator,
+    layout: Layout,
+    layouts: Mapping[str, TowerRows],
+    mesh: Mesh,
+    exchange: Exchange | None = None,
+    count: int | None = None,
+) -> Iterator[tuple[Batch, Origin]]:
+    """Global batches, so many (None: without end). Says which records were left out.
+
+    The next is read, laid, filled and sent to the devices in a thread while the caller has the one
+    before; an exception there is raised here. The thread alone has the iterator. layouts: as of
+    `Share`. exchange: with the other processes.
+    """
+    exchange = Exchange() if exchange is None else exchange
+    shares = _shares(islice(iterator, count), iterator, layout, layouts, mesh)
+    with closing(one_ahead(_sent(shares, layout, mesh, exchange))) as ready:
+        yield from ready
+
+
+def _shares(
+    read: Iterator[LocalBatch],
+    iterator: grain.DatasetIterator,
+    layout: Layout,
+    layouts: Mapping[str, TowerRows],
+    mesh: Mesh,
+) -> Iterator[tuple[Share, Origin]]:
+    shards = row_shards(mesh) // jax.process_count()
+    for local in read:
         for reason in local.skipped:
             logger.warning("skipped: %s", reason)
-        yield global_batch(local, layout, layouts, mesh), local.where
+        origin = Origin(local.where, iterator.get_state())
+        yield Share(local, layout, layouts, shards), origin
+
+
+def _sent(
+    shares: Iterator[tuple[Share, Origin]], layout: Layout, mesh: Mesh, exchange: Exchange
+) -> Iterator[tuple[Batch, Origin]]:
+    """Shares, sent to the devices.
+
+    One exchange a batch: what a share needs second is told with what the next one needs first.
+    """
+
+    def send(share: Share, second: np.ndarray) -> Batch:
+        return to_devices(share.local, share.laid(second), layout, mesh)
+
+    before: tuple[Share, Origin] | None = None
+    for share, origin in shares:
+        if before is None:
+            first = exchange.most(share.first)
+        else:
+            waiting, its_origin = before
+            told = exchange.most(np.concatenate([waiting.second, share.first]))
+            second, first = np.split(told, [len(waiting.second)])
+            yield send(waiting, second), its_origin
+        share.lay(first)
+        before = share, origin
+    if before is not None:
+        waiting, its_origin = before
+        yield send(waiting, exchange.most(waiting.second)), its_origin

@@ -110,7 +110,7 @@ def _media(laid: list, processor: Processor) -> dict[str, tuple[int, int]]:
     """Of each tower, rows as wide as the widest of the sample, and as many as the most, and an eighth more."""
     floor = {}
     for tower in sorted(processor.rows):
-        shapes = [one.media_shape[tower] for one in laid if tower in one.media_shape]
+        shapes = [one.media_need[tower] for one in laid if tower in one.media_need]
         width, count = agree(np.array([max((x[0] for x in shapes), default=0), max((x[1] for x in shapes), default=0)]))
         if count:
             floor[tower] = (int(width), bucket(int(np.ceil(count * 1.125)), 4))

@@ -3,7 +3,8 @@
 Dimensions: P shards of the rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,47 +116,77 @@ def _without_media(messages: Messages) -> Messages:
     ]
 
 
-def lay_media(
-    layouts: dict[str, TowerRows],
-    shards: Sequence[Sequence[Processed]],
-    agree: Callable[[np.ndarray], np.ndarray] = lambda need: need,
-    floor: MediaShape | None = None,
-) -> tuple[Callable[[], MediaRows], list[list[TokenSequence]], MediaShape]:
-    """Lay the media of each shard's inputs into tower rows: (what makes the rows, P times as many as a shard has; the
-    inputs' tokens; the least shape that holds them).
+def widest(layouts: Mapping[str, TowerRows], inputs: Sequence[Processed]) -> dict[str, int]:
+    """Of each tower, the least width of rows that holds every medium; 0 where there are none for
+    it."""
+    found = {tower: _items(tower, inputs) for tower in sorted(layouts)}
+    return {tower: layouts[tower].width(items) if items else 0 for tower, items in found.items()}
 
-    agree: makes the shapes of all processes one (the largest): int array -> int array, elementwise. floor: a shape to
-    keep to wherever it does.
-    """
-    floor = floor or {}
-    known = sorted(layouts)
-    items = {
-        tower: [[placed.item for one in inputs for placed in one.media if placed.tower == tower] for inputs in shards]
-        for tower in known
-    }
-    need = np.array([max(layouts[t].width(x) for x in items[t]) if any(items[t]) else 0 for t in known], np.int64)
-    widths = np.maximum(agree(need), [floor.get(tower, (0, 0))[0] for tower in known])
-    laid = {t: [layouts[t].lay(x, int(w)) for x in items[t]] for t, w in zip(known, widths, strict=True) if w}
-    need = np.array([max((x.rows for x in laid[t]), default=0) if t in laid else 0 for t in known], np.int64)
-    shape = {t: (int(w), int(n)) for t, w, n in zip(known, widths, agree(need), strict=True) if w}
-    sizes: MediaShape = {}
-    slots: list[dict[str, Any]] = [{} for _ in shards]
-    offset = 0
-    for tower, (width, count) in shape.items():
+
+def with_room(need: MediaShape, floor: MediaShape) -> MediaShape:
+    """A shape that holds `need`: as many rows as `floor` has wherever that does; else few
+    values."""
+    shape = {}
+    for tower, (width, count) in need.items():
         least = floor.get(tower, (0, 0))[1]
-        count = least if count <= least else bucket(count, 4)
-        sizes[tower] = (width, count)
-        for shard, where in enumerate(laid[tower]):
-            slots[shard][tower] = iter([tokens + offset for tokens in where.tokens])
-        offset += count * layouts[tower].tokens_per_row(width)
+        shape[tower] = (width, least if count <= least else bucket(count, 4))
+    return shape
 
-    def rows() -> MediaRows:
-        return {
-            t: layouts[t].fill(list(zip(items[t], laid[t], strict=True)), count, width)
-            for t, (width, count) in sizes.items()
+
+class LaidMedia:
+    """The media of each shard's inputs, laid into tower rows; how many rows there will be is told
+    afterwards.
+
+    widths: of each tower's rows; 0 for a tower that gets none. need: the least shape that holds
+    them.
+    """
+
+    def __init__(
+        self,
+        layouts: Mapping[str, TowerRows],
+        shards: Sequence[Sequence[Processed]],
+        widths: Mapping[str, int],
+    ):
+        self.layouts, self.inputs = layouts, shards
+        towers = [tower for tower in sorted(widths) if widths[tower]]
+        self.items = {tower: [_items(tower, inputs) for inputs in shards] for tower in towers}
+        self.laid = {
+            tower: [layouts[tower].lay(items, widths[tower]) for items in self.items[tower]] for tower in towers
+        }
+        self.need: MediaShape = {
+            tower: (widths[tower], max((one.rows for one in self.laid[tower]), default=0)) for tower in towers
         }
 
-    return rows, [[_with_slots(one, slots[shard]) for one in inputs] for shard, inputs in enumerate(shards)], shape
+    def sequences(self, shape: MediaShape) -> list[list[TokenSequence]]:
+        """Each shard's inputs, their media's tokens where they lie if the rows have a shape."""
+        slots: list[dict[str, Any]] = [{} for _ in self.inputs]
+        offset = 0
+        for tower, (width, count) in shape.items():
+            for shard, where in enumerate(self.laid[tower]):
+                slots[shard][tower] = iter([tokens + offset for tokens in where.tokens])
+            offset += count * self.layouts[tower].tokens_per_row(width)
+        return [[_with_slots(one, slots[shard]) for one in inputs] for shard, inputs in enumerate(self.inputs)]
+
+    def fill(self, shape: MediaShape) -> MediaRows:
+        """The rows, P times as many as a shard has."""
+        return {
+            tower: self.layouts[tower].fill(list(zip(self.items[tower], self.laid[tower], strict=True)), count, width)
+            for tower, (width, count) in shape.items()
+        }
+
+
+def lay_media(
+    layouts: Mapping[str, TowerRows], shards: Sequence[Sequence[Processed]]
+) -> tuple[Callable[[], MediaRows], list[list[TokenSequence]], MediaShape]:
+    """Lay the media of each shard's inputs into tower rows, where there is one process: (what makes
+    the rows, the inputs' tokens, the rows' shape)."""
+    media = LaidMedia(layouts, shards, widest(layouts, [one for inputs in shards for one in inputs]))
+    shape = with_room(media.need, {})
+    return partial(media.fill, shape), media.sequences(shape), shape
+
+
+def _items(tower: str, inputs: Sequence[Processed]) -> list[Any]:
+    return [placed.item for one in inputs for placed in one.media if placed.tower == tower]
 
 
 def _with_slots(one: Processed, slots: dict[str, Any]) -> TokenSequence:

@@ -1,8 +1,11 @@
 """AdamW with warm-up, a decay, and clipping by global norm."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import optax
+from jax import Array
 
 from lco_jax.core.errors import LcoError
 
@@ -39,13 +42,34 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, decays[config.schedule]], [config.warmup_steps])
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+class Optimizer(NamedTuple):
+    """An optax transformation that tells its rate. rate: the rate of the update that comes next, of
+    a state."""
+
+    init: optax.TransformInitFn
+    update: optax.TransformUpdateFn
+    rate: Callable[[optax.OptState], Array]
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
     """Clip, then AdamW."""
-    adamw = optax.adamw(
-        learning_rate(config, total_steps),
+    schedule = learning_rate(config, total_steps)
+    tx = optax.adamw(
+        schedule,
         b1=config.beta1,
         b2=config.beta2,
         eps=config.eps,
         weight_decay=config.weight_decay,
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    if config.clip_norm:
+        tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
+
+    def rate(state: optax.OptState) -> Array:
+        return schedule(optax.tree.get(state, "count", filtering=_of_schedule))
+
+    return Optimizer(tx.init, tx.update, rate)
+
+
+def _of_schedule(path: tuple, _: Array) -> bool:
+    """Whether a leaf of an optimizer's state is the schedule's; Adam counts, too."""
+    return getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from lco_jax.core.errors import LcoError
 from lco_jax.training.metrics import MetricsLog, keep_before
-from lco_jax.training.optimizer import OptimizerConfig, learning_rate
 
 RECENT, LEAST = 64, 16  # losses that tell what is usual; the fewest that do
 WORST, NAME = 8, 512  # records that are named; bytes of a name that others are told, its end, where file and line stand
@@ -80,13 +79,17 @@ def _names(numbers: Sequence[int], where: Sequence[str]) -> list[str]:
 
 
 class Progress:
-    """Metrics to the log and the progress bar, one step late: the next step is under way before these are fetched."""
+    """Metrics to the log and the progress bar, one step late: the next step is under way before
+    these are fetched.
+
+    Whatever is told of a step is among its metrics: anything computed here would wait behind the
+    step under way.
+    """
 
     def __init__(self, config: ConfigDict, workdir: Path, total_steps: int, first_step: int):
         self.log = MetricsLog(workdir, first_step, config) if jax.process_index() == 0 else None
         self.incidents = Incidents(workdir, first_step, config.train.spike)
         self.batch_size, self.limit = config.train.batch_size, config.train.max_nonfinite
-        self.rate = learning_rate(OptimizerConfig(**config.optimizer), total_steps)
         self.pending: tuple[int, dict[str, Any], tuple[str, ...]] | None = None
         self.skipped, self.in_a_row = self.log.skipped if self.log else 0, 0
         self.since = time.perf_counter()
@@ -114,7 +117,6 @@ class Progress:
         self.in_a_row = 0 if finite else self.in_a_row + 1
         values = {key: value if math.isfinite(value) else None for key, value in values.items()}  # JSON has no NaN
         values |= {
-            "learning_rate": float(self.rate(step - self.skipped)),  # a skipped step does not advance the schedule
             "tokens_per_s": values.pop("tokens") / (now - since),
             "records_per_s": self.batch_size / (now - since),
             "skipped_steps": self.skipped + (not finite),

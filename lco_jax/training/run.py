@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -20,7 +19,7 @@ from lco_jax.core.files import read_json, write_json
 from lco_jax.core.sharding import make_mesh, placed
 from lco_jax.training import tuning
 from lco_jax.training.losses import CANDIDATES
-from lco_jax.training.optimizer import OptimizerConfig, make_optimizer
+from lco_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
 from lco_jax.training.step import State, init_state, state_shardings
 
 # what may change between the parts of a resumed run: it moves no number, or says where and how long
@@ -33,7 +32,7 @@ class Training:
 
     lora: lora.LoraConfig
     tune: tuning.TuneConfig
-    tx: optax.GradientTransformation
+    tx: Optimizer
     tuned: dict[str, Any]
     shardings: State
 
@@ -58,6 +57,12 @@ class Training:
             return init_state(tuning.init(key, params, self.tune, self.lora), self.tx)
 
         return jax.jit(make, out_shardings=self.shardings)(jax.random.key(seed), params)
+
+    def untrained(self, params: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+        """What is tuned as it is at step 0, without an optimizer: as it stands, it changes no
+        output of the model."""
+        make = partial(tuning.init, tune=self.tune, config=self.lora)
+        return jax.jit(make, out_shardings=self.shardings["tuned"])(jax.random.key(seed), params)
 
     @property
     def abstract(self) -> State:
@@ -131,9 +136,9 @@ def tuned_of_run(workdir: Place, step: int | None = None) -> tuple[str, dict[str
         raise LcoError(f"{workdir} has no checkpoint of step {step}; there are: {', '.join(map(str, there))}")
     mesh = make_mesh(devices=jax.local_devices()[:1])
     training = Training.build(config, open_checkpoint(config["model"]["path"]), config["total_steps"], mesh)
-    state, _ = store.restore(step, training.abstract, training.shardings)
+    tuned = store.read(step, {"tuned": training.tuned})["tuned"]  # and not the optimizer's moments
     store.close()
-    return config["model"]["path"], jax.device_get(state["tuned"]), training.lora, step
+    return config["model"]["path"], tuned, training.lora, step
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -26,6 +26,7 @@ from lco_jax.models.model import MediaPrograms, Model
 from lco_jax.models.streams import take
 from lco_jax.training import tuning
 from lco_jax.training.losses import by_record, info_nce, takes_ring, whole
+from lco_jax.training.optimizer import Optimizer
 
 State = dict[str, Any]  # {"step": int32, "tuned": tree, "optimizer": optax state}; all of it is checkpointed
 Loss = Callable[..., tuple[Array, dict[str, Array]]]  # (tuned, params, batch, media, seed=) -> loss and metrics
@@ -33,12 +34,12 @@ Step = Callable[[State, dict[str, Any], Batch], tuple[State, dict[str, Array]]]
 Update = jax.stages.Wrapped  # a jitted (state, params, batch, media) -> (state, metrics)
 
 
-def init_state(tuned: dict[str, Any], tx: optax.GradientTransformation) -> State:
+def init_state(tuned: dict[str, Any], tx: Optimizer) -> State:
     """Step 0 of a run. Jit it with `out_shardings` from `state_shardings` to have it on a mesh."""
     return {"step": jnp.int32(0), "tuned": tuned, "optimizer": tx.init(tuned)}
 
 
-def state_shardings(tuned: dict[str, Any], tx: optax.GradientTransformation, mesh: Mesh) -> State:
+def state_shardings(tuned: dict[str, Any], tx: Optimizer, mesh: Mesh) -> State:
     """A sharding for every leaf of the state (`jit` of `tx.init` alone would drop them)."""
     by_rule = shardings(tuned, mesh)
     moments = optax.tree_map_params(
@@ -137,7 +138,7 @@ def generative_loss(
 
 def make_train_step(
     model: Model,
-    tx: optax.GradientTransformation,
+    tx: Optimizer,
     config: lora.LoraConfig,
     temperature: float,
     seed: int,
@@ -152,7 +153,7 @@ def make_train_step(
 
 def make_pretrain_step(
     model: Model,
-    tx: optax.GradientTransformation,
+    tx: Optimizer,
     config: lora.LoraConfig,
     seed: int,
     mesh: Mesh,
@@ -165,16 +166,19 @@ def make_pretrain_step(
     return _make_step("pretraining step", make_update(loss, tx, seed, mesh, state_sharding), towers)
 
 
-def make_update(loss: Loss, tx: optax.GradientTransformation, seed: int, mesh: Mesh, state_sharding: State) -> Update:
+def make_update(loss: Loss, tx: Optimizer, seed: int, mesh: Mesh, state_sharding: State) -> Update:
     """(state, frozen parameters, batch, media tokens) -> (state, metrics), jitted; the state is donated.
 
-    A step whose loss or gradient is not finite changes nothing but the step count, and says so in `metrics["finite"]`.
-    `metrics["rows"]` [B] holds each record's loss (as of `info_nce`), `batch` a number that tells which batch it was.
+    A step whose loss or gradient is not finite changes nothing but the step count, and says so in
+    `metrics["finite"]`; the schedule does not advance either, whose rate at this step
+    `metrics["learning_rate"]` is. `metrics["rows"]` [B] holds each record's loss (as of
+    `info_nce`), `batch` a number that tells which batch it was.
     """
 
     def update(
         state: State, params: dict[str, Any], batch: Batch, media: Array | None
     ) -> tuple[State, dict[str, Array]]:
+        batch = batch.whole(jax.process_count())
         dropout_seed = jnp.uint32(seed) + state["step"].astype(jnp.uint32) * jnp.uint32(GOLDEN_RATIO)
         of = partial(loss, seed=dropout_seed)
         (_, metrics), grads = jax.value_and_grad(of, has_aux=True)(state["tuned"], params, batch, media)
@@ -188,6 +192,7 @@ def make_update(loss: Loss, tx: optax.GradientTransformation, seed: int, mesh: M
         said = batch.content.astype(jnp.uint32).ravel()
         which = jnp.sum(said * (2 * jnp.arange(said.size, dtype=jnp.uint32) + 1))  # equal content in an equal order
         metrics |= {"grad_norm": norm, "finite": finite, "tokens": tokens, "batch": which}
+        metrics["learning_rate"] = tx.rate(state["optimizer"])
         return {"step": state["step"] + 1, **kept}, metrics
 
     return jax.jit(update, donate_argnums=0, out_shardings=(state_sharding, replicated(mesh)))

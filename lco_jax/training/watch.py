@@ -1,11 +1,12 @@
 """What keeps a run from dying or stalling without a word: SIGTERM, peers that are gone, steps that do not end."""
 
+import ctypes
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,13 +20,64 @@ FIRST = 6  # times its patience a run waits for its first step, which is compile
 
 def leave_on_sigterm() -> None:
     """From now on SIGTERM ends this process at once, with `PREEMPTED`, until another handler is set."""
+    action = _sigterm_action()
 
     def handler(*_: object) -> None:
         print("stopped by SIGTERM; there was nothing to save: the same command begins or resumes", file=sys.stderr)
         sys.stderr.flush()
         os._exit(PREEMPTED)
 
+    handler.action_before = action  # of several processes it is jax's, which `Preemption` wants back
     signal.signal(signal.SIGTERM, handler)
+
+
+class Preemption:
+    """While open, tells between steps whether the run is to save and end: SIGTERM came to some
+    process of it.
+
+    reached: `RunStore.reached_preemption`. Several processes hear of it by jax's preemption
+    service, which `jax.distributed.initialize` starts (unless `jax_enable_preemption_service` is
+    False, with which nobody would hear): its own handler, in C++, notes a SIGTERM; within a second
+    its coordination service tells all processes, and they agree on the step after the one that the
+    foremost has reached. One process alone has no such service, but a handler.
+    """
+
+    def __init__(self, reached: Callable[[int], bool]):
+        self.reached = reached
+        self.came: list[int] | None = None  # signals; None while SIGTERM still ends the process at once
+
+    def heed(self) -> None:
+        """Call when there is something to save: from now on SIGTERM is noted."""
+        if self.came is None:
+            self.came = []
+            action = getattr(self.before, "action_before", None)
+            if not jax.distributed.is_initialized():
+                signal.signal(signal.SIGTERM, lambda number, _: self.came.append(number))
+            elif action is not None:
+                _sigterm_action(action)
+
+    def now(self, step: int) -> bool:
+        """Whether to save at this step, and end. Every process asks at every step."""
+        return self.reached(step) if jax.distributed.is_initialized() else bool(self.came)
+
+    def __enter__(self) -> "Preemption":
+        self.before = signal.getsignal(signal.SIGTERM)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is not None:  # a handler that Python does not know is still there
+            signal.signal(signal.SIGTERM, self.before)
+
+
+def _sigterm_action(new: ctypes.Array | None = None) -> ctypes.Array:
+    """What the system does on SIGTERM (a `struct sigaction`, not looked into), after making it
+    `new`.
+
+    `signal.signal` cannot bring back a handler that was not set from Python.
+    """
+    before = ctypes.create_string_buffer(1024)
+    ctypes.CDLL(None).sigaction(signal.SIGTERM, new, before)
+    return before
 
 
 @contextmanager

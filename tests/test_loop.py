@@ -1,0 +1,101 @@
+"""The training loop waits for nothing: what is dispatched before what has ended, and what moves to
+and from devices.
+
+A stand-in of a step (that of `benchmarks loop`) takes its time on the device, and a batch as long
+on the host.
+"""
+
+import threading
+import traceback
+
+import jax
+import pytest
+
+from benchmarks import loop as bench
+from lco_jax import LcoError
+from lco_jax import job as jobs
+from lco_jax.core.sharding import make_mesh
+
+SECONDS, STEPS = 0.15, 12
+
+
+@pytest.fixture
+def run(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr("lco_jax.make_mesh", lambda: make_mesh(devices=jax.devices()[:1]))
+    return bench.stand_in(tmp_path, SECONDS, STEPS)
+
+
+@pytest.fixture
+def step(run):
+    return bench.slow_step(run.job.mesh, bench.rounds_of(SECONDS))
+
+
+def test_a_step_is_dispatched_before_the_one_before_has_ended(run, step):
+    """Though a batch takes as long as a step. Before, no step was. And the position saved is that
+    of what was used."""
+    positions = []
+    save = run.store.save
+    run.store.save = lambda step, state, position: (positions.append(position), save(step, state, position))
+    iterator = run.iterator.iterator
+    with bench.timed(step) as (call, times):
+        assert jobs.loop(run, call)
+    pairs = list(zip(times.dispatched[1:], times.ended, strict=False))[bench.WARM :]
+    early = sum(dispatched < ended for dispatched, ended in pairs)
+    assert early >= len(pairs) - 2  # a machine may be busy with something else
+    (position,) = positions
+    iterator.set_state(position)
+    assert next(iterator).where == tuple(f"mem:{i}" for i in numbers_of(run, STEPS))
+
+
+def numbers_of(run, batch):
+    """The records of a batch, read anew."""
+    fresh = bench.stand_in(run.job.workdir / "again", 0.0, 1)
+    for _ in range(batch):
+        next(fresh.iterator)
+    return [int(where.split(":")[1]) for where in next(fresh.iterator).where]
+
+
+def test_nothing_moves_between_host_and_device_unasked(run, step):
+    """In any thread, from the third step to the last but one."""
+    jax.block_until_ready(run.state)
+
+    def guarded(*arguments):
+        if run.step in (2, STEPS - 1):
+            jax.config.update("jax_transfer_guard", "disallow" if run.step == 2 else "allow")
+        return step(*arguments)
+
+    try:
+        assert jobs.loop(run, guarded)
+    finally:
+        jax.config.update("jax_transfer_guard", "allow")
+
+
+def test_the_guard_sees_what_the_loop_once_did(run, step):
+    def guarded(*arguments):
+        with jax.transfer_guard("disallow"):
+            jax.numpy.cos(run.step)  # as a schedule would be evaluated
+        return step(*arguments)
+
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        jobs.loop(run, guarded)
+
+
+def test_an_error_in_the_thread_is_raised_in_the_loop_and_the_thread_ends(run, step):
+    read, seen = run.iterator.__class__.__next__, []
+
+    class Failing(run.iterator.__class__):
+        def __next__(self):
+            if len(seen) == 4:
+                raise LcoError("a.jsonl:7: bad")
+            seen.append(threading.current_thread())
+            return read(self)
+
+    run.iterator.__class__ = Failing
+    steps = []
+    with pytest.raises(LcoError, match=r"a\.jsonl:7") as raised:
+        jobs.loop(run, lambda *arguments: steps.append(1) or step(*arguments))
+    names = [frame.name for frame in traceback.extract_tb(raised.value.__traceback__)]
+    assert {"loop", "__next__"} <= set(names)
+    assert 1 <= len(steps) <= 4
+    assert seen[-1] is not threading.current_thread()
+    assert not seen[-1].is_alive()
