@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import infonce, media, scaling, survival, text, vocabulary
+from benchmarks import compiled, infonce, media, scaling, survival, text, vocabulary
 from lco_jax.core.errors import run_main
 from lco_jax.core.files import write_json
 
@@ -31,7 +31,7 @@ def main() -> int:
     common.add_argument("--rounds", type=int, default=5, help="turns that each side takes")
     common.add_argument("--profile", default="", help="a folder for a trace of one of our rounds")
     kinds = parser.add_subparsers(dest="kind", required=True)
-    for module in (text, media, infonce, vocabulary, scaling, survival):
+    for module in (text, media, infonce, vocabulary, scaling, compiled, survival):
         module.add_parsers(kinds, common)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:

@@ -19,8 +19,9 @@ from lco_jax.core.errors import PREEMPTED, run_main
 from lco_jax.data.records import answer_of, as_input
 from lco_jax.generator import OmniGenerator
 from lco_jax.job import Job, say
+from lco_jax.models.model import Model
 from lco_jax.training import cli
-from lco_jax.training.step import make_pretrain_step
+from lco_jax.training.step import Step, make_pretrain_step
 from lco_jax.training.watch import peers
 
 SAID = 4  # held-out prompts that are answered
@@ -30,17 +31,13 @@ def pretrain(config: ConfigDict, workdir: Place) -> dict[str, Any]:
     """Run or resume; returns results.json's content, or {} when a SIGTERM ended the run early (after saving it)."""
     job = jobs.open_job(config, workdir, generative=True)
     before = _evaluate(job, job.params, said=0)
-    run = jobs.begin(job)
-    step = make_pretrain_step(
-        job.model,
-        job.training.tx,
-        job.training.lora,
-        config.seed,
-        job.mesh,
-        job.training.shardings,
-        tunes_towers=config.tune.towers != "none",
-    )
-    if not jobs.loop(run, step):
+
+    def step_of(model: Model) -> Step:
+        given = job.training.tx, job.training.lora, config.seed, job.mesh, job.training.shardings
+        return make_pretrain_step(model, *given, tunes_towers=config.tune.towers != "none")
+
+    run = jobs.begin(job, step_of)
+    if not jobs.loop(run, run.train_step):
         return {}
     after = _evaluate(job, job.tuned_params(run.state), said=SAID)
     if not after:

@@ -25,8 +25,9 @@ from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation.plots import plot_similarity
 from lco_jax.evaluation.retrieval import Retrieval, retrieval
 from lco_jax.job import Job, Run, say
+from lco_jax.models.model import Model
 from lco_jax.training import cli
-from lco_jax.training.step import make_train_step
+from lco_jax.training.step import Step, make_train_step
 from lco_jax.training.watch import peers
 
 
@@ -36,20 +37,15 @@ def train(config: ConfigDict, workdir: Place) -> dict[str, Any]:
         raise LcoError("config.tune.towers goes with lco_jax.pretrain; contrastive training leaves towers as they are")
     job = jobs.open_job(config, workdir)
     before = _evaluate(job, job.params)
-    run = jobs.begin(job)
-    train_step = make_train_step(
-        job.model,
-        job.training.tx,
-        job.training.lora,
-        config.train.temperature,
-        config.seed,
-        job.mesh,
-        job.training.shardings,
-        ignore_duplicates=config.train.ignore_duplicates,
-        candidates=config.train.candidates,
-        two_way=config.train.two_way,
-    )
-    if not jobs.loop(run, train_step):
+    options = {key: config.train[key] for key in ("ignore_duplicates", "candidates", "two_way")}
+
+    def step_of(model: Model) -> Step:
+        training, temperature = job.training, config.train.temperature
+        given = training.tx, training.lora, temperature, config.seed, job.mesh, training.shardings
+        return make_train_step(model, *given, **options)
+
+    run = jobs.begin(job, step_of)
+    if not jobs.loop(run, run.train_step):
         return {}
     return _finish(run, before)
 
