@@ -29,13 +29,15 @@ FREE = {
 }  # fmt: skip
 SLICES = {"dynamic-slice", "slice", "gather"}
 WINDOW = ("stride", "pad", "lhs_dilate", "rhs_dilate")
-ATTENTION = re.compile(r"_rows|_last|attn_|splash|fmha|bkth|bkts")
+LINEAR = re.compile(r"_proj/|oi->|\.\.\.o")
+ATTENTION = re.compile(r"_rows|_last|attn|splash|fmha|bkt[hs]|branch_\d_fun")
+NORM = re.compile(r"layernorm|/norm\d?/")
 LAUNCH = 3e-6  # seconds that a GPU kernel takes at least
 _ARRAY = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = ((?:\((?:[^()]|\([^()]*\))*\)|\S+)) ([\w-]+)\((.*)")
 _TILED = re.compile(r"{[\d,]*:[^{}]*}|/\*.*?\*/")  # a layout with its tiles, whose parentheses would mislead
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) (?:\(.*)?\{\s*$")
-_CALLED = re.compile(r"(?:to_apply|calls|called_computation|(?:true|false)_computation)=%?([\w.-]+)")
+_CALLED = re.compile(r"(?:to_apply|calls|called_computation)=%?([\w.-]+)")
 
 
 class Instruction(NamedTuple):
@@ -54,9 +56,11 @@ class Instruction(NamedTuple):
 
     @property
     def called(self) -> list[str]:
-        """The names of the computations that it runs, or has a choice of."""
+        """The names of the computations that it runs, or has a choice of: the one for false before the one for true."""
         branches = re.search(r"branch_computations={([^}]*)}", self.rest)
-        return _CALLED.findall(self.rest) + (re.findall(r"[\w.-]+", branches[1]) if branches else [])
+        named = dict(re.findall(r"(true|false)_computation=%?([\w.-]+)", self.rest))
+        choice = [named[key] for key in ("false", "true") if key in named]
+        return _CALLED.findall(self.rest) + choice + (re.findall(r"[\w.-]+", branches[1]) if branches else [])
 
     @property
     def path(self) -> str:
@@ -84,11 +88,15 @@ class Profile:
 
 
 class Program:
-    """A compiled program's text, parsed. rank: LoRA's, by which its products are told from a matrix's; 0: no LoRA."""
+    """A compiled program's text, parsed.
 
-    def __init__(self, text: str, rank: int = 0):
+    rank: LoRA's, by which its products are told from a matrix's; 0: no LoRA. taken: how often a condition is true,
+    which the text does not say.
+    """
+
+    def __init__(self, text: str, rank: int = 0, taken: float = 0.5):
         self.computations: dict[str, Computation] = {}
-        self.rank = rank
+        self.rank, self.taken = rank, taken
         self.entry = mine = ""
         for line in text.splitlines():
             if match := _INSTRUCTION.match(_TILED.sub("", line)):
@@ -121,9 +129,12 @@ class Program:
                 body, trips = self._loop(one, where)
                 yield from self._steps(body, times * trips)
             elif one.op in ("call", "conditional", "async-start"):
-                share = len(one.called) if one.op == "conditional" else 1  # which branch, nobody knows
-                for called in one.called:
-                    yield from self._steps(called, times / share)
+                shares = [1.0] * len(one.called)
+                if one.op == "conditional":
+                    two = len(shares) == 2
+                    shares = [1 - self.taken, self.taken] if two else [1 / len(shares)] * len(shares)
+                for called, share in zip(one.called, shares, strict=True):
+                    yield from self._steps(called, times * share)
             else:
                 yield one, where, times
 
@@ -198,23 +209,24 @@ class Program:
     def part_of(self, one: Instruction, where: Computation) -> str:
         """What an operation is for: by the products in it, or else by the path that jax wrote down for it."""
         path = one.path
+        if one.op.removesuffix("-start") in COLLECTIVES:
+            return "collectives"
+        linear, attention = LINEAR.search(path), ATTENTION.search(path)
         for part, inside in self._inner(one, where):
-            if part.op.removesuffix("-start") in COLLECTIVES and part is one:
-                return "collectives"
             _, sizes = _product_flops(part, inside)
+            if sizes and linear and self.rank in sizes and "_proj" in path:
+                return "LoRA's products"
             if sizes:
-                if self.rank and self.rank in sizes and "_proj" in path:
-                    return "LoRA's products"
-                return "attention" if ATTENTION.search(path) else "matrices"
-        if "layernorm" in path or "/norm" in path:
+                return "attention" if attention and not linear else "matrices"
+        if NORM.search(path):
             return "norms"
-        if ATTENTION.search(path) or ("self_attn" in path and "_proj" not in path):
-            return "attention"
-        if "_proj" in path:
+        if linear:
             return "beside products (LoRA, dropout)"
+        if attention:
+            return "attention"
         if "/mlp" in path:
             return "activation"
-        return "embedding" if "embed_tokens" in path else "the rest"
+        return "embedding" if "embed" in path else "the rest"
 
 
 def _constant(one: Instruction) -> int:

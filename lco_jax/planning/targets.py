@@ -1,8 +1,7 @@
 """Devices of machines that are not here, for compilers that need none: XLA's own for TPUs and for GPUs.
 
-The wheel `libtpu` holds the TPU's compiler (`pip install 'lco-jax[plan-tpu]'`), `jax-cuda13-pjrt` and
-`jax-cuda13-plugin`, or their siblings for CUDA 12, the GPU's (`lco-jax[plan-gpu]`). Programs are compiled for these
-devices, and nothing can run on them.
+The wheel `libtpu` holds the TPU's compiler (`pip install 'lco-jax[plan-tpu]'`), jax's CUDA plugin the GPU's
+(`lco-jax[plan-gpu]`). Programs are compiled for these devices, and nothing can run on them.
 """
 
 import importlib.util
