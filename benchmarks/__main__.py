@@ -22,8 +22,8 @@ from lco_jax.core.errors import run_main
 from lco_jax.core.files import write_json
 
 
-def main() -> int:
-    """Parse, measure, print, and write where asked to."""
+def parser_of() -> argparse.ArgumentParser:
+    """The command line of every benchmark."""
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__, formatter_class=_Help)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="end with one line of JSON")
@@ -33,7 +33,12 @@ def main() -> int:
     kinds = parser.add_subparsers(dest="kind", required=True)
     for module in (text, media, infonce, vocabulary, scaling, compiled, survival):
         module.add_parsers(kinds, common)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Parse, measure, print, and write where asked to."""
+    args = parser_of().parse_args()
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
         result = {"benchmark": args.kind, **args.measure(args, Path(folder))}
     result |= {"command": "python -m benchmarks " + " ".join(sys.argv[1:]), "machine": _machine()}

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.data import _as_long_as_snli
+from benchmarks.data import as_long_as_snli
 from benchmarks.flops import Work, forward_flops, step_flops
 from benchmarks.presets import PRESETS
 from lco_jax.core.errors import LcoError
@@ -93,16 +93,16 @@ def _cell(
     from lco_jax import make_mesh
     from lco_jax.planning import hlo
     from lco_jax.planning.hardware import DEVICES as KINDS
-    from lco_jax.planning.targets import target
+    from lco_jax.planning.targets import missing, target
     from lco_jax.training.memory import GIB, peak_bytes
 
     kind, _, count = device.rpartition("-")
     if kind not in KINDS or not count.isdecimal():
         raise LcoError(f"--device={device}: it is KIND-COUNT, with a kind of: {', '.join(KINDS)}")
     hardware, count = KINDS[kind], int(count)
+    if why := missing(hardware.backend):
+        raise LcoError(f"--device={device}: {why}")
     made = target(hardware, count)
-    if made.note:
-        raise LcoError(f"--device={device}: {made.note}")
     fsdp = args.fsdp or count
     mesh = make_mesh(count // fsdp, fsdp, devices=made.devices)
     lower = {"train": _train, "encode": _encode, "vision": _vision}[job]
@@ -125,7 +125,7 @@ def _cell(
         "collectives": {
             name: {"count": int(n), "gb": profile.sent[name] / 1e9} for name, n in profile.count.most_common()
         },
-        "launches": profile.launches,
+        "launches": profile.launches, "unestimated": profile.unestimated,
         "seconds": {part: s for part, s in profile.seconds.most_common() if s > modelled / 1000},
         "compile_seconds": seconds, "jax": jax.__version__, "commit": commit.stdout.strip(),
     }  # fmt: skip
@@ -162,7 +162,7 @@ def _layout(mesh: Any) -> Any:
     from lco_jax.data.processor import Processor
     from lco_jax.data.tower_rows import Processed
 
-    texts = _as_long_as_snli()
+    texts = as_long_as_snli()
     head = np.array(texts[0][0], np.int32)[: common_length(np.array(texts[0][0]), np.array(texts[1][1]))]
     record, side = np.repeat(np.arange(RECORDS), 3), np.tile(np.arange(3), RECORDS)
     sample = []
@@ -199,7 +199,7 @@ def _encode(args: argparse.Namespace, folder: Path, preset: str, weights: str, m
     from lco_jax.training.memory import abstract_tokens
 
     step = _step(args, folder, preset, weights, mesh)
-    ids = [np.array(text, np.int32) for triplet in _as_long_as_snli() for text in triplet]
+    ids = [np.array(text, np.int32) for triplet in as_long_as_snli() for text in triplet]
     texts = [TokenSequence(text, line_positions(0, len(text))) for text in ids]
     count = max(n for n in range(8, len(texts), 8) if lay_stream(texts[:n], None).length <= ENCODED)
     shape = Shape(ENCODED, {width_of(max(map(len, texts[:count]))): count})
@@ -261,6 +261,8 @@ def table(result: dict[str, Any]) -> str:
             f"peak {cell['peak_gib']:.2f} GiB; {cell['tflop']:.1f} TFLOP executed, {cell['useful_tflop']:.1f} useful; "
             f"{cell['modelled_seconds']:.3f} s modelled; compiled in {cell['compile_seconds']:.0f} s"
         ]
+        if cell["unestimated"]:
+            lines += [f"  {cell['unestimated']} operations without an estimate are not in it"]
         lines += [f"  {part:36}{s:9.4f} s {s / cell['modelled_seconds']:7.1%}" for part, s in cell["seconds"].items()]
         lines += [f"  {kind:36}{x['count']:9,} × {x['gb']:10.3f} GB" for kind, x in cell["collectives"].items()]
     return "\n".join(lines)
@@ -288,8 +290,9 @@ def _row(cell: dict[str, Any]) -> list[str]:
     total = cell["modelled_seconds"]
     parts = ", ".join(f"{part} {s / total:.0%}" for part, s in list(cell["seconds"].items())[:3])
     sent = ", ".join(f"{x['count']:,} {kind} ({x['gb']:.1f} GB)" for kind, x in cell["collectives"].items())
+    modelled = f"{total:.3f}" + (f" and {cell['unestimated']} operations" if cell["unestimated"] else "")
     program = cell["job"] + (f", {cell['remat']}" if "remat" in cell else "")
     return [
         cell["preset"], f"{cell['device']}, fsdp {cell['fsdp']}", program, cell["weights"], f"{cell['peak_gib']:.2f}",
-        f"{cell['tflop']:.1f}", f"{cell['useful_tflop']:.1f}", f"{total:.3f}", sent or "none", parts,
+        f"{cell['tflop']:.1f}", f"{cell['useful_tflop']:.1f}", modelled, sent or "none", parts,
     ]  # fmt: skip

@@ -44,7 +44,7 @@ def configured(tmp_path, monkeypatch):
 @pytest.fixture
 def on_cpu(monkeypatch):
     """As where no other compiler is installed."""
-    monkeypatch.setattr(targets, "_missing", lambda backend: f"nothing that compiles for {backend} is installed")
+    monkeypatch.setattr(targets, "missing", lambda backend: f"nothing that compiles for {backend} is installed")
 
 
 def _step(config, *sizes):
@@ -120,14 +120,18 @@ def test_programs_of_a_tpu_and_a_gpu_are_read_alike(name, kind):
 
     Settings that nothing reads were cut out of the text.
     """
-    program = hlo.Program((PROGRAMS / f"scan_{name}_4.hlo").read_text(encoding="utf-8"))
+    text = (PROGRAMS / f"scan_{name}_4.hlo").read_text(encoding="utf-8")
+    program = hlo.Program(text)
     found = program.profile(DEVICES[kind])
     assert found.flops == 5 * (3 + 3 + 3) * 2 * (16 // 4) * 64 * 64
     assert (found.count, found.sent) == ({"all-reduce": 15}, {"all-reduce": 5 * 3 * 64 * 64 * 2})
     assert found.seconds["matrices"] > 0
     twice = replace(DEVICES[kind], clock=2 * DEVICES[kind].clock)
-    if kind == "v5e":  # cycles at a clock
+    if kind == "v5e":  # cycles at a clock, but where the compiler does not know
         assert program.profile(twice).seconds.total() == pytest.approx(found.seconds.total() / 2)
+        assert found.unestimated == 0
+        unknown = hlo.Program(text.replace('"estimated_cycles":"', f'"estimated_cycles":"{hlo.UNKNOWN}","was":"'))
+        assert unknown.profile(DEVICES[kind]).seconds.total() == 0 < unknown.profile(DEVICES[kind]).unestimated
     else:  # small kernels, each of which takes as long as its launch
         assert found.seconds.total() == pytest.approx(found.launches * hlo.LAUNCH)
 

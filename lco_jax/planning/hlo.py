@@ -32,6 +32,7 @@ WINDOW = ("stride", "pad", "lhs_dilate", "rhs_dilate")
 LINEAR = re.compile(r"_proj/|oi->|\.\.\.o")
 ATTENTION = re.compile(r"_rows|_last|attn|splash|fmha|bkt[hs]|branch_\d_fun")
 NORM = re.compile(r"layernorm|/norm\d?/")
+UNKNOWN = str(2**63 - 1)  # cycles, where a TPU's compiler does not know
 LAUNCH = 3e-6  # seconds that a GPU kernel takes at least
 _ARRAY = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = ((?:\((?:[^()]|\([^()]*\))*\)|\S+)) ([\w-]+)\((.*)")
@@ -77,7 +78,8 @@ class Profile:
     """What one device does in one run of a program.
 
     flops: of products. seconds: modelled, by part (`Program.part_of`). count, sent: of each kind of collective,
-    how many are started, and the bytes of their results. launches: of a GPU, its kernels.
+    how many are started, and the bytes of their results. launches: of a GPU, its kernels. unestimated: how often a TPU
+    runs what its compiler has no estimate for, which is in no seconds.
     """
 
     flops: float = 0.0
@@ -85,6 +87,7 @@ class Profile:
     count: Counter[str] = field(default_factory=Counter)
     sent: Counter[str] = field(default_factory=Counter)
     launches: int = 0
+    unestimated: int = 0
 
 
 class Program:
@@ -113,6 +116,7 @@ class Program:
         for one, where, times in self._steps(self.entry, 1.0):
             found.flops += times * self._flops(one, where)
             seconds = times * self._seconds(one, where, hardware)
+            found.unestimated += int(times) if f'"estimated_cycles":"{UNKNOWN}"' in one.rest else 0
             if seconds:
                 found.seconds[self.part_of(one, where)] += seconds
                 found.launches += int(times) if hardware.backend == "gpu" else 0
@@ -176,7 +180,7 @@ class Program:
         """Of one operation: a TPU's cycles as its compiler has them, a GPU kernel's roofline."""
         if hardware.backend == "tpu":
             cycles = re.search(r'"estimated_cycles":"(\d+)"', one.rest)
-            return int(cycles[1]) / hardware.clock if cycles else 0.0
+            return int(cycles[1]) / hardware.clock if cycles and cycles[1] != UNKNOWN else 0.0
         if one.op in FREE or one.op.endswith("-done") or one.op.removesuffix("-start") in COLLECTIVES:
             return 0.0
         moved = self._moved(one, where) / hardware.bandwidth
@@ -221,7 +225,7 @@ class Program:
         if NORM.search(path):
             return "norms"
         if linear:
-            return "beside products (LoRA, dropout)"
+            return "beside products"
         if attention:
             return "attention"
         if "/mlp" in path:

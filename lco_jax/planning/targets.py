@@ -87,16 +87,16 @@ class Target(NamedTuple):
 
 def target(hardware: Hardware, count: int) -> Target:
     """`count` devices of a kind, or, where its compiler is not installed, of this process's CPU, which it must have."""
-    missing = _missing(hardware.backend)
-    if not missing:
+    absent = missing(hardware.backend)
+    if not absent:
         make = _tpus if hardware.backend == "tpu" else _gpus
         return Target(hardware.backend, make(hardware, count))
     if len(jax.devices("cpu")) < count:
         raise LcoError(f"{count} CPU devices are needed in the place of {hardware.name}; jax_num_cpu_devices sets them")
-    return Target("cpu", jax.devices("cpu")[:count], f"compiled for CPU, since {missing}")
+    return Target("cpu", jax.devices("cpu")[:count], f"compiled for CPU, since {absent}")
 
 
-def _missing(backend: str) -> str:
+def missing(backend: str) -> str:
     """What is not installed that compiles for a backend, and how to install it; "" where all is."""
     if backend == "tpu":
         there = importlib.util.find_spec("libtpu")
