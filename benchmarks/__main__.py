@@ -17,13 +17,25 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import device, feed, infonce, kernels, loop, media, scaling, survival, text, vocabulary
+from benchmarks import (
+    compiled,
+    device,
+    feed,
+    infonce,
+    kernels,
+    loop,
+    media,
+    scaling,
+    survival,
+    text,
+    vocabulary,
+)
 from lco_jax.core.errors import run_main
 from lco_jax.core.files import write_json
 
 
-def main() -> int:
-    """Parse, measure, print, and write where asked to."""
+def parser_of() -> argparse.ArgumentParser:
+    """The command line of every benchmark."""
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__, formatter_class=_Help)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="end with one line of JSON")
@@ -31,9 +43,15 @@ def main() -> int:
     common.add_argument("--rounds", type=int, default=5, help="turns that each side takes")
     common.add_argument("--profile", default="", help="a folder for a trace of one of our rounds")
     kinds = parser.add_subparsers(dest="kind", required=True)
-    for module in (text, media, feed, infonce, vocabulary, scaling, survival, kernels, loop, device):
+    modules = (text, media, feed, infonce, vocabulary, scaling, survival)
+    for module in (*modules, kernels, loop, compiled, device):
         module.add_parsers(kinds, common)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Parse, measure, print, and write where asked to."""
+    args = parser_of().parse_args()
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
         result = {"benchmark": args.kind, **args.measure(args, Path(folder))}
     result |= {"command": "python -m benchmarks " + " ".join(sys.argv[1:]), "machine": _machine()}

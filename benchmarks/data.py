@@ -20,7 +20,7 @@ PROMPT = "\nSummarize the above text in one word:"
 
 def write_triplets(path: Path, count: int, vocab: int, data_dir: str, tokenizer: str) -> str:
     """`count` triplets of token ids below `vocab`, a line of JSON each; returns what they are made of."""
-    texts = _snli(data_dir, tokenizer) if data_dir else _as_long_as_snli()
+    texts = _snli(data_dir, tokenizer) if data_dir else as_long_as_snli()
     triplets = [texts[i % len(texts)] for i in range(count)]
     with open(path, "w", encoding="utf-8") as file:
         for triplet in triplets:
@@ -34,7 +34,7 @@ def read_triplets(path: Path) -> list[list[list[int]]]:
     return [[json.loads(line)[side] for side in SIDES] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _as_long_as_snli() -> list[list[list[int]]]:
+def as_long_as_snli() -> list[list[list[int]]]:
     table, rng = read_json(LENGTHS), np.random.default_rng(0)
     prefix, suffix = table["prefix"], table["suffix"]
     draw = lambda n: [*prefix, *rng.integers(100, 100_000, n).tolist(), *suffix]  # noqa: E731

@@ -1,6 +1,6 @@
 """Weak scaling on paper: what a device sends as devices grow with the batch, and the loss of a very large batch.
 
-All is compiled for devices that are not there.
+All is compiled for as many CPU devices, none of which is used.
 """
 
 import argparse
@@ -28,7 +28,6 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     from lco_jax import make_mesh
     from lco_jax.checkpoint.hf import open_geometry
-    from lco_jax.planning.hardware import DEVICES
     from lco_jax.planning.program import Step, even
     from lco_jax.training import cli
 
@@ -40,12 +39,25 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     steps = {}
     for devices in args.devices:
         mesh = make_mesh(devices // args.fsdp, args.fsdp, devices=jax.devices()[:devices])
-        step = Step(config, checkpoint, mesh, DEVICES["v5p"], even((args.records * devices, 3), 40))
-        memory, counts = step.compile("full", 0)
-        sent = {f"{kind} {axes}": size for (kind, axes, _), size in counts.sent.most_common()}
-        steps[devices] = {"memory": memory, "tflops": counts.flops.total() / 1e12, "sent": sent}
+        step = Step(config, checkpoint, mesh, even((args.records * devices, 3), 40))
+        steps[devices] = _counted(step.lower("full", 0))
         print(devices, steps[devices], flush=True)
     return {"steps": steps, "loss": _loss(args, checkpoint.config.hidden_size) if args.loss else {}}
+
+
+def _counted(lowered: Any) -> dict[str, Any]:
+    """Of one device: GiB at the peak, TFLOP, and GB of collectives' results by kind, of the CPU's program."""
+    from lco_jax.planning import hlo
+    from lco_jax.planning.hardware import DEVICES
+    from lco_jax.planning.targets import OPTIONS
+    from lco_jax.training.memory import GIB, peak_bytes
+
+    compiled = lowered.compile(OPTIONS["cpu"])
+    found = hlo.Program(compiled.as_text()).profile(DEVICES["v5p"])
+    sent = {kind: size / 1e9 for kind, size in found.sent.most_common()}
+    temporaries = compiled.memory_analysis().temp_size_in_bytes / GIB
+    peak = peak_bytes(compiled) / GIB
+    return {"peak_gib": peak, "temporaries_gib": temporaries, "tflop": found.flops / 1e12, "sent_gb": sent}
 
 
 def _loss(args: argparse.Namespace, hidden: int) -> dict[str, Any]:
@@ -55,7 +67,6 @@ def _loss(args: argparse.Namespace, hidden: int) -> dict[str, Any]:
 
     from lco_jax import make_mesh
     from lco_jax.core.sharding import ROWS
-    from lco_jax.planning.program import compile_split
     from lco_jax.training.losses import info_nce
 
     def gradient(embeddings: Any, present: Any) -> Any:
@@ -64,30 +75,27 @@ def _loss(args: argparse.Namespace, hidden: int) -> dict[str, Any]:
     devices = max(args.devices)
     mesh = make_mesh(devices // args.fsdp, args.fsdp)
     place = jax.NamedSharding(mesh, jax.P(ROWS))
-    shape = lambda dtype, *sizes: jax.ShapeDtypeStruct((args.loss, 3, *sizes), dtype, sharding=place)  # noqa: E731
+
+    def shape(dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((args.loss, 3, *sizes), dtype, sharding=place)
+
     with jax.set_mesh(mesh):
-        counts, compiled = compile_split(jax.jit(gradient).lower(shape(jnp.float32, hidden), shape(jnp.bool)), mesh)
-    memory = compiled.memory_analysis()
-    return {
-        "anchors": args.loss, "devices": devices, "hidden": hidden,
-        "arguments_gib": memory.argument_size_in_bytes / 2**30, "results_gib": memory.output_size_in_bytes / 2**30,
-        "temporaries_gib": memory.temp_size_in_bytes / 2**30, "tflops": counts.flops.total() / 1e12,
-        "sent": {f"{kind} {axes}": size for (kind, axes, _), size in counts.sent.most_common()},
-    }  # fmt: skip
+        lowered = jax.jit(gradient).lower(shape(jnp.float32, hidden), shape(jnp.bool))
+    return {"anchors": args.loss, "devices": devices, "hidden": hidden, **_counted(lowered)}
 
 
 def table(result: dict[str, Any]) -> str:
     """What a reader looks at."""
-    kinds = list(dict.fromkeys(kind for step in result["steps"].values() for kind in step["sent"]))
-    lines = [f"{'GB that a device sends in a step':32}" + "".join(f"{n:>12}" for n in result["steps"])]
-    for kind in kinds:
-        sizes = [step["sent"].get(kind, 0) / 1e9 for step in result["steps"].values()]
-        lines += [f"{kind:32}" + "".join(f"{x:12.3f}" for x in sizes)] if max(sizes) > 1e-3 else []
+    steps = result["steps"].values()
+    kinds = list(dict.fromkeys(kind for step in steps for kind in step["sent_gb"]))
+    rows = {kind: [step["sent_gb"].get(kind, 0) for step in steps] for kind in kinds}
+    rows |= {"GiB at the peak": [step["peak_gib"] for step in steps], "TFLOP": [step["tflop"] for step in steps]}
+    lines = [f"{'GB of results of collectives':32}" + "".join(f"{n:>12}" for n in result["steps"])]
+    lines += [f"{name:32}" + "".join(f"{x:12.3f}" for x in row) for name, row in rows.items() if max(row) > 1e-3]
     if loss := result["loss"]:
         lines += [
             f"loss of {loss['anchors']:,} anchors, D {loss['hidden']}, on {loss['devices']} devices, each: "
-            f"{loss['arguments_gib']:.2f} GiB of embeddings, {loss['results_gib']:.2f} of gradient, "
-            f"{loss['temporaries_gib']:.2f} of temporaries, {loss['tflops']:.0f} TFLOP, "
-            f"{sum(loss['sent'].values()) / 1e9:.1f} GB sent"
+            f"{loss['temporaries_gib']:.2f} GiB of temporaries of {loss['peak_gib']:.2f}, {loss['tflop']:.0f} TFLOP, "
+            f"{sum(loss['sent_gb'].values()):.1f} GB of results of collectives"
         ]
     return "\n".join(lines)

@@ -23,8 +23,8 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.model.tower_dtype = ""  # of the frozen towers; "": the same
     config.model.quantize = ""  # the frozen decoder's matrices in fewer bits: int8, or nf4 (QLoRA)
     # what a layer keeps for its backward pass, from the least memory to the least recomputation: full (nothing),
-    # attention, gate, mlp, none (nothing is recomputed); auto: what the device's memory holds
-    config.model.remat = "none"
+    # attention, gate, mlp, none (nothing is recomputed); auto: what the device's memory holds, as its compiler says
+    config.model.remat = "auto"
     config.model.attention = "auto"  # the decoder's kernel: auto (the machine's own), xla, cudnn, triton, splash
 
     config.tune = ConfigDict()

@@ -67,6 +67,12 @@ read_module() {
   [[ ${arguments[*]} != *gs://* ]] || : "${EXTRAS:=tpu,gcs}"
 }
 
+# gpu_memory: the share of a GPU that jax allocates at its start, which is 0.75 where nothing says otherwise; remat and
+# chunks are chosen for it. What is left is for the CUDA context, NCCL and the libraries.
+gpu_memory() {
+  run export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
+}
+
 # again STATUS SECONDS: whether a job that ended so after so long is to be started again; says why, or why not.
 # 75: saved after SIGTERM. 76: a process hung or died. 2: a user's mistake. An attempt of STEADY seconds forgives those before.
 again() {

@@ -23,6 +23,7 @@ shift
 [[ $1 != -* ]] || set -- train "$@"
 read_module "$@"
 [ -n "$joins$shares" ] || [ "$count" = 1 ] || fail "$module runs in one process: launch/local.sh 1 $module …"
+gpu_memory
 run export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=${DEVICES:-1}"
 
 command=("${PYTHON:-.venv/bin/python}" -m "lco_jax.$module")

@@ -8,6 +8,7 @@ read_module "$@"
 # jax gives each process of a Slurm job one GPU unless told otherwise
 [ "$PER" = gpu ] || JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((GPUS - 1)))
 [ "$PER" = gpu ] || export JAX_LOCAL_DEVICE_IDS
+gpu_memory
 
 record=$LOGS/$NAME-$SLURM_JOB_ID.restarts # of this job's earlier attempts
 [ ! -f "$record" ] || read -r restarts failed_at_once <"$record"

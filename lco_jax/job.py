@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,10 @@ def batches_of(
 
 @dataclass
 class Run:
-    """Where a job stands: its state, its place in the data, and the shapes that its batches are planned to take."""
+    """Where a job stands: its state, its place in the data, the shapes that its batches are planned to take.
+
+    train_step: what takes them a step further.
+    """
 
     job: Job
     store: RunStore
@@ -161,12 +164,13 @@ class Run:
     step: int
     iterator: grain.DatasetIterator
     planned: pipeline.Layout
+    train_step: Step
 
 
-def begin(job: Job) -> Run:
+def begin(job: Job, step_of: Callable[[Model], Step]) -> Run:
     """Plan the shapes, choose what is to be chosen for the memory there is, and begin or resume in the workdir.
 
-    The job's parameters are afterwards those alone that the run leaves as they are.
+    step_of: makes the job's step. The job's parameters are afterwards those alone that the run leaves as they are.
     """
     config, layout, training = job.config, job.layout, job.training
     batches = batches_of(config, job.sources, layout, job.processor)
@@ -178,12 +182,10 @@ def begin(job: Job) -> Run:
         return plan(sample, unplanned, job.processor, job.mesh, config.data.max_length)
 
     chunk_tokens = config.train.chunk_tokens
+    train_step = step_of(job.model)
     if config.model.remat == "auto" or chunk_tokens < 0:
-        sides = layout.batch_size, layout.sides
-        shape_of = lambda chunk: shaped(chunk).floor  # noqa: E731
-        chosen = memory.choose_for(config, job.model, job.params, training, job.mesh, sides, shape_of)
+        chosen, train_step = _choose(job, shaped, step_of)
         say(str(chosen))
-        job.model = dataclasses.replace(job.model, decoder=job.model.decoder.clone(remat=chosen.remat))
         chunk_tokens = chosen.chunk_tokens
     planned = shaped(chunk_tokens)
     iterator = pipeline.ahead(batches, config.data.threads)
@@ -198,7 +200,36 @@ def begin(job: Job) -> Run:
     else:
         state = training.fresh(job.params, seed=config.seed)
     job.params = tuning.frozen(job.params, training.tune)
-    return Run(job, store, state, step, iterator, planned)
+    return Run(job, store, state, step, iterator, planned, train_step)
+
+
+def _choose(
+    job: Job, shaped: Callable[[int], pipeline.Layout], step_of: Callable[[Model], Step]
+) -> tuple[memory.Choice, Step]:
+    """Policy and chunk, and the step that was compiled for them; the job's model is then of that policy."""
+    frozen = tuning.frozen(job.params, job.training.tune)
+
+    @functools.cache
+    def made(remat: str) -> tuple[Model, Step]:
+        model = dataclasses.replace(job.model, decoder=job.model.decoder.clone(remat=remat))
+        return model, step_of(model)
+
+    def lower(one: memory.Candidate) -> jax.stages.Lowered:
+        layout = shaped(one.chunk_tokens)
+        sides = layout.batch_size, layout.sides
+        media = memory.abstract_media(job.processor.rows, layout.media_floor, job.mesh)
+        batch = memory.abstract_batch(layout.floor, sides, len(layout.head), job.mesh, media)
+        with jax.set_mesh(job.mesh):
+            return made(one.remat)[1].lower(job.training.placed, frozen, batch)
+
+    apart = set(job.model.towers) if job.training.tune.towers == "none" else set()
+    given, besides = ({k: x for k, x in job.params.items() if (k in apart) == aside} for aside in (False, True))
+    chosen = memory.choose_for(
+        job.config, job.model.decoder.config, given, besides, job.training.placed, job.mesh,
+        lambda chunk: shaped(chunk).floor, lower,
+    )  # fmt: skip
+    job.model, train_step = made(chosen.remat)
+    return chosen, train_step
 
 
 def loop(run: Run, train_step: Step) -> bool:

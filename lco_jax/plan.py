@@ -2,15 +2,15 @@
 
     python -m lco_jax.plan --config=configs/qwen2_5_vl_7b.py --device=v5e --mesh=1,16,1 [--config.KEY=VALUE …]
 
-The step of `lco_jax.train` is compiled for as many pretended devices as the mesh has; nothing is loaded and nothing
-allocated, and of the checkpoint a config.json suffices. docs/planning.md says what each number is, and what it is not.
+The step of `lco_jax.train` is compiled by those machines' own compiler, where it is installed; nothing is loaded and
+nothing allocated, and of the checkpoint a config.json suffices. docs/planning.md says what each number is, and what it
+is not.
 """
 
 import argparse
 import math
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -31,57 +31,87 @@ from lco_jax.models.config import DecoderConfig
 from lco_jax.planning import hlo
 from lco_jax.planning.hardware import DEVICES, Hardware
 from lco_jax.planning.program import Step, Workload, even
-from lco_jax.training import cli
-from lco_jax.training.memory import GIB, MARGIN
+from lco_jax.planning.targets import Target, target
+from lco_jax.training import cli, memory
+from lco_jax.training.memory import GIB, Candidate
 from lco_jax.training.run import check_config
 
 TOKENS = 64  # of a text, where there are no data to tell
+MESHES = 2  # that are compiled, where none is given
 # what a layer's backward pass computes once more, in forward passes (of Qwen2.5-7B)
 AGAIN = {"full": 0.71, "attention": 0.64, "gate": 0.35, "mlp": 0.06, "none": 0.0}
+MODELLED = {
+    "tpu": "cycles that its compiler expects",
+    "gpu": "roofline of its compiler's kernels",
+    "cpu": "products at the peak alone",
+}
 
 
 def plan(
-    config: ConfigDict, device: Hardware, devices: int, sizes: tuple[int, ...] | None = None, tokens: int | None = None
+    config: ConfigDict,
+    device: Hardware,
+    devices: int,
+    sizes: tuple[int, ...] | None = None,
+    tokens: int | None = None,
+    quick: bool = False,
 ) -> dict[str, Any]:
-    """What a step takes on `devices` of a kind, of which jax must have as many to pretend with.
+    """What a step takes on `devices` of a kind.
 
-    sizes: of the mesh, by default the suggested. tokens: of a text, by default as the data are. Raises where the
-    configuration is wrong; a result without "memory" does not fit in any way that `train` would choose.
+    sizes: of the mesh, by default the suggested. tokens: of a text, by default as the data are. quick: compile one
+    program, the likeliest. Raises where the configuration is wrong; a result without "memory" does not fit in any way
+    that `train` would choose.
     """
     check_config(config)
     checkpoint = open_geometry(config.model.path)
     workload, assumed = _workload(config, checkpoint, tokens)
-    result: dict[str, Any] = {"device": device.name, "devices": devices, "mesh": sizes, "assumed": assumed}
+    made = target(device, devices)
+    result: dict[str, Any] = {"device": device.name, "devices": devices, "assumed": assumed}
+    result |= {"compiler": made.compiler, "note": made.note, "mesh": sizes}
+    meshes = [sizes] if sizes else list(_meshes(devices, checkpoint.config.num_kv_heads))
+    steps = [Step(config, checkpoint, make_mesh(*mesh, devices=made.devices), workload) for mesh in meshes]
+    why = ""
+    for step in sorted(steps, key=lambda step: _likely_seconds(step, device))[: 1 if quick else MESHES]:
+        try:
+            return result | _compiled(step, device, made, quick)
+        except LcoError as error:
+            why = why or str(error)
+    return result | {"does_not_fit": why}
 
-    @cache
-    def on(sizes: tuple[int, ...]) -> Step:
-        return Step(config, checkpoint, make_mesh(*sizes, devices=jax.devices()[:devices]), device, workload)
 
-    chunk_tokens, suggested, why = config.train.chunk_tokens, [], ""
-    for chunk in (0, -1) if chunk_tokens < 0 else (chunk_tokens,):  # chunks only where no mesh holds the batch whole
-        for candidate in () if suggested else _meshes(devices, checkpoint.config.num_kv_heads):
-            try:
-                choice = on(candidate).choose(chunk)
-                seconds = _cheap_seconds(on(candidate), choice.remat, choice.chunk_tokens)
-                suggested.append((seconds, {"mesh": candidate, **choice._asdict()}))
-            except LcoError as error:
-                why = str(error)
-    if suggested:
-        result["suggested"] = min(suggested, key=lambda x: x[0])[1]
-        result["mesh"] = sizes = sizes or result["suggested"]["mesh"]
-    elif sizes is None:
-        return result | {"does_not_fit": why}
-    step, chosen = on(sizes), (config.model.remat, chunk_tokens)
-    try:
-        chosen = step.choose(chunk_tokens)[:2]
-    except LcoError as error:
-        if config.model.remat == "auto" or chunk_tokens < 0:  # `train` would not begin
-            return result | {"does_not_fit": str(error)}
-    say(f"compiling the step for {devices} devices, remat {chosen[0]}, chunks of {chosen[1] or 'all'} tokens …")
-    start = time.perf_counter()
-    memory, counts = step.compile(*chosen)
-    result |= {"remat": chosen[0], "compile_seconds": time.perf_counter() - start}
-    return result | _costs(step, memory, step.shape(chosen[1]), counts)
+def _compiled(step: Step, device: Hardware, made: Target, quick: bool) -> dict[str, Any]:
+    """A step under the policy that `train` would choose. Raises where nothing fits."""
+    compiled: dict[Candidate, Any] = {}
+    seconds = 0.0
+
+    def need(one: Candidate) -> int:
+        nonlocal seconds
+        say(f"compiling the step on {_named(step)} with {one} …")
+        start = time.perf_counter()
+        try:
+            compiled[one] = step.lower(*one).compile(made.options)
+        except jax.errors.JaxRuntimeError as error:
+            return memory.refused_bytes(error)
+        seconds += time.perf_counter() - start
+        return memory.peak_bytes(compiled[one])
+
+    options = step.candidates(step.config.train.chunk_tokens, device.backend)
+    if quick:
+        options = [_likeliest(step, device)]
+    chosen = memory.choose(device.room, options, step.rough, need)
+    one = Candidate(*chosen[:2])
+    found = {"mesh": tuple(step.mesh.shape.values()), "remat": one.remat, "chunk_tokens": one.chunk_tokens}
+    profile = hlo.Program(compiled[one].as_text(), step.training.lora.rank).profile(device)
+    return found | {"compile_seconds": seconds} | _costs(step, device, made, chosen, profile)
+
+
+def _named(step: Step) -> str:
+    return "mesh " + ", ".join(f"{axis} {size}" for axis, size in step.mesh.shape.items())
+
+
+def _likeliest(step: Step, device: Hardware) -> Candidate:
+    """The first that fits by the rough estimate; else that with the least memory."""
+    options = step.candidates(step.config.train.chunk_tokens, device.backend)
+    return next((one for one in options if step.rough(one) <= device.room), options[-1])
 
 
 def _workload(config: ConfigDict, checkpoint: Checkpoint, tokens: int | None) -> tuple[Workload, str]:
@@ -129,66 +159,61 @@ def _useful_flops(step: Step, shape: Shape) -> float:
     return (6 if full else 4) * _numbers(c) * (c.num_layers - 1) * tokens
 
 
-def _cheap_seconds(step: Step, remat: str, chunk_tokens: int) -> float:
-    """A step without compiling it, to tell meshes apart: products, weights gathered along fsdp in every pass of every
-    chunk, and activations summed along tensor."""
-    mesh, c, shape = step.mesh.shape, step.checkpoint.config, step.shape(chunk_tokens)
+def _likely_seconds(step: Step, device: Hardware) -> tuple[bool, float]:
+    """(whether it likely does not fit, a step's seconds), without compiling it, to tell meshes apart: products, weights
+    gathered along fsdp in every pass of every chunk, and activations summed along tensor."""
+    one = _likeliest(step, device)
+    mesh, c, shape = step.mesh.shape, step.checkpoint.config, step.shape(one.chunk_tokens)
     passes = 2 + (shape.chunks > 1)
-    flops = _useful_flops(step, shape) * (passes + AGAIN[remat]) / 2
+    flops = _useful_flops(step, shape) * (passes + AGAIN[one.remat]) / 2
     layers = jax.tree.leaves(step.params["decoder"]["layers"])
     gathered = sum(x.size * x.dtype.itemsize for x in layers) / mesh["tensor"]
     summed = 4 * shape.tokens * shape.chunks * c.hidden_size * c.num_layers * step.decoder().dtype.itemsize
     sent = passes * (shape.chunks * gathered * (1 - 1 / mesh["fsdp"]) + summed * (1 - 1 / mesh["tensor"]))
-    device = step.hardware
-    return flops / device.flops + sent / (device.links if step.mesh.size <= device.domain else device.network)
+    links = device.links if step.mesh.size <= device.domain else device.network
+    return step.rough(one) > device.room, flops / device.flops + sent / links
 
 
-def _costs(step: Step, memory: dict[str, int], shape: Shape, counts: hlo.Counts) -> dict[str, Any]:
+def _costs(step: Step, device: Hardware, made: Target, chosen: memory.Choice, profile: hlo.Profile) -> dict[str, Any]:
     """Memory, work, time and money of a compiled step."""
-    device, total, room = step.hardware, sum(memory.values()), int(step.hardware.memory * (1 - MARGIN))
-    seconds = {
-        "products": (counts.flops["default"] + device.float32 * counts.flops["highest"]) / device.flops,
-        "memory": counts.moved / device.bandwidth,
-        "collectives": sum(n / (device.network if far else device.links) for (*_, far), n in counts.sent.items()),
+    shape, state = step.shape(chosen.chunk_tokens), step.training.placed
+    held = {
+        "weights": memory.held_bytes(step.frozen),
+        "adapters": memory.held_bytes(state["tuned"]),
+        "optimiser": memory.held_bytes(state["optimizer"]),
+        "batch": memory.held_bytes(step.batch(chosen.chunk_tokens)),
     }
-    sent: Counter[str] = Counter()
-    for (kind, axes, _), size in counts.sent.items():
-        sent[f"{kind} {axes}"] += size
-    times = max(seconds.values()), sum(seconds.values())
+    held["the step itself"] = chosen.need - sum(held.values())
+    seconds = profile.flops / device.flops if made.compiler == "cpu" else profile.seconds.total()
     return {
-        "memory": memory, "memory_total": total, "memory_room": room, "fits": total <= room,
-        "tokens": shape.tokens, "chunks": shape.chunks, "flops": counts.flops.total(), "bytes_moved": counts.moved,
-        "bytes_sent": dict(sent.most_common()), "seconds": seconds, "step_seconds": times,
-        "usd_per_1000_steps": [x / 3.6 * device.price * step.mesh.size for x in times],
-        "records_per_second": step.workload.sides[0] / times[0],
-        "mfu_bound": _useful_flops(step, shape) / device.flops / times[0],
+        "memory": held, "memory_total": chosen.need, "memory_room": chosen.memory, "fits": True,
+        "tokens": shape.tokens, "chunks": shape.chunks, "flops": profile.flops, "step_seconds": seconds,
+        "seconds": dict(profile.seconds.most_common()) if made.compiler != "cpu" else {},
+        "collectives": {kind: [n, profile.sent[kind]] for kind, n in profile.count.most_common()},
+        "usd_per_1000_steps": seconds / 3.6 * device.price * step.mesh.size,
+        "records_per_second": step.workload.sides[0] / seconds,
+        "mfu": _useful_flops(step, shape) / device.flops / seconds,
     }  # fmt: skip
 
 
 def table(r: dict[str, Any]) -> str:
     """What a reader looks at."""
-    lines = [f"{r['devices']} × {r['device']}, {r['assumed']}"]
-    if "memory" in r:
-        mesh = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, r["mesh"], strict=True))
-        lines += [f"mesh {mesh}; remat {r['remat']}; chunks of a device: {r['chunks']} of {r['tokens']:,} tokens", ""]
-        rows = {**r["memory"], f"memory, of {r['memory_room'] / GIB:.2f} GiB": r["memory_total"]}
-        lines += [f"{kind:34}{size / GIB:10.2f} GiB" for kind, size in rows.items()]
-        sent, seconds = sum(r["bytes_sent"].values()), r["seconds"]
-        lines += ["", f"{'products':34}{r['flops'] / 1e12:10.2f} TFLOP {seconds['products']:9.4f} s"]
-        lines += [f"{'bytes that products move':34}{r['bytes_moved'] / 1e9:10.2f} GB {seconds['memory']:12.4f} s"]
-        lines += [f"{'bytes sent':34}{sent / 1e9:10.2f} GB {seconds['collectives']:12.4f} s"]
-        lines += [f"  {kind:32}{size / 1e9:10.2f} GB" for kind, size in r["bytes_sent"].items() if size > sent / 1000]
-        (least, most), (cheap, dear) = r["step_seconds"], r["usd_per_1000_steps"]
-        lines += ["", f"a step: {least:.3g} s if all overlaps, {most:.3g} s if nothing does"]
-        lines += [f"at best {r['records_per_second']:,.0f} records/s, MFU {r['mfu_bound']:.0%}"]
-        lines += [f"1,000 steps: {cheap:.2f} to {dear:.2f} USD", ""]
-    lines += ["it fits" if r.get("fits") else f"does not fit: {r.get('does_not_fit', 'it takes more than there is')}"]
-    if s := r.get("suggested"):
-        chunk = f"chunks of {s['chunk_tokens']:,} tokens" if s["chunk_tokens"] else "the batch in one chunk"
-        need = f"about {s['need'] / GIB:.1f} of {s['memory'] / GIB:.1f} GiB"
-        mesh = ",".join(map(str, s["mesh"]))
-        return "\n".join([*lines, f"suggested: --mesh={mesh}, remat {s['remat']}, {chunk}: {need}, not compiled"])
-    return "\n".join([*lines, f"no mesh of {r['devices']} × {r['device']} holds it: take more, or quantize the model"])
+    lines = [f"{r['devices']} × {r['device']}, {r['assumed']}"] + [r["note"]] * bool(r["note"])
+    if "memory" not in r:
+        lines += [f"does not fit: {r['does_not_fit']}"]
+        more = f"no mesh of {r['devices']} × {r['device']} that was tried holds it: take more, or quantize the model"
+        return "\n".join(lines + [more] * (r["mesh"] is None))
+    mesh = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, r["mesh"], strict=True))
+    lines += [f"mesh {mesh}; remat {r['remat']}; chunks of a device: {r['chunks']} of {r['tokens']:,} tokens", ""]
+    rows = {**r["memory"], f"memory, of {r['memory_room'] / GIB:.2f} GiB": r["memory_total"]}
+    lines += [f"{kind:34}{size / GIB:10.2f} GiB" for kind, size in rows.items()]
+    lines += ["", f"{'products':34}{r['flops'] / 1e12:10.2f} TFLOP"]
+    lines += [f"{kind:34}{size / 1e9:10.2f} GB in {count:,.0f}" for kind, (count, size) in r["collectives"].items()]
+    total = r["step_seconds"]
+    lines += [f"{part:34}{s:10.4f} s" for part, s in r["seconds"].items() if s > total / 100]
+    lines += ["", f"a step: {total:.3g} s modelled, not timed ({MODELLED[r['compiler']]})"]
+    lines += [f"{r['records_per_second']:,.0f} records/s, MFU {r['mfu']:.0%}"]
+    return "\n".join([*lines, f"1,000 steps: {r['usd_per_1000_steps']:.2f} USD", "", "it fits"])
 
 
 def _whole(text: str) -> int:
@@ -205,13 +230,14 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def main() -> int:
-    """Parse the command line, pretend to have the devices, plan, print."""
+    """Parse the command line, plan, print."""
     parser = argparse.ArgumentParser("lco_jax.plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", required=True, choices=DEVICES)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--mesh", type=_sizes, help="sizes along data, fsdp and tensor, as 1,16,1")
-    where.add_argument("--devices", type=_whole, help="plan on the suggested mesh")
+    where.add_argument("--devices", type=_whole, help="plan on the mesh that is likely the fastest")
     parser.add_argument("--tokens_per_text", type=_whole, help="prompt included; by default as the data are")
+    parser.add_argument("--quick", action="store_true", help="compile one program, the likeliest")
     parser.add_argument("--price", type=float, help="USD an hour and device, in the place of the list's")
     parser.add_argument("--json", type=on_disk, help="a file for the numbers")
     args, rest = parser.parse_known_args()
@@ -220,9 +246,9 @@ def main() -> int:
     device = device if args.price is None else replace(device, price=args.price)
     config = cli.parse([sys.argv[0], *rest], __doc__).config
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", devices)
+    jax.config.update("jax_num_cpu_devices", devices)  # where their compiler is not installed
     jax.config.update("jax_enable_compilation_cache", False)  # what is compiled is for no machine here
-    result = plan(config, device, devices, args.mesh, args.tokens_per_text)
+    result = plan(config, device, devices, args.mesh, args.tokens_per_text, args.quick)
     print(table(result))
     if args.json:
         write_json(args.json, result)

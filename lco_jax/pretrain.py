@@ -21,8 +21,9 @@ from lco_jax.core.errors import PREEMPTED, run_main
 from lco_jax.data.records import answer_of, as_input
 from lco_jax.generator import OmniGenerator
 from lco_jax.job import Job, say
+from lco_jax.models.model import Model
 from lco_jax.training import cli
-from lco_jax.training.step import make_pretrain_step
+from lco_jax.training.step import Step, make_pretrain_step
 from lco_jax.training.watch import peers
 
 SAID = 4  # held-out prompts that are answered
@@ -33,17 +34,20 @@ def pretrain(config: ConfigDict, workdir: Place) -> dict[str, Any]:
     job = jobs.open_job(config, workdir, generative=True)
     generator = OmniGenerator(job.model, {}, job.processor, job.mesh)  # one: its programs are compiled once
     before = _evaluate(job, generator, job.untrained_params, said=0) if job.held_out else {}
-    run = jobs.begin(job)
-    step = make_pretrain_step(
-        job.model,
-        job.training.tx,
-        job.training.lora,
-        config.seed,
-        job.mesh,
-        job.training.shardings,
-        tunes_towers=config.tune.towers != "none",
-    )
-    if not jobs.loop(run, step):
+
+    def step_of(model: Model) -> Step:
+        return make_pretrain_step(
+            model,
+            job.training.tx,
+            job.training.lora,
+            config.seed,
+            job.mesh,
+            job.training.shardings,
+            tunes_towers=config.tune.towers != "none",
+        )
+
+    run = jobs.begin(job, step_of)
+    if not jobs.loop(run, run.train_step):
         return {}
     if not job.held_out:
         return jobs.finish(run, {}, {})

@@ -28,8 +28,9 @@ from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation.plots import plot_similarity
 from lco_jax.evaluation.retrieval import Retrieval, retrieval
 from lco_jax.job import Job, Run, say
+from lco_jax.models.model import Model
 from lco_jax.training import cli
-from lco_jax.training.step import make_train_step
+from lco_jax.training.step import Step, make_train_step
 from lco_jax.training.watch import peers
 
 
@@ -40,20 +41,23 @@ def train(config: ConfigDict, workdir: Place) -> dict[str, Any]:
     job = jobs.open_job(config, workdir)
     embedder = OmniEmbedder(job.model, {}, job.processor, job.mesh)  # one: its programs are compiled once
     before = _evaluate(job, embedder, job.untrained_params) if job.held_out else {}
-    run = jobs.begin(job)
-    train_step = make_train_step(
-        job.model,
-        job.training.tx,
-        job.training.lora,
-        config.train.temperature,
-        config.seed,
-        job.mesh,
-        job.training.shardings,
-        ignore_duplicates=config.train.ignore_duplicates,
-        candidates=config.train.candidates,
-        two_way=config.train.two_way,
-    )
-    if not jobs.loop(run, train_step):
+
+    def step_of(model: Model) -> Step:
+        return make_train_step(
+            model,
+            job.training.tx,
+            job.training.lora,
+            config.train.temperature,
+            config.seed,
+            job.mesh,
+            job.training.shardings,
+            ignore_duplicates=config.train.ignore_duplicates,
+            candidates=config.train.candidates,
+            two_way=config.train.two_way,
+        )
+
+    run = jobs.begin(job, step_of)
+    if not jobs.loop(run, run.train_step):
         return {}
     if not job.held_out:
         return jobs.finish(run, {}, {})

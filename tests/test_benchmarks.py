@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import compiled
+from benchmarks.__main__ import parser_of
 from benchmarks.data import read_triplets, write_triplets
 from benchmarks.flops import Work, forward_flops, step_flops
 from benchmarks.presets import PRESETS
@@ -110,3 +112,71 @@ def test_flops_are_those_that_xla_counts(policy):
     ):
         counted = jax.jit(run).lower(adapters, params, inputs).compile().cost_analysis()["flops"]
         assert 0.95 < want / counted < 1.0, (policy, want, counted)  # XLA counts norms and the like, too
+
+
+@pytest.mark.parametrize("job", ["encode", "vision"])
+def test_a_compiled_programs_work_is_what_is_written_out(job, tmp_path, monkeypatch):
+    """What is read of the program, against useful work by hand: a forward pass computes nothing twice."""
+    from lco_jax import make_mesh
+    from lco_jax.planning import hlo
+    from lco_jax.planning.hardware import DEVICES
+    from lco_jax.planning.targets import OPTIONS
+
+    small = {"depth": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "fullatt_block_indexes": [1]}
+    monkeypatch.setattr(compiled, "VISION", small)
+    monkeypatch.setattr(compiled, "SIDE", 24)
+    monkeypatch.setattr(compiled, "ENCODED", 1024)
+    monkeypatch.chdir(ROOT)
+    mesh = make_mesh(2, 1, 1, devices=jax.devices()[:2])
+    args = parser_of().parse_args(["compiled"])
+    lowered, useful, said = getattr(compiled, f"_{job}")(args, tmp_path, "tiny", "bf16", mesh)
+    text = lowered.compile(OPTIONS["cpu"]).as_text()
+    found = hlo.Program(text, taken=1 / 4).profile(DEVICES["v5e"])
+    assert found.flops == pytest.approx(useful, rel=1e-9)
+    assert said == ({"images": 8, "patches": 576} if job == "vision" else {"tokens": 1024, "rows": {"64": 32}})
+
+
+def test_compiled_cells_are_written_one_by_one_and_not_made_again(tmp_path, monkeypatch):
+    made = []
+    cell = {
+        "preset": "3b", "device": "v5e-8", "job": "train", "fsdp": 8, "remat": "full", "peak_gib": 6.0, "tflop": 117.0,
+        "useful_tflop": 88.0, "modelled_seconds": 2.0, "seconds": {"matrices": 1.5, "norms": 0.5},
+        "collectives": {"all-gather": {"count": 837, "gb": 7.4}}, "compile_seconds": 100.0,
+        "unestimated": 0,
+    }  # fmt: skip
+
+    def compile_one(args, folder, preset, device, job, weights, file):
+        made.append(file.stem)
+        if weights == "nf4":
+            raise KeyboardInterrupt
+        return {**cell, "weights": weights}
+
+    monkeypatch.setattr(compiled, "_cell", compile_one)
+    flags = ["compiled", "--preset=3b", "--device=v5e-8", "--job", "train", "vision", f"--folder={tmp_path / 'cells'}"]
+    with pytest.raises(KeyboardInterrupt):
+        compiled.measure(parser_of().parse_args(flags), tmp_path)
+    assert made == [f"3b-v5e-8-train-{weights}" for weights in compiled.WEIGHTS]
+    made.clear()
+    one = compiled.measure(parser_of().parse_args([*flags, "--job=train", "--weights", "bf16", "int8"]), tmp_path)
+    assert (made, [x["weights"] for x in one["cells"]]) == ([], ["bf16", "int8"])
+    assert "2.000 s modelled" in compiled.table(one)
+    docs = tmp_path / "docs.md"
+    docs.write_text(f"before\n{compiled.BEGIN}\nold\n{compiled.END}\nafter\n")
+    monkeypatch.setattr(compiled, "DOCS", docs)
+    compiled.measure(parser_of().parse_args([*flags, "--table"]), tmp_path)
+    row = "| 3b | v5e-8, fsdp 8 | train, full | int8 | 6.00 | 117.0 | 88.0 | 2.000 | 837 all-gather (7.4 GB) |"
+    assert row in docs.read_text()
+    assert "matrices 75%, norms 25%" in docs.read_text()
+    assert docs.read_text().startswith("before\n")
+    assert docs.read_text().endswith("after\n")
+    assert "old" not in docs.read_text()
+
+
+def test_a_compiler_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    from lco_jax.planning import targets
+
+    monkeypatch.setattr(targets, "missing", lambda backend: "libtpu is not installed")
+    with pytest.raises(compiled.LcoError, match="--device=v5e-8: libtpu is not installed"):
+        compiled.measure(parser_of().parse_args(["compiled", f"--folder={tmp_path}", "--device=v5e-8"]), tmp_path)
+    with pytest.raises(compiled.LcoError, match="--device=v5e: it is KIND-COUNT"):
+        compiled.measure(parser_of().parse_args(["compiled", f"--folder={tmp_path}", "--device=v5e"]), tmp_path)

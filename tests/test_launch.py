@@ -234,6 +234,15 @@ def test_a_slurm_job_hands_its_signal_on(launcher):
     assert (status, launcher.count("scontrol requeue 7")) == (75, 1)
 
 
+@pytest.mark.parametrize(("given", "share"), [({}, "0.92"), ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, "0.5")])
+@pytest.mark.parametrize(("script", "arguments"), [("slurm_job.sh", []), ("local.sh", ["1"])])
+def test_jobs_on_gpus_may_fill_them(launcher, script, arguments, given, share):
+    """jax alone would take three quarters; what its user says stands."""
+    part = "case ${0##*/} in srun | python) echo share $XLA_PYTHON_CLIENT_MEM_FRACTION ;; esac"
+    status, out, error = launcher.run(script, *arguments, "train", *FLAGS, part=part, **JOB, **given)
+    assert (status, out) == (0, f"share {share}\n"), error
+
+
 @pytest.mark.parametrize(("end", "expected"), [("COMPLETED", 0), ("FAILED", 1)])
 def test_a_slurm_job_is_followed_to_its_end(launcher, end, expected):
     part = f"""case ${{0##*/}} in

@@ -1,6 +1,7 @@
-"""What fits: the estimate against XLA's own, the choice as memory shrinks, and a run that chooses."""
+"""What fits: the choice as memory shrinks, what it costs, and runs that choose."""
 
-from functools import partial
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -11,108 +12,188 @@ import pytest
 from lco_jax import LcoError, make_mesh
 from lco_jax.checkpoint.hf import abstract_params
 from lco_jax.core import lora
-from lco_jax.core.packing import Batch, PackedTokens, Shape
+from lco_jax.core.packing import Shape
 from lco_jax.models.config import DecoderConfig
-from lco_jax.models.decoder import Decoder
+from lco_jax.models.decoder import Decoder, embed
 from lco_jax.train import train
 from lco_jax.training import cli, memory
+from lco_jax.training.memory import GIB, Candidate
 from lco_jax.training.metrics import read_metrics
-from lco_jax.training.step import contrastive_loss
 
 ROOT = Path(__file__).parent.parent
 GEOMETRY = DecoderConfig(1024, 256, 768, 4, 4, 2, 64, 1e-6, 1e4, (32,), 4096, True, True)
+COST = {"full": 1, "attention": 2, "gate": 3, "mlp": 4, "none": 9}
 
 
-def xla_bytes(config, policy, shape, dtype, rank, dropout, chunks=1):
-    """What XLA says that loss and gradient take, beyond arguments and results."""
-    array = lambda *sizes, dtype=jnp.int32: jax.ShapeDtypeStruct((chunks, 1, *sizes), dtype)  # noqa: E731
-    one, count = array(shape.tokens), sum(shape.rows.values())
-    groups = tuple(array(n, width) for width, n in shape.rows.items())
-    keys = array(shape.tokens, dtype=jnp.uint32)
-    tokens = PackedTokens(one, array(shape.tokens, 3), keys, one, groups, one, array(count), 16)
-    sides = jax.ShapeDtypeStruct((count * chunks // 2, 2), jnp.int32)
-    params, settings = abstract_params(config, dtype), lora.LoraConfig(rank=rank, dropout=dropout)
-    adapters = jax.eval_shape(partial(lora.init, params=params, config=settings), jax.random.key(0))
-    decoder = Decoder(config, dtype, dtype, policy)
-    loss = partial(contrastive_loss, media=None, decoder=decoder, config=settings, temperature=0.03, seed=0)
-    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    lowered = step.lower({"decoder": adapters}, {"decoder": params}, Batch(tokens, sides, sides, {}))
-    fast = {"xla_backend_optimization_level": "0"}  # buffers are laid out before machine code is made
-    return lowered.compile(fast).memory_analysis().temp_size_in_bytes
+def chosen(there, remat="auto", chunk=-1, real=None, tokens=4000):
+    """(choice, what was compiled) for a device of so much memory, where a step needs 500 and its tokens' cost."""
+    asked = []
+
+    def rough(one):
+        return 500 + COST[one.remat] * (one.chunk_tokens or tokens)
+
+    def need(one):
+        asked.append(one)
+        return (real or rough)(one)
+
+    options = memory.candidates(remat, chunk, tokens, backend="tpu")
+    return memory.choose(there, options, rough, need)[:2], asked
 
 
-@pytest.mark.parametrize(
-    ("policy", "shape", "dtype", "rank", "dropout", "chunks"),
-    [
-        ("full", Shape(2048, {64: 40}), jnp.float32, 16, 0.05, 1),
-        pytest.param("none", Shape(2048, {64: 24, 128: 8}), jnp.float32, 16, 0.05, 1, marks=pytest.mark.slow),
-        pytest.param("gate", Shape(2048, {32: 80}), jnp.float32, 64, 0.0, 1, marks=pytest.mark.slow),
-        pytest.param("full", Shape(3072, {1024: 4}), jnp.bfloat16, 8, 0.05, 1, marks=pytest.mark.slow),
-        pytest.param("none", Shape(2048, {512: 5}), jnp.float32, 16, 0.0, 1, marks=pytest.mark.slow),
-        pytest.param("attention", Shape(1024, {64: 20}), jnp.float32, 8, 0.05, 3, marks=pytest.mark.slow),
-    ],
-)
-def test_the_estimate_is_an_upper_bound_and_close(policy, shape, dtype, rank, dropout, chunks):
-    estimate = memory.activation_bytes(GEOMETRY, policy, shape, dtype, rank, dropout)
-    real = xla_bytes(GEOMETRY, policy, shape, dtype, rank, dropout, chunks)
-    assert real <= estimate < 1.5 * real
+def test_the_choice_as_memory_shrinks():
+    """none → … → full → chunks → an error, each at the memory it needs and not a byte below, with one compilation."""
+    for policy, factor in COST.items():
+        assert chosen(500 + 4000 * factor) == ((policy, 0), [(policy, 0)])
+    assert chosen(500 + 36_000 - 1)[0] == ("mlp", 0)
+    assert chosen(500 + 3999)[0] == ("full", 2048)
+    assert chosen(500 + 1000)[0] == ("full", 768)
+    assert chosen(500 + 128)[0] == ("full", 128)
+    assert chosen(500 + 18_432, "none")[0] == ("none", 2048)  # only the chunk is to be chosen
+    assert chosen(500 + 4 * 256, chunk=256)[0] == ("mlp", 256)  # only the policy
+    with pytest.raises(LcoError, match=r"needs 0.0 GiB a device with remat full, chunks of 128 tokens"):
+        chosen(500 + 127)
+    with pytest.raises(LcoError, match=r"config.train.chunk_tokens to -1"):
+        chosen(1000, chunk=0)
+
+
+def test_a_wrong_guess_is_put_right_by_the_compiler():
+    """The guess is off by as much in either direction: at most three programs, and none that does not fit is chosen."""
+    real = {"none": 30_000, "mlp": 20_000, "gate": 15_000, "attention": 11_000, "full": 7000}
+
+    def more(one):
+        return real[one.remat] if not one.chunk_tokens else 2000 + one.chunk_tokens
+
+    for there in range(3000, 40_000, 500):
+        choice, asked = chosen(there, real=more)
+        assert len(asked) <= memory.MOST
+        assert more(Candidate(*choice)) <= there
+    assert chosen(11_500, real=more)[0] == ("attention", 0)
+    choice, asked = chosen(9000, real=lambda one: {"attention": 9100, "full": 5000}[one.remat])
+    assert choice == ("full", 0)
+    assert asked == [("attention", 0), ("full", 0)]
+
+
+def test_a_tpus_refusal_says_how_much_it_takes():
+    says = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total (18.25G) exceeds available HBM (15.75G)."
+    assert memory.refused_bytes(jax.errors.JaxRuntimeError(says)) == int(18.25 * GIB)
+    says = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Used 512.00M of 15.75M hbm. Exceeded hbm capacity"
+    assert memory.refused_bytes(jax.errors.JaxRuntimeError(says)) == GIB // 2
+    for other in ("INTERNAL: Used 1.00G of 2.00G", "RESOURCE_EXHAUSTED: no disk"):
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            memory.refused_bytes(jax.errors.JaxRuntimeError(other))
+
+
+def test_free_memory_is_the_least_that_machine_and_cgroups_leave(tmp_path):
+    def write(name, text):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    write("proc/meminfo", "MemTotal: 64 kB\nMemAvailable:   48 kB\n")
+    assert memory.free_memory(tmp_path) == 48 * 1024
+    write("proc/self/cgroup", "0::/job/step\n")
+    for name, limit, used, cached in (("job/step", "max", 5000, 0), ("job", "20000", 9000, 1000)):
+        write(f"sys/fs/cgroup/{name}/memory.max", f"{limit}\n")
+        write(f"sys/fs/cgroup/{name}/memory.current", f"{used}\n")
+        write(f"sys/fs/cgroup/{name}/memory.stat", f"anon {used - cached}\ninactive_file {cached}\n")
+    assert memory.free_memory(tmp_path) == 20000 - 9000 + 1000
+    write("proc/meminfo", "MemAvailable:   8 kB\n")
+    assert memory.free_memory(tmp_path) == 8 * 1024
 
 
 @pytest.mark.parametrize("policy", ["full", "none"])
 def test_no_frozen_weight_is_kept(policy):
     """A layer more costs its activations, and not its weights once more."""
-    deep, shallow = (
-        memory._kept(memory.replace(GEOMETRY, num_layers=n), policy, "float32", 4, 0.0, (8, ((8, 1),))) for n in (4, 3)
-    )
+
+    def kept(layers):
+        config, settings = replace(GEOMETRY, num_layers=layers), lora.LoraConfig(rank=4)
+        params = abstract_params(config)
+        adapters = jax.eval_shape(lambda key: lora.init(key, params, settings), jax.random.key(0))
+        decoder = Decoder(config, jnp.float32, jnp.float32, policy)
+
+        def residuals(adapters, params, tokens):
+            def run(a):
+                return embed(decoder, {"decoder": lora.attach(params, a, settings)}, tokens)
+
+            _, backward = jax.vjp(run, adapters)
+            inputs = {id(x) for x in jax.tree.leaves((adapters, params, tokens))}
+            return [x for x in jax.tree.leaves(backward) if id(x) not in inputs]
+
+        tokens = memory.abstract_tokens(Shape(8, {8: 1}), (1,), 0)
+        return memory.held_bytes(jax.eval_shape(residuals, adapters, params, tokens))
+
     weights = memory.held_bytes(abstract_params(GEOMETRY)["layers"]) / GEOMETRY.num_layers
-    assert 8 * GEOMETRY.hidden_size * 4 <= deep - shallow < weights / 4
+    assert 8 * GEOMETRY.hidden_size * 4 <= kept(4) - kept(3) < weights / 4
 
 
-def test_the_choice_as_memory_shrinks(monkeypatch):
-    """none → … → full → chunks → an error, each at the memory it needs and not a byte below."""
-    monkeypatch.setattr(memory, "ORDER", {})
-    shape_of = lambda chunk: Shape(chunk or 1000, {})  # noqa: E731
-    cost = {"full": 1, "attention": 2, "gate": 3, "mlp": 4, "none": 9}
-    need = lambda policy, shape: 500 + cost[policy] * shape.tokens  # noqa: E731
-    choose = lambda there, remat="auto", chunk=-1: memory.choose(there, remat, chunk, shape_of, need)[:2]  # noqa: E731
-    for policy, factor in cost.items():
-        assert choose(500 + 1000 * factor) == (policy, 0)
-    assert choose(500 + 9000 - 1) == ("mlp", 0)
-    assert choose(500 + 999) == ("full", 896)
-    assert choose(500 + 400) == ("full", 384)
-    assert choose(500 + 128) == ("full", 128)
-    assert choose(5000, "none") == ("none", 384)  # only the chunk is to be chosen
-    assert choose(500 + 4 * 256, chunk=256) == ("mlp", 256)  # only the policy
-    with pytest.raises(LcoError, match=r"needs about .* chunks of 128 tokens"):
-        choose(500 + 127)
-    with pytest.raises(LcoError, match=r"config.train.chunk_tokens to -1"):
-        choose(1000, chunk=0)
+class Compilations:
+    """Counts what jax compiles, and does not find on disk."""
+
+    def __init__(self):
+        self.names = []
+        jax.monitoring.register_event_duration_secs_listener(self.heard)
+
+    def heard(self, event, seconds, **more):
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.names.append(more.get("fun_name"))
+
+    def close(self):
+        jax.monitoring.unregister_event_duration_listener(self.heard)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, cache):
+    """(name, flags) -> losses of two steps; `told` of it: what was compiled under the step's name."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("lco_jax.job.make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
+    few = r"--config.lora.targets=layers\.(self_attn\.k|mlp\.down)_proj"  # of adapters, which take time to compile
+    small = [
+        "--config=configs/tiny.py", "--config.train.steps=2", "--config.train.batch_size=8", "--config.eval.path=",
+        "--config.optimizer.warmup_steps=1", "--config.export.merged=False", "--config.lora.rank=4", few,
+    ]  # fmt: skip
+    monkeypatch.setattr(memory, "cache_folder", lambda: tmp_path / "kept")
+    heard = Compilations()
+
+    def run(name, *flags):
+        heard.names.clear()
+        train(cli.parse(["train", *small, *flags], "").config, tmp_path / name)
+        run.told = [name for name in heard.names if name == "jit(update)"]
+        return [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")]
+
+    yield run
+    heard.close()
+
+
+def test_the_program_that_was_compiled_for_the_choice_is_the_runs(run, tmp_path, capfd):
+    """By default a run asks; it compiles its step once all the same, and knows the answer at the second start."""
+    first = run("first")
+    assert len(run.told) == 1
+    assert "remat mlp, the batch in one chunk: 0." in capfd.readouterr().out
+    (known,) = (tmp_path / "kept" / "memory").iterdir()
+    assert json.loads(known.read_text())["bytes"] > 2**20
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "peak_bytes", lambda _: pytest.fail("it was compiled again"))
+        assert run("second") == first
+    assert len(run.told) == 1
+    known.write_text("torn")
+    assert run("third") == first
+    assert json.loads(known.read_text())["bytes"] > 2**20
 
 
 @pytest.mark.slow
-def test_a_run_with_little_memory_chunks_and_learns_the_same(tmp_path, monkeypatch, capfd):
+def test_a_run_with_little_memory_chunks_and_learns_the_same(run, monkeypatch, capfd):
     """Chunks are chosen, the losses are those of a run without, and the folder goes on where memory is another."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("lco_jax.job.make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
-    real, auto = memory.choose, ["--config.model.remat=auto", "--config.train.chunk_tokens=-1"]
-    small = [
-        "--config=configs/tiny.py", "--config.train.steps=2", "--config.train.batch_size=8", "--config.eval.path=",
-        "--config.optimizer.warmup_steps=1", "--config.export.merged=False", "--config.lora.rank=4",
-    ]  # fmt: skip
-
-    def run(name, *flags):
-        train(cli.parse(["train", *small, *flags], "").config, tmp_path / name)
-        return [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")]
-
-    def little(there, remat, chunk, shape_of, need, backend):
-        between = (need("full", shape_of(memory.STEP)) + need("full", shape_of(0))) // 2
-        return real(between, remat, chunk, shape_of, need, backend)
-
+    auto = "--config.train.chunk_tokens=-1"
     fixed = run("fixed", "--config.model.remat=full")
+    real = memory.choose
+
+    def little(there, options, rough, need):
+        between = (need(options[-1]) + need(Candidate("full", 0))) // 2
+        return real(between, options, rough, need)
+
     monkeypatch.setattr(memory, "choose", little)
-    chosen = run("auto", *auto)
+    chunked = run("auto", auto)
     assert "remat full, chunks of" in capfd.readouterr().out
-    assert np.abs(np.subtract(fixed, chosen)).max() < 1e-5
+    assert np.abs(np.subtract(fixed, chunked)).max() < 1e-5
     monkeypatch.setattr(memory, "choose", real)
-    assert run("auto", *auto) == chosen  # resumed
+    assert run("auto", auto) == chunked  # resumed
     assert "the batch in one chunk" in capfd.readouterr().out

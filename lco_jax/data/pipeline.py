@@ -255,8 +255,8 @@ class Share:
         self.media = LaidMedia(self.layouts, shards, wide)
         self.members = [np.flatnonzero(self.bins == i) for i in range(self.chunks * self.shards)]
         self.streams = [lay_stream(ones, self.layout.head) for ones in self._sequences(self.media.need)]
-        floor = self.layout.floor.rows
-        need = largest(in_widths(stream.need, floor) for stream in self.streams)
+        widths = self.layout.floor.rows
+        need = largest(in_widths(stream.need, widths) for stream in self.streams)
         rows = [self.media.need.get(tower, (0, 0))[1] for tower in self.towers]
         self.second = np.array([*_sizes(need), *rows], np.int64)
 

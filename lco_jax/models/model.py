@@ -59,6 +59,7 @@ class MediaPrograms:
 
     def __init__(self, model: Model, mesh: Mesh):
         rows, shards = NamedSharding(mesh, PartitionSpec(ROWS)), row_shards(mesh)
+        self._rows = rows
         self._towers = {
             name: jax.jit(partial(model.tower_tokens, name, shards=shards), out_shardings=rows) for name in model.towers
         }
@@ -76,6 +77,14 @@ class MediaPrograms:
             self.shapes[tower].note(inputs[name])
             parts.append(self._towers[tower](params[tower], inputs[name]))
         return self._join(parts) if parts else None
+
+    def abstract(self, params: dict[str, Any], inputs: TowerInputs) -> jax.ShapeDtypeStruct | None:
+        """What calling it with these, or with their shapes, gives, as a shape that knows where it lies."""
+        parts = [jax.eval_shape(self._towers[name], params[name], inputs[name]) for name in sorted(inputs)]
+        if not parts:
+            return None
+        joined = jax.eval_shape(_join, parts)
+        return jax.ShapeDtypeStruct(joined.shape, joined.dtype, sharding=self._rows)
 
     def __len__(self) -> int:
         """How many programs there are."""

@@ -1,51 +1,58 @@
-"""What fits: the remat policy and the GradCache chunk for the memory of the devices.
+"""What fits: the remat policy and the GradCache chunk for the memory of the devices, by asking their compiler.
 
-Dimensions: L layers, R streams (one a device here), T tokens of a stream, W width and N rows of a group of attention
-rows, S sequences of a stream, D hidden, F MLP width, r LoRA rank.
-
-What a policy keeps is not written down here again: the backward pass is traced (shapes alone, a second), and what
-it holds on to is counted. So a layer that keeps another array, or another kernel, is counted as it is.
+The real training step is compiled for the planned shapes under the policy that is likeliest to be the best that fits,
+and its compiler says what it takes. At most three are compiled, what was learned is kept on disk, and the run goes on
+with the program that was compiled for the choice.
 """
 
+import json
+import logging
 import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import lru_cache, partial
+import re
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
-from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lco_jax.checkpoint.hf import abstract_params
-from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
-from lco_jax.core.packing import Batch, PackedTokens, Shape
+from lco_jax.core.files import cache_folder, write_text
+from lco_jax.core.packing import Answers, Batch, PackedTokens, Shape
 from lco_jax.core.sharding import ROWS, replicated, row_shards
 from lco_jax.models.config import DecoderConfig
-from lco_jax.models.decoder import REMAT_POLICIES, Decoder, embed
-from lco_jax.models.head import LOGITS
-from lco_jax.models.model import Model
-from lco_jax.training.losses import TILE_SCORES
-from lco_jax.training.run import Training
+from lco_jax.models.decoder import REMAT_POLICIES
 
-MARGIN = 0.1  # of a device's memory, left to the runtime, to fragmentation and to batches larger than planned
-WORKING = 0.75  # of what a layer computes, in memory at once as gradients (measured)
+MARGIN = 0.05  # of a device's memory, left to the runtime, to fragmentation and to batches larger than planned
+MOST = 3  # programs that are compiled for a choice
+PARTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # chunks that a batch is tried in
+LEAST = 128  # tokens of a chunk
 # Policies by speed, where least recomputation is not it: on CPU "none" was slower than "mlp" in every round, and
 # takes twice the memory.
 ORDER: dict[str, tuple[str, ...]] = {"cpu": ("mlp", "gate", "attention", "full")}
-STEP = 128  # chunks are multiples of so many tokens
 MIB, GIB = 2**20, 2**30
+
+logger = logging.getLogger(__name__)
+
+
+class Candidate(NamedTuple):
+    """remat: a key of `REMAT_POLICIES`. chunk_tokens: as `Layout` has it."""
+
+    remat: str
+    chunk_tokens: int
+
+    def __str__(self) -> str:
+        chunk = f"chunks of {self.chunk_tokens:,} tokens" if self.chunk_tokens else "the batch in one chunk"
+        return f"remat {self.remat}, {chunk}"
 
 
 class Choice(NamedTuple):
-    """remat: a key of `REMAT_POLICIES`. chunk_tokens: as `Layout` has it. need, memory: bytes a device, and there."""
+    """What was chosen. need, memory: bytes that the compiler says a device needs, and that there are."""
 
     remat: str
     chunk_tokens: int
@@ -53,71 +60,64 @@ class Choice(NamedTuple):
     memory: int
 
     def __str__(self) -> str:
-        chunk = f"chunks of {self.chunk_tokens:,} tokens" if self.chunk_tokens else "the batch in one chunk"
-        return f"remat {self.remat}, {chunk}: about {self.need / GIB:.2f} of {self.memory / GIB:.2f} GiB a device"
+        of = f"{self.need / GIB:.2f} of {self.memory / GIB:.2f} GiB a device"
+        return f"{Candidate(self.remat, self.chunk_tokens)}: {of}, says the compiler"
 
 
-def activation_bytes(
-    config: DecoderConfig, policy: str, shape: Shape, dtype: Any, rank: int, dropout: float, tensor: int = 1,
-    backend: str | None = None,
-) -> int:  # fmt: skip
-    """Bytes of a device in forward and backward pass of a chunk of `shape`, beyond what `resident_bytes` counts.
-
-    It is what `policy` keeps, and beside it what a layer computes once more and the gradients on their way. tensor: the
-    ways a product is split. backend: jax's name of what computes, by default the one here. An upper bound of what XLA
-    says it takes on CPU: 1.03 to 1.41 times that (measured).
-    """
-    if (backend or jax.default_backend()) == "cpu":
-        dtype = "float32"  # XLA's CPU programs compute bfloat16 in float32, and keep much of it so
-    rows = tuple(shape.rows.items())
-    here = _local(config, tensor)
-    kept = partial(_kept, dtype=jnp.dtype(dtype).name, rank=rank, dropout=dropout, shape=(shape.tokens, rows))
-    layer = lambda policy: kept(replace(here, num_layers=3), policy) - kept(replace(here, num_layers=2), policy)  # noqa: E731
-    return int(kept(here, policy) + layer("none") - layer(policy) + WORKING * layer("none"))
+def peak_bytes(compiled: jax.stages.Compiled) -> int:
+    """What a device holds while the program runs, its compiler says: arguments, temporaries, results and code."""
+    found = compiled.memory_analysis()
+    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return held + found.temp_size_in_bytes + found.generated_code_size_in_bytes
 
 
-def _local(config: DecoderConfig, tensor: int) -> DecoderConfig:
-    """The geometry of one of `tensor` devices that share every product."""
-    heads, width = math.gcd(tensor, config.num_kv_heads), math.gcd(tensor, config.intermediate_size)
-    return replace(
-        config,
-        num_heads=config.num_heads // heads,
-        num_kv_heads=config.num_kv_heads // heads,
-        intermediate_size=config.intermediate_size // width,
-    )
+def refused_bytes(error: jax.errors.JaxRuntimeError) -> int:
+    """What a program would take that a TPU's compiler refuses, since memory does not hold it. Raises other errors."""
+    used = re.search(r"(?:Used |\()([\d.]+)([MG])\)? (?:of|exceeds) ", str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or used is None:
+        raise error
+    return int(float(used[1]) * (GIB if used[2] == "G" else MIB))
 
 
-@lru_cache(maxsize=256)
-def _kept(config: DecoderConfig, policy: str, dtype: str, rank: int, dropout: float, shape: tuple) -> int:
-    """Bytes that the forward pass hands to the backward pass and that are not among its inputs."""
-    decoder = Decoder(config, jnp.dtype(dtype), jnp.dtype(dtype), policy)
-    params, settings = abstract_params(config, jnp.dtype(dtype)), lora.LoraConfig(rank=rank, dropout=dropout)
-    adapters = jax.eval_shape(partial(lora.init, params=params, config=settings), jax.random.key(0))
-
-    def residuals(adapters: Any, params: Any, tokens: PackedTokens) -> list[Array]:
-        _, backward = jax.vjp(lambda a: embed(decoder, {"decoder": lora.attach(params, a, settings)}, tokens), adapters)
-        inputs = {id(x) for x in jax.tree.leaves((adapters, params, tokens))}
-        return [x for x in jax.tree.leaves(backward) if id(x) not in inputs]
-
-    return held_bytes(jax.eval_shape(residuals, adapters, params, _abstract_tokens(*shape)))
-
-
-def _abstract_tokens(
-    tokens: int, rows: tuple[tuple[int, int], ...], leading: tuple[int, ...] = (1,), head: int = 0, place: Any = None
+def abstract_tokens(
+    shape: Shape, leading: tuple[int, ...], head: int | None, place: NamedSharding | None = None
 ) -> PackedTokens:
-    array = lambda *sizes, dtype=jnp.int32: jax.ShapeDtypeStruct((*leading, *sizes), dtype, sharding=place)  # noqa: E731
-    one, groups = array(tokens), tuple(array(count, width) for width, count in rows)
-    last = array(sum(count for _, count in rows))
-    return PackedTokens(one, array(tokens, 3), array(tokens, dtype=jnp.uint32), one, groups, one, last, head)
+    """Streams of `shape` as shapes. leading: their number, and what stands before it. head: as of `PackedTokens`."""
+
+    def array(*sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*leading, *sizes), dtype, sharding=place)
+
+    one, keys, positions = array(shape.tokens), array(shape.tokens, dtype=jnp.uint32), array(shape.tokens, 3)
+    groups = tuple(array(count, width) for width, count in sorted(shape.rows.items()))
+    return PackedTokens(one, positions, keys, one, groups, one, array(sum(shape.rows.values())), head)
 
 
-def abstract_batch(shape: Shape, sides: tuple[int, int], head: int, mesh: Mesh) -> Batch:
-    """A batch of texts as shapes on the mesh. sides: [B, 2 + M]; head: tokens that all texts share."""
+def abstract_batch(
+    shape: Shape, sides: tuple[int, int], head: int, mesh: Mesh, media: Mapping[str, Any] | None = None
+) -> Batch:
+    """A batch as shapes on the mesh. sides: [B, 2 + M]; head: tokens that all texts share; media: as `Batch` has it."""
     place = NamedSharding(mesh, PartitionSpec(None, ROWS))
     leading = shape.chunks, row_shards(mesh)
-    tokens = _abstract_tokens(shape.tokens, tuple(sorted(shape.rows.items())), leading, head, place)
+    answers = None
+    if shape.answers:
+        one = jax.ShapeDtypeStruct((*leading, shape.answers), jnp.int32, sharding=place)
+        answers = Answers(one, one, one)
     table = jax.ShapeDtypeStruct(sides, jnp.int32, sharding=replicated(mesh))
-    return Batch(tokens, table, table, {})
+    return Batch(abstract_tokens(shape, leading, head, place), table, table, dict(media or {}), answers)
+
+
+def abstract_media(layouts: Mapping[str, Any], floor: Mapping[str, tuple[int, int]], mesh: Mesh) -> dict[str, Any]:
+    """What towers read of a batch as planned, as shapes. layouts: `Processor.rows`. floor: a `Layout`'s media_floor."""
+    place, shards = NamedSharding(mesh, PartitionSpec(ROWS)), row_shards(mesh)
+
+    def global_shape(x: np.ndarray) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((len(x) * shards, *x.shape[1:]), x.dtype, sharding=place)
+
+    found = {}
+    for tower, (width, count) in floor.items():
+        empty = layouts[tower].fill([([], layouts[tower].lay([], width))], count, width)
+        found[tower] = jax.tree.map(global_shape, empty)
+    return found
 
 
 def held_bytes(tree: Any) -> int:
@@ -130,107 +130,176 @@ def held_bytes(tree: Any) -> int:
     return total
 
 
-def resident_bytes(
-    params: Any, training: Training, config: DecoderConfig, mesh: Mesh, sides: tuple[int, int], media_tokens: int
+def rough_bytes(
+    config: DecoderConfig, state: Any, params: Any, remat: str, tokens: int, itemsize: int, tensor: int = 1
 ) -> int:
-    """Bytes of a device that do not depend on policy and chunk.
+    """About what a step takes, to begin with the likeliest policy; how far off it is matters little.
 
-    Parameters as they lie; what is tuned, its moments, gradient and update; embeddings and scores of a batch of `sides`
-    [B, 2 + M]; `media_tokens` of a shard; a layer's matrices whole, where they are gathered or widened before use.
+    state, params: placed, of which what is tuned has a gradient and an update beside it. tokens: of a device's chunk;
+    itemsize: bytes of an activation. tensor: the ways a product is split.
     """
-    state = training.placed
-    records, width = sides
-    scores = min(records * records * (width - 1) // row_shards(mesh), TILE_SCORES)
-    total = held_bytes(params) + held_bytes(state) + 2 * held_bytes(state["tuned"])
-    total += 4 * (3 * records * width * config.hidden_size + 4 * scores)
-    table = params["decoder"]["embed_tokens"]["weight"]
-    total += 2 * media_tokens * config.hidden_size * table.dtype.itemsize  # the towers' and, joined, the decoder's
-    layers = params["decoder"]["layers"]
-    quantized = len(jax.tree.leaves(layers)) > len(flatten_dict(layers))
-    if quantized or mesh.shape["fsdp"] > 1:
-        matrices = jax.tree.leaves(abstract_params(config)["layers"])
-        total += sum(map(math.prod, (x.shape[1:] for x in matrices))) * 4 // mesh.shape["tensor"]
-    return total + (mesh.shape["fsdp"] > 1) * held_bytes(table) * mesh.shape["fsdp"]
+    heads, mlp = config.head_dim * (config.num_heads + config.num_kv_heads) / tensor, config.intermediate_size / tensor
+    kept = {"full": 0, "attention": 2 * heads, "gate": 2 * heads + mlp, "mlp": 2 * heads + 2 * mlp}
+    kept["none"] = 3 * kept["mlp"]
+    at_work = 4 * mlp + 8 * config.hidden_size  # of one layer
+    activations = tokens * itemsize * (config.num_layers * (config.hidden_size + kept[remat]) + at_work)
+    return held_bytes((params, state)) + 2 * held_bytes(state["tuned"]) + int(activations)
 
 
 def device_bytes(held: int) -> int:
-    """Memory of a device that a run may fill, the least in any process. held: by parameters that are there already."""
+    """Memory of a device that a run may fill, the least in any process. held: by what the run holds already."""
     device = jax.local_devices()[0]
-    total = (device.memory_stats() or {}).get("bytes_limit")
+    total = (device.memory_stats() or {}).get("bytes_limit")  # of a GPU what jax preallocates
     if total is None:  # a CPU: its devices share what is free
-        total = held + _free_memory() // jax.local_device_count()
-    total = int(total * (1 - MARGIN))
+        total = held + free_memory() // jax.local_device_count()
+    return -_most_of_all(-int(total * (1 - MARGIN)))
+
+
+def _most_of_all(size: int) -> int:
+    """The largest of every process's, in whole MiB, for jax's integers have 32 bits."""
     if jax.process_count() == 1:
-        return total
-    return int(multihost_utils.process_allgather(np.int32(total // MIB)).min()) * MIB  # jax's integers have 32 bits
+        return size
+    return int(multihost_utils.process_allgather(np.int32(-(-size // MIB))).max()) * MIB
 
 
-def _free_memory() -> int:
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may still take: of the machine, and of its cgroup (a container's, a job's)."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        lines = (root / "proc/meminfo").read_text(encoding="utf-8").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):  # no Linux
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    for folder in _cgroups(root):
+        try:
+            limit = (folder / "memory.max").read_text(encoding="utf-8").strip()
+            used = int((folder / "memory.current").read_text(encoding="utf-8"))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
+        except (OSError, ValueError):  # no limit is set there, or it is not ours to read
+            continue
+        if limit.isdecimal():
+            free = min(free, int(limit) - used + int(stat.get("inactive_file", 0)))
+    return max(free, 0)
+
+
+def _cgroups(root: Path) -> list[Path]:
+    """This process's cgroup (version 2) and those above it, each of which may set a limit."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    name = next((line[3:] for line in lines if line.startswith("0::")), None)
+    if name is None:
+        return []
+    top = root / "sys/fs/cgroup"
+    mine = top / name.strip("/")
+    return [folder for folder in (mine, *mine.parents) if folder == top or top in folder.parents]
+
+
+def candidates(remat: str, chunk_tokens: int, tokens: int, backend: str | None = None) -> list[Candidate]:
+    """What may be chosen, from the fastest to that with the least memory.
+
+    remat, chunk_tokens: the configuration's; "auto" and -1 are chosen. tokens: of a stream that holds a whole batch.
+    Chunks cost a second forward pass, so they come last, under the last policy.
+    """
+    fastest = ORDER.get(backend or jax.default_backend(), tuple(reversed(REMAT_POLICIES)))
+    policies = fastest if remat == "auto" else (remat,)
+    found = [Candidate(policy, max(chunk_tokens, 0)) for policy in policies]
+    if chunk_tokens < 0:
+        sizes = [-(-tokens // parts) for parts in PARTS]
+        sizes = [-(-size // LEAST) * LEAST for size in sizes]
+        found += [Candidate(policies[-1], size) for size in dict.fromkeys(sizes) if size < tokens]
+    return found
 
 
 def choose(
-    memory: int, remat: str, chunk_tokens: int, shape_of: Callable[[int], Shape], need: Callable[[str, Shape], int],
-    backend: str | None = None,
-) -> Choice:  # fmt: skip
-    """The policy and chunk for `memory` bytes a device.
+    memory: int, options: Sequence[Candidate], rough: Callable[[Candidate], int], need: Callable[[Candidate], int]
+) -> Choice:
+    """The first of the options that fits `memory` bytes a device, with `need` asked at most `MOST` times.
 
-    remat, chunk_tokens: the configuration's; "auto" and -1 are chosen: the first policy of `ORDER` under which a whole
-    batch fits, for chunks cost a second forward pass; if none does, the largest chunks that fit under the last.
-    shape_of: chunk_tokens -> the planned shape of a stream. need: bytes a device for a policy and a shape.
-    Raises where nothing fits.
+    rough: about what each takes: differences are trusted more than numbers. need: what the compiler says. Raises where
+    nothing was found that fits.
     """
-    fastest = ORDER.get(backend or jax.default_backend(), tuple(reversed(REMAT_POLICIES)))
-    order = fastest if remat == "auto" else (remat,)
-    whole = shape_of(max(chunk_tokens, 0))
-    for policy in order:
-        if (bytes_ := need(policy, whole)) <= memory:
-            return Choice(policy, max(chunk_tokens, 0), bytes_, memory)
-    policy, advice = order[-1], "raise config.mesh.fsdp, or quantize the model"
-    if chunk_tokens < 0:
-        bytes_ = need(policy, shape_of(STEP))
-    else:
-        advice = f"set config.train.chunk_tokens to -1 (auto), {advice}"
-    if chunk_tokens >= 0 or bytes_ > memory:
+    known: dict[int, int] = {}
+    guesses = [rough(one) for one in options]
+    off = 0  # by how much the last guess was wrong
+
+    def likeliest(room: float) -> int:
+        fitting = (i for i, guess in enumerate(guesses) if known.get(i, guess + off) <= room)
+        return next(fitting, len(options) - 1)
+
+    at = likeliest(memory)
+    while at not in known and len(known) < MOST:
+        known[at] = need(options[at])
+        off = known[at] - guesses[at]
+        last = len(known) == MOST - 1 and min(known.values()) > memory
+        at = likeliest(memory * 0.9 if last else memory)
+    fits = [i for i, size in known.items() if size <= memory]
+    if not fits:
+        i = min(known, key=known.__getitem__)
+        advice = "raise config.mesh.fsdp, or quantize the model"
+        if all(one.chunk_tokens == options[0].chunk_tokens for one in options):
+            advice = f"set config.train.chunk_tokens to -1 (auto), {advice}"
         raise LcoError(
-            f"a training step needs about {bytes_ / GIB:.1f} GiB a device with remat {policy!r} and chunks of "
-            f"{STEP if chunk_tokens < 0 else whole.tokens} tokens, and there are {memory / GIB:.1f}; {advice}"
+            f"a training step needs {known[i] / GIB:.1f} GiB a device with {options[i]}, and there are "
+            f"{memory / GIB:.1f}; {advice}"
         )
-    low, high = 1, -(-whole.tokens // STEP)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if need(policy, shape_of(middle * STEP)) <= memory else (low, middle)
-    return Choice(policy, low * STEP, need(policy, shape_of(low * STEP)), memory)
+    best = min(fits)
+    return Choice(*options[best], known[best], memory)
 
 
 def choose_for(
     config: Mapping[str, Any],
-    model: Model,
-    params: dict[str, Any],
-    training: Training,
+    decoder: DecoderConfig,
+    params: Mapping[str, Any],
+    besides: Any,
+    state: Any,
     mesh: Mesh,
-    sides: tuple[int, int],
     shape_of: Callable[[int], Shape],
-    there: int | None = None,
-    backend: str | None = None,
+    lower: Callable[[Candidate], jax.stages.Lowered],
 ) -> Choice:
-    """`choose` for a run: its configuration, what is on its devices, and the shapes that its data are planned to take.
+    """`choose` for a run on these devices.
 
-    sides: records of a batch, and texts of a record (the most). there, backend: bytes that a run may fill, and jax's
-    name, of devices that are not these.
+    config: the run's. params: the parts of the model that the step is given, and besides: others that are there, too
+    (frozen towers). state: the run's, as shapes. shape_of: chunk_tokens -> the planned shape of a stream. lower: makes
+    the step.
     """
-    decoder, settings = model.decoder, training.lora
-    whole = shape_of(0)
-    resident = resident_bytes(params, training, decoder.config, mesh, sides, whole.tokens if model.towers else 0)
+    itemsize = 4 if jax.default_backend() == "cpu" else jnp.dtype(config["model"]["dtype"]).itemsize
+    asked = config["model"]["remat"], config["train"]["chunk_tokens"]
 
-    def need(policy: str, shape: Shape) -> int:
-        logits = 3 * 4 * LOGITS if shape.answers else 0  # themselves, their softmax, and the gradient
-        given = decoder.dtype, settings.rank, settings.dropout, mesh.shape["tensor"], backend
-        return logits + resident + activation_bytes(decoder.config, policy, shape, *given)
+    def rough(one: Candidate) -> int:
+        tokens = shape_of(one.chunk_tokens).tokens
+        return rough_bytes(decoder, state, params, one.remat, tokens, itemsize, mesh.shape["tensor"])
 
-    there = device_bytes(held=held_bytes(params)) if there is None else there
-    return choose(there, config["model"]["remat"], config["train"]["chunk_tokens"], shape_of, need, backend)
+    def need(one: Candidate) -> int:
+        return remembered_bytes(lower(one), str(one))
+
+    memory = device_bytes(held_bytes((params, besides))) - held_bytes(besides)
+    return choose(memory, candidates(*asked, shape_of(0).tokens), rough, need)
+
+
+def remembered_bytes(lowered: jax.stages.Lowered, what: str) -> int:
+    """What a program takes, by its compiler or, once it was compiled, from the disk. what: is said before compiling.
+
+    The key is the program itself, and what compiles it; processes that share a run look up or compile together.
+    """
+    device = jax.local_devices()[0]
+    made_by = jax.__version__, device.platform, device.device_kind, device.client.platform_version
+    key = repr((made_by, jax.device_count(), os.environ.get("XLA_FLAGS", ""), lowered.as_text()))
+    file = cache_folder() / "memory" / f"{blake2b(key.encode(), digest_size=16).hexdigest()}.json"
+    known = _read(file)
+    if _most_of_all(MIB * (known is None)):
+        logger.info("compiling the training step with %s", what)
+        try:
+            known = peak_bytes(lowered.compile())
+        except jax.errors.JaxRuntimeError as error:
+            known = refused_bytes(error)
+        known = _most_of_all(known)
+        write_text(file, json.dumps({"bytes": known, "what": what}))
+    return known
+
+
+def _read(file: Path) -> int | None:
+    try:
+        return int(json.loads(file.read_text(encoding="utf-8"))["bytes"])
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or torn: it is made again
+        return None

@@ -30,7 +30,6 @@ from lco_jax.training.optimizer import Optimizer
 
 State = dict[str, Any]  # {"step": int32, "tuned": tree, "optimizer": optax state}; all of it is checkpointed
 Loss = Callable[..., tuple[Array, dict[str, Array]]]  # (tuned, params, batch, media, seed=) -> loss and metrics
-Step = Callable[[State, dict[str, Any], Batch], tuple[State, dict[str, Array]]]
 Update = jax.stages.Wrapped  # a jitted (state, params, batch, media) -> (state, metrics)
 
 
@@ -136,6 +135,38 @@ def generative_loss(
     return loss, {"loss": loss, "rows": jnp.where(counts > 0, sums / jnp.maximum(counts, 1), -jnp.inf)}
 
 
+class Step:
+    """(state, frozen parameters, batch) -> (state, metrics). Call it inside `jax.set_mesh(mesh)`.
+
+    Frozen `towers` run in a program of their own: no chunk's backward pass repeats them, and the shapes of media and of
+    rows, which vary apart, are compiled apart.
+    """
+
+    def __init__(self, name: str, update: Update, towers: MediaPrograms | None):
+        self.update, self.towers, self.shapes = update, towers, ShapeLog(name)
+
+    def __call__(self, state: State, params: dict[str, Any], batch: Batch) -> tuple[State, dict[str, Array]]:
+        """One step; the state is donated."""
+        media = None if self.towers is None else self.towers(params, batch.media)
+        params, batch = self._of_update(params, batch)
+        self.shapes.note(batch, media)
+        state, metrics = self.update(state, params, batch, media)
+        programs = len(self.shapes) + (0 if self.towers is None else len(self.towers))
+        return state, {**metrics, "programs": programs}
+
+    def lower(self, state: Any, params: dict[str, Any], batch: Batch) -> jax.stages.Lowered:
+        """The update's program, ready to be compiled, for arrays or shapes that know where they lie."""
+        media = None if self.towers is None else self.towers.abstract(params, batch.media)
+        return self.update.lower(state, *self._of_update(params, batch), media)
+
+    def _of_update(self, params: dict[str, Any], batch: Batch) -> tuple[dict[str, Any], Batch]:
+        """What of its arguments the update takes."""
+        if self.towers is None:
+            return params, batch
+        params = {part: tree for part, tree in params.items() if part not in self.towers.shapes}
+        return params, replace(batch, media={})
+
+
 def make_train_step(
     model: Model,
     tx: Optimizer,
@@ -148,7 +179,7 @@ def make_train_step(
 ) -> Step:
     """The contrastive step. options: as of `contrastive_loss`."""
     loss = partial(contrastive_loss, decoder=model.decoder, config=config, temperature=temperature, **options)
-    return _make_step("training step", make_update(loss, tx, seed, mesh, state_sharding), MediaPrograms(model, mesh))
+    return Step("training step", make_update(loss, tx, seed, mesh, state_sharding), MediaPrograms(model, mesh))
 
 
 def make_pretrain_step(
@@ -163,7 +194,7 @@ def make_pretrain_step(
     """The generative step. tunes_towers: whether gradients are to reach the towers, which then are part of the step."""
     loss = partial(generative_loss, model=model, config=config)
     towers = None if tunes_towers else MediaPrograms(model, mesh)
-    return _make_step("pretraining step", make_update(loss, tx, seed, mesh, state_sharding), towers)
+    return Step("pretraining step", make_update(loss, tx, seed, mesh, state_sharding), towers)
 
 
 def make_update(loss: Loss, tx: Optimizer, seed: int, mesh: Mesh, state_sharding: State) -> Update:
@@ -196,24 +227,3 @@ def make_update(loss: Loss, tx: Optimizer, seed: int, mesh: Mesh, state_sharding
         return {"step": state["step"] + 1, **kept}, metrics
 
     return jax.jit(update, donate_argnums=0, out_shardings=(state_sharding, replicated(mesh)))
-
-
-def _make_step(name: str, update: Update, towers: MediaPrograms | None) -> Step:
-    """(state, frozen parameters, batch) -> (state, metrics). Call it inside `jax.set_mesh(mesh)`.
-
-    Frozen `towers` run in a program of their own: no chunk's backward pass repeats them, and the shapes of media and of
-    rows, which vary apart, are compiled apart.
-    """
-    shapes = ShapeLog(name)
-
-    def step(state: State, params: dict[str, Any], batch: Batch) -> tuple[State, dict[str, Array]]:
-        media = None
-        if towers is not None:
-            media = towers(params, batch.media)
-            batch = replace(batch, media={})
-            params = {part: tree for part, tree in params.items() if part not in towers.shapes}
-        shapes.note(batch, media)
-        state, metrics = update(state, params, batch, media)
-        return state, {**metrics, "programs": len(shapes) + (len(towers) if towers is not None else 0)}
-
-    return step
