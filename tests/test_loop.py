@@ -30,18 +30,32 @@ def step(run):
     return bench.slow_step(run.job.mesh, bench.rounds_of(SECONDS))
 
 
-def test_a_step_is_dispatched_before_the_one_before_has_ended(run, step):
-    """Though a batch takes as long as a step. Before, no step was. And the position saved is that
-    of what was used."""
-    positions = []
-    save = run.store.save
+def test_while_a_step_runs_the_next_batch_is_made_and_only_then_its_metrics_are_read(run, step, monkeypatch):
+    """By the order of events. And the position that is saved is that of the batches used, not of those read ahead."""
+    positions, fetched, iterator = [], [], run.iterator.iterator
+    save, get, read = run.store.save, jax.device_get, threading.Semaphore(0)
+    next_batch = run.iterator.__class__.__next__
+
+    class Counted(run.iterator.__class__):
+        def __next__(self):
+            read.release()
+            return next_batch(self)
+
+    def dispatched(*arguments):
+        """Here nothing but another thread can read the batch after the next."""
+        wanted = 3 if run.step == 0 else 1  # this batch, the next, and the one after
+        assert run.step + 2 >= STEPS or all(read.acquire(timeout=60) for _ in range(wanted))
+        assert len(fetched) == max(run.step - 1, 0)  # those of the step before wait for this dispatch
+        return step(*arguments)
+
+    def fetch(tree):
+        fetched.extend([tree] if "loss" in tree else [])
+        return get(tree)
+
+    run.iterator.__class__ = Counted
     run.store.save = lambda step, state, position: (positions.append(position), save(step, state, position))
-    iterator = run.iterator.iterator
-    with bench.timed(step) as (call, times):
-        assert jobs.loop(run, call)
-    pairs = list(zip(times.dispatched[1:], times.ended, strict=False))[bench.WARM :]
-    early = sum(dispatched < ended for dispatched, ended in pairs)
-    assert early >= len(pairs) - 2  # a machine may be busy with something else
+    monkeypatch.setattr(jax, "device_get", fetch)
+    assert jobs.loop(run, dispatched)
     (position,) = positions
     iterator.set_state(position)
     assert next(iterator).where == tuple(f"mem:{i}" for i in numbers_of(run, STEPS))

@@ -7,9 +7,8 @@ those whose index is p modulo P. The position of the stream is one number, so a 
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
 from itertools import islice
@@ -19,31 +18,18 @@ import grain
 import jax
 import numpy as np
 from jax import Array
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.exchange import Exchange
-from lco_jax.core.packing import (
-    WIDTHS,
-    Batch,
-    Shape,
-    Stream,
-    TokenSequence,
-    fill,
-    fill_answers,
-    fit,
-    in_widths,
-    largest,
-    lay_stream,
-    spread,
-)
+from lco_jax.core.packing import Batch, fill, fill_answers, fit
 from lco_jax.core.sharding import ROWS, row_shards
 from lco_jax.data.inputs import conversation, one_ahead
-from lco_jax.data.processor import LaidMedia, MediaRows, MediaShape, Processor, widest, with_room
+from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import asked
 from lco_jax.data.records import Record, Side, answer_of, side_key
 from lco_jax.data.scan import Source
+from lco_jax.data.share import LaidBatch, Layout, LocalBatch, Share, lay_batch
 from lco_jax.data.sources import open_source
 from lco_jax.data.tower_rows import Processed, TowerRows
 
@@ -51,46 +37,6 @@ ENDLESS = 2**40
 MAX_SIDES = 1024  # a dropout identity is record · MAX_SIDES + side
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LocalBatch:
-    """What one process read of a global batch: its inputs, and of each input its record, side and content's number.
-
-    skipped: why records were left out (`on_bad` "skip"). where: the origin of every record of the share, in order.
-    """
-
-    inputs: list[Processed]
-    record: np.ndarray
-    side: np.ndarray
-    content: np.ndarray
-    skipped: tuple[str, ...] = ()
-    where: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What stays fixed through a run.
-
-    head: token ids with which texts begin, computed once a stream. chunk_tokens: how many tokens of its own a stream,
-    and so a GradCache chunk, is to have, but for a single longer sequence; 0: one chunk. on_bad: whether a record whose
-    media cannot be read stops the run ("error") or is left out of its batch ("skip"). generative: a record is one
-    sequence, its anchor with the positive as the answer to it. floor, media_floor: the least shapes (`data/plan.py`).
-    """
-
-    batch_size: int
-    max_negatives: int
-    head: np.ndarray
-    chunk_tokens: int = 0
-    on_bad: str = "error"
-    generative: bool = False
-    floor: Shape = field(default_factory=Shape)
-    media_floor: MediaShape = field(default_factory=dict)
-
-    @property
-    def sides(self) -> int:
-        """The most sequences that a record has."""
-        return 1 if self.generative else 2 + self.max_negatives
 
 
 def open_sources(config: Mapping[str, Any]) -> dict[str, Source]:
@@ -206,94 +152,6 @@ def _number(side: Side) -> int:
     return int.from_bytes(blake2b(repr(side_key(side)).encode(), digest_size=4).digest(), "little", signed=True)
 
 
-class LaidBatch(NamedTuple):
-    """A process's share of a batch, laid into its streams. bins: of each input, its stream, chunk by chunk.
-
-    members: of each stream, its inputs' numbers. need: the least shape that holds every process's
-    streams. media: makes the towers' rows; media_need: the least shape that holds every process's.
-    """
-
-    chunks: int
-    bins: np.ndarray
-    members: list[np.ndarray]
-    streams: list[Stream]
-    need: Shape
-    media: Callable[[], MediaRows]
-    media_need: MediaShape
-
-
-class Share:
-    """A process's share of a batch, spread over the `shards` that it feeds, and over chunks, and
-    laid into streams.
-
-    Two times all processes agree on the most that one of them needs: on `first`, chunks and the
-    width of each tower's rows, without which nothing can be laid; then on `second`, the sizes of
-    streams and towers' rows as laid.
-    layouts: how each tower's rows are laid out (`Processor.rows`).
-    """
-
-    def __init__(self, local: LocalBatch, layout: Layout, layouts: Mapping[str, TowerRows], shards: int):
-        self.local, self.layout, self.layouts, self.shards = local, layout, layouts, shards
-        self.towers = sorted(layouts)
-        self.own = [max(len(one) - len(layout.head), 1) for one in local.inputs]
-        most = shards * layout.chunk_tokens
-        chunks = -(-sum(self.own) // most) if most else 1
-        widths = widest(layouts, local.inputs)
-        self.first = np.array([chunks, *(widths[tower] for tower in self.towers)], np.int64)
-
-    def lay(self, agreed: np.ndarray) -> None:
-        """Lay it. agreed: on `first`. Afterwards there is `second`."""
-        chunks, *widths = map(int, agreed)
-        self.chunks = max(chunks, self.layout.floor.chunks)
-        floor = self.layout.media_floor
-        wide = {
-            tower: max(width, floor.get(tower, (0, 0))[0]) for tower, width in zip(self.towers, widths, strict=True)
-        }
-        self.bins = spread(self.own, self.chunks * self.shards)
-        self.by_shard = [np.flatnonzero(self.bins % self.shards == shard) for shard in range(self.shards)]
-        shards = [[self.local.inputs[i] for i in chosen] for chosen in self.by_shard]
-        self.media = LaidMedia(self.layouts, shards, wide)
-        self.members = [np.flatnonzero(self.bins == i) for i in range(self.chunks * self.shards)]
-        self.streams = [lay_stream(ones, self.layout.head) for ones in self._sequences(self.media.need)]
-        widths = self.layout.floor.rows
-        need = largest(in_widths(stream.need, widths) for stream in self.streams)
-        rows = [self.media.need.get(tower, (0, 0))[1] for tower in self.towers]
-        self.second = np.array([*_sizes(need), *rows], np.int64)
-
-    def laid(self, agreed: np.ndarray) -> LaidBatch:
-        """The end of it. agreed: on `second`."""
-        sizes, rows = np.split(agreed, [len(agreed) - len(self.towers)])
-        counts = dict(zip(self.towers, map(int, rows), strict=True))
-        media_need = {tower: (width, counts[tower]) for tower, (width, _) in self.media.need.items()}
-        shape = with_room(media_need, self.layout.media_floor)
-        streams = [
-            stream._replace(sequences=ones)  # which lie where they lay, and know their media's tokens
-            for stream, ones in zip(self.streams, self._sequences(shape), strict=True)
-        ]
-        return LaidBatch(
-            self.chunks,
-            self.bins,
-            self.members,
-            streams,
-            _shape(sizes),
-            partial(self.media.fill, shape),
-            media_need,
-        )
-
-    def _sequences(self, media: MediaShape) -> list[list[TokenSequence]]:
-        """Of each stream, if the towers' rows have a shape."""
-        laid = (one for ones in self.media.sequences(media) for one in ones)
-        sequences = dict(zip(np.concatenate(self.by_shard), laid, strict=True))
-        return [[sequences[i] for i in chosen] for chosen in self.members]
-
-
-def lay_batch(local: LocalBatch, layout: Layout, layouts: Mapping[str, TowerRows], shards: int) -> LaidBatch:
-    """A share, laid; what processes agree on they do at once. Arguments: as of `Share`."""
-    share = Share(local, layout, layouts, shards)
-    share.lay(agree(share.first))
-    return share.laid(agree(share.second))
-
-
 def to_devices(local: LocalBatch, laid: LaidBatch, layout: Layout, mesh: Mesh) -> Batch:
     """Fill a share's arrays and send them to this process's devices. No other process is waited
     for."""
@@ -351,27 +209,6 @@ def global_batch(local: LocalBatch, layout: Layout, layouts: Mapping[str, TowerR
     """Every process's share -> one `Batch` on the mesh, at once. layouts: as of `Share`."""
     shards = row_shards(mesh) // jax.process_count()
     return to_devices(local, lay_batch(local, layout, layouts, shards), layout, mesh)
-
-
-def agree(need: np.ndarray) -> np.ndarray:
-    """The largest of every process's numbers."""
-    return need if jax.process_count() == 1 else multihost_utils.process_allgather(need).max(axis=0)
-
-
-def agree_shape(need: Shape) -> Shape:
-    """The least shape that holds every process's."""
-    return _shape(agree(_sizes(need)))
-
-
-def _sizes(shape: Shape) -> np.ndarray:
-    counts = [shape.rows.get(width, 0) for width in WIDTHS]
-    return np.array([shape.tokens, shape.chunks, shape.answers, *counts], np.int64)
-
-
-def _shape(sizes: np.ndarray) -> Shape:
-    tokens, chunks, answers, *counts = map(int, sizes)
-    rows = {width: count for width, count in zip(WIDTHS, counts, strict=True) if count}
-    return Shape(tokens, rows, chunks, answers)
 
 
 def check_mesh(mesh: Mesh) -> None:

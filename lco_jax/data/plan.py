@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 
 from lco_jax.core.packing import Shape, bucket, in_widths, largest, width_of
 from lco_jax.core.sharding import row_shards
-from lco_jax.data.pipeline import Layout, LocalBatch, agree, agree_shape, lay_batch
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import as_messages
+from lco_jax.data.share import Layout, LocalBatch, agree, agree_shape, lay_batch
 from lco_jax.data.tower_rows import Processed
 
 RECORDS, MEDIA_RECORDS = 512, 64  # sampled at least; media take their time to read
