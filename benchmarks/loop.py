@@ -138,7 +138,8 @@ def stand_in(workdir: Path, seconds: float, steps: int) -> Any:
     start = np.float32(np.eye(SIDE))
     state = {"x": jax.make_array_from_callback(start.shape, replicated(mesh), start.__getitem__)}
     iterator = SlowReader(pipeline.ahead(batches, 1), seconds)
-    return jobs.Run(job, RunStore(workdir / "checkpoints", 1), state, 0, iterator, layout)
+    store = RunStore(workdir / "checkpoints", 1)
+    return jobs.Run(job, store, state, 0, iterator, layout, train_step=None)
 
 
 def slow_step(mesh: Any, rounds: int) -> Any:
@@ -226,7 +227,8 @@ def work(spec: dict[str, Any]) -> dict[str, float]:
 
     jobs.Exchange, multihost_utils.process_allgather = Kept, counted
     with timed(step) as (call, times):
-        jobs.loop(run, call)
+        run.train_step = call
+        jobs.loop(run)
     steady = slice(WARM, spec["steps"] - 1)
     spent = times.ended[-1] - times.ended[WARM]
     return {

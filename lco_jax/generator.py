@@ -189,7 +189,7 @@ def _decode(decoder: Decoder, params: dict[str, Any], prefilled: Prefilled, ends
     """What `_prefill` left -> the new tokens, int32 [R, S, M], arbitrary after the first of `ends` (int32 [E]); and
     what was given, whose memory is used again. Stops when every sequence has ended."""
     first, positions, cache = prefilled
-    ids = jnp.zeros((*first.shape, cache.keys.shape[3] - cache.width), jnp.int32).at[..., 0].set(first)
+    ids = jnp.zeros((*first.shape, cache.columns - cache.width), jnp.int32).at[..., 0].set(first)
     ended = (positions < 0) | jnp.isin(first, ends)
     zeros = jnp.zeros_like(first)
 

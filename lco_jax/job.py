@@ -232,7 +232,7 @@ def _choose(
     return chosen, train_step
 
 
-def loop(run: Run, train_step: Step) -> bool:
+def loop(run: Run) -> bool:
     """Train to the end, saving on the way; False where a SIGTERM (preemption) ended it early, after
     saving.
 
@@ -252,7 +252,7 @@ def loop(run: Run, train_step: Step) -> bool:
         for context in (dog, jax.set_mesh(job.mesh), peers()):
             end.enter_context(context)
         for batch, origin in batches:
-            run.state, metrics = train_step(run.state, job.params, batch)
+            run.state, metrics = run.train_step(run.state, job.params, batch)
             preemption.heed()  # from the first step on there is something to save
             progress.record(run.step, metrics, origin.where)
             dog.ended(run.step - 1)  # whose results were awaited

@@ -47,7 +47,7 @@ def pretrain(config: ConfigDict, workdir: Place) -> dict[str, Any]:
         )
 
     run = jobs.begin(job, step_of)
-    if not jobs.loop(run, run.train_step):
+    if not jobs.loop(run):
         return {}
     if not job.held_out:
         return jobs.finish(run, {}, {})

@@ -55,7 +55,8 @@ def test_while_a_step_runs_the_next_batch_is_made_and_only_then_its_metrics_are_
     run.iterator.__class__ = Counted
     run.store.save = lambda step, state, position: (positions.append(position), save(step, state, position))
     monkeypatch.setattr(jax, "device_get", fetch)
-    assert jobs.loop(run, dispatched)
+    run.train_step = dispatched
+    assert jobs.loop(run)
     (position,) = positions
     iterator.set_state(position)
     assert next(iterator).where == tuple(f"mem:{i}" for i in numbers_of(run, STEPS))
@@ -79,7 +80,8 @@ def test_nothing_moves_between_host_and_device_unasked(run, step):
         return step(*arguments)
 
     try:
-        assert jobs.loop(run, guarded)
+        run.train_step = guarded
+        assert jobs.loop(run)
     finally:
         jax.config.update("jax_transfer_guard", "allow")
 
@@ -91,7 +93,8 @@ def test_the_guard_sees_what_the_loop_once_did(run, step):
         return step(*arguments)
 
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-        jobs.loop(run, guarded)
+        run.train_step = guarded
+        jobs.loop(run)
 
 
 def test_an_error_in_the_thread_is_raised_in_the_loop_and_the_thread_ends(run, step):
@@ -107,7 +110,8 @@ def test_an_error_in_the_thread_is_raised_in_the_loop_and_the_thread_ends(run, s
     run.iterator.__class__ = Failing
     steps = []
     with pytest.raises(LcoError, match=r"a\.jsonl:7") as raised:
-        jobs.loop(run, lambda *arguments: steps.append(1) or step(*arguments))
+        run.train_step = lambda *arguments: steps.append(1) or step(*arguments)
+        jobs.loop(run)
     names = [frame.name for frame in traceback.extract_tb(raised.value.__traceback__)]
     assert {"loop", "__next__"} <= set(names)
     assert 1 <= len(steps) <= 4

@@ -24,6 +24,7 @@ from jax import Array
 
 from lco_jax.core.weights import GOLDEN_RATIO, fold_in
 
+TILE = 128  # lanes of a TPU's registers
 # Of attention rows, up to a million tokens. From 128 on they are multiples of what the kernels tile, 128, from 1,024
 # on of 256, from 2,048 on of 512; from 4,096 on a row is longer than its sequence by an eighth at most.
 WIDTHS = (
@@ -171,6 +172,11 @@ def bucket(n: int, granularity: int = 8) -> int:
     return -(-n // step) * step
 
 
+def tiled(n: int) -> int:
+    """n tokens, rounded up to whole tiles of a TPU's registers where that costs little."""
+    return -(-n // TILE) * TILE if n >= 32 * TILE else n
+
+
 def width_of(length: int) -> int:
     """The width of the attention row that a sequence of so many tokens is given."""
     return WIDTHS[bisect_left(WIDTHS, length)]
@@ -232,7 +238,7 @@ def fit(need: Shape, floor: Shape) -> Shape:
         if lacking > 0:
             rows[width] = bucket(floor.rows.get(width, 0) + lacking, 4)
             lacking = floor.rows.get(width, 0) + lacking - rows[width]
-    tokens = floor.tokens if need.tokens <= floor.tokens else bucket(need.tokens, 16)
+    tokens = floor.tokens if need.tokens <= floor.tokens else tiled(bucket(need.tokens, 16))
     answers = floor.answers if need.answers <= floor.answers else bucket(need.answers, 16)
     return Shape(tokens, dict(sorted(rows.items())), max(need.chunks, floor.chunks), answers)
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lco_jax.core.packing import Shape, bucket, in_widths, largest, width_of
+from lco_jax.core.packing import Shape, bucket, in_widths, largest, tiled, width_of
 from lco_jax.core.sharding import row_shards
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import as_messages
@@ -60,7 +60,8 @@ def floor_of(sample: list[LocalBatch], layout: Layout, processor: Processor, mes
     if layout.generative:
         answers = _sum(sample, [need.answers for need in needs], lambda x: len(x.answer), share, bins)
     floor = largest([*needs, Shape(tokens, rows, layout.floor.chunks, answers)])
-    floor = agree_shape(Shape(bucket(floor.tokens, 64), floor.rows, floor.chunks, bucket(floor.answers, 64)))
+    tokens, answers = tiled(bucket(floor.tokens, 64)), bucket(floor.answers, 64)
+    floor = agree_shape(Shape(tokens, floor.rows, floor.chunks, answers))
     return replace(layout, floor=floor, media_floor=_media(laid, processor))
 
 

@@ -33,6 +33,11 @@ class Cache:
     generated: Array
     width: int
 
+    @property
+    def columns(self) -> int:
+        """C: room for prompts and for what is generated."""
+        return self.keys.shape[4]
+
     def with_room(self, tokens: int) -> "Cache":
         """With columns for so many tokens more."""
         room = [(0, 0), (0, 0), (0, 0), (0, 0), (0, tokens), (0, 0)]
@@ -49,7 +54,7 @@ class Cache:
 
     def attend(self, layer: Array | int, query: Array) -> Array:
         """The newest tokens' queries [R, S, K, G, H], each against its sequence: [R, S, K, G, H]."""
-        columns = jnp.arange(self.keys.shape[4])
+        columns = jnp.arange(self.columns)
         since = (columns >= self.width) & (columns <= self.width + self.generated)
         seen = (columns < self.lengths[..., None]) | since
         one = [jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (self.keys, self.values)]

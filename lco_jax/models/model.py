@@ -80,7 +80,10 @@ class MediaPrograms:
 
     def abstract(self, params: dict[str, Any], inputs: TowerInputs) -> jax.ShapeDtypeStruct | None:
         """What calling it with these, or with their shapes, gives, as a shape that knows where it lies."""
-        parts = [jax.eval_shape(self._towers[name], params[name], inputs[name]) for name in sorted(inputs)]
+        parts = []
+        for name in sorted(inputs):
+            tower = tower_of(name)
+            parts.append(jax.eval_shape(self._towers[tower], params[tower], inputs[name]))
         if not parts:
             return None
         joined = jax.eval_shape(_join, parts)

@@ -103,6 +103,9 @@ def abstract_batch(
         one = jax.ShapeDtypeStruct((*leading, shape.answers), jnp.int32, sharding=place)
         answers = Answers(one, one, one)
     table = jax.ShapeDtypeStruct(sides, jnp.int32, sharding=replicated(mesh))
+    if (processes := jax.process_count()) > 1:  # as processes that share a batch make them
+        split = sides[0] // processes, row_shards(mesh), sides[1]
+        table = jax.ShapeDtypeStruct(split, jnp.int32, sharding=place)
     return Batch(abstract_tokens(shape, leading, head, place), table, table, dict(media or {}), answers)
 
 
