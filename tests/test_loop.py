@@ -92,8 +92,8 @@ def test_the_guard_sees_what_the_loop_once_did(run, step):
             jax.numpy.cos(run.step)  # as a schedule would be evaluated
         return step(*arguments)
 
+    run.train_step = guarded
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-        run.train_step = guarded
         jobs.loop(run)
 
 
@@ -109,8 +109,8 @@ def test_an_error_in_the_thread_is_raised_in_the_loop_and_the_thread_ends(run, s
 
     run.iterator.__class__ = Failing
     steps = []
+    run.train_step = lambda *arguments: steps.append(1) or step(*arguments)
     with pytest.raises(LcoError, match=r"a\.jsonl:7") as raised:
-        run.train_step = lambda *arguments: steps.append(1) or step(*arguments)
         jobs.loop(run)
     names = [frame.name for frame in traceback.extract_tb(raised.value.__traceback__)]
     assert {"loop", "__next__"} <= set(names)

@@ -194,7 +194,7 @@ def test_a_run_on_every_modality_resumes_and_its_loss_falls(cases, mixed, tmp_pa
     assert len(want) == 12
     assert np.mean(want[-3:]) < np.mean(want[:3]) - 0.2
     calls = iter([False] * 6 + [True])
-    monkeypatch.setattr("lco_jax.job._on_sigterm", lambda: lambda: next(calls, False))
+    monkeypatch.setattr("lco_jax.training.watch.Preemption.now", lambda *_: next(calls, False))
     assert train(config, tmp_path / "halves") == {}
     assert len(losses(tmp_path / "halves")) == 7
     train(config, tmp_path / "halves")

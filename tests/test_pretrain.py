@@ -145,7 +145,7 @@ def test_a_run_learns_resumes_and_is_where_training_starts(tmp_path, monkeypatch
     assert len(whole["said"]) == 4
     calls = iter([False, False, True])
     with monkeypatch.context() as patched:
-        patched.setattr("lco_jax.job._on_sigterm", lambda: lambda: next(calls, False))
+        patched.setattr("lco_jax.training.watch.Preemption.now", lambda *_: next(calls, False))
         assert pretrain(short(), tmp_path / "b") == {}
     pretrain(short(), tmp_path / "b")
     losses = [[line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")] for name in "ab"]
