@@ -229,7 +229,8 @@ def _vision(args: argparse.Namespace, folder: Path, preset: str, weights: str, m
     place = jax.NamedSharding(mesh, jax.P(ROWS))
     arguments = {}
     for name, one in tower.example().items():
-        shape = IMAGES * shards, *sizes.get(name, (patches, *one.shape[2:]))
+        own = one.shape[1:] if name == "scale" else sizes.get(name, (patches, *one.shape[2:]))
+        shape = IMAGES * shards, *own
         arguments[name] = jax.ShapeDtypeStruct(shape, one.dtype, sharding=place)
     params = {"visual": abstract_params(tower, jnp.bfloat16)}
     params = placed(params, shardings(params, mesh))["visual"]

@@ -59,13 +59,6 @@ class Split(NamedTuple):
     inputs: str | None = None
 
     @property
-    def stored(self) -> "Split | None":
-        """How a gradient of a decoder's matrix is split; None: as the compiler likes."""
-        if self == WHOLE:
-            return None
-        return Split(self.outputs or "fsdp", self.inputs or "fsdp")
-
-    @property
     def of_a(self) -> "Split":
         """That of a factor A [r, I]."""
         return Split(None, self.inputs)
@@ -133,32 +126,7 @@ def _adapted(x: Array, inner: Array, w: LoraWeight, first: int, split: Split) ->
 
 def gathered(w: Any, split: Split) -> Any:
     """A weight, or one in fewer bits, with its matrices split as `split` says and no further."""
-
-    def gather(array: Array) -> Array:
-        if array.ndim != 2:
-            return array
-        if jnp.issubdtype(array.dtype, jnp.integer):  # bits have no gradient
-            return constrain(array, *split)
-        return _gather(array, split)
-
-    return jax.tree.map(gather, w)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather(w: Array, split: Split) -> Array:
-    """w [O, I] as `split` says. Its gradient is summed over devices and stays split as w is stored."""
-    return constrain(w, *split)
-
-
-def _gather_forward(w: Array, split: Split) -> tuple[Array, None]:
-    return constrain(w, *split), None
-
-
-def _gather_backward(split: Split, _: None, g: Array) -> tuple[Array]:
-    return (g if split.stored is None else constrain(g, *split.stored),)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
+    return jax.tree.map(lambda array: constrain(array, *split) if array.ndim == 2 else array, w)
 
 
 def _product(x: Array, w: Array) -> Array:

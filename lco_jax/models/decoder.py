@@ -254,13 +254,9 @@ class Decoder(nn.Module):
         return x, before, cache
 
 
-# What happens to a frozen weight before its product; `core.weights.gathered` is a function with a gradient of its own.
-_OF_WEIGHTS = ("dynamic_slice", "squeeze", "reshape", "sharding_constraint", "custom_vjp_call")
-
-
 def _all_but_slices(primitive: Any, *_: Any, **__: Any) -> bool:
     """The policy of "none": all is kept but the layer's weights, sliced and gathered, and what merely reshapes."""
-    return primitive.name not in _OF_WEIGHTS
+    return primitive.name not in ("dynamic_slice", "squeeze", "reshape", "sharding_constraint")
 
 
 def place_media(x: Array, media_slots: Array, media: Array) -> Array:
