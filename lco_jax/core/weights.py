@@ -100,7 +100,7 @@ def dots(x: Array, weights: Sequence[Weight], token_keys: Array | None = None, s
         if not isinstance(w, LoraWeight):
             products.append(_frozen(x, w, split))
             continue
-        products.append(_adapted(x, inner, w, first, split))
+        products.append(_adapted(x, inner[..., first : first + len(w.a)], w, split))
         first += len(w.a)
     return products
 
@@ -111,17 +111,16 @@ def _frozen(x: Array, w: Array | QuantizedWeight, split: Split) -> Array:
     return _quantized_product(x, w) if isinstance(w, QuantizedWeight) else _product(x, w)
 
 
-def _adapted(x: Array, inner: Array, w: LoraWeight, first: int, split: Split) -> Array:
-    """x [..., I] times W, plus what B makes of its part of `inner` [..., n r], which begins at `first`.
+def _adapted(x: Array, inner: Array, w: LoraWeight, split: Split) -> Array:
+    """x [..., I] times W, plus `inner` [..., r] times B.
 
     A wide product is written once: its input is [x, inner] and its weight is [W, B]. Reading it again to add the
     update would take longer than the update itself.
     """
     outputs, inputs = w.base.shape
     if outputs > inputs and not isinstance(w.base, QuantizedWeight):
-        return _extended_product(x, inner, gathered(w.base, split), w.b, first, split)
-    update = _factor_product(inner[..., first : first + len(w.a)], w.b, split.of_b)
-    return _frozen(x, w.base, split) + update
+        return _extended_product(x, inner, gathered(w.base, split), w.b, split)
+    return _frozen(x, w.base, split) + _factor_product(inner, w.b, split.of_b)
 
 
 def gathered(w: Any, split: Split) -> Any:
@@ -176,33 +175,31 @@ def _factor_product_backward(split: Split, saved: tuple[Array, Array], g: Array)
 _factor_product.defvjp(_factor_product_forward, _factor_product_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _extended_product(x: Array, inner: Array, base: Array, b: Array, first: int, split: Split) -> Array:
-    """x times W, plus `inner`'s columns from `first` on times B, as one product. W has no gradient."""
-    return _product(jnp.concatenate([x, inner], axis=-1), _extended(base, b, inner, first, split))
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _extended_product(x: Array, inner: Array, base: Array, b: Array, split: Split) -> Array:
+    """x times W plus `inner` times B, as one product. W has no gradient."""
+    return _product(jnp.concatenate([x, inner], axis=-1), _extended(base, b, x.dtype, split))
 
 
-def _extended(base: Array, b: Array, inner: Array, first: int, split: Split) -> Array:
-    """[W, B], with zeros where `inner` belongs to other adapters: [O, I + n r]."""
-    after = inner.shape[-1] - first - b.shape[-1]
-    wide = jnp.pad(constrain(b.astype(inner.dtype), *split.of_b), ((0, 0), (first, after)))
-    return jnp.concatenate([base.astype(inner.dtype), wide], axis=-1)
+def _extended(base: Array, b: Array, dtype: Any, split: Split) -> Array:
+    """[W, B]: [O, I + r]."""
+    factor = constrain(b.astype(dtype), *split.of_b)
+    return jnp.concatenate([base.astype(dtype), factor], axis=-1)
 
 
 def _extended_product_forward(
-    x: Array, inner: Array, base: Array, b: Array, first: int, split: Split
+    x: Array, inner: Array, base: Array, b: Array, split: Split
 ) -> tuple[Array, tuple[Array, Array, Array]]:
-    return _extended_product(x, inner, base, b, first, split), (inner, base, b)
+    return _extended_product(x, inner, base, b, split), (inner, base, b)
 
 
 def _extended_product_backward(
-    first: int, split: Split, saved: tuple[Array, Array, Array], g: Array
+    split: Split, saved: tuple[Array, Array, Array], g: Array
 ) -> tuple[Array, Array, None, Array]:
     inner, base, b = saved
-    both = _product_back(g, _extended(base, b, inner, first, split))
+    both = _product_back(g, _extended(base, b, g.dtype, split))
     of_x, of_inner = jnp.split(both, [base.shape[-1]], axis=-1)
-    of_b = _factor_gradient(inner[..., first : first + b.shape[-1]], g, split.of_b)
-    return of_x, of_inner, None, of_b
+    return of_x, of_inner, None, _factor_gradient(inner, g, split.of_b)
 
 
 _extended_product.defvjp(_extended_product_forward, _extended_product_backward)
