@@ -59,15 +59,18 @@ def attend_rows(query: Array, key: Array, value: Array, implementation: str = "a
     """
     streams, count, heads, width, groups, _ = query.shape  # a stream a device
     by_token = rearrange(query, "r n k w g h -> (r n) w k g h")
-    if width > BLOCK or _choose(by_token, None, implementation) != "xla":
+    if _choose(by_token, None, implementation) != "xla":
         keys = (rearrange(x, "r n k w h -> (r n) w k h") for x in (key, value))
         mixed = attention(by_token, *keys, implementation=implementation)
         return rearrange(mixed, "(r n) w k g h -> r n k w g h", r=streams)
 
     def attend(part: tuple[Array, Array, Array]) -> Array:
-        return _by_head(*part, jnp.tri(width, dtype=bool)[None])
+        if width <= BLOCK:
+            return _by_head(*part, jnp.tri(width, dtype=bool)[None])
+        mixed = _in_blocks(*(jnp.swapaxes(x, 1, 2) for x in part), None, causal=True)
+        return jnp.swapaxes(mixed, 1, 2)
 
-    most = max(SCORES // (heads * groups * width * width), 1)
+    most = max(SCORES // (heads * groups * width * min(width, BLOCK)), 1)
     size = next(n for n in range(min(most, count), 0, -1) if count % n == 0)
     parts = tuple(rearrange(x, "r (c n) ... -> c (r n) ...", n=size) for x in (query, key, value))
     if size == count:

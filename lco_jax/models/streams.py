@@ -9,7 +9,7 @@ columns, and their gradient is a sum over rows.
 
 Rows are [R, N, K, W, …]: attention multiplies head by head. A gather can write its result in that order, so every
 token of every head is picked on its own. To move the heads afterwards is a pass over memory for each of queries, keys,
-values and results; on a TPU those passes took six times as long as the attention itself.
+values and results; by a TPU compiler's cycles those cost more than the attention itself.
 """
 
 from collections.abc import Sequence
