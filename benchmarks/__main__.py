@@ -72,11 +72,22 @@ def _machine() -> dict[str, Any]:
 
     from lco_jax import __version__
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
     device = jax.devices()[0].device_kind
-    cpu = next((x.split(":")[1].strip() for x in _cpuinfo() if x.startswith("model name")), platform.processor())
+    cpu = next(
+        (x.split(":")[1].strip() for x in _cpuinfo() if x.startswith("model name")),
+        platform.processor(),
+    )
     versions = {"jax": jax.__version__, "python": platform.python_version(), "lco_jax": __version__}
-    return {"device": device, "cpu": cpu, "cores": len(_affinity()), **versions, "commit": commit.stdout.strip()}
+    return {
+        "device": device,
+        "cpu": cpu,
+        "cores": len(_affinity()),
+        **versions,
+        "commit": commit.stdout.strip(),
+    }
 
 
 def _cpuinfo() -> list[str]:
@@ -85,7 +96,11 @@ def _cpuinfo() -> list[str]:
 
 
 def _affinity() -> set[int]:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    return (
+        os.sched_getaffinity(0)
+        if hasattr(os, "sched_getaffinity")
+        else set(range(os.cpu_count() or 1))
+    )
 
 
 if __name__ == "__main__":

@@ -38,17 +38,31 @@ BEGIN, END = "<!-- python -m benchmarks compiled -->", "<!-- end -->"
 
 def add_parsers(kinds: Any, common: argparse.ArgumentParser) -> None:
     """`compiled`."""
-    parser = kinds.add_parser("compiled", parents=[common], help="memory, work and modelled time by XLA's compilers")
+    parser = kinds.add_parser(
+        "compiled", parents=[common], help="memory, work and modelled time by XLA's compilers"
+    )
     for name, values in (("preset", PRESET_NAMES), ("job", JOBS), ("weights", WEIGHTS)):
         parser.add_argument(f"--{name}", nargs="*", default=values, choices=values)
-    parser.add_argument("--device", nargs="*", default=DEVICES, help="kind-count, as v5e-8 or H100-4")
-    parser.add_argument("--fsdp", type=int, default=0, help="ways a weight is split; 0: all devices")
+    parser.add_argument(
+        "--device", nargs="*", default=DEVICES, help="kind-count, as v5e-8 or H100-4"
+    )
+    parser.add_argument(
+        "--fsdp", type=int, default=0, help="ways a weight is split; 0: all devices"
+    )
     parser.add_argument("--remat", default="full", help="of training")
-    parser.add_argument("--tokens", type=int, default=0, help="of a text, all alike; 0: as long as SNLI's")
-    parser.add_argument("--folder", type=Path, default=Path("benchmarks/results/compiled"), help="of the cells")
+    parser.add_argument(
+        "--tokens", type=int, default=0, help="of a text, all alike; 0: as long as SNLI's"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("benchmarks/results/compiled"), help="of the cells"
+    )
     parser.add_argument("--again", action="store_true", help="compile also what is there")
-    parser.add_argument("--text", action="store_true", help="keep the program's text beside the JSON")
-    parser.add_argument("--table", action="store_true", help="compile nothing; write the table into the docs")
+    parser.add_argument(
+        "--text", action="store_true", help="keep the program's text beside the JSON"
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="compile nothing; write the table into the docs"
+    )
     parser.set_defaults(measure=measure, table=table)
 
 
@@ -61,9 +75,13 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if write_table:
         return {"docs": _write_table(args.folder)}
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)  # nothing here could run what it would keep
+    jax.config.update(
+        "jax_enable_compilation_cache", False
+    )  # nothing here could run what it would keep
     cells = []
-    for preset, device, job, weights in itertools.product(args.preset, args.device, args.job, args.weights):
+    for preset, device, job, weights in itertools.product(
+        args.preset, args.device, args.job, args.weights
+    ):
         if job == "vision" and weights != "bf16":
             continue  # towers are never quantised
         name = "-".join([preset, device, job, weights, *_unusual(args, job)])
@@ -85,15 +103,21 @@ def _unusual(args: argparse.Namespace, job: str) -> list[str]:
 
 
 def _cell(
-    args: argparse.Namespace, folder: Path, preset: str, device: str, job: str, weights: str, file: Path
+    args: argparse.Namespace,
+    folder: Path,
+    preset: str,
+    device: str,
+    job: str,
+    weights: str,
+    file: Path,
 ) -> dict[str, Any]:
     """Compile one program, and read it."""
     import jax
 
     from lco_jax import make_mesh
-    from lco_jax.planning import hlo
-    from lco_jax.planning.hardware import DEVICES as KINDS
-    from lco_jax.planning.targets import missing, target
+    from lco_jax.cost_model import hlo
+    from lco_jax.cost_model.hardware import DEVICES as KINDS
+    from lco_jax.cost_model.targets import missing, target
     from lco_jax.training.memory import GIB, peak_bytes
 
     kind, _, count = device.rpartition("-")
@@ -114,10 +138,14 @@ def _cell(
     if args.text:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.with_suffix(".hlo").write_text(text)
-    frames = len(VISION["fullatt_block_indexes"]) / VISION["depth"]  # blocks that attend to all of a picture
+    frames = (
+        len(VISION["fullatt_block_indexes"]) / VISION["depth"]
+    )  # blocks that attend to all of a picture
     profile = hlo.Program(text, RANK, taken=frames).profile(hardware)
     modelled = profile.seconds.total()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
     return {
         "preset": preset, "device": device, "job": job, "weights": weights, "fsdp": fsdp, **said,
         "peak_gib": peak_bytes(compiled) / GIB, "tflop": profile.flops / 1e12, "useful_tflop": useful / 1e12,
@@ -134,7 +162,7 @@ def _cell(
 def _step(args: argparse.Namespace, folder: Path, preset: str, weights: str, mesh: Any) -> Any:
     """The paper's recipe on Qwen2.5-VL's geometry, as `lco_jax.plan` has it."""
     from lco_jax.checkpoint.hf import open_geometry
-    from lco_jax.planning.program import Step, Workload, even
+    from lco_jax.cost_model.program import Step, Workload, even
     from lco_jax.training import cli
 
     config = PRESETS[preset].config
@@ -146,7 +174,7 @@ def _step(args: argparse.Namespace, folder: Path, preset: str, weights: str, mes
         workload = even((RECORDS, 3), args.tokens)
     else:
         layout = _layout(mesh)
-        workload = Workload((RECORDS, 3), len(layout.head), lambda chunk, mesh: layout.floor)
+        workload = Workload((RECORDS, 3), len(layout.prefix), lambda chunk, mesh: layout.floor)
     return Step(cli.parse(["compiled", *flags], "").config, open_geometry(folder), mesh, workload)
 
 
@@ -157,42 +185,56 @@ def _layout(mesh: Any) -> Any:
     from lco_jax.checkpoint import builtin
     from lco_jax.core.packing import common_length
     from lco_jax.data import pipeline
-    from lco_jax.data.plan import floor_of
+    from lco_jax.data.layouts import floor_of
     from lco_jax.data.positions import line_positions
     from lco_jax.data.processor import Processor
     from lco_jax.data.tower_rows import Processed
 
     texts = as_long_as_snli()
-    head = np.array(texts[0][0], np.int32)[: common_length(np.array(texts[0][0]), np.array(texts[1][1]))]
+    head = np.array(texts[0][0], np.int32)[
+        : common_length(np.array(texts[0][0]), np.array(texts[1][1]))
+    ]
     record, side = np.repeat(np.arange(RECORDS), 3), np.tile(np.arange(3), RECORDS)
     sample = []
     for batch in range(8):
         rows = [texts[(batch * RECORDS + i) % len(texts)] for i in range(RECORDS)]
         ids = [np.array(text, np.int32) for triplet in rows for text in triplet]
         inputs = [Processed(text, line_positions(0, len(text))) for text in ids]
-        sample.append(pipeline.LocalBatch(inputs, record, side, np.arange(3 * RECORDS, dtype=np.int32)))
+        sample.append(
+            pipeline.LocalBatch(inputs, record, side, np.arange(3 * RECORDS, dtype=np.int32))
+        )
     return floor_of(sample, pipeline.Layout(RECORDS, 1, head), Processor(builtin.build()), mesh)
 
 
 def _work(shape: Any) -> Work:
-    return Work(shape.tokens * shape.chunks, sum(shape.rows.values()) * shape.chunks, dict(shape.rows))
+    return Work(
+        shape.tokens * shape.chunks, sum(shape.rows.values()) * shape.chunks, dict(shape.rows)
+    )
 
 
-def _train(args: argparse.Namespace, folder: Path, preset: str, weights: str, mesh: Any) -> tuple[Any, float, dict]:
+def _train(
+    args: argparse.Namespace, folder: Path, preset: str, weights: str, mesh: Any
+) -> tuple[Any, float, dict]:
     """A training step: (lowered, useful FLOPs of a device, what to say of it)."""
     step = _step(args, folder, preset, weights, mesh)
     shape = step.shape(0)
     useful = step_flops(step.checkpoint.config, RANK, _work(shape), "none")
-    said = {"remat": args.remat, "tokens": shape.tokens, "rows": {str(k): n for k, n in shape.rows.items()}}
+    said = {
+        "remat": args.remat,
+        "tokens": shape.tokens,
+        "rows": {str(k): n for k, n in shape.rows.items()},
+    }
     return step.lower(args.remat, 0), useful, said
 
 
-def _encode(args: argparse.Namespace, folder: Path, preset: str, weights: str, mesh: Any) -> tuple[Any, float, dict]:
-    """A forward pass of `encode`: a device has a stream of texts, what they share laid once."""
+def _encode(
+    args: argparse.Namespace, folder: Path, preset: str, weights: str, mesh: Any
+) -> tuple[Any, float, dict]:
+    """A forward pass of `encode`: a device has a stream of texts, what they share packed once."""
     import jax
     import numpy as np
 
-    from lco_jax.core.packing import Shape, TokenSequence, lay_stream, width_of
+    from lco_jax.core.packing import Shape, TokenSequence, pack_stream, width_of
     from lco_jax.core.sharding import ROWS, replicated, row_shards
     from lco_jax.data.positions import line_positions
     from lco_jax.models.decoder import pool
@@ -201,25 +243,31 @@ def _encode(args: argparse.Namespace, folder: Path, preset: str, weights: str, m
     step = _step(args, folder, preset, weights, mesh)
     ids = [np.array(text, np.int32) for triplet in as_long_as_snli() for text in triplet]
     texts = [TokenSequence(text, line_positions(0, len(text))) for text in ids]
-    count = max(n for n in range(8, len(texts), 8) if lay_stream(texts[:n], None).length <= ENCODED)
+    count = max(
+        n for n in range(8, len(texts), 8) if pack_stream(texts[:n], None).length <= ENCODED
+    )
     shape = Shape(ENCODED, {width_of(max(map(len, texts[:count]))): count})
     place = jax.NamedSharding(mesh, jax.P(ROWS))
     tokens = abstract_tokens(shape, (row_shards(mesh),), None, place)
     decoder, params = step.decoder("none"), step.params["decoder"]
-    run = jax.jit(lambda params, tokens: pool(decoder, params, tokens), out_shardings=replicated(mesh))
+    run = jax.jit(
+        lambda params, tokens: pool(decoder, params, tokens), out_shardings=replicated(mesh)
+    )
     with jax.set_mesh(mesh):
         lowered = run.lower(params, tokens)
     said = {"tokens": shape.tokens, "rows": {str(k): n for k, n in shape.rows.items()}}
     return lowered, forward_flops(step.checkpoint.config, 0, _work(shape)), said
 
 
-def _vision(args: argparse.Namespace, folder: Path, preset: str, weights: str, mesh: Any) -> tuple[Any, float, dict]:
+def _vision(
+    args: argparse.Namespace, folder: Path, preset: str, weights: str, mesh: Any
+) -> tuple[Any, float, dict]:
     """The vision tower over so many images of a megapixel a device."""
     import jax
     import jax.numpy as jnp
 
     from lco_jax.checkpoint.hf import abstract_params, tower_module
-    from lco_jax.core.sharding import ROWS, placed, row_shards, shardings
+    from lco_jax.core.sharding import ROWS, row_shards, shardings, with_shardings
     from lco_jax.models.model import Model
 
     step = _step(args, folder, preset, weights, mesh)
@@ -233,12 +281,16 @@ def _vision(args: argparse.Namespace, folder: Path, preset: str, weights: str, m
         shape = IMAGES * shards, *own
         arguments[name] = jax.ShapeDtypeStruct(shape, one.dtype, sharding=place)
     params = {"visual": abstract_params(tower, jnp.bfloat16)}
-    params = placed(params, shardings(params, mesh))["visual"]
+    params = with_shardings(params, shardings(params, mesh))["visual"]
     model = Model(step.decoder(), {"visual": tower})
     run = jax.jit(lambda p, x: model.tower_tokens("visual", p, x, shards), out_shardings=place)
     with jax.set_mesh(mesh):
         lowered = run.lower(params, arguments)
-    return lowered, _vision_flops(checkpoint.towers["visual"], patches), {"images": IMAGES, "patches": patches}
+    return (
+        lowered,
+        _vision_flops(checkpoint.towers["visual"], patches),
+        {"images": IMAGES, "patches": patches},
+    )
 
 
 def _vision_flops(c: Any, patches: int) -> float:
@@ -248,7 +300,11 @@ def _vision_flops(c: Any, patches: int) -> float:
     pairs = len(c.full_blocks) * patches + (c.depth - len(c.full_blocks)) * 64
     wide = c.spatial_merge_size**2 * c.hidden_size
     merger = 2 * wide * (wide + c.out_hidden_size) / c.spatial_merge_size**2
-    return IMAGES * patches * (a_patch + 4 * pairs * c.hidden_size + 2 * values * c.hidden_size + merger)
+    return (
+        IMAGES
+        * patches
+        * (a_patch + 4 * pairs * c.hidden_size + 2 * values * c.hidden_size + merger)
+    )
 
 
 def table(result: dict[str, Any]) -> str:
@@ -264,8 +320,14 @@ def table(result: dict[str, Any]) -> str:
         ]
         if cell["unestimated"]:
             lines += [f"  {cell['unestimated']} operations without an estimate are not in it"]
-        lines += [f"  {part:36}{s:9.4f} s {s / cell['modelled_seconds']:7.1%}" for part, s in cell["seconds"].items()]
-        lines += [f"  {kind:36}{x['count']:9,} × {x['gb']:10.3f} GB" for kind, x in cell["collectives"].items()]
+        lines += [
+            f"  {part:36}{s:9.4f} s {s / cell['modelled_seconds']:7.1%}"
+            for part, s in cell["seconds"].items()
+        ]
+        lines += [
+            f"  {kind:36}{x['count']:9,} × {x['gb']:10.3f} GB"
+            for kind, x in cell["collectives"].items()
+        ]
     return "\n".join(lines)
 
 
@@ -274,24 +336,44 @@ KEYS = ("preset", "device", "job", "weights", "fsdp", "remat", "tokens", "images
 
 def _write_table(folder: Path) -> str:
     """The cells as a table between two marks of the docs, which it returns."""
-    head = ["model", "on", "program", "weights", "GiB", "TFLOP", "useful", "modelled s", "collectives", "most of it"]
+    head = [
+        "model",
+        "on",
+        "program",
+        "weights",
+        "GiB",
+        "TFLOP",
+        "useful",
+        "modelled s",
+        "collectives",
+        "most of it",
+    ]
     rows = [head, ["---"] * len(head)]
     order = {name: i for i, name in enumerate((*PRESET_NAMES, *DEVICES, *JOBS, *WEIGHTS))}
     cells = [read_json(file) for file in sorted(folder.glob("*.json"))]
-    for cell in sorted(cells, key=lambda x: [order.get(x[key], 99) for key in ("job", "preset", "device", "weights")]):
+    for cell in sorted(
+        cells,
+        key=lambda x: [order.get(x[key], 99) for key in ("job", "preset", "device", "weights")],
+    ):
         rows.append(_row(cell))
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     found = DOCS.read_text(encoding="utf-8")
     written = f"{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}"
-    DOCS.write_text(re.sub(f"{BEGIN}.*?{END}", lambda _: written, found, flags=re.DOTALL), encoding="utf-8")
+    DOCS.write_text(
+        re.sub(f"{BEGIN}.*?{END}", lambda _: written, found, flags=re.DOTALL), encoding="utf-8"
+    )
     return "\n".join(lines)
 
 
 def _row(cell: dict[str, Any]) -> list[str]:
     total = cell["modelled_seconds"]
     parts = ", ".join(f"{part} {s / total:.0%}" for part, s in list(cell["seconds"].items())[:3])
-    sent = ", ".join(f"{x['count']:,} {kind} ({x['gb']:.1f} GB)" for kind, x in cell["collectives"].items())
-    modelled = f"{total:.3f}" + (f" and {cell['unestimated']} operations" if cell["unestimated"] else "")
+    sent = ", ".join(
+        f"{x['count']:,} {kind} ({x['gb']:.1f} GB)" for kind, x in cell["collectives"].items()
+    )
+    modelled = f"{total:.3f}" + (
+        f" and {cell['unestimated']} operations" if cell["unestimated"] else ""
+    )
     program = cell["job"] + (f", {cell['remat']}" if "remat" in cell else "")
     return [
         cell["preset"], f"{cell['device']}, fsdp {cell['fsdp']}", program, cell["weights"], f"{cell['peak_gib']:.2f}",

@@ -24,20 +24,26 @@ def write_triplets(path: Path, count: int, vocab: int, data_dir: str, tokenizer:
     triplets = [texts[i % len(texts)] for i in range(count)]
     with open(path, "w", encoding="utf-8") as file:
         for triplet in triplets:
-            ids = {side: [int(x) % vocab for x in one] for side, one in zip(SIDES, triplet, strict=True)}
+            ids = {
+                side: [int(x) % vocab for x in one]
+                for side, one in zip(SIDES, triplet, strict=True)
+            }
             file.write(json.dumps(ids) + "\n")
     return f"SNLI, {len(texts)} triplets" if data_dir else "random ids, as long as SNLI's"
 
 
 def read_triplets(path: Path) -> list[list[list[int]]]:
     """[triplet][side] -> token ids."""
-    return [[json.loads(line)[side] for side in SIDES] for line in path.read_text(encoding="utf-8").splitlines()]
+    return [
+        [json.loads(line)[side] for side in SIDES]
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def as_long_as_snli() -> list[list[list[int]]]:
     table, rng = read_json(LENGTHS), np.random.default_rng(0)
     prefix, suffix = table["prefix"], table["suffix"]
-    draw = lambda n: [*prefix, *rng.integers(100, 100_000, n).tolist(), *suffix]  # noqa: E731
+    draw = lambda n: [*prefix, *rng.integers(100, 100_000, n).tolist(), *suffix]
     return [[draw(n) for n in lengths] for lengths in table["lengths"]]
 
 
@@ -54,4 +60,6 @@ def _snli(data_dir: str, tokenizer: str) -> list[list[list[int]]]:
     before = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
     after = f"{PROMPT}<|im_end|>\n<|im_start|>assistant\n"
     records = (source[i] for i in range(len(source)))
-    return [[tokenize(before + text + after).input_ids for text in record.sides] for record in records]
+    return [
+        [tokenize(before + text + after).input_ids for text in record.sides] for record in records
+    ]

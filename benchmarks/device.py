@@ -41,27 +41,41 @@ PARTS = {
     "kernels": Part("kernels --rounds=10", 0.12),
     "train-7b": Part(f"{_TRAIN} --preset=7b --remat=attention --rounds=2", 0.27, duel=True),
     "train-3b": Part(f"{_TRAIN} --preset=3b --remat=gate --rounds=2", 0.21, duel=True),
-    "nf4-7b": Part(f"{_TRAIN} --preset=7b --remat=attention --rounds=2 --quantize=nf4 --no-peer", 0.13),
-    "int8-7b": Part(f"{_TRAIN} --preset=7b --remat=attention --rounds=2 --quantize=int8 --no-peer", 0.11),
-    "encode-3b": Part("encode --preset=3b --dtype=bfloat16 --batch=4096 --rounds=3 --no-peer", 0.10),
+    "nf4-7b": Part(
+        f"{_TRAIN} --preset=7b --remat=attention --rounds=2 --quantize=nf4 --no-peer", 0.13
+    ),
+    "int8-7b": Part(
+        f"{_TRAIN} --preset=7b --remat=attention --rounds=2 --quantize=int8 --no-peer", 0.11
+    ),
+    "encode-3b": Part(
+        "encode --preset=3b --dtype=bfloat16 --batch=4096 --rounds=3 --no-peer", 0.10
+    ),
 }
 _SMALL = "train --preset=tiny --batch=6 --micro=4 --rounds=1 --no-check"
 SMALL = {
     "matmul": Part("matmul --small --rounds=1", 0.1),
     "kernels": Part("kernels --small --rounds=1", 0.2),
     "train-7b": Part(_SMALL, 0.3, duel=True),
-    "nf4-7b": Part(f"{_SMALL} --quantize=int8 --no-peer", 0.2),  # tiny rows are no whole blocks of NF4
+    "nf4-7b": Part(
+        f"{_SMALL} --quantize=int8 --no-peer", 0.2
+    ),  # tiny rows are no whole blocks of NF4
     "encode-3b": Part("encode --preset=tiny --batch=20 --rounds=1 --no-peer --no-check", 0.2),
 }
 
 
 def add_parsers(kinds: Any, common: argparse.ArgumentParser) -> None:
     """`device`."""
-    parser = kinds.add_parser("device", parents=[common], help="all of these on one accelerator, in a time budget")
+    parser = kinds.add_parser(
+        "device", parents=[common], help="all of these on one accelerator, in a time budget"
+    )
     parser.add_argument("--budget", type=float, default=480, help="seconds for all parts together")
     parser.add_argument("--parts", default="", help=f"some of: {', '.join(PARTS)}; without it, all")
-    parser.add_argument("--folder", type=Path, default=OUT, help="where each part's JSON is written")
-    parser.add_argument("--small", action="store_true", help="sizes for a CPU: to see that it works")
+    parser.add_argument(
+        "--folder", type=Path, default=OUT, help="where each part's JSON is written"
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="sizes for a CPU: to see that it works"
+    )
     parser.set_defaults(measure=measure, table=table)
 
 
@@ -70,7 +84,9 @@ def measure(args: argparse.Namespace, _: Path) -> dict[str, Any]:
     parts = SMALL if args.small else PARTS
     asked = args.parts.split(",") if args.parts else list(parts)
     if unknown := sorted(set(asked) - set(parts)):
-        raise LcoError(f"--parts={args.parts}: there is no {unknown[0]}; there are: {', '.join(parts)}")
+        raise LcoError(
+            f"--parts={args.parts}: there is no {unknown[0]}; there are: {', '.join(parts)}"
+        )
     args.folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + args.budget
     told = {}
@@ -79,8 +95,15 @@ def measure(args: argparse.Namespace, _: Path) -> dict[str, Any]:
         of_rest = parts[name].share / sum(parts[other].share for other in missing[i:])
         told[name] = run(parts[name], _of(args, name), (end - time.monotonic()) * of_rest)
         print(f"{name}: {told[name]}", file=sys.stderr, flush=True)
-    found = {name: json.loads(file.read_text(encoding="utf-8")) for name in asked if (file := _of(args, name)).exists()}
-    return {"parts": found, "not_there": {name: why for name, why in told.items() if name not in found}}
+    found = {
+        name: json.loads(file.read_text(encoding="utf-8"))
+        for name in asked
+        if (file := _of(args, name)).exists()
+    }
+    return {
+        "parts": found,
+        "not_there": {name: why for name, why in told.items() if name not in found},
+    }
 
 
 def _of(args: argparse.Namespace, name: str) -> Path:
@@ -130,9 +153,13 @@ def table(result: dict[str, Any]) -> str:
     """A line a part."""
     lines = [result["command"]]
     for name, part in result["parts"].items():
-        numbers = {key: part[key] for key in ("ratio", "tflops", "ceiling_tflops", "mfu") if key in part}
+        numbers = {
+            key: part[key] for key in ("ratio", "tflops", "ceiling_tflops", "mfu") if key in part
+        }
         ours = part.get("ours", {})
-        numbers |= {key: ours[key] for key in ("seconds", "per_second", "peak_device_gb") if key in ours}
+        numbers |= {
+            key: ours[key] for key in ("seconds", "per_second", "peak_device_gb") if key in ours
+        }
         shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
         lines.append(f"{name:<12}{shown or 'see its JSON'}")
     return "\n".join([*lines, *(f"{name:<12}{why}" for name, why in result["not_there"].items())])

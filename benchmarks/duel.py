@@ -65,7 +65,9 @@ class Side:
         self.name = module.rsplit(".", 1)[-1]
         self.rounds: list[dict[str, Any]] = []
         path = folder / f"{self.name}-{role}.json"
-        path.write_text(json.dumps({**spec, "role": role, "started": time.time()}), encoding="utf-8")
+        path.write_text(
+            json.dumps({**spec, "role": role, "started": time.time()}), encoding="utf-8"
+        )
         environment = {
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             **os.environ,
@@ -90,7 +92,9 @@ class Side:
     def _answer(self) -> dict[str, Any]:
         line = self.process.stdout.readline()
         if not line:
-            raise LcoError(f"benchmarks.{self.name} ended without an answer; BENCHMARKS_VERBOSE=1 shows what it says")
+            raise LcoError(
+                f"benchmarks.{self.name} ended without an answer; BENCHMARKS_VERBOSE=1 shows what it says"
+            )
         return json.loads(line)
 
     def round(self) -> None:
@@ -104,12 +108,16 @@ class Side:
         self.process.wait(timeout=60)
         losses = [x["loss"] for x in [self.first, *self.rounds] if "loss" in x]
         extra = {"losses": losses} if losses else {}
-        extra |= {"programs": int(self.rounds[-1]["programs"])} if "programs" in self.rounds[-1] else {}
+        extra |= (
+            {"programs": int(self.rounds[-1]["programs"])} if "programs" in self.rounds[-1] else {}
+        )
         return {"seconds": statistics.median(seconds), "all_seconds": seconds, "tokens": self.rounds[-1]["tokens"],
                 "first_s": self.first["first_s"], **extra, **end}  # fmt: skip
 
 
-def duel(spec: dict[str, Any], folder: Path, rounds: int, peer: bool, profile: str) -> dict[str, dict[str, Any]]:
+def duel(
+    spec: dict[str, Any], folder: Path, rounds: int, peer: bool, profile: str
+) -> dict[str, dict[str, Any]]:
     """Start the sides, let them take `rounds` turns each, and return what they measured."""
     sides = [Side("benchmarks.ours", spec, folder)]
     sides += [Side("benchmarks.peer", spec, folder)] if peer else []

@@ -13,7 +13,14 @@ import numpy as np
 from PIL import Image
 
 from lco_jax.checkpoint import builtin
-from lco_jax.data.inference import BLOCK_INPUTS, MAX_TOKENS, Packed, batches_of, blocks_of, pack
+from lco_jax.data.inference import (
+    BLOCK_INPUTS,
+    MAX_TOKENS,
+    PackedBlock,
+    batches_of,
+    blocks_of,
+    pack,
+)
 from lco_jax.data.inputs import Preparation, named, prepare_ahead
 from lco_jax.data.processor import Processor
 from lco_jax.data.tower_rows import Processed
@@ -26,10 +33,16 @@ SIDE = 1000  # of a picture of one megapixel
 
 def add_parsers(kinds: Any, common: argparse.ArgumentParser) -> None:
     """`feed`."""
-    parser = kinds.add_parser("feed", parents=[common], help="padding, bytes and host time of encode")
+    parser = kinds.add_parser(
+        "feed", parents=[common], help="padding, bytes and host time of encode"
+    )
     parser.add_argument("--texts", type=int, default=3000)
-    parser.add_argument("--images", type=int, default=200, help="photographs of 100 to 1,000 pixels a side")
-    parser.add_argument("--megapixels", type=int, default=32, help="pictures of a megapixel that are timed")
+    parser.add_argument(
+        "--images", type=int, default=200, help="photographs of 100 to 1,000 pixels a side"
+    )
+    parser.add_argument(
+        "--megapixels", type=int, default=32, help="pictures of a megapixel that are timed"
+    )
     parser.set_defaults(measure=measure, table=table)
 
 
@@ -47,16 +60,24 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "sentences and photographs": texts + photographs,
     }
     padding = {
-        name: {devices: _padding(processor, ready, devices) for devices in DEVICES} for name, ready in corpora.items()
+        name: {devices: _padding(processor, ready, devices) for devices in DEVICES}
+        for name, ready in corpora.items()
     }
-    return {"padding": padding, "image": _image(processor, rng, args), "workers": _workers(processor, rng, args)}
+    return {
+        "padding": padding,
+        "image": _image(processor, rng, args),
+        "workers": _workers(processor, rng, args),
+    }
 
 
 def _sentences(rng: np.random.Generator, count: int) -> list[Processed]:
     """As long as SNLI's, in its prompt."""
     said = json.loads(SNLI.read_text(encoding="utf-8"))
     lengths = rng.choice(np.ravel(said["lengths"]), count)
-    return [_text(np.concatenate([said["prefix"], rng.zipf(1.3, n) % 8000, said["suffix"]])) for n in lengths]
+    return [
+        _text(np.concatenate([said["prefix"], rng.zipf(1.3, n) % 8000, said["suffix"]]))
+        for n in lengths
+    ]
 
 
 def _text(ids: np.ndarray) -> Processed:
@@ -73,7 +94,7 @@ def _prepared(processor: Processor, items: Sequence[Any], workers: int) -> list[
     return list(prepare_ahead(Preparation(processor), named(items, None), workers))
 
 
-def _packed(processor: Processor, ready: Sequence[Any], devices: int) -> Iterator[Packed]:
+def _packed(processor: Processor, ready: Sequence[Any], devices: int) -> Iterator[PackedBlock]:
     for block in blocks_of(iter(ready), BLOCK_INPUTS, raises=True, shards=devices):
         for members in batches_of(block, None, MAX_TOKENS, devices):
             yield pack(block, members, processor.rows)
@@ -98,7 +119,9 @@ def _padding(processor: Processor, ready: Sequence[Processed], devices: int) -> 
     return {**result, "patches": patches[0] / patches[1]} if patches[1] else result
 
 
-def _image(processor: Processor, rng: np.random.Generator, args: argparse.Namespace) -> dict[str, float]:
+def _image(
+    processor: Processor, rng: np.random.Generator, args: argparse.Namespace
+) -> dict[str, float]:
     """Of a picture of a megapixel: bytes that its tower's inputs have, and what the dispatching thread does for it."""
     (one,) = _prepared(processor, [_picture(rng, SIDE, SIDE)], 0)
     (alone,) = _packed(processor, [one], 1)
@@ -114,10 +137,15 @@ def _image(processor: Processor, rng: np.random.Generator, args: argparse.Namesp
         seconds["fill"].append(filling / 12)
         seconds["all"].append((time.thread_time() - start) / 12)
     size = SIDE**2 / 1e6
-    return {"bytes": sent, **{f"{name}_ms": 1e3 * float(np.median(x)) / size for name, x in seconds.items()}}
+    return {
+        "bytes": sent,
+        **{f"{name}_ms": 1e3 * float(np.median(x)) / size for name, x in seconds.items()},
+    }
 
 
-def _workers(processor: Processor, rng: np.random.Generator, args: argparse.Namespace) -> dict[int, dict[str, float]]:
+def _workers(
+    processor: Processor, rng: np.random.Generator, args: argparse.Namespace
+) -> dict[int, dict[str, float]]:
     """Pictures a second from JPEG to what travels, and the dispatching thread's part of it, by workers."""
     buffer = io.BytesIO()
     Image.fromarray(_picture(rng, SIDE, SIDE)).save(buffer, "JPEG", quality=90)
@@ -134,22 +162,34 @@ def _workers(processor: Processor, rng: np.random.Generator, args: argparse.Name
                 packed.media()
             packing += time.thread_time() - before
         seconds = time.perf_counter() - start
-        result[workers] = {"per_second": args.megapixels / seconds, "thread_ms": 1e3 * packing / args.megapixels}
+        result[workers] = {
+            "per_second": args.megapixels / seconds,
+            "thread_ms": 1e3 * packing / args.megapixels,
+        }
     return result
 
 
 def table(result: dict[str, Any]) -> str:
     """What a reader looks at."""
-    lines = [result["command"], "| padded over real | devices | passes | programs | tokens | slots | patches |"]
+    lines = [
+        result["command"],
+        "| padded over real | devices | passes | programs | tokens | slots | patches |",
+    ]
     for name, by_devices in result["padding"].items():
         for devices, one in by_devices.items():
-            ratios = [f"{one[key]:.2f}" if key in one else "" for key in ("tokens", "slots", "patches")]
+            ratios = [
+                f"{one[key]:.2f}" if key in one else "" for key in ("tokens", "slots", "patches")
+            ]
             counts = [name, devices, one["passes"], one["programs"]]
             lines.append(f"| {' | '.join(map(str, [*counts, *ratios]))} |")
     image = result["image"]
     lines.append(f"a picture of a megapixel: {image['bytes'] / 1e6:.2f} MB to the device")
-    lines.append(f"the dispatching thread: {image['fill_ms']:.2f} ms to fill its rows, {image['all_ms']:.2f} in all")
+    lines.append(
+        f"the dispatching thread: {image['fill_ms']:.2f} ms to fill its rows, {image['all_ms']:.2f} in all"
+    )
     for workers, one in result["workers"].items():
         thread = f"{one['thread_ms']:.2f} ms of each on the dispatching thread"
-        lines.append(f"{workers} workers: {one['per_second']:.1f} JPEGs of a megapixel a second, {thread}")
+        lines.append(
+            f"{workers} workers: {one['per_second']:.1f} JPEGs of a megapixel a second, {thread}"
+        )
     return "\n".join(lines)

@@ -37,7 +37,9 @@ def _products(c: DecoderConfig, rank: int) -> dict[str, tuple[float, float]]:
 
 def forward_flops(c: DecoderConfig, rank: int, work: Work) -> float:
     """One forward pass."""
-    return sum(_layer(c, rank, work, last)[0] * n for last, n in ((False, c.num_layers - 1), (True, 1)))
+    return sum(
+        _layer(c, rank, work, last)[0] * n for last, n in ((False, c.num_layers - 1), (True, 1))
+    )
 
 
 def step_flops(c: DecoderConfig, rank: int, work: Work, policy: str) -> float:
@@ -51,10 +53,15 @@ def step_flops(c: DecoderConfig, rank: int, work: Work, policy: str) -> float:
     return total
 
 
-def _layer(c: DecoderConfig, rank: int, work: Work, last: bool) -> tuple[float, dict[str, tuple[float, float]]]:
+def _layer(
+    c: DecoderConfig, rank: int, work: Work, last: bool
+) -> tuple[float, dict[str, tuple[float, float]]]:
     """(a layer's forward pass, its parts): (frozen, adapter) of each product; attention's gradient costs it twice."""
     few = work.last if last else work.tokens
-    tokens = dict.fromkeys(("q", "o", "gate", "up", "down"), few) | {"k": work.tokens, "v": work.tokens}
+    tokens = dict.fromkeys(("q", "o", "gate", "up", "down"), few) | {
+        "k": work.tokens,
+        "v": work.tokens,
+    }
     parts = {name: (base * tokens[name], adapter * tokens[name])
              for name, (base, adapter) in _products(c, rank).items()}  # fmt: skip
     pairs = sum(n * width * (1 if last else width) for width, n in work.rows.items())

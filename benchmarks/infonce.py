@@ -10,8 +10,12 @@ import numpy as np
 
 def add_parsers(kinds: Any, common: argparse.ArgumentParser) -> None:
     """`infonce`."""
-    parser = kinds.add_parser("infonce", parents=[common], help="the loss alone, forward and backward")
-    parser.add_argument("--batch", type=int, default=65_536, help="anchors; twice as many candidates")
+    parser = kinds.add_parser(
+        "infonce", parents=[common], help="the loss alone, forward and backward"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=65_536, help="anchors; twice as many candidates"
+    )
     parser.add_argument("--timed", type=int, default=4096, help="anchors of the timed comparison")
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--no-peer", action="store_true")
@@ -28,7 +32,10 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     def gradient(embeddings: Any, present: Any) -> Any:
         return jax.value_and_grad(lambda e: info_nce(e, present, 0.03)[0])(embeddings)
 
-    shapes = jax.ShapeDtypeStruct((args.batch, 3, args.dim), jnp.float32), jax.ShapeDtypeStruct((args.batch, 3), bool)
+    shapes = (
+        jax.ShapeDtypeStruct((args.batch, 3, args.dim), jnp.float32),
+        jax.ShapeDtypeStruct((args.batch, 3), bool),
+    )
     memory = jax.jit(gradient).lower(*shapes).compile().memory_analysis()
     dense = 4.0 * args.batch * 2 * args.batch
     rng = np.random.default_rng(0)
@@ -80,6 +87,11 @@ def table(result: dict[str, Any]) -> str:
         f"{result['anchors']:,} anchors × {result['candidates']:,} candidates, D {result['dim']}, with gradient: "
         f"{result['temporaries_gb']:.2f} GB of temporaries (the scores alone: {result['dense_scores_gb']:.1f} GB)",
     ]
-    lines += [f"{name}, {result['timed_anchors']:,} anchors: {x:.3f} s" for name, x in result["seconds"].items()]
+    lines += [
+        f"{name}, {result['timed_anchors']:,} anchors: {x:.3f} s"
+        for name, x in result["seconds"].items()
+    ]
     lines += [f"ratio {result['ratio']:.2f}"] if "ratio" in result else []
-    return "\n".join([*lines, *(f"difference: {k} {v:.1e}" for k, v in result.get("exactness", {}).items())])
+    return "\n".join(
+        [*lines, *(f"difference: {k} {v:.1e}" for k, v in result.get("exactness", {}).items())]
+    )

@@ -44,7 +44,9 @@ def add_parsers(kinds: Any, common: argparse.ArgumentParser) -> None:
         ("kernels", "attention kernels against XLA's, with gradients", kernels),
     ):
         parser = kinds.add_parser(name, parents=[common], help=what)
-        parser.add_argument("--small", action="store_true", help="sizes for a CPU, where kernels are interpreted")
+        parser.add_argument(
+            "--small", action="store_true", help="sizes for a CPU, where kernels are interpreted"
+        )
         parser.set_defaults(measure=measured, table=table)
 
 
@@ -75,22 +77,30 @@ def kernels(args: argparse.Namespace, _: Path) -> dict[str, Any]:
     for name, sizes in (SMALL_ROWS if args.small else ROWS).items():
         qkv, ids = draw(*sizes)
         exact = both(*(x.astype(jnp.float32) for x in qkv), ids, "xla")
-        taken = [kind for kind, kernel in KERNELS.items() if kernel.fits(qkv[0], ids, forced=args.small)]
+        taken = [
+            kind for kind, kernel in KERNELS.items() if kernel.fits(qkv[0], ids, forced=args.small)
+        ]
         for kind in ("xla", *taken):
             try:
                 found[f"{name}: {kind}"] = compare(qkv, ids, kind, exact, args.rounds)
-            except jax.errors.JaxRuntimeError as error:  # a kernel that the device refuses; the others go on
+            except (
+                jax.errors.JaxRuntimeError
+            ) as error:  # a kernel that the device refuses; the others go on
                 found[f"{name}: {kind}"] = {"failed": str(error).strip().splitlines()[0]}
     if all("failed" in row for row in found.values()):
         raise LcoError("no kernel ran on this device")
     return {"rows": found}
 
 
-def draw(rows: int, tokens: int, heads: int, groups: int, size: int, segments: int) -> tuple[list[Array], Any]:
+def draw(
+    rows: int, tokens: int, heads: int, groups: int, size: int, segments: int
+) -> tuple[list[Array], Any]:
     """Queries, keys and values in bfloat16, and segment ids [rows, tokens] or None. A row's end is padding."""
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = (rows, tokens, heads, groups, size), *[(rows, tokens, heads, size)] * 2
-    qkv = [jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)]
+    qkv = [
+        jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)
+    ]
     if not segments:
         return qkv, None
     ids = 1 + np.arange(tokens) * segments // max(tokens - tokens // 10, 1)
@@ -109,13 +119,17 @@ def both(query: Array, key: Array, value: Array, ids: Array | None, kind: str) -
     return mixed, *gradients
 
 
-def compare(qkv: list[Array], ids: Array | None, kind: str, exact: tuple[Array, ...], rounds: int) -> dict[str, Any]:
+def compare(
+    qkv: list[Array], ids: Array | None, kind: str, exact: tuple[Array, ...], rounds: int
+) -> dict[str, Any]:
     """Seconds forward and with gradients, and the largest error of the result and of each gradient over its largest."""
     forward = jax.jit(partial(attention, segment_ids=ids, causal=ids is None, implementation=kind))
     result = {"forward_s": timed(forward, tuple(qkv), rounds)}
     result["seconds"] = timed(both, (*qkv, ids, kind), rounds)
     errors = {}
-    for name, got, want in zip(("mixed", "dq", "dk", "dv"), both(*qkv, ids, kind), exact, strict=True):
+    for name, got, want in zip(
+        ("mixed", "dq", "dk", "dv"), both(*qkv, ids, kind), exact, strict=True
+    ):
         errors[name] = float(jnp.abs(got.astype(jnp.float32) - want).max() / jnp.abs(want).max())
     return {**result, "errors": errors}
 
@@ -124,7 +138,12 @@ def table(result: dict[str, Any]) -> str:
     """A line a row."""
     lines = [result["command"]]
     for name, row in result["rows"].items():
-        numbers = {key: value for key, value in row.items() if key != "errors"} | row.get("errors", {})
-        parts = [f"{key} {value:.3g}" if isinstance(value, float) else value for key, value in numbers.items()]
+        numbers = {key: value for key, value in row.items() if key != "errors"} | row.get(
+            "errors", {}
+        )
+        parts = [
+            f"{key} {value:.3g}" if isinstance(value, float) else value
+            for key, value in numbers.items()
+        ]
         lines.append(f"{name:<36}" + "  ".join(parts))
     return "\n".join(lines)

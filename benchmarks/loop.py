@@ -115,7 +115,7 @@ def stand_in(workdir: Path, seconds: float, steps: int) -> Any:
     from lco_jax.checkpoint.store import RunStore
     from lco_jax.core.sharding import replicated
     from lco_jax.data import pipeline
-    from lco_jax.data.plan import draw, plan
+    from lco_jax.data.layouts import choose_layout, draw
     from lco_jax.data.processor import Processor
     from lco_jax.data.records import Record
     from lco_jax.data.scan import ListSource
@@ -125,11 +125,11 @@ def stand_in(workdir: Path, seconds: float, steps: int) -> Any:
     mesh, processor = make_mesh(), Processor(builtin.build())
     texts = [(f"dog {i} runs", "dog " * (1 + i % 20)) for i in range(997)]
     source = ListSource([Record(*pair, (), f"mem:{i}") for i, pair in enumerate(texts)])
-    layout = pipeline.Layout(BATCH, 0, processor.tokenizer.head)
+    layout = pipeline.Layout(BATCH, 0, processor.tokenizer.prefix)
     stream = pipeline.record_stream({"a": source}, {"a": 1.0}, 0)
     batches = pipeline.local_batches(stream, layout, processor, config.data.max_length)
     sample = draw(batches, layout, media=False)
-    layout = plan(sample, layout, processor, mesh, config.data.max_length)
+    layout = choose_layout(sample, layout, processor, mesh, config.data.max_length)
     workdir.mkdir(parents=True, exist_ok=True)
     job = SimpleNamespace(
         config=config, workdir=workdir, mesh=mesh, processor=processor, params={}, total_steps=steps,
@@ -156,7 +156,12 @@ def slow_step(mesh: Any, rounds: int) -> Any:
         x = state["x"] + 0.0 * tokens
         x = jax.lax.fori_loop(0, rounds, lambda _, x: jnp.tanh(x @ x), x)
         one, rows = jnp.float32(1), jnp.zeros(len(batch.sequences)) + 0.0 * x[0, 0]
-        metrics = {"loss": one + x[0, 0], "rows": rows, "finite": jnp.isfinite(x[0, 0]), "tokens": tokens}
+        metrics = {
+            "loss": one + x[0, 0],
+            "rows": rows,
+            "finite": jnp.isfinite(x[0, 0]),
+            "tokens": tokens,
+        }
         return {"x": x}, {**metrics, "learning_rate": one}
 
     return jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh))

@@ -24,7 +24,9 @@ AUDIO = {
     "output_dim": 512, "num_mel_bins": 128, "max_source_positions": 1500,
 }  # fmt: skip
 HZ = 100  # mel frames a second
-SCALE = np.array([[255, 0.48, 0.27], [255, 0.46, 0.26], [255, 0.41, 0.28]], np.float32)  # as of `pixels.read_scale`
+SCALE = np.array(
+    [[255, 0.48, 0.27], [255, 0.46, 0.26], [255, 0.41, 0.28]], np.float32
+)  # as of `pixels.read_scale`
 
 
 def add_parsers(kinds: Any, common: argparse.ArgumentParser) -> None:
@@ -37,8 +39,8 @@ def add_parsers(kinds: Any, common: argparse.ArgumentParser) -> None:
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Images, a video, sounds; then one long sound and as much in short ones, in turns."""
     rng = np.random.default_rng(0)
-    picture = lambda size: _patches(rng, (1, size // 14, size // 14))  # noqa: E731
-    sound = lambda seconds: Mel(rng.standard_normal((int(seconds * HZ), 128)).astype(np.float32))  # noqa: E731
+    picture = lambda size: _patches(rng, (1, size // 14, size // 14))
+    sound = lambda seconds: Mel(rng.standard_normal((int(seconds * HZ), 128)).astype(np.float32))
     cases = {
         "images": ("visual", [picture(448) for _ in range(6)] + [picture(252) for _ in range(6)]),
         "video": ("visual", [_patches(rng, (16, 16, 16))]),
@@ -49,11 +51,17 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for name, (tower, items) in tqdm(cases.items(), desc="media"):
         ours, peer = sides[tower].ours(items), None if args.no_peer else sides[tower].peer(items)
         seconds = _in_turns([ours, *([peer] if peer else [])], args.rounds)
-        result["cases"][name] = {"items": len(items), "seconds": seconds[0], "per_second": len(items) / seconds[0]}
+        result["cases"][name] = {
+            "items": len(items),
+            "seconds": seconds[0],
+            "per_second": len(items) / seconds[0],
+        }
         if peer:
             result["cases"][name] |= {"peer_seconds": seconds[1], "ratio": seconds[1] / seconds[0]}
             want = np.concatenate(peer())
-            result["exactness"][name] = float(np.abs(np.concatenate(ours()) - want).max() / np.abs(want).max())
+            result["exactness"][name] = float(
+                np.abs(np.concatenate(ours()) - want).max() / np.abs(want).max()
+            )
     long, short = [sound(128.0)], [sound(8.0) for _ in range(16)]
     seconds = _in_turns([sides["audio_tower"].ours(x) for x in (long, short)], args.rounds)
     result["long_sound_over_short_ones"] = seconds[0] / seconds[1]
@@ -76,7 +84,9 @@ def _in_turns(sides: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
 
 def _patches(rng: np.random.Generator, grid: tuple[int, int, int]) -> Patches:
     pictures = 1 if grid[0] == 1 else 2
-    return Patches(rng.integers(0, 256, (int(np.prod(grid)), 3, pictures, 196), np.uint8), grid, SCALE)
+    return Patches(
+        rng.integers(0, 256, (int(np.prod(grid)), 3, pictures, 196), np.uint8), grid, SCALE
+    )
 
 
 class Tower:
@@ -115,7 +125,9 @@ class Tower:
         from lco_jax.models.qwen_vision import QwenVision, VisionConfig
 
         if self.name == "visual":
-            module: Any = QwenVision(VisionConfig.from_hf({"vision_config": VISION}, "benchmark", fused=False))
+            module: Any = QwenVision(
+                VisionConfig.from_hf({"vision_config": VISION}, "benchmark", fused=False)
+            )
         else:
             module = QwenAudio(AudioConfig.from_hf({"audio_config": AUDIO}, "benchmark"))
         leaves: dict[tuple[str, ...], Any] = {}
@@ -142,10 +154,10 @@ class Tower:
 
         def tokens() -> list[np.ndarray]:
             width = rows.width(items)
-            laid = rows.lay(items, width)
-            filled = rows.fill([(items, laid)], bucket(laid.rows, 4), width)
+            packed = rows.assign(items, width)
+            filled = rows.fill([(items, packed)], bucket(packed.rows, 4), width)
             out = np.asarray(run(filled))
-            return [out.reshape(-1, out.shape[-1])[at] for at in laid.tokens]
+            return [out.reshape(-1, out.shape[-1])[at] for at in packed.tokens]
 
         return tokens
 
@@ -159,20 +171,27 @@ class Tower:
                 divisor, mean, std = item.scale.T[:, :, None, None]
                 read = (item.values / divisor - mean) / std
                 pixels.append(np.broadcast_to(read, (len(read), 3, 2, 196)).reshape(len(read), -1))
-            arguments = (torch.tensor(np.concatenate(pixels)), torch.tensor([item.grid for item in items]))
+            arguments = (
+                torch.tensor(np.concatenate(pixels)),
+                torch.tensor([item.grid for item in items]),
+            )
             counts = [len(item.values) // 4 for item in items]
-            call = lambda: self.torch(arguments[0], grid_thw=arguments[1])  # noqa: E731
+            call = lambda: self.torch(arguments[0], grid_thw=arguments[1])
         else:
             mel = torch.tensor(np.concatenate([item.values for item in items]).T.copy())
             lengths = torch.tensor([len(item.values) for item in items])
             after = (lengths - 1) // 2 + 1
             counts = ((after - 2) // 2 + 1).tolist()
-            call = lambda: self.torch(mel, feature_lens=lengths, aftercnn_lens=after)  # noqa: E731
+            call = lambda: self.torch(mel, feature_lens=lengths, aftercnn_lens=after)
 
         def tokens() -> list[np.ndarray]:
             with torch.no_grad():
                 out = call()
-            out = getattr(out, "pooler_output", None) if self.name == "visual" else out.last_hidden_state
+            out = (
+                getattr(out, "pooler_output", None)
+                if self.name == "visual"
+                else out.last_hidden_state
+            )
             return np.split(out.numpy(), np.cumsum(counts)[:-1])
 
         return tokens
@@ -186,5 +205,9 @@ def table(result: dict[str, Any]) -> str:
         lines.append(
             f"{name:<8}{case['items']:>4} items: {case['seconds']:.3f} s, {case['per_second']:.1f} a second{ratio}"
         )
-    lines.append(f"128 s of sound over 16 × 8 s: {result['long_sound_over_short_ones']:.2f} × the time")
-    return "\n".join([*lines, *(f"difference: {k} {v:.1e}" for k, v in result["exactness"].items())])
+    lines.append(
+        f"128 s of sound over 16 × 8 s: {result['long_sound_over_short_ones']:.2f} × the time"
+    )
+    return "\n".join(
+        [*lines, *(f"difference: {k} {v:.1e}" for k, v in result["exactness"].items())]
+    )

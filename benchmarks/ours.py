@@ -2,7 +2,9 @@
 
 import sys
 
-sys.modules["torch"] = None  # as on a machine without it: transformers would import it, and we never use it
+sys.modules["torch"] = (
+    None  # as on a machine without it: transformers would import it, and we never use it
+)
 from transformers.utils import is_torch_available
 
 assert not is_torch_available()  # which it remembers
@@ -31,7 +33,7 @@ from lco_jax.core.packing import Batch, common_length
 from lco_jax.core.quantize import quantize
 from lco_jax.core.sharding import shardings
 from lco_jax.data import pipeline
-from lco_jax.data.plan import floor_of
+from lco_jax.data.layouts import floor_of
 from lco_jax.data.positions import line_positions
 from lco_jax.data.processor import Processor
 from lco_jax.data.tower_rows import Processed
@@ -39,17 +41,27 @@ from lco_jax.models.decoder import Decoder
 from lco_jax.models.model import Model
 from lco_jax.training import tuning
 from lco_jax.training.optimizer import OptimizerConfig, make_optimizer
-from lco_jax.training.step import contrastive_loss, embed_chunks, init_state, make_train_step, state_shardings
+from lco_jax.training.step import (
+    contrastive_loss,
+    embed_chunks,
+    init_state,
+    make_train_step,
+    state_shardings,
+)
 
 TEMPERATURE = 0.03
 
 
-def open_model(spec: dict[str, Any], mesh: jax.sharding.Mesh) -> tuple[Model, dict[str, Any], Processor]:
+def open_model(
+    spec: dict[str, Any], mesh: jax.sharding.Mesh
+) -> tuple[Model, dict[str, Any], Processor]:
     """From the checkpoint on disk, or drawn on the device."""
     settings = {"remat": spec["remat"], "attention": spec["attention"]}
     if spec["preset"] not in ON_DEVICE:
         checkpoint = open_checkpoint(spec["checkpoint"])
-        model, params = load_model(checkpoint, mesh, spec["dtype"], (), quantize=spec["quantize"], **settings)
+        model, params = load_model(
+            checkpoint, mesh, spec["dtype"], (), quantize=spec["quantize"], **settings
+        )
         return model, params, Processor(checkpoint.folder)
     config, dtype = PRESETS[spec["preset"]].decoder, jnp.dtype(spec["dtype"])
     shapes = abstract_params(config, dtype)
@@ -90,19 +102,25 @@ class Training:
         self.triplets = read_triplets(Path(spec["data"]))
         self.model, self.params, processor = open_model(spec, self.mesh)
         self.config = lora.LoraConfig(LORA.rank, LORA.alpha, spec["dropout"])
-        fresh = lambda key: {"decoder": lora.init(key, abstract_params(self.model.decoder.config), LORA)}  # noqa: E731
+        fresh = lambda key: {
+            "decoder": lora.init(key, abstract_params(self.model.decoder.config), LORA)
+        }
         shapes = jax.eval_shape(fresh, jax.random.key(0))
         tx = make_optimizer(OptimizerConfig(schedule="constant"), 10**9)
         self.places = state_shardings(shapes, tx, self.mesh)
         if spec["adapter"]:
-            tuned = jax.device_put({"decoder": read_peft(spec["adapter"])[0]}, shardings(shapes, self.mesh))
+            tuned = jax.device_put(
+                {"decoder": read_peft(spec["adapter"])[0]}, shardings(shapes, self.mesh)
+            )
         else:
             tuned = jax.jit(fresh)(jax.random.key(0))
         self.tuned = tuned
         with jax.set_mesh(self.mesh):
             begin = jax.jit(lambda tuned: init_state(tuned, tx), out_shardings=self.places)
             self.state = begin(tuned)
-        self.step = make_train_step(self.model, tx, self.config, TEMPERATURE, 0, self.mesh, self.places)
+        self.step = make_train_step(
+            self.model, tx, self.config, TEMPERATURE, 0, self.mesh, self.places
+        )
         first, other = (np.array(self.triplets[i][i], np.int32) for i in (0, 1))
         head = first[: common_length(first, other)]
         self.layout = pipeline.Layout(spec["batch"], 1, head, spec["chunk_tokens"])
@@ -124,7 +142,9 @@ class Training:
         chunks, streams, tokens = batch.tokens.input_ids.shape
         all_streams = chunks * streams
         rows = {group.shape[-1]: all_streams * group.shape[-2] for group in batch.tokens.rows}
-        self.work = Work(all_streams * tokens, all_streams * batch.tokens.last_tokens.shape[-1], rows)
+        self.work = Work(
+            all_streams * tokens, all_streams * batch.tokens.last_tokens.shape[-1], rows
+        )
         return batch
 
     def round(self) -> dict[str, Any]:
@@ -137,13 +157,20 @@ class Training:
             seconds = time.perf_counter() - start
         self.done += 1
         real = int(sum((np.asarray(group) >= 0).sum() for group in batch.tokens.rows))
-        return {"seconds": seconds, "loss": float(metrics["loss"]), "tokens": real, "programs": metrics["programs"]}
+        return {
+            "seconds": seconds,
+            "loss": float(metrics["loss"]),
+            "tokens": real,
+            "programs": metrics["programs"],
+        }
 
     def check(self, path: str) -> dict[str, Any]:
         """Embeddings and adapter gradients of the first batch, for a comparison number by number."""
         batch = self.batch(0)
         with jax.set_mesh(self.mesh):
-            loss = jax.jit(jax.value_and_grad(partial(_loss, self.model.decoder, self.config), has_aux=True))
+            loss = jax.jit(
+                jax.value_and_grad(partial(_loss, self.model.decoder, self.config), has_aux=True)
+            )
             (value, embeddings), grads = loss(self.tuned, self.params, batch)
         named = {}
         for layer, module, a, b in layer_tensors(jax.device_get(grads["decoder"])):
@@ -161,7 +188,9 @@ class Training:
                 "rows": self.work.rows, **peak_memory()}  # fmt: skip
 
 
-def _loss(decoder: Decoder, config: lora.LoraConfig, tuned: Any, params: Any, batch: Batch) -> tuple:
+def _loss(
+    decoder: Decoder, config: lora.LoraConfig, tuned: Any, params: Any, batch: Batch
+) -> tuple:
     """The loss, and the embeddings that it was made of."""
     loss, _ = contrastive_loss(tuned, params, batch, None, decoder, config, TEMPERATURE, 0)
     embeddings = embed_chunks(decoder, tuning.attach(params, tuned, config), batch.tokens)
@@ -177,11 +206,17 @@ class Encoding:
             model, params, processor = open_model({**spec, "remat": "none"}, mesh)
             self.embedder = OmniEmbedder(model, params, processor, mesh)
         else:
-            options = {"quantize": spec["quantize"], "attention": spec["attention"], "modalities": ("text",)}
+            options = {
+                "quantize": spec["quantize"],
+                "attention": spec["attention"],
+                "modalities": ("text",),
+            }
             self.embedder = OmniEmbedder.from_pretrained(
                 spec["checkpoint"], spec["adapter"] or None, spec["dtype"], mesh, **options
             )
-        texts = [ids for triplet in read_triplets(Path(spec["data"])) for ids in triplet][: spec["batch"]]
+        texts = [ids for triplet in read_triplets(Path(spec["data"])) for ids in triplet][
+            : spec["batch"]
+        ]
         self.ready = [prepared(ids) for ids in texts]
 
     def round(self) -> dict[str, Any]:

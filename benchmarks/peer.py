@@ -60,14 +60,18 @@ class Recipe:
                 model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
         model.to(DEVICE).requires_grad_(False)
         model.config.use_cache = model.config.text_config.use_cache = False
-        if self.half:  # as peft prepares a model for training in few bits: norms, embedding and head stay wide
+        if (
+            self.half
+        ):  # as peft prepares a model for training in few bits: norms, embedding and head stay wide
             for name, parameter in model.named_parameters():
                 if any(part in name for part in ("norm", "embed_tokens", "lm_head")):
                     parameter.data = parameter.data.float()
         training = spec["kind"] == "train"
         if training:
             model.enable_input_require_grads()
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         if spec["adapter"]:
             model = PeftModel.from_pretrained(model, spec["adapter"], is_trainable=True)
         else:
@@ -84,10 +88,14 @@ class Recipe:
         """The last position after the final norm, [n, D] float32, unit length."""
         width = max(map(len, sequences))
         pads = [width - len(ids) for ids in sequences]
-        ids = torch.tensor([[0] * pad + ids for pad, ids in zip(pads, sequences, strict=True)], device=DEVICE)
+        ids = torch.tensor(
+            [[0] * pad + ids for pad, ids in zip(pads, sequences, strict=True)], device=DEVICE
+        )
         mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=DEVICE)
         with torch.autocast(DEVICE, torch.bfloat16) if self.half else contextlib.nullcontext():
-            out = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+            out = self.model(
+                input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
+            )
         return functional.normalize(out.hidden_states[-1][:, -1].float(), dim=-1)
 
     def finish(self) -> dict[str, Any]:
@@ -142,7 +150,9 @@ class Training(Recipe):
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None:
                 layer, kind, module, factor = name.split("layers.")[1].split(".")[:4]
-                named[f"{layer}.{kind}.{module}.{factor[-1]}"] = parameter.grad.float().cpu().numpy()
+                named[f"{layer}.{kind}.{module}.{factor[-1]}"] = (
+                    parameter.grad.float().cpu().numpy()
+                )
         embeddings = torch.stack(sides, dim=1).detach().cpu().numpy()
         np.savez(path, loss=loss, embeddings=embeddings, **named)
 

@@ -41,7 +41,12 @@ class Preset:
     def config(self) -> dict[str, Any]:
         """config.json's content, with a vision tower that is as small as one can be: text is measured."""
         half = self.hidden // self.heads // 2
-        special = {"vision_start_token_id": 7, "vision_end_token_id": 8, "image_token_id": 9, "video_token_id": 10}
+        special = {
+            "vision_start_token_id": 7,
+            "vision_end_token_id": 8,
+            "image_token_id": 9,
+            "video_token_id": 10,
+        }
         return {
             "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", **special,
             "hidden_size": self.hidden, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
@@ -75,7 +80,9 @@ def write_checkpoint(preset: Preset, folder: Path, seed: int = 0) -> None:
     """Every parameter drawn at random, norms and biases included; the built-in checkpoint's tokenizer beside them."""
     rng = np.random.default_rng(seed)
     backbone, config = find_backbone(preset.config, "preset")
-    tower = tower_module(backbone, "visual", backbone.towers["visual"][1](config, "preset", preset.decoder))
+    tower = tower_module(
+        backbone, "visual", backbone.towers["visual"][1](config, "preset", preset.decoder)
+    )
     tensors = {}
     parts = {"model.": abstract_params(preset.decoder), "visual.": abstract_params(tower)}
     for prefix, tree in parts.items():
@@ -84,7 +91,9 @@ def write_checkpoint(preset: Preset, folder: Path, seed: int = 0) -> None:
             stacked = stack in ("layers", "blocks")
             for i in range(leaf.shape[0] if stacked else 1):
                 name = f"{stack}.{i}.{rest}" if stacked else path
-                tensors[_hub_name(prefix + name)] = _draw(rng, name, leaf.shape[1:] if stacked else leaf.shape)
+                tensors[_hub_name(prefix + name)] = _draw(
+                    rng, name, leaf.shape[1:] if stacked else leaf.shape
+                )
     if not preset.tied:
         tensors["lm_head.weight"] = _draw(rng, "lm_head.weight", (preset.vocab, preset.hidden))
     source = builtin.build()
@@ -114,6 +123,8 @@ def write_adapter(preset: Preset, folder: Path, base: str, dropout: float, seed:
     dropout: PEFT makes its modules by what the adapter says of it.
     """
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda key: lora.init(key, abstract_params(preset.decoder), LORA), jax.random.key(0))
-    draw = lambda x: (0.3 * x.shape[-1] ** -0.5 * rng.standard_normal(x.shape)).astype(np.float32)  # noqa: E731
+    shapes = jax.eval_shape(
+        lambda key: lora.init(key, abstract_params(preset.decoder), LORA), jax.random.key(0)
+    )
+    draw = lambda x: (0.3 * x.shape[-1] ** -0.5 * rng.standard_normal(x.shape)).astype(np.float32)
     write_peft(folder, jax.tree.map(draw, shapes), replace(LORA, dropout=dropout), base)

@@ -13,12 +13,18 @@ from lco_jax.core.files import write_json
 
 def add_parsers(kinds: Any, common: argparse.ArgumentParser) -> None:
     """`scaling`."""
-    parser = kinds.add_parser("scaling", parents=[common], help="collectives of a device at a fixed share of the batch")
+    parser = kinds.add_parser(
+        "scaling", parents=[common], help="collectives of a device at a fixed share of the batch"
+    )
     parser.add_argument("--preset", default="7b", choices=PRESETS)
-    parser.add_argument("--devices", type=int, nargs="*", default=[8, 64, 512], help="multiples of --fsdp")
+    parser.add_argument(
+        "--devices", type=int, nargs="*", default=[8, 64, 512], help="multiples of --fsdp"
+    )
     parser.add_argument("--fsdp", type=int, default=8)
     parser.add_argument("--records", type=int, default=48, help="of a device")
-    parser.add_argument("--loss", type=int, default=2**20, help="anchors of the loss alone, on the most devices")
+    parser.add_argument(
+        "--loss", type=int, default=2**20, help="anchors of the loss alone, on the most devices"
+    )
     parser.set_defaults(measure=measure, table=table)
 
 
@@ -28,7 +34,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     from lco_jax import make_mesh
     from lco_jax.checkpoint.hf import open_geometry
-    from lco_jax.planning.program import Step, even
+    from lco_jax.cost_model.program import Step, even
     from lco_jax.training import cli
 
     jax.config.update("jax_platforms", "cpu")
@@ -47,9 +53,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def _counted(lowered: Any) -> dict[str, Any]:
     """Of one device: GiB at the peak, TFLOP, and GB of collectives' results by kind, of the CPU's program."""
-    from lco_jax.planning import hlo
-    from lco_jax.planning.hardware import DEVICES
-    from lco_jax.planning.targets import OPTIONS
+    from lco_jax.cost_model import hlo
+    from lco_jax.cost_model.hardware import DEVICES
+    from lco_jax.cost_model.targets import OPTIONS
     from lco_jax.training.memory import GIB, peak_bytes
 
     compiled = lowered.compile(OPTIONS["cpu"])
@@ -57,7 +63,12 @@ def _counted(lowered: Any) -> dict[str, Any]:
     sent = {kind: size / 1e9 for kind, size in found.sent.most_common()}
     temporaries = compiled.memory_analysis().temp_size_in_bytes / GIB
     peak = peak_bytes(compiled) / GIB
-    return {"peak_gib": peak, "temporaries_gib": temporaries, "tflop": found.flops / 1e12, "sent_gb": sent}
+    return {
+        "peak_gib": peak,
+        "temporaries_gib": temporaries,
+        "tflop": found.flops / 1e12,
+        "sent_gb": sent,
+    }
 
 
 def _loss(args: argparse.Namespace, hidden: int) -> dict[str, Any]:
@@ -89,9 +100,16 @@ def table(result: dict[str, Any]) -> str:
     steps = result["steps"].values()
     kinds = list(dict.fromkeys(kind for step in steps for kind in step["sent_gb"]))
     rows = {kind: [step["sent_gb"].get(kind, 0) for step in steps] for kind in kinds}
-    rows |= {"GiB at the peak": [step["peak_gib"] for step in steps], "TFLOP": [step["tflop"] for step in steps]}
+    rows |= {
+        "GiB at the peak": [step["peak_gib"] for step in steps],
+        "TFLOP": [step["tflop"] for step in steps],
+    }
     lines = [f"{'GB of results of collectives':32}" + "".join(f"{n:>12}" for n in result["steps"])]
-    lines += [f"{name:32}" + "".join(f"{x:12.3f}" for x in row) for name, row in rows.items() if max(row) > 1e-3]
+    lines += [
+        f"{name:32}" + "".join(f"{x:12.3f}" for x in row)
+        for name, row in rows.items()
+        if max(row) > 1e-3
+    ]
     if loss := result["loss"]:
         lines += [
             f"loss of {loss['anchors']:,} anchors, D {loss['hidden']}, on {loss['devices']} devices, each: "

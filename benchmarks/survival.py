@@ -35,21 +35,32 @@ SMALL = (
 
 def add_parsers(kinds: Any, common: argparse.ArgumentParser) -> None:
     """`survival`, `sharing` and `endurance`."""
-    parser = kinds.add_parser("survival", parents=[common], help="kill a run at random moments, and resume it")
+    parser = kinds.add_parser(
+        "survival", parents=[common], help="kill a run at random moments, and resume it"
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--devices", type=int, default=2, help="of each process")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--then", nargs="*", default=["1x8", "2x4", "1x1"], help="processes x devices to end on, too")
+    parser.add_argument(
+        "--then",
+        nargs="*",
+        default=["1x8", "2x4", "1x1"],
+        help="processes x devices to end on, too",
+    )
     parser.set_defaults(measure=survival, table=survival_table)
-    parser = kinds.add_parser("sharing", parents=[common], help="kill processes that share one embedding of many items")
+    parser = kinds.add_parser(
+        "sharing", parents=[common], help="kill processes that share one embedding of many items"
+    )
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--items", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.set_defaults(measure=sharing, table=sharing_table)
-    parser = kinds.add_parser("endurance", parents=[common], help="resident memory early and late in a long run")
+    parser = kinds.add_parser(
+        "endurance", parents=[common], help="resident memory early and late in a long run"
+    )
     parser.add_argument("--steps", type=int, default=10_000)
     parser.set_defaults(measure=endurance, table=endurance_table)
 
@@ -61,21 +72,36 @@ class Job:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        environment = {
+            **os.environ,
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
         command = [sys.executable, "-m", "lco_jax.train", *SMALL, f"--workdir={workdir}", *flags]
-        joined = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}"] if processes > 1 else []
-        self.workdir, self.metrics, self.processes = workdir, workdir / "metrics.jsonl", list[subprocess.Popen]()
+        joined = (
+            [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}"]
+            if processes > 1
+            else []
+        )
+        self.workdir, self.metrics, self.processes = (
+            workdir,
+            workdir / "metrics.jsonl",
+            list[subprocess.Popen](),
+        )
         self.said = [workdir.with_name(f"{workdir.name}.{i}.txt") for i in range(processes)]
         for i, path in enumerate(self.said):
             one = [*command, *joined, f"--process_id={i}"] if joined else command
             with open(path, "w", encoding="utf-8") as file:
                 self.processes.append(
-                    subprocess.Popen(one, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+                    subprocess.Popen(
+                        one, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+                    )
                 )
 
     def until(self, lines: int) -> None:
         """Wait for so many lines of metrics, or the end."""
-        self._wait(lambda: len(read_metrics(self.metrics)) >= lines or self.processes[0].poll() is not None)
+        self._wait(
+            lambda: len(read_metrics(self.metrics)) >= lines or self.processes[0].poll() is not None
+        )
 
     def ended(self) -> list[int]:
         """Wait for all to end: their statuses."""
@@ -84,7 +110,10 @@ class Job:
 
     def lost(self) -> bool:
         """Whether they, when ended, are to be started again, as a launcher would; raises for any other failure."""
-        statuses, words = self.ended(), "\n".join(path.read_text(encoding="utf-8")[-2000:] for path in self.said)
+        statuses, words = (
+            self.ended(),
+            "\n".join(path.read_text(encoding="utf-8")[-2000:] for path in self.said),
+        )
         if any(status not in (0, PEER_LOST, -signal.SIGABRT) for status in statuses):
             raise RuntimeError(f"ended with {statuses}\n{words}")
         if lost := any(statuses):
@@ -110,7 +139,10 @@ def survival(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     statuses, waits = Counter[str](), []
     kill = restarts = 0
     while kill < args.kills:
-        job, before = Job(killed, args.processes, args.devices, *flags), len(read_metrics(killed / "metrics.jsonl"))
+        job, before = (
+            Job(killed, args.processes, args.devices, *flags),
+            len(read_metrics(killed / "metrics.jsonl")),
+        )
         base = before // EVERY * EVERY  # where it resumes, or a little before
         moment = ("step", "save", "start")[kill % 3] if before < args.steps - 4 * EVERY else "start"
         if moment == "start":
@@ -133,14 +165,25 @@ def survival(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         kill += 1
         what = f"kill {kill} ({moment}, {len(victims)} of {len(job.processes)})"
         print(
-            f"{what}: {len(read_metrics(killed / 'metrics.jsonl'))} steps; others {left}", file=sys.stderr, flush=True
+            f"{what}: {len(read_metrics(killed / 'metrics.jsonl'))} steps; others {left}",
+            file=sys.stderr,
+            flush=True,
         )
         if left:
             waits.append(time.monotonic() - began)
             statuses.update("76" if status == PEER_LOST else str(status) for status in left)
     want = read_metrics(quiet)
-    result = {"kills": dict(moments), "killed_at": len(read_metrics(killed / "metrics.jsonl")), "steps": args.steps}
-    result |= {"restarts": restarts, "others": dict(statuses), "others_seconds": sorted(waits), "ends": {}}
+    result = {
+        "kills": dict(moments),
+        "killed_at": len(read_metrics(killed / "metrics.jsonl")),
+        "steps": args.steps,
+    }
+    result |= {
+        "restarts": restarts,
+        "others": dict(statuses),
+        "others_seconds": sorted(waits),
+        "ends": {},
+    }
     for layout in (f"{args.processes}x{args.devices}", *args.then):
         workdir = folder / f"on_{layout}"
         shutil.copytree(killed, workdir)
@@ -161,7 +204,9 @@ def _finished(workdir: Path, processes: int, devices: int, *flags: str) -> Path:
 
 def survival_table(result: dict[str, Any]) -> str:
     """What a reader looks at."""
-    kills, others = (", ".join(f"{n} {what}" for what, n in result[key].items()) for key in ("kills", "others"))
+    kills, others = (
+        ", ".join(f"{n} {what}" for what, n in result[key].items()) for key in ("kills", "others")
+    )
     lines = [
         result["command"],
         f"{sum(result['kills'].values())} kills (at: {kills}), the last at step {result['killed_at']} of "
@@ -170,33 +215,58 @@ def survival_table(result: dict[str, Any]) -> str:
         f"{'then ended on':16}{'largest difference of a loss':>30}{'batches':>12}",
     ]
     for layout, end in result["ends"].items():
-        lines.append(f"{layout:16}{end['loss']:30.2e}{'the same' if end['same_batches'] else 'DIFFER':>12}")
+        lines.append(
+            f"{layout:16}{end['loss']:30.2e}{'the same' if end['same_batches'] else 'DIFFER':>12}"
+        )
     return "\n".join(lines)
 
 
 def sharing(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Texts and pictures embedded by several processes, each kill of which is followed by another start."""
-    source, chance, draw = folder / "items.jsonl", random.Random(args.seed), np.random.default_rng(args.seed)
+    source, chance, draw = (
+        folder / "items.jsonl",
+        random.Random(args.seed),
+        np.random.default_rng(args.seed),
+    )
     with open(source, "w", encoding="utf-8") as file:
         for i in range(args.items):
-            item = {"id": f"item {i}", "text": " ".join(chance.choices(("red", "a", "seven", "under"), k=1 + i % 50))}
+            item = {
+                "id": f"item {i}",
+                "text": " ".join(chance.choices(("red", "a", "seven", "under"), k=1 + i % 50)),
+            }
             if i % 10 == 0:
                 item = {"id": f"item {i}", "image": f"{i}.png"}
-                Image.fromarray(draw.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / item["image"])
+                Image.fromarray(draw.integers(0, 256, (32, 32, 3), np.uint8)).save(
+                    folder / item["image"]
+                )
             file.write(json.dumps(item) + "\n")
 
     def start(output: Path) -> subprocess.Popen:
-        command = [sys.executable, "-m", "lco_jax.embed", "--model=builtin:lab", f"--input={source}", "--id-field=id"]
+        command = [
+            sys.executable,
+            "-m",
+            "lco_jax.embed",
+            "--model=builtin:lab",
+            f"--input={source}",
+            "--id-field=id",
+        ]
         command += [f"--output={output}", "--part-size=256", "--workers=0"]
         environment = {**os.environ, "XLA_FLAGS": ""}
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
 
     if start(folder / "quiet.parquet").wait():
         raise RuntimeError("the quiet run failed")
     output, kills, began = folder / "out.parquet", [], time.monotonic()
-    processes, parts = [start(output) for _ in range(args.processes)], folder / "out.parquet.partial"
+    processes, parts = (
+        [start(output) for _ in range(args.processes)],
+        folder / "out.parquet.partial",
+    )
     while len(kills) < args.kills:
-        seen = len(list(parts.glob("*-*.parquet")))  # a kill hits those that work: each follows a new part
+        seen = len(
+            list(parts.glob("*-*.parquet"))
+        )  # a kill hits those that work: each follows a new part
         while len(list(parts.glob("*-*.parquet"))) <= seen:
             time.sleep(0.005)
             if output.exists() or time.monotonic() - began > LIMIT:
@@ -208,7 +278,9 @@ def sharing(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         processes[at].wait()
         processes[at] = start(output)
     statuses = [process.wait() for process in processes]
-    got, want = (pyarrow.parquet.read_table(path).to_pydict() for path in (output, folder / "quiet.parquet"))
+    got, want = (
+        pyarrow.parquet.read_table(path).to_pydict() for path in (output, folder / "quiet.parquet")
+    )
     ids = [f"item {i}" for i in range(args.items)]
     largest = np.abs(np.array(got["embedding"]) - np.array(want["embedding"])).max()
     return {
@@ -245,5 +317,7 @@ def endurance(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def endurance_table(result: dict[str, Any]) -> str:
     """What a reader looks at."""
-    lines = [f"after {step:6,} steps {mib:8.1f} MiB resident" for step, mib in result["mib"].items()]
+    lines = [
+        f"after {step:6,} steps {mib:8.1f} MiB resident" for step, mib in result["mib"].items()
+    ]
     return "\n".join([result["command"], *lines])

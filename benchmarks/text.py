@@ -21,17 +21,32 @@ def add_parsers(kinds: Any, common: argparse.ArgumentParser) -> None:
     shared = argparse.ArgumentParser(add_help=False, parents=[common])
     shared.add_argument("--preset", choices=PRESETS, default="small")
     shared.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    shared.add_argument("--data-dir", default="", help="a TFDS folder with snli; without it, random ids of its lengths")
-    shared.add_argument("--tokenizer", default="", help="a folder with Qwen's tokenizer.json, for --data-dir")
-    shared.add_argument("--quantize", choices=("", "int8", "nf4"), default="", help="our frozen base")
+    shared.add_argument(
+        "--data-dir",
+        default="",
+        help="a TFDS folder with snli; without it, random ids of its lengths",
+    )
+    shared.add_argument(
+        "--tokenizer", default="", help="a folder with Qwen's tokenizer.json, for --data-dir"
+    )
+    shared.add_argument(
+        "--quantize", choices=("", "int8", "nf4"), default="", help="our frozen base"
+    )
     shared.add_argument("--attention", choices=IMPLEMENTATIONS, default="auto", help="our kernel")
     shared.add_argument("--no-peer", action="store_true", help="measure our side alone")
-    shared.add_argument("--no-check", action="store_true", help="do not compare embeddings and gradients first")
+    shared.add_argument(
+        "--no-check", action="store_true", help="do not compare embeddings and gradients first"
+    )
     train = kinds.add_parser("train", parents=[shared], help="contrastive LoRA steps")
     train.add_argument("--batch", type=int, default=96, help="triplets of a step")
     train.add_argument("--micro", type=int, default=32, help="the peer's micro-batch")
     train.add_argument("--dropout", type=float, default=0.05, help="of LoRA, on both sides")
-    train.add_argument("--remat", choices=REMAT_POLICIES, default="full", help="ours; the peer checkpoints its layers")
+    train.add_argument(
+        "--remat",
+        choices=REMAT_POLICIES,
+        default="full",
+        help="ours; the peer checkpoints its layers",
+    )
     train.add_argument("--chunk-tokens", type=int, default=0, help="our GradCache chunk")
     encode = kinds.add_parser("encode", parents=[shared], help="texts to vectors")
     encode.add_argument("--batch", type=int, default=512, help="texts")
@@ -49,10 +64,19 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         if isinstance(value, str | int | float) and key not in ("json", "rounds", "profile")
     }
     spec |= {"data": str(folder / "triplets.jsonl"), "checkpoint": "", "adapter": "", "dump": ""}
-    spec = {"remat": "none", "dropout": 0.0, "chunk_tokens": 0, "micro": 0, "encode_batch": 0, **spec}
+    spec = {
+        "remat": "none",
+        "dropout": 0.0,
+        "chunk_tokens": 0,
+        "micro": 0,
+        "encode_batch": 0,
+        **spec,
+    }
     preset = PRESETS[args.preset]
     count = max(args.batch, 412) if training else -(-args.batch // 3)
-    data = write_triplets(folder / "triplets.jsonl", count, preset.vocab, args.data_dir, args.tokenizer)
+    data = write_triplets(
+        folder / "triplets.jsonl", count, preset.vocab, args.data_dir, args.tokenizer
+    )
     if args.preset not in ON_DEVICE:
         write_checkpoint(preset, folder / "checkpoint")
         write_adapter(preset, folder / "adapter", str(folder / "checkpoint"), spec["dropout"])
@@ -71,7 +95,11 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if "flops" in ours:
         ceiling = matmul_ceiling(args.dtype)
         reached = ours["flops"] / ours["seconds"]
-        result |= {"tflops": reached / 1e12, "ceiling_tflops": ceiling / 1e12, "mfu": reached / ceiling}
+        result |= {
+            "tflops": reached / 1e12,
+            "ceiling_tflops": ceiling / 1e12,
+            "mfu": reached / ceiling,
+        }
     return {**result, "exactness": exactness}
 
 
@@ -85,8 +113,12 @@ def compare(spec: dict[str, Any], folder: Path) -> dict[str, float]:
         found.append(dict(np.load(dump)))
     ours, peer = found
     if ours.keys() != peer.keys():
-        raise LcoError(f"the sides have different gradients: {sorted(ours.keys() ^ peer.keys())[:3]}")
-    distance = {key: float(np.linalg.norm(ours[key] - x) / np.linalg.norm(x)) for key, x in peer.items()}
+        raise LcoError(
+            f"the sides have different gradients: {sorted(ours.keys() ^ peer.keys())[:3]}"
+        )
+    distance = {
+        key: float(np.linalg.norm(ours[key] - x) / np.linalg.norm(x)) for key, x in peer.items()
+    }
     tensors = [value for key, value in distance.items() if key not in ("loss", "embeddings")]
     result = {"embeddings": float(np.abs(ours["embeddings"] - peer["embeddings"]).max())}
     if tensors:
@@ -135,6 +167,11 @@ def table(result: dict[str, Any]) -> str:
     if "ratio" in result:
         lines.append(f"{'ratio':<34}{result['ratio']:>12.2f}")
     if "mfu" in result:
-        lines.append(f"{'TFLOP/s, and of a plain product':<34}{result['tflops']:>12.3f}{result['mfu']:>11.0%}")
-    lines += [f"{'difference: ' + key:<34}{value:>12.1e}" for key, value in result.get("exactness", {}).items()]
+        lines.append(
+            f"{'TFLOP/s, and of a plain product':<34}{result['tflops']:>12.3f}{result['mfu']:>11.0%}"
+        )
+    lines += [
+        f"{'difference: ' + key:<34}{value:>12.1e}"
+        for key, value in result.get("exactness", {}).items()
+    ]
     return "\n".join([f"{result['command']}   ({result['data']})", *lines])

@@ -18,14 +18,18 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.seed = 0  # of the adapter, the data order and dropout
 
     config.model = ConfigDict()
-    config.model.path = "builtin:lab"  # a folder, a hub id, or a built-in checkpoint (builtin:lab, builtin:tiny)
+    config.model.path = (
+        "builtin:lab"  # a folder, a hub id, or a built-in checkpoint (builtin:lab, builtin:tiny)
+    )
     config.model.dtype = "float32"  # of the frozen base and the activations: float32 or bfloat16
     config.model.tower_dtype = ""  # of the frozen towers; "": the same
     config.model.quantize = ""  # the frozen decoder's matrices in fewer bits: int8, or nf4 (QLoRA)
     # what a layer keeps for its backward pass, from the least memory to the least recomputation: full (nothing),
     # attention, gate, mlp, none (nothing is recomputed); auto: what the device's memory holds, as its compiler says
     config.model.remat = "auto"
-    config.model.attention = "auto"  # the decoder's kernel: auto (the machine's own), xla, cudnn, triton, splash
+    config.model.attention = (
+        "auto"  # the decoder's kernel: auto (the machine's own), xla, cudnn, triton, splash
+    )
 
     config.tune = ConfigDict()
     # of the decoder: lora (adapters), full (all of it, in float32), projection (nothing; a matrix behind the model)
@@ -47,11 +51,15 @@ def get_config(recipe: str = "") -> ConfigDict:
             "path": "assets:lab/train.jsonl",
         }
     }
-    config.data.on_bad = "error"  # a bad record stops the run by file and line; "skip" leaves it out and says so
+    config.data.on_bad = (
+        "error"  # a bad record stops the run by file and line; "skip" leaves it out and says so
+    )
     config.data.batches = "mixed"  # or homogeneous: all records of a batch from one source
     config.data.threads = 2  # that read and prepare records
     config.data.media = ConfigDict()  # caps (lco_jax.MediaConfig says more); the reference's
-    config.data.media.image_max_side = 700  # larger images are shrunk to fit a square of so many pixels
+    config.data.media.image_max_side = (
+        700  # larger images are shrunk to fit a square of so many pixels
+    )
     config.data.media.fps = 2.0  # frames a second taken of a video
     config.data.media.max_frames = 64  # the most of one video
     config.data.media.video_max_pixels = 602_112  # of a frame
@@ -67,16 +75,22 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.train.epochs = 1.0
     config.train.temperature = 0.03
     config.train.two_way = False  # CLIP's loss: positives find their anchors, too
-    config.train.ignore_duplicates = False  # whatever says the same as a positive is no negative of its anchor
+    config.train.ignore_duplicates = (
+        False  # whatever says the same as a positive is no negative of its anchor
+    )
     # gather them on every device, or leave each device its share (ring: how records come by their sides); auto: the
     # latter where gathered ones and their gradient would take more than 1 GiB a device
     config.train.candidates = "auto"  # or gather, ring
-    config.train.chunk_tokens = 0  # GradCache: tokens a device embeds at a time; 0: all; -1: what fits
+    config.train.chunk_tokens = (
+        0  # GradCache: tokens a device embeds at a time; 0: all; -1: what fits
+    )
     config.train.max_nonfinite = 5  # so many non-finite steps in a row stop the run
     # a loss that lies more than so many (median absolute) deviations above the median of the last steps' is told in
     # incidents.jsonl with the records of the highest; as is one that is not finite. 0: the latter alone
     config.train.spike = 20.0
-    config.train.patience = 300.0  # seconds without the end of a step (six times as many for the first) end the process
+    config.train.patience = (
+        300.0  # seconds without the end of a step (six times as many for the first) end the process
+    )
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 2e-3  # the peak

@@ -12,7 +12,10 @@ from configs import tiny
 
 LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-SETS = {"cifar10": ("a photo of a {label}.", LABELS), "mnist": ("the handwritten digit {label}.", DIGITS)}
+SETS = {
+    "cifar10": ("a photo of a {label}.", LABELS),
+    "mnist": ("the handwritten digit {label}.", DIGITS),
+}
 
 
 def get_config(name: str = "cifar10") -> ConfigDict:
@@ -28,7 +31,9 @@ def get_config(name: str = "cifar10") -> ConfigDict:
             "data_dir": config_dict.placeholder(str),
             "caption": caption,
             # a copy of the set without label.labels.txt has numbers for names
-            "values": {"label": {name: label for i, label in enumerate(labels) for name in (str(i), label)}},
+            "values": {
+                "label": {name: label for i, label in enumerate(labels) for name in (str(i), label)}
+            },
         }
     }
     config.train.batch_size = 32

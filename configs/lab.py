@@ -25,11 +25,19 @@ def get_config(form: str = "") -> ConfigDict:
     config.seeds = (10, 11, 12)  # rates and the world's difficulty were chosen on seed 0
     config.sizes = asdict(real.Sizes() if form == "real" else worlds.Sizes())
     config.geometry = asdict(backbone.Geometry())
-    config.stages = (0, 600, 1800)  # steps of generative training; each checkpoint is measured and tuned
+    config.stages = (
+        0,
+        600,
+        1800,
+    )  # steps of generative training; each checkpoint is measured and tuned
     config.ways = ("full", "projection", "clip")  # of tuning the last of them, beside lora
     # gist: answering the embedding prompt itself, which aligns before any tuning (docs/laboratory.md)
-    config.mix = ConfigDict({"image": 0.35, "video": 0.15, "audio": 0.25, "page": 0.1, "text": 0.15, "gist": 0.0})
-    config.templates = ("{}",) if form == "real" else ("a {}",)  # what stands for a class is its label in these
+    config.mix = ConfigDict(
+        {"image": 0.35, "video": 0.15, "audio": 0.25, "page": 0.1, "text": 0.15, "gist": 0.0}
+    )
+    config.templates = (
+        ("{}",) if form == "real" else ("a {}",)
+    )  # what stands for a class is its label in these
     config.answers = 64  # held-out records of each kind that are answered
     config.answer_tokens = 40  # the most of an answer
 
@@ -71,7 +79,9 @@ def _training(name: str) -> ConfigDict:
     """Of either training: base, at this scale."""
     config = base.get_config()
     config.name = name
-    config.data.media = ConfigDict({**config.data.media.to_dict(), "video_min_pixels": backbone.MEDIA.video_min_pixels})
+    config.data.media = ConfigDict(
+        {**config.data.media.to_dict(), "video_min_pixels": backbone.MEDIA.video_min_pixels}
+    )
     config.eval.path = ""
     config.checkpoint.every = 10_000
     return config

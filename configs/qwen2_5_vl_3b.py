@@ -11,7 +11,11 @@ def get_config(recipe: str = "paper") -> ConfigDict:
     config.name = "qwen2_5_vl_3b"
     config.model.path = "Qwen/Qwen2.5-VL-3B-Instruct"
     config.data.sources = {
-        "all-nli": {"kind": "parquet", "path": "sentence-transformers/all-nli", "files": "triplet/train-*.parquet"}
+        "all-nli": {
+            "kind": "parquet",
+            "path": "sentence-transformers/all-nli",
+            "files": "triplet/train-*.parquet",
+        }
     }
     config.eval.path = ""
     return config

@@ -15,7 +15,12 @@ def get_config(recipe: str = "") -> ConfigDict:
     config = tiny.get_config(recipe)
     config.name = "snli"
     config.data.sources = {
-        "snli": {"kind": "tfds", "name": "snli", "split": "train", "data_dir": config_dict.placeholder(str)}
+        "snli": {
+            "kind": "tfds",
+            "name": "snli",
+            "split": "train",
+            "data_dir": config_dict.placeholder(str),
+        }
     }
     config.train.batch_size = 64
     config.train.epochs = 10.0

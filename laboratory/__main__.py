@@ -9,7 +9,9 @@ It leaves report.md, its pictures and results.json in the workdir; started again
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch, if it is there, whose threads would fight with XLA's
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch, if it is there, whose threads would fight with XLA's
 
 import shlex
 import sys

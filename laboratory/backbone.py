@@ -27,8 +27,12 @@ from lco_jax.models.config import DecoderConfig
 from lco_jax.models.registry import find_backbone
 from tools.make_tiny import PREPROCESSOR, PROMPT, chat_template, make_tokenizer, tokenizer_config
 
-MEDIA = MediaConfig(video_min_pixels=3136)  # to be loaded with: Omni's own least would enlarge clips thirty times
-EMBEDDING = 0.04  # deviation of the token embeddings, and about that of what the towers put in their place
+MEDIA = MediaConfig(
+    video_min_pixels=3136
+)  # to be loaded with: Omni's own least would enlarge clips thirty times
+EMBEDDING = (
+    0.04  # deviation of the token embeddings, and about that of what the towers put in their place
+)
 NAMES = {  # what Omni's processor asks its tokenizer for
     "image_token": "<|IMAGE|>", "audio_token": "<|AUDIO|>", "video_token": "<|VIDEO|>",
     "vision_bos_token": "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>",
@@ -91,7 +95,9 @@ def write(folder: Path, texts: Iterable[str], seed: int, geometry: Geometry | No
     ends = {"bos_token_id": ids["<|im_start|>"], "eos_token_id": ids["<|im_end|>"]}
     with written_aside(Path(folder)) as aside:
         tokenizer.save(str(aside / "tokenizer.json"), pretty=False)
-        write_json(aside / "tokenizer_config.json", tokenizer_config(ids) | {"extra_special_tokens": NAMES})
+        write_json(
+            aside / "tokenizer_config.json", tokenizer_config(ids) | {"extra_special_tokens": NAMES}
+        )
         write_json(aside / "chat_template.json", {"chat_template": TEMPLATE})
         preprocessor = {"processor_class": "Qwen2_5OmniProcessor", "patch_size": geometry.patch}
         write_json(aside / "preprocessor_config.json", PREPROCESSOR | WHISPER | preprocessor)
@@ -105,7 +111,10 @@ def write(folder: Path, texts: Iterable[str], seed: int, geometry: Geometry | No
 def _config(g: Geometry, ids: dict[str, int], tokens: int) -> dict[str, Any]:
     """What config.json holds."""
     head_dim = g.hidden // g.heads
-    rope = {"mrope_section": [head_dim // 8, head_dim * 3 // 16, head_dim * 3 // 16], "type": "default"}
+    rope = {
+        "mrope_section": [head_dim // 8, head_dim * 3 // 16, head_dim * 3 // 16],
+        "type": "default",
+    }
     return {
         "architectures": ["Qwen2_5OmniThinkerForConditionalGeneration"], "model_type": "qwen2_5_omni_thinker",
         "torch_dtype": "float32", "audio_token_index": ids["<|AUDIO|>"], "image_token_index": ids["<|IMAGE|>"],
@@ -150,22 +159,35 @@ def _shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
             for ours, hub in HUB:
                 key = re.sub(f"^{ours}", hub, key)
             yield key, leaf.shape[layer is not None :]
-    yield "audio_tower.audio_bos_eos_token.weight", (2, decoder.hidden_size)  # stored and never used
+    yield (
+        "audio_tower.audio_bos_eos_token.weight",
+        (2, decoder.hidden_size),
+    )  # stored and never used
 
 
-def _draw(key: str, shape: tuple[int, ...], config: dict[str, Any], rng: np.random.Generator) -> np.ndarray:
+def _draw(
+    key: str, shape: tuple[int, ...], config: dict[str, Any], rng: np.random.Generator
+) -> np.ndarray:
     """A tensor's first value."""
     if len(shape) == 1:
         return np.full(shape, 0.0 if key.endswith("bias") else 1.0, np.float32)
     deviation = math.prod(shape[1:]) ** -0.5
     if "embed_tokens" in key or "bos_eos" in key:
         deviation = EMBEDDING
-    elif re.search(r"visual\.merger\.mlp\.2|audio_tower\.proj", key):  # as large as the embeddings among which it goes
-        deviation = EMBEDDING * shape[1] ** -0.5 * (2.0 if "merger" in key else 1.0)  # after a gelu; after a norm
+    elif re.search(
+        r"visual\.merger\.mlp\.2|audio_tower\.proj", key
+    ):  # as large as the embeddings among which it goes
+        deviation = (
+            EMBEDDING * shape[1] ** -0.5 * (2.0 if "merger" in key else 1.0)
+        )  # after a gelu; after a norm
     elif "audio_tower.conv" in key:  # stands above the sinusoids that are added to it
         deviation = 2.0 * math.prod(shape[1:]) ** -0.5
     elif re.search(r"(o_proj|out_proj|down_proj|fc2|attn\.proj)\.weight$", key):
         text, vision, audio = (config[f"{part}_config"] for part in ("text", "vision", "audio"))
-        depths = {"mod": text["num_hidden_layers"], "vis": vision["depth"], "aud": audio["encoder_layers"]}
+        depths = {
+            "mod": text["num_hidden_layers"],
+            "vis": vision["depth"],
+            "aud": audio["encoder_layers"],
+        }
         deviation *= (2 * depths[key[:3]]) ** -0.5
     return rng.normal(0.0, deviation, shape).astype(np.float32)

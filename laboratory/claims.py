@@ -44,37 +44,64 @@ def decide(results: dict[str, Any]) -> list[Claim]:
     return found
 
 
-def _claims(runs: Sequence[Run], worlds: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, Estimate | None, float]]:
+def _claims(
+    runs: Sequence[Run], worlds: Sequence[dict[str, Any]]
+) -> Iterator[tuple[str, str, Estimate | None, float]]:
     """All claims, with None where a number is missing. "Best" is the generator that was trained longest."""
     best, least = stats.qualities(runs)[-1], stats.qualities(runs)[0]
     change = partial(_change, runs, best)
     for kind in MODALITIES:
         text = f"text-only contrastive learning lifts text ↔ {kind} retrieval"
-        yield text, "recall@1 after less before, best generator", change(lambda run, m=kind: retrieval_of(run, m)), 0
+        yield (
+            text,
+            "recall@1 after less before, best generator",
+            change(lambda run, m=kind: retrieval_of(run, m)),
+            0,
+        )
     never = "recall@1 after less before, mean of both directions, best generator"
     yield "it lifts image ↔ audio retrieval, which nothing ever paired", never, change(crossed), 0
     for kind in MODALITIES:
         after = lambda run, m=kind: retrieval_of(run, m)  # noqa: E731
         points = stats.scaling(runs, stats.exact(kind), after, 1)
-        what = "Pearson, exact match before with recall@1 after, generators that were trained at all"
-        yield f"the better it generates, the better it embeds: {kind}", what, stats.correlation(points), 0
+        what = (
+            "Pearson, exact match before with recall@1 after, generators that were trained at all"
+        )
+        yield (
+            f"the better it generates, the better it embeds: {kind}",
+            what,
+            stats.correlation(points),
+            0,
+        )
     if least == 0 < best:
         everything = lambda run: retrieval_of(run, *MODALITIES)  # noqa: E731
         need = _between(runs, (best, METHOD), (0, METHOD), everything)
-        yield "generative training is needed", "recall@1 tuned, best generator less untrained", need, 0
+        yield (
+            "generative training is needed",
+            "recall@1 tuned, best generator less untrained",
+            need,
+            0,
+        )
         guess = {
-            world.get("seed"): retrieval_of({"representation": world.get("chance")}, *MODALITIES) for world in worlds
+            world.get("seed"): retrieval_of({"representation": world.get("chance")}, *MODALITIES)
+            for world in worlds
         }
         short = stats.over_seeds(
             runs, lambda seed: _less(guess.get(seed), everything(stats.find(runs, seed, 0, METHOD)))
         )
-        yield "an untrained base stays at chance when tuned", "chance less recall@1 after", short, AT_CHANCE
+        yield (
+            "an untrained base stays at chance when tuned",
+            "chance less recall@1 after",
+            short,
+            AT_CHANCE,
+        )
     for other, text, edge in (
         ("full", "LoRA is at least as good as tuning all weights", AS_GOOD),
         ("projection", "LoRA is better than a linear projection", 0),
         ("clip", "text-only LoRA is at least as good as tuning on media and captions", AS_GOOD),
     ):
-        value = _between(runs, (best, METHOD), (best, other), lambda run: retrieval_of(run, *MODALITIES))
+        value = _between(
+            runs, (best, METHOD), (best, other), lambda run: retrieval_of(run, *MODALITIES)
+        )
         yield text, f"recall@1, LoRA less {other}, best generator", value, edge
     for kind in MODALITIES:
         fall = change(lambda run, m=kind: stats.last_layer(run, "anisotropy", m), sign=-1)
@@ -89,7 +116,12 @@ def _claims(runs: Sequence[Run], worlds: Sequence[dict[str, Any]]) -> Iterator[t
         bound = lambda run, m=kind: number(run, "theory", "mi_bound", m)  # noqa: E731
         shared = stats.correlation(stats.scaling(runs, stats.negative_loss(kind), bound, 1))
         what = "Pearson, minus the generative loss before with the bound after, generators that were trained at all"
-        yield f"the better it generates, the more text and {kind} are known to share", what, shared, 0
+        yield (
+            f"the better it generates, the more text and {kind} are known to share",
+            what,
+            shared,
+            0,
+        )
 
 
 def crossed(run: Run | None) -> float | None:
@@ -103,7 +135,10 @@ def _less(a: float | None, b: float | None) -> float | None:
 
 
 def _between(
-    runs: Sequence[Run], one: tuple[int, str], other: tuple[int, str], value: Callable[[Run | None], float | None]
+    runs: Sequence[Run],
+    one: tuple[int, str],
+    other: tuple[int, str],
+    value: Callable[[Run | None], float | None],
 ) -> Estimate | None:
     """The difference of two ways (steps, tune) of the same seed, over seeds."""
     one_of = lambda seed, way: value(stats.find(runs, seed, *way))  # noqa: E731

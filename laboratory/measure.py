@@ -11,17 +11,21 @@ import numpy as np
 
 from laboratory.probes import files, read_tests, rows_of
 from lco_jax.analysis.measures import Side, anisotropy, measure_layers
-from lco_jax.data.records import answer_of, as_input, side_key
+from lco_jax.data.records import answer_of, as_input, content_key
 from lco_jax.data.sources import JsonlSource
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation.answers import score
 
-Encode = Callable[[list[Any]], np.ndarray]  # inputs as `OmniEmbedder.encode` takes them -> unit vectors [N, D]
+Encode = Callable[
+    [list[Any]], np.ndarray
+]  # inputs as `OmniEmbedder.encode` takes them -> unit vectors [N, D]
 TEMPLATES = ("{}",)  # of the text that stands for a class: the label as it is
 NEIGHBOURS = 10  # of the kernel alignment, as in the paper
 
 
-def represent(encode: Encode, world: Path, templates: Sequence[str] = TEMPLATES) -> dict[str, float]:
+def represent(
+    encode: Encode, world: Path, templates: Sequence[str] = TEMPLATES
+) -> dict[str, float]:
     """Every number that the world's tests/ give, in [0, 1]; a file that is absent gives none.
 
     `text_to_image`, `image_to_text` and so on (retrieval_*.jsonl): recall@1; of pages nDCG@10, too.
@@ -40,7 +44,11 @@ def represent(encode: Encode, world: Path, templates: Sequence[str] = TEMPLATES)
 
 def chance(world: Path) -> dict[str, float]:
     """What guessing gives, of every number of `represent`."""
-    return {name: value for test in read_tests(world, TEMPLATES)[1] for name, value in test.chance().items()}
+    return {
+        name: value
+        for test in read_tests(world, TEMPLATES)[1]
+        for name, value in test.chance().items()
+    }
 
 
 def once(encode: Encode) -> Encode:
@@ -48,7 +56,7 @@ def once(encode: Encode) -> Encode:
     known: dict[Hashable, np.ndarray] = {}
 
     def encoded(sides: list[Any]) -> np.ndarray:
-        keys = [side_key(side) for side in sides]
+        keys = [content_key(side) for side in sides]
         if new := {key: side for key, side in zip(keys, sides, strict=True) if key not in known}:
             known.update(zip(new, encode(list(new.values())), strict=True))
         return np.stack([known[key] for key in keys])
@@ -60,7 +68,10 @@ def pairs(world: Path) -> dict[str, tuple[list[Any], list[Any]]]:
     """{kind: (media, their captions)} of every tests/retrieval_KIND.jsonl, row i of one with row i of the other."""
     found = {}
     for file, kind in files(world, "retrieval"):
-        rows = [(reader.side(row["media"], "media"), row["text"]) for row, reader in rows_of(file, "media", "text")]
+        rows = [
+            (reader.side(row["media"], "media"), row["text"])
+            for row, reader in rows_of(file, "media", "text")
+        ]
         found[kind] = tuple([as_input(side) for side in sides] for sides in zip(*rows, strict=True))
     return found
 
@@ -79,7 +90,10 @@ def by_layer(embedder: OmniEmbedder, world: Path, k: int = NEIGHBOURS) -> dict[s
         near = max(min(k, len(media) // 4), 2)
         measured = measure_layers(*states, (kind, "text"), near)
         found["anisotropy"][kind] = measured["anisotropy"][kind]
-        found["mutual_knn"][kind], found["cka"][kind] = measured["mutual_knn"], measured["unbiased_cka"]
+        found["mutual_knn"][kind], found["cka"][kind] = (
+            measured["mutual_knn"],
+            measured["unbiased_cka"],
+        )
         found["chance"][kind] = near / (len(media) - 1)
         texts.append(states[1])
     if texts:
@@ -103,9 +117,16 @@ def generate_quality(
         records = JsonlSource(file)
         spread = np.unique(np.linspace(0, len(records) - 1, limit).round().astype(int))
         chosen = [records[i] for i in spread]
-        inputs, answers = [as_input(record.anchor) for record in chosen], [answer_of(record) for record in chosen]
+        inputs, answers = (
+            [as_input(record.anchor) for record in chosen],
+            [answer_of(record) for record in chosen],
+        )
         sums, counts = generator.token_losses(inputs, answers)
         scores = score(generator.generate(inputs, max_new_tokens), answers)
         loss = float(sums.sum() / counts.sum())
-        found[file.stem] = {"loss": loss, "exact": scores["exact_match"], "cer": scores["corpus_cer"]}
+        found[file.stem] = {
+            "loss": loss,
+            "exact": scores["exact_match"],
+            "cer": scores["corpus_cer"],
+        }
     return found

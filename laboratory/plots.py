@@ -14,9 +14,21 @@ from laboratory import statistics as stats
 from laboratory.statistics import METHOD, MODALITIES, Run, number, retrieval_of
 from lco_jax.evaluation.plots import save
 
-COLOURS = {"image": "#2b6cb0", "video": "#2f855a", "audio": "#dd6b20", "page": "#805ad5", "text": "#4a5568"}
+COLOURS = {
+    "image": "#2b6cb0",
+    "video": "#2f855a",
+    "audio": "#dd6b20",
+    "page": "#805ad5",
+    "text": "#4a5568",
+}
 NAMES = {"image": "images", "video": "clips", "audio": "sounds", "page": "pages", "text": "texts"}
-WAYS = {"none": "none", "lora": "LoRA", "full": "all weights", "projection": "projection", "clip": "CLIP-style"}
+WAYS = {
+    "none": "none",
+    "lora": "LoRA",
+    "full": "all weights",
+    "projection": "projection",
+    "clip": "CLIP-style",
+}
 MARKS = ("o", "s", "D", "^", "v", "P", "X")  # a seed's
 PALE = 0.35
 
@@ -35,22 +47,46 @@ def plot_headline(path: Path, runs: Sequence[Run], chance: Callable[[str], float
         for tune, shift, alpha in (("none", -0.2, PALE), (METHOD, 0.2, 1.0)):
             values = _of_seeds(runs, best, tune, kind)
             if values:
-                left.bar(at + shift, np.mean(values), 0.36, color=COLOURS[kind], alpha=alpha, linewidth=0)
-                left.scatter([at + shift] * len(values), values, s=14, color="0.15", zorder=3, linewidths=0)
+                left.bar(
+                    at + shift, np.mean(values), 0.36, color=COLOURS[kind], alpha=alpha, linewidth=0
+                )
+                left.scatter(
+                    [at + shift] * len(values), values, s=14, color="0.15", zorder=3, linewidths=0
+                )
                 label = f"{np.mean(values):.2f}"
-                left.annotate(label, (at + shift, max(values)), (0, 4), textcoords="offset points", ha="center")
+                left.annotate(
+                    label,
+                    (at + shift, max(values)),
+                    (0, 4),
+                    textcoords="offset points",
+                    ha="center",
+                )
         if (level := chance(kind)) is not None:
-            left.hlines(level, at - 0.42, at + 0.42, color="0.15", linestyle=":", linewidth=1.4, zorder=4)
+            left.hlines(
+                level, at - 0.42, at + 0.42, color="0.15", linestyle=":", linewidth=1.4, zorder=4
+            )
     left.set_xticks(range(len(kinds)), [f"text ↔ {NAMES[kind]}" for kind in kinds])
     left.plot([], [], color="0.15", linestyle=":", label="chance")
     for label, alpha in (("before", PALE), ("after tuning on text alone", 1.0)):
         left.bar(0, 0, color="0.35", alpha=alpha, label=label, linewidth=0)
     left.set(title="Before and after tuning on text alone", ylabel="recall@1", ylim=(0, None))
-    drawn = [_scatter(right, stats.scaling(runs, stats.exact(kind), stats.retrieval(kind)), kind) for kind in kinds]
-    right.set(title="Generation before it, representation after it", ylabel="recall@1, text ↔ media, after")
+    drawn = [
+        _scatter(right, stats.scaling(runs, stats.exact(kind), stats.retrieval(kind)), kind)
+        for kind in kinds
+    ]
+    right.set(
+        title="Generation before it, representation after it",
+        ylabel="recall@1, text ↔ media, after",
+    )
     right.set(xlabel="share of exact answers before", ylim=(0, None))
     for axes in (left, right) if any(drawn) else (left,):
-        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4, handlelength=1.4)
+        axes.legend(
+            frameon=False,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.15),
+            ncols=4,
+            handlelength=1.4,
+        )
         _bare(axes)
     save(figure, path)
     return True
@@ -64,7 +100,9 @@ def plot_scaling(path: Path, runs: Sequence[Run]) -> bool:
         "minus the generative loss before, nats a token": stats.negative_loss,
     }
     points = {
-        (row, kind): stats.scaling(runs, x(kind), stats.retrieval(kind)) for row, x in rows.items() for kind in kinds
+        (row, kind): stats.scaling(runs, x(kind), stats.retrieval(kind))
+        for row, x in rows.items()
+        for kind in kinds
     }
     if not any(len(found.x) for found in points.values()):
         return False
@@ -75,7 +113,9 @@ def plot_scaling(path: Path, runs: Sequence[Run]) -> bool:
             found = points[row, kind]
             _scatter(axes, found, kind)
             r = stats.correlation(found)
-            axes.set_title(NAMES[kind] + ("" if r is None or r.mean is None else f", r = {r.mean:.2f}"))
+            axes.set_title(
+                NAMES[kind] + ("" if r is None or r.mean is None else f", r = {r.mean:.2f}")
+            )
             axes.set_xlabel(row if len(kinds) < 3 else row.replace(", nats", ",\nnats"))
             _bare(axes)
         axes_row[0].set_ylabel("recall@1 after, text ↔ media")
@@ -90,15 +130,31 @@ def plot_quality(path: Path, runs: Sequence[Run], chance: Callable[[str], float 
     if not kinds:
         return False
     figure = Figure(figsize=(1 + 2.9 * len(kinds), 3.6), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False).flat, kinds, strict=True):
+    for axes, kind in zip(
+        figure.subplots(1, len(kinds), sharey=True, squeeze=False).flat, kinds, strict=True
+    ):
         for tune, style in (("none", {"linestyle": "--", "alpha": 0.6}), (METHOD, {})):
-            values = {at: found for at, count in enumerate(steps) if (found := _of_seeds(runs, count, tune, kind))}
+            values = {
+                at: found
+                for at, count in enumerate(steps)
+                if (found := _of_seeds(runs, count, tune, kind))
+            }
             label = "before" if tune == "none" else "after"
-            axes.plot([*values], [np.mean(x) for x in values.values()], color=COLOURS[kind], label=label, **style)
+            axes.plot(
+                [*values],
+                [np.mean(x) for x in values.values()],
+                color=COLOURS[kind],
+                label=label,
+                **style,
+            )
             each = [(at, x) for at, found in values.items() for x in found]
             if each:
                 axes.scatter(
-                    *zip(*each, strict=True), s=14, color=COLOURS[kind], alpha=style.get("alpha", 1.0), zorder=3
+                    *zip(*each, strict=True),
+                    s=14,
+                    color=COLOURS[kind],
+                    alpha=style.get("alpha", 1.0),
+                    zorder=3,
                 )
         if (level := chance(kind)) is not None:
             axes.axhline(level, color="0.15", linestyle=":", linewidth=1.2, label="chance")
@@ -122,8 +178,17 @@ def plot_tuning(path: Path, runs: Sequence[Run]) -> bool:
     for at, way in enumerate(ways):
         for kind, shift in zip(kinds, np.linspace(-0.24, 0.24, len(kinds)), strict=True):
             values = _of_seeds(runs, best, way, kind)
-            axes.scatter([at + shift] * len(values), values, s=20, color=COLOURS[kind], alpha=0.75, linewidths=0)
-        every = [retrieval_of(stats.find(runs, seed, best, way), *kinds) for seed in stats.seeds_of(runs)]
+            axes.scatter(
+                [at + shift] * len(values),
+                values,
+                s=20,
+                color=COLOURS[kind],
+                alpha=0.75,
+                linewidths=0,
+            )
+        every = [
+            retrieval_of(stats.find(runs, seed, best, way), *kinds) for seed in stats.seeds_of(runs)
+        ]
         mean = stats.mean_of(every)
         axes.hlines(mean, at - 0.36, at + 0.36, color="0.15", linewidth=2)
         axes.text(at + 0.38, mean, f"{mean:.2f}", va="center", ha="left", fontsize=9)
@@ -140,7 +205,11 @@ def plot_tuning(path: Path, runs: Sequence[Run]) -> bool:
 def plot_layers(path: Path, runs: Sequence[Run]) -> bool:
     """Anisotropy and kernel alignment of the best generator by layer, mean over seeds: before dashed, after solid."""
     best = stats.qualities(runs)[-1]
-    titles = {"anisotropy": "anisotropy", "mutual_knn": "mutual kNN with text", "cka": "unbiased CKA with text"}
+    titles = {
+        "anisotropy": "anisotropy",
+        "mutual_knn": "mutual kNN with text",
+        "cka": "unbiased CKA with text",
+    }
     figure, drawn = Figure(figsize=(11, 3.6), layout="constrained"), False
     for axes, (measure, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
         for kind in COLOURS:
@@ -161,7 +230,9 @@ def plot_layers(path: Path, runs: Sequence[Run]) -> bool:
     if drawn:
         for label, style in (("before", "--"), ("after", "-"), ("chance", ":")):
             figure.axes[0].plot([], [], color="0.4", linestyle=style, label=label)
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, loc="outside right upper")
+        figure.legend(
+            *figure.axes[0].get_legend_handles_labels(), frameon=False, loc="outside right upper"
+        )
         save(figure, path)
     return drawn
 
@@ -170,7 +241,9 @@ def plot_minimal(path: Path, runs: Sequence[Run], chance: float | None) -> bool:
     """Minimal pairs of the best generator by attribute: hollow before, full after, a point a seed."""
     best = stats.qualities(runs)[-1]
     some = {tune: stats.of_all_seeds(runs, best, tune) for tune in ("none", METHOD)}
-    names = {name for found in some.values() for run in found for name in run.get("representation") or {}}
+    names = {
+        name for found in some.values() for run in found for name in run.get("representation") or {}
+    }
     attributes = sorted(name for name in names if name.startswith("minimal."))[::-1]
     if not attributes:
         return False
@@ -179,16 +252,33 @@ def plot_minimal(path: Path, runs: Sequence[Run], chance: float | None) -> bool:
     for at, name in enumerate(attributes):
         means = {}
         for tune, face, shift in (("none", "white", -0.12), (METHOD, COLOURS["image"], 0.12)):
-            values = [x for run in some[tune] if (x := number(run, "representation", name)) is not None]
-            axes.scatter(values, [at + shift] * len(values), s=26, facecolor=face, edgecolor=COLOURS["image"], zorder=3)
+            values = [
+                x for run in some[tune] if (x := number(run, "representation", name)) is not None
+            ]
+            axes.scatter(
+                values,
+                [at + shift] * len(values),
+                s=26,
+                facecolor=face,
+                edgecolor=COLOURS["image"],
+                zorder=3,
+            )
             means |= {tune: np.mean(values)} if values else {}
         if len(means) == 2:
-            axes.plot([means["none"], means[METHOD]], [at, at], color="0.75", linewidth=5, solid_capstyle="round")
+            axes.plot(
+                [means["none"], means[METHOD]],
+                [at, at],
+                color="0.75",
+                linewidth=5,
+                solid_capstyle="round",
+            )
     if chance is not None:
         axes.axvline(chance, color="0.15", linestyle=":", linewidth=1.2)
         axes.text(chance, len(attributes) - 0.45, " chance", va="bottom", ha="left", fontsize=9)
     axes.set_yticks(range(len(attributes)), [name.removeprefix("minimal.") for name in attributes])
-    axes.set(xlabel="the right text is nearer than the one that differs in it alone", xlim=(None, 1.02))
+    axes.set(
+        xlabel="the right text is nearer than the one that differs in it alone", xlim=(None, 1.02)
+    )
     for label, face in (("before", "white"), ("after", COLOURS["image"])):
         axes.scatter([], [], s=26, facecolor=face, edgecolor=COLOURS["image"], label=label)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
@@ -203,7 +293,15 @@ def _scatter(axes: Axes, points: stats.Points, kind: str) -> bool:
         return False
     for mark, seed in zip(MARKS * len(points.x), np.unique(points.seeds), strict=False):
         mine = points.seeds == seed
-        axes.scatter(points.x[mine], points.y[mine], s=30, marker=mark, color=COLOURS[kind], alpha=0.8, linewidths=0)
+        axes.scatter(
+            points.x[mine],
+            points.y[mine],
+            s=30,
+            marker=mark,
+            color=COLOURS[kind],
+            alpha=0.8,
+            linewidths=0,
+        )
     axes.plot([], [], color=COLOURS[kind], linewidth=1.8, label=NAMES[kind])
     if np.ptp(points.x):
         ends = np.array([points.x.min(), points.x.max()])
@@ -218,7 +316,9 @@ def _kinds(runs: Sequence[Run]) -> list[str]:
 
 
 def _of_seeds(runs: Sequence[Run], steps: int, tune: str, kind: str) -> list[float]:
-    each = [retrieval_of(stats.find(runs, seed, steps, tune), kind) for seed in stats.seeds_of(runs)]
+    each = [
+        retrieval_of(stats.find(runs, seed, steps, tune), kind) for seed in stats.seeds_of(runs)
+    ]
     return [value for value in each if value is not None]
 
 

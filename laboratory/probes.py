@@ -15,7 +15,7 @@ import numpy as np
 
 from lco_jax.core.errors import LcoError
 from lco_jax.data.corpus import json_lines
-from lco_jax.data.records import Reader, as_input, parse_record, side_key
+from lco_jax.data.records import Reader, as_input, content_key, parse_record
 from lco_jax.evaluation.retrieval import ranks, retrieval_metrics
 
 
@@ -28,7 +28,7 @@ class Inputs:
 
     def place(self, side: Any) -> int:
         """Where among the inputs a side stands, put there if it is new."""
-        at = self.places.setdefault(side_key(side), len(self.sides))
+        at = self.places.setdefault(content_key(side), len(self.sides))
         if at == len(self.sides):
             self.sides.append(as_input(side))
         return at
@@ -55,7 +55,9 @@ class Finding:
         ranked = ranks(vectors[self.queries], vectors[self.documents], self.relevant)
         best = np.array([found.min() for found, _ in ranked])
         numbers = {self.name: np.mean(best == 1)}
-        numbers |= {f"{self.name}.{part}": np.mean(best[which] == 1) for part, which in self.parts.items()}
+        numbers |= {
+            f"{self.name}.{part}": np.mean(best[which] == 1) for part, which in self.parts.items()
+        }
         if self.mrr:
             numbers[f"{self.name}_mrr"] = np.mean(1 / best)
         if self.ndcg:
@@ -66,8 +68,12 @@ class Finding:
         """The same, expected of documents in random order."""
         m, many = len(self.documents), np.array([len(row) for row in self.relevant])
         numbers = {self.name: np.mean(many / m)}
-        numbers |= {f"{self.name}.{part}": np.mean(many[which] / m) for part, which in self.parts.items()}
-        if self.mrr:  # the best of r random ranks is k with probability comb(m - k, r - 1) / comb(m, r)
+        numbers |= {
+            f"{self.name}.{part}": np.mean(many[which] / m) for part, which in self.parts.items()
+        }
+        if (
+            self.mrr
+        ):  # the best of r random ranks is k with probability comb(m - k, r - 1) / comb(m, r)
             best = lambda r: sum(comb(m - k, r - 1) / k for k in range(1, m + 1)) / comb(m, r)  # noqa: E731
             numbers[f"{self.name}_mrr"] = np.mean([best(int(r)) for r in many])
         if self.ndcg:  # of one relevant document, whose every rank is as likely
@@ -89,7 +95,9 @@ class Choosing:
 
     def score(self, vectors: np.ndarray) -> dict[str, float]:
         """Accuracy, of all queries and of each part's; vectors [N, D]."""
-        right = np.array([self._right(vectors, *one) for one in zip(self.queries, self.options, strict=True)])
+        right = np.array(
+            [self._right(vectors, *one) for one in zip(self.queries, self.options, strict=True)]
+        )
         return self._numbers(right)
 
     def chance(self) -> dict[str, float]:
@@ -97,13 +105,17 @@ class Choosing:
         return self._numbers(np.array([1 / len(options) for options in self.options]))
 
     def _numbers(self, right: np.ndarray) -> dict[str, float]:
-        parts = {f"{self.name}.{part}": float(right[which].mean()) for part, which in self.parts.items()}
+        parts = {
+            f"{self.name}.{part}": float(right[which].mean()) for part, which in self.parts.items()
+        }
         return {self.name: float(right.mean()), **parts}
 
     @staticmethod
     def _right(vectors: np.ndarray, query: int, options: list[list[int]]) -> float:
         means = np.stack([vectors[places].astype(np.float64).mean(axis=0) for places in options])
-        scores = (means / np.linalg.norm(means, axis=1, keepdims=True) @ vectors[query]).astype(np.float32)
+        scores = (means / np.linalg.norm(means, axis=1, keepdims=True) @ vectors[query]).astype(
+            np.float32
+        )
         return float(scores[0] > scores[1:].max())
 
 
@@ -112,9 +124,14 @@ def read_tests(world: Path, templates: Sequence[str]) -> tuple[Inputs, list[Find
     inputs = Inputs()
     tests: list[Finding | Choosing] = []
     for file, kind in files(world, "retrieval"):
-        rows = [(row["text"], reader.side(row["media"], "media")) for row, reader in rows_of(file, "media", "text")]
+        rows = [
+            (row["text"], reader.side(row["media"], "media"))
+            for row, reader in rows_of(file, "media", "text")
+        ]
         texts, media = ([inputs.place(side) for side in sides] for sides in zip(*rows, strict=True))
-        tests += _both_ways(("text", kind), texts, media, list(range(len(rows))), ndcg=kind == "page")
+        tests += _both_ways(
+            ("text", kind), texts, media, list(range(len(rows))), ndcg=kind == "page"
+        )
     if (file := world / "tests" / "cross.jsonl").exists():
         tests += _cross(file, inputs)
     if (file := world / "tests" / "text.jsonl").exists():
@@ -122,17 +139,26 @@ def read_tests(world: Path, templates: Sequence[str]) -> tuple[Inputs, list[Find
     if (file := world / "tests" / "minimal.jsonl").exists():
         tests.append(_minimal(file, inputs))
     for file, kind in files(world, "zeroshot"):
-        rows = [(reader.side(row["media"], "media"), row["label"]) for row, reader in rows_of(file, "media", "label")]
+        rows = [
+            (reader.side(row["media"], "media"), row["label"])
+            for row, reader in rows_of(file, "media", "label")
+        ]
         labels = sorted({label for _, label in rows})
         if len(labels) < 2:
             raise LcoError(f"{file} has {len(labels)} class, and there must be two or more")
         classes = {one: [inputs.place(t.replace("{}", one)) for t in templates] for one in labels}
-        options = [[classes[label], *(classes[one] for one in labels if one != label)] for _, label in rows]
-        tests.append(Choosing(f"zeroshot_{kind}", [inputs.place(side) for side, _ in rows], options))
+        options = [
+            [classes[label], *(classes[one] for one in labels if one != label)] for _, label in rows
+        ]
+        tests.append(
+            Choosing(f"zeroshot_{kind}", [inputs.place(side) for side, _ in rows], options)
+        )
     return inputs, tests
 
 
-def _both_ways(kinds: tuple[str, str], a: list[int], b: list[int], concepts: list[Any], **more: Any) -> list[Finding]:
+def _both_ways(
+    kinds: tuple[str, str], a: list[int], b: list[int], concepts: list[Any], **more: Any
+) -> list[Finding]:
     """a finds b and b finds a; what is of the same concept is relevant."""
     same: dict[Any, dict[int, float]] = {}
     for i, concept in enumerate(concepts):
@@ -145,11 +171,19 @@ def _both_ways(kinds: tuple[str, str], a: list[int], b: list[int], concepts: lis
 def _cross(file: Path, inputs: Inputs) -> list[Finding]:
     """Images and sounds by concept, which no record ever pairs."""
     rows = list(rows_of(file, "image", "audio", "concept"))
-    a, b = ([inputs.place(reader.side(row[kind], kind)) for row, reader in rows] for kind in ("image", "audio"))
+    a, b = (
+        [inputs.place(reader.side(row[kind], kind)) for row, reader in rows]
+        for kind in ("image", "audio")
+    )
     groups = {"held_out": True, "seen": False}
-    parts = {name: [i for i, (row, _) in enumerate(rows) if row.get("held_out") is so] for name, so in groups.items()}
+    parts = {
+        name: [i for i, (row, _) in enumerate(rows) if row.get("held_out") is so]
+        for name, so in groups.items()
+    }
     parts = {name: which for name, which in parts.items() if which}
-    return _both_ways(("image", "audio"), a, b, [row["concept"] for row, _ in rows], mrr=True, parts=parts)
+    return _both_ways(
+        ("image", "audio"), a, b, [row["concept"] for row, _ in rows], mrr=True, parts=parts
+    )
 
 
 def _triplets(file: Path, inputs: Inputs) -> Finding:
@@ -158,7 +192,9 @@ def _triplets(file: Path, inputs: Inputs) -> Finding:
     queries, relevant = [], []
     for row, reader in rows_of(file, "anchor", "positive"):
         record = parse_record(row, reader.where, reader.root, reader.exists)
-        numbers = [documents.setdefault(inputs.place(side), len(documents)) for side in record.sides[1:]]
+        numbers = [
+            documents.setdefault(inputs.place(side), len(documents)) for side in record.sides[1:]
+        ]
         queries.append(inputs.place(record.anchor))
         relevant.append({numbers[0]: 1.0})
     return Finding("text_to_text", queries, list(documents), relevant)

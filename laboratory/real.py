@@ -69,14 +69,21 @@ class Kind:
 
     def all(self, label: str) -> list[str]:
         """Every caption of a class but the one held out."""
-        return [wording.format(name) for wording in self.wordings[:-1] for name in self.names[label]]
+        return [
+            wording.format(name) for wording in self.wordings[:-1] for name in self.names[label]
+        ]
 
     def unseen(self, label: str) -> str:
         return self.wordings[-1].format(self.names[label][0])
 
 
 NOUNS = {label: (f"{'an' if label[0] in 'aeiou' else 'a'} {label}",) for label in LABELS}
-SYNONYMS = {"airplane": ("a plane",), "automobile": ("a car",), "ship": ("a boat",), "truck": ("a lorry",)}
+SYNONYMS = {
+    "airplane": ("a plane",),
+    "automobile": ("a car",),
+    "ship": ("a boat",),
+    "truck": ("a lorry",),
+}
 NUMBERS = {word: (word, str(digit)) for digit, word in enumerate(DIGITS)}
 KINDS = {
     "photo": Kind(
@@ -135,7 +142,10 @@ def write(folder: Path, data_dir: Path, seed: int = 0, sizes: Sizes | None = Non
     sizes, rng = sizes or Sizes(), np.random.default_rng(seed)
     clips = _clips(data_dir / "fsdd")
     speakers = rng.permutation(sorted(clips)).tolist()
-    held = {"photo": rng.permutation(LABELS)[:2].tolist(), "written": rng.permutation(DIGITS)[:2].tolist()}
+    held = {
+        "photo": rng.permutation(LABELS)[:2].tolist(),
+        "written": rng.permutation(DIGITS)[:2].tolist(),
+    }
     held["spoken"] = held["written"]
     with written_aside(folder) as aside:
         train = {
@@ -148,9 +158,15 @@ def write(folder: Path, data_dir: Path, seed: int = 0, sizes: Sizes | None = Non
             "written": _images(aside, "written", data_dir, "test", sizes.tests, rng),
             "spoken": _sounds(clips, speakers[:2], sizes.tests, rng),
         }
-        files = _generative(train, sizes, rng) | _contrast(train, held, sizes, rng) | _tests(tests, held, sizes, rng)
+        files = (
+            _generative(train, sizes, rng)
+            | _contrast(train, held, sizes, rng)
+            | _tests(tests, held, sizes, rng)
+        )
         for name, records in files.items():
-            shuffled = (records[i] for i in rng.permutation(len(records)))  # a reader may take the first so many
+            shuffled = (
+                records[i] for i in rng.permutation(len(records))
+            )  # a reader may take the first so many
             write_text(aside / name, "".join(json.dumps(record) + "\n" for record in shuffled))
         about = {"photo": list(LABELS), "written": list(DIGITS), "spoken": list(DIGITS)}
         world = {"name": "real", "seed": seed, "sizes": asdict(sizes), "concepts": about}
@@ -162,7 +178,9 @@ def write(folder: Path, data_dir: Path, seed: int = 0, sizes: Sizes | None = Non
         write_json(aside / "world.json", world)
 
 
-def _images(folder: Path, kind: str, data_dir: Path, split: str, count: int, rng: np.random.Generator) -> Pool:
+def _images(
+    folder: Path, kind: str, data_dir: Path, split: str, count: int, rng: np.random.Generator
+) -> Pool:
     """`count` images of each class, drawn from a TFDS split and written to media/ as png of SIDE x SIDE pixels."""
     name, labels = {"photo": ("cifar10", LABELS), "written": ("mnist", DIGITS)}[kind]
     # copies of the sets without label.labels.txt have numbers for names
@@ -199,11 +217,15 @@ def _clips(folder: Path) -> dict[str, Pool]:
             {"audio_path": record.anchor[0]["audio"]}
         )
     if len(clips) < 3:
-        raise LcoError(f"{folder} has {len(clips)} speakers, and must have three or more: two are held out")
+        raise LcoError(
+            f"{folder} has {len(clips)} speakers, and must have three or more: two are held out"
+        )
     return clips
 
 
-def _sounds(clips: dict[str, Pool], speakers: Iterable[str], count: int, rng: np.random.Generator) -> Pool:
+def _sounds(
+    clips: dict[str, Pool], speakers: Iterable[str], count: int, rng: np.random.Generator
+) -> Pool:
     """`count` clips of each digit by these speakers."""
     speakers = list(speakers)
     pool: Pool = {}
@@ -216,11 +238,15 @@ def _sounds(clips: dict[str, Pool], speakers: Iterable[str], count: int, rng: np
 def _enough(pool: Pool, count: int, where: str) -> Pool:
     for label, media in pool.items():
         if len(media) < count:
-            raise LcoError(f"{where} has {len(media)} of class {label!r}, and the world's sizes ask for {count}")
+            raise LcoError(
+                f"{where} has {len(media)} of class {label!r}, and the world's sizes ask for {count}"
+            )
     return pool
 
 
-def _generative(train: dict[str, Pool], sizes: Sizes, rng: np.random.Generator) -> dict[str, list[dict[str, Any]]]:
+def _generative(
+    train: dict[str, Pool], sizes: Sizes, rng: np.random.Generator
+) -> dict[str, list[dict[str, Any]]]:
     """Media and what they show: half of the answers canonical, half in any wording. Texts, said in other words. Media
     and texts in turn, asked as they will be to be embedded; the answer is the class in one word."""
     files: dict[str, list[dict[str, Any]]] = {}
@@ -228,23 +254,32 @@ def _generative(train: dict[str, Pool], sizes: Sizes, rng: np.random.Generator) 
         records = files.setdefault(f"generative/{KINDS[kind].medium}.jsonl", [])
         for label, media in pool.items():
             for i, side in enumerate(media):
-                answer = _one(KINDS[kind].all(label), rng) if i % 2 else KINDS[kind].canonical(label)
+                answer = (
+                    _one(KINDS[kind].all(label), rng) if i % 2 else KINDS[kind].canonical(label)
+                )
                 records.append({"anchor": side, "positive": answer})
     meanings = [(kind, label) for kind in KINDS.values() for label in kind.names]
     texts = (_two(*meanings[i], rng) for i in rng.integers(len(meanings), size=sizes.text))
-    files["generative/text.jsonl"] = [{"anchor": text + QUESTION, "positive": other} for text, other in texts]
+    files["generative/text.jsonl"] = [
+        {"anchor": text + QUESTION, "positive": other} for text, other in texts
+    ]
     gists = files.setdefault("generative/gist.jsonl", [])
     for i in range(sizes.gist):
         name = list(KINDS)[i // 2 % len(KINDS)]
         label = _one(list(train[name]), rng)
-        side = {"text": _one(KINDS[name].all(label), rng)} if i % 2 else _one(train[name][label], rng)
+        side = (
+            {"text": _one(KINDS[name].all(label), rng)} if i % 2 else _one(train[name][label], rng)
+        )
         prompt = PROMPTS["text" if i % 2 else KINDS[name].medium]
         gists.append({"anchor": {**side, "text": side.get("text", "") + prompt}, "positive": label})
     return files
 
 
 def _contrast(
-    train: dict[str, Pool], held: Mapping[str, Sequence[str]], sizes: Sizes, rng: np.random.Generator
+    train: dict[str, Pool],
+    held: Mapping[str, Sequence[str]],
+    sizes: Sizes,
+    rng: np.random.Generator,
 ) -> dict[str, list[dict[str, Any]]]:
     """Both files have equally many records of each meaning: kinds in turn, classes (none held out) at random."""
     texts, media = [], []
@@ -253,13 +288,20 @@ def _contrast(
         kind, seen = KINDS[name], [label for label in KINDS[name].names if label not in held[name]]
         label, other = rng.choice(seen, size=2, replace=False).tolist()
         anchor, positive = _two(kind, label, rng)
-        texts.append({"anchor": anchor, "positive": positive, "negative": _one(kind.all(other), rng)})
-        media.append({"anchor": _one(train[name][label], rng), "positive": _one(kind.all(label), rng)})
+        texts.append(
+            {"anchor": anchor, "positive": positive, "negative": _one(kind.all(other), rng)}
+        )
+        media.append(
+            {"anchor": _one(train[name][label], rng), "positive": _one(kind.all(label), rng)}
+        )
     return {"contrast/text.jsonl": texts, "contrast/media.jsonl": media}
 
 
 def _tests(
-    tests: dict[str, Pool], held: Mapping[str, Sequence[str]], sizes: Sizes, rng: np.random.Generator
+    tests: dict[str, Pool],
+    held: Mapping[str, Sequence[str]],
+    sizes: Sizes,
+    rng: np.random.Generator,
 ) -> dict[str, list[dict[str, Any]]]:
     """heldout/ and tests/. Labels are whole captions, so that a text encoder meets what it was tuned on."""
     files: dict[str, list[dict[str, Any]]] = {"tests/text.jsonl": []}
@@ -274,7 +316,9 @@ def _tests(
             retrieval.append({"media": media[0], "text": caption})
             zeroshot += [{"media": side, "label": caption, "held_out": out} for side in media]
         classes = rng.permutation(list(pool)).tolist()
-        half = len(classes) // 2  # no class is both an anchor's and a negative's: every text has one right answer
+        half = (
+            len(classes) // 2
+        )  # no class is both an anchor's and a negative's: every text has one right answer
         for label, other in zip(classes[:half], classes[half:], strict=True):
             positive, negative = _one(kind.all(label), rng), _one(kind.all(other), rng)
             record = {"anchor": kind.unseen(label), "positive": positive, "negative": negative}

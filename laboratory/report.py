@@ -31,10 +31,14 @@ def write(results: dict[str, Any], folder: Path) -> None:
         raise LcoError("the results hold no runs, and there is nothing to report")
     for i, run in enumerate(runs):
         if missing := [key for key in NEEDED if run.get(key) is None]:
-            raise LcoError(f"run {i} of the results has no {missing[0]!r}; it needs {', '.join(NEEDED)}")
+            raise LcoError(
+                f"run {i} of the results has no {missing[0]!r}; it needs {', '.join(NEEDED)}"
+            )
     names = [tuple(run[key] for key in NEEDED) for run in runs]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise LcoError(f"the results hold two runs of seed, generative_steps and tune {twice[0]}; keep one")
+        raise LcoError(
+            f"the results hold two runs of seed, generative_steps and tune {twice[0]}; keep one"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     guess = partial(_guess, results.get("worlds") or [])
     kind_guess = lambda kind: stats.mean_of([guess(f"text_to_{kind}"), guess(f"{kind}_to_text")])  # noqa: E731
@@ -62,7 +66,11 @@ def write(results: dict[str, Any], folder: Path) -> None:
         (folder / f"{name}.png").unlink(missing_ok=True)  # an earlier report's
     lines = ["# Generate, then represent: the paper's law in a laboratory", ""]
     for title, picture, body in sections:
-        shown = [f"![{title or 'The result in one picture'}]({picture}.png)", ""] if drawn.get(picture) else []
+        shown = (
+            [f"![{title or 'The result in one picture'}]({picture}.png)", ""]
+            if drawn.get(picture)
+            else []
+        )
         if body or shown:
             lines += [f"## {title}", ""] * bool(title) + shown + body + [""] * bool(body)
     write_text(folder / "report.md", "\n".join(lines).rstrip() + "\n")
@@ -75,7 +83,10 @@ def _head(results: dict[str, Any]) -> list[str]:
     facts += ", ".join(f"{steps:,}" for steps in stats.qualities(runs)) + " steps"
     minutes = number(results, "minutes")
     lines = [facts + ("." if minutes is None else f"; {minutes:.1f} minutes.")]
-    lines += ["Numbers are means over seeds ± the standard deviation between them; in brackets, 95 % intervals.", ""]
+    lines += [
+        "Numbers are means over seeds ± the standard deviation between them; in brackets, 95 % intervals.",
+        "",
+    ]
     return lines + (["```sh", str(results["command"]), "```", ""] if results.get("command") else [])
 
 
@@ -87,14 +98,28 @@ def _verdicts(results: dict[str, Any]) -> list[str]:
     rows = []
     for claim in decided:
         value, n = _interval(claim.estimate, 3), str(claim.estimate.n)
-        rows.append([claim.text, f"**{claim.verdict}**", claim.quantity, value, f"{claim.edge:g}", n])
-    lines = [", ".join(f"**{many} {kind}**" for kind, many in count.items()) + f", of {len(decided)} claims.", ""]
-    return [*lines, *claims.RULE, "", *_table(["claim", "verdict", "quantity", "value", "edge", "n"], rows)]
+        rows.append(
+            [claim.text, f"**{claim.verdict}**", claim.quantity, value, f"{claim.edge:g}", n]
+        )
+    lines = [
+        ", ".join(f"**{many} {kind}**" for kind, many in count.items())
+        + f", of {len(decided)} claims.",
+        "",
+    ]
+    return [
+        *lines,
+        *claims.RULE,
+        "",
+        *_table(["claim", "verdict", "quantity", "value", "edge", "n"], rows),
+    ]
 
 
 def _before_after(runs: Sequence[Run], guess: Guess) -> list[str]:
     """A row a test, a column a generator."""
-    steps, names = stats.qualities(runs), dict.fromkeys(x for run in runs for x in run.get("representation") or {})
+    steps, names = (
+        stats.qualities(runs),
+        dict.fromkeys(x for run in runs for x in run.get("representation") or {}),
+    )
     rows = []
     for name in names:
         cells = [_change(runs, count, _at("representation", name)) for count in steps]
@@ -108,7 +133,10 @@ def _generation(runs: Sequence[Run]) -> list[str]:
     rows = []
     for count in stats.qualities(runs):
         for kind in MODALITIES:
-            cells = [_over(runs, count, "none", _at("generative", kind, name)) for name in ("loss", "exact", "cer")]
+            cells = [
+                _over(runs, count, "none", _at("generative", kind, name))
+                for name in ("loss", "exact", "cer")
+            ]
             rows += [[f"{count:,}", kind, *cells]] if any(cells) else []
     return _table(["steps", "of", "loss, nats a token", "exact", "character error rate"], rows)
 
@@ -120,10 +148,14 @@ def _scaling(runs: Sequence[Run]) -> list[str]:
         for quality, label in ((stats.exact, "exact answers"), (stats.negative_loss, "−loss")):
             for which, least in (("all", 0), ("trained", 1)):
                 points = stats.scaling(runs, quality(kind), stats.retrieval(kind), least)
-                r, rank = (stats.correlation(points, how) for how in (stats.pearson, stats.spearman))
+                r, rank = (
+                    stats.correlation(points, how) for how in (stats.pearson, stats.spearman)
+                )
                 if r is not None and rank is not None:
                     slope = "" if r.mean is None else f"{np.polyfit(points.x, points.y, 1)[0]:+.3f}"
-                    rows.append([kind, label, which, str(r.n), slope, _interval(r, 2), _interval(rank, 2)])
+                    rows.append(
+                        [kind, label, which, str(r.n), slope, _interval(r, 2), _interval(rank, 2)]
+                    )
     return _table(["of", "quality before", "generators", "n", "slope", "Pearson", "Spearman"], rows)
 
 
@@ -142,18 +174,30 @@ def _tuning(runs: Sequence[Run]) -> list[str]:
 def _layers(runs: Sequence[Run]) -> list[str]:
     """The last layer of the best generator, the embedding itself; the picture shows the others."""
     best, rows = stats.qualities(runs)[-1], []
-    names = {"anisotropy": "anisotropy", "mutual_knn": "mutual kNN with text", "cka": "unbiased CKA with text"}
+    names = {
+        "anisotropy": "anisotropy",
+        "mutual_knn": "mutual kNN with text",
+        "cka": "unbiased CKA with text",
+    }
     for kind in (*MODALITIES, "text"):
-        cells = [_change(runs, best, partial(stats.last_layer, measure=x, kind=kind)) for x in names]
+        cells = [
+            _change(runs, best, partial(stats.last_layer, measure=x, kind=kind)) for x in names
+        ]
         rows += [[kind, *cells]] if any(cells) else []
     return _table(["last layer, before → after", *names.values()], rows)
 
 
 def _minimal(runs: Sequence[Run], guess: Guess) -> list[str]:
     best, rows = stats.qualities(runs)[-1], []
-    for name in dict.fromkeys(x for run in runs for x in run.get("representation") or {} if x.startswith("minimal")):
+    for name in dict.fromkeys(
+        x for run in runs for x in run.get("representation") or {} if x.startswith("minimal")
+    ):
         cell = _change(runs, best, _at("representation", name))
-        rows += [[name.removeprefix("minimal").lstrip(".") or "all", _plain(guess(name)), cell]] if cell else []
+        rows += (
+            [[name.removeprefix("minimal").lstrip(".") or "all", _plain(guess(name)), cell]]
+            if cell
+            else []
+        )
     return _table(["attribute", "chance", "before → after"], rows)
 
 
@@ -164,9 +208,18 @@ def _theory(runs: Sequence[Run]) -> list[str]:
         kl = _over(runs, count, METHOD, _at("theory", "kl"))
         for kind in MODALITIES:
             loss = _over(runs, count, "none", _at("generative", kind, "loss"))
-            ways = [_change(runs, count, _at("theory", name, kind)) for name in ("infonce", "mi_bound")]
+            ways = [
+                _change(runs, count, _at("theory", name, kind)) for name in ("infonce", "mi_bound")
+            ]
             rows += [[f"{count:,}", kind, loss, *ways, kl]] if any(ways) else []
-    head = ["nats; before → after", "of", "generative loss", "InfoNCE loss", "bound on I(medium; text)", "KL(Q ‖ P)"]
+    head = [
+        "nats; before → after",
+        "of",
+        "generative loss",
+        "InfoNCE loss",
+        "bound on I(medium; text)",
+        "KL(Q ‖ P)",
+    ]
     return _table(head, rows)
 
 
@@ -198,7 +251,12 @@ def _guess(worlds: Sequence[dict[str, Any]], name: str) -> float | None:
 
 def _spoken(name: str) -> str:
     """text_to_image -> text → image."""
-    return name.replace("_to_", " → ").replace("_ndcg_at_10", ", nDCG@10").replace("_mrr", ", MRR").replace("_", " ")
+    return (
+        name.replace("_to_", " → ")
+        .replace("_ndcg_at_10", ", nDCG@10")
+        .replace("_mrr", ", MRR")
+        .replace("_", " ")
+    )
 
 
 def _plain(value: float | None) -> str:
@@ -209,7 +267,9 @@ def _interval(estimate: stats.Estimate, digits: int) -> str:
     mean, low, high, _ = estimate
     if mean is None:
         return "does not vary"
-    return f"{mean:+.{digits}f}" + ("" if low is None else f" [{low:+.{digits}f}, {high:+.{digits}f}]")
+    return f"{mean:+.{digits}f}" + (
+        "" if low is None else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+    )
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -217,7 +277,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
     if not kept:
         return []
-    lines = [[head[i] for i in kept], ["---"] * len(kept), *([row[i] for i in kept] for row in rows)]
+    lines = [
+        [head[i] for i in kept],
+        ["---"] * len(kept),
+        *([row[i] for i in kept] for row in rows),
+    ]
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 

@@ -28,7 +28,9 @@ from lco_jax.train import train
 from lco_jax.training.run import tuned_of_run
 
 TEXT, MEDIA = "contrast/text.jsonl", "contrast/media.jsonl"
-WAYS: dict[str, tuple[str, dict[str, Any]]] = {  # what is tuned on, and what differs from LoRA on texts
+WAYS: dict[
+    str, tuple[str, dict[str, Any]]
+] = {  # what is tuned on, and what differs from LoRA on texts
     "lora": (TEXT, {}),
     "full": (TEXT, {"tune.decoder": "full"}),
     "projection": (TEXT, {"tune.decoder": "projection"}),
@@ -60,12 +62,22 @@ def experiment(config: ConfigDict, workdir: Path, command: str) -> dict[str, Any
     """Run or go on; writes report.md with its pictures and results.json into `workdir`, and returns the latter."""
     _check(config)
     if on_bucket(workdir):
-        raise LcoError(f"--workdir={workdir}: the laboratory works in a folder, which can be copied to a bucket")
+        raise LcoError(
+            f"--workdir={workdir}: the laboratory works in a folder, which can be copied to a bucket"
+        )
     content = json.loads(config.to_json())
     if (workdir / "config.json").exists() and read_json(workdir / "config.json") != content:
-        raise LcoError(f"{workdir} holds an experiment of another configuration; give another --workdir")
+        raise LcoError(
+            f"{workdir} holds an experiment of another configuration; give another --workdir"
+        )
     write_json(workdir / "config.json", content)
-    results: dict[str, Any] = {"config": content, "command": command, "minutes": 0.0, "worlds": [], "runs": []}
+    results: dict[str, Any] = {
+        "config": content,
+        "command": command,
+        "minutes": 0.0,
+        "worlds": [],
+        "runs": [],
+    }
     for seed in config.seeds:
         bench = Bench(config, workdir / f"seed-{seed}", seed)
         results["worlds"].append(_once(bench.folder / "world.json", partial(_make_world, bench)))
@@ -81,15 +93,21 @@ def _check(config: ConfigDict) -> None:
     """Raise, by key, for what no experiment can have."""
     stages, every = list(config.stages), config.pretrain.checkpoint.every
     if not stages or stages != sorted(set(stages)) or stages[0] < 0 or stages[-1] == 0:
-        raise LcoError(f"config.stages is {stages}; name steps of generative training, each more than the one before")
+        raise LcoError(
+            f"config.stages is {stages}; name steps of generative training, each more than the one before"
+        )
     if strange := [way for way in config.ways if way not in WAYS]:
         raise LcoError(f"config.ways has {strange[0]!r}; these are: {', '.join(WAYS)}")
     if uneven := [steps for steps in stages if steps % every]:
-        raise LcoError(f"config.stages has {uneven[0]}, and config.pretrain.checkpoint.every is {every}: none is saved")
+        raise LcoError(
+            f"config.stages has {uneven[0]}, and config.pretrain.checkpoint.every is {every}: none is saved"
+        )
     if config.world not in ("made", "real"):
         raise LcoError(f"config.world is {config.world!r}; it is one of: made, real")
     if config.world == "real" and not config.data_dir:
-        raise LcoError("config.data_dir is missing: the folder with tfds/ (cifar10, mnist as array_record) and fsdd/")
+        raise LcoError(
+            "config.data_dir is missing: the folder with tfds/ (cifar10, mnist as array_record) and fsdd/"
+        )
 
 
 def _once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -109,7 +127,12 @@ def _make_world(bench: Bench) -> dict[str, Any]:
         else:
             real.write(bench.world, Path(config.data_dir), bench.seed, real.Sizes(**config.sizes))
     if not bench.stage(0).exists():
-        backbone.write(bench.stage(0), worlds.texts(bench.world), bench.seed, backbone.Geometry(**config.geometry))
+        backbone.write(
+            bench.stage(0),
+            worlds.texts(bench.world),
+            bench.seed,
+            backbone.Geometry(**config.geometry),
+        )
     chance = measure.chance(bench.world)
     return {"seed": bench.seed, "chance": chance, "seconds": {"world": time.perf_counter() - began}}
 
@@ -143,13 +166,21 @@ def _generate(bench: Bench) -> dict[str, Any]:
     config, began = bench.config, time.perf_counter()
     say(f"\n== seed {bench.seed}: generative training")
     settings, workdir = config.pretrain.copy_and_resolve_references(), bench.folder / "pretrain"
-    files = {kind: bench.world / f"generative/{kind}.jsonl" for kind, weight in config.mix.items() if weight}
+    files = {
+        kind: bench.world / f"generative/{kind}.jsonl"
+        for kind, weight in config.mix.items()
+        if weight
+    }
     settings.data.sources = {
         kind: {"kind": "jsonl", "path": str(file), "weight": config.mix[kind]}
         for kind, file in files.items()
         if file.exists()
     }
-    settings.model.path, settings.seed, settings.train.steps = str(bench.stage(0)), bench.seed, config.stages[-1]
+    settings.model.path, settings.seed, settings.train.steps = (
+        str(bench.stage(0)),
+        bench.seed,
+        config.stages[-1],
+    )
     settings.checkpoint.keep = math.ceil(config.stages[-1] / settings.checkpoint.every)
     if not pretrain(settings, workdir):
         raise SystemExit("stopped; the same command goes on")
@@ -175,9 +206,16 @@ def _tune(bench: Bench, steps: int, way: str) -> dict[str, Any]:
     return results
 
 
-def _run(bench: Bench, steps: int, way: str, load: Callable[[Path], OmniGenerator]) -> dict[str, Any]:
+def _run(
+    bench: Bench, steps: int, way: str, load: Callable[[Path], OmniGenerator]
+) -> dict[str, Any]:
     """Tune, if there is anything to be tuned, and measure."""
-    run: dict[str, Any] = {"seed": bench.seed, "generative_steps": steps, "tune": way, "seconds": {}}
+    run: dict[str, Any] = {
+        "seed": bench.seed,
+        "generative_steps": steps,
+        "tune": way,
+        "seconds": {},
+    }
     base = folder = bench.stage(steps)
     if way != "none":
         began = time.perf_counter()
@@ -193,7 +231,9 @@ def _run(bench: Bench, steps: int, way: str, load: Callable[[Path], OmniGenerato
     if way in ("none", "lora"):
         run["layers"] = measure.by_layer(model, world)
     if way == "none":
-        run["generative"] = measure.generate_quality(model, world, bench.config.answers, bench.config.answer_tokens)
+        run["generative"] = measure.generate_quality(
+            model, world, bench.config.answers, bench.config.answer_tokens
+        )
     elif way == "projection":
         run["theory"]["kl"] = theory.projection_kl(read_projection(folder, model.dimension))
     else:

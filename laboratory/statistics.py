@@ -54,7 +54,10 @@ def mean_of(values: Sequence[float | None]) -> float | None:
 def retrieval_of(run: Run | None, *modalities: str) -> float | None:
     """Recall@1, the mean of text to media and media to text, and of all modalities that the run has."""
     each = [
-        (number(run, "representation", f"text_to_{m}"), number(run, "representation", f"{m}_to_text"))
+        (
+            number(run, "representation", f"text_to_{m}"),
+            number(run, "representation", f"{m}_to_text"),
+        )
         for m in modalities
     ]
     return mean_of([None if None in both else sum(both) / 2 for both in each])
@@ -110,11 +113,16 @@ def over_seeds(runs: Sequence[Run], value: Callable[[int], float | None]) -> Est
     if found.size < 2:
         return Estimate(float(found.mean()), None, None, 1)
     half = float(t.ppf(0.975, found.size - 1) * found.std(ddof=1) / math.sqrt(found.size))
-    return Estimate(float(found.mean()), float(found.mean() - half), float(found.mean() + half), found.size)
+    return Estimate(
+        float(found.mean()), float(found.mean() - half), float(found.mean() + half), found.size
+    )
 
 
 def scaling(
-    runs: Sequence[Run], x: Callable[[Run], float | None], y: Callable[[Run], float | None], least_steps: int = 0
+    runs: Sequence[Run],
+    x: Callable[[Run], float | None],
+    y: Callable[[Run], float | None],
+    least_steps: int = 0,
 ) -> Points:
     """A point for every seed and generator: x of it before contrastive learning, y after text-only LoRA.
 
@@ -155,8 +163,12 @@ def correlation(
     if np.isnan(value := float(measure(points.x, points.y))):
         return Estimate(None, None, None, n)
     order = np.argsort(points.seeds, kind="stable")
-    _, first, place, size = np.unique(points.seeds[order], return_index=True, return_inverse=True, return_counts=True)
-    drawn = rng.integers(len(first), size=(RESAMPLES, len(first)))[:, place]  # [B, n]: of each point, whose it is
+    _, first, place, size = np.unique(
+        points.seeds[order], return_index=True, return_inverse=True, return_counts=True
+    )
+    drawn = rng.integers(len(first), size=(RESAMPLES, len(first)))[
+        :, place
+    ]  # [B, n]: of each point, whose it is
     at = order[first[drawn] + (rng.random((RESAMPLES, n)) * size[drawn]).astype(int)]
     found = measure(points.x[at], points.y[at])
     found = found[~np.isnan(found)]

@@ -19,7 +19,9 @@ from laboratory.measure import pairs
 from lco_jax.checkpoint.hf import Checkpoint
 from lco_jax.core.errors import LcoError
 
-TEMPERATURE = 0.03  # the recipe's; so the loss is what training minimises, of pairs that it never saw
+TEMPERATURE = (
+    0.03  # the recipe's; so the loss is what training minimises, of pairs that it never saw
+)
 
 
 def info_nce(media: np.ndarray, texts: np.ndarray, temperature: float = TEMPERATURE) -> float:
@@ -39,8 +41,15 @@ def information(
     found: dict[str, dict[str, float]] = {"infonce": {}, "mi_bound": {}, "ceiling": {}}
     for kind, (media, texts) in pairs(world).items():
         vectors = encode([*media, *texts])
-        loss, ceiling = info_nce(vectors[: len(media)], vectors[len(media) :], temperature), math.log(len(media))
-        found["infonce"][kind], found["mi_bound"][kind], found["ceiling"][kind] = loss, ceiling - loss, ceiling
+        loss, ceiling = (
+            info_nce(vectors[: len(media)], vectors[len(media) :], temperature),
+            math.log(len(media)),
+        )
+        found["infonce"][kind], found["mi_bound"][kind], found["ceiling"][kind] = (
+            loss,
+            ceiling - loss,
+            ceiling,
+        )
     return found
 
 
@@ -53,7 +62,9 @@ def gaussian_kl(base: np.ndarray, tuned: np.ndarray, variance: float | None = No
     scale = float(base.var()) if variance is None else variance
     distance = float(((tuned - base) ** 2).sum())
     if distance and scale <= 0:
-        raise LcoError("the base's entries are all the same, and give no variance to measure a distance by")
+        raise LcoError(
+            "the base's entries are all the same, and give no variance to measure a distance by"
+        )
     return distance / (2 * scale) if distance else 0.0
 
 
@@ -65,12 +76,19 @@ def decoder_kl(base: Checkpoint, tuned: Checkpoint) -> float:
     """
     names, others = (checkpoint.keys["decoder"] for checkpoint in (base, tuned))
     if names.keys() != others.keys():
-        raise LcoError(f"the decoders of {base.folder} and {tuned.folder} have other tensors; compare two of one base")
+        raise LcoError(
+            f"the decoders of {base.folder} and {tuned.folder} have other tensors; compare two of one base"
+        )
     total, moved, count, square, plain = 0.0, 0.0, 0, 0.0, 0.0
     for name, key in names.items():
-        a, b = base.tensors.read(key).astype(np.float64), tuned.tensors.read(others[name]).astype(np.float64)
+        a, b = (
+            base.tensors.read(key).astype(np.float64),
+            tuned.tensors.read(others[name]).astype(np.float64),
+        )
         if a.shape != b.shape:
-            raise LcoError(f"{name} has shape {a.shape} in {base.folder}, and {b.shape} in {tuned.folder}")
+            raise LcoError(
+                f"{name} has shape {a.shape} in {base.folder}, and {b.shape} in {tuned.folder}"
+            )
         if a.ndim < 2:
             moved += ((a - b) ** 2).sum()
             continue

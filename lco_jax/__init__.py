@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is absent is how it should be
+os.environ.setdefault(
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
+)  # that torch is absent is how it should be
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.sharding import make_mesh

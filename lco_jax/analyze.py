@@ -36,19 +36,33 @@ from lco_jax.generator import OmniGenerator
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m lco_jax.analyze", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m lco_jax.analyze",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, help="a checkpoint folder or hub id: before")
     parser.add_argument("--adapter", help="a PEFT adapter folder or hub id: the same model after")
-    parser.add_argument("--after-model", help="a checkpoint folder or hub id: after, where there is no adapter")
-    parser.add_argument("--data", type=on_disk, required=True, help="pairs: .jsonl, .parquet, or a source in .json")
-    parser.add_argument("--a", default="", help="modality of one side (default: as in the first record)")
+    parser.add_argument(
+        "--after-model", help="a checkpoint folder or hub id: after, where there is no adapter"
+    )
+    parser.add_argument(
+        "--data", type=on_disk, required=True, help="pairs: .jsonl, .parquet, or a source in .json"
+    )
+    parser.add_argument(
+        "--a", default="", help="modality of one side (default: as in the first record)"
+    )
     parser.add_argument("--b", default="", help="modality of the other")
-    parser.add_argument("--captions", type=on_disk, help="pairs with a text to tell the generator (default: --data)")
+    parser.add_argument(
+        "--captions", type=on_disk, help="pairs with a text to tell the generator (default: --data)"
+    )
     parser.add_argument("--out", type=on_disk, required=True, help="the folder to write")
     parser.add_argument("--k", type=int, default=10, help="nearest neighbours (default: 10)")
-    parser.add_argument("--limit", type=int, default=1000, help="the most pairs, drawn by --seed (default: 1000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawing and the bootstrap (default: 0)")
+    parser.add_argument(
+        "--limit", type=int, default=1000, help="the most pairs, drawn by --seed (default: 1000)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the drawing and the bootstrap (default: 0)"
+    )
     parser.add_argument("--max-length", type=int, help="cut texts to so many tokens")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     return parser.parse_args()
@@ -66,7 +80,9 @@ def main() -> int:
     found = f"{len(pairs.a):,} pairs of {' and '.join(pairs.kinds)}"
     left_out = f"{pairs.duplicates:,} repeat a side, {pairs.others:,} are of other modalities"
     if len(pairs.a) < args.k + 2:
-        raise LcoError(f"--data={args.data} has {found} ({left_out}); --k={args.k} takes at least {args.k + 2}")
+        raise LcoError(
+            f"--data={args.data} has {found} ({left_out}); --k={args.k} takes at least {args.k + 2}"
+        )
     told = pairs  # whose captions the generator is to say
     if args.captions:
         told = draw_pairs(open_file(args.captions), "", "", args.limit, args.seed, distinct=False)
@@ -90,17 +106,33 @@ def main() -> int:
         for run, (path, adapter) in models.items():
             states, losses[run] = _look(run, path, adapter, pairs, told, args)
             runs[run] = measures.measure_layers(*states, pairs.names, args.k)
-            last[run] = [measures.Side(x[-1], name, args.k).unit for x, name in zip(states, pairs.names, strict=True)]
+            last[run] = [
+                measures.Side(x[-1], name, args.k).unit
+                for x, name in zip(states, pairs.names, strict=True)
+            ]
             del states  # before the next model's come
-        facts = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        facts |= {"sides": pairs.names, "pairs": len(pairs.a), "duplicates": pairs.duplicates, "others": pairs.others}
+        facts = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(args).items()
+        }
+        facts |= {
+            "sides": pairs.names,
+            "pairs": len(pairs.a),
+            "duplicates": pairs.duplicates,
+            "others": pairs.others,
+        }
         facts["cca_dimensions"] = measures.CCA_DIMENSIONS
         facts["generator"] = token_cost(losses, args.seed) if told.captions() else None
-        facts["definitions"] = {name: measure.__doc__.split("\n")[0] for name, measure in measures.MEASURES.items()}
+        facts["definitions"] = {
+            name: measure.__doc__.split("\n")[0] for name, measure in measures.MEASURES.items()
+        }
         write_json(folder / "analysis.json", facts | runs)
         write_text(folder / "analysis.md", _summary(facts, runs))
         plots.plot_layers(folder / "anisotropy.png", runs, ["anisotropy"])
-        alignment, chance = [measure.__name__ for measure in measures.ALIGNMENT], args.k / (len(pairs.a) - 1)
+        alignment, chance = (
+            [measure.__name__ for measure in measures.ALIGNMENT],
+            args.k / (len(pairs.a) - 1),
+        )
         plots.plot_layers(folder / "alignment.png", runs, alignment, chance)
         plots.plot_layers(folder / "gap.png", runs, ["modality_gap"])
         plots.plot_space(folder / "space.png", last, pairs.names)
@@ -127,19 +159,26 @@ def _look(
         return states, None
     inputs, answers, prompt = captions
     with tqdm(total=len(inputs), desc=f"{run}: captions", unit="input") as bar:
-        return states, embedder.token_losses(inputs, answers, prompt=prompt, max_length=args.max_length, progress=bar)
+        return states, embedder.token_losses(
+            inputs, answers, prompt=prompt, max_length=args.max_length, progress=bar
+        )
 
 
 def _summary(facts: dict[str, Any], runs: dict[str, dict[str, Any]]) -> str:
     """analysis.md: a table of the last layer and the mean over layers, the gaps, and what the generator pays."""
     heads = [f"{run}, {what}" for what in ("last layer", "mean of layers") for run in runs]
-    lines = [f"{facts['pairs']:,} pairs of {' and '.join(facts['sides'])} from {facts['data']}, k = {facts['k']}.", ""]
+    lines = [
+        f"{facts['pairs']:,} pairs of {' and '.join(facts['sides'])} from {facts['data']}, k = {facts['k']}.",
+        "",
+    ]
     lines += [f"| measure | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for name in measures.MEASURES:
         for side in facts["sides"] if name == "anisotropy" else [""]:
             columns = [found[name][side] if side else found[name] for found in runs.values()]
             known = [[value for value in values if value is not None] for values in columns]
-            cells = [values[-1] for values in columns] + [sum(x) / len(x) if x else None for x in known]
+            cells = [values[-1] for values in columns] + [
+                sum(x) / len(x) if x else None for x in known
+            ]
             shown = ["—" if value is None else f"{value:.3f}" for value in cells]
             lines.append(f"| {name}{side and f', {side}'} | {' | '.join(shown)} |")
     for run, found in runs.items():
@@ -147,15 +186,23 @@ def _summary(facts: dict[str, Any], runs: dict[str, dict[str, Any]]) -> str:
         for gap in found["undefined"]:
             gaps.setdefault(gap["reason"], []).append(f"{gap['measure']} at layer {gap['layer']}")
         lines += [
-            f"\nNot defined {run}, as {reason}: {', '.join(dict.fromkeys(where))}." for reason, where in gaps.items()
+            f"\nNot defined {run}, as {reason}: {', '.join(dict.fromkeys(where))}."
+            for reason, where in gaps.items()
         ]
     if cost := facts["generator"]:
-        costs = {run: (cost[run]["nats_per_token"], cost[run]["perplexity"] or np.inf) for run in runs}
-        means = [f"{nats:.3f} nats (perplexity {perplexity:.4g}) {run}" for run, (nats, perplexity) in costs.items()]
+        costs = {
+            run: (cost[run]["nats_per_token"], cost[run]["perplexity"] or np.inf) for run in runs
+        }
+        means = [
+            f"{nats:.3f} nats (perplexity {perplexity:.4g}) {run}"
+            for run, (nats, perplexity) in costs.items()
+        ]
         lines += [f"\nA token of {cost['captions']:,} captions costs {', '.join(means)}."]
         if change := cost.get("difference"):
             interval = f"[{change['low']:+.4f}, {change['high']:+.4f}]"
-            lines[-1] += f" The difference is {change['nats_per_token']:+.4f}, its 95 % interval {interval}."
+            lines[-1] += (
+                f" The difference is {change['nats_per_token']:+.4f}, its 95 % interval {interval}."
+            )
     return "\n".join(lines) + "\n"
 
 

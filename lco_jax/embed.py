@@ -44,7 +44,7 @@ from lco_jax.core.errors import PREEMPTED, LcoError, run_main
 from lco_jax.core.files import fingerprint
 from lco_jax.core.quantize import KINDS
 from lco_jax.core.shapes import keep_compiled
-from lco_jax.data.corpus import Contents, Corpus, Item, scan
+from lco_jax.data.corpus import Contents, Corpus, CorpusItem, scan
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.parts import INDEX, Unit, VectorParts
 from lco_jax.embedder import OmniEmbedder
@@ -71,21 +71,38 @@ class Progress(tqdm):
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m lco_jax.embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m lco_jax.embed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--input", type=on_disk, required=True, help=".txt, .jsonl, .parquet or a folder of media")
-    parser.add_argument("--output", type=on_disk, required=True, help=".npy or .parquet, or a folder")
-    parser.add_argument("--id-field", help="the key of a jsonl object, or column of a parquet, that is its id")
-    parser.add_argument("--distributed", action="store_true", help="one of the processes of a TPU slice")
+    parser.add_argument(
+        "--input", type=on_disk, required=True, help=".txt, .jsonl, .parquet or a folder of media"
+    )
+    parser.add_argument(
+        "--output", type=on_disk, required=True, help=".npy or .parquet, or a folder"
+    )
+    parser.add_argument(
+        "--id-field", help="the key of a jsonl object, or column of a parquet, that is its id"
+    )
+    parser.add_argument(
+        "--distributed", action="store_true", help="one of the processes of a TPU slice"
+    )
     add_flags(parser, on_error="raise")
     return parser.parse_args()
 
 
 def add_flags(parser: argparse.ArgumentParser, on_error: str) -> None:
     """The flags of whatever embeds a corpus: the model, how it embeds, and the caps on media."""
-    parser.add_argument("--on-error", choices=["raise", "skip"], default=on_error, help="of media that cannot be read")
     parser.add_argument(
-        "--part-size", type=int, help=f"inputs embedded together (default: {TEXTS_A_PART}; {MEDIA_A_PART} with media)"
+        "--on-error",
+        choices=["raise", "skip"],
+        default=on_error,
+        help="of media that cannot be read",
+    )
+    parser.add_argument(
+        "--part-size",
+        type=int,
+        help=f"inputs embedded together (default: {TEXTS_A_PART}; {MEDIA_A_PART} with media)",
     )
     add_model_flags(parser)
 
@@ -95,13 +112,19 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a checkpoint folder or hub id")
     parser.add_argument("--adapter", help="a PEFT adapter folder or hub id")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--quantize", choices=["", *KINDS], default="", help="hold the decoder in fewer bits")
+    parser.add_argument(
+        "--quantize", choices=["", *KINDS], default="", help="hold the decoder in fewer bits"
+    )
     parser.add_argument("--attention", choices=IMPLEMENTATIONS, default="auto", help="the kernel")
-    parser.add_argument("--batch-size", type=int, help="the most inputs in a forward pass; by default any number")
+    parser.add_argument(
+        "--batch-size", type=int, help="the most inputs in a forward pass; by default any number"
+    )
     parser.add_argument("--max-length", type=int, help="cut texts to so many tokens")
     parser.add_argument("--prompt", help="instead of the reference's, placed after the content")
     parser.add_argument("--media-root", type=on_disk, help="where relative paths of media start")
-    parser.add_argument("--workers", type=int, help="processes that prepare media (default: one a CPU, at most 8)")
+    parser.add_argument(
+        "--workers", type=int, help="processes that prepare media (default: one a CPU, at most 8)"
+    )
     group = parser.add_argument_group("caps on media")
     for field in fields(MediaConfig):
         flag, text = _flag(field.name), field.metadata["meaning"]
@@ -109,35 +132,47 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
             group.add_argument(flag, action="store_true", help=text)
         else:
             default = "" if field.default is None else f" (default: {field.default:,})"
-            group.add_argument(flag, type=float if field.type is float else int, help=text + default)
+            group.add_argument(
+                flag, type=float if field.type is float else int, help=text + default
+            )
 
 
 def main() -> int:
     """Check every input, then embed and write unit by unit; the output appears when it is whole."""
     args = parse_args()
     if args.output.suffix not in (".npy", ".parquet", ""):
-        raise LcoError(f"--output={args.output}: the file must end in .npy or .parquet, or in nothing: a folder")
+        raise LcoError(
+            f"--output={args.output}: the file must end in .npy or .parquet, or in nothing: a folder"
+        )
     if args.output.is_dir() == bool(args.output.suffix) and args.output.exists():
-        raise LcoError(f"--output={args.output} is a {'folder' if args.output.suffix else 'file'}; give another name")
+        raise LcoError(
+            f"--output={args.output} is a {'folder' if args.output.suffix else 'file'}; give another name"
+        )
     if args.output.is_dir() and os.listdir(args.output) and not (args.output / INDEX).exists():
         raise LcoError(f"--output={args.output} is a folder of something else; give another name")
     if args.id_field and args.output.suffix == ".npy":
         raise LcoError("--id-field needs a .parquet output; an .npy has no place for ids")
     if args.distributed:
         jax.distributed.initialize()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))  # what waits is written on the way out
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(PREEMPTED)
+    )  # what waits is written on the way out
     media = media_config(args)
     corpus = Corpus(args.input, args.id_field, args.media_root)
     as_it_was = corpus.fingerprint()
     checkpoint = open_checkpoint(args.model)
     with VectorParts(args.output, _work(args, as_it_was, media, checkpoint)) as parts:
         if record := parts.whole():
-            print(f"{args.output} is whole: this very command has made its {record['vectors']:,} vectors")
+            print(
+                f"{args.output} is whole: this very command has made its {record['vectors']:,} vectors"
+            )
         else:
             record = _embed(args, corpus, as_it_was, media, checkpoint, parts)
             print(f"{record['vectors']:,} vectors of {record['dimension']}: {args.output}")
     if skipped := record["skipped"]:
-        print(f"{skipped:,} of them are empty: {args.output}.skipped.jsonl says which inputs were skipped, and why")
+        print(
+            f"{skipped:,} of them are empty: {args.output}.skipped.jsonl says which inputs were skipped, and why"
+        )
     return 0
 
 
@@ -150,32 +185,50 @@ def _embed(
     parts: VectorParts,
 ) -> dict[str, Any]:
     """Embed what no other process does, until all is there: the record of it."""
-    strict = args.on_error == "raise"  # then what is missing is found before hours of work, not after
+    strict = (
+        args.on_error == "raise"
+    )  # then what is missing is found before hours of work, not after
 
     def look() -> dict[str, Any]:  # the first process does, for all
-        with tqdm(corpus.items(strict), desc="checking", unit="input", leave=False, delay=2) as items:
+        with tqdm(
+            corpus.items(strict), desc="checking", unit="input", leave=False, delay=2
+        ) as items:
             found = scan(items, media, strict)
         part_rows = args.part_size or (MEDIA_A_PART if found.has_media else TEXTS_A_PART)
-        return {"total": found.total, "kinds": found.kinds, "ids": found.ids.__name__, "part_rows": part_rows}
+        return {
+            "total": found.total,
+            "kinds": found.kinds,
+            "ids": found.ids.__name__,
+            "part_rows": part_rows,
+        }
 
     settled = parts.settled(look)
     found = Contents(settled["total"], settled["kinds"], {"int": int, "str": str}[settled["ids"]])
-    parts.part_rows = settled["part_rows"]  # one for all: processes that cut otherwise would not share
+    parts.part_rows = settled[
+        "part_rows"
+    ]  # one for all: processes that cut otherwise would not share
     modalities = modalities_of(checkpoint, found, media, strict)
     keep_compiled()
     try:
         embedder, read = load(args, checkpoint, media, modalities), corpus.reader()
-        with Progress(parts, total=found.total, initial=parts.news(), desc="embedding", unit="input") as progress:
+        with Progress(
+            parts, total=found.total, initial=parts.news(), desc="embedding", unit="input"
+        ) as progress:
             while not (record := parts.finish(found.total, embedder.dimension, found.ids)):
                 while parts.left:
                     if unit := parts.claim():
-                        units = ((one, read(one.first, one.end)) for one in chain([unit], iter(parts.claim, None)))
+                        units = (
+                            (one, read(one.first, one.end))
+                            for one in chain([unit], iter(parts.claim, None))
+                        )
                         embed_items(embedder, units, found, parts, args, progress)
                     else:
                         time.sleep(POLL)  # others have what is left, and may die
                         progress.update(parts.news())
                 if corpus.fingerprint() != as_it_was:
-                    raise LcoError(f"--input={corpus.path} changed meanwhile; remove {parts.folder} and start anew")
+                    raise LcoError(
+                        f"--input={corpus.path} changed meanwhile; remove {parts.folder} and start anew"
+                    )
             progress.update(found.total - progress.n)
             return record
     except (LcoError, KeyboardInterrupt, SystemExit):
@@ -206,7 +259,7 @@ def load(
 
 def embed_items(
     embedder: OmniEmbedder,
-    units: Iterable[tuple[Unit, Iterable[Item]]],
+    units: Iterable[tuple[Unit, Iterable[CorpusItem]]],
     found: Contents,
     parts: VectorParts,
     args: argparse.Namespace,
@@ -214,7 +267,9 @@ def embed_items(
 ) -> None:
     """Embed units of `parts`, each with its inputs. They are taken ahead of what is computed. found: of all inputs."""
     sizes = deque[int]()  # of units that are taken
-    coming = deque[tuple[Unit, int | str]]()  # inputs on their way: no more than a block and what is prepared ahead
+    coming = deque[
+        tuple[Unit, int | str]
+    ]()  # inputs on their way: no more than a block and what is prepared ahead
 
     def inputs() -> Iterator[tuple[Any, str]]:
         for unit, items in units:
@@ -225,9 +280,13 @@ def embed_items(
                 yield item.content, item.where
                 count += 1
             if count != len(unit):
-                raise LcoError(f"--input={args.input} changed meanwhile; remove {parts.folder} and start anew")
+                raise LcoError(
+                    f"--input={args.input} changed meanwhile; remove {parts.folder} and start anew"
+                )
 
-    logging.getLogger("lco_jax.embedder").setLevel(logging.ERROR)  # what it skips is counted and listed here
+    logging.getLogger("lco_jax.embedder").setLevel(
+        logging.ERROR
+    )  # what it skips is counted and listed here
     contents, names = tee(inputs())
     skipped = 0
     blocks = embedder.encode_blocks(
@@ -243,7 +302,10 @@ def embed_items(
         names=(where for _, where in names),
     )
     for block in blocks:
-        unit, reasons = coming[0][0], {index - block.first: reason for index, reason in block.skipped.items()}
+        unit, reasons = (
+            coming[0][0],
+            {index - block.first: reason for index, reason in block.skipped.items()},
+        )
         unit.add([coming.popleft()[1] for _ in block.vectors], block.vectors, reasons)
         progress.update(parts.news())
         if skipped := skipped + len(reasons):
@@ -257,43 +319,69 @@ def workers(args: argparse.Namespace, media: bool) -> int:
 
 def media_config(args: argparse.Namespace) -> MediaConfig:
     """The caps on media. Raises for any number among the flags that makes no sense."""
-    for name, least in (("batch_size", 1), ("max_length", 1), ("max_new_tokens", 1), ("part_size", 1), ("workers", 0)):
+    for name, least in (
+        ("batch_size", 1),
+        ("max_length", 1),
+        ("max_new_tokens", 1),
+        ("part_size", 1),
+        ("workers", 0),
+    ):
         if (value := getattr(args, name, None)) is not None and value < least:
             raise LcoError(f"{_flag(name)}={value}: it must be at least {least}")
     given = {field.name: getattr(args, field.name) for field in fields(MediaConfig)}
     try:
         return MediaConfig(**{name: value for name, value in given.items() if value is not None})
     except LcoError as error:
-        raise LcoError(re.sub(r"^media\.(\w+)", lambda found: _flag(found[1]), str(error))) from None
+        raise LcoError(
+            re.sub(r"^media\.(\w+)", lambda found: _flag(found[1]), str(error))
+        ) from None
 
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def modalities_of(checkpoint: Checkpoint, found: Contents, media: MediaConfig, strict: bool) -> tuple[str, ...]:
+def modalities_of(
+    checkpoint: Checkpoint, found: Contents, media: MediaConfig, strict: bool
+) -> tuple[str, ...]:
     """The modalities whose towers are needed. strict: raise for one that the checkpoint does not take."""
     known = checkpoint.backbone.modalities
     for kind, where in found.kinds.items():
         if strict and kind not in known:
-            raise LcoError(f"{where} has {kind}, and {checkpoint.folder.name} takes {', '.join(known)}")
+            raise LcoError(
+                f"{where} has {kind}, and {checkpoint.folder.name} takes {', '.join(known)}"
+            )
     sounds = {"audio"} if media.use_audio_in_video and "video" in found.kinds else set()
     return tuple(kind for kind in known if kind == "text" or kind in found.kinds.keys() | sounds)
 
 
-def _work(args: argparse.Namespace, as_it_was: str, media: MediaConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+def _work(
+    args: argparse.Namespace, as_it_was: str, media: MediaConfig, checkpoint: Checkpoint
+) -> dict[str, Any]:
     """Flag -> value of all that vectors and their order depend on. Speed is not part of it: that may change."""
     root = None if args.media_root is None else os.path.abspath(args.media_root)
-    work = {"--input": os.path.abspath(args.input), "what --input holds": as_it_was, "--media-root": root}
+    work = {
+        "--input": os.path.abspath(args.input),
+        "what --input holds": as_it_was,
+        "--media-root": root,
+    }
     work |= {"--id-field": args.id_field, "--on-error": args.on_error}
     return {**work, **model_work(args, media, checkpoint)}
 
 
-def model_work(args: argparse.Namespace, media: MediaConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+def model_work(
+    args: argparse.Namespace, media: MediaConfig, checkpoint: Checkpoint
+) -> dict[str, Any]:
     """Flag -> value of all that the vector of a given input depends on."""
-    work = {_flag(name): getattr(args, name) for name in ("dtype", "quantize", "prompt", "max_length")}
+    work = {
+        _flag(name): getattr(args, name) for name in ("dtype", "quantize", "prompt", "max_length")
+    }
     work |= {_flag(field.name): getattr(media, field.name) for field in fields(media)}
-    work |= {"--model": args.model, "--adapter": args.adapter, "what --model holds": _files(args.model, checkpoint)}
+    work |= {
+        "--model": args.model,
+        "--adapter": args.adapter,
+        "what --model holds": _files(args.model, checkpoint),
+    }
     return work if args.adapter is None else {**work, "what --adapter holds": _files(args.adapter)}
 
 
@@ -301,7 +389,9 @@ def _files(path_or_id: str, checkpoint: Checkpoint | None = None) -> str:
     """What tells whether weights have changed: of a folder its files' sizes and times, of a hub id the revision."""
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
-        return fingerprint((file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file())
+        return fingerprint(
+            (file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()
+        )
     return str(path_or_id) if checkpoint is None else checkpoint.folder.name
 
 

@@ -23,7 +23,14 @@ from lco_jax.core.errors import LcoError
 from lco_jax.core.packing import PackedTokens
 from lco_jax.core.shapes import ShapeLog
 from lco_jax.core.sharding import make_mesh, replicated, row_shards, shardings
-from lco_jax.data.inference import BLOCK_INPUTS, MAX_TOKENS, InferenceBatch, batches_of, blocks_of, lay
+from lco_jax.data.inference import (
+    BLOCK_INPUTS,
+    MAX_TOKENS,
+    InferenceBatch,
+    batches_of,
+    blocks_of,
+    pack_on_mesh,
+)
 from lco_jax.data.inputs import Preparation, named, one_ahead, prepare_ahead
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.processor import Processor
@@ -53,7 +60,9 @@ class OmniEmbedder:
     skipped: {index: why} of the inputs that the last `encode(…, on_error="skip")` could not embed.
     """
 
-    HEAD = False  # whether `from_pretrained` loads the vocabulary head, unless it is the embeddings'
+    HEAD = (
+        False  # whether `from_pretrained` loads the vocabulary head, unless it is the embeddings'
+    )
 
     def __init__(self, model: Model, params: dict[str, Any], processor: Processor, mesh: Mesh):
         self.model, self.params, self.processor, self.mesh = model, params, processor, mesh
@@ -98,14 +107,28 @@ class OmniEmbedder:
         chosen = known if modalities is None else _chosen(modalities, known)
         context = checkpoint.config.max_position_embeddings
         processor = Processor(checkpoint.folder, context, media, video_positions, chosen)
-        towers = [name for name, kinds in checkpoint.backbone.reads.items() if set(kinds) & set(processor.modalities)]
+        towers = [
+            name
+            for name, kinds in checkpoint.backbone.reads.items()
+            if set(kinds) & set(processor.modalities)
+        ]
         model, params = load_model(
-            checkpoint, mesh, dtype, towers, head=cls.HEAD, remat="none", quantize=quantize, attention=attention
+            checkpoint,
+            mesh,
+            dtype,
+            towers,
+            head=cls.HEAD,
+            remat="none",
+            quantize=quantize,
+            attention=attention,
         )
         if adapter is not None:
             adapters, config = peft.read_peft(adapter)
             decoder = params["decoder"]
-            adapters, config = peft.fit(adapters, decoder, str(adapter)), replace(config, dropout=0.0)
+            adapters, config = (
+                peft.match_adapters(adapters, decoder, str(adapter)),
+                replace(config, dropout=0.0),
+            )
             join = lora.attach if quantize else lora.merge
             places = None if quantize else shardings(decoder, mesh)
             join = jax.jit(join, static_argnums=2, donate_argnums=0, out_shardings=places)
@@ -129,7 +152,10 @@ class OmniEmbedder:
 
     def supports(self, modality: str | Sequence[str]) -> bool:
         """Whether a modality, or a mix of several in one input, can be embedded. "message": chat messages can."""
-        return set([modality] if isinstance(modality, str) else modality) <= {*self.modalities, "message"}
+        return set([modality] if isinstance(modality, str) else modality) <= {
+            *self.modalities,
+            "message",
+        }
 
     def encode(
         self,
@@ -164,7 +190,9 @@ class OmniEmbedder:
         names: what errors call the inputs (a file and line, say); by default "input 0" and so on.
         """
         if not isinstance(inputs, Iterable | os.PathLike | Image.Image):
-            raise LcoError(f"inputs is {type(inputs).__name__}; give a list of inputs, or a single one")
+            raise LcoError(
+                f"inputs is {type(inputs).__name__}; give a list of inputs, or a single one"
+            )
         single = is_single(inputs)
         items = [inputs] if single else list(inputs)
         bar = (
@@ -174,7 +202,12 @@ class OmniEmbedder:
                 total=len(items), desc="embedding", unit="input", disable=not show_progress
             )
         )
-        options = {"prompt": prompt, "max_length": max_length, "on_error": on_error, "workers": workers}
+        options = {
+            "prompt": prompt,
+            "max_length": max_length,
+            "on_error": on_error,
+            "workers": workers,
+        }
         options |= {"max_tokens": max_tokens, "progress": bar, "names": names}
         blocks = self.encode_blocks(items, batch_size, normalize, **options)
         vectors, skipped = np.zeros((len(items), self.dimension), np.float32), {}
@@ -208,7 +241,11 @@ class OmniEmbedder:
         them; each number is asked for when the first of its inputs is prepared. Where blocks end depends on these and
         on the inputs, and not on time.
         """
-        for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens), ("block_inputs", block_inputs)):
+        for name, value in (
+            ("batch_size", batch_size),
+            ("max_tokens", max_tokens),
+            ("block_inputs", block_inputs),
+        ):
             if value is not None and value < 1:
                 raise LcoError(f"{name} is {value}; it must be at least 1")
         if on_error not in ("raise", "skip"):
@@ -217,7 +254,9 @@ class OmniEmbedder:
         prepared = prepare_ahead(preparation, named(inputs, names), workers)
         first = 0
         shards = row_shards(self.mesh)
-        for ready in one_ahead(blocks_of(prepared, block_inputs, on_error == "raise", units, shards)):
+        for ready in one_ahead(
+            blocks_of(prepared, block_inputs, on_error == "raise", units, shards)
+        ):
             yield self._block(first, ready, batch_size, max_tokens, normalize, progress)
             first += len(ready)
 
@@ -265,7 +304,9 @@ class OmniEmbedder:
         def start(batch: InferenceBatch) -> tuple[Array, np.ndarray]:
             return self._pool(self.params, batch.tokens, self._media(batch), of), batch.sequences
 
-        for indices, (pooled, sequences) in self._run(ready, start, batch_size, max_tokens, progress):
+        for indices, (pooled, sequences) in self._run(
+            ready, start, batch_size, max_tokens, progress
+        ):
             vectors[indices] = np.asarray(pooled).reshape(-1, *vectors.shape[1:])[sequences]
         return vectors
 
@@ -286,9 +327,13 @@ class OmniEmbedder:
         ready = self._prepare(inputs, prompt, max_length)
         return np.moveaxis(self.embed(ready, None, max_tokens, progress, of="layers"), 1, 0)
 
-    def _prepare(self, inputs: Sequence[Any], prompt: str | None, max_length: int | None) -> list[Processed]:
+    def _prepare(
+        self, inputs: Sequence[Any], prompt: str | None, max_length: int | None
+    ) -> list[Processed]:
         """Inputs, ready for the model, all at once. Raises for the first that is bad."""
-        ready = list(prepare_ahead(Preparation(self.processor, prompt, max_length), named(inputs, None), 0))
+        ready = list(
+            prepare_ahead(Preparation(self.processor, prompt, max_length), named(inputs, None), 0)
+        )
         if errors := [one for one in ready if isinstance(one, LcoError)]:
             raise errors[0]
         return ready  # type: ignore[return-value]
@@ -308,7 +353,7 @@ class OmniEmbedder:
             for members in [*batches, None]:
                 begun = None
                 if members is not None:
-                    batch = lay(ready, members, self.processor.rows, self.mesh)
+                    batch = pack_on_mesh(ready, members, self.processor.rows, self.mesh)
                     begun = batch.inputs, start(batch)
                 if waiting is not None:
                     yield waiting
@@ -323,7 +368,9 @@ class OmniEmbedder:
         return media
 
 
-def _pooled(decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, media: Array | None, of: str) -> Array:
+def _pooled(
+    decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, media: Array | None, of: str
+) -> Array:
     """`pool`; last states are projected, where the model has a projection."""
     pooled = pool(decoder, params["decoder"], tokens, media, of)
     return project(pooled, params) if of == "last" else pooled
@@ -346,4 +393,8 @@ def is_single(inputs: Any) -> bool:
         return inputs.ndim > 1  # else a list of strings
     if isinstance(inputs, str | Mapping | os.PathLike | Image.Image):
         return True
-    return isinstance(inputs, list) and bool(inputs) and all(isinstance(x, dict) and "role" in x for x in inputs)
+    return (
+        isinstance(inputs, list)
+        and bool(inputs)
+        and all(isinstance(x, dict) and "role" in x for x in inputs)
+    )

@@ -36,14 +36,24 @@ from lco_jax.generator import OmniGenerator
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m lco_jax.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m lco_jax.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--input", type=on_disk, help=".txt, .jsonl, .parquet or a folder of media")
-    parser.add_argument("--output", type=on_disk, help="the .jsonl to write (default: print the answers)")
-    parser.add_argument("--id-field", help="the key of a jsonl object, or column of a parquet, that is its id")
-    parser.add_argument("--data", type=on_disk, help="records: .jsonl, .parquet, or a source in .json")
+    parser.add_argument(
+        "--output", type=on_disk, help="the .jsonl to write (default: print the answers)"
+    )
+    parser.add_argument(
+        "--id-field", help="the key of a jsonl object, or column of a parquet, that is its id"
+    )
+    parser.add_argument(
+        "--data", type=on_disk, help="records: .jsonl, .parquet, or a source in .json"
+    )
     parser.add_argument("--out", type=on_disk, help="the folder to write for --data")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="the longest answer (default: 64)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, help="the longest answer (default: 64)"
+    )
     add_model_flags(parser)
     return parser.parse_args()
 
@@ -55,7 +65,9 @@ def main() -> int:
         raise LcoError("give --input, or --data and --out")
     wrong = ("output", "id_field") if args.data else ("out",)
     if given := [name for name in wrong if getattr(args, name) is not None]:
-        raise LcoError(f"--{given[0].replace('_', '-')} goes with --{'input' if args.data else 'data'}")
+        raise LcoError(
+            f"--{given[0].replace('_', '-')} goes with --{'input' if args.data else 'data'}"
+        )
     if args.data and args.out is None:
         raise LcoError("--data needs --out, the folder to write")
     if args.output and (args.output.suffix != ".jsonl" or args.output.is_dir()):
@@ -69,7 +81,9 @@ def _said(args: argparse.Namespace) -> int:
     found = scan(corpus.items(check_media=True), media_config(args), check_media=True)
     items = list(corpus.items())
     answers = _answer(args, [item.content for item in items], [item.where for item in items], found)
-    lines = _lines({"id": item.id, "answer": answer} for item, answer in zip(items, answers, strict=True))
+    lines = _lines(
+        {"id": item.id, "answer": answer} for item, answer in zip(items, answers, strict=True)
+    )
     if args.output is None:
         print(lines, end="")
         return 0
@@ -85,12 +99,23 @@ def _scored(args: argparse.Namespace) -> int:
     names = [one.where for one in records]
     kinds = {kind: one.where for one in records for kind in one.modalities}
     with written_aside(args.out) as folder:
-        answers = _answer(args, [as_input(one.anchor) for one in records], names, Contents(len(records), kinds, int))
+        answers = _answer(
+            args,
+            [as_input(one.anchor) for one in records],
+            names,
+            Contents(len(records), kinds, int),
+        )
         scores = score(answers, references)
         rows = zip(names, answers, references, strict=True)
-        lines = _lines({"where": name, "answer": answer, "reference": wanted} for name, answer, wanted in rows)
+        lines = _lines(
+            {"where": name, "answer": answer, "reference": wanted} for name, answer, wanted in rows
+        )
         write_text(folder / "answers.jsonl", lines)
-        facts = {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items() if x is not None}
+        facts = {
+            name: str(x) if isinstance(x, Path) else x
+            for name, x in vars(args).items()
+            if x is not None
+        }
         write_json(folder / "results.json", {**scores, "flags": facts})
     print("| score | |\n|---|---|")
     for name, value in scores.items():
@@ -99,11 +124,15 @@ def _scored(args: argparse.Namespace) -> int:
     return 0
 
 
-def _answer(args: argparse.Namespace, contents: Sequence[Any], names: Sequence[str], found: Contents) -> list[str]:
+def _answer(
+    args: argparse.Namespace, contents: Sequence[Any], names: Sequence[str], found: Contents
+) -> list[str]:
     """What the model says after each content."""
     media, checkpoint = media_config(args), open_checkpoint(args.model)
     keep_compiled()
-    model = load(args, checkpoint, media, modalities_of(checkpoint, found, media, strict=True), OmniGenerator)
+    model = load(
+        args, checkpoint, media, modalities_of(checkpoint, found, media, strict=True), OmniGenerator
+    )
     options = {"batch_size": args.batch_size, "max_length": args.max_length, "names": names}
     options |= {} if args.prompt is None else {"prompt": args.prompt}
     with tqdm(total=len(contents), desc="answering", unit="input") as progress:

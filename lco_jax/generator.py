@@ -47,9 +47,13 @@ class OmniGenerator(OmniEmbedder):
         self.ends = np.array(turn_ends(self.processor), np.int32)
         self._losses = jax.jit(partial(_answer_losses, decoder), out_shardings=everywhere)
         self._prefill = jax.jit(partial(_prefill, decoder), static_argnums=3)
-        self._decode = jax.jit(partial(_decode, decoder), donate_argnums=1, out_shardings=(everywhere, None))
+        self._decode = jax.jit(
+            partial(_decode, decoder), donate_argnums=1, out_shardings=(everywhere, None)
+        )
 
-    def generate(self, inputs: Sequence[Any], max_new_tokens: int = 64, **options: Any) -> list[str]:
+    def generate(
+        self, inputs: Sequence[Any], max_new_tokens: int = 64, **options: Any
+    ) -> list[str]:
         """What the model says after each input, greedily, without the tokens that end its turn.
 
         options: as of `generate_ids`.
@@ -95,7 +99,11 @@ class OmniGenerator(OmniEmbedder):
         return generated
 
     def _generate(
-        self, ready: Sequence[Processed], max_new_tokens: int, batch_size: int, progress: tqdm | None
+        self,
+        ready: Sequence[Processed],
+        max_new_tokens: int,
+        batch_size: int,
+        progress: tqdm | None,
     ) -> list[np.ndarray]:
         """`generate_ids` of what is ready."""
         generated: list[np.ndarray] = [np.zeros(0, np.int32)] * len(ready)
@@ -105,7 +113,9 @@ class OmniGenerator(OmniEmbedder):
             return self._decode(self.params, prefilled, self.ends)[0], batch.sequences
 
         for indices, (ids, sequences) in self._run(ready, start, batch_size, MAX_TOKENS, progress):
-            for i, mine in zip(indices, np.asarray(ids).reshape(-1, max_new_tokens)[sequences], strict=True):
+            for i, mine in zip(
+                indices, np.asarray(ids).reshape(-1, max_new_tokens)[sequences], strict=True
+            ):
                 ended = np.flatnonzero(np.isin(mine, self.ends))
                 generated[i] = mine[: ended[0] + 1] if len(ended) else mine
         return generated
@@ -133,20 +143,28 @@ class OmniGenerator(OmniEmbedder):
 
         def start(batch: InferenceBatch) -> tuple[Array, np.ndarray]:
             mine = [targets[i] for i in batch.inputs]
-            spoken = np.concatenate([at[-len(ids) :] for at, ids in zip(batch.at, mine, strict=True)])
+            spoken = np.concatenate(
+                [at[-len(ids) :] for at, ids in zip(batch.at, mine, strict=True)]
+            )
             room = (0, bucket(len(spoken)) - len(spoken))
             wanted = np.pad(np.concatenate(mine), room)
-            each = self._losses(self.params, batch.tokens, self._media(batch), np.pad(spoken, room), wanted)
+            each = self._losses(
+                self.params, batch.tokens, self._media(batch), np.pad(spoken, room), wanted
+            )
             return each, np.repeat(np.arange(len(mine)), [len(ids) for ids in mine])
 
         for indices, (each, whose) in self._run(ready, start, None, max_tokens, progress):
             losses[indices] = np.bincount(whose, np.asarray(each)[: len(whose)])
         return losses, counts
 
-    def _check_room(self, ready: Sequence[Processed], names: Sequence[str], more: int, what: str) -> None:
+    def _check_room(
+        self, ready: Sequence[Processed], names: Sequence[str], more: int, what: str
+    ) -> None:
         """Raise for the first input that does not leave the context room for so many tokens `more`."""
         context = self.processor.max_tokens
-        if long := [name for one, name in zip(ready, names, strict=False) if len(one) + more > context]:
+        if long := [
+            name for one, name in zip(ready, names, strict=False) if len(one) + more > context
+        ]:
             raise LcoError(f"{long[0]} and {what} exceed the model's {context} tokens")
 
 
@@ -158,12 +176,19 @@ def turn_ends(processor: Processor) -> list[int]:
     if (folder / "generation_config.json").exists():
         places = [read_json(folder / "generation_config.json"), *places]
     places.append({"eos_token_id": processor.tokenizer.tokenizer.eos_token_id})
-    found = next((place["eos_token_id"] for place in places if place.get("eos_token_id") is not None), [])
+    found = next(
+        (place["eos_token_id"] for place in places if place.get("eos_token_id") is not None), []
+    )
     return found if isinstance(found, list) else [found]
 
 
 def _answer_losses(
-    decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, media: Array | None, spoken: Array, wanted: Array
+    decoder: Decoder,
+    params: dict[str, Any],
+    tokens: PackedTokens,
+    media: Array | None,
+    spoken: Array,
+    wanted: Array,
 ) -> Array:
     """The loss of each of A tokens, `wanted` after those that lie at `spoken` of the R · T: float32 [A]."""
     states = decoder.apply({"params": params["decoder"]}, tokens, media, "tokens")
@@ -185,7 +210,9 @@ def _prefill(
     return greedy(states, head_of(params)), positions, cache.with_room(new)
 
 
-def _decode(decoder: Decoder, params: dict[str, Any], prefilled: Prefilled, ends: Array) -> tuple[Array, Prefilled]:
+def _decode(
+    decoder: Decoder, params: dict[str, Any], prefilled: Prefilled, ends: Array
+) -> tuple[Array, Prefilled]:
     """What `_prefill` left -> the new tokens, int32 [R, S, M], arbitrary after the first of `ends` (int32 [E]); and
     what was given, whose memory is used again. Stops when every sequence has ended."""
     first, positions, cache = prefilled
@@ -202,7 +229,9 @@ def _decode(decoder: Decoder, params: dict[str, Any], prefilled: Prefilled, ends
         at = jnp.broadcast_to((positions + cache.generated)[..., None], (*positions.shape, 3))
         newest = ids[..., cache.generated]
         tokens = PackedTokens(newest, at, zeros.astype(jnp.uint32), zeros - 1, (), zeros, zeros)
-        states, cache = decoder.apply({"params": params["decoder"]}, tokens, of="cache", cache=cache)
+        states, cache = decoder.apply(
+            {"params": params["decoder"]}, tokens, of="cache", cache=cache
+        )
         following = greedy(states, head_of(params))
         return ids.at[..., cache.generated].set(following), ended | jnp.isin(following, ends), cache
 

@@ -27,8 +27,8 @@ from lco_jax.core.exchange import Exchange
 from lco_jax.core.files import fetched, mirrored, write_json
 from lco_jax.core.sharding import make_mesh
 from lco_jax.data import pipeline
+from lco_jax.data.layouts import choose_layout, draw
 from lco_jax.data.media import MediaConfig
-from lco_jax.data.plan import draw, plan
 from lco_jax.data.processor import Processor
 from lco_jax.data.records import Record
 from lco_jax.data.scan import Source
@@ -95,24 +95,50 @@ def open_job(config: ConfigDict, home: Place, generative: bool = False) -> Job:
     batch_size = config.train.batch_size
     total_steps = config.train.steps or max(int(config.train.epochs * records / batch_size), 1)
     training = Training.build(config, checkpoint, total_steps, mesh)
-    say(f"{config.model.path} on {mesh.size} × {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
-    what = f"LoRA rank {training.lora.rank}" if training.tune.decoder == "lora" else training.tune.decoder
-    say(f"{records:,} records, {total_steps:,} steps of {batch_size}, {what}: {tuning.count(training.tuned):,} numbers")
+    say(
+        f"{config.model.path} on {mesh.size} × {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}"
+    )
+    what = (
+        f"LoRA rank {training.lora.rank}"
+        if training.tune.decoder == "lora"
+        else training.tune.decoder
+    )
+    say(
+        f"{records:,} records, {total_steps:,} steps of {batch_size}, {what}: {tuning.count(training.tuned):,} numbers"
+    )
     if skipped := sum(source.skipped for source in sources.values()):
         say(f"{skipped:,} bad records skipped")
 
-    files = [JsonlSource(fetched(file), config.data.on_bad) for file in config.eval.path.split(",") if file]
+    files = [
+        JsonlSource(fetched(file), config.data.on_bad)
+        for file in config.eval.path.split(",")
+        if file
+    ]
     held_out = {source.path.stem: source for source in files}
     if len(held_out) < len(files):
-        raise LcoError(f"config.eval.path={config.eval.path} names two files alike; scores go by their names")
+        raise LcoError(
+            f"config.eval.path={config.eval.path} names two files alike; scores go by their names"
+        )
     media = MediaConfig(**config.data.media)
-    towers = _towers(checkpoint, {**{f"held-out data {name}": one for name, one in held_out.items()}, **sources}, media)
+    towers = _towers(
+        checkpoint,
+        {**{f"held-out data {name}": one for name, one in held_out.items()}, **sources},
+        media,
+    )
     if training.tune.towers != "none":
         towers = list(checkpoint.towers)
     settings = {key: config.model[key] for key in ("quantize", "remat", "attention")}
-    settings["remat"] = "full" if settings["remat"] == "auto" else settings["remat"]  # until it is chosen
+    settings["remat"] = (
+        "full" if settings["remat"] == "auto" else settings["remat"]
+    )  # until it is chosen
     model, params = load_model(
-        checkpoint, mesh, config.model.dtype, towers, config.model.tower_dtype or None, head=generative, **settings
+        checkpoint,
+        mesh,
+        config.model.dtype,
+        towers,
+        config.model.tower_dtype or None,
+        head=generative,
+        **settings,
     )
     if training.tune.decoder == "full":
         model = dataclasses.replace(model, decoder=model.decoder.clone(tuned=True))
@@ -128,12 +154,16 @@ def open_data(
     """What a run reads, what makes inputs of it, and how they are laid into batches, not yet planned."""
     sources = pipeline.open_sources(config.data)
     media, context = MediaConfig(**config.data.media), checkpoint.config.max_position_embeddings
-    processor = Processor(checkpoint.folder, context, media, modalities=checkpoint.backbone.modalities)
+    processor = Processor(
+        checkpoint.folder, context, media, modalities=checkpoint.backbone.modalities
+    )
     most = max(source.max_negatives for source in sources.values())
     layout = pipeline.Layout(
         batch_size=config.train.batch_size,
-        max_negatives=most if config.data.max_negatives < 0 else min(most, config.data.max_negatives),
-        head=processor.tokenizer.head,
+        max_negatives=most
+        if config.data.max_negatives < 0
+        else min(most, config.data.max_negatives),
+        prefix=processor.tokenizer.prefix,
         chunk_tokens=config.train.chunk_tokens,
         on_bad=config.data.on_bad,
         generative=generative,
@@ -145,7 +175,10 @@ def batches_of(
     config: ConfigDict, sources: Mapping[str, Source], layout: pipeline.Layout, processor: Processor
 ) -> grain.MapDataset:
     """This process's share of each global batch of a run."""
-    weights = {name: config.data.sources[name].get("weight", len(source)) for name, source in sources.items()}
+    weights = {
+        name: config.data.sources[name].get("weight", len(source))
+        for name, source in sources.items()
+    }
     run = layout.batch_size if config.data.batches == "homogeneous" else 1
     stream = pipeline.record_stream(sources, weights, config.seed, run)
     return pipeline.local_batches(stream, layout, processor, config.data.max_length)
@@ -179,7 +212,7 @@ def begin(job: Job, step_of: Callable[[Model], Step]) -> Run:
     @functools.cache
     def shaped(chunk: int) -> pipeline.Layout:
         unplanned = dataclasses.replace(layout, chunk_tokens=chunk)
-        return plan(sample, unplanned, job.processor, job.mesh, config.data.max_length)
+        return choose_layout(sample, unplanned, job.processor, job.mesh, config.data.max_length)
 
     chunk_tokens = config.train.chunk_tokens
     train_step = step_of(job.model)
@@ -218,14 +251,16 @@ def _choose(
         layout = shaped(one.chunk_tokens)
         sides = layout.batch_size, layout.sides
         media = memory.abstract_media(job.processor.rows, layout.media_floor, job.mesh)
-        batch = memory.abstract_batch(layout.floor, sides, len(layout.head), job.mesh, media)
+        batch = memory.abstract_batch(layout.floor, sides, len(layout.prefix), job.mesh, media)
         with jax.set_mesh(job.mesh):
-            return made(one.remat)[1].lower(job.training.placed, frozen, batch)
+            return made(one.remat)[1].lower(job.training.sharded_abstract, frozen, batch)
 
     apart = set(job.model.towers) if job.training.tune.towers == "none" else set()
-    given, besides = ({k: x for k, x in job.params.items() if (k in apart) == aside} for aside in (False, True))
+    given, besides = (
+        {k: x for k, x in job.params.items() if (k in apart) == aside} for aside in (False, True)
+    )
     chosen = memory.choose_for(
-        job.config, job.model.decoder.config, given, besides, job.training.placed, job.mesh,
+        job.config, job.model.decoder.config, given, besides, job.training.sharded_abstract, job.mesh,
         lambda chunk: shaped(chunk).floor, lower,
     )  # fmt: skip
     job.model, train_step = made(chosen.remat)
@@ -243,11 +278,18 @@ def loop(run: Run) -> bool:
     dog = Watchdog(config.train.patience, run.step)
     progress = Progress(config, job.workdir, job.total_steps, run.step)
     exchange, left = Exchange(), job.total_steps - run.step
-    batches = pipeline.batches(run.iterator, run.planned, job.processor.rows, job.mesh, exchange, left)
+    batches = pipeline.batches(
+        run.iterator, run.planned, job.processor.rows, job.mesh, exchange, left
+    )
     with contextlib.ExitStack() as end:
         end.callback(job.keep)
         preemption = end.enter_context(Preemption(store.reached_preemption))
-        for resource in (store, progress, batches, exchange):  # closed from the last to the first, on any way out
+        for resource in (
+            store,
+            progress,
+            batches,
+            exchange,
+        ):  # closed from the last to the first, on any way out
             end.enter_context(contextlib.closing(resource))
         for context in (dog, jax.set_mesh(job.mesh), peers()):
             end.enter_context(context)
@@ -298,14 +340,18 @@ def _tuned_on_host(run: Run) -> dict[str, Any]:
     return run.store.read(run.job.total_steps, {"tuned": run.job.training.tuned})["tuned"]
 
 
-def _write(run: Run, tuned: dict[str, Any], numbers: dict[str, Any], pictures: Mapping[str, Path]) -> dict[str, Any]:
+def _write(
+    run: Run, tuned: dict[str, Any], numbers: dict[str, Any], pictures: Mapping[str, Path]
+) -> dict[str, Any]:
     job, config, workdir = run.job, run.job.config, run.job.workdir
     outputs: dict[str, Path] = {}
     if has_adapters(tuned.get("decoder", {})):
         write_peft(workdir / "adapter", tuned["decoder"], job.training.lora, config.model.path)
         outputs["adapter"] = workdir / "adapter"
     if config.export.merged:
-        export_merged(config.model.path, workdir / "merged", tuned, job.training.lora, config.export.dtype)
+        export_merged(
+            config.model.path, workdir / "merged", tuned, job.training.lora, config.export.dtype
+        )
         outputs["merged model"] = workdir / "merged"
     lines = [line for line in read_metrics(workdir / "metrics.jsonl") if line["loss"] is not None]
     columns = [[line[key] for line in lines] for key in ("step", "loss", "learning_rate")]
@@ -314,7 +360,9 @@ def _write(run: Run, tuned: dict[str, Any], numbers: dict[str, Any], pictures: M
     results |= {"trained_parameters": tuning.count(job.training.tuned), **numbers}
     write_json(workdir / "results.json", results)
     job.keep()
-    say(f"\nloss {results['first_loss']:.3f} at the first step, {results['last_loss']:.3f} at the last\n")
+    say(
+        f"\nloss {results['first_loss']:.3f} at the first step, {results['last_loss']:.3f} at the last\n"
+    )
     for label, path in {**outputs, "loss curve": workdir / "loss.png", **pictures}.items():
         say(f"{label:14}{job.home / path.relative_to(workdir)}")
     return results
@@ -325,7 +373,9 @@ def _towers(checkpoint: Checkpoint, sources: Mapping[str, Source], media: MediaC
     backbone = checkpoint.backbone
     for name, source in sources.items():
         if closed := sorted(source.modalities - set(backbone.modalities)):
-            raise LcoError(f"{name} holds {closed[0]}, and this checkpoint takes {', '.join(backbone.modalities)}")
+            raise LcoError(
+                f"{name} holds {closed[0]}, and this checkpoint takes {', '.join(backbone.modalities)}"
+            )
     used = frozenset().union(*(source.modalities for source in sources.values()))
     used |= {"audio"} if media.use_audio_in_video and "video" in used else set()
     return [tower for tower, kinds in backbone.reads.items() if used & set(kinds)]

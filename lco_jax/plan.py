@@ -25,13 +25,13 @@ from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.files import write_json
 from lco_jax.core.packing import Shape
 from lco_jax.core.sharding import AXES, make_mesh
-from lco_jax.data import plan as data_plan
+from lco_jax.cost_model import hlo
+from lco_jax.cost_model.hardware import DEVICES, Hardware
+from lco_jax.cost_model.program import Step, Workload, even
+from lco_jax.cost_model.targets import Target, target
+from lco_jax.data import layouts
 from lco_jax.job import batches_of, open_data, say
 from lco_jax.models.config import DecoderConfig
-from lco_jax.planning import hlo
-from lco_jax.planning.hardware import DEVICES, Hardware
-from lco_jax.planning.program import Step, Workload, even
-from lco_jax.planning.targets import Target, target
 from lco_jax.training import cli, memory
 from lco_jax.training.memory import GIB, Candidate
 from lco_jax.training.run import check_config
@@ -68,9 +68,14 @@ def plan(
     result: dict[str, Any] = {"device": device.name, "devices": devices, "assumed": assumed}
     result |= {"compiler": made.compiler, "note": made.note, "mesh": sizes}
     meshes = [sizes] if sizes else list(_meshes(devices, checkpoint.config.num_kv_heads))
-    steps = [Step(config, checkpoint, make_mesh(*mesh, devices=made.devices), workload) for mesh in meshes]
+    steps = [
+        Step(config, checkpoint, make_mesh(*mesh, devices=made.devices), workload)
+        for mesh in meshes
+    ]
     why = ""
-    for step in sorted(steps, key=lambda step: _likely_seconds(step, device))[: 1 if quick else MESHES]:
+    for step in sorted(steps, key=lambda step: _likely_seconds(step, device))[
+        : 1 if quick else MESHES
+    ]:
         try:
             return result | _compiled(step, device, made, quick)
         except LcoError as error:
@@ -99,7 +104,11 @@ def _compiled(step: Step, device: Hardware, made: Target, quick: bool) -> dict[s
         options = [_likeliest(step, device)]
     chosen = memory.choose(device.room, options, step.rough, need)
     one = Candidate(*chosen[:2])
-    found = {"mesh": tuple(step.mesh.shape.values()), "remat": one.remat, "chunk_tokens": one.chunk_tokens}
+    found = {
+        "mesh": tuple(step.mesh.shape.values()),
+        "remat": one.remat,
+        "chunk_tokens": one.chunk_tokens,
+    }
     profile = hlo.Program(compiled[one].as_text(), step.training.lora.rank).profile(device)
     return found | {"compile_seconds": seconds} | _costs(step, device, made, chosen, profile)
 
@@ -114,7 +123,9 @@ def _likeliest(step: Step, device: Hardware) -> Candidate:
     return next((one for one in options if step.rough(one) <= device.room), options[-1])
 
 
-def _workload(config: ConfigDict, checkpoint: Checkpoint, tokens: int | None) -> tuple[Workload, str]:
+def _workload(
+    config: ConfigDict, checkpoint: Checkpoint, tokens: int | None
+) -> tuple[Workload, str]:
     """What a step is given, and where that is from."""
     why = ""
     if tokens is None:
@@ -122,16 +133,22 @@ def _workload(config: ConfigDict, checkpoint: Checkpoint, tokens: int | None) ->
             sources, processor, layout = open_data(config, checkpoint)
             if any(source.modalities - {"text"} for source in sources.values()):
                 raise LcoError("there are media in them, and towers are not planned")
-            sample = data_plan.draw(batches_of(config, sources, layout, processor), layout, media=False)
+            sample = layouts.draw(
+                batches_of(config, sources, layout, processor), layout, media=False
+            )
         except LcoError as error:
             tokens, why = TOKENS, f" (not as the data are: {error})"
         else:
 
             def shape(chunk_tokens: int, mesh: jax.sharding.Mesh) -> Shape:
-                laid = replace(layout, chunk_tokens=chunk_tokens)
-                return data_plan.plan(sample, laid, processor, mesh, config.data.max_length).floor
+                packed = replace(layout, chunk_tokens=chunk_tokens)
+                return layouts.choose_layout(
+                    sample, packed, processor, mesh, config.data.max_length
+                ).floor
 
-            return Workload((layout.batch_size, layout.sides), len(layout.head), shape), "shapes as the data are"
+            return Workload(
+                (layout.batch_size, layout.sides), len(layout.prefix), shape
+            ), "shapes as the data are"
     negatives = config.data.max_negatives
     sides = config.train.batch_size, 2 + (1 if negatives < 0 else negatives)
     return even(sides, tokens), f"{sides[1]} texts a record of {tokens} tokens each{why}"
@@ -149,7 +166,9 @@ def _meshes(devices: int, kv_heads: int) -> Iterator[tuple[int, int, int]]:
 @cache
 def _numbers(config: DecoderConfig) -> int:
     """Weights of a layer."""
-    return sum(x.size for x in jax.tree.leaves(abstract_params(config)["layers"])) // config.num_layers
+    return (
+        sum(x.size for x in jax.tree.leaves(abstract_params(config)["layers"])) // config.num_layers
+    )
 
 
 def _useful_flops(step: Step, shape: Shape) -> float:
@@ -168,15 +187,26 @@ def _likely_seconds(step: Step, device: Hardware) -> tuple[bool, float]:
     flops = _useful_flops(step, shape) * (passes + AGAIN[one.remat]) / 2
     layers = jax.tree.leaves(step.params["decoder"]["layers"])
     gathered = sum(x.size * x.dtype.itemsize for x in layers) / mesh["tensor"]
-    summed = 4 * shape.tokens * shape.chunks * c.hidden_size * c.num_layers * step.decoder().dtype.itemsize
-    sent = passes * (shape.chunks * gathered * (1 - 1 / mesh["fsdp"]) + summed * (1 - 1 / mesh["tensor"]))
+    summed = (
+        4
+        * shape.tokens
+        * shape.chunks
+        * c.hidden_size
+        * c.num_layers
+        * step.decoder().dtype.itemsize
+    )
+    sent = passes * (
+        shape.chunks * gathered * (1 - 1 / mesh["fsdp"]) + summed * (1 - 1 / mesh["tensor"])
+    )
     links = device.links if step.mesh.size <= device.domain else device.network
     return step.rough(one) > device.room, flops / device.flops + sent / links
 
 
-def _costs(step: Step, device: Hardware, made: Target, chosen: memory.Choice, profile: hlo.Profile) -> dict[str, Any]:
+def _costs(
+    step: Step, device: Hardware, made: Target, chosen: memory.Choice, profile: hlo.Profile
+) -> dict[str, Any]:
     """Memory, work, time and money of a compiled step."""
-    shape, state = step.shape(chosen.chunk_tokens), step.training.placed
+    shape, state = step.shape(chosen.chunk_tokens), step.training.sharded_abstract
     held = {
         "weights": memory.held_bytes(step.frozen),
         "adapters": memory.held_bytes(state["tuned"]),
@@ -204,11 +234,17 @@ def table(r: dict[str, Any]) -> str:
         more = f"no mesh of {r['devices']} × {r['device']} that was tried holds it: take more, or quantize the model"
         return "\n".join(lines + [more] * (r["mesh"] is None))
     mesh = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, r["mesh"], strict=True))
-    lines += [f"mesh {mesh}; remat {r['remat']}; chunks of a device: {r['chunks']} of {r['tokens']:,} tokens", ""]
+    lines += [
+        f"mesh {mesh}; remat {r['remat']}; chunks of a device: {r['chunks']} of {r['tokens']:,} tokens",
+        "",
+    ]
     rows = {**r["memory"], f"memory, of {r['memory_room'] / GIB:.2f} GiB": r["memory_total"]}
     lines += [f"{kind:34}{size / GIB:10.2f} GiB" for kind, size in rows.items()]
     lines += ["", f"{'products':34}{r['flops'] / 1e12:10.2f} TFLOP"]
-    lines += [f"{kind:34}{size / 1e9:10.2f} GB in {count:,.0f}" for kind, (count, size) in r["collectives"].items()]
+    lines += [
+        f"{kind:34}{size / 1e9:10.2f} GB in {count:,.0f}"
+        for kind, (count, size) in r["collectives"].items()
+    ]
     total = r["step_seconds"]
     lines += [f"{part:34}{s:10.4f} s" for part, s in r["seconds"].items() if s > total / 100]
     lines += ["", f"a step: {total:.3g} s modelled, not timed ({MODELLED[r['compiler']]})"]
@@ -231,14 +267,20 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 def main() -> int:
     """Parse the command line, plan, print."""
-    parser = argparse.ArgumentParser("lco_jax.plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "lco_jax.plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--device", required=True, choices=DEVICES)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--mesh", type=_sizes, help="sizes along data, fsdp and tensor, as 1,16,1")
     where.add_argument("--devices", type=_whole, help="plan on the mesh that is likely the fastest")
-    parser.add_argument("--tokens_per_text", type=_whole, help="prompt included; by default as the data are")
+    parser.add_argument(
+        "--tokens_per_text", type=_whole, help="prompt included; by default as the data are"
+    )
     parser.add_argument("--quick", action="store_true", help="compile one program, the likeliest")
-    parser.add_argument("--price", type=float, help="USD an hour and device, in the place of the list's")
+    parser.add_argument(
+        "--price", type=float, help="USD an hour and device, in the place of the list's"
+    )
     parser.add_argument("--json", type=on_disk, help="a file for the numbers")
     args, rest = parser.parse_known_args()
     devices = args.devices or math.prod(args.mesh)
@@ -247,7 +289,9 @@ def main() -> int:
     config = cli.parse([sys.argv[0], *rest], __doc__).config
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)  # where their compiler is not installed
-    jax.config.update("jax_enable_compilation_cache", False)  # what is compiled is for no machine here
+    jax.config.update(
+        "jax_enable_compilation_cache", False
+    )  # what is compiled is for no machine here
     result = plan(config, device, devices, args.mesh, args.tokens_per_text, args.quick)
     print(table(result))
     if args.json:

@@ -32,7 +32,9 @@ SAID = 4  # held-out prompts that are answered
 def pretrain(config: ConfigDict, workdir: Place) -> dict[str, Any]:
     """Run or resume; returns results.json's content, or {} when a SIGTERM ended the run early (after saving it)."""
     job = jobs.open_job(config, workdir, generative=True)
-    generator = OmniGenerator(job.model, {}, job.processor, job.mesh)  # one: its programs are compiled once
+    generator = OmniGenerator(
+        job.model, {}, job.processor, job.mesh
+    )  # one: its programs are compiled once
     before = _evaluate(job, generator, job.untrained_params, said=0) if job.held_out else {}
 
     def step_of(model: Model) -> Step:
@@ -58,7 +60,9 @@ def pretrain(config: ConfigDict, workdir: Place) -> dict[str, Any]:
     return jobs.finish(run, {"before": before, "after": after, "said": said}, {})
 
 
-def _evaluate(job: Job, generator: OmniGenerator, params: Callable[[], dict[str, Any]], said: int) -> dict[str, Any]:
+def _evaluate(
+    job: Job, generator: OmniGenerator, params: Callable[[], dict[str, Any]], said: int
+) -> dict[str, Any]:
     """The loss of the held-out answers, in nats a token, and what the model says to the first
     prompts, so many.
 

@@ -36,16 +36,34 @@ from lco_jax.searching.nearest import EXACT, Nearest, with_graph
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m lco_jax.search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m lco_jax.search",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--input", type=on_disk, required=True, help="a folder of media, a .jsonl or a .txt, as of embed"
+        "--input",
+        type=on_disk,
+        required=True,
+        help="a folder of media, a .jsonl or a .txt, as of embed",
     )
-    parser.add_argument("--index", type=on_disk, required=True, help="the folder that keeps the vectors")
-    parser.add_argument("--port", type=int, default=8765, help="0: any that is free (default: 8765)")
-    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--max-upload", type=int, default=100_000_000, help="bytes of a query (default: 100,000,000)")
-    parser.add_argument("--ann", action="store_true", help=f"an HNSW graph for fewer than {EXACT:,} vectors, too")
+    parser.add_argument(
+        "--index", type=on_disk, required=True, help="the folder that keeps the vectors"
+    )
+    parser.add_argument(
+        "--port", type=int, default=8765, help="0: any that is free (default: 8765)"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1)"
+    )
+    parser.add_argument(
+        "--max-upload",
+        type=int,
+        default=100_000_000,
+        help="bytes of a query (default: 100,000,000)",
+    )
+    parser.add_argument(
+        "--ann", action="store_true", help=f"an HNSW graph for fewer than {EXACT:,} vectors, too"
+    )
     add_flags(parser, on_error="skip")
     return parser.parse_args()
 
@@ -60,13 +78,19 @@ def main() -> int:
     if args.input.suffix == ".parquet":
         raise LcoError(f"--input={args.input}: search takes a folder of media, a .jsonl or a .txt")
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-    with explained(f"--host={args.host} --port={args.port} cannot be listened on", OSError, OverflowError):
-        listening = socket.create_server((args.host, args.port), family=family)  # before hours of work
+    with explained(
+        f"--host={args.host} --port={args.port} cannot be listened on", OSError, OverflowError
+    ):
+        listening = socket.create_server(
+            (args.host, args.port), family=family
+        )  # before hours of work
     with listening:
         library, embedder = prepare(args)
 
         def encode(content: Any, name: str) -> np.ndarray:
-            return embedder.encode([content], prompt=args.prompt, max_length=args.max_length, names=[name])[0]
+            return embedder.encode(
+                [content], prompt=args.prompt, max_length=args.max_length, names=[name]
+            )[0]
 
         encode({"text": "a first query, so that the next one finds its programs compiled"}, "")
         about = {"model": Path(args.model).name, "modalities": embedder.modalities}
@@ -92,29 +116,44 @@ def prepare(args: argparse.Namespace) -> tuple[Library, OmniEmbedder]:
     checkpoint = open_checkpoint(args.model)
     embedder = load(args, checkpoint, media, None)
     work = model_work(args, media, checkpoint)
-    parts = VectorParts(args.index / "vectors.parquet", work, args.part_size or MEDIA_A_PART, "--index")
+    parts = VectorParts(
+        args.index / "vectors.parquet", work, args.part_size or MEDIA_A_PART, "--index"
+    )
     keys, vectors = update(parts, entries, found, embedder, args)
     rows = [row for row, key in enumerate(keys) if key in entries and np.isfinite(vectors[row, 0])]
     if len(rows) < len(entries):
-        print(f"{len(entries) - len(rows):,} inputs are left out: {parts.output}.skipped.jsonl says which, and why")
+        print(
+            f"{len(entries) - len(rows):,} inputs are left out: {parts.output}.skipped.jsonl says which, and why"
+        )
     if not rows:
         raise LcoError(f"--input={args.input} holds nothing that could be embedded")
 
     def index(vectors: np.ndarray, keys: Sequence[str], kind: str) -> Nearest:
-        return with_graph(vectors, keys, args.index, kind) if args.ann or len(keys) > EXACT else Nearest(vectors)
+        return (
+            with_graph(vectors, keys, args.index, kind)
+            if args.ann or len(keys) > EXACT
+            else Nearest(vectors)
+        )
 
     return Library([entries[keys[row]] for row in rows], vectors[rows], index), embedder
 
 
 def update(
-    parts: VectorParts, entries: Mapping[str, Entry], found: Contents, embedder: OmniEmbedder, args: argparse.Namespace
+    parts: VectorParts,
+    entries: Mapping[str, Entry],
+    found: Contents,
+    embedder: OmniEmbedder,
+    args: argparse.Namespace,
 ) -> tuple[list[str], np.ndarray]:
     """Embed what the index lacks -> the keys of its rows, and float32 [N, D], NaN where an input could not be embedded.
 
     entries: by key. What a killed start has embedded lies in `parts`; what the index had is laid down after it, then
     what is new. An input that could not be embedded is tried again only when another one is new.
     """
-    table, manifest = partial(pyarrow.parquet.read_table, parts.output), parts.output.parent / "manifest.json"
+    table, manifest = (
+        partial(pyarrow.parquet.read_table, parts.output),
+        parts.output.parent / "manifest.json",
+    )
     with parts, parts.alone(wait=False):
         if manifest.exists():
             same_work(read_json(manifest), parts.work, manifest.parent, parts.flag)
@@ -126,14 +165,22 @@ def update(
             return known, vectors
         done = set(read_vectors(parts.tables())[0])
         lacking = entries.keys() - done
-        rows = [row for row, key in enumerate(known) if key in lacking and np.isfinite(vectors[row, 0])]
+        rows = [
+            row for row, key in enumerate(known) if key in lacking and np.isfinite(vectors[row, 0])
+        ]
         if rows:
-            Unit(parts, row := parts.next_row, row + len(rows)).add([known[row] for row in rows], vectors[rows], {})
+            Unit(parts, row := parts.next_row, row + len(rows)).add(
+                [known[row] for row in rows], vectors[rows], {}
+            )
         there = done | {known[row] for row in rows}
         new = [entry.item._replace(id=key) for key, entry in entries.items() if key not in there]
         if new:
-            rest = closing(Unit(parts, row := parts.next_row, row + len(new)))  # while nobody else may come in
-            bar = tqdm(total=len(there) + len(new), initial=len(there), desc="embedding", unit="input")
+            rest = closing(
+                Unit(parts, row := parts.next_row, row + len(new))
+            )  # while nobody else may come in
+            bar = tqdm(
+                total=len(there) + len(new), initial=len(there), desc="embedding", unit="input"
+            )
             with rest as unit, bar as progress:
                 embed_items(embedder, [(unit, new)], found, parts, args, progress)
         parts.join(len(there) + len(new), embedder.dimension, str, recorded=False)

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from lco_jax import job as jobs
 from lco_jax.core.buckets import Place
 from lco_jax.core.errors import PREEMPTED, LcoError, run_main
-from lco_jax.data.records import Side, as_input
+from lco_jax.data.records import Content, as_input
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation.plots import plot_similarity
 from lco_jax.evaluation.retrieval import Retrieval, retrieval
@@ -37,9 +37,13 @@ from lco_jax.training.watch import peers
 def train(config: ConfigDict, workdir: Place) -> dict[str, Any]:
     """Run or resume; returns results.json's content, or {} when a SIGTERM ended the run early (after saving it)."""
     if config.tune.towers != "none":
-        raise LcoError("config.tune.towers goes with lco_jax.pretrain; contrastive training leaves towers as they are")
+        raise LcoError(
+            "config.tune.towers goes with lco_jax.pretrain; contrastive training leaves towers as they are"
+        )
     job = jobs.open_job(config, workdir)
-    embedder = OmniEmbedder(job.model, {}, job.processor, job.mesh)  # one: its programs are compiled once
+    embedder = OmniEmbedder(
+        job.model, {}, job.processor, job.mesh
+    )  # one: its programs are compiled once
     before = _evaluate(job, embedder, job.untrained_params) if job.held_out else {}
 
     def step_of(model: Model) -> Step:
@@ -65,12 +69,16 @@ def train(config: ConfigDict, workdir: Place) -> dict[str, Any]:
     return _finish(run, before, after)
 
 
-def _evaluate(job: Job, embedder: OmniEmbedder, params: Callable[[], dict[str, Any]]) -> dict[str, Retrieval]:
+def _evaluate(
+    job: Job, embedder: OmniEmbedder, params: Callable[[], dict[str, Any]]
+) -> dict[str, Retrieval]:
     """Held-out retrieval by file. params: makes those that the embedder has meanwhile."""
 
-    def encode(sides: Sequence[Side]) -> np.ndarray:
+    def encode(sides: Sequence[Content]) -> np.ndarray:
         inputs = list(map(as_input, sides))
-        return embedder.encode(inputs, job.config.eval.batch_size, max_length=job.config.data.max_length)
+        return embedder.encode(
+            inputs, job.config.eval.batch_size, max_length=job.config.data.max_length
+        )
 
     embedder.params, found = params(), {}
     for name, records in job.held_out.items():

@@ -62,7 +62,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, status, content=b"", **headers):
         if not isinstance(content, bytes):
-            content, headers = json.dumps(content).encode(), {"Content-Type": "application/json", **headers}
+            content, headers = (
+                json.dumps(content).encode(),
+                {"Content-Type": "application/json", **headers},
+            )
         self.send_response(status)
         for name, value in {**headers, "Content-Length": len(content)}.items():
             self.send_header(name.replace("_", "-"), str(value))
@@ -70,12 +73,20 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def handle_call(self):
-        body, address = self.rfile.read(int(self.headers.get("Content-Length") or 0)), urlsplit(self.path)
-        query = {key: values[0] for key, values in parse_qs(address.query, keep_blank_values=True).items()}
+        body, address = (
+            self.rfile.read(int(self.headers.get("Content-Length") or 0)),
+            urlsplit(self.path),
+        )
+        query = {
+            key: values[0]
+            for key, values in parse_qs(address.query, keep_blank_values=True).items()
+        }
         with self.server.lock:
             if address.path.startswith("/batch/"):
                 return self.batch(body)
-            path = re.fullmatch(r"(/upload|/download)?/storage/v1/b/([^/]+)(/o)?(?:/([^/]+)(/.*)?)?", address.path)
+            path = re.fullmatch(
+                r"(/upload|/download)?/storage/v1/b/([^/]+)(/o)?(?:/([^/]+)(/.*)?)?", address.path
+            )
             kind, bucket, objects, name, more = path.groups()
             name = name and unquote(name)
             if bucket == "closed":
@@ -122,7 +133,10 @@ class Handler(BaseHTTPRequestHandler):
         if query.get("alt") != "media" and not kind:
             return self.answer(200, self.server.about(name))
         content, about = objects[name], self.server.about(name)
-        headers = {"x-goog-generation": about["generation"], "x-goog-hash": f"md5={about['md5Hash']}"}
+        headers = {
+            "x-goog-generation": about["generation"],
+            "x-goog-hash": f"md5={about['md5Hash']}",
+        }
         if not (asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))):
             return self.answer(200, content, **headers)
         first, last = int(asked[1]), min(int(asked[2] or len(content)), len(content) - 1)
@@ -134,7 +148,9 @@ class Handler(BaseHTTPRequestHandler):
     def upload(self, query, body):
         name = query.get("name")
         if query["uploadType"] == "multipart":  # the name, and the content, between borders
-            border = b"--" + re.search('boundary="?([^";]+)', self.headers["Content-Type"])[1].encode()
+            border = (
+                b"--" + re.search('boundary="?([^";]+)', self.headers["Content-Type"])[1].encode()
+            )
             _, about, rest = body.split(border, 2)
             name = name or json.loads(about[about.index(b"{") :])["name"]
             body = rest.split(b"\n\n", 1)[1].rsplit(b"\n" + border, 1)[0]
@@ -147,5 +163,10 @@ class Handler(BaseHTTPRequestHandler):
         answers = []
         for one in re.findall(rb"DELETE /storage/v1/b/bucket/o/([^ ?]+)", body):
             gone = self.server.objects.pop(unquote(one.decode()), None) is not None
-            answers.append(b"\r\nContent-Type: application/http\r\n\r\nHTTP/1.1 %d X\r\n\r\n" % (204 if gone else 404))
-        self.answer(200, b"--of".join([b"", *answers, b"--"]), Content_Type="multipart/mixed; boundary=of")
+            answers.append(
+                b"\r\nContent-Type: application/http\r\n\r\nHTTP/1.1 %d X\r\n\r\n"
+                % (204 if gone else 404)
+            )
+        self.answer(
+            200, b"--of".join([b"", *answers, b"--"]), Content_Type="multipart/mixed; boundary=of"
+        )

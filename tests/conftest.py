@@ -13,11 +13,18 @@ import reference
 from lco_jax import OmniEmbedder, embed
 from lco_jax.core.errors import run_main
 
-FIRST = ("test_train", "test_extras", "test_alive", "test_pretrain")  # of minutes: not when all else is done
+FIRST = (
+    "test_train",
+    "test_extras",
+    "test_alive",
+    "test_pretrain",
+)  # of minutes: not when all else is done
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
+    items.sort(
+        key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST)
+    )
 
 
 class Case(NamedTuple):
@@ -31,7 +38,9 @@ def cache(tmp_path_factory):
     """The built-in checkpoint goes to a folder of the session's, also for child processes; which find no torch."""
     os.environ["LCO_JAX_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     given = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent / "without_torch"), *filter(None, [given])])
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).parent / "without_torch"), *filter(None, [given])]
+    )
 
 
 @pytest.fixture(scope="session")

@@ -18,11 +18,11 @@ from benchmarks.peer import import_torchvision
 
 import_torchvision()  # before anything of transformers looks for it
 
-from reference_files import PINPOINTS, write_files  # noqa: E402
-from reference_media import Golden, golden  # noqa: E402, F401, part of this module's interface
+from reference_files import PINPOINTS, write_files
+from reference_media import Golden, golden  # noqa: F401, part of this module's interface
 
-from lco_jax.checkpoint import builtin  # noqa: E402
-from lco_jax.core.files import read_json, write_json  # noqa: E402
+from lco_jax.checkpoint import builtin
+from lco_jax.core.files import read_json, write_json
 
 FAMILIES = ("vl", "vl_tied", "omni", "omni_full")
 LLAVA = ("llava_mistral", "llava_llama", "llava_qwen2")
@@ -53,25 +53,50 @@ def _config(family: str, base: dict, ids: dict[str, int], tokens: int) -> dict:
     """config.json: `vl` flat as the hub has it, `vl_tied` nested and spelt as transformers 5 does, Omni nested 4.x."""
     if family.startswith("vl"):
         return _vl_config(family, base)
-    return _omni_config(family, ids, tokens) if family.startswith("omni") else _llava_config(family, ids, tokens)
+    return (
+        _omni_config(family, ids, tokens)
+        if family.startswith("omni")
+        else _llava_config(family, ids, tokens)
+    )
 
 
 def _vl_config(family: str, base: dict) -> dict:
     ids = {key: base[key] for key in base if key.endswith("token_id")}
-    text = {**TEXT, "vocab_size": base["vocab_size"], "bos_token_id": base["bos_token_id"], "hidden_size": 96}
+    text = {
+        **TEXT,
+        "vocab_size": base["vocab_size"],
+        "bos_token_id": base["bos_token_id"],
+        "hidden_size": 96,
+    }
     vision = _vision(96, in_chans=3, tokens_per_second=2 if family == "vl" else 3)
-    top = {"architectures": base["architectures"], "model_type": "qwen2_5_vl", **ids, "vision_config": vision}
+    top = {
+        "architectures": base["architectures"],
+        "model_type": "qwen2_5_vl",
+        **ids,
+        "vision_config": vision,
+    }
     if family == "vl":  # head_dim 16
         rope = {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
         return {**text, **rope, **top, "tie_word_embeddings": False, "torch_dtype": "float32"}
-    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}}
+    rope = {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+    }
     nested = {**text, **rope, "model_type": "qwen2_5_vl_text", "tie_word_embeddings": True}
     return {**top, "text_config": nested, "dtype": "float32"}
 
 
 def _omni_config(family: str, ids: dict[str, int], tokens: int) -> dict:
-    text = {**TEXT, "vocab_size": tokens, "hidden_size": 80, "head_dim": 16, "model_type": "qwen2_5_omni_text"}
-    text |= {"rope_theta": 1e6, "rope_scaling": {"mrope_section": [2, 3, 3], "rope_type": "default", "type": "default"}}
+    text = {
+        **TEXT,
+        "vocab_size": tokens,
+        "hidden_size": 80,
+        "head_dim": 16,
+        "model_type": "qwen2_5_omni_text",
+    }
+    text |= {
+        "rope_theta": 1e6,
+        "rope_scaling": {"mrope_section": [2, 3, 3], "rope_type": "default", "type": "default"},
+    }
     thinker = {
         "architectures": ["Qwen2_5OmniThinkerForConditionalGeneration"], "model_type": "qwen2_5_omni_thinker",
         "torch_dtype": "float32", "audio_token_index": ids["<|AUDIO|>"], "image_token_index": ids["<|IMAGE|>"],
@@ -99,11 +124,25 @@ def _omni_config(family: str, ids: dict[str, int], tokens: int) -> dict:
 def _llava_config(family: str, ids: dict[str, int], tokens: int) -> dict:
     """The hub's files say little of the text model and rely on its class's defaults; the vocabulary is padded."""
     text = {key: TEXT[key] for key in TEXT if key not in ("hidden_act", "use_sliding_window")}
-    text |= {"vocab_size": tokens + 3, "rms_norm_eps": 1e-5, "model_type": family.removeprefix("llava_")}
     text |= {
-        "llava_mistral": {"hidden_size": 72, "head_dim": 16, "rope_theta": 1e6, "sliding_window": None},
+        "vocab_size": tokens + 3,
+        "rms_norm_eps": 1e-5,
+        "model_type": family.removeprefix("llava_"),
+    }
+    text |= {
+        "llava_mistral": {
+            "hidden_size": 72,
+            "head_dim": 16,
+            "rope_theta": 1e6,
+            "sliding_window": None,
+        },
         "llava_llama": {"hidden_size": 96},
-        "llava_qwen2": {"hidden_size": 96, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "use_sliding_window": False},
+        "llava_qwen2": {
+            "hidden_size": 96,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1e6,
+            "use_sliding_window": False,
+        },
     }[family]
     return {
         "architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next", "torch_dtype": "float32",
@@ -120,7 +159,9 @@ def _llava_config(family: str, ids: dict[str, int], tokens: int) -> dict:
 
 def model_class(family: str) -> type:
     """The transformers class of a family."""
-    name = {"vl": "Qwen2_5_VL", "omni": "Qwen2_5OmniThinker", "llava": "LlavaNext"}[family.split("_")[0]]
+    name = {"vl": "Qwen2_5_VL", "omni": "Qwen2_5OmniThinker", "llava": "LlavaNext"}[
+        family.split("_")[0]
+    ]
     return getattr(transformers, f"{name}ForConditionalGeneration")
 
 
@@ -157,7 +198,10 @@ def build(family: str, folder: Path, seed: int = 0) -> torch.nn.Module:
         if not (tied and key == "lm_head.weight")
     }
     if family == "omni_full":
-        state |= {"talker.model.weight": np.zeros((2, 2), np.float32), "token2wav.x": np.zeros(2, np.float32)}
+        state |= {
+            "talker.model.weight": np.zeros((2, 2), np.float32),
+            "token2wav.x": np.zeros(2, np.float32),
+        }
     _save(state, folder, shards=1 if tied else 2)
     return model
 
@@ -168,14 +212,23 @@ def _draw(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
     What the vision towers add to their residual is small, so that the epsilon of their norms can be seen in the result.
     """
     noise = torch.randn(parameter.shape)
-    if re.search(r"patch_embed|visual.*(attn\.proj|down_proj)|vision_tower.*(pre_layrnorm|out_proj|fc2)", name):
+    if re.search(
+        r"patch_embed|visual.*(attn\.proj|down_proj)|vision_tower.*(pre_layrnorm|out_proj|fc2)",
+        name,
+    ):
         noise = noise * 0.2
-    if re.search(r"embed_tokens|position_embedding|class_embedding|bos_eos_token|image_newline", name):
+    if re.search(
+        r"embed_tokens|position_embedding|class_embedding|bos_eos_token|image_newline", name
+    ):
         return 0.5 * noise
     if parameter.ndim == 1:
-        return 0.2 * noise + (0.2 if "pre_layrnorm.weight" in name else 1.0 if name.endswith("weight") else 0.0)
+        return 0.2 * noise + (
+            0.2 if "pre_layrnorm.weight" in name else 1.0 if name.endswith("weight") else 0.0
+        )
     gain = 1.6 if re.search(r"\.([qk]_proj|qkv|q|k)\.", name) else 1.3  # sharper attention
-    gain = 2.5 if "audio_tower.conv" in name else gain  # the signal stands above the sinusoid that is added to it
+    gain = (
+        2.5 if "audio_tower.conv" in name else gain
+    )  # the signal stands above the sinusoid that is added to it
     gain = 5.0 if "projector.linear_1" in name else gain  # CLIP's features are small, as said above
     return gain * parameter[0].numel() ** -0.5 * noise
 
@@ -197,6 +250,8 @@ def embed(model: torch.nn.Module, tokens: list[np.ndarray]) -> np.ndarray:
     """The reference's pooling: left padding, last position after the final norm, unit length."""
     width = max(map(len, tokens))
     ids = torch.tensor(np.stack([np.pad(t, (width - len(t), 0)) for t in tokens]), dtype=torch.long)
-    mask = torch.tensor(np.stack([np.pad(np.ones_like(t), (width - len(t), 0)) for t in tokens]), dtype=torch.long)
+    mask = torch.tensor(
+        np.stack([np.pad(np.ones_like(t), (width - len(t), 0)) for t in tokens]), dtype=torch.long
+    )
     out = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
     return torch.nn.functional.normalize(out.hidden_states[-1][:, -1], dim=-1)

@@ -71,7 +71,9 @@ def write_files(family: str, folder: Path) -> tuple[dict[str, int], int]:
     if family.startswith("omni"):
         _rename(folder, OMNI_TOKENS)
         _change(folder / "tokenizer_config.json", extra_special_tokens=OMNI_NAMES)
-        _change(folder / "preprocessor_config.json", processor_class="Qwen2_5OmniProcessor", **WHISPER)
+        _change(
+            folder / "preprocessor_config.json", processor_class="Qwen2_5OmniProcessor", **WHISPER
+        )
         media = [f"<|{kind}_bos|><|{name}|><|{kind}_eos|>" for kind, name in
                  (("vision", "IMAGE"), ("vision", "VIDEO"), ("audio", "AUDIO"))]  # fmt: skip
         write_json(folder / "chat_template.json", {"chat_template": _chatml("true", *media)})
@@ -91,7 +93,11 @@ def _chatml(system: str, image: str, video: str = "", audio: str = "") -> str:
 
 def _write_llava(family: str, folder: Path) -> None:
     """Three tokenizers: ChatML with no first token, sentencepiece's with `<s>`, byte-level with a first token, too."""
-    template = {"llava_qwen2": _chatml("false", "<image>\\n"), "llava_mistral": INST, "llava_llama": VICUNA}[family]
+    template = {
+        "llava_qwen2": _chatml("false", "<image>\\n"),
+        "llava_mistral": INST,
+        "llava_llama": VICUNA,
+    }[family]
     template = template.replace("PARTS", PARTS)
     if family == "llava_qwen2":  # the other place that a template may lie in
         _rename(folder, {"<|image_pad|>": "<image>"})
@@ -103,11 +109,19 @@ def _write_llava(family: str, folder: Path) -> None:
         _write_sentencepiece(folder)
     if family == "llava_llama":
         begin = "<|begin_of_text|>"
-        _rename(folder, {"<|image_pad|>": "<image>", "<|endoftext|>": begin, "<|im_end|>": "<|eot_id|>"})
-        _change(folder / "tokenizer_config.json", bos_token=begin, tokenizer_class="PreTrainedTokenizerFast")
+        _rename(
+            folder, {"<|image_pad|>": "<image>", "<|endoftext|>": begin, "<|im_end|>": "<|eot_id|>"}
+        )
+        _change(
+            folder / "tokenizer_config.json",
+            bos_token=begin,
+            tokenizer_class="PreTrainedTokenizerFast",
+        )
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         with_begin = _begins_with(begin, tokenizer.token_to_id(begin))
-        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), with_begin])
+        tokenizer.post_processor = processors.Sequence(
+            [processors.ByteLevel(trim_offsets=False), with_begin]
+        )
         tokenizer.save(str(folder / "tokenizer.json"))
     preprocessor = {
         "image_processor_type": "LlavaNextImageProcessor", "processor_class": "LlavaNextProcessor",
@@ -130,23 +144,45 @@ def _write_sentencepiece(folder: Path) -> None:
     lines = (ASSETS / "triplets_train.jsonl").read_text(encoding="utf-8").splitlines()[:200]
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     special = ["<unk>", "<s>", "</s>", *byte_tokens]
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False, max_token_length=8)
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=special, show_progress=False, max_token_length=8
+    )
     tokenizer.train_from_iterator((word for line in lines for word in line.split(" ")), trainer)
     content = json.loads(tokenizer.to_str())
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in byte_tokens]
+    content["added_tokens"] = [
+        token for token in content["added_tokens"] if token["content"] not in byte_tokens
+    ]
     tokenizer = Tokenizer.from_str(json.dumps(content))
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     tokenizer.post_processor = _begins_with("<s>", tokenizer.token_to_id("<s>"))
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<image>", "<pad>")])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in ("<image>", "<pad>")]
+    )
     for name in ("vocab.json", "merges.txt"):  # of the byte-level one
         (folder / name).unlink()
     tokenizer.save(str(folder / "tokenizer.json"))
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    added = {str(i): {"content": t.content, **flags} for i, t in tokenizer.get_added_tokens_decoder().items()}
+    flags = {
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": True,
+    }
+    added = {
+        str(i): {"content": t.content, **flags}
+        for i, t in tokenizer.get_added_tokens_decoder().items()
+    }
     config = {
         "add_bos_token": True, "add_eos_token": False, "added_tokens_decoder": added, "bos_token": "<s>",
         "clean_up_tokenization_spaces": False, "eos_token": "</s>", "legacy": True, "model_max_length": 4096,
@@ -156,7 +192,9 @@ def _write_sentencepiece(folder: Path) -> None:
 
 
 def _begins_with(token: str, token_id: int) -> processors.TemplateProcessing:
-    return processors.TemplateProcessing(single=f"{token} $A", pair=None, special_tokens=[(token, token_id)])
+    return processors.TemplateProcessing(
+        single=f"{token} $A", pair=None, special_tokens=[(token, token_id)]
+    )
 
 
 def _rename(folder: Path, names: dict[str, str]) -> None:

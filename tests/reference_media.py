@@ -22,9 +22,15 @@ def picture(seed: int, height: int, width: int) -> np.ndarray:
     """uint8 [H, W, C]: soft blobs of colour on a slope, and a little noise."""
     rng = np.random.default_rng([seed, 1])
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j][..., None]
-    pixels = 255 * (rng.uniform(0, 0.6, 3) + rng.uniform(0, 0.3, 3) * x + rng.uniform(0, 0.3, 3) * y)
+    pixels = 255 * (
+        rng.uniform(0, 0.6, 3) + rng.uniform(0, 0.3, 3) * x + rng.uniform(0, 0.3, 3) * y
+    )
     for _ in range(5):
-        center, size, colour = rng.uniform(0, 1, 2), rng.uniform(0.08, 0.4), rng.uniform(-200, 200, 3)
+        center, size, colour = (
+            rng.uniform(0, 1, 2),
+            rng.uniform(0.08, 0.4),
+            rng.uniform(-200, 200, 3),
+        )
         pixels = pixels + colour * np.exp(-((y - center[0]) ** 2 + (x - center[1]) ** 2) / size**2)
     return np.clip(pixels + rng.normal(0, 8, pixels.shape), 0, 255).astype(np.uint8)
 
@@ -53,7 +59,12 @@ def chirp(seed: int, seconds: float) -> np.ndarray:
 
 def user(*parts: str | dict[str, Any]) -> list[dict[str, Any]]:
     """A conversation of one turn; strings become text parts."""
-    return [{"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}]
+    return [
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts],
+        }
+    ]
 
 
 def image(seed: int, height: int, width: int, **limits: int) -> dict[str, Any]:
@@ -66,7 +77,9 @@ def audio(seed: int, seconds: float) -> dict[str, Any]:
     return {"type": "audio", "audio": {"array": chirp(seed, seconds), "sampling_rate": RATE}}
 
 
-def video(seed: int, frames: int, height: int, width: int, fps: float, sound: float | None = None) -> dict[str, Any]:
+def video(
+    seed: int, frames: int, height: int, width: int, fps: float, sound: float | None = None
+) -> dict[str, Any]:
     """A message part. sound: seconds of audio that the video brings along."""
     value: dict[str, Any] = {"array": clip(seed, frames, height, width), "fps": fps}
     if sound is not None:
@@ -127,36 +140,51 @@ def answer_losses(
     with torch.no_grad():
         states = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
     turn = processor.apply_chat_template(
-        [*conversation, {"role": "assistant", "content": [{"type": "text", "text": answer}]}], tokenize=False
+        [*conversation, {"role": "assistant", "content": [{"type": "text", "text": answer}]}],
+        tokenize=False,
     )
     start = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
     assert turn.startswith(start)
-    spoken = processor.tokenizer(turn[len(start) :].rstrip(), add_special_tokens=False, return_tensors="pt")
+    spoken = processor.tokenizer(
+        turn[len(start) :].rstrip(), add_special_tokens=False, return_tensors="pt"
+    )
     labels = torch.cat([torch.full_like(inputs["input_ids"], -100), spoken["input_ids"]], dim=1)
     for key, more in spoken.items():
         inputs[key] = torch.cat([inputs[key], more], dim=1)
     if "mm_token_type_ids" in inputs:
-        inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, len(more[0])))
+        inputs["mm_token_type_ids"] = torch.nn.functional.pad(
+            inputs["mm_token_type_ids"], (0, len(more[0]))
+        )
     model.model.rope_deltas = None
     logits = model(**inputs, use_cache=False).logits[0]
-    losses = torch.nn.functional.cross_entropy(logits[:-1], labels[0, 1:], ignore_index=-100, reduction="none")
+    losses = torch.nn.functional.cross_entropy(
+        logits[:-1], labels[0, 1:], ignore_index=-100, reduction="none"
+    )
     return losses[-spoken["input_ids"].shape[1] :], torch.stack(states)[:, 0, -1]
 
 
 def generated(
-    model: torch.nn.Module, folder: Path, conversation: list[dict[str, Any]], new: int, ends: list[int]
+    model: torch.nn.Module,
+    folder: Path,
+    conversation: list[dict[str, Any]],
+    new: int,
+    ends: list[int],
 ) -> list[int]:
     """The `new` tokens at most that transformers generates greedily, with 5.x's positions of video."""
     inputs = _inputs(_processor(str(folder)), [conversation], False, None)
     model.model.rope_deltas = None  # of an earlier input
-    out = model.generate(**inputs, max_new_tokens=new, do_sample=False, eos_token_id=ends, pad_token_id=ends[0])
+    out = model.generate(
+        **inputs, max_new_tokens=new, do_sample=False, eos_token_id=ends, pad_token_id=ends[0]
+    )
     return out[0, inputs["input_ids"].shape[1] :].tolist()
 
 
 @lru_cache
 def _processor(folder: str) -> Any:
     processor = transformers.AutoProcessor.from_pretrained(folder)
-    processor.image_processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    processor.image_processor = transformers.AutoImageProcessor.from_pretrained(
+        folder, backend="pil"
+    )
     processor.tokenizer.padding_side = "left"
     return processor
 
@@ -181,18 +209,28 @@ def _inputs(
         elif part["type"] == "video" and use_audio_in_video and "audio" in part["video"]:
             sounds.append(part["video"]["audio"]["array"])
             owners.append(next(i for i, video in enumerate(videos) if video is part["video"]))
-    texts = [processor.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in conversations]
+    texts = [
+        processor.apply_chat_template(c, tokenize=False, add_generation_prompt=True)
+        for c in conversations
+    ]
     arguments: dict[str, Any] = {"text": texts, "padding": True, "return_tensors": "pt"}
     if images:
         given = [part["image"] for part in images]
-        arguments["images"] = [x if isinstance(x, Image.Image) else Image.fromarray(x) for x in given]
-        limits = [{key: part[key] for key in ("min_pixels", "max_pixels") if key in part} for part in images]
+        arguments["images"] = [
+            x if isinstance(x, Image.Image) else Image.fromarray(x) for x in given
+        ]
+        limits = [
+            {key: part[key] for key in ("min_pixels", "max_pixels") if key in part}
+            for part in images
+        ]
         assert all(limit == limits[0] for limit in limits), "the processor takes one limit a call"
         if limits[0]:
             size = processor.image_processor.size
             smallest = limits[0].get("min_pixels", size["shortest_edge"])
             largest = limits[0].get("max_pixels", size["longest_edge"])
-            arguments["images_kwargs"] = {"size": {"shortest_edge": smallest, "longest_edge": largest}}
+            arguments["images_kwargs"] = {
+                "size": {"shortest_edge": smallest, "longest_edge": largest}
+            }
     if videos:
         arguments["videos"] = [video["array"] for video in videos]
         arguments["videos_kwargs"] = _videos_kwargs(processor, videos, video_limits)
@@ -200,7 +238,9 @@ def _inputs(
         arguments |= {"audio": sounds, "audio_kwargs": {"sampling_rate": RATE}}
     if use_audio_in_video:
         arguments |= {"load_audio_from_video": True, "audio_from_video_indices": owners}
-    inputs = {key: torch.as_tensor(np.asarray(value)) for key, value in processor(**arguments).items()}
+    inputs = {
+        key: torch.as_tensor(np.asarray(value)) for key, value in processor(**arguments).items()
+    }
     if videos:
         patches = [
             _frame_patches(processor.image_processor, video["array"], grid)
@@ -210,7 +250,9 @@ def _inputs(
     return inputs
 
 
-def _videos_kwargs(processor: Any, videos: list[dict[str, Any]], limits: tuple[int, int] | None) -> dict[str, Any]:
+def _videos_kwargs(
+    processor: Any, videos: list[dict[str, Any]], limits: tuple[int, int] | None
+) -> dict[str, Any]:
     out: dict[str, Any] = {"cap_pixels_per_frame": False, "do_sample_frames": False}
     rates = [video["fps"] for video in videos]
     if "Omni" in type(processor).__name__:
@@ -218,7 +260,11 @@ def _videos_kwargs(processor: Any, videos: list[dict[str, Any]], limits: tuple[i
         out["fps"] = rates[0]
     else:
         out["video_metadata"] = [
-            {"total_num_frames": len(video["array"]), "fps": rate, "frames_indices": list(range(len(video["array"])))}
+            {
+                "total_num_frames": len(video["array"]),
+                "fps": rate,
+                "frames_indices": list(range(len(video["array"]))),
+            }
             for video, rate in zip(videos, rates, strict=True)
         ]
     if limits is not None:
@@ -233,14 +279,21 @@ def _frame_patches(image_processor: Any, frames: np.ndarray, grid: list[int]) ->
     """
     t, h, w = grid
     size = image_processor.patch_size
-    resized = [Image.fromarray(frame).resize((w * size, h * size), Image.Resampling.BICUBIC) for frame in frames]
+    resized = [
+        Image.fromarray(frame).resize((w * size, h * size), Image.Resampling.BICUBIC)
+        for frame in frames
+    ]
     resized += [resized[-1]] * (-len(resized) % 2)
     pixels = image_processor(resized, do_resize=False, return_tensors="pt")["pixel_values"]
-    pixels = pixels.view(t, 2, h * w, 3, 2, size, size)[:, :, :, :, 0]  # [t, frame of the pair, patch, C, size, size]
+    pixels = pixels.view(t, 2, h * w, 3, 2, size, size)[
+        :, :, :, :, 0
+    ]  # [t, frame of the pair, patch, C, size, size]
     return pixels.permute(0, 2, 3, 1, 4, 5).reshape(t * h * w, -1)
 
 
-def _run(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def _run(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings [N, D] and the positions [3, N, n] that the decoder was given."""
     given: dict[str, Any] = {}
     hook = model.model.language_model.register_forward_pre_hook(
@@ -251,7 +304,9 @@ def _run(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch
         out = model(**inputs, output_hidden_states=True, use_cache=False)
     hook.remove()
     positions = given.get("position_ids")
-    if positions is None:  # the decoder counts; padding moves all of a row by as much, which RoPE does not see
+    if (
+        positions is None
+    ):  # the decoder counts; padding moves all of a row by as much, which RoPE does not see
         positions = inputs["attention_mask"].cumsum(-1) - 1
     positions = positions.expand(3, *inputs["input_ids"].shape)
     return torch.nn.functional.normalize(out.hidden_states[-1][:, -1], dim=-1), positions

@@ -62,9 +62,15 @@ def test_what_is_not_finite_is_blamed_on_its_own_records(tmp_path, caplog):
     rows = jnp.array([jnp.inf, jnp.inf, jnp.nan, jnp.inf, jnp.inf, jnp.nan, jnp.inf, jnp.inf])
     Incidents(tmp_path, 0, 20.0).look(3, float("nan"), False, rows, NAMES)
     (line,) = told(tmp_path)
-    assert [one["record"] for one in line["records"] if not one["finite"]] == ["a.jsonl:2", "a.jsonl:5"]
+    assert [one["record"] for one in line["records"] if not one["finite"]] == [
+        "a.jsonl:2",
+        "a.jsonl:5",
+    ]
     assert line["loss"] is None
-    assert "not finite; the worst records and their losses: a.jsonl:2 (nan), a.jsonl:5 (nan), a.jsonl:0" in caplog.text
+    assert (
+        "not finite; the worst records and their losses: a.jsonl:2 (nan), a.jsonl:5 (nan), a.jsonl:0"
+        in caplog.text
+    )
     Incidents(tmp_path, 4, 20.0)
     assert told(tmp_path)
     Incidents(tmp_path, 3, 20.0)  # resumed before it
@@ -78,11 +84,13 @@ def test_processes_tell_each_other_their_names(monkeypatch):
     monkeypatch.setattr(progress.jax, "process_count", lambda: 3)
     for me in range(3):
         monkeypatch.setattr(progress.jax, "process_index", lambda me=me: me)
-        gather = lambda x, tiled, me=me: shares.setdefault(me, x)  # noqa: E731
+        gather = lambda x, tiled, me=me: shares.setdefault(me, x)
         monkeypatch.setattr(progress.multihost_utils, "process_allgather", gather)
         progress._names([5, 0, 3], names[me::3])
     monkeypatch.setattr(
-        progress.multihost_utils, "process_allgather", lambda x, tiled: np.concatenate(list(shares.values()))
+        progress.multihost_utils,
+        "process_allgather",
+        lambda x, tiled: np.concatenate(list(shares.values())),
     )
     assert progress._names([5, 0, 3], names[2::3]) == ["f:6", names[0][-progress.NAME :], "ü:4"]
 
@@ -91,7 +99,10 @@ def test_processes_tell_each_other_their_names(monkeypatch):
 def test_a_record_that_makes_nan_is_found(tmp_path, monkeypatch):
     """One token's embedding is NaN, and one record of 16 has it; GradCache chunks, dropout and all. Those beside it in
     its stream may share its fate (they share the head), but it alone is in both incidents."""
-    lines = [{"anchor": f"dog {i}", "positive": f"a dog runs {i}", "negative": f"no {i}"} for i in range(16)]
+    lines = [
+        {"anchor": f"dog {i}", "positive": f"a dog runs {i}", "negative": f"no {i}"}
+        for i in range(16)
+    ]
     lines[5]["positive"] = "a zebra runs"
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     load = job.load_model
@@ -99,7 +110,10 @@ def test_a_record_that_makes_nan_is_found(tmp_path, monkeypatch):
     def poisoned(checkpoint, *args, **kwargs):
         model, params = load(checkpoint, *args, **kwargs)
         tokenizer = train.jobs.Processor(checkpoint.folder, 512, job.MediaConfig()).tokenizer
-        ids = [set(tokenizer.answers([text])[0].tolist()) for text in (line["positive"] for line in lines)]
+        ids = [
+            set(tokenizer.answers([text])[0].tolist())
+            for text in (line["positive"] for line in lines)
+        ]
         (token, *_) = ids[5] - set().union(*ids[:5], *ids[6:])
         table = params["decoder"]["embed_tokens"]
         table["weight"] = table["weight"].at[token].set(jnp.nan)
@@ -144,7 +158,9 @@ def test_a_step_that_does_not_end_ends_the_process_with_a_sentence(monkeypatch, 
         assert not dog.is_alive()
 
 
-@pytest.mark.parametrize("says", ["UNKNOWN: Gloo AllGather failed: Connection closed by peer", "a bug"])
+@pytest.mark.parametrize(
+    "says", ["UNKNOWN: Gloo AllGather failed: Connection closed by peer", "a bug"]
+)
 def test_a_collective_that_fails_names_the_loss_of_a_peer(monkeypatch, capsys, says):
     monkeypatch.setattr(watch.jax.distributed, "is_initialized", lambda: True)
     ends = []
@@ -178,7 +194,10 @@ run_main(main)
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     command = [sys.executable, "-c", code]
-    both = [subprocess.Popen([*command, str(i), port], stderr=subprocess.PIPE, text=True) for i in range(2)]
+    both = [
+        subprocess.Popen([*command, str(i), port], stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
     said = [one.communicate(timeout=250)[1] for one in both]
     assert [one.returncode for one in both] == [PEER_LOST, 2], said
     assert "process 0 of 2: another process is gone, or late" in said[0]
@@ -207,7 +226,13 @@ def test_sigterm_to_one_of_two_processes_lets_both_save_the_same_step(tmp_path):
         "--config.eval.path=", "--config.lora.rank=4", f"--coordinator=127.0.0.1:{port}", "--num_processes=2",
     ]  # fmt: skip
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    options = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    options = {
+        "cwd": ROOT,
+        "env": environment,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+    }
     both = [subprocess.Popen([*command, f"--process_id={i}"], **options) for i in range(2)]
     while both[1].poll() is None and len(read_metrics(tmp_path / "metrics.jsonl")) < 3:
         time.sleep(0.05)
@@ -217,7 +242,9 @@ def test_sigterm_to_one_of_two_processes_lets_both_save_the_same_step(tmp_path):
     steps = len(read_metrics(tmp_path / "metrics.jsonl"))
     assert 3 <= steps < 2000
     assert f"saved at step {steps}: the same command resumes" in said[0]
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()] == [str(steps)]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()] == [
+        str(steps)
+    ]
 
 
 def test_a_full_disk_is_one_sentence(capsys):
@@ -228,14 +255,17 @@ def test_a_full_disk_is_one_sentence(capsys):
         run_main(main)
     assert ended.value.code == 2
     assert (
-        capsys.readouterr().err == "error: runs/a/metrics.jsonl: No space left on device; make room, then try again\n"
+        capsys.readouterr().err
+        == "error: runs/a/metrics.jsonl: No space left on device; make room, then try again\n"
     )
 
 
 def test_data_that_vanishes_in_mid_run_is_named(tmp_path, tiny):
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"anchor": f"a {i}", "positive": f"b {i}"}) + "\n" for i in range(8)))
-    layout = pipeline.Layout(2, 0, tiny.processor.tokenizer.head)
+    path.write_text(
+        "".join(json.dumps({"anchor": f"a {i}", "positive": f"b {i}"}) + "\n" for i in range(8))
+    )
+    layout = pipeline.Layout(2, 0, tiny.processor.tokenizer.prefix)
     stream = pipeline.record_stream({"a": JsonlSource(path)}, {"a": 1.0}, 0)
     iterator = pipeline.ahead(pipeline.local_batches(stream, layout, tiny.processor, None), 1)
     assert all(name.startswith(f"{path}:") for name in next(iterator).where)
@@ -247,11 +277,26 @@ def test_data_that_vanishes_in_mid_run_is_named(tmp_path, tiny):
 @pytest.mark.slow
 def test_several_processes_survive_kills():
     """The benchmark of that name in short, one process killed: losses and batches of one that ran uninterrupted."""
-    command = [sys.executable, "-m", "benchmarks", "survival", "--kills=1", "--processes=2", "--devices=1"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "survival",
+        "--kills=1",
+        "--processes=2",
+        "--devices=1",
+    ]
     done = subprocess.run(
-        [*command, "--steps=17", "--then", "--json"], cwd=ROOT, capture_output=True, text=True, check=True
+        [*command, "--steps=17", "--then", "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     result = json.loads(done.stdout.splitlines()[-1])
-    assert set(result["others"]) <= {str(PEER_LOST), "-6"}  # -6: jax's own abort, which may come first
+    assert set(result["others"]) <= {
+        str(PEER_LOST),
+        "-6",
+    }  # -6: jax's own abort, which may come first
     assert result["ends"]["2x1"]["loss"] < 1e-5
     assert result["ends"]["2x1"]["same_batches"]

@@ -56,7 +56,11 @@ def vision(size, **extra):
 def vl(size):
     rope = {"type": "mrope", "mrope_section": [16, 24, 24]}
     text = {**SIZES[size], **COMMON, "rope_scaling": rope, "tie_word_embeddings": size == "3b"}
-    return {**text, "model_type": "qwen2_5_vl", "vision_config": vision(size, in_chans=3, tokens_per_second=2)}
+    return {
+        **text,
+        "model_type": "qwen2_5_vl",
+        "vision_config": vision(size, in_chans=3, tokens_per_second=2),
+    }
 
 
 def omni(size):
@@ -108,7 +112,9 @@ def ours(name, config):
     trees, unused = {"decoder": abstract_params(decoder, jnp.bfloat16)}, []
     for tower, (_, read) in backbone.towers.items():
         geometry = read(model_config, name, decoder)
-        trees[tower] = abstract_params(tower_module(backbone, tower, geometry, jnp.bfloat16), jnp.bfloat16)
+        trees[tower] = abstract_params(
+            tower_module(backbone, tower, geometry, jnp.bfloat16), jnp.bfloat16
+        )
         unused += [f"{tower}.layers.{i}." for i in getattr(geometry, "unused_layers", ())]
     return backbone, decoder, trees, tuple(unused)
 
@@ -135,7 +141,10 @@ def test_names_shapes_and_dtypes(name):
     assert got == want
     assert decoder.tie_word_embeddings == (name == "vl_3b")
     for part, count in PARAMETERS.get(name, {}).items():
-        assert sum(math.prod(shape) for key, (shape, _) in got.items() if key.startswith(f"{part}.")) == count
+        assert (
+            sum(math.prod(shape) for key, (shape, _) in got.items() if key.startswith(f"{part}."))
+            == count
+        )
     text = theirs.get_text_config()
     assert decoder.rope_theta == text.rope_parameters["rope_theta"]
     assert decoder.rms_norm_eps == text.rms_norm_eps

@@ -55,17 +55,26 @@ def test_it_embeds_what_a_world_holds(folders):
 
 
 @pytest.mark.parametrize("hidden", [192, 96])
-def test_transformers_loads_all_of_it_and_the_loss_begins_at_log_of_the_vocabulary(folders, tmp_path, hidden):
+def test_transformers_loads_all_of_it_and_the_loss_begins_at_log_of_the_vocabulary(
+    folders, tmp_path, hidden
+):
     folder = folders / "model"
     if hidden != 192:
         folder = tmp_path / "model"
-        backbone.write(folder, texts(folders / "world"), 1, backbone.Geometry(hidden=hidden, heads=3, kv_heads=1))
+        backbone.write(
+            folder,
+            texts(folders / "world"),
+            1,
+            backbone.Geometry(hidden=hidden, heads=3, kv_heads=1),
+        )
     model, report = model_class("omni").from_pretrained(folder, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
     assert open_checkpoint(folder).config.tie_word_embeddings
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    ids = torch.tensor([tokenizer("two small red bells, a high bell and a page that says more").input_ids])
+    ids = torch.tensor(
+        [tokenizer("two small red bells, a high bell and a page that says more").input_ids]
+    )
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0, :-1]
     loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:])

@@ -28,7 +28,9 @@ ROOT = Path(__file__).parents[1]
 def bench(*args):
     command = [sys.executable, "-m", "benchmarks", *args, "--json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # with torch, for the peer
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -70,7 +72,9 @@ def test_one_command_for_a_device_writes_each_part_and_goes_on(tmp_path):
     result = bench("device", "--small", "--budget=600", "--parts=matmul,kernels", folder)
     assert set(result["parts"]) == {"matmul", "kernels"}
     rows = result["parts"]["kernels"]["rows"]
-    assert set(rows) == {f"{name}: {kind}" for name in ("causal", "segments") for kind in ("xla", "triton", "splash")}
+    assert set(rows) == {
+        f"{name}: {kind}" for name in ("causal", "segments") for kind in ("xla", "triton", "splash")
+    }
     assert max(error for row in rows.values() for error in row["errors"].values()) < 0.05
     (tmp_path / "matmul.json").write_text(json.dumps({"kept": True}))
     result = bench("device", "--small", "--budget=0", "--parts=matmul,encode-3b", folder)
@@ -89,16 +93,21 @@ def test_triplets_are_as_long_as_snlis(tmp_path):
 
 @pytest.mark.parametrize(
     "policy",
-    [name if name in ("full", "none") else pytest.param(name, marks=pytest.mark.slow) for name in REMAT_POLICIES],
+    [
+        name if name in ("full", "none") else pytest.param(name, marks=pytest.mark.slow)
+        for name in REMAT_POLICIES
+    ],
 )
 def test_flops_are_those_that_xla_counts(policy):
     """Three layers: a scan of two, whose body XLA counts once, and the last; what we count for two."""
     config, settings = replace(PRESETS["tiny"], layers=3).decoder, lora.LoraConfig(rank=16)
     two = replace(config, num_layers=2)
-    array = lambda *sizes, dtype=jnp.int32: jax.ShapeDtypeStruct((1, *sizes), dtype)  # noqa: E731
+    array = lambda *sizes, dtype=jnp.int32: jax.ShapeDtypeStruct((1, *sizes), dtype)
     tokens, rows = 512, (array(24, 32),)
     one = array(tokens)
-    inputs = PackedTokens(one, array(tokens, 3), array(tokens, dtype=jnp.uint32), one, rows, one, array(24), 4)
+    inputs = PackedTokens(
+        one, array(tokens, 3), array(tokens, dtype=jnp.uint32), one, rows, one, array(24), 4
+    )
     decoder, params = Decoder(config, remat=policy), abstract_params(config)
     adapters = jax.eval_shape(partial(lora.init, params=params, config=settings), jax.random.key(0))
 
@@ -111,18 +120,28 @@ def test_flops_are_those_that_xla_counts(policy):
         (jax.grad(loss), step_flops(two, 16, work, policy)),
     ):
         counted = jax.jit(run).lower(adapters, params, inputs).compile().cost_analysis()["flops"]
-        assert 0.95 < want / counted < 1.0, (policy, want, counted)  # XLA counts norms and the like, too
+        assert 0.95 < want / counted < 1.0, (
+            policy,
+            want,
+            counted,
+        )  # XLA counts norms and the like, too
 
 
 @pytest.mark.parametrize("job", ["encode", "vision"])
 def test_a_compiled_programs_work_is_what_is_written_out(job, tmp_path, monkeypatch):
     """What is read of the program, against useful work by hand: a forward pass computes nothing twice."""
     from lco_jax import make_mesh
-    from lco_jax.planning import hlo
-    from lco_jax.planning.hardware import DEVICES
-    from lco_jax.planning.targets import OPTIONS
+    from lco_jax.cost_model import hlo
+    from lco_jax.cost_model.hardware import DEVICES
+    from lco_jax.cost_model.targets import OPTIONS
 
-    small = {"depth": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "fullatt_block_indexes": [1]}
+    small = {
+        "depth": 4,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "fullatt_block_indexes": [1],
+    }
     monkeypatch.setattr(compiled, "VISION", small)
     monkeypatch.setattr(compiled, "SIDE", 24)
     monkeypatch.setattr(compiled, "ENCODED", 1024)
@@ -133,7 +152,9 @@ def test_a_compiled_programs_work_is_what_is_written_out(job, tmp_path, monkeypa
     text = lowered.compile(OPTIONS["cpu"]).as_text()
     found = hlo.Program(text, taken=1 / 4).profile(DEVICES["v5e"])
     assert found.flops == pytest.approx(useful, rel=1e-9)
-    assert said == ({"images": 8, "patches": 576} if job == "vision" else {"tokens": 1024, "rows": {"64": 32}})
+    assert said == (
+        {"images": 8, "patches": 576} if job == "vision" else {"tokens": 1024, "rows": {"64": 32}}
+    )
 
 
 def test_compiled_cells_are_written_one_by_one_and_not_made_again(tmp_path, monkeypatch):
@@ -152,12 +173,22 @@ def test_compiled_cells_are_written_one_by_one_and_not_made_again(tmp_path, monk
         return {**cell, "weights": weights}
 
     monkeypatch.setattr(compiled, "_cell", compile_one)
-    flags = ["compiled", "--preset=3b", "--device=v5e-8", "--job", "train", "vision", f"--folder={tmp_path / 'cells'}"]
+    flags = [
+        "compiled",
+        "--preset=3b",
+        "--device=v5e-8",
+        "--job",
+        "train",
+        "vision",
+        f"--folder={tmp_path / 'cells'}",
+    ]
     with pytest.raises(KeyboardInterrupt):
         compiled.measure(parser_of().parse_args(flags), tmp_path)
     assert made == [f"3b-v5e-8-train-{weights}" for weights in compiled.WEIGHTS]
     made.clear()
-    one = compiled.measure(parser_of().parse_args([*flags, "--job=train", "--weights", "bf16", "int8"]), tmp_path)
+    one = compiled.measure(
+        parser_of().parse_args([*flags, "--job=train", "--weights", "bf16", "int8"]), tmp_path
+    )
     assert (made, [x["weights"] for x in one["cells"]]) == ([], ["bf16", "int8"])
     assert "2.000 s modelled" in compiled.table(one)
     docs = tmp_path / "docs.md"
@@ -173,10 +204,14 @@ def test_compiled_cells_are_written_one_by_one_and_not_made_again(tmp_path, monk
 
 
 def test_a_compiler_that_is_not_installed_is_named(tmp_path, monkeypatch):
-    from lco_jax.planning import targets
+    from lco_jax.cost_model import targets
 
     monkeypatch.setattr(targets, "missing", lambda backend: "libtpu is not installed")
     with pytest.raises(compiled.LcoError, match="--device=v5e-8: libtpu is not installed"):
-        compiled.measure(parser_of().parse_args(["compiled", f"--folder={tmp_path}", "--device=v5e-8"]), tmp_path)
+        compiled.measure(
+            parser_of().parse_args(["compiled", f"--folder={tmp_path}", "--device=v5e-8"]), tmp_path
+        )
     with pytest.raises(compiled.LcoError, match="--device=v5e: it is KIND-COUNT"):
-        compiled.measure(parser_of().parse_args(["compiled", f"--folder={tmp_path}", "--device=v5e"]), tmp_path)
+        compiled.measure(
+            parser_of().parse_args(["compiled", f"--folder={tmp_path}", "--device=v5e"]), tmp_path
+        )

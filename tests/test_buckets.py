@@ -37,7 +37,9 @@ def bucket(cache):
         for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
             patch.setenv(name, bucket.url)
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "any")
-        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # which would look for Google's machines
+        patch.setenv(
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false"
+        )  # which would look for Google's machines
         yield bucket
 
 
@@ -48,7 +50,9 @@ def held(bucket, at):
 
 
 def files_of(folder):
-    return {x.relative_to(folder).as_posix(): x.read_bytes() for x in folder.rglob("*") if x.is_file()}
+    return {
+        x.relative_to(folder).as_posix(): x.read_bytes() for x in folder.rglob("*") if x.is_file()
+    }
 
 
 def test_a_folder_copied_up_is_the_same_there_and_its_mark_comes_last(bucket, tmp_path):
@@ -65,7 +69,9 @@ def test_a_folder_copied_up_is_the_same_there_and_its_mark_comes_last(bucket, tm
         before = bucket.generations.get("up/metrics.jsonl")
         copy_up(tmp_path, there)
         assert held(bucket, "up") == {**files_of(tmp_path), "checkpoints/1/x": b"another's"}
-        assert max(bucket.generations, key=bucket.generations.get) == "up/adapter/.written-by-lco-jax"
+        assert (
+            max(bucket.generations, key=bucket.generations.get) == "up/adapter/.written-by-lco-jax"
+        )
         assert (bucket.generations["up/metrics.jsonl"] == before) == (turn % 2 == 1)
 
 
@@ -104,13 +110,18 @@ def test_without_the_package_and_with_other_addresses(monkeypatch, tmp_path):
         raise ImportError(name)
 
     monkeypatch.setattr(buckets.fsspec, "filesystem", absent)
-    with pytest.raises(LcoError, match=r"gs://b/x cannot be read or written: pip install 'lco-jax\[gcs\]'"):
+    with pytest.raises(
+        LcoError, match=r"gs://b/x cannot be read or written: pip install 'lco-jax\[gcs\]'"
+    ):
         fetched("gs://b/x")
     with pytest.raises(LcoError, match="s3://b/x: give a folder"):
         place("s3://b/x")
     with pytest.raises(argparse.ArgumentTypeError, match="gs://b/x is no path of a disk"):
         on_disk("gs://b/x")
-    with pytest.raises(LcoError, match="outputs go to a folder"), written_aside(Path("gs://bucket/x")):
+    with (
+        pytest.raises(LcoError, match="outputs go to a folder"),
+        written_aside(Path("gs://bucket/x")),
+    ):
         pass
 
 
@@ -118,7 +129,9 @@ def test_sources_on_a_bucket(bucket, tmp_path):
     bucket.put("data/t.jsonl", (ASSETS / "triplets_train.jsonl").read_bytes())
     with_bucket = open_source("x", {"kind": "jsonl", "path": "gs://bucket/data/t.jsonl"})
     local = open_source("x", {"kind": "jsonl", "path": "assets:triplets_train.jsonl"})
-    assert [(one.anchor, one.positive) for one in with_bucket] == [(one.anchor, one.positive) for one in local]
+    assert [(one.anchor, one.positive) for one in with_bucket] == [
+        (one.anchor, one.positive) for one in local
+    ]
 
 
 TWO = """
@@ -140,7 +153,9 @@ def harm_newest(bucket, at, part):
     """Shorten an object of the newest checkpoint below `at`, in whose name `part` stands; the checkpoint's step."""
     saved = [name.split("/") for name in held(bucket, at)]
     newest = max(int(step) for step, *rest in saved if rest == ["commit_success.txt"])
-    name = min(name for name in bucket.objects if name.startswith(f"{at}/{newest}/state/") and part in name)
+    name = min(
+        name for name in bucket.objects if name.startswith(f"{at}/{newest}/state/") and part in name
+    )
     bucket.put(name, bucket.objects[name][:-1])
     return newest
 
@@ -152,7 +167,10 @@ def test_two_processes_save_one_checkpoint_and_are_killed(bucket, caplog):
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
-    both = [subprocess.Popen([sys.executable, "-c", TWO, address, str(i)], cwd=ROOT, env=environment) for i in (0, 1)]
+    both = [
+        subprocess.Popen([sys.executable, "-c", TWO, address, str(i)], cwd=ROOT, env=environment)
+        for i in (0, 1)
+    ]
     while "two/3/commit_success.txt" not in bucket.objects:
         assert [process.poll() for process in both] == [None, None]
         time.sleep(0.01)
@@ -160,11 +178,18 @@ def test_two_processes_save_one_checkpoint_and_are_killed(bucket, caplog):
         process.kill()
         process.wait()
     newest = harm_newest(bucket, "two", "ocdbt.process_1/d/")
-    shape, store = {"w": jax.ShapeDtypeStruct((64, 32), np.float32)}, RunStore(place("gs://bucket/two"), 3)
-    step, state, position = store.restore_newest(shape, {"w": NamedSharding(make_mesh(), PartitionSpec("data"))})
+    shape, store = (
+        {"w": jax.ShapeDtypeStruct((64, 32), np.float32)},
+        RunStore(place("gs://bucket/two"), 3),
+    )
+    step, state, position = store.restore_newest(
+        shape, {"w": NamedSharding(make_mesh(), PartitionSpec("data"))}
+    )
     store.close()
     assert (step, position) == (newest - 1, {"next": step})
-    np.testing.assert_array_equal(state["w"], np.random.default_rng(step).normal(size=(64, 32)).astype(np.float32))
+    np.testing.assert_array_equal(
+        state["w"], np.random.default_rng(step).normal(size=(64, 32)).astype(np.float32)
+    )
     assert f"gs://bucket/two/{newest} is damaged" in caplog.text
     assert held(bucket, f"two/{newest}.damaged")
 
@@ -181,7 +206,10 @@ def test_a_run_on_a_bucket_is_a_local_run(bucket, tmp_path, monkeypatch, capsys)
         "--config=configs/tiny.py", "--config.train.steps=4", "--config.train.batch_size=8", "--config.eval.path=",
         "--config.optimizer.warmup_steps=2", "--config.checkpoint.every=1", "--config.lora.rank=4",
     ]  # fmt: skip
-    there = ["--config.model.path=gs://bucket/model", "--config.data.sources.bundled.path=gs://bucket/data/t.jsonl"]
+    there = [
+        "--config.model.path=gs://bucket/model",
+        "--config.data.sources.bundled.path=gs://bucket/data/t.jsonl",
+    ]
     train(cli.parse(["train", *flags], "").config, tmp_path)
     for resumed in (False, True):
         train(cli.parse(["train", *flags, *there], "").config, place("gs://bucket/run"))
@@ -192,7 +220,12 @@ def test_a_run_on_a_bucket_is_a_local_run(bucket, tmp_path, monkeypatch, capsys)
         lines, here = (read_metrics(tmp_path / name) for name in ("there.jsonl", "metrics.jsonl"))
         assert [line["loss"] for line in lines] == [line["loss"] for line in here]
         left = {name for name in held(bucket, "run") if not name.startswith("checkpoints/")}
-        assert left == {name for name in files_of(tmp_path) if not name.startswith("checkpoints/")} - {"there.jsonl"}
-        one, two = (open_checkpoint(folder).tensors for folder in ("gs://bucket/run/merged", tmp_path / "merged"))
+        assert left == {
+            name for name in files_of(tmp_path) if not name.startswith("checkpoints/")
+        } - {"there.jsonl"}
+        one, two = (
+            open_checkpoint(folder).tensors
+            for folder in ("gs://bucket/run/merged", tmp_path / "merged")
+        )
         assert all(np.array_equal(one.read(key), two.read(key)) for key in one)
         assert resumed or harm_newest(bucket, "run/checkpoints", "/d/") == 4

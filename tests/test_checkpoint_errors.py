@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from lco_jax import LcoError, make_mesh
 from lco_jax.checkpoint.hf import abstract_params, load_decoder, open_checkpoint
-from lco_jax.checkpoint.peft import fit, read_peft, write_peft
+from lco_jax.checkpoint.peft import match_adapters, read_peft, write_peft
 from lco_jax.checkpoint.tensors import TensorFolder
 from lco_jax.core import lora
 from lco_jax.core.files import read_json, write_json
@@ -36,20 +36,29 @@ def copy(case, to):
 
 def tensors(folder):
     """Every tensor by key."""
-    return {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
+    return {
+        key: value
+        for file in folder.glob("*.safetensors")
+        for key, value in load_file(file).items()
+    }
 
 
 def rewrite(folder, state):
     """Replace the weights by one file that holds `state`."""
     for file in (*folder.glob("*.safetensors"), folder / INDEX):
         file.unlink(missing_ok=True)
-    save_file({key: np.ascontiguousarray(value) for key, value in state.items()}, folder / "model.safetensors")
+    save_file(
+        {key: np.ascontiguousarray(value) for key, value in state.items()},
+        folder / "model.safetensors",
+    )
 
 
 def configure(folder, **changes):
     """Change config.json; None takes a key out."""
     config = {**read_json(folder / "config.json"), **changes}
-    write_json(folder / "config.json", {key: value for key, value in config.items() if value is not None})
+    write_json(
+        folder / "config.json", {key: value for key, value in config.items() if value is not None}
+    )
 
 
 def refusal(folder, opened=open_checkpoint):
@@ -68,7 +77,9 @@ def leaves(checkpoint, dtype="float32", mesh=None):
     """The decoder's parameters on the host, by path."""
     return {
         path: np.asarray(value)
-        for path, value in flatten_dict(load_decoder(checkpoint, mesh or one_device(), dtype)[1], sep=".").items()
+        for path, value in flatten_dict(
+            load_decoder(checkpoint, mesh or one_device(), dtype)[1], sep="."
+        ).items()
     }
 
 
@@ -103,7 +114,9 @@ def test_an_unknown_key_is_named(folder, key):
     assert str(folder) in message
 
 
-@pytest.mark.parametrize("key", ["model.norm.weight", f"model.{UP}", "model.layers.2.self_attn.k_proj.bias"])
+@pytest.mark.parametrize(
+    "key", ["model.norm.weight", f"model.{UP}", "model.layers.2.self_attn.k_proj.bias"]
+)
 def test_a_missing_key_is_named(folder, key):
     state = tensors(folder)
     del state[key]
@@ -113,7 +126,9 @@ def test_a_missing_key_is_named(folder, key):
 
 
 def test_many_missing_keys_are_counted(folder):
-    rewrite(folder, {key: value for key, value in tensors(folder).items() if ".layers.1." not in key})
+    rewrite(
+        folder, {key: value for key, value in tensors(folder).items() if ".layers.1." not in key}
+    )
     assert refusal(folder).endswith("and 11 more")  # 7 matrices, 3 biases and 2 norms a layer
 
 
@@ -204,7 +219,9 @@ def test_an_index_that_names_a_key_too_many_is_refused(folder):
     assert "model.layers.9.mlp.up_proj.weight" in refusal(folder)
 
 
-@pytest.mark.parametrize("content", ["", '{"weight_map": {"model.norm.weight": ', "[]", "{}", '{"weight_map": []}'])
+@pytest.mark.parametrize(
+    "content", ["", '{"weight_map": {"model.norm.weight": ', "[]", "{}", '{"weight_map": []}']
+)
 def test_a_torn_index_is_named(folder, content):
     (folder / INDEX).write_text(content)
     assert INDEX in refusal(folder)
@@ -214,14 +231,18 @@ def test_a_torn_index_is_named(folder, content):
 def test_a_truncated_file_is_named(folder, keep):
     """Cut within the length, the header and the data; -1: one byte short."""
     content = (folder / SHARDS[0]).read_bytes()
-    (folder / SHARDS[0]).write_bytes(content[: int(len(content) * keep) if isinstance(keep, float) else keep])
+    (folder / SHARDS[0]).write_bytes(
+        content[: int(len(content) * keep) if isinstance(keep, float) else keep]
+    )
     message = refusal(folder)
     assert str(folder / SHARDS[0]) in message
     assert "torn" in message
 
 
 def test_a_file_that_is_no_safetensors_is_named(folder):
-    (folder / SHARDS[0]).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 135\n")
+    (folder / SHARDS[0]).write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 135\n"
+    )
     assert str(folder / SHARDS[0]) in refusal(folder)
 
 
@@ -235,7 +256,9 @@ def test_pickled_weights_are_not_loaded(folder):
     assert "pickled" in message
 
 
-@pytest.mark.parametrize("name", ["nowhere", "/no/such/folder", "./here", "a/b/c", "~/no-such-model", "owner/no-model"])
+@pytest.mark.parametrize(
+    "name", ["nowhere", "/no/such/folder", "./here", "a/b/c", "~/no-such-model", "owner/no-model"]
+)
 def test_a_path_that_is_neither_folder_nor_hub_id_is_named(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert name in refusal(name)
@@ -248,7 +271,9 @@ def test_a_file_in_the_place_of_a_folder_is_named(folder):
 # ---- config.json
 
 
-@pytest.mark.parametrize("content", [None, "", '{"model_type": "qwen2_5_vl",', "[1]", "{}", b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content", [None, "", '{"model_type": "qwen2_5_vl",', "[1]", "{}", b"\xff\xfe"]
+)
 def test_a_torn_config_is_named(folder, content):
     path = folder / "config.json"
     path.unlink()
@@ -262,7 +287,10 @@ def test_a_torn_config_is_named(folder, content):
     [
         ({"model_type": "qwen9_vl"}, "'qwen9_vl'"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "mrope_section": [2, 3, 3]}}, "'yarn'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mrope_section": [2, 3, 3]}}, "'yarn'"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mrope_section": [2, 3, 3]}},
+            "'yarn'",
+        ),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}, "'yarn'"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 4]}}, "mrope_section"),
         ({"use_sliding_window": True}, "use_sliding_window"),
@@ -286,7 +314,9 @@ def test_an_unsupported_config_names_the_key(folder, changes, named):
 def test_an_unsupported_nested_config_names_the_key(cases, tmp_path, family):
     folder = copy(cases[family], tmp_path / "model")
     config = read_json(folder / "config.json")
-    (config if family == "vl_tied" else config["thinker_config"])["text_config"]["use_sliding_window"] = True
+    (config if family == "vl_tied" else config["thinker_config"])["text_config"][
+        "use_sliding_window"
+    ] = True
     write_json(folder / "config.json", config)
     assert "use_sliding_window" in refusal(folder)
     if family == "omni_full":
@@ -364,7 +394,10 @@ def test_any_stored_dtype_loads_into_any(folder, stored, loaded, devices):
     rewrite(folder, state)
     mesh = make_mesh(1, devices, 1, devices=jax.devices()[:devices])
     got = leaves(open_checkpoint(folder), loaded, mesh)
-    want = {"norm.weight": state["model.norm.weight"], "embed_tokens.weight": state["model.embed_tokens.weight"]}
+    want = {
+        "norm.weight": state["model.norm.weight"],
+        "embed_tokens.weight": state["model.embed_tokens.weight"],
+    }
     name = "layers.mlp.up_proj.weight"
     want[name] = np.stack([state[f"model.layers.{i}.mlp.up_proj.weight"] for i in range(3)])
     for path, value in want.items():
@@ -377,7 +410,9 @@ def test_any_stored_dtype_loads_into_any(folder, stored, loaded, devices):
 
 def test_an_unknown_dtype_is_named(folder):
     checkpoint = open_checkpoint(folder)
-    with pytest.raises(LcoError, match="dtype 'float16' is not supported; these are: float32, bfloat16"):
+    with pytest.raises(
+        LcoError, match="dtype 'float16' is not supported; these are: float32, bfloat16"
+    ):
         load_decoder(checkpoint, one_device(), "float16")
 
 
@@ -414,7 +449,9 @@ def test_loading_onto_shards_reads_only_their_slices(folder, reads):
     _, params = load_decoder(checkpoint, make_mesh(1, 8, 1))
     size = {key: np.prod(checkpoint.tensors.shape(key)) for key in checkpoint.tensors}
     keys = checkpoint.keys["decoder"]
-    matrices = [key for name, key in keys.items() if name.startswith("layers.") and "proj.w" in name]
+    matrices = [
+        key for name, key in keys.items() if name.startswith("layers.") and "proj.w" in name
+    ]
     assert len(matrices) == 3 * 7
     for key in [*matrices, keys["embed_tokens.weight"]]:
         parts = [np.prod(shape) for read, shape in reads if read == key]
@@ -426,8 +463,13 @@ def test_loading_onto_shards_reads_only_their_slices(folder, reads):
 
 
 def test_a_parameter_that_no_rule_names_is_an_error():
-    tree = {"norm": {"weight": np.zeros(4)}, "layers": {"mlp": {"router": {"weight": np.zeros((2, 4, 4))}}}}
-    with pytest.raises(LcoError, match=r"no sharding rule names the parameter layers\.mlp\.router\.weight"):
+    tree = {
+        "norm": {"weight": np.zeros(4)},
+        "layers": {"mlp": {"router": {"weight": np.zeros((2, 4, 4))}}},
+    }
+    with pytest.raises(
+        LcoError, match=r"no sharding rule names the parameter layers\.mlp\.router\.weight"
+    ):
         shardings(tree, one_device())
 
 
@@ -466,7 +508,9 @@ def edit(folder, change):
 
 
 def set_config(folder, **changes):
-    write_json(folder / "adapter_config.json", {**read_json(folder / "adapter_config.json"), **changes})
+    write_json(
+        folder / "adapter_config.json", {**read_json(folder / "adapter_config.json"), **changes}
+    )
 
 
 def test_a_good_adapter_reads_back(adapted):
@@ -474,13 +518,19 @@ def test_a_good_adapter_reads_back(adapted):
     back, config = read_peft(folder)
     assert same(flatten_dict(back, sep="."), flatten_dict(adapters, sep="."))
     assert (config.rank, config.alpha, config.use_rslora) == (4, 8.0, False)
-    fit(back, params, "it")
+    match_adapters(back, params, "it")
 
 
 def test_an_adapter_in_bfloat16_is_read_as_float32(adapted):
     folder, adapters, _ = adapted
-    edit(folder, lambda state: state.update({k: v.astype(ml_dtypes.bfloat16) for k, v in state.items()}))
-    want = {k: v.astype(ml_dtypes.bfloat16).astype(np.float32) for k, v in flatten_dict(adapters, sep=".").items()}
+    edit(
+        folder,
+        lambda state: state.update({k: v.astype(ml_dtypes.bfloat16) for k, v in state.items()}),
+    )
+    want = {
+        k: v.astype(ml_dtypes.bfloat16).astype(np.float32)
+        for k, v in flatten_dict(adapters, sep=".").items()
+    }
     assert same(flatten_dict(read_peft(folder)[0], sep="."), want)
 
 
@@ -543,7 +593,12 @@ def test_a_whole_half_missing_is_named(adapted):
 def test_a_wrong_rank_is_named(adapted, half):
     folder, _, _ = adapted
     key = f"{QUERY}.lora_{half}.weight"
-    edit(folder, lambda state: state.update({key: np.zeros((3, 96) if half == "A" else (96, 3), np.float32)}))
+    edit(
+        folder,
+        lambda state: state.update(
+            {key: np.zeros((3, 96) if half == "A" else (96, 3), np.float32)}
+        ),
+    )
     message = refusal(folder, read_peft)
     assert key in message
     assert "rank 3" in message
@@ -606,8 +661,15 @@ def test_other_spellings_of_an_adapter_key(adapted, key):
     back, _ = read_peft(folder)
     query = back["layers"]["self_attn"]["q_proj"]["weight"]
     assert (query["a"][0] == 0.5).all()
-    assert np.array_equal(query["b"][1:], adapters["layers"]["self_attn"]["q_proj"]["weight"]["b"][1:])
-    edit(folder, lambda state: state.update({f"{QUERY}.lora_{half}.weight": value for half, value in halves.items()}))
+    assert np.array_equal(
+        query["b"][1:], adapters["layers"]["self_attn"]["q_proj"]["weight"]["b"][1:]
+    )
+    edit(
+        folder,
+        lambda state: state.update(
+            {f"{QUERY}.lora_{half}.weight": value for half, value in halves.items()}
+        ),
+    )
     assert "the same parameter" in refusal(folder, read_peft)
 
 
@@ -617,16 +679,23 @@ def test_layers_that_an_adapter_leaves_out_stay_as_they_are(adapted):
     query = read_peft(folder)[0]["layers"]["self_attn"]["q_proj"]["weight"]
     assert not query["a"][0].any()
     assert not query["b"][0].any()
-    assert np.array_equal(query["a"][1:], adapters["layers"]["self_attn"]["q_proj"]["weight"]["a"][1:])
+    assert np.array_equal(
+        query["a"][1:], adapters["layers"]["self_attn"]["q_proj"]["weight"]["a"][1:]
+    )
 
 
 def test_layers_of_different_widths_are_refused(adapted):
     folder, _, _ = adapted
-    edit(folder, lambda state: state.update({f"{QUERY}.lora_A.weight": np.zeros((4, 80), np.float32)}))
+    edit(
+        folder,
+        lambda state: state.update({f"{QUERY}.lora_A.weight": np.zeros((4, 80), np.float32)}),
+    )
     assert "self_attn.q_proj" in refusal(folder, read_peft)
 
 
-@pytest.mark.parametrize("damage", ["weights torn", "weights gone", "weights pickled", "empty", "config torn", "gone"])
+@pytest.mark.parametrize(
+    "damage", ["weights torn", "weights gone", "weights pickled", "empty", "config torn", "gone"]
+)
 def test_a_torn_adapter_is_named(adapted, damage):
     folder, _, _ = adapted
     named = folder / ("adapter_config.json" if damage in ("config torn", "gone") else WEIGHTS)
@@ -643,17 +712,21 @@ def test_a_torn_adapter_is_named(adapted, damage):
 
 def test_an_adapter_of_another_model_does_not_fit(adapted, cases):
     folder, adapters, params = adapted
-    other = abstract_params(open_checkpoint(cases["omni"].path).config)  # hidden size 80, this one has 96
+    other = abstract_params(
+        open_checkpoint(cases["omni"].path).config
+    )  # hidden size 80, this one has 96
     with pytest.raises(LcoError) as error:
-        fit(adapters, other, str(folder))
+        match_adapters(adapters, other, str(folder))
     assert str(folder) in str(error.value)
     assert "proj.weight." in str(error.value)
     deep = jax.tree.map(lambda x: np.concatenate([x, x]), adapters)
     with pytest.raises(LcoError, match="does not fit"):
-        fit(deep, params, str(folder))
+        match_adapters(deep, params, str(folder))
     pair = adapters["layers"]["self_attn"]["q_proj"]["weight"]
-    with pytest.raises(LcoError, match=r"adapts layers\.mlp\.router\.weight, which the model does not have"):
-        fit({"layers": {"mlp": {"router": {"weight": pair}}}}, params, str(folder))
+    with pytest.raises(
+        LcoError, match=r"adapts layers\.mlp\.router\.weight, which the model does not have"
+    ):
+        match_adapters({"layers": {"mlp": {"router": {"weight": pair}}}}, params, str(folder))
 
 
 def test_every_refusal_here_is_of_damage(cases):

@@ -27,7 +27,9 @@ def parse(monkeypatch):
 
     def parsed(*args):
         monkeypatch.setattr(sys, "argv", ["train", *map(str, args)])
-        monkeypatch.delitem(sys.modules, "config_config", raising=False)  # where ml_collections puts a config file
+        monkeypatch.delitem(
+            sys.modules, "config_config", raising=False
+        )  # where ml_collections puts a config file
         return cli.parse(sys.argv, "What the job does.")
 
     return parsed
@@ -80,14 +82,22 @@ def test_config_is_needed(refusal):
     assert "--config" in refusal("--config")
 
 
-@pytest.mark.parametrize("path", ["configs/bass.py", "/no/such/folder/base.py", "configs/base", "configs/b.py:paper"])
+@pytest.mark.parametrize(
+    "path", ["configs/bass.py", "/no/such/folder/base.py", "configs/base", "configs/b.py:paper"]
+)
 def test_a_config_file_that_is_not_there_is_named(refusal, path):
     for args in ((f"--config={path}",), ("--config", path)):
         assert path.split(":")[0] in refusal(*args)
 
 
 @pytest.mark.parametrize(
-    "content", ["def get_config(:\n", "import no_such_module\n", "x = 1\n", "def get_config():\n    return {}['x']\n"]
+    "content",
+    [
+        "def get_config(:\n",
+        "import no_such_module\n",
+        "x = 1\n",
+        "def get_config():\n    return {}['x']\n",
+    ],
 )
 def test_a_config_file_that_does_not_load_is_named(refusal, tmp_path, content):
     path = tmp_path / "mine.py"
@@ -124,10 +134,16 @@ def test_a_misspelt_key_is_corrected(refusal, key, meant):
         assert f"did you mean {meant!r}?" in message
 
 
-@pytest.mark.parametrize("key", ["train.steps", "optimizer.learning_rate", "export.merged", "train"])
+@pytest.mark.parametrize(
+    "key", ["train.steps", "optimizer.learning_rate", "export.merged", "train"]
+)
 def test_a_value_of_the_wrong_type_is_named(refusal, key):
     wrong = f"--config.{key}=many"
-    for args in ((CONFIG, wrong), ("--config", BASE, wrong), (CONFIG, "--workdir", "runs/a", wrong)):
+    for args in (
+        (CONFIG, wrong),
+        ("--config", BASE, wrong),
+        (CONFIG, "--workdir", "runs/a", wrong),
+    ):
         message = refusal(*args)
         assert f"config.{key}" in message
         assert "many" in message
@@ -163,7 +179,14 @@ def test_help_says_what_there_is(parse, capsys, flag):
         parse(flag, CONFIG)
     assert done.value.code == 0
     out = capsys.readouterr().out
-    for part in ("What the job does.", "--workdir", "--config", f"steps: {steps}", "sources:", "chunk_tokens: 0"):
+    for part in (
+        "What the job does.",
+        "--workdir",
+        "--config",
+        f"steps: {steps}",
+        "sources:",
+        "chunk_tokens: 0",
+    ):
         assert part in out
     with pytest.raises(SystemExit) as done:
         parse(flag)
@@ -189,9 +212,18 @@ def test_a_user_sees_one_line_and_status_2(monkeypatch, capsys):
 def test_embed_a_txt(tmp_path, tiny):
     texts, out = tmp_path / "texts.txt", tmp_path / "new" / "vectors.npy"
     texts.write_text("\n".join([*TEXTS, ""]), encoding="utf-8")
-    command = [sys.executable, "-m", "lco_jax.embed", "--model=builtin:tiny", f"--input={texts}", f"--output={out}"]
+    command = [
+        sys.executable,
+        "-m",
+        "lco_jax.embed",
+        "--model=builtin:tiny",
+        f"--input={texts}",
+        f"--output={out}",
+    ]
     environment = {**os.environ, "XLA_FLAGS": ""}  # one device, as a user has
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert str(out) in done.stdout
     got = np.load(out)
@@ -204,7 +236,11 @@ def test_embed_a_txt(tmp_path, tiny):
 @pytest.mark.parametrize("ids", ["field", "line"])
 def test_embed_a_jsonl(tmp_path, tiny, run_embed, ids):
     chat = [{"role": "user", "content": "three"}]
-    items = [{"text": "one", "key": "k1"}, {"text": "two " * 30, "key": "k0"}] if ids == "field" else ["one", chat]
+    items = (
+        [{"text": "one", "key": "k1"}, {"text": "two " * 30, "key": "k0"}]
+        if ids == "field"
+        else ["one", chat]
+    )
     lines, out = tmp_path / "items.jsonl", tmp_path / "vectors.parquet"
     lines.write_text("\n\n".join(json.dumps(item) for item in items), encoding="utf-8")
     field = ["--id-field=key"] if ids == "field" else []
@@ -226,8 +262,15 @@ def test_embed_in_parts_keeps_the_order(tmp_path, tiny, run_embed):
     lines.write_text("\n".join(texts))
     for suffix in ("npy", "parquet"):
         out = tmp_path / f"vectors.{suffix}"
-        assert run_embed(f"--input={lines}", f"--output={out}", "--batch-size=2", "--part-size=3")[0] == 0
-        table = pyarrow.parquet.read_table(out).to_pydict() if suffix == "parquet" else {"embedding": np.load(out)}
+        assert (
+            run_embed(f"--input={lines}", f"--output={out}", "--batch-size=2", "--part-size=3")[0]
+            == 0
+        )
+        table = (
+            pyarrow.parquet.read_table(out).to_pydict()
+            if suffix == "parquet"
+            else {"embedding": np.load(out)}
+        )
         assert np.abs(np.array(table["embedding"], np.float32) - tiny.encode(texts)).max() < 1e-6
         assert table.get("id", list(range(8))) == list(range(8))
 
@@ -254,10 +297,19 @@ def embed_cases():
         "no text": ('{"txt": "x"}', "text"),
         "no content": ('{"text": null, "image": ""}', "text"),
         "image": ('{"text": "x", "image": "a.png"}', "image"),
-        "image part": ('[{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]', "image"),
+        "image part": (
+            '[{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]',
+            "image",
+        ),
     }
     cases = {
-        f"line: {name}": ("in.jsonl", f"{GOOD}\n\n{line}\n{GOOD}", "out.npy", [], ("in.jsonl:3", named))
+        f"line: {name}": (
+            "in.jsonl",
+            f"{GOOD}\n\n{line}\n{GOOD}",
+            "out.npy",
+            [],
+            ("in.jsonl:3", named),
+        )
         for name, (line, named) in bad.items()
     }
     field = ["--id-field=key"]
@@ -293,7 +345,9 @@ def test_embed_errors_are_one_line_and_leave_nothing(tmp_path, run_embed, case):
     if content is not None:
         (tmp_path / source).write_bytes(content if isinstance(content, bytes) else content.encode())
     before = sorted(tmp_path.rglob("*"))
-    status, out, err = run_embed(f"--input={tmp_path / source}", f"--output={tmp_path / target}", *extra)
+    status, out, err = run_embed(
+        f"--input={tmp_path / source}", f"--output={tmp_path / target}", *extra
+    )
     assert status == 2
     assert out == ""
     last = err.rstrip("\n").split("\n")[-1]  # a progress bar may stand before it
@@ -314,7 +368,12 @@ def test_a_failure_leaves_the_earlier_output(tmp_path, run_embed):
 
 
 def test_the_arguments_of_embed_are_checked_by_argparse(run_embed):
-    for args in ((), ("--input=a.txt",), ("--input=a.txt", "--output=b.npy", "--dtype=float64"), ("--unknown=1",)):
+    for args in (
+        (),
+        ("--input=a.txt",),
+        ("--input=a.txt", "--output=b.npy", "--dtype=float64"),
+        ("--unknown=1",),
+    ):
         status, _, err = run_embed(*args)
         assert status == 2
         assert "usage: python -m lco_jax.embed" in err

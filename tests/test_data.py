@@ -1,4 +1,4 @@
-"""Records, sources, the batches made of them and their packing."""
+"""Records and sources: what is read, and what is refused by name."""
 
 import copy
 import json
@@ -8,32 +8,25 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-import reference
 from ml_collections import ConfigDict
 from tfds_files import CORE, NUMBER, TEXT, class_label, image_feature, png, shape, write_tfds
 
-from lco_jax import LcoError, make_mesh
+from lco_jax import LcoError
 from lco_jax.checkpoint import builtin
 from lco_jax.core.files import ASSETS
-from lco_jax.core.packing import Shape, TokenSequence, bucket, fill, fit, in_widths, lay_stream, place, spread
 from lco_jax.data import pipeline
-from lco_jax.data.pipeline import Layout, ahead, local_batches, record_stream
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import ChatTokenizer, as_messages
-from lco_jax.data.records import Record, parse_record, side_key
-from lco_jax.data.scan import ListSource
+from lco_jax.data.records import Record, content_key, parse_record
 from lco_jax.data.sources import Columns, JsonlSource, open_source, parquet_source
 from lco_jax.data.tfds import nli_source
 from lco_jax.evaluation.retrieval import retrieval
 
 ROOT = Path(__file__).parents[1]
-HEAD = np.zeros(0, np.int32)
-LAYOUT = Layout(batch_size=8, max_negatives=2, head=HEAD)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +51,9 @@ def test_the_built_in_checkpoint_is_what_its_tool_makes(tmp_path):
     folder = tmp_path / builtin.FILES.name
     folder.mkdir()
     runpy.run_path(str(ROOT / "tools" / "make_tiny.py"))["write"](folder)
-    assert {file.name for file in folder.iterdir()} == {file.name for file in builtin.FILES.iterdir()}
+    assert {file.name for file in folder.iterdir()} == {
+        file.name for file in builtin.FILES.iterdir()
+    }
     for file in [*folder.iterdir(), tmp_path / builtin.SHAPES.name]:
         assert file.read_bytes() == (ASSETS / file.relative_to(tmp_path)).read_bytes(), file.name
 
@@ -175,34 +170,51 @@ def text(words):
     ("side", "want"),
     [
         ({"text": "a", "image_path": "i.png"}, (image("/r/i.png"), text("a"))),
-        ({"text": "", "image_path": "i.png", "audio_path": "", "video_path": None}, (image("/r/i.png"),)),
+        (
+            {"text": "", "image_path": "i.png", "audio_path": "", "video_path": None},
+            (image("/r/i.png"),),
+        ),
         (
             {"audio_path": "a.wav", "video_path": "v.mp4", "image_path": "i.png", "text": "t"},
             (image("/r/i.png"), video("/r/v.mp4"), audio("/r/a.wav"), text("t")),
         ),
         ({"image_path": ["/abs/i.png", "sub/j.png"]}, (image("/abs/i.png"), image("/r/sub/j.png"))),
         ({"image_path": []}, ""),
-        ({"video_path": [["1.png", "2.png"], "v.mp4"]}, (video(["/r/1.png", "/r/2.png"]), video("/r/v.mp4"))),
+        (
+            {"video_path": [["1.png", "2.png"], "v.mp4"]},
+            (video(["/r/1.png", "/r/2.png"]), video("/r/v.mp4")),
+        ),
         ({"video_path": ["1.png", "2.JPG"]}, (video(["/r/1.png", "/r/2.JPG"]),)),
         ({"video_path": ["1.mp4", "2.gif"]}, (video("/r/1.mp4"), video("/r/2.gif"))),
-        ({"image": "i.png", "audio": ["a.wav"], "text": "t"}, (image("/r/i.png"), audio("/r/a.wav"), text("t"))),
+        (
+            {"image": "i.png", "audio": ["a.wav"], "text": "t"},
+            (image("/r/i.png"), audio("/r/a.wav"), text("t")),
+        ),
         ({"image_path": "https://host/i.png"}, (image("https://host/i.png"),)),
         ({"audio_path": "data:audio/wav;base64,AAAA"}, (audio("data:audio/wav;base64,AAAA"),)),
         ({"image_path": "FILE:///abs/i.png"}, (image("FILE:///abs/i.png"),)),
-        ({"content": [image("i.png"), text("t"), audio("a.wav")]}, (image("/r/i.png"), text("t"), audio("/r/a.wav"))),
+        (
+            {"content": [image("i.png"), text("t"), audio("a.wav")]},
+            (image("/r/i.png"), text("t"), audio("/r/a.wav")),
+        ),
         ({"content": "only text"}, "only text"),
         ([text("t"), {"type": "image", "image_path": "i.png"}], (text("t"), image("/r/i.png"))),
         ([text("t"), text(""), text(" u")], "t u"),
         ([image("i.png"), text("")], (image("/r/i.png"),)),
         (video(["1.png", "2.png"]), (video(["/r/1.png", "/r/2.png"]),)),
         ({"type": "image", "image": b"encoded"}, (image(b"encoded"),)),
-        ({"type": "image", "text": None, "image": "i.png", "image_path": None}, (image("/r/i.png"),)),
+        (
+            {"type": "image", "text": None, "image": "i.png", "image_path": None},
+            (image("/r/i.png"),),
+        ),
     ],
 )
 def test_a_side_may_hold_media(side, want):
     """In every spelling, on every side; text alone stays a string."""
     if want:
-        assert parse_record({"anchor": side, "positive": side}, "here", "/r") == Record(want, want, (), "here")
+        assert parse_record({"anchor": side, "positive": side}, "here", "/r") == Record(
+            want, want, (), "here"
+        )
     record = parse_record({"anchor": "a", "positive": "p", "negative": side}, "here", "/r")
     assert record.negatives == ((want,) if want else ())
 
@@ -216,7 +228,10 @@ def test_negatives_are_one_side_or_several():
         ([parts, "n", {"image_path": "i.png"}, image("j.png")], 4),
         ([{"text": "n"}, {"image_path": "i.png"}, ""], 2),
     ):
-        assert len(parse_record({"anchor": "a", "positive": "p", "negative": given}, "here").negatives) == count
+        assert (
+            len(parse_record({"anchor": "a", "positive": "p", "negative": given}, "here").negatives)
+            == count
+        )
 
 
 def write_jsonl(path, *records):
@@ -226,7 +241,9 @@ def write_jsonl(path, *records):
 
 
 def test_paths_start_at_the_folder_of_the_file(tmp_path, monkeypatch):
-    path = write_jsonl(tmp_path / "set" / "data.jsonl", {"anchor": {"image_path": "m/i.png"}, "positive": "p"})
+    path = write_jsonl(
+        tmp_path / "set" / "data.jsonl", {"anchor": {"image_path": "m/i.png"}, "positive": "p"}
+    )
     for root in ("set", "elsewhere"):
         (tmp_path / root / "m").mkdir(parents=True)
         (tmp_path / root / "m" / "i.png").write_bytes(b"")
@@ -238,13 +255,17 @@ def test_paths_start_at_the_folder_of_the_file(tmp_path, monkeypatch):
 
 
 def test_a_missing_media_file_is_found_by_the_scan(tmp_path):
-    records = [{"anchor": {"image_path": f"{i}.png", "text": "a"}, "positive": "p"} for i in range(3)]
+    records = [
+        {"anchor": {"image_path": f"{i}.png", "text": "a"}, "positive": "p"} for i in range(3)
+    ]
     path = write_jsonl(tmp_path / "data.jsonl", *records)
     for i in (0, 2):
         (tmp_path / f"{i}.png").write_bytes(b"")
     with pytest.raises(LcoError) as error:
         JsonlSource(path)
-    assert f"{path}:2: anchor.image_path: there is no file {tmp_path / '1.png'}; " in sentence(error)
+    assert f"{path}:2: anchor.image_path: there is no file {tmp_path / '1.png'}; " in sentence(
+        error
+    )
     source = JsonlSource(path, on_bad="skip")
     assert source.skipped == 1
     assert [record.where for record in (source[0], source[1])] == [f"{path}:1", f"{path}:3"]
@@ -255,7 +276,9 @@ def test_each_file_is_looked_for_once(tmp_path, monkeypatch):
     (tmp_path / "i.png").write_bytes(b"")
     asked = []
     monkeypatch.setattr(os.path, "isfile", lambda path: asked.append(path) or True)
-    records = [{"anchor": {"image_path": "i.png"}, "positive": {"image_path": "https://host/i.png"}}] * 5
+    records = [
+        {"anchor": {"image_path": "i.png"}, "positive": {"image_path": "https://host/i.png"}}
+    ] * 5
     source = JsonlSource(write_jsonl(tmp_path / "data.jsonl", *records))
     assert [source[i].where for i in range(5)]
     assert asked == [str(tmp_path / "i.png")]
@@ -279,23 +302,33 @@ def test_sides_that_say_the_same_have_one_key():
         (video(["a", "b"]),),
         (video(["ab"]),),
     ]
-    assert len({side_key(side) for side in sides}) == len(sides)
-    assert {side_key(side) for side in copy.deepcopy(sides)} == {side_key(side) for side in sides}
-    assert side_key((image(pixels[:, ::-1].copy()[:, ::-1]),)) == side_key(
+    assert len({content_key(side) for side in sides}) == len(sides)
+    assert {content_key(side) for side in copy.deepcopy(sides)} == {
+        content_key(side) for side in sides
+    }
+    assert content_key((image(pixels[:, ::-1].copy()[:, ::-1]),)) == content_key(
         (image(pixels),)
     )  # memory order is no content
 
 
-@pytest.mark.parametrize("shared", ["words", (image("a.png"), text("t")), (image(np.ones((2, 2, 3), np.uint8)),)])
+@pytest.mark.parametrize(
+    "shared", ["words", (image("a.png"), text("t")), (image(np.ones((2, 2, 3), np.uint8)),)]
+)
 def test_retrieval_takes_equal_sides_for_one(shared):
     """x and y share what is right, z is as near to a wrong image as to its own positive."""
     wrong = (image("wrong.png"),)
     again = copy.deepcopy(shared)
-    records = [Record("x", shared, (wrong,), ""), Record("y", again, (again,), ""), Record("z", "another", (), "")]
-    vectors = {side_key(side): [1, 0] for side in ("x", "y", shared)} | {
-        side_key(side): [0, 1] for side in ("z", "another", wrong)
+    records = [
+        Record("x", shared, (wrong,), ""),
+        Record("y", again, (again,), ""),
+        Record("z", "another", (), ""),
+    ]
+    vectors = {content_key(side): [1, 0] for side in ("x", "y", shared)} | {
+        content_key(side): [0, 1] for side in ("z", "another", wrong)
     }
-    result = retrieval(lambda sides: np.array([vectors[side_key(side)] for side in sides]), records)
+    result = retrieval(
+        lambda sides: np.array([vectors[content_key(side)] for side in sides]), records
+    )
     assert (result.candidates, result.similarity.shape) == (3, (3, 3))
     assert result.recall_at_1 == 2 / 3
     assert result.mrr == (1 + 1 + 1 / 2) / 3
@@ -306,11 +339,17 @@ def test_bad_records_can_be_skipped(tmp_path):
     good = [{"anchor": f"é{i}今", "positive": f"p{i}", "negative": ["n"] * i} for i in range(3)]
     lines = [json.dumps(content, ensure_ascii=False) for content in good]
     bad = list(BAD_RECORDS)
-    path.write_text("\n".join([bad[0], lines[0], "", bad[3], bad[5], lines[1], lines[2]]), encoding="utf-8")
+    path.write_text(
+        "\n".join([bad[0], lines[0], "", bad[3], bad[5], lines[1], lines[2]]), encoding="utf-8"
+    )
     source = JsonlSource(path, on_bad="skip")
     assert source.skipped == 3
     assert source.max_negatives == 2
-    assert [record.anchor for record in (source[2], source[0], source[1])] == ["é2今", "é0今", "é1今"]
+    assert [record.anchor for record in (source[2], source[0], source[1])] == [
+        "é2今",
+        "é0今",
+        "é1今",
+    ]
     assert [source[i].where for i in range(len(source))] == [f"{path}:{line}" for line in (2, 6, 7)]
     path.write_text("\n".join(bad))
     with pytest.raises(LcoError, match="no usable record"):
@@ -361,13 +400,19 @@ TRIPLETS = [
 
 def write_nli(data_dir, rows, name="snli", features=None):
     features = features or {"premise": TEXT, "hypothesis": TEXT, "label": class_label(3)}
-    rows = [{"premise": p.encode(), "hypothesis": h.encode(), "label": label} for p, h, label in rows]
+    rows = [
+        {"premise": p.encode(), "hypothesis": h.encode(), "label": label} for p, h, label in rows
+    ]
     return write_tfds(data_dir, name, features, rows, {"label": LABELS})
 
 
-@pytest.mark.parametrize("name", ["snli", "my_nli"])  # TFDS has code for the first; the second is only files
+@pytest.mark.parametrize(
+    "name", ["snli", "my_nli"]
+)  # TFDS has code for the first; the second is only files
 def test_tfds_rows_become_triplets(tmp_path, name):
-    source = open_source("nli", {"kind": "tfds", "name": name, "data_dir": write_nli(tmp_path, SNLI, name)})
+    source = open_source(
+        "nli", {"kind": "tfds", "name": name, "data_dir": write_nli(tmp_path, SNLI, name)}
+    )
     assert [(r.anchor, r.positive, r.negatives) for r in source] == TRIPLETS
     assert source.max_negatives == 1
     assert name in source[0].where
@@ -417,7 +462,9 @@ def test_tfds_is_read_without_tensorflow_and_torch(tmp_path):
         f"print(len(nli_source('snli', data_dir={write_nli(tmp_path, SNLI)!r})), 'tensorflow' in sys.modules)"
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'decoy'}:{ROOT}"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.stdout == f"{len(TRIPLETS)} False\n", done.stderr
 
 
@@ -429,7 +476,13 @@ WORDS = ("sports_car", "dog")
 IMAGE = image_feature(4, 5, 3)
 AUDIO = {
     "pythonClassName": f"{CORE}.audio_feature.Audio",
-    "audio": {"dtype": "int64", "shape": shape(-1), "fileFormat": "wav", "encoding": "none", "sampleRate": "8000"},
+    "audio": {
+        "dtype": "int64",
+        "shape": shape(-1),
+        "fileFormat": "wav",
+        "encoding": "none",
+        "sampleRate": "8000",
+    },
 }
 VIDEO = {
     "pythonClassName": f"{CORE}.video_feature.Video",
@@ -440,9 +493,14 @@ VIDEO = {
 def captioned(data_dir, features, rows, name="my_set", **spec):
     """The source of a set that is written for it, with a class label of two words and a text in every row."""
     features = {**features, "label": class_label(2), "colour": TEXT, "count": NUMBER}
-    rows = [{"label": i % 2, "colour": b"gr\xc3\xbcn", "count": 3 + i, **row} for i, row in enumerate(rows)]
+    rows = [
+        {"label": i % 2, "colour": b"gr\xc3\xbcn", "count": 3 + i, **row}
+        for i, row in enumerate(rows)
+    ]
     folder = write_tfds(data_dir, name, features, rows, {"label": WORDS})
-    return open_source("mine", {"kind": "tfds", "name": name, "data_dir": folder, "caption": "a {label}", **spec})
+    return open_source(
+        "mine", {"kind": "tfds", "name": name, "data_dir": folder, "caption": "a {label}", **spec}
+    )
 
 
 def pictures(count):
@@ -452,18 +510,30 @@ def pictures(count):
 def test_tfds_images_become_pairs(tmp_path):
     """The image as it is stored: nothing of it is decoded here."""
     stored = [png(pixels) for pixels in pictures(2)] + [b"no image at all"]
-    source = captioned(tmp_path, {"image": IMAGE}, [{"image": x} for x in stored], caption="{count} {colour} {label}s")
+    source = captioned(
+        tmp_path,
+        {"image": IMAGE},
+        [{"image": x} for x in stored],
+        caption="{count} {colour} {label}s",
+    )
     assert (len(source), source.max_negatives, source.skipped) == (3, 0, 0)
     captions = ["3 grün sports cars", "4 grün dogs", "5 grün sports cars"]
     where = [f"tfds:my_set/train, row {i}" for i in range(3)]
-    wanted = [Record((image(x),), c, (), w) for x, c, w in zip(stored, captions, where, strict=True)]
+    wanted = [
+        Record((image(x),), c, (), w) for x, c, w in zip(stored, captions, where, strict=True)
+    ]
     assert [source[i] for i in (2, 0, 1)] == [wanted[i] for i in (2, 0, 1)]
 
 
 def test_tfds_captions_can_be_the_anchor_and_words_be_replaced(tmp_path):
     rows = [{"image": png(pixels)} for pixels in pictures(2)]
-    values = {"label": {"sports car": "Ferrari", "dog": "poodle"}, "count": {3: "three", "4": "four"}}
-    source = captioned(tmp_path, {"image": IMAGE}, rows, caption="{count} {label}", values=values, reverse=True)
+    values = {
+        "label": {"sports car": "Ferrari", "dog": "poodle"},
+        "count": {3: "three", "4": "four"},
+    }
+    source = captioned(
+        tmp_path, {"image": IMAGE}, rows, caption="{count} {label}", values=values, reverse=True
+    )
     assert [source[i].anchor for i in range(2)] == ["three Ferrari", "four poodle"]
     assert source[1].positive == (image(rows[1]["image"]),)
 
@@ -507,7 +577,10 @@ def test_tfds_audio_may_be_stored_as_its_file(tmp_path):
 @pytest.mark.parametrize("fps", [None, 2.5])
 def test_tfds_video_becomes_pairs(tmp_path, fps):
     frames = pictures(5)
-    rows = [{"clip": [png(pixels) for pixels in frames[:3]]}, {"clip": [png(pixels) for pixels in frames[3:]]}]
+    rows = [
+        {"clip": [png(pixels) for pixels in frames[:3]]},
+        {"clip": [png(pixels) for pixels in frames[3:]]},
+    ]
     source = captioned(tmp_path, {"clip": VIDEO}, rows, fps=fps)
     for index, want in ((0, frames[:3]), (1, frames[3:])):
         (part,) = source[index].anchor
@@ -522,34 +595,68 @@ def test_tfds_of_several_media_takes_the_one_that_is_named(tmp_path):
     features = {"image": IMAGE, "mask": IMAGE, "speech": AUDIO}
     source = captioned(tmp_path / "a", features, rows, feature="image")
     assert source[0].anchor == (image(rows[0]["image"]),)
-    assert captioned(tmp_path / "b", features, rows, feature="speech")[0].anchor[0]["type"] == "audio"
+    assert (
+        captioned(tmp_path / "b", features, rows, feature="speech")[0].anchor[0]["type"] == "audio"
+    )
 
 
 DEPTH = {**IMAGE, "image": {"dtype": "float32", "shape": shape(4, 5, 1)}}
 SILENT = {**AUDIO, "audio": {**AUDIO["audio"], "sampleRate": "0"}}
 BAD_CAPTIONED = {  # case -> features, spec, what the message says
     "no field": ({"image": IMAGE}, {"caption": "a {lable}"}, ("'lable'", "colour, count, label")),
-    "media as a field": ({"image": IMAGE}, {"caption": "a {image}"}, ("'image'", "colour, count, label")),
+    "media as a field": (
+        {"image": IMAGE},
+        {"caption": "a {image}"},
+        ("'image'", "colour, count, label"),
+    ),
     "no template": ({"image": IMAGE}, {"caption": "a {label"}, ("'a {label'",)),
     "a number for a template": ({"image": IMAGE}, {"caption": 3}, ("caption 3",)),
-    "a position for a field": ({"image": IMAGE}, {"caption": "a {}"}, ("''", "colour, count, label")),
+    "a position for a field": (
+        {"image": IMAGE},
+        {"caption": "a {}"},
+        ("''", "colour, count, label"),
+    ),
     "a wrong format": ({"image": IMAGE}, {"caption": "{label:d}"}, ("row 0", "'{label:d}'")),
     "a wrong item": ({"image": IMAGE}, {"caption": "{colour[x]}"}, ("row 0", "'{colour[x]}'")),
     "an empty caption": ({"image": IMAGE}, {"caption": " "}, ("row 0", "caption is empty")),
     "values of no field": ({"image": IMAGE}, {"values": {"lable": {}}}, ("'lable'",)),
-    "values that lack one": ({"image": IMAGE}, {"values": {"label": {"dog": "cat"}}}, ("row 0", "'sports car'")),
-    "values of no mapping": ({"image": IMAGE}, {"values": {"label": "cat"}}, ("values.label", "'cat'")),
-    "values that are no mapping": ({"image": IMAGE}, {"values": "cat"}, ("config.data.sources.mine.values", "'cat'")),
+    "values that lack one": (
+        {"image": IMAGE},
+        {"values": {"label": {"dog": "cat"}}},
+        ("row 0", "'sports car'"),
+    ),
+    "values of no mapping": (
+        {"image": IMAGE},
+        {"values": {"label": "cat"}},
+        ("values.label", "'cat'"),
+    ),
+    "values that are no mapping": (
+        {"image": IMAGE},
+        {"values": "cat"},
+        ("config.data.sources.mine.values", "'cat'"),
+    ),
     "no media": ({}, {}, ("no feature of images, audio or video", "colour, count, label")),
     "several": ({"image": IMAGE, "mask": IMAGE}, {}, ("several", "image, mask")),
-    "no such feature": ({"image": IMAGE, "mask": IMAGE}, {"feature": "imag"}, ("'imag'", "image, mask")),
+    "no such feature": (
+        {"image": IMAGE, "mask": IMAGE},
+        {"feature": "imag"},
+        ("'imag'", "image, mask"),
+    ),
     "a feature of no media": ({"image": IMAGE}, {"feature": "label"}, ("'label'", "image")),
     "no sampling rate": ({"speech": SILENT}, {}, ("'speech'", "sampling_rate")),
     "a sampling rate of none": ({"speech": SILENT}, {"sampling_rate": -1}, ("sampling_rate", "-1")),
-    "a sampling rate of images": ({"image": IMAGE}, {"sampling_rate": 8000}, ("sampling_rate", "'image'")),
+    "a sampling rate of images": (
+        {"image": IMAGE},
+        {"sampling_rate": 8000},
+        ("sampling_rate", "'image'"),
+    ),
     "frames of images": ({"image": IMAGE}, {"fps": 2}, ("fps", "'image'")),
     "images of floats": ({"image": DEPTH}, {}, ("float32", "'image'")),
-    "an unknown argument": ({"image": IMAGE}, {"captoin": "a"}, ("config.data.sources.mine", "'captoin'")),
+    "an unknown argument": (
+        {"image": IMAGE},
+        {"captoin": "a"},
+        ("config.data.sources.mine", "'captoin'"),
+    ),
 }
 
 
@@ -622,10 +729,24 @@ def test_folders_can_be_part_of_the_pattern(tmp_path):
     spoken(tmp_path / "train" / "cat", "1.jpg", "2.png")
     spoken(tmp_path / "train" / "sea lion", "1.mp4")
     source = open_source(
-        "x", {"kind": "files", "glob": f"{tmp_path}/**", "pattern": "(?P<name>[^/]+)/[^/]+", "caption": "a {name}"}
+        "x",
+        {
+            "kind": "files",
+            "glob": f"{tmp_path}/**",
+            "pattern": "(?P<name>[^/]+)/[^/]+",
+            "caption": "a {name}",
+        },
     )
-    assert [record.positive for record in map(source.__getitem__, range(3))] == ["a cat", "a cat", "a sea lion"]
-    assert [record.anchor[0]["type"] for record in map(source.__getitem__, range(3))] == ["image", "image", "video"]
+    assert [record.positive for record in map(source.__getitem__, range(3))] == [
+        "a cat",
+        "a cat",
+        "a sea lion",
+    ]
+    assert [record.anchor[0]["type"] for record in map(source.__getitem__, range(3))] == [
+        "image",
+        "image",
+        "video",
+    ]
 
 
 def test_files_that_do_not_fit_are_named_or_skipped(tmp_path):
@@ -637,7 +758,12 @@ def test_files_that_do_not_fit_are_named_or_skipped(tmp_path):
         "caption": "{digit}",
         "values": {"digit": {"1": "one", "2": "two"}},
     }
-    bad = {"10_a.wav": "does not match", "2_a.txt": "no image, video or audio", "3_a.wav": "'3'", "x.wav": "does not"}
+    bad = {
+        "10_a.wav": "does not match",
+        "2_a.txt": "no image, video or audio",
+        "3_a.wav": "'3'",
+        "x.wav": "does not",
+    }
     for name, named in bad.items():
         with pytest.raises(LcoError) as error:
             open_source("x", {**spec, "glob": f"{tmp_path}/x/{name}"})
@@ -681,7 +807,9 @@ def write_table(path, **columns):
 
 
 def test_parquet_file(tmp_path):
-    path = write_table(tmp_path / "x.parquet", anchor=["a", "b"], positive=["p", "q"], negative=["n", None])
+    path = write_table(
+        tmp_path / "x.parquet", anchor=["a", "b"], positive=["p", "q"], negative=["n", None]
+    )
     source = open_source("x", {"kind": "parquet", "path": path})
     assert [record.sides for record in source] == [("a", "p", "n"), ("b", "q")]
     assert source.max_negatives == 1
@@ -690,9 +818,21 @@ def test_parquet_file(tmp_path):
 
 def test_parquet_folder_is_read_in_order_of_name(tmp_path):
     for i in (2, 0, 1):
-        write_table(tmp_path / f"sub{i}" / f"train-{i}.parquet", anchor=[f"a{i}"], positive=["p"], negative=["n"])
-    write_table(tmp_path / "sub0" / "test-0.parquet", anchor=["not this one"], positive=["p"], negative=["n"])
-    source = open_source("x", {"kind": "parquet", "path": str(tmp_path), "files": "*/train-*.parquet"})
+        write_table(
+            tmp_path / f"sub{i}" / f"train-{i}.parquet",
+            anchor=[f"a{i}"],
+            positive=["p"],
+            negative=["n"],
+        )
+    write_table(
+        tmp_path / "sub0" / "test-0.parquet",
+        anchor=["not this one"],
+        positive=["p"],
+        negative=["n"],
+    )
+    source = open_source(
+        "x", {"kind": "parquet", "path": str(tmp_path), "files": "*/train-*.parquet"}
+    )
     assert [record.anchor for record in source] == ["a0", "a1", "a2"]
     assert len(open_source("x", {"kind": "parquet", "path": str(tmp_path)})) == 4
     with pytest.raises(LcoError, match=r"holds no file that matches 'dev/\*'"):
@@ -701,18 +841,27 @@ def test_parquet_folder_is_read_in_order_of_name(tmp_path):
 
 def test_parquet_columns_can_be_renamed_and_hold_lists(tmp_path):
     negatives = [["n1", "n2", "n3"], []]
-    path = write_table(tmp_path / "x.parquet", query=["a", "b"], answer=["p", "q"], hard=negatives, easy=["e", "f"])
+    path = write_table(
+        tmp_path / "x.parquet", query=["a", "b"], answer=["p", "q"], hard=negatives, easy=["e", "f"]
+    )
     columns = {"anchor": "query", "positive": "answer", "negatives": ["hard", "easy"]}
     for spec in (
         {"kind": "parquet", "path": path, "columns": columns},
         ConfigDict({"kind": "parquet", "path": path, "columns": columns, "weight": 2.0}),
     ):
         source = open_source("x", spec)
-        assert [record.sides for record in source] == [("a", "p", "n1", "n2", "n3", "e"), ("b", "q", "f")]
+        assert [record.sides for record in source] == [
+            ("a", "p", "n1", "n2", "n3", "e"),
+            ("b", "q", "f"),
+        ]
         assert source.max_negatives == 4
-    one = open_source("x", {"kind": "parquet", "path": path, "columns": {**columns, "negatives": "hard"}})
+    one = open_source(
+        "x", {"kind": "parquet", "path": path, "columns": {**columns, "negatives": "hard"}}
+    )
     assert one[0].negatives == ("n1", "n2", "n3")
-    none = open_source("x", {"kind": "parquet", "path": path, "columns": {**columns, "negatives": []}})
+    none = open_source(
+        "x", {"kind": "parquet", "path": path, "columns": {**columns, "negatives": []}}
+    )
     assert none.max_negatives == 0
 
 
@@ -725,12 +874,19 @@ def test_parquet_columns_may_hold_sides_of_media(tmp_path):
         positive=[[image("j.png"), text("p")], [text("q")]],
         negative=[[{"image_path": ["k.png"]}], None],
     )
-    source = open_source("x", {"kind": "parquet", "path": path, "media_root": str(tmp_path / "media")})
+    source = open_source(
+        "x", {"kind": "parquet", "path": path, "media_root": str(tmp_path / "media")}
+    )
     i, j, k = (image(str(tmp_path / "media" / f"{name}.png")) for name in "ijk")
-    assert [record.sides for record in source] == [((i, text("a")), (j, text("p")), (k,)), ("b", "q")]
+    assert [record.sides for record in source] == [
+        ((i, text("a")), (j, text("p")), (k,)),
+        ("b", "q"),
+    ]
     with pytest.raises(LcoError) as error:
         open_source("x", {"kind": "parquet", "path": path})
-    assert f"{path}, row 0: anchor.image_path: there is no file {tmp_path / 'i.png'}" in sentence(error)
+    assert f"{path}, row 0: anchor.image_path: there is no file {tmp_path / 'i.png'}" in sentence(
+        error
+    )
     assert len(open_source("x", {"kind": "parquet", "path": path, "check_media": False})) == 2
 
 
@@ -744,23 +900,32 @@ def test_parquet_columns_may_hold_encoded_media(tmp_path):
     spoken(tmp_path, "i.png")
     columns = {"anchor": "picture", "positive": "caption", "negatives": "sounds"}
     kinds = {"picture": "image", "sounds": "audio"}
-    source = open_source("x", {"kind": "parquet", "path": path, "columns": {**columns, "kinds": kinds}})
+    source = open_source(
+        "x", {"kind": "parquet", "path": path, "columns": {**columns, "kinds": kinds}}
+    )
     assert source[0].sides == ((image(b"encoded"),), "p", (audio(b"one"),), (audio(b"two"),))
     assert source[1].sides == ((image(str(tmp_path / "i.png")),), "q")
     for wrong, named in (({"pictur": "image"}, "'pictur'"), ({"picture": "jpeg"}, "'jpeg'")):
         with pytest.raises(LcoError, match=named):
-            open_source("x", {"kind": "parquet", "path": path, "columns": {**columns, "kinds": wrong}})
+            open_source(
+                "x", {"kind": "parquet", "path": path, "columns": {**columns, "kinds": wrong}}
+            )
 
 
 def test_parquet_with_a_missing_column_is_an_error(tmp_path):
     path = write_table(tmp_path / "x.parquet", anchor=["a"], positve=["p"], negative=["n"])
     with pytest.raises(LcoError) as error:
         parquet_source(path, Columns())
-    assert sentence(error) == f"{path} has no column 'positive'; its columns: anchor, positve, negative"
+    assert (
+        sentence(error)
+        == f"{path} has no column 'positive'; its columns: anchor, positve, negative"
+    )
 
 
 def test_parquet_bad_rows_are_named_or_skipped(tmp_path):
-    path = write_table(tmp_path / "x.parquet", anchor=["a", None, "c"], positive=["p", "q", ""], negative=["n"] * 3)
+    path = write_table(
+        tmp_path / "x.parquet", anchor=["a", None, "c"], positive=["p", "q", ""], negative=["n"] * 3
+    )
     with pytest.raises(LcoError) as error:
         parquet_source(path, Columns())
     assert f"{path}, row 1" in sentence(error)
@@ -778,7 +943,9 @@ def test_a_torn_parquet_file_is_an_error(tmp_path, damage):
         {
             "empty": b"",
             "footer": content[:-5],
-            "page": content[:200] + b"\xff" * 200 + content[400:],  # the footer is whole, the data is not
+            "page": content[:200]
+            + b"\xff" * 200
+            + content[400:],  # the footer is whole, the data is not
             "text": b'{"anchor": "a"}',
         }[damage]
     )
@@ -829,367 +996,3 @@ def test_on_bad_is_error_or_skip():
 def test_there_must_be_a_source():
     with pytest.raises(LcoError, match=r"config\.data\.sources is empty"):
         pipeline.open_sources({"sources": {}, "on_bad": "error"})
-
-
-# ---- the stream
-
-
-def numbered(n, name="r", negatives=1):
-    """n records of distinct texts; every third has no negative."""
-    return ListSource(
-        [
-            Record(
-                f"{name} {i} anchor",
-                f"{name} {i} positive",
-                tuple(f"{name} {i} negative {j}" for j in range(negatives if i % 3 else 0)),
-                f"{name}:{i}",
-            )
-            for i in range(n)
-        ]
-    )
-
-
-def order(sources, weights, seed, count):
-    stream = record_stream(sources, weights, seed)
-    return [stream[i].where for i in range(count)]
-
-
-def test_stream_is_a_function_of_the_seed():
-    sources, weights = {"a": numbered(200, "a"), "b": numbered(300, "b")}, {"a": 1.0, "b": 2.0}
-    first = order(sources, weights, 0, 200)
-    assert order(sources, weights, 0, 200) == first
-    for seed in (1, 2, 2**31):
-        assert order(sources, weights, seed, 200) != first
-
-
-def test_every_epoch_is_another_permutation():
-    n, epochs = 50, 4
-    seen = np.array(order({"a": numbered(n)}, {"a": 1.0}, 0, n * epochs)).reshape(epochs, n)
-    for epoch in seen:
-        assert sorted(epoch) == sorted(f"r:{i}" for i in range(n))
-    assert len({tuple(epoch) for epoch in seen}) == epochs
-    assert (seen[0] != [f"r:{i}" for i in range(n)]).any()
-
-
-@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (3.0, 1.0, 0.5), (0.05, 0.15, 0.8)])
-def test_mixture_weights_are_respected(weights):
-    sources = {"a": numbered(250, "a"), "b": numbered(900, "b"), "c": numbered(500, "c")}
-    names = [where[0] for where in order(sources, dict(zip("abc", weights, strict=True)), 0, 2000)]
-    share = np.array([names.count(name) for name in "abc"]) / len(names)
-    assert np.abs(share - np.array(weights) / sum(weights)).max() < 0.02
-
-
-def test_sources_of_a_mixture_keep_their_epochs():
-    seen = order({"a": numbered(7, "a"), "b": numbered(500, "b")}, {"a": 1.0, "b": 3.0}, 0, 400)
-    of_a = np.array([where for where in seen if where[0] == "a"][:98]).reshape(14, 7)
-    assert (np.sort(of_a) == [f"a:{i}" for i in range(7)]).all()
-    assert len({tuple(epoch) for epoch in of_a}) > 7
-
-
-@pytest.mark.parametrize("weight", [0.0, -1.0, "much"])
-def test_a_weight_must_be_positive(weight):
-    with pytest.raises(LcoError, match="weight"):
-        record_stream({"a": numbered(7, "a"), "b": numbered(9, "b")}, {"a": weight, "b": 1.0}, 0)[0]
-
-
-# ---- the batches of a process
-
-
-def take(iterator, count):
-    return [next(iterator) for _ in range(count)]
-
-
-def by_sequence(local):
-    """{(record, side): token ids}; each pair must occur once."""
-    sequences = {
-        (int(record), int(side)): ids.tolist()
-        for record, side, ids in zip(local.record, local.side, [one.input_ids for one in local.inputs], strict=True)
-    }
-    assert len(sequences) == len([one.input_ids for one in local.inputs])
-    return sequences
-
-
-def dropout_keys(local):
-    """{(record, side): the dropout key of every token}, as `global_batch` sets them."""
-    identity = local.record * pipeline.MAX_SIDES + local.side
-    stream = lay_stream([TokenSequence(one.input_ids, one.position_ids) for one in local.inputs], HEAD)
-    tokens, _ = fill([stream], [identity], fit(stream.need, Shape()), HEAD)
-    return {
-        (int(record), int(side)): tokens.token_keys[0, at].tolist()
-        for record, side, at in zip(local.record, local.side, stream.at, strict=True)
-    }
-
-
-def process_batches(monkeypatch, processor, processes, me, seed=0):
-    monkeypatch.setattr(jax, "process_count", lambda: processes)
-    monkeypatch.setattr(jax, "process_index", lambda: me)
-    stream = record_stream({"a": numbered(21, negatives=2)}, {"a": 1.0}, seed)
-    return ahead(local_batches(stream, LAYOUT, processor, None), 2)
-
-
-def test_a_batch_holds_every_text_of_its_records(monkeypatch, processor):
-    stream = record_stream({"a": numbered(21, negatives=2)}, {"a": 1.0}, 0)
-    for k, local in enumerate(take(process_batches(monkeypatch, processor, 1, 0), 4)):
-        records = [stream[i] for i in range(8 * k, 8 * k + 8)]
-        want = {
-            (i, j): processor.tokenizer([as_messages(text, "")])[0].tolist()
-            for i, record in enumerate(records)
-            for j, text in enumerate(record.sides)
-        }
-        assert by_sequence(local) == want
-
-
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_share_the_batch_that_one_would_read(monkeypatch, processor, processes):
-    whole = take(process_batches(monkeypatch, processor, 1, 0), 6)
-    shares = [take(process_batches(monkeypatch, processor, processes, me), 6) for me in range(processes)]
-    for k, local in enumerate(whole):
-        for view in (by_sequence, dropout_keys):
-            parts = [view(share[k]) for share in shares]
-            assert sum(len(part) for part in parts) == len(view(local))
-            assert {key: value for part in parts for key, value in part.items()} == view(local)
-        assert len({tuple(keys) for keys in dropout_keys(local).values()}) == len(
-            [one.input_ids for one in local.inputs]
-        )
-
-
-def test_the_batch_must_divide_by_the_processes(monkeypatch, processor):
-    with pytest.raises(LcoError, match="8 does not divide by the 3 processes"):
-        process_batches(monkeypatch, processor, 3, 0)
-
-
-def test_the_stream_resumes_where_it_stood(monkeypatch, processor):
-    """Also in another number of processes, and through the JSON that the checkpoint stores."""
-    want = [by_sequence(local) for local in take(process_batches(monkeypatch, processor, 1, 0), 9)]
-    for stop in (0, 1, 4):
-        iterator = process_batches(monkeypatch, processor, 1, 0)
-        take(iterator, stop)
-        state = json.loads(json.dumps(iterator.get_state()))
-        again = process_batches(monkeypatch, processor, 1, 0)
-        take(again, 2)  # whatever was read before does not matter
-        again.set_state(state)
-        assert [by_sequence(local) for local in take(again, 9 - stop)] == want[stop:]
-        halves = [process_batches(monkeypatch, processor, 2, me) for me in range(2)]
-        for half in halves:
-            half.set_state(state)
-        assert [by_sequence(x) | by_sequence(y) for x, y in zip(*(take(h, 3) for h in halves), strict=True)] == want[
-            stop : stop + 3
-        ]
-
-
-def test_max_negatives_limits_what_is_read(processor):
-    source = numbered(9, negatives=3)
-    for most in (0, 1, 3):
-        layout = Layout(batch_size=9, max_negatives=most, head=HEAD)
-        local = local_batches(record_stream({"a": source}, {"a": 1.0}, 0), layout, processor, None)[0]
-        assert np.bincount(local.side).tolist() == [9, 9] + [6] * most
-
-
-def test_texts_are_cut_before_the_template(processor):
-    record = Record("a long anchor with many more words than five in it", "short", (), "mem:0")
-    layout = Layout(batch_size=1, max_negatives=0, head=HEAD)
-    local = local_batches(record_stream({"a": ListSource([record])}, {"a": 1.0}, 0), layout, processor, 5)[0]
-    first_five = processor.tokenizer.tokenizer.decode(processor.tokenizer.tokenizer(record.anchor).input_ids[:5])
-    want = processor.tokenizer([as_messages(first_five, ""), as_messages("short", "")])
-    assert [ids.tolist() for ids in [one.input_ids for one in local.inputs]] == [ids.tolist() for ids in want]
-
-
-def test_a_text_beyond_the_context_is_named(processor):
-    records = list(numbered(8))
-    records[5] = Record("a", "b", ("word " * 40_000,), "corpus.jsonl:17")
-    batches = local_batches(record_stream({"a": ListSource(records)}, {"a": 1.0}, 0), LAYOUT, processor, None)
-    with pytest.raises(LcoError) as error:
-        next(ahead(batches, 2))
-    assert "corpus.jsonl:17" in sentence(error)
-
-
-@pytest.mark.parametrize(("mesh", "chunk_tokens"), [((1, 1, 1), 0), ((2, 2, 2), 0), ((4, 2, 1), 60), ((1, 1, 1), 200)])
-def test_a_global_batch_holds_every_sequence_where_it_says(processor, mesh, chunk_tokens):
-    layout = Layout(batch_size=12, max_negatives=2, head=processor.tokenizer.head, chunk_tokens=chunk_tokens)
-    stream = record_stream({"a": numbered(40, negatives=2)}, {"a": 1.0}, 0)
-    local = local_batches(stream, layout, processor, None)[0]
-    mesh = make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
-    batch = pipeline.global_batch(local, layout, processor.rows, mesh)
-    tokens, want = batch.tokens.map(np.asarray), by_sequence(local)
-    chunks, streams, length = tokens.input_ids.shape
-    assert streams == mesh.shape["data"] * mesh.shape["fsdp"]
-    assert (chunks > 1) == bool(chunk_tokens)
-    slots = tokens.last_tokens.shape[-1]
-    seen = np.zeros((chunks, streams, length), bool)
-    for (record, side), index in np.ndenumerate(np.asarray(batch.sequences)):
-        assert (index >= 0) == ((record, side) in want)
-        if index >= 0:
-            (chunk, stream), slot = divmod(int(index) // slots, streams), int(index) % slots
-            at = row_of(tokens, (chunk, stream), slot)
-            assert tokens.input_ids[chunk, stream, at].tolist() == want[record, side]
-            assert tokens.last_tokens[chunk, stream, slot] == at[-1]
-            assert tokens.position_ids[chunk, stream, at].T.tolist() == [list(range(len(at)))] * 3
-            seen[chunk, stream, at] = True
-    own = sum(len(ids) - len(layout.head) for ids in want.values())
-    assert seen.sum() == own + chunks * streams * len(layout.head)  # the head once a stream, everything else once
-    assert ((tokens.home >= 0) == seen).all()
-
-
-def row_of(tokens, where, slot):
-    """Where in its stream the tokens of a sequence lie."""
-    for group in tokens.rows:
-        if slot < group.shape[-2]:
-            row = group[(*where, slot)]
-            assert (np.diff((row >= 0).astype(int)) <= 0).all()  # begun at the left
-            return row[row >= 0]
-        slot -= group.shape[-2]
-    raise AssertionError
-
-
-# ---- the cut
-
-
-@pytest.mark.parametrize("max_length", [1, 4, 16, 64, None])
-@pytest.mark.parametrize("text", [*reference.TEXTS, "🙂🙃 emoji 👩‍👩‍👧", "word " * 100, ""])
-def test_cut_is_the_references(tokenizer, text, max_length):
-    """Tokenise, keep n, decode; a text that is short enough stays as it is, byte for byte."""
-    ids = tokenizer.tokenizer(text).input_ids
-    short = max_length is None or len(ids) <= max_length
-    want = text if short else tokenizer.tokenizer.decode(ids[:max_length])
-    assert tokenizer.cut(text, max_length) == want
-    as_reference = tokenizer.tokenizer.decode(ids[:max_length])  # it decodes short texts too: same tokens
-    assert np.array_equal(tokenizer([as_messages(want, "")])[0], tokenizer([as_messages(as_reference, "")])[0])
-
-
-@pytest.mark.parametrize("max_length", [0, -1])
-def test_cut_to_nothing_is_an_error(tokenizer, max_length):
-    """-1 must not drop the last token in silence."""
-    with pytest.raises(LcoError, match="max_length"):
-        tokenizer.cut("a few words", max_length)
-
-
-# ---- packing
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_place_is_a_packing(seed):
-    """Every sequence once, none beyond its row, no two on one token, slots numbered along the row."""
-    rng = np.random.default_rng(seed)
-    row_length = int(rng.integers(1, 300))
-    lengths = rng.integers(1, row_length + 1, int(rng.integers(1, 200)))
-    placement = place(lengths, row_length)
-    assert all(len(part) == len(lengths) for part in placement)
-    taken = np.zeros((placement.num_rows, row_length), int)
-    for row, start, length in zip(placement.row, placement.start, lengths, strict=True):
-        assert start >= 0
-        assert start + length <= row_length
-        taken[row, start : start + length] += 1
-    assert taken.max() == 1
-    assert taken.sum() == lengths.sum()
-    assert taken.any(axis=1).all()
-    for row in range(placement.num_rows):
-        mine = placement.row == row
-        assert sorted(placement.slot[mine]) == list(range(mine.sum()))
-        assert (np.diff(placement.start[mine][np.argsort(placement.slot[mine])]) > 0).all()
-    assert all(np.array_equal(x, y) for x, y in zip(place(lengths, row_length), placement, strict=True))
-
-
-def test_place_of_nothing_and_of_too_much():
-    assert place([], 16).num_rows == 0
-    assert place([16, 16], 16).num_rows == 2
-    with pytest.raises(ValueError, match="17 does not fit a row of 16"):
-        place([3, 17], 16)
-
-
-def sequences_of(lengths, rng, alphabet=3):
-    """Token sequences that often begin alike."""
-    return [
-        TokenSequence(ids, np.tile(np.arange(n, dtype=np.int32)[:, None], 3))
-        for n, ids in ((n, rng.integers(0, alphabet, n).astype(np.int32)) for n in lengths)
-    ]
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_common_beginnings_lie_once(seed):
-    """As many tokens as a trie of the sequences has nodes; with a head, what is beyond it is a sequence's own."""
-    rng = np.random.default_rng(seed)
-    sequences = sequences_of(rng.integers(1, 12, 60), rng)
-    stream = lay_stream(sequences, None)
-    assert stream.length == len({tuple(s.input_ids[:n]) for s in sequences for n in range(1, len(s) + 1)})
-    head = rng.integers(0, 3, 4).astype(np.int32)
-    shared = lay_stream(sequences, head)
-    common = [
-        sum(1 for n in range(1, 5) if tuple(s.input_ids[:n]) == tuple(head[:n]) and n <= len(s)) for s in sequences
-    ]
-    assert shared.length == 4 + sum(len(s) - n for s, n in zip(sequences, common, strict=True))
-    for one, with_head in ((stream, None), (shared, head)):
-        tokens, which = fill([one], [range(60)], fit(one.need, Shape()), with_head)
-        for i, sequence in enumerate(sequences):
-            at = row_of(tokens, (0,), which[0][i])
-            assert np.array_equal(tokens.input_ids[0, at], sequence.input_ids)
-        slots = np.concatenate([group.reshape(-1) for group in tokens.rows])
-        held = np.flatnonzero(tokens.home[0] >= 0)
-        assert np.array_equal(slots[tokens.home[0, held]], held)  # a token's home is a slot where it stands
-
-
-def test_media_are_never_shared():
-    rng = np.random.default_rng(0)
-    text = sequences_of([9], rng)[0]
-    slots = np.where(np.arange(9) == 4, 7, -1).astype(np.int32)
-    twins = [TokenSequence(text.input_ids, text.position_ids, slots) for _ in range(2)]
-    assert lay_stream(twins, None).length == 4 + 5 + 5
-
-
-def test_the_head_has_the_same_dropout_keys_wherever_it_lies():
-    rng = np.random.default_rng(0)
-    head = np.arange(100, 106, dtype=np.int32)
-    sequences = [
-        TokenSequence(np.concatenate([head[:n], one.input_ids]), np.zeros((n + len(one), 3), np.int32))
-        for n, one in zip((6, 6, 3, 0), sequences_of([5, 7, 4, 6], rng), strict=True)
-    ]
-
-    def keys(chosen):
-        stream = lay_stream([sequences[i] for i in chosen], head)
-        tokens, _ = fill([stream], [chosen], fit(stream.need, Shape()), head)
-        return {i: tokens.token_keys[0, at].tolist() for i, at in zip(chosen, stream.at, strict=True)}
-
-    together, alone = keys([0, 1, 2, 3]), [keys([i])[i] for i in range(4)]
-    assert [together[i] for i in range(4)] == alone
-    assert together[0][:6] == together[1][:6]
-    assert together[2][:3] == together[0][:3]
-    own = [key for i, n in enumerate((6, 6, 3, 0)) for key in together[i][n:]]
-    assert len(set(own)) == len(own)
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_a_fitted_shape_holds_what_it_must(seed):
-    rng = np.random.default_rng(seed)
-    sequences = sequences_of(rng.integers(1, 400, int(rng.integers(1, 80))), rng, alphabet=1000)
-    stream = lay_stream(sequences, None)
-    for floor in (Shape(), Shape(2000, {64: 20, 512: 3}), Shape(10**5, {512: 100})):
-        shape = fit(stream.need, floor)
-        tokens, which = fill([stream], [range(len(sequences))], shape, None)  # raises where it does not fit
-        assert len(set(which[0])) == len(sequences)
-        assert tokens.input_ids.shape == (1, shape.tokens)
-        assert all(shape.rows[w] >= n for w, n in floor.rows.items())
-    assert fit(stream.need, Shape(10**5, {512: 100})) == Shape(10**5, {512: 100})  # the widest group holds them all
-    assert in_widths(stream.need, [512]).rows == {512: len(sequences)}
-    wide = in_widths(stream.need, [64])
-    assert sum(wide.rows.values()) == len(sequences)
-    assert {width: count for width, count in wide.rows.items() if width > 64} == {
-        width: count for width, count in stream.need.rows.items() if width > 64
-    }
-
-
-def test_spread_is_even():
-    sizes = np.random.default_rng(0).integers(1, 100, 500)
-    totals = np.bincount(spread(sizes, 7), sizes)
-    assert totals.max() - totals.min() <= sizes.max()
-
-
-@pytest.mark.parametrize("granularity", [2, 8])
-def test_bucket_bounds(granularity):
-    sizes = range(1, 5000)
-    buckets = [bucket(n, granularity) for n in sizes]
-    assert all(n <= m for n, m in zip(sizes, buckets, strict=True))
-    assert all((m - n) * granularity < n for n, m in zip(sizes, buckets, strict=True))
-    assert buckets == sorted(buckets)
-    assert all(bucket(m, granularity) == m for m in buckets)
-    assert buckets[: 2 * granularity] == list(range(1, 2 * granularity + 1))
-    doublings = int(np.ceil(np.log2(5000 / (2 * granularity))))
-    assert len(set(buckets)) <= granularity * (2 + doublings)

@@ -56,14 +56,21 @@ def image(path):
 def test_lines_of_text(tmp_path):
     path = tmp_path / "in.txt"
     path.write_bytes(f"\ufeffone\r\n\n{STRANGE}\n four \nlast".encode())
-    assert contents(path) == [(i, {"text": x}) for i, x in enumerate(["one", "", STRANGE, " four ", "last"])]
+    assert contents(path) == [
+        (i, {"text": x}) for i, x in enumerate(["one", "", STRANGE, " four ", "last"])
+    ]
     path.write_bytes(b"one\n\xff\n")
     with pytest.raises(LcoError, match=r"in\.txt:2: not valid UTF-8"):
         contents(path)
 
 
 def test_every_kind_of_line(tmp_path):
-    chat = [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "?"}]}]
+    chat = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "?"}],
+        }
+    ]
     path = write_lines(
         tmp_path / "in.jsonl",
         STRANGE,
@@ -79,7 +86,13 @@ def test_every_kind_of_line(tmp_path):
     clip = {"type": "video", "video": [str(tmp_path / "1.png"), str(tmp_path / "2.png")]}
     sound = {"type": "audio", "audio": str(tmp_path / "c.wav")}
     rendered = [{"role": "user", "content": [image(a), {"type": "text", "text": "?"}]}]
-    want = [{"text": STRANGE}, {"text": STRANGE}, (image(a), text), (image(a), image("/b.png"), sound), (clip,)]
+    want = [
+        {"text": STRANGE},
+        {"text": STRANGE},
+        (image(a), text),
+        (image(a), image("/b.png"), sound),
+        (clip,),
+    ]
     assert contents(path) == list(enumerate([*want, {"text": ""}, rendered]))
     assert contents(path, root=Path("/m"))[2] == (2, (image("/m/a.png"), text))
 
@@ -87,7 +100,9 @@ def test_every_kind_of_line(tmp_path):
 def test_the_cells_of_a_table(tmp_path):
     hf = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     columns = {
-        "image": pa.array([{"bytes": b"x", "path": "a.png"}, {"bytes": None, "path": "a.png"}, None, None], hf),
+        "image": pa.array(
+            [{"bytes": b"x", "path": "a.png"}, {"bytes": None, "path": "a.png"}, None, None], hf
+        ),
         "audio_path": pa.array([None, None, "c.wav", None]),
         "video": pa.array([None, None, None, b"film"], pa.binary()),
         "text": pa.array([None, "t", None, None]),
@@ -96,9 +111,15 @@ def test_the_cells_of_a_table(tmp_path):
     }
     pyarrow.parquet.write_table(pa.table(columns), tmp_path / "in.parquet")
     sound = {"type": "audio", "audio": str(tmp_path / "c.wav")}
-    want = [({"type": "image", "image": b"x"},), (image(tmp_path / "a.png"), {"type": "text", "text": "t"}), (sound,)]
+    want = [
+        ({"type": "image", "image": b"x"},),
+        (image(tmp_path / "a.png"), {"type": "text", "text": "t"}),
+        (sound,),
+    ]
     want.append(({"type": "video", "video": b"film"},))
-    assert contents(tmp_path / "in.parquet", id_field="name") == list(zip("pqrs", want, strict=True))
+    assert contents(tmp_path / "in.parquet", id_field="name") == list(
+        zip("pqrs", want, strict=True)
+    )
     assert [name for name, _ in contents(tmp_path / "in.parquet")] == [0, 1, 2, 3]
     with pytest.raises(LcoError, match="has no column 'nmae'; its columns: image, "):
         contents(tmp_path / "in.parquet", id_field="nmae")
@@ -151,7 +172,13 @@ def test_lines_that_are_refused(tmp_path, line, words):
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [(True, "bool True"), (1.5, "float 1.5"), (2**63, "64-bit"), (None, "NoneType"), ("\ud800", "surrogate")],
+    [
+        (True, "bool True"),
+        (1.5, "float 1.5"),
+        (2**63, "64-bit"),
+        (None, "NoneType"),
+        ("\ud800", "surrogate"),
+    ],
 )
 def test_ids_that_are_refused(tmp_path, value, words):
     path = write_lines(tmp_path / "in.jsonl", {"text": "a", "key": value})
@@ -180,7 +207,9 @@ def test_tables_that_are_refused(tmp_path):
 
 
 def test_the_scan_says_what_there_is_and_finds_what_is_missing(tmp_path):
-    path = write_lines(tmp_path / "in.jsonl", "a", {"image": "a.png", "text": "b"}, {"audio": "https://x/b.wav"})
+    path = write_lines(
+        tmp_path / "in.jsonl", "a", {"image": "a.png", "text": "b"}, {"audio": "https://x/b.wav"}
+    )
     remote = MediaConfig(allow_remote=True)
     found = scan(Corpus(path).items(), MediaConfig(), False)
     kinds = {"text": 1, "image": 2, "audio": 3}
@@ -188,7 +217,9 @@ def test_the_scan_says_what_there_is_and_finds_what_is_missing(tmp_path):
     with pytest.raises(LcoError, match=r"in\.jsonl:2: input\.image: there is no file"):
         scan(Corpus(path).items(True), remote, True)
     picture(tmp_path / "a.png")
-    with pytest.raises(LcoError, match=r"in\.jsonl:3: its audio is at an http address; give --allow-remote"):
+    with pytest.raises(
+        LcoError, match=r"in\.jsonl:3: its audio is at an http address; give --allow-remote"
+    ):
         scan(Corpus(path).items(True), MediaConfig(), True)
     assert scan(Corpus(path).items(True), remote, True) == found
 
@@ -200,7 +231,9 @@ def test_a_reader_gives_any_range(tmp_path, name):
         for i in range(total):
             (tmp_path / f"{i}.png").touch()
     elif name == "in.parquet":
-        table = pa.table({"text": [f"{i}" for i in range(total)], "name": [f"n{i}" for i in range(total)]})
+        table = pa.table(
+            {"text": [f"{i}" for i in range(total)], "name": [f"n{i}" for i in range(total)]}
+        )
         pyarrow.parquet.write_table(table, tmp_path / name, row_group_size=70)
     else:
         lines = [f'"{i}"' + "\n" * (1 + (i % 7 == 0 and name == "in.jsonl")) for i in range(total)]
@@ -208,7 +241,17 @@ def test_a_reader_gives_any_range(tmp_path, name):
     corpus = Corpus(tmp_path / name)
     items, read = list(corpus.items()), corpus.reader()
     assert len(items) == total
-    for first, end in ((0, 3), (3, 5), (69, 71), (140, 210), (290, 310), (10, 11), (10, 11), (299, 300), (0, 300)):
+    for first, end in (
+        (0, 3),
+        (3, 5),
+        (69, 71),
+        (140, 210),
+        (290, 310),
+        (10, 11),
+        (10, 11),
+        (299, 300),
+        (0, 300),
+    ):
         assert list(read(first, end)) == items[first:end]
 
 
@@ -227,7 +270,9 @@ def add(unit, first, end, step=2):
         rows = np.arange(row, min(row + step, end), dtype=np.float32)
         vectors = np.repeat(rows[:, None], 4, axis=1)
         vectors[rows == 3] = np.nan
-        unit.add([f"k{i:.0f}" for i in rows], vectors, {int(i) - row: "why" for i in rows if i == 3})
+        unit.add(
+            [f"k{i:.0f}" for i in rows], vectors, {int(i) - row: "why" for i in rows if i == 3}
+        )
 
 
 def check(output, total, recorded=True):
@@ -236,7 +281,9 @@ def check(output, total, recorded=True):
     if output.suffix == ".npy":
         np.testing.assert_array_equal(np.load(output), want)
     else:
-        table = pyarrow.parquet.read_table(output, columns=["id", "embedding"]).to_pydict()  # also a folder of them
+        table = pyarrow.parquet.read_table(
+            output, columns=["id", "embedding"]
+        ).to_pydict()  # also a folder of them
         assert table["id"] == [f"k{i}" for i in range(total)]
         assert table["embedding"] == [None if i == 3 else [float(i)] * 4 for i in range(total)]
     skipped = output.with_name(output.name + ".skipped.jsonl")
@@ -268,7 +315,9 @@ def test_parts_become_the_output(tmp_path, name):
         return
     assert VectorParts(output, {"a": 2}).whole() is None
     with VectorParts(output, {"a": 2}, 4) as parts, parts.alone():
-        parts_module.Unit(parts, 0, 1).add([1], np.ones((1, 4), np.float32), {})  # and again, with nothing skipped
+        parts_module.Unit(parts, 0, 1).add(
+            [1], np.ones((1, 4), np.float32), {}
+        )  # and again, with nothing skipped
         assert parts.join(1, 4, int)["skipped"] == 0
     assert {x.name for x in output.parent.iterdir()} == {name, f"{name}.json"}
 
@@ -301,7 +350,10 @@ def test_processes_share_the_units_and_what_one_leaves_another_makes(tmp_path):
 
 @OUTPUTS
 def test_a_process_that_hangs_is_overtaken_and_no_row_is_there_twice(tmp_path, name, monkeypatch):
-    with VectorParts(tmp_path / name, {"a": 1}, 6) as one, VectorParts(tmp_path / name, {"a": 1}, 6) as other:
+    with (
+        VectorParts(tmp_path / name, {"a": 1}, 6) as one,
+        VectorParts(tmp_path / name, {"a": 1}, 6) as other,
+    ):
         one.settled(dict)
         one.divide(6), other.divide(6)
         hung = one.claim()
@@ -351,7 +403,10 @@ def test_a_part_in_the_making_is_nobody_elses(tmp_path, monkeypatch):
     monkeypatch.setattr(parts_module, "STALE", 0)
     monkeypatch.setattr(parts_module, "PART_SECONDS", 0)
     write = pyarrow.parquet.write_table
-    with VectorParts(tmp_path / "out", {"a": 1}, 6) as one, VectorParts(tmp_path / "out", {"a": 1}, 6) as other:
+    with (
+        VectorParts(tmp_path / "out", {"a": 1}, 6) as one,
+        VectorParts(tmp_path / "out", {"a": 1}, 6) as other,
+    ):
         one.settled(dict)
         one.divide(6), other.divide(6)
         unit = one.claim()
@@ -371,7 +426,10 @@ def test_a_part_in_the_making_is_nobody_elses(tmp_path, monkeypatch):
 
 def test_a_unit_that_changes_hands_is_not_stale(tmp_path, monkeypatch):
     monkeypatch.setattr(parts_module, "STALE", 0)
-    with VectorParts(tmp_path / "a.npy", {}, 4) as one, VectorParts(tmp_path / "a.npy", {}, 4) as other:
+    with (
+        VectorParts(tmp_path / "a.npy", {}, 4) as one,
+        VectorParts(tmp_path / "a.npy", {}, 4) as other,
+    ):
         one.settled(dict)
         one.divide(4), other.divide(4)
         unit = one.claim()
@@ -395,7 +453,10 @@ def test_nobody_comes_in_while_the_folder_is_removed(tmp_path, monkeypatch):
             unlink(path, **options)
             seen.append(path.name)
             if path.name != parts_module.LOCK:
-                with pytest.raises(LcoError, match="another process writes"), parts.alone(wait=False):
+                with (
+                    pytest.raises(LcoError, match="another process writes"),
+                    parts.alone(wait=False),
+                ):
                     pass
 
         monkeypatch.setattr(Path, "unlink", watched)
@@ -462,7 +523,10 @@ def test_other_work_is_refused(tmp_path):
             enter(output, work)
     with pytest.raises(LcoError) as error:
         enter(output, {**work, "--dtype": "bfloat16"})
-    assert "--dtype was 'float32' and is 'bfloat16'; give another --output, or remove the folder" in sentence(error)
+    assert (
+        "--dtype was 'float32' and is 'bfloat16'; give another --output, or remove the folder"
+        in sentence(error)
+    )
     for _ in range(2):  # what was made while every input was good, a run that skips can use
         assert enter(output, {**work, "--on-error": "skip"}) == 2
     with pytest.raises(LcoError, match="--on-error was 'skip' and is 'raise'"):
@@ -557,8 +621,18 @@ print(kills)
 def test_sigkill_at_every_step(tmp_path, name):
     """Before and after each of its calls a process dies; whatever is there is whole, and the next one ends well."""
     output = tmp_path / name
-    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(output), str(Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False)
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        KILLED,
+        str(output),
+        str(Path(__file__).parent),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 40
     check(output, 5)
@@ -573,7 +647,10 @@ def pictures(tmp_path):
     lines = []
     for i in range(10):
         path = picture(tmp_path / "media" / f"{i}.png", i)
-        lines += [{"key": f"p{i}", "image_path": f"media/{i}.png", "source": "noise"}, {"key": f"t{i}", "text": f"{i}"}]
+        lines += [
+            {"key": f"p{i}", "image_path": f"media/{i}.png", "source": "noise"},
+            {"key": f"t{i}", "text": f"{i}"},
+        ]
     path = tmp_path / "media" / "6.png"
     path.write_bytes(path.read_bytes()[:1500])
     return write_lines(tmp_path / "in.jsonl", *lines)
@@ -591,12 +668,23 @@ def wanted(embedder, folder):
 def test_torn_media_among_good_ones(tmp_path, tiny, run_embed, pictures):
     """Raised by file and line, what was done is kept, and a run that skips goes on from there."""
     output = tmp_path / "out.parquet"
-    command = [f"--input={pictures}", f"--output={output}", "--id-field=key", "--part-size=5", "--workers=0"]
+    command = [
+        f"--input={pictures}",
+        f"--output={output}",
+        "--id-field=key",
+        "--part-size=5",
+        "--workers=0",
+    ]
     status, out, err = run_embed(*command)
     assert (status, out) == (2, "")
     *_, kept, error = err.rstrip("\n").split("\n")
-    assert error.startswith(f"error: {pictures}:13: image {tmp_path / 'media' / '6.png'} cannot be decoded: ")
-    assert kept == f"10 of 20 vectors are kept in {output}.partial; the same command goes on from there"
+    assert error.startswith(
+        f"error: {pictures}:13: image {tmp_path / 'media' / '6.png'} cannot be decoded: "
+    )
+    assert (
+        kept
+        == f"10 of 20 vectors are kept in {output}.partial; the same command goes on from there"
+    )
     assert not output.exists()
     status, out, err = run_embed(*command, "--dtype=bfloat16")
     assert status == 2
@@ -608,7 +696,9 @@ def test_torn_media_among_good_ones(tmp_path, tiny, run_embed, pictures):
     table = pyarrow.parquet.read_table(output).to_pydict()
     assert table["id"] == [f"{kind}{i}" for i in range(10) for kind in "pt"]
     assert [i for i, vector in enumerate(table["embedding"]) if vector is None] == [12]
-    vectors = np.array([[np.nan] * tiny.dimension if x is None else x for x in table["embedding"]], np.float32)
+    vectors = np.array(
+        [[np.nan] * tiny.dimension if x is None else x for x in table["embedding"]], np.float32
+    )
     np.testing.assert_allclose(vectors, wanted(tiny, tmp_path), atol=1e-5)
     (line,) = Path(f"{output}.skipped.jsonl").read_text().splitlines()
     assert json.loads(line)["index"] == 12
@@ -630,7 +720,9 @@ def test_a_folder_in_processes(tmp_path, tiny, run_embed, pictures):
     assert f"2 of them are empty: {output}.skipped.jsonl" in out
     want = np.concatenate([wanted(tiny, tmp_path)[::2], np.full((1, tiny.dimension), np.nan)])
     np.testing.assert_allclose(np.load(output), want, atol=1e-5)
-    reasons = [json.loads(line) for line in Path(f"{output}.skipped.jsonl").read_text().splitlines()]
+    reasons = [
+        json.loads(line) for line in Path(f"{output}.skipped.jsonl").read_text().splitlines()
+    ]
     assert [(x["index"], x["id"]) for x in reasons] == [(6, "6.png"), (10, "a.wav")]
     assert "a.wav has audio" in reasons[1]["reason"]
 
@@ -639,7 +731,10 @@ def test_a_folder_of_parts_and_a_work_that_is_whole(tmp_path, run_embed, load):
     source, output = tmp_path / "in.txt", tmp_path / "out"
     source.write_text("".join(f"text {i}\n" for i in range(12)))
     command = [f"--input={source}", f"--output={output}"]
-    assert run_embed(*command, "--part-size=5")[1] == f"12 vectors of {load('builtin:tiny').dimension}: {output}\n"
+    assert (
+        run_embed(*command, "--part-size=5")[1]
+        == f"12 vectors of {load('builtin:tiny').dimension}: {output}\n"
+    )
     table = pyarrow.parquet.read_table(output)
     assert table["id"].to_pylist() == list(range(12))
     want = load("builtin:tiny", None, "float32").encode([f"text {i}" for i in range(12)])
@@ -649,13 +744,22 @@ def test_a_folder_of_parts_and_a_work_that_is_whole(tmp_path, run_embed, load):
     assert not Path(f"{output}.partial").exists()
     status, _, err = run_embed(*command, "--max-length=3")
     assert status == 2
-    assert f"{output} holds other work: --max-length was None and is 3; give another --output, or remove" in err
+    assert (
+        f"{output} holds other work: --max-length was None and is 3; give another --output, or remove"
+        in err
+    )
     for kind in ("npy", "parquet"):
         (tmp_path / f"a.{kind}").mkdir()
-        assert f"a.{kind} is a folder; give" in run_embed(f"--input={source}", f"--output={tmp_path / f'a.{kind}'}")[2]
+        assert (
+            f"a.{kind} is a folder; give"
+            in run_embed(f"--input={source}", f"--output={tmp_path / f'a.{kind}'}")[2]
+        )
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x").touch()
-    assert "is a folder of something else" in run_embed(f"--input={source}", f"--output={tmp_path / 'mine'}")[2]
+    assert (
+        "is a folder of something else"
+        in run_embed(f"--input={source}", f"--output={tmp_path / 'mine'}")[2]
+    )
     source.write_text("other\n")
     assert "what --input holds was" in run_embed(*command)[2]
 
@@ -665,7 +769,13 @@ def test_who_comes_late_makes_nothing_again(tmp_path, run_embed, monkeypatch, at
     """Another process does all meanwhile; each of its forward passes is a sign of life."""
     (tmp_path / "in.txt").write_text("a\nb\nc\nd\n")
     owner, name = (VectorParts, "settled") if at == "before the first look" else (embed, "load")
-    step, embed_items, alive, made, signs = getattr(owner, name), embed.embed_items, VectorParts.alive, [], []
+    step, embed_items, alive, made, signs = (
+        getattr(owner, name),
+        embed.embed_items,
+        VectorParts.alive,
+        [],
+        [],
+    )
 
     def late(*args):
         monkeypatch.setattr(owner, name, step)
@@ -674,8 +784,12 @@ def test_who_comes_late_makes_nothing_again(tmp_path, run_embed, monkeypatch, at
 
     monkeypatch.setattr(owner, name, late)
     monkeypatch.setattr(embed, "embed_items", lambda *args: (made.append(1), embed_items(*args)))
-    monkeypatch.setattr(VectorParts, "alive", lambda parts: (signs.append(len(parts.open)), alive(parts)))
-    status, out, err = run_embed(f"--input={tmp_path / 'in.txt'}", f"--output={tmp_path / 'out.npy'}", "--batch-size=1")
+    monkeypatch.setattr(
+        VectorParts, "alive", lambda parts: (signs.append(len(parts.open)), alive(parts))
+    )
+    status, out, err = run_embed(
+        f"--input={tmp_path / 'in.txt'}", f"--output={tmp_path / 'out.npy'}", "--batch-size=1"
+    )
     assert status == 0, err
     assert out.count("4 vectors of ") == 2
     assert len(made) == 1
@@ -688,15 +802,24 @@ def test_a_table_of_pictures_and_the_caps_on_media(tmp_path, run_embed, pictures
     pyarrow.parquet.write_table(
         pa.table({"image": [{"bytes": x, "path": None} for x in content]}), tmp_path / "t.parquet"
     )
-    command = [f"--input={tmp_path / 't.parquet'}", f"--output={tmp_path / 'out.npy'}", "--workers=0"]
+    command = [
+        f"--input={tmp_path / 't.parquet'}",
+        f"--output={tmp_path / 'out.npy'}",
+        "--workers=0",
+    ]
     assert run_embed(*command)[0] == 0
-    want = load("builtin:tiny", None, "float32").encode([tmp_path / "media" / f"{i}.png" for i in range(3)])
+    want = load("builtin:tiny", None, "float32").encode(
+        [tmp_path / "media" / f"{i}.png" for i in range(3)]
+    )
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), want, atol=1e-5)
     status, _, err = run_embed(*command, "--max-image-pixels=100")
     assert status == 2
     assert "t.parquet, row 0: image " in err
     assert "max_image_pixels is 100" in err
-    for flag, words in (("--max-frames=1", "--max-frames is 1; it must be"), ("--fps=-1", "--fps is -1.0")):
+    for flag, words in (
+        ("--max-frames=1", "--max-frames is 1; it must be"),
+        ("--fps=-1", "--fps is -1.0"),
+    ):
         assert words in run_embed(*command, flag)[2]
     assert run_embed(*command, "--workers=-1")[2] == "error: --workers=-1: it must be at least 0\n"
 
@@ -742,15 +865,26 @@ def test_killed_at_random_moments(tmp_path):
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
 
     def start(output):
-        command = [sys.executable, "-m", "lco_jax.embed", "--model=builtin:tiny", f"--input={source}"]
+        command = [
+            sys.executable,
+            "-m",
+            "lco_jax.embed",
+            "--model=builtin:tiny",
+            f"--input={source}",
+        ]
         command += [f"--output={output}", "--part-size=50", "--workers=1"]
-        return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        return subprocess.Popen(
+            command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
 
     quiet, output = tmp_path / "quiet.npy", tmp_path / "out.npy"
     assert start(quiet).wait() == 0
     parts = Path(f"{output}.partial")
     draw, workers = random.Random(0), []
-    for job in [start(output), start(output)]:  # the second is killed while it makes what the first has left
+    for job in [
+        start(output),
+        start(output),
+    ]:  # the second is killed while it makes what the first has left
         kept = len(done(parts))
         while job.poll() is None and len(done(parts)) < kept + 2:
             time.sleep(0.001)
@@ -768,7 +902,9 @@ def test_killed_at_random_moments(tmp_path):
     last = start(output)
     while last.poll() is None and len(done(parts)) <= len(kept):
         time.sleep(0.01)
-    assert kept.items() <= {part: part.stat().st_ino for part in done(parts)}.items(), "a part is made twice"
+    assert kept.items() <= {part: part.stat().st_ino for part in done(parts)}.items(), (
+        "a part is made twice"
+    )
     assert last.wait() == 0
     assert output.read_bytes() == quiet.read_bytes()
     assert not parts.exists()
@@ -783,5 +919,7 @@ def test_memory_stays_flat():
     """The full job, 20,000 images, is `python tools/memory.py`."""
     command = [sys.executable, "tools/memory.py", "--images=1500", "--limit-mb=200"]
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stdout + result.stderr

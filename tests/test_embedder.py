@@ -5,7 +5,12 @@ import pytest
 
 from lco_jax import LcoError, OmniEmbedder
 
-TEXTS = ["a dog", "", "a much longer text about two dogs and a cat on the stairs of a house", "\nstarts with a newline"]
+TEXTS = [
+    "a dog",
+    "",
+    "a much longer text about two dogs and a cat on the stairs of a house",
+    "\nstarts with a newline",
+]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +29,11 @@ def test_strings_mappings_and_conversations_in_one_call_in_input_order(embedder)
 
 
 def test_one_input_gives_one_vector_and_none_give_none(embedder):
-    assert embedder.encode("a dog").shape == embedder.encode({"text": "a dog"}).shape == (embedder.dimension,)
+    assert (
+        embedder.encode("a dog").shape
+        == embedder.encode({"text": "a dog"}).shape
+        == (embedder.dimension,)
+    )
     assert embedder.encode([{"role": "user", "content": "a dog"}]).shape == (embedder.dimension,)
     assert embedder.encode([]).shape == (0, embedder.dimension)
     assert embedder.encode(["a dog"]).shape == (1, embedder.dimension)
@@ -42,12 +51,17 @@ def test_normalize_is_a_choice(embedder):
 
 
 def test_prompt_and_cut(embedder):
-    assert np.abs(embedder.encode("a dog", prompt="\nIn one word:") - embedder.encode("a dog")).max() > 1e-3
+    assert (
+        np.abs(embedder.encode("a dog", prompt="\nIn one word:") - embedder.encode("a dog")).max()
+        > 1e-3
+    )
     long = "one two three four five six"
     cut = embedder.processor.tokenizer.cut(long, 3)
     assert cut != long
     np.testing.assert_array_equal(embedder.encode(long, max_length=3), embedder.encode(cut))
-    np.testing.assert_array_equal(embedder.encode({"text": long}, max_length=3), embedder.encode(cut))
+    np.testing.assert_array_equal(
+        embedder.encode({"text": long}, max_length=3), embedder.encode(cut)
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,8 +72,14 @@ def test_prompt_and_cut(embedder):
         (["a", {"audio": {"array": np.zeros(16000), "sampling_rate": 16000}}], "input 1 has audio"),
         (["no-such-cat.png"], "input 0: no-such-cat.png looks like a media file"),
         ([{}], "input 0 is dict"),
-        ([[{"role": "user", "content": [{"type": "image", "image": "x"}]}]], "input 0: image x does not exist"),
-        ([[{"role": "user", "content": [{"type": "smell", "smell": "x"}]}]], "input 0: a message part is dict"),
+        (
+            [[{"role": "user", "content": [{"type": "image", "image": "x"}]}]],
+            "input 0: image x does not exist",
+        ),
+        (
+            [[{"role": "user", "content": [{"type": "smell", "smell": "x"}]}]],
+            "input 0: a message part is dict",
+        ),
         (["x " * 40000], "input 0: .* tokens .* the model takes 32768"),
     ],
 )

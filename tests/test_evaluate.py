@@ -52,14 +52,18 @@ def page(language, number):
 def write_tables(folder, corpus, query, qrels):
     for name, rows in (("corpus", corpus), ("query", query), ("qrels", qrels)):
         (folder / name).mkdir(parents=True)
-        pa.parquet.write_table(pa.Table.from_pylist(rows), folder / name / "test-00000-of-00001.parquet")
+        pa.parquet.write_table(
+            pa.Table.from_pylist(rows), folder / name / "test-00000-of-00001.parquet"
+        )
     return folder
 
 
 @pytest.fixture(autouse=True)
 def tables_elsewhere(tmp_path_factory, monkeypatch):
     """`datasets` keeps a copy of what it reads; not of the tests' in the user's folder."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+    monkeypatch.setattr(
+        datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets"))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +71,29 @@ def seadoc(tmp_path_factory):
     """A folder as SeaDoc is published. One query has two pages, one of them less relevant, and one query has none."""
     names = [(language, number) for language in LINES for number in range(PAGES)]
     corpus = [
-        {"id": f"{language}_{number}", "modality": "image", "image": {"bytes": page(language, number), "path": None}}
+        {
+            "id": f"{language}_{number}",
+            "modality": "image",
+            "image": {"bytes": page(language, number), "path": None},
+        }
         for language, number in names
     ]
     query = [
-        {"id": f"q{i}", "modality": "text", "text": f"What does newspaper {number} report, in {language}?"}
+        {
+            "id": f"q{i}",
+            "modality": "text",
+            "text": f"What does newspaper {number} report, in {language}?",
+        }
         for i, (language, number) in enumerate(names)
     ]
-    qrels = [{"query-id": f"q{i}", "corpus-id": corpus[i]["id"], "score": 1} for i in range(len(names) - 1)]
-    qrels += [{"query-id": "q3", "corpus-id": "lo_0", "score": 2}, {"query-id": "q4", "corpus-id": "lo_0", "score": 0}]
+    qrels = [
+        {"query-id": f"q{i}", "corpus-id": corpus[i]["id"], "score": 1}
+        for i in range(len(names) - 1)
+    ]
+    qrels += [
+        {"query-id": "q3", "corpus-id": "lo_0", "score": 2},
+        {"query-id": "q4", "corpus-id": "lo_0", "score": 0},
+    ]
     return write_tables(tmp_path_factory.mktemp("data") / "seadoc", corpus, query, qrels)
 
 
@@ -95,7 +113,9 @@ def ndcg_at_10(similarity, gains):
     """Järvelin and Kekäläinen 2002, with linear gains as trec_eval. Both [pages]."""
     discounts = 1 / np.log2(np.arange(2, 12))
     found = gains[np.argsort(-similarity, kind="stable")][:10]
-    return (found * discounts[: len(found)]).sum() / (np.sort(gains)[::-1][:10] * discounts[: len(found)]).sum()
+    return (found * discounts[: len(found)]).sum() / (
+        np.sort(gains)[::-1][:10] * discounts[: len(found)]
+    ).sum()
 
 
 @pytest.mark.slow
@@ -103,10 +123,15 @@ def test_seadoc(run, tiny, seadoc, tmp_path):
     status, out, _ = run(f"--seadoc={seadoc}", f"--out={tmp_path}", "--part-size=7")
     assert status == 0
     assert "31 inputs embedded, 0 held already" in out  # a query without an answer is not asked
-    corpus, query, qrels = (pa.parquet.read_table(seadoc / name).to_pylist() for name in ("corpus", "query", "qrels"))
+    corpus, query, qrels = (
+        pa.parquet.read_table(seadoc / name).to_pylist() for name in ("corpus", "query", "qrels")
+    )
     pages = tiny.encode([{"image": row["image"]["bytes"]} for row in corpus])
     vectors = tiny.encode([{"text": row["text"]} for row in query], max_length=300)
-    gains, place = np.zeros((len(query), len(corpus))), {row["id"]: i for i, row in enumerate(corpus)}
+    gains, place = (
+        np.zeros((len(query), len(corpus))),
+        {row["id"]: i for i, row in enumerate(corpus)},
+    )
     for row in qrels:
         gains[int(row["query-id"][1:]), place[row["corpus-id"]]] = row["score"]
     want = [ndcg_at_10(vectors[i] @ pages.T, gains[i]) for i in range(len(query) - 1)]
@@ -160,8 +185,19 @@ run_main(evaluate.main)
 @pytest.mark.slow
 def test_a_killed_evaluation_resumes(run, seadoc, tmp_path):
     flags = [f"--seadoc={seadoc}", "--part-size=6"]
-    command = [sys.executable, "-c", CHILD, "--model=builtin:tiny", *flags, f"--out={tmp_path / 'killed'}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    command = [
+        sys.executable,
+        "-c",
+        CHILD,
+        "--model=builtin:tiny",
+        *flags,
+        f"--out={tmp_path / 'killed'}",
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HF_DATASETS_CACHE": str(tmp_path / "datasets"),
+    }
     child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()[-2000:]
     assert not list((tmp_path / "killed").rglob("SeaDoc.json"))
@@ -178,7 +214,11 @@ def test_a_benchmark_goes_on_where_a_task_cannot(run, tmp_path, monkeypatch):
     import mteb
     from mteb import mocks
 
-    tasks = (mocks.MockSTSTask(), mocks.MockAudioReranking(), mocks.MockZeroShotClassificationTask())
+    tasks = (
+        mocks.MockSTSTask(),
+        mocks.MockAudioReranking(),
+        mocks.MockZeroShotClassificationTask(),
+    )
     benchmark = mteb.Benchmark(name="MIEB(lite)", tasks=tasks, description="")
     monkeypatch.setattr(mteb, "get_benchmark", {"MIEB(lite)": benchmark}.__getitem__)
     status, out, err = run("--benchmark=MIEB(lite)", f"--out={tmp_path}")
@@ -198,20 +238,32 @@ def test_a_torn_page(run, tmp_path):
     corpus = [{"id": f"p{i}", "image": page("lo", i)[: 60 if i == 1 else None]} for i in range(3)]
     query = [{"id": f"q{i}", "text": f"page {i}"} for i in range(3)]
     qrels = [{"query-id": f"q{i}", "corpus-id": f"p{i}", "score": 1} for i in range(3)]
-    flags = [f"--seadoc={write_tables(tmp_path / 'data', corpus, query, qrels)}", f"--out={tmp_path / 'out'}"]
+    flags = [
+        f"--seadoc={write_tables(tmp_path / 'data', corpus, query, qrels)}",
+        f"--out={tmp_path / 'out'}",
+    ]
     status, _, err = run(*flags)
     assert status == 1
     assert "SeaDoc: not measured: SeaDoc default test document, row 1: image of 60 bytes" in err
     for _ in range(2):  # measured, and read from what was
         assert run(*flags, "--on-error=skip")[0] == 0
-        assert "- skipped, with a vector of zeros: 1\n" in (tmp_path / "out" / "results.md").read_text()
+        assert (
+            "- skipped, with a vector of zeros: 1\n"
+            in (tmp_path / "out" / "results.md").read_text()
+        )
 
 
 def test_names_of_tasks_and_benchmarks(run, tmp_path):
     status, _, err = run("--benchmark=MIEB(lit)", f"--out={tmp_path}")
-    assert (status, err) == (2, "error: --benchmark: 'MIEB(lit)' not found. Did you mean: MIEB(lite)?\n")
+    assert (status, err) == (
+        2,
+        "error: --benchmark: 'MIEB(lit)' not found. Did you mean: MIEB(lite)?\n",
+    )
     status, _, err = run("--tasks=STS12,STSBenchmarc", f"--out={tmp_path}")
-    assert (status, err) == (2, "error: --tasks: 'STSBenchmarc' not found. Did you mean: 'STSBenchmark'?\n")
+    assert (status, err) == (
+        2,
+        "error: --tasks: 'STSBenchmarc' not found. Did you mean: 'STSBenchmark'?\n",
+    )
 
 
 def test_without_mteb(run, tmp_path, monkeypatch):
@@ -221,7 +273,10 @@ def test_without_mteb(run, tmp_path, monkeypatch):
     assert "pip install 'lco-jax[eval]'" in err
 
 
-CORPUS = [{"id": "p1", "image": b"x", "language": "Lao"}, {"id": "p2", "image": b"y", "language": "?"}]
+CORPUS = [
+    {"id": "p1", "image": b"x", "language": "Lao"},
+    {"id": "p2", "image": b"y", "language": "?"},
+]
 QUERY = [{"id": "q1", "text": "a"}, {"id": "q2", "text": "b"}]
 
 
@@ -229,10 +284,20 @@ QUERY = [{"id": "q1", "text": "a"}, {"id": "q2", "text": "b"}]
     ("corpus", "query", "qrels", "said"),
     [
         (CORPUS, QUERY, [("q1", "p3", 1)], "qrels, row 0: its corpus-id 'p3' is not in corpus"),
-        (CORPUS, QUERY, [("q1", "p1", 1), ("q3", "p1", 1)], "qrels, row 1: its query-id 'q3' is not in query"),
+        (
+            CORPUS,
+            QUERY,
+            [("q1", "p1", 1), ("q3", "p1", 1)],
+            "qrels, row 1: its query-id 'q3' is not in query",
+        ),
         (CORPUS, QUERY, [("q1", "p1", 0)], "qrels has no score above 0"),
         (CORPUS, QUERY * 2, [("q1", "p1", 1)], "query has the id 'q1' twice"),
-        (CORPUS, [{"id": "q1", "txt": "a"}], [("q1", "p1", 1)], "query has no column 'text'; it has id, txt"),
+        (
+            CORPUS,
+            [{"id": "q1", "txt": "a"}],
+            [("q1", "p1", 1)],
+            "query has no column 'text'; it has id, txt",
+        ),
     ],
 )
 def test_seadoc_tables_that_do_not_match(tmp_path, corpus, query, qrels, said):
@@ -251,7 +316,9 @@ def test_languages_of_seadoc(tmp_path, caplog):
     told = SeaDoc(str(write_tables(tmp_path / "told", CORPUS, QUERY, qrels)))
     told.load_data()
     assert told.language_of == {"q1": "lao", "q2": ""}
-    assert told.task_specific_scores({q: {"ndcg_cut_10": 0.5} for q in ("q1", "q2")}) == {"ndcg_at_10_lao": 0.5}
+    assert told.task_specific_scores({q: {"ndcg_cut_10": 0.5} for q in ("q1", "q2")}) == {
+        "ndcg_at_10_lao": 0.5
+    }
     plain = [{"id": row["id"], "image": row["image"]} for row in CORPUS]
     untold = SeaDoc(str(write_tables(tmp_path / "untold", plain, QUERY, qrels)))
     untold.load_data()
@@ -265,7 +332,10 @@ def test_languages_of_seadoc(tmp_path, caplog):
     (tmp_path / "told" / "README.md").write_text(f"---\nconfigs:\n{''.join(configs)}---\n")
     moved = SeaDoc(str(tmp_path / "told"))
     moved.load_data()
-    assert moved.dataset["default"]["test"]["corpus"]["id"] == told.dataset["default"]["test"]["corpus"]["id"]
+    assert (
+        moved.dataset["default"]["test"]["corpus"]["id"]
+        == told.dataset["default"]["test"]["corpus"]["id"]
+    )
     (tmp_path / "untold" / "qrels" / "test-00000-of-00001.parquet").unlink()
     with pytest.raises(LcoError, match="has no folder qrels with parquet files"):
         SeaDoc(str(tmp_path / "untold")).load_data()
@@ -278,7 +348,10 @@ def test_the_cache_keeps_what_was_added(tmp_path):
         cache.add(keys[:2], vectors[:2])
         cache.add(keys[2:3], vectors[2:3])
         np.testing.assert_array_equal(cache.vectors(keys[1::-1]), vectors[1::-1])
-        with pytest.raises(LcoError, match="another process writes"), VectorCache(tmp_path, {"fps": 2}, 8):
+        with (
+            pytest.raises(LcoError, match="another process writes"),
+            VectorCache(tmp_path, {"fps": 2}, 8),
+        ):
             pass
     with open(cache.folder / "vectors.bin", "ab") as file:
         file.write(bytes(19))  # a record that a kill cut short

@@ -128,6 +128,9 @@ one.close()
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     command = [sys.executable, "-c", code]
-    both = [subprocess.Popen([*command, str(i), port], stdout=subprocess.PIPE, text=True) for i in range(2)]
+    both = [
+        subprocess.Popen([*command, str(i), port], stdout=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
     said = [one.communicate(timeout=200)[0] for one in both]
     assert [lines.splitlines()[-1] for lines in said] == ["[1, 5]"] * 2  # gloo says something, too

@@ -30,14 +30,30 @@ def adapted(cases, tmp_path_factory):
     class Adapted(dict):
         def __missing__(self, family):
             path = cases[family].path
-            adapters = lora.init(jax.random.key(0), abstract_params(open_checkpoint(path).config), CONFIG)
+            adapters = lora.init(
+                jax.random.key(0), abstract_params(open_checkpoint(path).config), CONFIG
+            )
             rng = np.random.default_rng(0)
-            adapters = jax.tree.map(lambda x: (0.1 * rng.normal(size=x.shape)).astype(np.float32), adapters)
+            adapters = jax.tree.map(
+                lambda x: (0.1 * rng.normal(size=x.shape)).astype(np.float32), adapters
+            )
             out = tmp_path_factory.mktemp("export")
             write_peft(out / "adapter", adapters, CONFIG, str(path))
-            export_merged(path, out / "merged", {"decoder": adapters}, CONFIG, "float32", max_shard_bytes=200_000)
+            export_merged(
+                path,
+                out / "merged",
+                {"decoder": adapters},
+                CONFIG,
+                "float32",
+                max_shard_bytes=200_000,
+            )
             ours = OmniEmbedder.from_pretrained(path, adapter=out / "adapter")
-            self[family] = (out / "adapter", out / "merged", ours.tokenizer, ours.encode(reference.TEXTS))
+            self[family] = (
+                out / "adapter",
+                out / "merged",
+                ours.tokenizer,
+                ours.encode(reference.TEXTS),
+            )
             return self[family]
 
     return Adapted()
@@ -45,13 +61,22 @@ def adapted(cases, tmp_path_factory):
 
 def tokens_of(tokenizer):
     prompt = "\nSummarize the above text in one word:"
-    return tokenizer([[{"role": "user", "content": [{"type": "text", "text": t + prompt}]}] for t in reference.TEXTS])
+    return tokenizer(
+        [
+            [{"role": "user", "content": [{"type": "text", "text": t + prompt}]}]
+            for t in reference.TEXTS
+        ]
+    )
 
 
 def load(family, folder, **options):
     """Load with transformers; nothing may be missing, unexpected or misshapen."""
-    model, info = reference.model_class(family).from_pretrained(folder, output_loading_info=True, **options)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    model, info = reference.model_class(family).from_pretrained(
+        folder, output_loading_info=True, **options
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+        info
+    )
     return model.eval().requires_grad_(False)
 
 
@@ -66,10 +91,15 @@ def test_transformers_loads_the_merged_model(adapted, family):
 @pytest.mark.parametrize("family", ["vl", "omni", "llava_mistral"])
 def test_peft_loads_the_adapter(adapted, cases, family):
     adapter, _, tokenizer, want = adapted[family]
-    tuned = peft.PeftModel.from_pretrained(load(family, cases[family].path, dtype=torch.float32), adapter)
+    tuned = peft.PeftModel.from_pretrained(
+        load(family, cases[family].path, dtype=torch.float32), adapter
+    )
     adapted_names = {name for name, _ in tuned.named_modules() if name.endswith("lora_A")}
     assert len(adapted_names) == 7 * reference.LAYERS  # and none in the vision tower
-    assert np.abs(reference.embed(tuned.eval(), tokens_of(tokenizer)).detach().numpy() - want).max() < 1e-5
+    assert (
+        np.abs(reference.embed(tuned.eval(), tokens_of(tokenizer)).detach().numpy() - want).max()
+        < 1e-5
+    )
 
 
 def test_sentence_transformers_loads_the_merged_model(adapted):
@@ -80,7 +110,9 @@ def test_sentence_transformers_loads_the_merged_model(adapted):
     assert np.abs(got - want).max() < 1e-5
     chat = [[{"role": "user", "content": [{"type": "text", "text": "a fox"}]}]]
     chat[0][0]["content"][0]["text"] += "\nSummarize the above text in one word:"
-    assert np.abs(model.encode(chat) - OmniEmbedder.from_pretrained(merged).encode(chat)).max() < 1e-5
+    assert (
+        np.abs(model.encode(chat) - OmniEmbedder.from_pretrained(merged).encode(chat)).max() < 1e-5
+    )
 
 
 def test_our_loader_reads_the_merged_model_and_vision_is_untouched(adapted, cases):
@@ -100,7 +132,9 @@ def test_bfloat16_export(cases, adapted, tmp_path):
     half, full = load_file(tmp_path / "half" / "model.safetensors"), open_checkpoint(merged).tensors
     for key, value in half.items():
         assert value.dtype == ml_dtypes.bfloat16
-        np.testing.assert_array_equal(value, full.read(key).astype(ml_dtypes.bfloat16))  # rounded once, from float32
+        np.testing.assert_array_equal(
+            value, full.read(key).astype(ml_dtypes.bfloat16)
+        )  # rounded once, from float32
     assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     model = load("vl", tmp_path / "half", dtype=torch.float32)
     assert np.abs(reference.embed(model, tokens_of(tokenizer)).numpy() - want).max() < 5e-2
@@ -108,7 +142,12 @@ def test_bfloat16_export(cases, adapted, tmp_path):
 
 def test_tokenizer_and_processor_files_come_along(adapted, cases):
     _, merged, _, _ = adapted["vl"]
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.json", "preprocessor_config.json"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.json",
+        "preprocessor_config.json",
+    ):
         assert (merged / name).read_bytes() == (cases["vl"].path / name).read_bytes()
     transformers.AutoProcessor.from_pretrained(merged)
 
@@ -184,9 +223,15 @@ def test_an_adapter_of_the_first_layers_alone(cases, tmp_path):
     zeroed = jax.tree.map(lambda x: np.concatenate([x[:1], 0 * x[1:]]), whole)
     write_peft(tmp_path / "zeroed", zeroed, CONFIG, "base")
     first, want = (
-        OmniEmbedder.from_pretrained(path, tmp_path / name).encode(reference.TEXTS) for name in ("first", "zeroed")
+        OmniEmbedder.from_pretrained(path, tmp_path / name).encode(reference.TEXTS)
+        for name in ("first", "zeroed")
     )
     np.testing.assert_array_equal(first, want)
     adapters, config = read_peft(tmp_path / "first")
     export_merged(path, tmp_path / "merged", {"decoder": adapters}, config, "float32")
-    assert np.abs(OmniEmbedder.from_pretrained(tmp_path / "merged").encode(reference.TEXTS) - want).max() < 1e-5
+    assert (
+        np.abs(
+            OmniEmbedder.from_pretrained(tmp_path / "merged").encode(reference.TEXTS) - want
+        ).max()
+        < 1e-5
+    )

@@ -29,7 +29,9 @@ def run_notebook(monkeypatch, name, **parameters):
     monkeypatch.delenv("XLA_FLAGS")  # one device, as a reader has, and not eight
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-    place = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
+    place = next(
+        i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])
+    )
     given = "\n".join(f"{key} = {value!r}" for key, value in parameters.items())
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(given))
     resources = {"metadata": {"path": str(ROOT / "notebooks")}}
@@ -46,11 +48,17 @@ def run_notebook(monkeypatch, name, **parameters):
 def test_the_notebook_that_searches_runs(monkeypatch, tmp_path, cases):
     """On a checkpoint that hears, so that no cell is passed over."""
     shown = run_notebook(
-        monkeypatch, "embed_and_search", MODEL=str(cases["omni"].path), STEPS=2, OUT=str(tmp_path / "run")
+        monkeypatch,
+        "embed_and_search",
+        MODEL=str(cases["omni"].path),
+        STEPS=2,
+        OUT=str(tmp_path / "run"),
     )
     assert len(shown["image/png"]) == 4  # the pictures, the cosines, what was found, the sounds
     assert "<audio" in "".join(shown["text/html"])
-    assert re.search(r"the nearest of 18 captions is right for \d+ of 36 pictures", "".join(shown["text"]))
+    assert re.search(
+        r"the nearest of 18 captions is right for \d+ of 36 pictures", "".join(shown["text"])
+    )
 
 
 @pytest.mark.slow
@@ -58,8 +66,13 @@ def test_the_notebook_that_trains_runs(monkeypatch, tmp_path):
     shown = run_notebook(monkeypatch, "train", STEPS=2, OUT=str(tmp_path / "run"))
     assert len(shown["image/png"]) == 2
     assert "When do you open?" in shown["text/plain"][-1]
-    numbers = [json.loads((tmp_path / "run" / name / "results.json").read_text()) for name in ("run", "measured")]
-    assert numbers[0]["after"]["held_out"]["recall_at_1"] == numbers[1]["recall_at_1"]  # merged is trained
+    numbers = [
+        json.loads((tmp_path / "run" / name / "results.json").read_text())
+        for name in ("run", "measured")
+    ]
+    assert (
+        numbers[0]["after"]["held_out"]["recall_at_1"] == numbers[1]["recall_at_1"]
+    )  # merged is trained
     assert (tmp_path / "run" / "export-adapter" / "adapter_model.safetensors").exists()
 
 
@@ -69,11 +82,16 @@ def test_the_laboratory_runs_in_its_notebook_and_goes_on(monkeypatch, tmp_path):
     out = tmp_path / "lab"
     shown = run_notebook(monkeypatch, "laboratory", OUT=str(out))
     words = "".join(shown["text/markdown"])
-    for claim in ("text-only contrastive learning lifts text ↔ image", "The terms of the bound", "undecided"):
+    for claim in (
+        "text-only contrastive learning lifts text ↔ image",
+        "The terms of the bound",
+        "undecided",
+    ):
         assert claim in words
     assert len(shown["image/png"]) == len(list(out.glob("*.png"))) >= 4
     runs = {
-        (run["tune"], run["generative_steps"]): run for run in json.loads((out / "results.json").read_text())["runs"]
+        (run["tune"], run["generative_steps"]): run
+        for run in json.loads((out / "results.json").read_text())["runs"]
     }
     assert len(runs) == 6
     assert runs["lora", 8]["theory"]["kl"] > 0
@@ -83,10 +101,18 @@ def test_the_laboratory_runs_in_its_notebook_and_goes_on(monkeypatch, tmp_path):
     gone = out / "seed-0" / "runs" / "projection-8.json"
     was = json.loads(gone.read_text())
     gone.unlink()
-    command = [sys.executable, "-m", "laboratory", "--config=configs/lab.py:short", f"--workdir={out}"]
+    command = [
+        sys.executable,
+        "-m",
+        "laboratory",
+        "--config=configs/lab.py:short",
+        f"--workdir={out}",
+    ]
     subprocess.run(command, cwd=ROOT, check=True)
     again = json.loads((out / "results.json").read_text())
-    assert again["runs"][4]["representation"] == was["representation"]  # its training was there and is only measured
+    assert (
+        again["runs"][4]["representation"] == was["representation"]
+    )  # its training was there and is only measured
     assert {path for path in before if path.stat().st_mtime_ns != before[path]} == {gone}
     other = get_config("short")
     other.contrast.train.steps = 5
@@ -113,13 +139,18 @@ def test_notebooks_install_first_define_nothing_and_hold_no_output(path):
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.metadata for cell in code[:2]] == [{"tags": ["install"]}, {"tags": ["parameters"]}]
-    assert not any(cell.metadata for cell in [*code[2:], *(cell for cell in notebook.cells if cell not in code)])
+    assert not any(
+        cell.metadata
+        for cell in [*code[2:], *(cell for cell in notebook.cells if cell not in code)]
+    )
     assert not any(cell.outputs or cell.execution_count for cell in code)
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     python = TransformerManager()
     for cell in code:
         for node in ast.walk(ast.parse(python.transform_cell(cell.source))):
-            assert not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda)
+            assert not isinstance(
+                node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
+            )
 
 
 def test_the_launcher_says_how_it_is_used():
@@ -139,7 +170,8 @@ def test_the_bundled_triplets_are_what_the_tool_writes():
 
 @pytest.mark.parametrize("recipe", ["paper", "reference"])
 @pytest.mark.parametrize(
-    "name", ["qwen2_5_vl_3b", "qwen2_5_vl_7b", "qwen2_5_omni_3b", "qwen2_5_omni_7b", "llava_next_8b"]
+    "name",
+    ["qwen2_5_vl_3b", "qwen2_5_vl_7b", "qwen2_5_omni_3b", "qwen2_5_omni_7b", "llava_next_8b"],
 )
 def test_configs_hold_the_published_recipes(monkeypatch, name, recipe):
     from lco_jax.training import cli
@@ -150,5 +182,13 @@ def test_configs_hold_the_published_recipes(monkeypatch, name, recipe):
     check_config(config)
     published = {"paper": (16.0, "cosine", 768), "reference": (128.0, "linear", 1056)}[recipe]
     assert (config.lora.alpha, config.optimizer.schedule, config.train.batch_size) == published
-    assert (config.lora.rank, config.optimizer.learning_rate, config.train.temperature) == (64, 4e-4, 0.03)
-    assert (config.data.max_length, config.train.epochs, config.optimizer.clip_norm) == (650, 2.0, 1.0)
+    assert (config.lora.rank, config.optimizer.learning_rate, config.train.temperature) == (
+        64,
+        4e-4,
+        0.03,
+    )
+    assert (config.data.max_length, config.train.epochs, config.optimizer.clip_norm) == (
+        650,
+        2.0,
+        1.0,
+    )

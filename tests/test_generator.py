@@ -34,25 +34,36 @@ INPUTS = {
 @cache
 def load_generator(path):
     """On one device, with the positions of video that transformers has now."""
-    return OmniGenerator.from_pretrained(path, mesh=make_mesh(devices=jax.devices()[:1]), video_positions="5")
+    return OmniGenerator.from_pretrained(
+        path, mesh=make_mesh(devices=jax.devices()[:1]), video_positions="5"
+    )
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(x, marks=[] if x == "llava_llama" else pytest.mark.slow) for x in INPUTS]
+    "family",
+    [pytest.param(x, marks=[] if x == "llava_llama" else pytest.mark.slow) for x in INPUTS],
 )
 def test_layers_and_answers_equal_transformers(cases, family):
     case, conversations = cases[family], [user(*parts) for parts in INPUTS[family]]
     model = load_generator(case.path)
-    want = [answer_losses(case.model, case.path, *one) for one in zip(conversations, ANSWERS, strict=True)]
+    want = [
+        answer_losses(case.model, case.path, *one)
+        for one in zip(conversations, ANSWERS, strict=True)
+    ]
     losses, counts = model.token_losses(conversations, ANSWERS)
     assert counts.tolist() == [len(each) for each, _ in want]
     np.testing.assert_allclose(losses, [each.sum() for each, _ in want], rtol=1e-5)
     layers = model.encode_layers(conversations)
     assert layers.shape == (reference.LAYERS + 1, 3, model.dimension)
     for i, (_, states) in enumerate(want):
-        error = np.linalg.norm(layers[:, i] - states.numpy(), axis=-1) / np.linalg.norm(states.numpy(), axis=-1)
+        error = np.linalg.norm(layers[:, i] - states.numpy(), axis=-1) / np.linalg.norm(
+            states.numpy(), axis=-1
+        )
         assert error.max() < 1e-5
-    assert np.abs(layers[-1] - model.encode(conversations, normalize=False)).max() < 1e-6 * np.abs(layers[-1]).max()
+    assert (
+        np.abs(layers[-1] - model.encode(conversations, normalize=False)).max()
+        < 1e-6 * np.abs(layers[-1]).max()
+    )
 
 
 @pytest.mark.slow
@@ -61,9 +72,13 @@ def test_losses_and_answers_depend_on_no_neighbour_and_on_no_mesh(cases):
     split = OmniGenerator.from_pretrained(cases["vl"].path, mesh=make_mesh(2, 2, 2))
     inputs = [*reference.TEXTS, reference.TEXTS[1]]
     answers = [text[::-1] for text in inputs]
-    want = np.concatenate([alone.token_losses([x], [y])[0] for x, y in zip(inputs, answers, strict=True)])
+    want = np.concatenate(
+        [alone.token_losses([x], [y])[0] for x, y in zip(inputs, answers, strict=True)]
+    )
     np.testing.assert_allclose(alone.token_losses(inputs, answers)[0], want, rtol=1e-5)
-    np.testing.assert_allclose(split.token_losses(inputs, answers, max_tokens=100)[0], want, rtol=1e-5)
+    np.testing.assert_allclose(
+        split.token_losses(inputs, answers, max_tokens=100)[0], want, rtol=1e-5
+    )
     inputs = [*inputs[:3], {"image": picture(1, 56, 84)}]
     want = [ids.tolist() for ids in alone.generate_ids(inputs, 8)]
     assert [ids.tolist() for ids in split.generate_ids(inputs, 8)] == want
@@ -104,16 +119,22 @@ def test_a_cache_changes_no_token_of_a_tuned_and_quantized_model(cases, tmp_path
     """The sixth token is the one that comes first after the prompt and the five before it, read anew."""
     config = lora.LoraConfig(rank=2)
     drawn = np.random.default_rng(0)
-    adapters = lora.init(jax.random.key(0), abstract_params(open_checkpoint(cases["vl_tied"].path).config), config)
+    adapters = lora.init(
+        jax.random.key(0), abstract_params(open_checkpoint(cases["vl_tied"].path).config), config
+    )
     adapters = jax.tree.map(lambda x: jnp.asarray(drawn.normal(0, 0.1, x.shape), x.dtype), adapters)
     write_peft(tmp_path / "adapter", adapters, config, "x")
     one = make_mesh(devices=jax.devices()[:1])
-    model = OmniGenerator.from_pretrained(cases["vl_tied"].path, tmp_path / "adapter", mesh=one, quantize="int8")
+    model = OmniGenerator.from_pretrained(
+        cases["vl_tied"].path, tmp_path / "adapter", mesh=one, quantize="int8"
+    )
     found = model.generate_ids(reference.TEXTS, 6)
     attempt, before = model.processor.attempt, iter([ids[:5] for ids in found])
-    after = lambda *given: [one.followed_by(next(before)) for one in attempt(*given)]  # noqa: E731
+    after = lambda *given: [one.followed_by(next(before)) for one in attempt(*given)]
     monkeypatch.setattr(model.processor, "attempt", after)
-    assert [ids.tolist() for ids in model.generate_ids(reference.TEXTS, 1)] == [[ids[5]] for ids in found]
+    assert [ids.tolist() for ids in model.generate_ids(reference.TEXTS, 1)] == [
+        [ids[5]] for ids in found
+    ]
 
 
 def test_what_ends_a_turn(tmp_path):
@@ -145,9 +166,14 @@ def test_scores_equal_a_computation_by_hand():
 def test_generate_answers_and_scores_files(tmp_path, run_command, monkeypatch, tiny):
     monkeypatch.setattr(OmniGenerator, "from_pretrained", lambda *_, **__: tiny)
     Image.fromarray(picture(1, 56, 56)).save(tmp_path / "a.png")
-    records = [{"anchor": {"image_path": "a.png"}, "positive": "a cat"}, {"anchor": "Why?", "positive": "So"}]
+    records = [
+        {"anchor": {"image_path": "a.png"}, "positive": "a cat"},
+        {"anchor": "Why?", "positive": "So"},
+    ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records))
-    (tmp_path / "in.jsonl").write_text(json.dumps({"image": "a.png"}) + "\n" + json.dumps("Why?") + "\n")
+    (tmp_path / "in.jsonl").write_text(
+        json.dumps({"image": "a.png"}) + "\n" + json.dumps("Why?") + "\n"
+    )
     want = tiny.generate([{"image": tmp_path / "a.png"}, {"text": "Why?"}], 4)
     status, out, _ = run_command(generate, f"--input={tmp_path}/in.jsonl", "--max-new-tokens=4")
     assert not status
@@ -158,7 +184,9 @@ def test_generate_answers_and_scores_files(tmp_path, run_command, monkeypatch, t
     assert not status
     assert "| corpus_cer |" in out
     lines = [json.loads(line) for line in (tmp_path / "out/answers.jsonl").read_text().splitlines()]
-    assert [(x["answer"], x["reference"]) for x in lines] == [*zip(want, ["a cat", "So"], strict=True)]
+    assert [(x["answer"], x["reference"]) for x in lines] == [
+        *zip(want, ["a cat", "So"], strict=True)
+    ]
     assert score(want, ["a cat", "So"]).items() <= read_json(tmp_path / "out/results.json").items()
     bad = [{"anchor": "Why?", "positive": {"image_path": "a.png"}}]
     (tmp_path / "bad.jsonl").write_text(json.dumps(bad[0]) + "\n")
@@ -168,8 +196,14 @@ def test_generate_answers_and_scores_files(tmp_path, run_command, monkeypatch, t
         (["--input=x.jsonl", "--out=y"], "--out goes with --data"),
         (["--data=x.jsonl", "--out=y", "--output=z"], "--output goes with --input"),
         (["--input=x.jsonl", "--output=z.npy"], "--output=z.npy: the file must end in .jsonl"),
-        ([f"--input={tmp_path}/in.jsonl", "--max-new-tokens=0"], "--max-new-tokens=0: it must be at least 1"),
-        ([f"--data={tmp_path}/bad.jsonl", "--out=y"], "bad.jsonl:1: the positive is the answer, and must be a text"),
+        (
+            [f"--input={tmp_path}/in.jsonl", "--max-new-tokens=0"],
+            "--max-new-tokens=0: it must be at least 1",
+        ),
+        (
+            [f"--data={tmp_path}/bad.jsonl", "--out=y"],
+            "bad.jsonl:1: the positive is the answer, and must be a text",
+        ),
     ]:
         status, _, err = run_command(generate, *flags)
         assert (status, said in err) == (2, True), err
@@ -183,7 +217,9 @@ def tiny():
 def test_a_tied_head_outlives_the_merge_of_an_adapter(tmp_path, tiny):
     """An adapter of zeros changes no loss; merging gives the base's arrays away."""
     config = lora.LoraConfig(rank=2)
-    adapters = lora.init(jax.random.key(0), abstract_params(open_checkpoint("builtin:tiny").config), config)
+    adapters = lora.init(
+        jax.random.key(0), abstract_params(open_checkpoint("builtin:tiny").config), config
+    )
     write_peft(tmp_path / "adapter", adapters, config, "builtin:tiny")
     tuned = OmniGenerator.from_pretrained("builtin:tiny", tmp_path / "adapter")
     want = tiny.token_losses(["a", "b c"], ["d", "e f g"])[0]
@@ -191,7 +227,9 @@ def test_a_tied_head_outlives_the_merge_of_an_adapter(tmp_path, tiny):
 
 
 def test_an_answers_loss_is_asked_for_as_answers_are(cases):
-    model = OmniGenerator.from_pretrained(cases["vl"].path, mesh=make_mesh(devices=jax.devices()[:1]))
+    model = OmniGenerator.from_pretrained(
+        cases["vl"].path, mesh=make_mesh(devices=jax.devices()[:1])
+    )
     picture = image(1, 60, 84)["image"]
     inputs = [{"image": picture}, {"image": picture, "text": "\nDescribe the above image."}]
     asked_for, asking = model.token_losses(inputs, ["A cat."] * 2)[0]
@@ -200,7 +238,7 @@ def test_an_answers_loss_is_asked_for_as_answers_are(cases):
 
 def test_a_content_without_a_text_is_asked_about():
     picture, sound = np.zeros((2, 2, 3), np.uint8), {"array": np.zeros(9), "sampling_rate": 16_000}
-    question = lambda item: as_messages(item, "", asked)[0]["content"][-1]["text"]  # noqa: E731
+    question = lambda item: as_messages(item, "", asked)[0]["content"][-1]["text"]
     assert question({"image": picture, "text": ""}) == "\nDescribe the above image."
     assert question({"video": picture[None]}) == "\nDescribe the above video."
     assert question({"audio": sound}) == "\nDescribe the above audio."
@@ -213,7 +251,9 @@ def test_no_answers_and_one_that_is_too_long(tiny):
     assert tiny.generate([]) == []
     with pytest.raises(LcoError, match="max_new_tokens is 0"):
         tiny.generate(["a"], 0)
-    with pytest.raises(LcoError, match="input 1 and max_new_tokens=32700 exceed the model's 32768 tokens"):
+    with pytest.raises(
+        LcoError, match="input 1 and max_new_tokens=32700 exceed the model's 32768 tokens"
+    ):
         tiny.generate(["a", "b" * 1000], 32_700)
     assert [x.shape for x in tiny.token_losses([], [])] == [(0,), (0,)]
     with pytest.raises(LcoError, match="input 1 and its answer exceed the model's 32768 tokens"):

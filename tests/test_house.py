@@ -68,5 +68,7 @@ assert "torch" not in sys.modules
 
 
 def test_files_are_short():
-    sizes = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in ROOT.rglob("*.py")}
+    sizes = {
+        file: len(file.read_text(encoding="utf-8").splitlines()) for file in ROOT.rglob("*.py")
+    }
     assert max(sizes.values()) <= 400, max(sizes, key=sizes.get)

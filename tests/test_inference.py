@@ -33,7 +33,9 @@ def documents(count, seed=1):
 def passes(ready, shards, batch_size=None, max_tokens=inference.MAX_TOKENS):
     """What `encode` does: (members, what is packed) of each forward pass. Every input is in one."""
     batches = list(inference.batches_of(ready, batch_size, max_tokens, shards))
-    assert sorted(i for members in batches for mine in members for i in mine) == [*range(len(ready))]
+    assert sorted(i for members in batches for mine in members for i in mine) == [
+        *range(len(ready))
+    ]
     return [(members, inference.pack(ready, members, {})) for members in batches]
 
 
@@ -87,9 +89,13 @@ def test_what_is_common_is_laid_once_a_device():
     """Texts that occur four times lie on one; of five long instructions each has each once at most."""
     rng = np.random.default_rng(0)
     once = sentences(500)
-    asked = [text(rule, one.input_ids) for rule in rng.integers(0, 99, (5, 200)) for one in once[:100]]
+    asked = [
+        text(rule, one.input_ids) for rule in rng.integers(0, 99, (5, 200)) for one in once[:100]
+    ]
     for ready, more in ((once * 4, 0), (asked, 7 * 5 * 200)):
-        alone, apart = (sum(tokens_of(one)[1] for _, one in passes(ready, shards)) for shards in (1, 8))
+        alone, apart = (
+            sum(tokens_of(one)[1] for _, one in passes(ready, shards)) for shards in (1, 8)
+        )
         assert apart <= 1.15 * alone + more
 
 
@@ -127,7 +133,9 @@ def test_a_picture_travels_as_bytes_and_once(tiny):
 @pytest.mark.parametrize("shards", [1, 4, 8])
 def test_little_is_padded_beside_pictures(tiny, shards):
     rng = np.random.default_rng(0)
-    pictures = [rng.integers(0, 256, (*size, 3), np.uint8) for size in rng.integers(100, 500, (60, 2))]
+    pictures = [
+        rng.integers(0, 256, (*size, 3), np.uint8) for size in rng.integers(100, 500, (60, 2))
+    ]
     parts = [[{"role": "user", "content": [{"type": "image", "image": one}]}] for one in pictures]
     ready = sentences(1500) + tiny.processor(parts)
     over = real = 0

@@ -31,11 +31,21 @@ def image_rows(shape, count):
 def data_dir(tmp_path_factory):
     """CIFAR-10 with names of its labels, MNIST without, and four speakers."""
     folder = tmp_path_factory.mktemp("data")
-    for name, shape, labels in (("cifar10", (32, 32, 3), {"label": LABELS}), ("mnist", (28, 28), None)):
+    for name, shape, labels in (
+        ("cifar10", (32, 32, 3), {"label": LABELS}),
+        ("mnist", (28, 28), None),
+    ):
         rows = {split: image_rows(shape, count) for split, count in (("train", 3), ("test", 2))}
         sizes = shape if len(shape) == 3 else (*shape, 1)
         features = {"image": image_feature(*sizes), "label": class_label(10)}
-        write_tfds(folder / "tfds", name, features, rows, labels, {"cifar10": "3.0.2", "mnist": "3.0.1"}[name])
+        write_tfds(
+            folder / "tfds",
+            name,
+            features,
+            rows,
+            labels,
+            {"cifar10": "3.0.2", "mnist": "3.0.1"}[name],
+        )
     (folder / "fsdd").mkdir()
     for digit in range(10):
         for speaker in SPEAKERS:
@@ -50,7 +60,12 @@ def read(folder, name):
 
 def meaning(text):
     """The one (kind, class) that a caption says."""
-    said = [(name, label) for name, kind in KINDS.items() for label in kind.names if text in every(kind, label)]
+    said = [
+        (name, label)
+        for name, kind in KINDS.items()
+        for label in kind.names
+        if text in every(kind, label)
+    ]
     assert len(said) == 1, (text, said)
     return said[0]
 
@@ -79,13 +94,25 @@ def world(request, data_dir, tmp_path_factory):
 def test_captions_say_what_the_media_are(world):
     pairs = [
         (record["anchor"], record["positive"])
-        for name in ("generative/image", "generative/audio", "heldout/image", "heldout/audio", "contrast/media")
+        for name in (
+            "generative/image",
+            "generative/audio",
+            "heldout/image",
+            "heldout/audio",
+            "contrast/media",
+        )
         for record in read(world, f"{name}.jsonl")
     ]
     for kind in ("image", "audio"):
-        pairs += [(record["media"], record["text"]) for record in read(world, f"tests/retrieval_{kind}.jsonl")]
+        pairs += [
+            (record["media"], record["text"])
+            for record in read(world, f"tests/retrieval_{kind}.jsonl")
+        ]
     for kind in ("image", "digit", "audio"):
-        pairs += [(record["media"], record["label"]) for record in read(world, f"tests/zeroshot_{kind}.jsonl")]
+        pairs += [
+            (record["media"], record["label"])
+            for record in read(world, f"tests/zeroshot_{kind}.jsonl")
+        ]
     assert all(shown(world, side) == meaning(text) for side, text in pairs)
     for record in read(world, "tests/cross.jsonl"):
         assert shown(world, record["image"]) == ("written", record["concept"])
@@ -103,7 +130,11 @@ def test_a_tokenizer_can_be_trained_on_its_texts(world):
 def test_texts_mean_the_same_and_negatives_another(world):
     for name in ("contrast/text", "tests/text"):
         for record in read(world, f"{name}.jsonl"):
-            assert meaning(record["anchor"]) == meaning(record["positive"]) != meaning(record["negative"])
+            assert (
+                meaning(record["anchor"])
+                == meaning(record["positive"])
+                != meaning(record["negative"])
+            )
             assert record["anchor"] != record["positive"]
     for record in read(world, "generative/gist.jsonl"):
         assert record["positive"] in (*LABELS, *DIGITS)
@@ -116,7 +147,9 @@ def test_texts_mean_the_same_and_negatives_another(world):
 
 def test_a_held_out_text_has_one_right_answer(world):
     records = read(world, "tests/text.jsonl")
-    candidates = Counter(meaning(record[side]) for record in records for side in ("positive", "negative"))
+    candidates = Counter(
+        meaning(record[side]) for record in records for side in ("positive", "negative")
+    )
     assert set(candidates.values()) == {1}
 
 
@@ -128,8 +161,14 @@ def test_contrast_mentions_no_held_out_class_and_generation_all(world):
     text, media = read(world, "contrast/text.jsonl"), read(world, "contrast/media.jsonl")
     mentioned = [meaning(value) for record in text for value in record.values()]
     assert set(mentioned) == everything - held  # 48 records of three texts each: all the rest occur
-    assert Counter(meaning(r["anchor"]) for r in text) == Counter(meaning(r["positive"]) for r in media)
-    generated = [shown(world, r["anchor"]) for k in ("image", "audio") for r in read(world, f"generative/{k}.jsonl")]
+    assert Counter(meaning(r["anchor"]) for r in text) == Counter(
+        meaning(r["positive"]) for r in media
+    )
+    generated = [
+        shown(world, r["anchor"])
+        for k in ("image", "audio")
+        for r in read(world, f"generative/{k}.jsonl")
+    ]
     assert set(generated) == everything
     for kind in ("image", "digit", "audio"):
         records = read(world, f"tests/zeroshot_{kind}.jsonl")
@@ -147,8 +186,14 @@ def test_training_and_tests_share_no_speaker_no_photo_and_no_held_out_wording(wo
         texts[path.parent.name] += content
     assert not media["seen"] & media["unseen"]
     speaker = re.compile(r"\d_([a-z]+)_\d\.wav")
-    speakers = {part: {found[1] for path in paths if (found := speaker.search(path))} for part, paths in media.items()}
-    assert set(json.loads((world / "world.json").read_text())["held_out"]["speakers"]) == speakers["unseen"]
+    speakers = {
+        part: {found[1] for path in paths if (found := speaker.search(path))}
+        for part, paths in media.items()
+    }
+    assert (
+        set(json.loads((world / "world.json").read_text())["held_out"]["speakers"])
+        == speakers["unseen"]
+    )
     assert speakers["seen"] == set(SPEAKERS) - speakers["unseen"]
     for kind in KINDS.values():
         for label in kind.names:
@@ -167,7 +212,9 @@ def test_equal_seeds_give_equal_bytes_and_others_do_not(world, data_dir, tmp_pat
     seed = json.loads((world / "world.json").read_text())["seed"]
     for given in (0, 1):
         write(tmp_path / str(given), data_dir, given, small())
-    content = lambda folder: {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}  # noqa: E731
+    content = lambda folder: {
+        p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
     assert content(world) == content(tmp_path / str(seed))
     assert content(world) != content(tmp_path / str(1 - seed))
 

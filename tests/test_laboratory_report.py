@@ -15,7 +15,7 @@ from laboratory import statistics as stats
 from laboratory.statistics import MODALITIES
 from lco_jax import LcoError
 from lco_jax.checkpoint.hf import open_checkpoint
-from lco_jax.data.records import as_input, side_key
+from lco_jax.data.records import as_input, content_key
 
 D = 16
 THINGS = ["a red bell", "a blue drum", "two horns", "a green square", "three birds", "a small star"]
@@ -39,7 +39,10 @@ def write_world(folder: Path) -> Path:
             {"image": a, "audio": b, "concept": f"thing {i // 2}", "held_out": i < 2}
             for i, (a, b, _) in enumerate(shown)
         ],
-        "text": [{"anchor": f"{x}!", "positive": x, "negative": y} for x, y in zip(THINGS, THINGS[::-1], strict=True)],
+        "text": [
+            {"anchor": f"{x}!", "positive": x, "negative": y}
+            for x, y in zip(THINGS, THINGS[::-1], strict=True)
+        ],
         "minimal": [
             {
                 "media": a,
@@ -50,7 +53,9 @@ def write_world(folder: Path) -> Path:
             }
             for i, (a, _, text) in enumerate(shown)
         ],
-        "zeroshot_image": [{"media": a, "label": f"class {i % 3}"} for i, (a, _, _) in enumerate(shown)],
+        "zeroshot_image": [
+            {"media": a, "label": f"class {i % 3}"} for i, (a, _, _) in enumerate(shown)
+        ],
     }
     for name, rows in lines.items():
         (tests / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -71,7 +76,11 @@ def knowing(seen, vector=None):
     basis = np.eye(D)
 
     def one(side):
-        content = side["text"] if isinstance(side, dict) else next(iter(part.get(part["type"]) for part in side))
+        content = (
+            side["text"]
+            if isinstance(side, dict)
+            else next(iter(part.get(part["type"]) for part in side))
+        )
         if match := re.search(r"(\d+)\.(png|wav)$", content):
             i = int(match[1])
             return basis[i] + 0.1 * basis[6 + i % 3] + 0.1 * basis[9 + i // 2]
@@ -81,7 +90,7 @@ def knowing(seen, vector=None):
         return sign * basis[THINGS.index(content.removeprefix("not ").removesuffix("!"))]
 
     def encode(sides):
-        seen.append([side_key(side) for side in sides])
+        seen.append([content_key(side) for side in sides])
         return unit(np.stack([one(side) for side in sides]))
 
     return encode
@@ -94,7 +103,12 @@ def test_who_knows_all_finds_all_and_is_asked_everything_once(world):
     assert len(set(seen[0])) == len(seen[0])
     assert found.keys() == measure.chance(world).keys()
     assert set(found.values()) == {1.0}, found
-    assert {"text_to_page_ndcg_at_10", "audio_to_image.held_out", "minimal.colour", "zeroshot_image"} <= found.keys()
+    assert {
+        "text_to_page_ndcg_at_10",
+        "audio_to_image.held_out",
+        "minimal.colour",
+        "zeroshot_image",
+    } <= found.keys()
     assert "text_to_image_ndcg_at_10" not in found
 
 
@@ -111,12 +125,17 @@ def test_held_out_concepts_are_counted_apart(world):
 
 def test_who_tells_nothing_apart_finds_nothing(world):
     found = measure.represent(lambda sides: unit(np.ones((len(sides), D))), world)
-    assert {name: value for name, value in found.items() if value and not name.endswith(("_mrr", "_10"))} == {}
+    assert {
+        name: value for name, value in found.items() if value and not name.endswith(("_mrr", "_10"))
+    } == {}
 
 
 def test_chance_is_what_guessing_gives(world):
     rng = np.random.default_rng(0)
-    guesses = [measure.represent(lambda sides: unit(rng.normal(size=(len(sides), D))), world) for _ in range(100)]
+    guesses = [
+        measure.represent(lambda sides: unit(rng.normal(size=(len(sides), D))), world)
+        for _ in range(100)
+    ]
     for name, level in measure.chance(world).items():
         values = np.array([guess[name] for guess in guesses])
         assert abs(values.mean() - level) < 4.5 * values.std() / 10, name
@@ -137,7 +156,9 @@ def test_a_torn_world_is_told(tmp_path):
     (tmp_path / "tests").mkdir()
     assert measure.chance(tmp_path) == {}
     (tmp_path / "tests" / "cross.jsonl").write_text('{"image": "a"}\n')
-    with pytest.raises(LcoError, match=r"cross.jsonl:1 must be an object that has image, audio, concept"):
+    with pytest.raises(
+        LcoError, match=r"cross.jsonl:1 must be an object that has image, audio, concept"
+    ):
         measure.chance(tmp_path)
 
 
@@ -147,25 +168,34 @@ def test_layers_of_media_and_of_all_captions(world):
 
     class Embedder:
         def encode_layers(self, inputs):
-            each = [states.setdefault(side_key(one), rng.normal(size=(3, D)) + 1) for one in inputs]
+            each = [
+                states.setdefault(content_key(one), rng.normal(size=(3, D)) + 1) for one in inputs
+            ]
             return np.stack(each, axis=1)
 
     found = measure.by_layer(Embedder(), world, k=3)
     assert found["anisotropy"].keys() == {"image", "page", "text"}
     assert found["mutual_knn"].keys() == found["cka"].keys() == {"image", "page"}
     assert found["chance"] == {"image": 2 / 5, "page": 2 / 5}  # a quarter of six is too few: two
-    texts = unit(np.stack([states[side_key(as_input(text))] for text in THINGS] * 2, axis=1))
+    texts = unit(np.stack([states[content_key(as_input(text))] for text in THINGS] * 2, axis=1))
     cosines = texts @ texts.transpose(0, 2, 1)
     n = cosines.shape[1]
-    np.testing.assert_allclose(found["anisotropy"]["text"], (cosines.sum((1, 2)) - n) / (n * (n - 1)), rtol=1e-9)
+    np.testing.assert_allclose(
+        found["anisotropy"]["text"], (cosines.sum((1, 2)) - n) / (n * (n - 1)), rtol=1e-9
+    )
 
 
 def test_generation_is_scored_by_character_and_by_token(tmp_path):
     (tmp_path / "heldout").mkdir()
     (tmp_path / "page.png").touch()
     answers = ["abcd", "never asked for", "ef"]
-    rows = [{"anchor": {"image_path": "../page.png", "text": f"Read {one}."}, "positive": one} for one in answers]
-    (tmp_path / "heldout" / "page.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [
+        {"anchor": {"image_path": "../page.png", "text": f"Read {one}."}, "positive": one}
+        for one in answers
+    ]
+    (tmp_path / "heldout" / "page.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
 
     class Generator:
         def generate(self, inputs, max_new_tokens):
@@ -176,7 +206,9 @@ def test_generation_is_scored_by_character_and_by_token(tmp_path):
             return np.arange(1, 1 + len(inputs)) * counts.astype(np.float32), counts
 
     found = measure.generate_quality(Generator(), tmp_path, limit=2)
-    assert found == {"page": {"loss": pytest.approx((5 + 2 * 3) / 8), "exact": 0.5, "cer": pytest.approx(1 / 6)}}
+    assert found == {
+        "page": {"loss": pytest.approx((5 + 2 * 3) / 8), "exact": 0.5, "cer": pytest.approx(1 / 6)}
+    }
 
 
 def test_infonce_is_a_bound_that_a_perfect_critic_reaches():
@@ -216,8 +248,13 @@ def test_kl_of_checkpoints_counts_what_moved(tmp_path):
     visual = next(key for key in tensors if "visual" in key)
     moved = {matrix: tensors[matrix] * 1.1, bias: tensors[bias] + 0.5, visual: tensors[visual] + 1}
     save_file({**tensors, **moved}, folder / "model.safetensors")
-    everything = np.concatenate([tensors[key].ravel() for key in keys.values() if tensors[key].ndim > 1])
-    want = theory.gaussian_kl(tensors[matrix], moved[matrix]) + 0.125 * tensors[bias].size / everything.var()
+    everything = np.concatenate(
+        [tensors[key].ravel() for key in keys.values() if tensors[key].ndim > 1]
+    )
+    want = (
+        theory.gaussian_kl(tensors[matrix], moved[matrix])
+        + 0.125 * tensors[bias].size / everything.var()
+    )
     assert theory.decoder_kl(base, base) == 0
     np.testing.assert_allclose(theory.decoder_kl(base, open_checkpoint(folder)), want, rtol=1e-4)
 
@@ -225,13 +262,20 @@ def test_kl_of_checkpoints_counts_what_moved(tmp_path):
 def made_up(seeds=3, law=1.0, noise=0.02):
     """Plausible runs, in which what is known before tuning carries over by `law`."""
     rng, runs = np.random.default_rng(5), []
-    noisy = lambda x: float(np.clip(x + noise * rng.normal(), 0, 1))  # noqa: E731
+    noisy = lambda x: float(np.clip(x + noise * rng.normal(), 0, 1))
     for seed in range(seeds):
         for steps, known in ((0, 0.0), (60, 0.25), (120, 0.5), (240, 0.85)):
-            known = {kind: noisy(known * (1 - 0.12 * i)) if steps else 0.0 for i, kind in enumerate(MODALITIES)}
-            ways = ("none", "lora", "full", "projection", "clip") if steps == 240 else ("none", "lora")
+            known = {
+                kind: noisy(known * (1 - 0.12 * i)) if steps else 0.0
+                for i, kind in enumerate(MODALITIES)
+            }
+            ways = (
+                ("none", "lora", "full", "projection", "clip") if steps == 240 else ("none", "lora")
+            )
             for tune in ways:
-                gain = {"none": 0.15, "lora": law, "full": 0.9, "projection": 0.5, "clip": 0.8}[tune]
+                gain = {"none": 0.15, "lora": law, "full": 0.9, "projection": 0.5, "clip": 0.8}[
+                    tune
+                ]
                 there = {kind: noisy(0.01 + 0.95 * gain * value) for kind, value in known.items()}
                 scores = {f"text_to_{kind}": value for kind, value in there.items()}
                 scores |= {f"{kind}_to_text": noisy(value) for kind, value in there.items()}
@@ -243,24 +287,48 @@ def made_up(seeds=3, law=1.0, noise=0.02):
                 for i, name in enumerate(("colour", "count", "motion", "relation", "size")):
                     scores[f"minimal.{name}"] = noisy(0.5 + 0.45 * gain * known["image"] - 0.05 * i)
                 layers = np.linspace(0.9, 0.5 if tune == "none" else 0.1, 6)
-                run = {"seed": seed, "generative_steps": steps, "tune": tune, "representation": scores}
+                run = {
+                    "seed": seed,
+                    "generative_steps": steps,
+                    "tune": tune,
+                    "representation": scores,
+                }
                 run["layers"] = {
-                    "anisotropy": {kind: [None, *(layers - 0.05 * i)] for i, kind in enumerate((*MODALITIES, "text"))},
-                    "mutual_knn": {k: [None, *np.linspace(0.1, 0.1 + 0.5 * there[k], 6)] for k in MODALITIES},
+                    "anisotropy": {
+                        kind: [None, *(layers - 0.05 * i)]
+                        for i, kind in enumerate((*MODALITIES, "text"))
+                    },
+                    "mutual_knn": {
+                        k: [None, *np.linspace(0.1, 0.1 + 0.5 * there[k], 6)] for k in MODALITIES
+                    },
                     "cka": {k: [None, *np.linspace(0, 0.8 * there[k], 6)] for k in MODALITIES},
                 }
                 bound = {kind: 4.6 * value for kind, value in there.items()}
-                run["theory"] = {"infonce": {k: 4.6 - x for k, x in bound.items()}, "mi_bound": bound}
+                run["theory"] = {
+                    "infonce": {k: 4.6 - x for k, x in bound.items()},
+                    "mi_bound": bound,
+                }
                 if tune == "none":
                     cost = {k: 2.5 * (1 - x) for k, x in known.items()}
-                    run["generative"] = {k: {"loss": cost[k], "exact": x, "cer": 1 - x} for k, x in known.items()}
+                    run["generative"] = {
+                        k: {"loss": cost[k], "exact": x, "cer": 1 - x} for k, x in known.items()
+                    }
                 else:
                     run["theory"]["kl"] = 1000.0 * (1 + len(tune))
                 runs.append(run)
     names = [f"text_to_{k}" for k in MODALITIES] + [f"{k}_to_text" for k in MODALITIES]
-    chance = dict.fromkeys([*names, "image_to_audio", "audio_to_image"], 0.01) | {"minimal.colour": 0.5, "minimal": 0.5}
+    chance = dict.fromkeys([*names, "image_to_audio", "audio_to_image"], 0.01) | {
+        "minimal.colour": 0.5,
+        "minimal": 0.5,
+    }
     worlds = [{"seed": seed, "chance": chance} for seed in range(seeds)]
-    return {"config": {}, "command": "python -m laboratory", "minutes": 31.2, "worlds": worlds, "runs": runs}
+    return {
+        "config": {},
+        "command": "python -m laboratory",
+        "minutes": 31.2,
+        "worlds": worlds,
+        "runs": runs,
+    }
 
 
 @pytest.fixture
@@ -269,11 +337,16 @@ def undrawn(monkeypatch):
         monkeypatch.setattr(report.plots, f"plot_{name.removesuffix('.png')}", lambda *_: False)
 
 
-PICTURES = {f"{name}.png" for name in ("headline", "quality", "scaling", "tuning", "layers", "minimal")}
+PICTURES = {
+    f"{name}.png" for name in ("headline", "quality", "scaling", "tuning", "layers", "minimal")
+}
 
 
 def verdicts(results):
-    return {(claim.text, claim.quantity.split(",")[0]): claim.verdict for claim in claims.decide(results)}
+    return {
+        (claim.text, claim.quantity.split(",")[0]): claim.verdict
+        for claim in claims.decide(results)
+    }
 
 
 def test_the_report_is_whole(tmp_path):
@@ -294,8 +367,13 @@ def test_the_report_is_whole(tmp_path):
 def test_claims_follow_the_numbers():
     found = verdicts(made_up())
     assert "LoRA is better than a linear projection" in {text for text, _ in found}
-    assert found.pop(("an untrained base stays at chance when tuned", "chance less recall@1 after")) == "held"
-    assert set(found.values()) == {claims.HELD}, [key for key, value in found.items() if value != claims.HELD]
+    assert (
+        found.pop(("an untrained base stays at chance when tuned", "chance less recall@1 after"))
+        == "held"
+    )
+    assert set(found.values()) == {claims.HELD}, [
+        key for key, value in found.items() if value != claims.HELD
+    ]
 
 
 def test_claims_fail_where_the_numbers_say_so():
@@ -329,7 +407,9 @@ def test_one_seed_decides_nothing_and_is_reported(tmp_path):
     assert "±" not in (tmp_path / "report.md").read_text(encoding="utf-8").split("## ", 1)[1]
 
 
-@pytest.mark.parametrize("absent", ["representation", "generative", "layers", "theory", "worlds", "seconds"])
+@pytest.mark.parametrize(
+    "absent", ["representation", "generative", "layers", "theory", "worlds", "seconds"]
+)
 def test_what_is_absent_is_left_out(tmp_path, absent, undrawn):
     results = made_up()
     results.pop(absent, None)
@@ -345,7 +425,11 @@ def test_a_bare_run_is_reported_and_none_is_refused(tmp_path):
     bare = {"seed": 0, "generative_steps": 9, "tune": "none"}
     report.write({"runs": [bare]}, tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"report.md", "results.json"}
-    wrong = {"no runs": [], "run 0 .* has no 'tune'": [{**bare, "tune": None}], "two runs": [bare, bare]}
+    wrong = {
+        "no runs": [],
+        "run 0 .* has no 'tune'": [{**bare, "tune": None}],
+        "two runs": [bare, bare],
+    }
     for says, runs in wrong.items():
         with pytest.raises(LcoError, match=says):
             report.write({"runs": runs}, tmp_path)
@@ -355,7 +439,9 @@ def test_a_bare_run_is_reported_and_none_is_refused(tmp_path):
 def test_seeds_are_clusters(measure):
     """Ten points of a seed that say the same are no more evidence than one of them."""
     x, y = np.array([0, 1, 2, 3, 4.0]), np.array([0.3, 0.1, 0.9, 0.6, 1.0])
-    few, many = (stats.Points(*(np.repeat(side, n) for side in (x, y, np.arange(5)))) for n in (1, 10))
+    few, many = (
+        stats.Points(*(np.repeat(side, n) for side in (x, y, np.arange(5)))) for n in (1, 10)
+    )
     one, ten = stats.correlation(few, measure), stats.correlation(many, measure)
     assert one.mean == pytest.approx(ten.mean)
     assert one.low == pytest.approx(ten.low, abs=0.1)
@@ -368,7 +454,9 @@ def test_correlations_are_scipys():
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 4, (2, 6, 9)).astype(float)
     for ours, theirs in ((stats.pearson, pearsonr), (stats.spearman, spearmanr)):
-        np.testing.assert_allclose(ours(x, y), [theirs(a, b).statistic for a, b in zip(x, y, strict=True)], rtol=1e-9)
+        np.testing.assert_allclose(
+            ours(x, y), [theirs(a, b).statistic for a, b in zip(x, y, strict=True)], rtol=1e-9
+        )
     assert np.isnan(stats.pearson(np.ones(4), x[0, :4]))
 
 

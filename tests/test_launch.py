@@ -41,7 +41,11 @@ class Launcher:
     """A committed copy of launch/ in a repository of its own, with stand-ins before everything else on the PATH."""
 
     def __init__(self, folder):
-        self.repository, self.calls_file, self.part = folder / "repository", folder / "calls", folder / "part"
+        self.repository, self.calls_file, self.part = (
+            folder / "repository",
+            folder / "calls",
+            folder / "part",
+        )
         shutil.copytree(LAUNCH, self.repository / "launch")
         (self.repository / "lco_jax").mkdir()
         for module in ("train", "pretrain", "embed"):
@@ -91,8 +95,18 @@ def launcher(tmp_path):
 @pytest.mark.parametrize(
     ("script", "arguments", "environment", "part"),
     [
-        ("tpu_vm.sh", ["--spot", "--delete-after", "train"], TPU, SLICE.format(looks="NONE ACTIVE", job=":")),
-        ("tpu_vm.sh", ["embed"], {**TPU, "PROJECT": "p"}, SLICE.format(looks="NONE ACTIVE", job=":")),
+        (
+            "tpu_vm.sh",
+            ["--spot", "--delete-after", "train"],
+            TPU,
+            SLICE.format(looks="NONE ACTIVE", job=":"),
+        ),
+        (
+            "tpu_vm.sh",
+            ["embed"],
+            {**TPU, "PROJECT": "p"},
+            SLICE.format(looks="NONE ACTIVE", job=":"),
+        ),
         ("tpu_vm.sh", ["delete"], TPU, ""),
         (
             "gke.sh",
@@ -117,9 +131,15 @@ def test_a_dry_run_prints_what_a_run_calls(launcher, script, arguments, environm
     assert len(planned) >= 1
     status, _, error = launcher.run(script, *arguments, *flags, part=part, **environment)
     assert status == 0, error
-    called = [call for i, call in enumerate(launcher.calls) if call[0] != "kubectl" or call not in launcher.calls[:i]]
+    called = [
+        call
+        for i, call in enumerate(launcher.calls)
+        if call[0] != "kubectl" or call not in launcher.calls[:i]
+    ]
     concurrent = script == "local.sh" or "--follow" in arguments
-    assert (sorted(called) if concurrent else called) == (sorted(planned) if concurrent else planned)
+    assert (sorted(called) if concurrent else called) == (
+        sorted(planned) if concurrent else planned
+    )
 
 
 def test_the_documented_dry_runs_are_what_is_printed(launcher):
@@ -132,12 +152,20 @@ def test_the_documented_dry_runs_are_what_is_printed(launcher):
     assert len(blocks) == 4
     for command, printed in blocks:
         done = subprocess.run(
-            command, shell=True, cwd=launcher.repository, env=environment, capture_output=True, text=True, check=True
+            command,
+            shell=True,
+            cwd=launcher.repository,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         assert changing.sub(r"\1", done.stdout) == changing.sub(r"\1", printed)
 
 
-@pytest.mark.parametrize(("script", "needed"), [("tpu_vm.sh", TPU), ("gke.sh", GKE), ("slurm.sh", SLURM)])
+@pytest.mark.parametrize(
+    ("script", "needed"), [("tpu_vm.sh", TPU), ("gke.sh", GKE), ("slurm.sh", SLURM)]
+)
 def test_what_is_missing_or_unknown_is_named_and_nothing_called(launcher, script, needed):
     status, _, error = launcher.run(script, "train", *FLAGS)
     assert (status, error.count("\n")) == (2, 1)
@@ -168,14 +196,19 @@ def test_code_that_is_not_committed_is_not_left_behind_unsaid(launcher, script, 
 def test_secrets_stay_in_their_file(launcher, tmp_path, script, needed):
     (tmp_path / "env").write_text("HF_TOKEN=secret-7\n")
     part = SLICE.format(looks="ACTIVE", job=":")
-    status, out, error = launcher.run(script, "train", *FLAGS, part=part, ENV_FILE=str(tmp_path / "env"), **needed)
+    status, out, error = launcher.run(
+        script, "train", *FLAGS, part=part, ENV_FILE=str(tmp_path / "env"), **needed
+    )
     assert status == 0, error
     assert launcher.count(str(tmp_path / "env")) == 1
     assert "secret-7" not in launcher.calls_file.read_text() + out + error
 
 
 def test_a_slice_is_waited_for(launcher):
-    part = SLICE.format(looks="NONE WAITING_FOR_RESOURCES WAITING_FOR_RESOURCES PROVISIONING ACTIVE", job="echo step 1")
+    part = SLICE.format(
+        looks="NONE WAITING_FOR_RESOURCES WAITING_FOR_RESOURCES PROVISIONING ACTIVE",
+        job="echo step 1",
+    )
     status, out, error = launcher.run("tpu_vm.sh", "train", *FLAGS, part=part, **TPU)
     assert (status, launcher.count("describe"), launcher.count("create")) == (0, 5, 1)
     assert out == "step 1\n"
@@ -189,7 +222,9 @@ def test_a_preempted_slice_is_made_anew(launcher):
     status, _, error = launcher.run("tpu_vm.sh", "--spot", "train", *FLAGS, part=part, **TPU)
     assert status == 0, error
     said = [
-        next(word for word in call if word in ("create", "delete", "scp") or "lco_jax.train" in word)
+        next(
+            word for word in call if word in ("create", "delete", "scp") or "lco_jax.train" in word
+        )
         for call in launcher.calls
         if "describe" not in call and "pkill" not in str(call) and "uv pip" not in str(call)
     ]
@@ -203,20 +238,27 @@ def test_a_job_on_a_slice_is_restarted_for_what_it_says_of_itself(launcher, says
     """gcloud's own status is 1 whatever the workers' are."""
     part = SLICE.format(looks="ACTIVE", job=f"echo 'exit status of the job: {says}'; exit 1")
     status, _, error = launcher.run("tpu_vm.sh", "train", *FLAGS, part=part, RETRIES="2", **TPU)
-    assert (status, launcher.count("lco_jax.train"), launcher.count("create")) == (int(says), runs, 0)
+    assert (status, launcher.count("lco_jax.train"), launcher.count("create")) == (
+        int(says),
+        runs,
+        0,
+    )
     assert ("after 2 restarts (RETRIES=2); given up" in error) == (runs == 3)
     assert ("failed at once twice" in error) == (says == "1")
 
 
 def test_a_slice_that_cannot_be_looked_at_is_left_alone(launcher):
-    status, _, error = launcher.run("tpu_vm.sh", "train", *FLAGS, part="echo no network >&2; exit 1", **TPU)
+    status, _, error = launcher.run(
+        "tpu_vm.sh", "train", *FLAGS, part="echo no network >&2; exit 1", **TPU
+    )
     assert (status, len(launcher.calls)) == (1, 5)
     assert "no network" in error
     assert "cannot be looked at" in error
 
 
 @pytest.mark.parametrize(
-    ("status", "requeues"), [("0", [0]), ("2", [0]), ("75", [1, 1, 0]), ("137", [1, 1, 0]), ("1", [1, 0])]
+    ("status", "requeues"),
+    [("0", [0]), ("2", [0]), ("75", [1, 1, 0]), ("137", [1, 1, 0]), ("1", [1, 0])],
 )
 def test_a_slurm_job_requeues_itself_as_long_as_is_due(launcher, status, requeues):
     for attempt in requeues:
@@ -234,12 +276,16 @@ def test_a_slurm_job_hands_its_signal_on(launcher):
     assert (status, launcher.count("scontrol requeue 7")) == (75, 1)
 
 
-@pytest.mark.parametrize(("given", "share"), [({}, "0.92"), ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, "0.5")])
+@pytest.mark.parametrize(
+    ("given", "share"), [({}, "0.92"), ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, "0.5")]
+)
 @pytest.mark.parametrize(("script", "arguments"), [("slurm_job.sh", []), ("local.sh", ["1"])])
 def test_jobs_on_gpus_may_fill_them(launcher, script, arguments, given, share):
     """jax alone would take three quarters; what its user says stands."""
     part = "case ${0##*/} in srun | python) echo share $XLA_PYTHON_CLIENT_MEM_FRACTION ;; esac"
-    status, out, error = launcher.run(script, *arguments, "train", *FLAGS, part=part, **JOB, **given)
+    status, out, error = launcher.run(
+        script, *arguments, "train", *FLAGS, part=part, **JOB, **given
+    )
     assert (status, out) == (0, f"share {share}\n"), error
 
 
@@ -256,21 +302,30 @@ def test_a_slurm_job_is_followed_to_its_end(launcher, end, expected):
 
 @pytest.mark.parametrize(
     ("first", "later", "ended", "runs"),
-    [("75", "0", 0, 2), ("76", "0", 0, 2), ("137", "0", 0, 2), ("2", "0", 2, 1), ("1", "1", 1, 2), ("75", "75", 75, 3)],
+    [
+        ("75", "0", 0, 2),
+        ("76", "0", 0, 2),
+        ("137", "0", 0, 2),
+        ("2", "0", 2, 1),
+        ("1", "1", 1, 2),
+        ("75", "75", 75, 3),
+    ],
 )
 def test_processes_start_again_together_where_that_helps(launcher, first, later, ended, runs):
     """Process 0 exits so the first time and so later; process 1 runs till it is told to end."""
     part = f"""case "$*" in
       *process_id=0*) [ $(times process_id=0) -gt 1 ] && exit {later} || exit {first} ;;
       *) [ {later} = 0 ] && [ $(times process_id=1) -gt 1 ] && exit 0; trap 'exit 0' TERM; for i in {{1..300}}; do sleep 0.1; done; exit 9 ;;
-    esac"""  # noqa: E501
+    esac"""
     status, _, error = launcher.run("local.sh", "2", *FLAGS, part=part, RETRIES="2")
     assert status == ended, error
     assert launcher.count("process_id=0") == launcher.count("process_id=1") == runs
     assert error.count("restart ") == runs - 1
 
 
-@pytest.mark.parametrize(("last", "ended", "runs"), [("exit 0", 0, 1), ("exit 2", 2, 1), ("exit 137", 137, 3)])
+@pytest.mark.parametrize(
+    ("last", "ended", "runs"), [("exit 0", 0, 1), ("exit 2", 2, 1), ("exit 137", 137, 3)]
+)
 def test_processes_that_share_a_work_outlive_one_another(launcher, last, ended, runs):
     """Of three, one dies at once and one soon; the last ends well, and nobody is told to end before."""
     part = f"""for n in {{1..9}}; do mkdir "$CALLS.$n" 2>/dev/null && break; done

@@ -30,7 +30,9 @@ def step(run):
     return bench.slow_step(run.job.mesh, bench.rounds_of(SECONDS))
 
 
-def test_while_a_step_runs_the_next_batch_is_made_and_only_then_its_metrics_are_read(run, step, monkeypatch):
+def test_while_a_step_runs_the_next_batch_is_made_and_only_then_its_metrics_are_read(
+    run, step, monkeypatch
+):
     """By the order of events. And the position that is saved is that of the batches used, not of those read ahead."""
     positions, fetched, iterator = [], [], run.iterator.iterator
     save, get, read = run.store.save, jax.device_get, threading.Semaphore(0)
@@ -45,7 +47,9 @@ def test_while_a_step_runs_the_next_batch_is_made_and_only_then_its_metrics_are_
         """Here nothing but another thread can read the batch after the next."""
         wanted = 3 if run.step == 0 else 1  # this batch, the next, and the one after
         assert run.step + 2 >= STEPS or all(read.acquire(timeout=60) for _ in range(wanted))
-        assert len(fetched) == max(run.step - 1, 0)  # those of the step before wait for this dispatch
+        assert len(fetched) == max(
+            run.step - 1, 0
+        )  # those of the step before wait for this dispatch
         return step(*arguments)
 
     def fetch(tree):
@@ -53,7 +57,10 @@ def test_while_a_step_runs_the_next_batch_is_made_and_only_then_its_metrics_are_
         return get(tree)
 
     run.iterator.__class__ = Counted
-    run.store.save = lambda step, state, position: (positions.append(position), save(step, state, position))
+    run.store.save = lambda step, state, position: (
+        positions.append(position),
+        save(step, state, position),
+    )
     monkeypatch.setattr(jax, "device_get", fetch)
     run.train_step = dispatched
     assert jobs.loop(run)

@@ -57,8 +57,12 @@ def test_adapter_equals_merged(cases, model, tmp_path):
     mesh = make_mesh(devices=jax.devices()[:1])
     base = OmniEmbedder.from_pretrained(cases["vl"].path, mesh=mesh)
     one = Model(decoder, {})
-    attached = OmniEmbedder(one, {"decoder": lora.attach(params, adapters, config)}, base.processor, base.mesh)
-    merged = OmniEmbedder(one, {"decoder": lora.merge(params, adapters, config)}, base.processor, base.mesh)
+    attached = OmniEmbedder(
+        one, {"decoder": lora.attach(params, adapters, config)}, base.processor, base.mesh
+    )
+    merged = OmniEmbedder(
+        one, {"decoder": lora.merge(params, adapters, config)}, base.processor, base.mesh
+    )
     write_peft(tmp_path / "adapter", adapters, config, "base")
     loaded = OmniEmbedder.from_pretrained(cases["vl"].path, adapter=tmp_path / "adapter", mesh=mesh)
     want = attached.encode(reference.TEXTS)
@@ -68,18 +72,28 @@ def test_adapter_equals_merged(cases, model, tmp_path):
 
 
 def test_peft_round_trip(model, tmp_path):
-    config = lora.LoraConfig(rank=4, alpha=7, dropout=0.1, targets=r"layers\.self_attn\.[qv]_proj", use_rslora=True)
+    config = lora.LoraConfig(
+        rank=4, alpha=7, dropout=0.1, targets=r"layers\.self_attn\.[qv]_proj", use_rslora=True
+    )
     adapters = random_adapters(model[1], config)
     write_peft(tmp_path / "adapter", adapters, config, "some/base")
     back, read = read_peft(tmp_path / "adapter")
     jax.tree.map(np.testing.assert_array_equal, back, jax.device_get(adapters))
-    assert (read.rank, read.alpha, read.dropout, read.use_rslora, read.scale) == (4, 7, 0.1, True, 3.5)
+    assert (read.rank, read.alpha, read.dropout, read.use_rslora, read.scale) == (
+        4,
+        7,
+        0.1,
+        True,
+        3.5,
+    )
     assert lora.target_paths(model[1], read) == lora.target_paths(model[1], config)
 
 
 def test_gradient_is_of_the_adapter_alone_and_dot_is_what_it_says():
     rng = np.random.default_rng(0)
-    x, base, a, b = (jnp.array(rng.normal(size=s), jnp.float32) for s in ((5, 8), (6, 8), (3, 8), (6, 3)))
+    x, base, a, b = (
+        jnp.array(rng.normal(size=s), jnp.float32) for s in ((5, 8), (6, 8), (3, 8), (6, 3))
+    )
     w = LoraWeight(base, a, b, 0.5, 0.0)
     np.testing.assert_allclose(dot(x, w), x @ (base + 0.5 * b @ a).T, atol=1e-5)
     assert dot(x.astype(jnp.bfloat16), w).dtype == jnp.bfloat16
@@ -89,7 +103,9 @@ def test_gradient_is_of_the_adapter_alone_and_dot_is_what_it_says():
 def test_gradients_of_the_factors(dtype, tolerance):
     """They are float32, and those of the plain product; in bfloat16 no more off than its rounding."""
     rng = np.random.default_rng(0)
-    x, base, a, b = (jnp.array(rng.normal(size=s), jnp.float32) for s in ((2, 50, 8), (60, 8), (3, 8), (60, 3)))
+    x, base, a, b = (
+        jnp.array(rng.normal(size=s), jnp.float32) for s in ((2, 50, 8), (60, 8), (3, 8), (60, 3))
+    )
 
     def loss(x, a, b, dtype):
         w = LoraWeight(base.astype(dtype), a, b, 0.5, 0.0)
@@ -110,7 +126,9 @@ def test_dropout_is_a_function_of_the_token_not_of_its_place():
     seed, rate = jnp.uint32(3), 0.2
     dropped = np.asarray(dropout(x, fold_in(keys, seed), rate))
     order = np.random.default_rng(0).permutation(4000)
-    np.testing.assert_array_equal(np.asarray(dropout(x, fold_in(keys[order], seed), rate)), dropped[order])
+    np.testing.assert_array_equal(
+        np.asarray(dropout(x, fold_in(keys[order], seed), rate)), dropped[order]
+    )
     zero = dropped == 0
     spread = 4 * (rate * (1 - rate) / zero.size) ** 0.5
     assert abs(zero.mean() - rate) < spread

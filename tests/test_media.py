@@ -70,7 +70,17 @@ def numbers(frames):
     return np.rint((frames.mean((1, 2, 3)) - 8) / 4).astype(int).tolist()
 
 
-def film(codec, container, count=30, size=(48, 32), rate=10, pixels="yuv420p", sound=None, seconds=3.0, options=None):
+def film(
+    codec,
+    container,
+    count=30,
+    size=(48, 32),
+    rate=10,
+    pixels="yuv420p",
+    sound=None,
+    seconds=3.0,
+    options=None,
+):
     """A video as bytes. Frame i has brightness shade(i) everywhere; sound: the codec of a tone."""
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/film"  # FFmpeg opens it again to move the header to the front
@@ -116,7 +126,9 @@ def mux_sound(file, track, samples):
 
 def test_the_defaults_are_the_references():
     assert (CONFIG.fps, CONFIG.max_frames, CONFIG.video_max_pixels) == (2.0, 64, 768 * 28 * 28)
-    assert MediaConfig(fps=1, max_frames=np.int64(2), image_max_pixels=None)  # whole numbers do for floats
+    assert MediaConfig(
+        fps=1, max_frames=np.int64(2), image_max_pixels=None
+    )  # whole numbers do for floats
 
 
 @pytest.mark.parametrize(
@@ -126,7 +138,12 @@ def test_the_defaults_are_the_references():
         *[("max_frames", value) for value in (1, 0, 2.5, None)],
         *[("image_min_pixels", value) for value in (0, -1, 1.5, "a")],
         *[("video_max_pixels", value) for value in (0, True)],
-        *[("max_audio_seconds", 0), ("max_image_pixels", None), ("max_file_bytes", 0), ("decode_seconds", -1)],
+        *[
+            ("max_audio_seconds", 0),
+            ("max_image_pixels", None),
+            ("max_file_bytes", 0),
+            ("decode_seconds", -1),
+        ],
         *[("allow_remote", 1), ("use_audio_in_video", "yes")],
     ],
 )
@@ -179,9 +196,17 @@ def test_what_cannot_be_read_is_named(tmp_path, load):
     refused(load, tmp_path / "empty", "is empty")
     refused(load, tmp_path / "pipe", "is a pipe or a device")
     refused(load, "/dev/zero", "/dev/zero is a pipe or a device")
-    refused(load, tmp_path / "big", "11 bytes", "max_file_bytes is 10", config=MediaConfig(max_file_bytes=10))
+    refused(
+        load,
+        tmp_path / "big",
+        "11 bytes",
+        "max_file_bytes is 10",
+        config=MediaConfig(max_file_bytes=10),
+    )
     refused(load, bytes(11), "max_file_bytes is 10", config=MediaConfig(max_file_bytes=10))
-    refused(load, "data:,0123456789a", "max_file_bytes is 10", config=MediaConfig(max_file_bytes=10))
+    refused(
+        load, "data:,0123456789a", "max_file_bytes is 10", config=MediaConfig(max_file_bytes=10)
+    )
     refused(load, "a\0b", "cannot be read", r"'a\x00b'")
     refused(load, "a\nb\udc80", r"'a\nb\udc80'")
     refused(load, "~nobody-of-that-name/x", "cannot be read")
@@ -192,7 +217,9 @@ def test_what_cannot_be_read_is_named(tmp_path, load):
     refused(load, "data:image/png;base64", "has no comma")
     refused(load, "data:;base64,a&b=", "not valid base64")
     refused(load, "s3://bucket/cat.png", "s3://bucket/cat.png cannot be fetched; give")
-    refused(load, "https://a.b/cat.png?key=secret", "https://a.b/cat.png is remote", "set allow_remote")
+    refused(
+        load, "https://a.b/cat.png?key=secret", "https://a.b/cat.png is remote", "set allow_remote"
+    )
     refused(load, b"no media in here" * 99, "1584 bytes")
     refused(load, 3, "cannot be a int; give")
     refused(load, None, "NoneType")
@@ -217,7 +244,10 @@ class Server(BaseHTTPRequestHandler):
         if self.path.startswith("/to"):
             self.send_response(302)
             self.send_header(
-                "Location", {"/to-cat": "/cat", "/to-ftp": "ftp://a/b", "/to-file": "file:///etc/passwd"}[self.path]
+                "Location",
+                {"/to-cat": "/cat", "/to-ftp": "ftp://a/b", "/to-file": "file:///etc/passwd"}[
+                    self.path
+                ],
             )
             self.end_headers()
             return
@@ -242,7 +272,9 @@ def test_urls(monkeypatch):
     base, config = f"http://127.0.0.1:{server.server_port}", MediaConfig(allow_remote=True)
     try:
         for path in ("/cat", "/cat?a=b", "/to-cat", "/unsized"):
-            np.testing.assert_array_equal(np.asarray(load_image(base + path, "input 3", config)), RGB)
+            np.testing.assert_array_equal(
+                np.asarray(load_image(base + path, "input 3", config)), RGB
+            )
         refused(load_image, base + "/none", "/none cannot be fetched", "404", config=config)
         refused(load_image, base + "/short", "of 2", "the server sent", config=config)
         refused(load_image, base + "/to-ftp", "cannot be fetched", config=config)
@@ -264,15 +296,21 @@ def test_urls(monkeypatch):
 # ---- images
 
 
-@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "TGA", "PCX", "WEBP", "GIF", "JPEG", "JPEG2000", "AVIF"])
+@pytest.mark.parametrize(
+    "kind", ["PNG", "BMP", "TIFF", "PPM", "TGA", "PCX", "WEBP", "GIF", "JPEG", "JPEG2000", "AVIF"]
+)
 def test_image_formats(tmp_path, kind):
-    grid = np.repeat(np.repeat(RGB[::8, ::8], 8, 0), 8, 1)  # of 12 colours, so that GIF keeps it as well
+    grid = np.repeat(
+        np.repeat(RGB[::8, ::8], 8, 0), 8, 1
+    )  # of 12 colours, so that GIF keeps it as well
     path = tmp_path / "cat.png"  # names tell nothing
     options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95, "subsampling": 0}}
     path.write_bytes(image_bytes(Image.fromarray(grid), kind, **options.get(kind, {})))
     image = load_image(path, "input 3", CONFIG)
     assert (image.mode, image.size) == ("RGB", (32, 24))
-    assert abs(np.asarray(image, int) - grid).max() <= {"JPEG": 12, "AVIF": 99}.get(kind, 0)  # and colours bleed
+    assert abs(np.asarray(image, int) - grid).max() <= {"JPEG": 12, "AVIF": 99}.get(
+        kind, 0
+    )  # and colours bleed
 
 
 def test_modes_become_rgb():
@@ -316,7 +354,9 @@ def test_transparency_lies_over_white():
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.paste(0, (0, 0, 4, 8))
     for kind in ("PNG", "GIF"):
-        pixels = np.asarray(load_image(image_bytes(palette, kind, transparency=0), "input 3", CONFIG))
+        pixels = np.asarray(
+            load_image(image_bytes(palette, kind, transparency=0), "input 3", CONFIG)
+        )
         assert (pixels[:, :4] == 255).all()
         assert (pixels[:, 4:] == [40, 50, 60]).all()
 
@@ -329,7 +369,9 @@ def test_the_orientation_is_not_applied_and_animations_give_their_first_frame():
         assert load_image(image_bytes(image, kind, exif=exif), "input 3", CONFIG).size == image.size
     frames = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (255, 0, 128)]
     for kind in ("GIF", "WEBP", "PNG", "TIFF"):
-        content = image_bytes(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
+        content = image_bytes(
+            frames[0], kind, save_all=True, append_images=frames[1:], lossless=True
+        )
         assert load_image(content, "input 3", CONFIG).getpixel((3, 3)) == (255, 0, 0)
 
 
@@ -371,9 +413,15 @@ def test_image_arrays(array, pixels):
         (RGB / 255.0 - 0.1, "from -0.1 to 0.9"),
         (np.full((8, 8), np.nan), "holds NaN or infinity"),
         (np.full((8, 8), np.inf), "holds NaN or infinity"),
-        (np.zeros((1, 201), np.uint8), "the absolute aspect ratio must be smaller than 200, and is 201.0"),
+        (
+            np.zeros((1, 201), np.uint8),
+            "the absolute aspect ratio must be smaller than 200, and is 201.0",
+        ),
         (Image.new("RGB", (0, 5)), "0 x 5 and has no pixels"),
-        (Image.new("L", (2, 402)), "PIL image is 2 x 402: the absolute aspect ratio must be smaller than 200"),
+        (
+            Image.new("L", (2, 402)),
+            "PIL image is 2 x 402: the absolute aspect ratio must be smaller than 200",
+        ),
         (Image.fromarray(np.full((8, 8), 256, np.int32)), "32-bit pixels (mode I) beyond 0 to 255"),
         (Image.fromarray(np.full((8, 8), np.nan, np.float32)), "32-bit pixels (mode F)"),
         ({"image": 3}, "an image cannot be a dict; give"),
@@ -403,7 +451,9 @@ def test_big_images_are_refused_by_their_header_and_pillows_own_limit_is_out_of_
     assert Image.MAX_IMAGE_PIXELS == 10
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA"])
+@pytest.mark.parametrize(
+    "kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA"]
+)
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
 def test_an_image_is_never_loaded_in_part(kind, part):
     content = image_bytes(Image.fromarray(RGB).resize((64, 64)), kind)
@@ -417,9 +467,15 @@ def test_images_hold_no_file_and_start_no_program(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         image = load_image(path, "input 3", CONFIG)
-        assert str(path) not in map(os.path.realpath, (f"/proc/self/fd/{n}" for n in os.listdir("/proc/self/fd")))
+        assert str(path) not in map(
+            os.path.realpath, (f"/proc/self/fd/{n}" for n in os.listdir("/proc/self/fd"))
+        )
     assert image.getpixel((0, 0)) == (255, 0, 0)
-    refused(load_image, image_bytes(Image.fromarray(RGB), "EPS"), "no format that is read here (PNG, JPEG")
+    refused(
+        load_image,
+        image_bytes(Image.fromarray(RGB), "EPS"),
+        "no format that is read here (PNG, JPEG",
+    )
 
 
 # ---- sound
@@ -446,7 +502,9 @@ def test_sound_formats(tmp_path, kind, subtype, error):
     np.testing.assert_allclose(samples[:16000], TONE, atol=error)
 
 
-@pytest.mark.parametrize(("kind", "subtype"), [("MP3", None), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("FLAC", None)])
+@pytest.mark.parametrize(
+    ("kind", "subtype"), [("MP3", None), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("FLAC", None)]
+)
 def test_blocks_join_without_a_seam(tmp_path, kind, subtype):
     """soundfile.read is the reference's way; read block by block, its MP3s would lose samples at each."""
     path = tmp_path / "sound"
@@ -472,8 +530,16 @@ def test_sound_that_libsndfile_does_not_know(codec, container, rate, error):
         soundfile.SoundFile(io.BytesIO(content))
     samples = load_audio(content, "input 3", CONFIG)
     assert samples.dtype == np.float32
-    assert abs(len(samples) - 16000) < 3000  # encoders fill up to whole frames, and some put one before
-    assert min(np.abs(samples[lag:][:13000] - TONE[:13000]).max() for lag in range(len(samples) - 13000)) < error
+    assert (
+        abs(len(samples) - 16000) < 3000
+    )  # encoders fill up to whole frames, and some put one before
+    assert (
+        min(
+            np.abs(samples[lag:][:13000] - TONE[:13000]).max()
+            for lag in range(len(samples) - 13000)
+        )
+        < error
+    )
 
 
 def test_sound_is_averaged_and_resampled_as_the_reference_does():
@@ -523,29 +589,47 @@ def test_sound_arrays(array, samples):
         ),
         ({"array": TONE}, 'has no "sampling_rate"'),
         ({"sampling_rate": 16000}, "audio array is a NoneType"),
-        ({"array": [0.0] * 999, "sampling_rate": 16000}, "audio array is a list; give a numpy array"),
+        (
+            {"array": [0.0] * 999, "sampling_rate": 16000},
+            "audio array is a list; give a numpy array",
+        ),
         ({"array": TONE, "sampling_rate": 16000, "offset": 3}, "unknown key 'offset'"),
         ((TONE, 16000, 3), "cannot be a tuple"),
-        *[((TONE, rate), "has a sampling rate of") for rate in (0, -1, 1e-9, 768001, np.nan, np.inf, "16000", True)],
+        *[
+            ((TONE, rate), "has a sampling rate of")
+            for rate in (0, -1, 1e-9, 768001, np.nan, np.inf, "16000", True)
+        ],
         ((TONE[:0], 16000), "is empty"),
         ((TONE.reshape(100, 160), 16000), "(100, 160) is in no known layout; give [samples]"),
-        ((TONE.reshape(9, -1)[:, :1000] if len(TONE) % 9 == 0 else np.zeros((9, 1000)), 16000), "at most 8 channels"),
+        (
+            (TONE.reshape(9, -1)[:, :1000] if len(TONE) % 9 == 0 else np.zeros((9, 1000)), 16000),
+            "at most 8 channels",
+        ),
         ((np.zeros((4, 4)), 16000), "(4, 4) is in no known layout"),
         ((np.zeros((2, 0)), 16000), "is empty"),
         ((np.zeros((1, 2, 400)), 16000), "must have one axis"),
         ((TONE.astype(np.int64), 16000), "holds int64; give floats, int16, int32 or uint8"),
         ((TONE > 0, 16000), "holds bool"),
-        ((TONE.astype(complex), 16000), "holds complex64" if TONE.astype(np.complex64) is None else "holds complex128"),
+        (
+            (TONE.astype(complex), 16000),
+            "holds complex64" if TONE.astype(np.complex64) is None else "holds complex128",
+        ),
         ((np.where(np.arange(999) == 7, np.nan, 0), 16000), "holds NaN or infinity"),
         ((np.where(np.arange(999) == 7, np.inf, 0), 16000), "holds NaN or infinity"),
         ((np.full(999, 1e300), 16000), "holds NaN or infinity"),
         ((np.full((999, 2), [np.inf, -np.inf]), 16000), "holds NaN or infinity"),
         ((np.full(999, 1e30), 16000), "is torn: its samples reach 1e+30"),
-        ((TONE[:320], 16000), "is too short: 320 samples at 16 kHz (0.0200 seconds), and the model needs 321"),
+        (
+            (TONE[:320], 16000),
+            "is too short: 320 samples at 16 kHz (0.0200 seconds), and the model needs 321",
+        ),
         ((TONE[:1], 16000), "is too short: 1 samples"),
         ((TONE[:640], 48000), "is too short: 214 samples"),
         (sound_bytes(TONE[:0], "WAV"), "is empty"),
-        (sound_bytes(np.where(np.arange(999) == 7, np.nan, 0), "WAV", subtype="FLOAT"), "holds NaN or infinity"),
+        (
+            sound_bytes(np.where(np.arange(999) == 7, np.nan, 0), "WAV", subtype="FLOAT"),
+            "holds NaN or infinity",
+        ),
         (image_bytes(Image.fromarray(RGB), "PNG"), "has no sound track"),
     ],
 )
@@ -582,10 +666,17 @@ def test_long_sound_is_cut_with_a_warning_and_not_read_beyond(caplog, monkeypatc
 
     taken = []
     read = soundfile.SoundFile.read
-    monkeypatch.setattr(soundfile.SoundFile, "read", lambda *a, **k: taken.append(len(b := read(*a, **k))) or b)
+    monkeypatch.setattr(
+        soundfile.SoundFile, "read", lambda *a, **k: taken.append(len(b := read(*a, **k))) or b
+    )
     load_audio(sound_bytes(long, "WAV"), "input 3", config)
     assert sum(taken) < 16000 * 12
-    refused(load_audio, sound_bytes(long, "WAV"), "decode_seconds", config=MediaConfig(decode_seconds=1e-9))
+    refused(
+        load_audio,
+        sound_bytes(long, "WAV"),
+        "decode_seconds",
+        config=MediaConfig(decode_seconds=1e-9),
+    )
 
 
 # ---- video
@@ -596,7 +687,9 @@ def test_sampling_is_the_references():
     for total in [*range(2, 300), 1800, 12345, 107892]:
         for count in {2, 4, 6, 10, 30, 62, 64, total} & set(range(total + 1)):
             indices = sampled_indices(total, count)
-            np.testing.assert_array_equal(indices, torch.linspace(0, total - 1, count).round().long().numpy())
+            np.testing.assert_array_equal(
+                indices, torch.linspace(0, total - 1, count).round().long().numpy()
+            )
             assert all(a < b for a, b in pairwise(indices))
 
 
@@ -643,7 +736,9 @@ def test_video_formats(tmp_path, codec, container, pixels):
     ],
 )
 def test_how_many_frames_are_taken(count, rate, config, kept):
-    video = load_video(film("ffv1", "matroska", count=count, rate=rate, pixels="bgr0"), "input 3", config)
+    video = load_video(
+        film("ffv1", "matroska", count=count, rate=rate, pixels="bgr0"), "input 3", config
+    )
     assert numbers(video.frames) == kept
 
 
@@ -656,9 +751,15 @@ def test_frames_are_fitted_one_by_one():
 
     content = film("ffv1", "matroska", pixels="bgr0")
     frames = load_video(content, "input 3", CONFIG, fit).frames
-    assert (asked, frames.shape, numbers(frames)) == ([(6, 32, 48)], (6, 28, 56, 3), [0, 6, 12, 17, 23, 29])
+    assert (asked, frames.shape, numbers(frames)) == (
+        [(6, 32, 48)],
+        (6, 28, 56, 3),
+        [0, 6, 12, 17, 23, 29],
+    )
     noise = RNG.integers(0, 256, (5, 24, 32, 3), np.uint8)
-    wanted = np.stack([Image.fromarray(frame).resize((56, 28), Image.Resampling.BICUBIC) for frame in noise])
+    wanted = np.stack(
+        [Image.fromarray(frame).resize((56, 28), Image.Resampling.BICUBIC) for frame in noise]
+    )
     for source in (noise, list(noise)):
         np.testing.assert_array_equal(load_video(source, "input 3", CONFIG, fit).frames, wanted)
     assert asked[1:] == [(5, 24, 32)] * 2
@@ -677,7 +778,10 @@ def test_a_torn_or_lying_file_gives_the_frames_that_exist():
     avi = film("mpeg4", "avi", count=30)
     for claimed in (7, 3000, 2**31 - 1):
         lying = bytearray(avi)
-        for place in (48, avi.index(b"strh") + 8 + 32):  # total frames of the file, length of the stream
+        for place in (
+            48,
+            avi.index(b"strh") + 8 + 32,
+        ):  # total frames of the file, length of the stream
             lying[place : place + 4] = claimed.to_bytes(4, "little")
         assert numbers(load_video(bytes(lying), "input 3", CONFIG).frames) == [0, 6, 12, 17, 23, 29]
 
@@ -691,7 +795,14 @@ def test_a_videos_own_sound():
     assert np.abs(video.audio).max() > 0.3
     np.testing.assert_array_equal(video.audio, load_audio(content, "input 3", CONFIG))
     assert load_video(content, "input 3", CONFIG).audio is None
-    assert len(load_video(content, "input 3", MediaConfig(use_audio_in_video=True, max_audio_seconds=1)).audio) == 16000
+    assert (
+        len(
+            load_video(
+                content, "input 3", MediaConfig(use_audio_in_video=True, max_audio_seconds=1)
+            ).audio
+        )
+        == 16000
+    )
     refused(load_video, film("mpeg4", "mp4"), "has no sound track", config=config)
     refused(load_video, sound_bytes(TONE, "WAV"), "has no video stream")
 
@@ -713,7 +824,11 @@ CLIP = np.stack([np.full((8, 12, 3), shade(i), np.uint8) for i in range(60)])
         ({"array": CLIP[:3], "fps": 3}, [0, 2], 2),
         (CLIP[:7, :, :, 0], list(range(7)), None),
         (CLIP[:7, :, :, :1], list(range(7)), None),
-        (np.concatenate([CLIP[:7], np.full((7, 8, 12, 1), 255, np.uint8)], 3), list(range(7)), None),
+        (
+            np.concatenate([CLIP[:7], np.full((7, 8, 12, 1), 255, np.uint8)], 3),
+            list(range(7)),
+            None,
+        ),
         (CLIP[:7].transpose(0, 3, 1, 2), list(range(7)), None),
         (CLIP[:7] / np.float32(255), list(range(7)), None),
         (list(CLIP[:7]), list(range(7)), None),
@@ -732,7 +847,9 @@ def test_long_arrays_and_lists_are_capped():
     config = MediaConfig(max_frames=5)
     spread = [0, 15, 30, 44, 59]
     assert numbers(load_video(CLIP, "input 3", config).frames) == spread
-    missing = [frame if i in spread else "none.png" for i, frame in enumerate(CLIP)]  # those are never opened
+    missing = [
+        frame if i in spread else "none.png" for i, frame in enumerate(CLIP)
+    ]  # those are never opened
     assert numbers(load_video(missing, "input 3", config).frames) == spread
     video = load_video({"array": CLIP, "fps": 2}, "input 3", config)
     assert (numbers(video.frames), video.fps) == ([0, 20, 39, 59], pytest.approx(2 * 4 / 60))
@@ -756,11 +873,20 @@ def test_long_arrays_and_lists_are_capped():
         ({"array": list(CLIP)}, "video array is a list; give a numpy array"),
         ({"frames": CLIP}, "unknown key 'frames'"),
         ({"array": CLIP, "audio": TONE}, "audio cannot be a numpy array without its rate"),
-        *[({"array": CLIP, "fps": fps}, "has an fps of") for fps in (0, -1, np.nan, np.inf, "2", True)],
-        ([CLIP[0], CLIP[0, :4]], "frame 1 is 12 x 4, and frame 0 is 12 x 8; the frames of a video must have one size"),
+        *[
+            ({"array": CLIP, "fps": fps}, "has an fps of")
+            for fps in (0, -1, np.nan, np.inf, "2", True)
+        ],
+        (
+            [CLIP[0], CLIP[0, :4]],
+            "frame 1 is 12 x 4, and frame 0 is 12 x 8; the frames of a video must have one size",
+        ),
         ([CLIP[0], "none.png"], "frame 1: image none.png does not exist"),
         ([[CLIP[0]]], "frame 0: an image cannot be a list"),
-        (film("mpeg4", "mp4", size=(804, 4)), "aspect ratio must be smaller than 200, and is 201.0"),
+        (
+            film("mpeg4", "mp4", size=(804, 4)),
+            "aspect ratio must be smaller than 200, and is 201.0",
+        ),
         (film("mpeg4", "mp4")[:500], "cannot be decoded"),
         (film("mpeg4", "mp4", count=0), "video of "),
         (b"ffconcat version 1.0\nfile other.avi\n", "cannot be decoded"),
@@ -772,10 +898,18 @@ def test_videos_that_are_refused(source, words):
 
 def test_video_is_bounded_in_size_and_time():
     content = film("mpeg4", "mp4")
-    refused(load_video, content, "48 x 32 pixels, and max_image_pixels", config=MediaConfig(max_image_pixels=999))
+    refused(
+        load_video,
+        content,
+        "48 x 32 pixels, and max_image_pixels",
+        config=MediaConfig(max_image_pixels=999),
+    )
     refused(load_video, CLIP, "max_image_pixels", config=MediaConfig(max_image_pixels=9))
     refused(
-        load_video, content, "takes more than 1e-09 seconds (decode_seconds)", config=MediaConfig(decode_seconds=1e-9)
+        load_video,
+        content,
+        "takes more than 1e-09 seconds (decode_seconds)",
+        config=MediaConfig(decode_seconds=1e-9),
     )
 
 
@@ -823,7 +957,9 @@ def torn_files(count):
             torn[places] = random.integers(0, 256, len(places))
         torn = torn.tobytes()
         if way >= 2:
-            torn = torn[: random.integers(1, len(torn))] + torn[random.integers(len(torn)) :] * int(random.integers(2))
+            torn = torn[: random.integers(1, len(torn))] + torn[random.integers(len(torn)) :] * int(
+                random.integers(2)
+            )
         yield kind, torn
 
 

@@ -31,7 +31,11 @@ from lco_jax.training.step import contrastive_loss
 
 TEMPERATURE = 0.05
 CONFIG = lora.LoraConfig(rank=4, alpha=8)
-TEXTS = ["a red square above a blue one", "a rising tone over a slow beat", "something slides and fades away"]
+TEXTS = [
+    "a red square above a blue one",
+    "a rising tone over a slow beat",
+    "something slides and fades away",
+]
 WRONG = ["an empty room", "silence, then a bell", "a face that does not move"]
 
 
@@ -41,45 +45,63 @@ def sides(kind):
         return [media.image(1, 84, 112), media.image(2, 101, 61), media.image(3, 56, 140)]
     if kind == "audio":
         return [media.audio(1, 0.9), media.audio(2, 2.3), media.audio(3, 1.4)]
-    return [media.video(1, 4, 56, 84, 2.0), media.video(2, 7, 70, 64, 2.0), media.video(3, 2, 84, 56, 2.0)]
+    return [
+        media.video(1, 4, 56, 84, 2.0),
+        media.video(2, 7, 70, 64, 2.0),
+        media.video(3, 2, 84, 56, 2.0),
+    ]
 
 
 def records_of(kind):
     rows = zip(sides(kind), TEXTS, WRONG, strict=True)
-    return [Record((part,), text, (wrong,), f"mem:{i}") for i, (part, text, wrong) in enumerate(rows)]
+    return [
+        Record((part,), text, (wrong,), f"mem:{i}") for i, (part, text, wrong) in enumerate(rows)
+    ]
 
 
 def random_adapters(params):
     """Both factors drawn, so that both have a gradient."""
     shapes = jax.eval_shape(lambda key: lora.init(key, params, CONFIG), jax.random.key(0))
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: (rng.normal(0, 0.5, x.shape) * x.shape[-1] ** -0.5).astype(np.float32), shapes)
+    return jax.tree.map(
+        lambda x: (rng.normal(0, 0.5, x.shape) * x.shape[-1] ** -0.5).astype(np.float32), shapes
+    )
 
 
 def our_gradient(path, records, adapters, mesh, chunk_tokens=400):
     checkpoint = open_checkpoint(path)
     model, params = load_model(checkpoint, mesh, remat="full")
     processor = Processor(checkpoint.folder)
-    layout = pipeline.Layout(len(records), 1, processor.tokenizer.head, chunk_tokens)
+    layout = pipeline.Layout(len(records), 1, processor.tokenizer.prefix, chunk_tokens)
     local = pipeline._prepare(records, layout, processor, None, 1, 0)
     with jax.set_mesh(mesh):
         batch = pipeline.global_batch(local, layout, processor.rows, mesh)
         tokens = MediaPrograms(model, mesh)(params, batch.media)
         loss = jax.value_and_grad(contrastive_loss, has_aux=True)
-        run = jax.jit(lambda a: loss(a, params, batch, tokens, model.decoder, CONFIG, TEMPERATURE, 0))
+        run = jax.jit(
+            lambda a: loss(a, params, batch, tokens, model.decoder, CONFIG, TEMPERATURE, 0)
+        )
         (value, _), gradient = run({"decoder": adapters})
     return float(value), jax.device_get(gradient["decoder"])
 
 
 def torch_gradient(case, records, adapters):
     """The reference's loss and gradient, {(layer, module): (of a, of b)}."""
-    targets = [n for n, m in case.model.named_modules() if isinstance(m, torch.nn.Linear) and "language_model.l" in n]
-    settings = peft.LoraConfig(r=CONFIG.rank, lora_alpha=CONFIG.alpha, lora_dropout=0.0, target_modules=targets)
+    targets = [
+        n
+        for n, m in case.model.named_modules()
+        if isinstance(m, torch.nn.Linear) and "language_model.l" in n
+    ]
+    settings = peft.LoraConfig(
+        r=CONFIG.rank, lora_alpha=CONFIG.alpha, lora_dropout=0.0, target_modules=targets
+    )
     tuned = peft.get_peft_model(case.model, settings)
     found = {}
     for layer, module, a, b in layer_tensors(adapters):
         name = next(n for n in targets if n.endswith(f"language_model.layers.{layer}.{module}"))
-        pair = [tuned.get_parameter(f"base_model.model.{name}.lora_{x}.default.weight") for x in "AB"]
+        pair = [
+            tuned.get_parameter(f"base_model.model.{name}.lora_{x}.default.weight") for x in "AB"
+        ]
         for parameter, value in zip(pair, (a, b), strict=True):
             parameter.data.copy_(torch.tensor(value))
         found[layer, module] = pair
@@ -118,7 +140,9 @@ def torch_gradient(case, records, adapters):
 def test_gradient_through_frozen_towers_equals_torch_and_peft(cases, family, kind):
     case, records = cases[family], records_of(kind)
     mesh = make_mesh(2, 1, 1, devices=jax.devices()[:2])
-    adapters = random_adapters(load_model(open_checkpoint(case.path), mesh, towers=())[1]["decoder"])
+    adapters = random_adapters(
+        load_model(open_checkpoint(case.path), mesh, towers=())[1]["decoder"]
+    )
     loss, gradient = our_gradient(case.path, records, adapters, mesh)
     want_loss, want = torch_gradient(case, records, adapters)
     assert abs(loss - want_loss) < 1e-4
@@ -155,7 +179,11 @@ def mixed(tmp_path_factory):
                 "positive": {"image_path": f"{i}.png", "text": name},
                 "negative": [other],
             },
-            {"anchor": {"text": name}, "positive": f"this is {name}", "negative": {"audio_path": f"{(i + 1) % 8}.wav"}},
+            {
+                "anchor": {"text": name},
+                "positive": f"this is {name}",
+                "negative": {"audio_path": f"{(i + 1) % 8}.wav"},
+            },
         ]
     path = folder / "any2any.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -187,7 +215,9 @@ def losses(workdir):
 
 
 @pytest.mark.slow
-def test_a_run_on_every_modality_resumes_and_its_loss_falls(cases, mixed, tmp_path, monkeypatch, two_devices):
+def test_a_run_on_every_modality_resumes_and_its_loss_falls(
+    cases, mixed, tmp_path, monkeypatch, two_devices
+):
     config = config_of(cases["omni"], mixed)
     train(config, tmp_path / "whole")
     want = losses(tmp_path / "whole")
@@ -208,11 +238,17 @@ def test_a_run_on_every_modality_resumes_and_its_loss_falls(cases, mixed, tmp_pa
 def test_any_mesh_and_chunk_equals_one_device(cases, mixed, layout):
     """Loss and gradient of a batch with every modality: media are laid out by shard, and none may be mistaken."""
     (shape, chunk_tokens), records = layout, list(JsonlSource(mixed))[:12]
-    adapters = random_adapters(load_model(open_checkpoint(cases["omni"].path), make_mesh(), towers=())[1]["decoder"])
-    want_loss, want = our_gradient(cases["omni"].path, records, adapters, make_mesh(devices=jax.devices()[:1]))
+    adapters = random_adapters(
+        load_model(open_checkpoint(cases["omni"].path), make_mesh(), towers=())[1]["decoder"]
+    )
+    want_loss, want = our_gradient(
+        cases["omni"].path, records, adapters, make_mesh(devices=jax.devices()[:1])
+    )
     loss, got = our_gradient(cases["omni"].path, records, adapters, make_mesh(*shape), chunk_tokens)
     assert abs(loss - want_loss) < 1e-5
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4 * np.abs(y).max()), got, want)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4 * np.abs(y).max()), got, want
+    )
 
 
 @pytest.mark.slow
@@ -223,16 +259,27 @@ def test_bad_media_stops_a_run_by_name_or_is_left_out(cases, mixed, tmp_path, ca
     path = folder / mixed.name
     with pytest.raises(LcoError, match=r"any2any\.jsonl:\d+.*(3\.wav|5\.png)"):
         train(config_of(cases["omni"], path, **{"train.steps": 4}), tmp_path / "stops")
-    train(config_of(cases["omni"], path, **{"train.steps": 4, "data.on_bad": "skip"}), tmp_path / "skips")
+    train(
+        config_of(cases["omni"], path, **{"train.steps": 4, "data.on_bad": "skip"}),
+        tmp_path / "skips",
+    )
     assert all(np.isfinite(losses(tmp_path / "skips")))
     reasons = [r.getMessage() for r in caplog.records if "skipped" in r.getMessage()]
-    named = {n for n, line in enumerate(path.read_text().splitlines(), 1) if "3.wav" in line or "5.png" in line}
+    named = {
+        n
+        for n, line in enumerate(path.read_text().splitlines(), 1)
+        if "3.wav" in line or "5.png" in line
+    }
     told = {int(reason.split("any2any.jsonl:")[1].split(":")[0]) for reason in reasons}
     assert told == named  # four batches of eight: one pass over all
 
 
-def test_media_that_the_checkpoint_does_not_take_is_refused_before_anything_is_loaded(cases, mixed, tmp_path):
-    with pytest.raises(LcoError, match="mixed holds audio, and this checkpoint takes text, image, video"):
+def test_media_that_the_checkpoint_does_not_take_is_refused_before_anything_is_loaded(
+    cases, mixed, tmp_path
+):
+    with pytest.raises(
+        LcoError, match="mixed holds audio, and this checkpoint takes text, image, video"
+    ):
         train(config_of(cases["vl"], mixed), tmp_path / "run")
 
 
@@ -241,7 +288,9 @@ def test_homogeneous_batches_and_what_says_the_same(cases, mixed):
     shades = np.tile(np.arange(40, dtype=np.uint8)[:, None, None, None], (1, 28, 28, 3))
     text = ListSource([Record(f"a{i}", "same words", (), f"text:{i}") for i in range(40)])
     parts = [{"type": "image", "image": shade} for shade in shades]
-    pictures = ListSource([Record((p,), "same words", (), f"pictures:{i}") for i, p in enumerate(parts)])
+    pictures = ListSource(
+        [Record((p,), "same words", (), f"pictures:{i}") for i, p in enumerate(parts)]
+    )
     sources = {"text": text, "pictures": pictures}
     stream = pipeline.record_stream(sources, {"text": 1.0, "pictures": 1.0}, 0, run=8)
     kinds = [{stream[i].where.split(":")[0] for i in range(8 * k, 8 * k + 8)} for k in range(12)]

@@ -50,7 +50,9 @@ def test_the_choice_as_memory_shrinks():
     assert chosen(500 + 128)[0] == ("full", 128)
     assert chosen(500 + 18_432, "none")[0] == ("none", 2048)  # only the chunk is to be chosen
     assert chosen(500 + 4 * 256, chunk=256)[0] == ("mlp", 256)  # only the policy
-    with pytest.raises(LcoError, match=r"needs 0.0 GiB a device with remat full, chunks of 128 tokens"):
+    with pytest.raises(
+        LcoError, match=r"needs 0.0 GiB a device with remat full, chunks of 128 tokens"
+    ):
         chosen(500 + 127)
     with pytest.raises(LcoError, match=r"config.train.chunk_tokens to -1"):
         chosen(1000, chunk=0)
@@ -94,7 +96,9 @@ def test_free_memory_is_the_least_that_machine_and_cgroups_leave(tmp_path):
     for name, limit, used, cached in (("job/step", "max", 5000, 0), ("job", "20000", 9000, 1000)):
         write(f"sys/fs/cgroup/{name}/memory.max", f"{limit}\n")
         write(f"sys/fs/cgroup/{name}/memory.current", f"{used}\n")
-        write(f"sys/fs/cgroup/{name}/memory.stat", f"anon {used - cached}\ninactive_file {cached}\n")
+        write(
+            f"sys/fs/cgroup/{name}/memory.stat", f"anon {used - cached}\ninactive_file {cached}\n"
+        )
     assert memory.free_memory(tmp_path) == 20000 - 9000 + 1000
     write("proc/meminfo", "MemAvailable:   8 kB\n")
     assert memory.free_memory(tmp_path) == 8 * 1024

@@ -37,7 +37,11 @@ GRIDS = {
     "mixed": mocks.MOCK_MULTIMODAL_TASKS,
 }
 # their pairs are of a clip and itself, one of them labelled 1 and one 0: rounding decides their scores
-TIED = ("AbsTaskAudioPairClassification", "MockVideoPairClassification", "MockVideoAudioPairClassification")
+TIED = (
+    "AbsTaskAudioPairClassification",
+    "MockVideoPairClassification",
+    "MockVideoAudioPairClassification",
+)
 
 
 def encode_sound(self, value):
@@ -60,7 +64,9 @@ def film(self, value, **_):
         rate = float(container.streams.video[0].average_rate)
     frames = torch.from_numpy(frames).permute(0, 3, 1, 2)
     metadata = SimpleNamespace(num_frames=len(frames), average_fps=rate)
-    return SimpleNamespace(metadata=metadata, get_frames_at=lambda indices: SimpleNamespace(data=frames[indices]))
+    return SimpleNamespace(
+        metadata=metadata, get_frames_at=lambda indices: SimpleNamespace(data=frames[indices])
+    )
 
 
 class TorchEncoder(AbsEncoder):
@@ -71,7 +77,8 @@ class TorchEncoder(AbsEncoder):
 
     def encode(self, inputs, **_):
         batches = [
-            [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)] for batch in inputs
+            [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
+            for batch in inputs
         ]
         self.seen.append(np.stack([self.embed(row) for rows in batches for row in rows]))
         return self.seen[-1]
@@ -83,17 +90,28 @@ class TorchEncoder(AbsEncoder):
         if (clip := row.get("video")) is not None:  # 2 frames a second, but 4 at least
             frames = np.linspace(0, clip.metadata.num_frames - 1, 4).round().astype(int)
             array = clip.get_frames_at(frames).data.permute(0, 2, 3, 1).numpy()
-            parts, kinds = [*parts, {"type": "video", "video": {"array": array, "fps": 2.0}}], [*kinds, "video"]
+            parts, kinds = (
+                [*parts, {"type": "video", "video": {"array": array, "fps": 2.0}}],
+                [*kinds, "video"],
+            )
         if (heard := row.get("audio")) is not None:
             samples = heard.get_all_samples()
-            array = soxr.resample(samples.data[0].numpy(), samples.sample_rate, RATE, quality="HQ")  # as librosa
+            array = soxr.resample(
+                samples.data[0].numpy(), samples.sample_rate, RATE, quality="HQ"
+            )  # as librosa
             parts, kinds = [*parts, {"type": "audio", "audio": {"array": array}}], [*kinds, "audio"]
         if (text := row.get("text")) is not None:
             parts, kinds = [*parts, text], [*kinds, "text"]
-        prompt = f"\nSummarize the above {kinds[0]} in one word:" if len(kinds) == 1 else PROMPTS["mixed"]
+        prompt = (
+            f"\nSummarize the above {kinds[0]} in one word:"
+            if len(kinds) == 1
+            else PROMPTS["mixed"]
+        )
         key = repr([part if isinstance(part, str) else digest_of(part) for part in parts])
         if key not in self.done:
-            self.done[key] = reference.golden(self.case.model, self.case.path, [user(*parts, prompt)]).embeddings[0]
+            self.done[key] = reference.golden(
+                self.case.model, self.case.path, [user(*parts, prompt)]
+            ).embeddings[0]
         return self.done[key]
 
 
@@ -118,11 +136,15 @@ def encoders(cases, tmp_path_factory):
     """Ours and torch's, of one checkpoint that sees, hears and watches."""
     case = cases["omni"]
     embedder = OmniEmbedder.from_pretrained(case.path, mesh=make_mesh(devices=jax.devices()[:1]))
-    meta = model_meta("local/omni", "0", {"max_frames": 64}, modalities=list(embedder.modalities), embed_dim=80)
+    meta = model_meta(
+        "local/omni", "0", {"max_frames": 64}, modalities=list(embedder.modalities), embed_dim=80
+    )
     with (
         VectorCache(tmp_path_factory.mktemp("cache"), {}, 80) as cache,
         pytest.MonkeyPatch.context() as patch,
-        threadpool_limits(1),  # OpenMP's threads wait by spinning, which takes the cores from all others
+        threadpool_limits(
+            1
+        ),  # OpenMP's threads wait by spinning, which takes the cores from all others
     ):
         patch.setattr(datasets.Audio, "encode_example", encode_sound)
         patch.setattr(datasets.Audio, "decode_example", sound)
@@ -157,7 +179,9 @@ def test_scores_of_mock_tasks_are_torchs(encoders, kind):
             np.testing.assert_allclose(mine, theirs, atol=1e-5, err_msg=task.metadata.name)
         assert got.keys() == want.keys()
         for name in () if task.metadata.name in TIED else want:
-            np.testing.assert_allclose(got[name], want[name], atol=1e-4, err_msg=f"{task.metadata.name} {name}")
+            np.testing.assert_allclose(
+                got[name], want[name], atol=1e-4, err_msg=f"{task.metadata.name} {name}"
+            )
 
 
 def test_decoders_and_tensors_give_what_files_give(encoders):
@@ -171,12 +195,24 @@ def test_decoders_and_tensors_give_what_files_give(encoders):
     array = queries[0]["audio"].get_all_samples().data
     decoded = [
         {"video": clip, "audio": queries[0]["audio"]},
-        {"video": clip.get_frames_at(chosen).data, "audio": {"array": array, "sampling_rate": RATE}},
+        {
+            "video": clip.get_frames_at(chosen).data,
+            "audio": {"array": array, "sampling_rate": RATE},
+        },
     ]
-    want = ours.encode(SimpleNamespace(dataset=queries), task_metadata=metadata, hf_split="test", hf_subset="a")[[0, 0]]
-    got = ours.encode(SimpleNamespace(dataset=decoded), task_metadata=metadata, hf_split="test", hf_subset="a")
+    want = ours.encode(
+        SimpleNamespace(dataset=queries), task_metadata=metadata, hf_split="test", hf_subset="a"
+    )[[0, 0]]
+    got = ours.encode(
+        SimpleNamespace(dataset=decoded), task_metadata=metadata, hf_split="test", hf_subset="a"
+    )
     np.testing.assert_allclose(got, want, atol=1e-5)
     grey = Image.fromarray(np.arange(80 * 60, dtype=np.uint8).reshape(80, 60))
-    pictures = [{"image": grey}, {"image": torch.from_numpy(np.asarray(grey.convert("RGB"))).permute(2, 0, 1)}]
-    got = ours.encode(SimpleNamespace(dataset=pictures), task_metadata=metadata, hf_split="test", hf_subset="a")
+    pictures = [
+        {"image": grey},
+        {"image": torch.from_numpy(np.asarray(grey.convert("RGB"))).permute(2, 0, 1)},
+    ]
+    got = ours.encode(
+        SimpleNamespace(dataset=pictures), task_metadata=metadata, hf_split="test", hf_subset="a"
+    )
     np.testing.assert_allclose(got[0], got[1], atol=1e-5)

@@ -21,11 +21,22 @@ def prompt(kind):
 
 
 IMAGES = {
-    "image": [user(image(1, 140, 196), prompt("image"))],  # whole patches and windows: nothing is resized
+    "image": [
+        user(image(1, 140, 196), prompt("image"))
+    ],  # whole patches and windows: nothing is resized
     "resized": [user(image(2, 97, 181), prompt("image")), user(image(3, 25, 19), prompt("image"))],
-    "square_and_long": [user(image(4, 113, 112), prompt("image")), user(image(5, 30, 290), prompt("image"))],
+    "square_and_long": [
+        user(image(4, 113, 112), prompt("image")),
+        user(image(5, 30, 290), prompt("image")),
+    ],
     "interleaved": [
-        user("One picture: ", image(6, 84, 140), " then a tall one: ", image(7, 252, 70), "compare." + ONE)
+        user(
+            "One picture: ",
+            image(6, 84, 140),
+            " then a tall one: ",
+            image(7, 252, 70),
+            "compare." + ONE,
+        )
     ],
     "large": [user("Many windows: ", image(15, 330, 411), prompt("image"))],
     "text": [user(text + prompt("text")) for text in reference.TEXTS[:3]],
@@ -40,31 +51,51 @@ IMAGES = {
 VIDEOS = {
     "video": [user(video(1, 6, 84, 140, fps=2.0), prompt("video"))],
     "video_odd_slow": [user("Clip: ", video(2, 7, 70, 120, fps=0.8), prompt("video"))],
-    "video_long_then_text": [user(video(3, 26, 56, 84, fps=1.0), " and then a few words after it." + prompt("video"))],
+    "video_long_then_text": [
+        user(video(3, 26, 56, 84, fps=1.0), " and then a few words after it." + prompt("video"))
+    ],
     # time in thirds, and in steps whose multiples float32 rounds to the other side of a whole number
-    "video_rates": [user(video(4, 14, 56, 56, fps=3.0), ONE), user(video(5, 24, 56, 56, fps=25.0), ONE)],
+    "video_rates": [
+        user(video(4, 14, 56, 56, fps=3.0), ONE),
+        user(video(5, 24, 56, 56, fps=25.0), ONE),
+    ],
     "video_of_one_frame": [user(video(6, 1, 90, 60, fps=2.0), prompt("video"))],
     "videos_and_image": [
-        user(video(7, 4, 56, 112, fps=1.0), " or ", image(10, 100, 80), " or ", video(8, 3, 112, 56, fps=1.0), ONE)
+        user(
+            video(7, 4, 56, 112, fps=1.0),
+            " or ",
+            image(10, 100, 80),
+            " or ",
+            video(8, 3, 112, 56, fps=1.0),
+            ONE,
+        )
     ],
 }
 SOUNDS = {
     "audio": [user(audio(1, 1.3), prompt("audio")), user(audio(2, 4.0), prompt("audio"))],
     "audio_long": [user(audio(3, 31.7), prompt("audio"))],
     "audio_short": [user(audio(4, 0.11), prompt("audio")), user(audio(5, 0.4), "and a text" + ONE)],
-    "audios_and_image": [user("Hear: ", audio(6, 2.2), " see: ", image(11, 84, 140), " hear: ", audio(7, 0.9), ONE)],
+    "audios_and_image": [
+        user("Hear: ", audio(6, 2.2), " see: ", image(11, 84, 140), " hear: ", audio(7, 0.9), ONE)
+    ],
     "audio_and_video": [user(audio(8, 1.6), video(9, 6, 56, 84, fps=2.0), ONE)],
 }
 FILMS = {  # videos with their audio
     "film": [user("Watch: ", video(10, 12, 56, 84, fps=2.0, sound=6.0), prompt("video"))],
-    "film_long_pictures": [user(video(11, 17, 56, 56, fps=1.0, sound=9.1), " and a text" + prompt("video"))],
+    "film_long_pictures": [
+        user(video(11, 17, 56, 56, fps=1.0, sound=9.1), " and a text" + prompt("video"))
+    ],
     # within the last two seconds, and so in one chunk: what follows starts after the sound, not after the pictures
-    "film_sound_ends_early": [user("Watch: ", video(16, 12, 56, 56, fps=2.0, sound=4.6), prompt("video"))],
+    "film_sound_ends_early": [
+        user("Watch: ", video(16, 12, 56, 56, fps=2.0, sound=4.6), prompt("video"))
+    ],
     # frames four seconds apart: a chunk of two seconds ends within one
     "film_slow": [user(video(17, 6, 56, 84, fps=0.5, sound=9.7), prompt("video"))],
     "film_long_sound": [user(video(12, 5, 56, 56, fps=2.0, sound=8.3), prompt("video"))],
     "film_among_others": [
-        user(audio(13, 1.1), image(14, 60, 80), video(15, 9, 56, 56, fps=3.0, sound=3.2), "end" + ONE)
+        user(
+            audio(13, 1.1), image(14, 60, 80), video(15, 9, 56, 56, fps=3.0, sound=3.2), "end" + ONE
+        )
     ],
 }
 
@@ -107,7 +138,11 @@ def goldens(cases):
             _, path, model = cases[family]
             self[family] = {
                 name: reference.golden(
-                    model, path, conversations, video_limits=LIMITS, use_audio_in_video=name in FILMS
+                    model,
+                    path,
+                    conversations,
+                    video_limits=LIMITS,
+                    use_audio_in_video=name in FILMS,
                 )
                 for name, conversations in conversations_of(family).items()
             }
@@ -163,7 +198,10 @@ def test_the_golden_embeddings_can_tell(cases, goldens, family):
     names = ["image", "resized", "interleaved", "text"]
     batch = [conversation for name in names for conversation in IMAGES[name]]
     padded = reference.golden(model, path, batch, together=True).embeddings
-    assert np.abs(padded - np.concatenate([goldens[family][name].embeddings for name in names])).max() < 5e-6
+    assert (
+        np.abs(padded - np.concatenate([goldens[family][name].embeddings for name in names])).max()
+        < 5e-6
+    )
 
 
 def test_a_full_omni_checkpoint_embeds_as_its_thinker(cases, goldens):
@@ -178,7 +216,9 @@ def test_a_full_omni_checkpoint_embeds_as_its_thinker(cases, goldens):
 @pytest.mark.parametrize("family", ["vl", "vl_tied"])
 def test_video_positions_of_transformers_5(cases, goldens, family):
     _, path, model = cases[family]
-    ours = OmniEmbedder.from_pretrained(path, mesh=one_device(), media=as_given(), video_positions="5")
+    ours = OmniEmbedder.from_pretrained(
+        path, mesh=one_device(), media=as_given(), video_positions="5"
+    )
     groups = {**VIDEOS, "interleaved": IMAGES["interleaved"]}
     batch = [conversation for group in groups.values() for conversation in group]
     want = reference.golden(model, path, batch, video_limits=LIMITS, video_positions="5")
@@ -194,10 +234,15 @@ def test_video_positions_of_transformers_5(cases, goldens, family):
 @pytest.mark.parametrize("family", ["vl", pytest.param("omni", marks=pytest.mark.slow)])
 def test_pixel_limits_of_the_checkpoint_the_caller_and_a_part(cases, family):
     _, path, model = cases[family]
-    clips = [user(video(1, 3, 84, 140, fps=2.0), prompt("video")), user(video(2, 4, 150, 240, fps=2.0), ONE)]
+    clips = [
+        user(video(1, 3, 84, 140, fps=2.0), prompt("video")),
+        user(video(2, 4, 150, 240, fps=2.0), ONE),
+    ]
     for given in (None, (3136, 20000), (50000, 70000)):
         want = reference.golden(model, path, clips, video_limits=given)
-        ours = OmniEmbedder.from_pretrained(path, mesh=one_device(), media=as_given(*given or (None, None)))
+        ours = OmniEmbedder.from_pretrained(
+            path, mesh=one_device(), media=as_given(*given or (None, None))
+        )
         for sequence, ids in zip(ours.processor(clips), want.input_ids, strict=True):
             np.testing.assert_array_equal(sequence.input_ids, ids)
         assert np.abs(ours.encode(clips) - want.embeddings).max() < TOLERANCE
@@ -229,9 +274,26 @@ def test_inputs_in_every_form(embedders, family, tmp_path):
 def test_mappings_of_several_kinds(embedders):
     """Media come before the text, in the mapping's order, and then the prompt that names them."""
     ours = embedders["omni"]
-    sound, clip, pixels = audio(1, 1.2)["audio"], video(1, 4, 56, 84, fps=2.0)["video"], picture(1, 56, 84)
-    got = ours.encode([{"audio": sound}, {"video": clip}, {"text": "A note", "image": pixels}, sound, clip, pixels])
-    parts = [{"type": "audio", "audio": sound}, {"type": "video", "video": clip}, {"type": "image", "image": pixels}]
+    sound, clip, pixels = (
+        audio(1, 1.2)["audio"],
+        video(1, 4, 56, 84, fps=2.0)["video"],
+        picture(1, 56, 84),
+    )
+    got = ours.encode(
+        [
+            {"audio": sound},
+            {"video": clip},
+            {"text": "A note", "image": pixels},
+            sound,
+            clip,
+            pixels,
+        ]
+    )
+    parts = [
+        {"type": "audio", "audio": sound},
+        {"type": "video", "video": clip},
+        {"type": "image", "image": pixels},
+    ]
     alone = [user(part, prompt(part["type"])) for part in parts]
     want = ours.encode([*alone[:2], user(parts[2], "A note" + ONE), *alone])
     np.testing.assert_allclose(got, want, atol=1e-6)
@@ -246,14 +308,21 @@ def mixed_batch(family, goldens):
     return [batch[i] for i in order], want[order]
 
 
-ON_MESHES = [("vl", (8, 1, 1)), ("omni", (1, 1, 1)), ("omni", (2, 2, 2)), ("llava_mistral", (8, 1, 1))]
+ON_MESHES = [
+    ("vl", (8, 1, 1)),
+    ("omni", (1, 1, 1)),
+    ("omni", (2, 2, 2)),
+    ("llava_mistral", (8, 1, 1)),
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "mesh"), ON_MESHES)
 def test_same_vectors_in_any_batch_and_on_any_mesh(cases, goldens, family, mesh):
     devices = jax.devices()[: int(np.prod(mesh))]
-    ours = OmniEmbedder.from_pretrained(cases[family].path, mesh=make_mesh(*mesh, devices=devices), media=as_given())
+    ours = OmniEmbedder.from_pretrained(
+        cases[family].path, mesh=make_mesh(*mesh, devices=devices), media=as_given()
+    )
     batch, want = mixed_batch(family, goldens)
     assert np.abs(ours.encode(batch, batch_size=32) - want).max() < TOLERANCE
     assert np.abs(ours.encode(batch[::-1][:10], batch_size=4) - want[::-1][:10]).max() < TOLERANCE
@@ -272,7 +341,9 @@ def test_same_vectors_alone(cases, goldens, family):
 def test_an_embedding_does_not_see_its_neighbours_media(embedders, family):
     """Change the picture of one input: every other vector stays."""
     sizes = [(84, 140), (97, 60), (84, 140), (60, 200), (56, 56)]
-    batch = [user(image(i, *size), prompt("image")) for i, size in enumerate(sizes)] + [user("a text" + prompt("text"))]
+    batch = [user(image(i, *size), prompt("image")) for i, size in enumerate(sizes)] + [
+        user("a text" + prompt("text"))
+    ]
     if family == "omni":
         batch += [user(video(1, 4, 56, 84, fps=2.0), ONE), user(audio(1, 1.0), ONE)]
     before = embedders[family].encode(batch)
@@ -280,7 +351,8 @@ def test_an_embedding_does_not_see_its_neighbours_media(embedders, family):
         other = list(batch)
         kind = batch[changed][0]["content"][0]["type"]
         other[changed] = user(
-            audio(2, 1.0) if kind == "audio" else image(50, *sizes[changed]), batch[changed][0]["content"][1]
+            audio(2, 1.0) if kind == "audio" else image(50, *sizes[changed]),
+            batch[changed][0]["content"][1],
         )
         moved = np.abs(embedders[family].encode(other) - before).max(axis=1)
         assert moved[changed] > 1e-3

@@ -46,19 +46,29 @@ def test_retrieval_metrics_are_trec_evals(monkeypatch):
     rng = np.random.default_rng(0)
     queries, documents = (unit(rng.normal(size=(n, 6))).astype(np.float32) for n in (37, 300))
     relevance = [
-        {int(d): float(rng.integers(1, 4)) for d in rng.choice(300, rng.integers(1, 30), replace=False)}
+        {
+            int(d): float(rng.integers(1, 4))
+            for d in rng.choice(300, rng.integers(1, 30), replace=False)
+        }
         for _ in queries
     ]
     ranked = retrieval.ranks(queries, documents, relevance)
     names = {f"d{i}": i for i in range(300)}
     scores = queries.astype(np.float64) @ documents.astype(np.float64).T
     assert min(len(set(row.astype(np.float32))) for row in scores) == 300  # no ties
-    qrels = {f"q{i}": {f"d{d}": int(grade) for d, grade in row.items()} for i, row in enumerate(relevance)}
-    run = {f"q{i}": {name: float(row[d]) for name, d in names.items()} for i, row in enumerate(scores)}
+    qrels = {
+        f"q{i}": {f"d{d}": int(grade) for d, grade in row.items()}
+        for i, row in enumerate(relevance)
+    }
+    run = {
+        f"q{i}": {name: float(row[d]) for name, d in names.items()} for i, row in enumerate(scores)
+    }
     measures = {"ndcg_cut.10", "recall.1,5,10", "success.1,5,10", "recip_rank"}
     each = list(pytrec_eval.RelevanceEvaluator(qrels, measures).evaluate(run).values())
     want = {"ndcg_at_10": np.mean([one["ndcg_cut_10"] for one in each])}
-    want["mrr_at_10"] = np.mean([one["recip_rank"] if one["recip_rank"] >= 0.1 else 0 for one in each])
+    want["mrr_at_10"] = np.mean(
+        [one["recip_rank"] if one["recip_rank"] >= 0.1 else 0 for one in each]
+    )
     want |= {f"recall_at_{k}": np.mean([one[f"recall_{k}"] for one in each]) for k in (1, 5, 10)}
     want |= {f"hit_at_{k}": np.mean([one[f"success_{k}"] for one in each]) for k in (1, 5, 10)}
     got = retrieval.retrieval_metrics(ranked)
@@ -79,7 +89,11 @@ def test_ties_count_against_the_query_in_whatever_order_documents_stand(monkeypa
         relevance = {int(np.flatnonzero(order == d)[0]): grade for d, grade in grades.items()}
         ((ranks, found),) = retrieval.ranks(query, vectors[order], [relevance])
         # twins 1 and 3 are wrong and come first, then the grade of 1, then that of 3; of the far ones the right is last
-        assert sorted(zip(ranks.tolist(), found.tolist(), strict=True)) == [(3, 1.0), (4, 3.0), (7, 1.0)]
+        assert sorted(zip(ranks.tolist(), found.tolist(), strict=True)) == [
+            (3, 1.0),
+            (4, 3.0),
+            (7, 1.0),
+        ]
 
 
 def test_records_by_either_name_and_what_says_the_same_is_there_once(tmp_path):
@@ -87,7 +101,11 @@ def test_records_by_either_name_and_what_says_the_same_is_there_once(tmp_path):
     path = write_lines(
         tmp_path / "r.jsonl",
         {"query": "x", "document": ["one", "two"], "negative": "three"},
-        {"anchor": "x", "positive": {"image_path": "a.png"}, "negatives": ["one", {"text": "three"}]},
+        {
+            "anchor": "x",
+            "positive": {"image_path": "a.png"},
+            "negatives": ["one", {"text": "three"}],
+        },
         {"query": {"text": "y"}, "document": "three"},
     )
     queries, documents, relevance = own._records(path, None)
@@ -102,7 +120,9 @@ def test_records_by_either_name_and_what_says_the_same_is_there_once(tmp_path):
 
 def beir(folder, qrels="q1\td1\t2\nq1\td2\t0\nq2\t7\t1\n"):
     picture(folder / "a.png")
-    write_lines(folder / "queries.jsonl", *({"_id": f"q{i}", "text": f"question {i}"} for i in (1, 2, 3)))
+    write_lines(
+        folder / "queries.jsonl", *({"_id": f"q{i}", "text": f"question {i}"} for i in (1, 2, 3))
+    )
     write_lines(
         folder / "corpus.jsonl",
         {"_id": "d1", "title": "Rain", "text": "falls"},
@@ -117,10 +137,16 @@ def test_a_folder_as_beirs(tmp_path):
     queries, documents, relevance = own._beir(beir(tmp_path), None)
     assert queries == [{"text": "question 1"}, {"text": "question 2"}]  # nobody judged the third
     image = {"type": "image", "image": str(tmp_path / "a.png")}
-    assert documents == [{"text": "Rain falls"}, {"text": "Snow"}, (image, {"type": "text", "text": "A picture"})]
+    assert documents == [
+        {"text": "Rain falls"},
+        {"text": "Snow"},
+        (image, {"type": "text", "text": "A picture"}),
+    ]
     assert relevance == [{0: 2.0}, {2: 1.0}]
     (tmp_path / "qrels.tsv").unlink()
-    write_lines(tmp_path / "qrels.jsonl", {"query-id": "q1", "corpus-id": "d1", "score": 2, "more": 1})
+    write_lines(
+        tmp_path / "qrels.jsonl", {"query-id": "q1", "corpus-id": "d1", "score": 2, "more": 1}
+    )
     assert own._beir(tmp_path, None)[2] == [{0: 2.0}]
 
 
@@ -134,7 +160,9 @@ def test_sts_is_scipys(tmp_path, layout):
     rows = [(a, b, str(score)) for a, b, score in PAIRS]
     options, path = {}, tmp_path / f"pairs.{layout.split()[0]}"
     if layout.startswith("csv"):
-        text = "".join('"{}","{}",{}\n'.format(*(cell.replace('"', '""') for cell in row)) for row in rows)
+        text = "".join(
+            '"{}","{}",{}\n'.format(*(cell.replace('"', '""') for cell in row)) for row in rows
+        )
         if "header" in layout:
             text, options = "one,two,how much\n" + text, {"columns": "one,two,how much"}
         path.write_text(text)
@@ -148,7 +176,10 @@ def test_sts_is_scipys(tmp_path, layout):
     cosines, scores = (a * b).sum(axis=1), [row[2] for row in PAIRS]
     assert abs(numbers["spearman"] - spearmanr(cosines, scores).statistic) < 1e-9
     assert abs(numbers["pearson"] - pearsonr(cosines, scores).statistic) < 1e-9
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["spearman"] == numbers["spearman"]
+    assert (
+        json.loads((tmp_path / "out" / "results.json").read_text())["spearman"]
+        == numbers["spearman"]
+    )
     assert Image.open(tmp_path / "out" / "sts.png").size > (100, 100)
 
 
@@ -162,24 +193,41 @@ def test_zeroshot_is_sklearns(tmp_path, layout):
     truth[:7] = range(7)
     data, options, items = tmp_path / "data", {"template": ["a photo of a {}.", "{}, drawn"]}, []
     for i, target in enumerate(truth):
-        where = f"{labels[target]}/{i:02}.png" if layout == "folders" else f"{i:02}-{labels[target]}.png"
+        where = (
+            f"{labels[target]}/{i:02}.png"
+            if layout == "folders"
+            else f"{i:02}-{labels[target]}.png"
+        )
         picture(data / where, i)
-        items.append((f"{labels[target]}/{i:02}" if layout == "folders" else i, data / where, target))
+        items.append(
+            (f"{labels[target]}/{i:02}" if layout == "folders" else i, data / where, target)
+        )
     path = data
     if layout == "names":
         options["label_pattern"] = r"\d+-(\w+)\.png"
     if layout == "jsonl":
-        path = write_lines(data / "l.jsonl", *({"label": labels[t], "image": file.name} for _, file, t in items))
+        path = write_lines(
+            data / "l.jsonl", *({"label": labels[t], "image": file.name} for _, file, t in items)
+        )
     numbers = own.measure(encode, "zeroshot", path, tmp_path / "out", **options)
     order = sorted(items)
     target = [t for *_, t in order]
     vectors = encode([({"type": "image", "image": str(file)},) for _, file, _ in order])
     said = [label.replace("_", " ") for label in labels]
-    prompts = [encode([{"text": form.format(x)} for x in said]) for form in ("a photo of a {}.", "{}, drawn")]
+    prompts = [
+        encode([{"text": form.format(x)} for x in said])
+        for form in ("a photo of a {}.", "{}, drawn")
+    ]
     scores = vectors @ unit(sum(prompts)).T
     top = np.argsort(-scores, axis=1)
     assert abs(numbers["accuracy_at_1"] - np.mean(top[:, 0] == target)) < 1e-9
-    assert abs(numbers["accuracy_at_5"] - np.mean([t in row[:5] for t, row in zip(target, top, strict=True)])) < 1e-9
+    assert (
+        abs(
+            numbers["accuracy_at_5"]
+            - np.mean([t in row[:5] for t, row in zip(target, top, strict=True)])
+        )
+        < 1e-9
+    )
     assert abs(numbers["balanced_accuracy"] - balanced_accuracy_score(target, top[:, 0])) < 1e-9
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
@@ -190,11 +238,15 @@ def test_zeroshot_is_sklearns(tmp_path, layout):
 
 
 def test_a_model_that_tells_nothing_apart_gets_nothing(tmp_path):
-    path = write_lines(tmp_path / "l.jsonl", *({"label": i % 3, "text": f"text {i}"} for i in range(9)))
-    same = lambda inputs: np.ones((len(inputs), 4), np.float32) / 2  # noqa: E731
+    path = write_lines(
+        tmp_path / "l.jsonl", *({"label": i % 3, "text": f"text {i}"} for i in range(9))
+    )
+    same = lambda inputs: np.ones((len(inputs), 4), np.float32) / 2
     numbers = own.evaluate(same, "zeroshot", path).numbers
     assert numbers["accuracy_at_1"] == numbers["balanced_accuracy"] == 0
-    pairs = write_lines(tmp_path / "p.jsonl", *({"a": f"{i}", "b": "x", "score": i} for i in range(3)))
+    pairs = write_lines(
+        tmp_path / "p.jsonl", *({"a": f"{i}", "b": "x", "score": i} for i in range(3))
+    )
     with pytest.raises(LcoError, match="all pairs have the same cosine"):
         own.evaluate(same, "sts", pairs)
 
@@ -214,21 +266,41 @@ def test_the_template_follows_what_the_items_hold(tmp_path):
     ("kind", "options", "content", "says"),
     [
         ("sts", {}, "a,b,3\nc,d,3\n", "2 pairs and fewer than two different scores"),
-        ("sts", {}, "a,b,score\nc,d,3\n", r"in\.csv:1: the score is no number \(if this is a header"),
+        (
+            "sts",
+            {},
+            "a,b,score\nc,d,3\n",
+            r"in\.csv:1: the score is no number \(if this is a header",
+        ),
         ("sts", {}, "a,b,1\nc,d,nan\n", r"in\.csv:2: the score is nan"),
         ("sts", {}, "a,b,1\nc,2\n", r"in\.csv:2 has no '2'; it has 0, 1"),
         ("sts", {}, "a,,1\n", r"in\.csv:1: 1 is empty"),
-        ("sts", {"columns": "x,y,score"}, "a,b,score\nc,d,3\n", r"in\.csv:2 has no 'x'; it has a, b, score"),
+        (
+            "sts",
+            {"columns": "x,y,score"},
+            "a,b,score\nc,d,3\n",
+            r"in\.csv:2 has no 'x'; it has a, b, score",
+        ),
         ("sts", {"columns": "x,y"}, "", "name three"),
         ("sts", {"template": "{}"}, "", "evaluation of kind sts has the unknown key 'template'"),
         ("anything", {}, "", "it is one of: retrieval, sts, zeroshot"),
         ("retrieval", {}, '{"query": "x"}\n', r"in\.jsonl:1: positive is empty"),
-        ("retrieval", {}, '{"query": "x", "document": {"image": "no.png"}}\n', r"in\.jsonl:1: .* there is no file"),
+        (
+            "retrieval",
+            {},
+            '{"query": "x", "document": {"image": "no.png"}}\n',
+            r"in\.jsonl:1: .* there is no file",
+        ),
         ("retrieval", {}, "\n", "holds no record"),
         ("zeroshot", {}, '{"label": "a", "text": "x"}\n', r"has 1 class \(a\)"),
         ("zeroshot", {}, '{"text": "x"}\n', r"in\.jsonl:1: the input has no field 'label'"),
         ("sts", {}, "a,b,1\n" * 2 + "\n", "2 pairs and fewer"),
-        ("zeroshot", {"template": "a"}, '{"label": 1, "text": "x"}\n{"label": 2, "text": "y"}\n', r"no \{\}"),
+        (
+            "zeroshot",
+            {"template": "a"},
+            '{"label": 1, "text": "x"}\n{"label": 2, "text": "y"}\n',
+            r"no \{\}",
+        ),
     ],
 )
 def test_mistakes_are_sentences(tmp_path, kind, options, content, says):
@@ -268,6 +340,8 @@ def test_a_model_measured_on_images_and_texts(tiny, tmp_path):
     for i in range(4):
         picture(tmp_path / f"{i}.png", i)
     pairs = [{"query": {"image": f"{i}.png"}, "document": f"picture number {i}"} for i in range(4)]
-    numbers = own.measure(tiny.encode, "retrieval", write_lines(tmp_path / "r.jsonl", *pairs), tmp_path / "out")
+    numbers = own.measure(
+        tiny.encode, "retrieval", write_lines(tmp_path / "r.jsonl", *pairs), tmp_path / "out"
+    )
     assert 0 < numbers["ndcg_at_10"] <= 1
     assert sorted(x.name for x in (tmp_path / "out").iterdir()) == ["results.json", "retrieval.png"]

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from lco_jax import OmniEmbedder, make_mesh
-from lco_jax.core.packing import Shape, TokenSequence, fill, fit, lay_stream
+from lco_jax.core.packing import Shape, TokenSequence, fill, pack_stream, padded_shape
 from lco_jax.data.positions import line_positions
 from lco_jax.models.decoder import embed
 from lco_jax.models.layers import apply_rotary, rotary_angles, rotation_of
@@ -26,18 +26,28 @@ def user(text):
 
 def test_embeddings_equal_transformers(case):
     embedder = OmniEmbedder.from_pretrained(case.path)
-    want = golden(case, embedder, [user(t + "\nSummarize the above text in one word:") for t in reference.TEXTS])
+    want = golden(
+        case,
+        embedder,
+        [user(t + "\nSummarize the above text in one word:") for t in reference.TEXTS],
+    )
     got = embedder.encode(reference.TEXTS)
     assert got.dtype == np.float32
     assert np.abs(got - want).max() < TOLERANCE
-    assert np.abs(want @ want.T - np.eye(len(want)))[~np.eye(len(want), dtype=bool)].min() < 0.9  # texts do differ
+    assert (
+        np.abs(want @ want.T - np.eye(len(want)))[~np.eye(len(want), dtype=bool)].min() < 0.9
+    )  # texts do differ
 
 
 def test_chat_messages_are_rendered_as_they_are(cases):
     case = cases["vl"]
     embedder = OmniEmbedder.from_pretrained(case.path)
     system = [{"role": "system", "content": "You only speak in nouns."}]
-    inputs = [system + user("one two"), user("three"), [*user("a"), {"role": "assistant", "content": "b"}, *user("c")]]
+    inputs = [
+        system + user("one two"),
+        user("three"),
+        [*user("a"), {"role": "assistant", "content": "b"}, *user("c")],
+    ]
     assert np.abs(embedder.encode(inputs) - golden(case, embedder, inputs)).max() < TOLERANCE
 
 
@@ -50,15 +60,22 @@ def test_rendered_text_is_the_references(cases):
 
 
 @pytest.mark.parametrize(
-    "mesh", [(1, 1, 1), (2, 2, 2), (8, 1, 1), (1, 8, 1), pytest.param((1, 1, 8), marks=pytest.mark.slow)]
+    "mesh",
+    [(1, 1, 1), (2, 2, 2), (8, 1, 1), (1, 8, 1), pytest.param((1, 1, 8), marks=pytest.mark.slow)],
 )
 def test_same_vectors_alone_in_any_batch_and_on_any_mesh(cases, mesh):
     devices = jax.devices()[: int(np.prod(mesh))]
-    embedder = OmniEmbedder.from_pretrained(cases["omni"].path, mesh=make_mesh(*mesh, devices=devices))
-    alone = OmniEmbedder.from_pretrained(cases["omni"].path, mesh=make_mesh(devices=jax.devices()[:1]))
+    embedder = OmniEmbedder.from_pretrained(
+        cases["omni"].path, mesh=make_mesh(*mesh, devices=devices)
+    )
+    alone = OmniEmbedder.from_pretrained(
+        cases["omni"].path, mesh=make_mesh(devices=jax.devices()[:1])
+    )
     want = np.stack([alone.encode(text) for text in reference.TEXTS])
     for batch_size in (1, 4, 64):
-        assert np.abs(embedder.encode(reference.TEXTS, batch_size=batch_size) - want).max() < TOLERANCE
+        assert (
+            np.abs(embedder.encode(reference.TEXTS, batch_size=batch_size) - want).max() < TOLERANCE
+        )
     backwards = embedder.encode(reference.TEXTS[::-1] * 5)
     assert np.abs(backwards[: len(want)][::-1] - want).max() < TOLERANCE
 
@@ -69,9 +86,9 @@ def test_a_sequence_does_not_see_its_neighbours(cases, shared):
     embedder = OmniEmbedder.from_pretrained(cases["vl"].path)
     rng = np.random.default_rng(0)
     sequences = [rng.integers(0, 500, n).astype(np.int32) for n in (30, 25, 20, 40, 13)]
-    head = np.arange(shared or 0, dtype=np.int32)
+    prefix = np.arange(shared or 0, dtype=np.int32)
     for ids in sequences:
-        ids[: len(head)] = head
+        ids[: len(prefix)] = prefix
     shape = Shape(160, {32: 4, 48: 4})
 
     @jax.jit
@@ -80,15 +97,15 @@ def test_a_sequence_does_not_see_its_neighbours(cases, shared):
 
     def run(sequences):
         packed = [TokenSequence(ids, line_positions(0, len(ids))) for ids in sequences]
-        stream = lay_stream(packed, None if shared is None else head)
-        assert fit(stream.need, shape) == shape
-        tokens, which = fill([stream], [range(5)], shape, None if shared is None else head)
+        stream = pack_stream(packed, None if shared is None else prefix)
+        assert padded_shape(stream.need, shape) == shape
+        tokens, which = fill([stream], [range(5)], shape, None if shared is None else prefix)
         return np.asarray(embeddings(tokens))[0, which[0]]
 
     before = run(sequences)
     for changed in range(5):
         others = [s.copy() for s in sequences]
-        others[changed][len(head) :] = (others[changed][len(head) :] + 1) % 500
+        others[changed][len(prefix) :] = (others[changed][len(prefix) :] + 1) % 500
         moved = np.abs(run(others) - before).max(axis=1)
         assert moved[changed] > 1e-3
         assert (np.delete(moved, changed) == 0).all()
@@ -96,7 +113,10 @@ def test_a_sequence_does_not_see_its_neighbours(cases, shared):
 
 def test_mrope_equals_transformers():
     """Positions that differ by axis, which text never has: the place of the towers to come."""
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding, apply_rotary_pos_emb
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+        Qwen2_5_VLRotaryEmbedding,
+        apply_rotary_pos_emb,
+    )
 
     section = [2, 3, 3]
     config = transformers.Qwen2_5_VLTextConfig(
@@ -107,7 +127,9 @@ def test_mrope_equals_transformers():
     rng = np.random.default_rng(0)
     positions = rng.integers(0, 900, (2, 7, 3))
     x = rng.normal(size=(2, 7, 3, 16)).astype(np.float32)
-    cos, sin = Qwen2_5_VLRotaryEmbedding(config)(torch.tensor(x), torch.tensor(positions).permute(2, 0, 1))
+    cos, sin = Qwen2_5_VLRotaryEmbedding(config)(
+        torch.tensor(x), torch.tensor(positions).permute(2, 0, 1)
+    )
     heads_first = torch.tensor(x).transpose(1, 2)
     want, _ = apply_rotary_pos_emb(heads_first, heads_first, cos, sin)
     got = apply_rotary(x, rotation_of(rotary_angles(positions, 16, 1e6, tuple(section))))

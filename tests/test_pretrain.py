@@ -37,7 +37,12 @@ LORA = lora.LoraConfig(rank=4, alpha=8)
 WHOLE = tuning.TuneConfig("full", "all")
 RECORDS = {
     "omni": [
-        Record((image(1, 60, 84), {"type": "text", "text": "And what is this?"}), "A red square.", (), "mem:0"),
+        Record(
+            (image(1, 60, 84), {"type": "text", "text": "And what is this?"}),
+            "A red square.",
+            (),
+            "mem:0",
+        ),
         Record((audio(1, 1.3),), "Several words, and one more: 猫", (), "mem:1"),
         Record("Only text", "x", (), "mem:2"),
     ],
@@ -45,7 +50,10 @@ RECORDS = {
         Record((video(1, 4, 56, 84, 2.0),), "It slides.", (), "mem:0"),
         Record("Only text", "x y", (), "mem:1"),
     ],
-    "llava_qwen2": [Record((image(3, 70, 56),), "A cat", (), "mem:0"), Record("Only text", "x y", (), "mem:1")],
+    "llava_qwen2": [
+        Record((image(3, 70, 56),), "A cat", (), "mem:0"),
+        Record("Only text", "x y", (), "mem:1"),
+    ],
 }
 
 
@@ -56,7 +64,9 @@ def ours(path, records, tune=WHOLE, mesh=(1, 1, 1), chunk_tokens=0):
     model, params = load_model(checkpoint, mesh, remat="full", head=True)
     decoder = model.decoder.clone(tuned=tune.decoder == "full")
     processor = Processor(checkpoint.folder, video_positions="5")
-    layout = pipeline.Layout(len(records), 0, processor.tokenizer.head, chunk_tokens, generative=True)
+    layout = pipeline.Layout(
+        len(records), 0, processor.tokenizer.prefix, chunk_tokens, generative=True
+    )
     local = pipeline._prepare(records, layout, processor, None, 1, 0)
     with jax.set_mesh(mesh):
         batch = pipeline.global_batch(local, layout, processor.rows, mesh)
@@ -69,7 +79,7 @@ def ours(path, records, tune=WHOLE, mesh=(1, 1, 1), chunk_tokens=0):
         tuned = jax.device_put(tuned, shardings(tuned, mesh))
         rest = tuning.frozen(params, tune)
         model = type(model)(decoder, model.towers)
-        loss = lambda tuned: generative_loss(tuned, rest, batch, None, model, LORA, 0)  # noqa: E731
+        loss = lambda tuned: generative_loss(tuned, rest, batch, None, model, LORA, 0)
         (value, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(tuned)
     record = np.asarray(batch.answers.record)
     counts = np.bincount(record[record >= 0], minlength=len(records))
@@ -86,7 +96,8 @@ def theirs(case, records):
         parameter.requires_grad_(True)
     with torch.enable_grad():
         losses = [
-            answer_losses(model, case.path, turn, one.positive)[0] for turn, one in zip(turns, records, strict=True)
+            answer_losses(model, case.path, turn, one.positive)[0]
+            for turn, one in zip(turns, records, strict=True)
         ]
         loss = torch.cat(losses).mean()
         loss.backward()
@@ -97,14 +108,18 @@ def theirs(case, records):
 
 
 @pytest.mark.parametrize(
-    "family", ["omni", *(pytest.param(x, marks=pytest.mark.slow) for x in ("vl_tied", "llava_qwen2"))]
+    "family",
+    ["omni", *(pytest.param(x, marks=pytest.mark.slow) for x in ("vl_tied", "llava_qwen2"))],
 )
 def test_loss_and_every_gradient_equal_transformers(cases, family):
     case = cases[family]
     want_loss, want = theirs(case, RECORDS[family])
     loss, gradient, checkpoint = ours(case.path, RECORDS[family])
     assert abs(loss - want_loss) < 1e-5 * want_loss
-    compared, noise = 0, 1e-7 * max(np.linalg.norm(grad) for grad in want.values() if grad is not None)
+    compared, noise = (
+        0,
+        1e-7 * max(np.linalg.norm(grad) for grad in want.values() if grad is not None),
+    )
     for part, tree in gradient.items():
         for path, name, leaf, layer in per_layer(tree):
             key = checkpoint.keys[part][name]
@@ -112,21 +127,36 @@ def test_loss_and_every_gradient_equal_transformers(cases, family):
             if grad is None:
                 assert not got.any(), path
                 continue
-            assert np.linalg.norm(got - grad) <= 1e-4 * np.linalg.norm(grad) + noise, (part, path, layer)
+            assert np.linalg.norm(got - grad) <= 1e-4 * np.linalg.norm(grad) + noise, (
+                part,
+                path,
+                layer,
+            )
             compared += bool(grad.any())
     assert compared > 60
-    assert not [key for key, grad in want.items() if grad is not None and "lm_head" not in key and grad.any()]
+    assert not [
+        key
+        for key, grad in want.items()
+        if grad is not None and "lm_head" not in key and grad.any()
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tune", [WHOLE, tuning.TuneConfig("lora", "projectors")])
 def test_any_mesh_chunk_and_part_of_the_vocabulary_gives_the_same(cases, tune, monkeypatch):
-    records = [*RECORDS["omni"], *(Record(text, text[::-1], (), "mem") for text in reference.TEXTS[:5])]
+    records = [
+        *RECORDS["omni"],
+        *(Record(text, text[::-1], (), "mem") for text in reference.TEXTS[:5]),
+    ]
     loss, gradient, _ = ours(cases["omni"].path, records, tune)
     monkeypatch.setattr(head, "LOGITS", 4000)  # a few tokens at a time
     split_loss, split, _ = ours(cases["omni"].path, records, tune, (2, 2, 2), chunk_tokens=60)
     assert abs(loss - split_loss) < 1e-5 * loss
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(a).max() + 1e-9), gradient, split)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(a).max() + 1e-9),
+        gradient,
+        split,
+    )
 
 
 def short(path="builtin:tiny", **keys):
@@ -148,7 +178,9 @@ def test_a_run_learns_resumes_and_is_where_training_starts(tmp_path, monkeypatch
         patched.setattr("lco_jax.training.watch.Preemption.now", lambda *_: next(calls, False))
         assert pretrain(short(), tmp_path / "b") == {}
     pretrain(short(), tmp_path / "b")
-    losses = [[line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")] for name in "ab"]
+    losses = [
+        [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")] for name in "ab"
+    ]
     assert losses[0] == losses[1]
     merged = tmp_path / "a" / "merged"
     held_out = list(JsonlSource("assets:triplets_heldout.jsonl"))
@@ -158,13 +190,21 @@ def test_a_run_learns_resumes_and_is_where_training_starts(tmp_path, monkeypatch
         results = train(short(merged, **{"tune.decoder": tune, "train.steps": 3}), tmp_path / tune)
         tuned = OmniEmbedder.from_pretrained(tmp_path / tune / "merged")
         assert np.abs(tuned.encode(texts) - base).max() > 1e-3
-        found = retrieval(lambda sides, model=tuned: model.encode([{"text": side} for side in sides]), held_out)
+        found = retrieval(
+            lambda sides, model=tuned: model.encode([{"text": side} for side in sides]), held_out
+        )
         assert abs(found.mrr - results["after"]["triplets_heldout"]["mrr"]) < 1e-6
         assert not (tmp_path / tune / "adapter").exists()
-    theirs = SentenceTransformer(str(tmp_path / "projection" / "merged"), device="cpu").encode(texts)
+    theirs = SentenceTransformer(str(tmp_path / "projection" / "merged"), device="cpu").encode(
+        texts
+    )
     assert np.abs(theirs - tuned.encode(texts)).max() < 1e-5
-    export_merged(tmp_path / "projection" / "merged", tmp_path / "again", dtype="float32")  # and goes along
-    _, params = load_model(open_checkpoint(tmp_path / "again"), make_mesh(devices=jax.devices()[:1]), towers=())
+    export_merged(
+        tmp_path / "projection" / "merged", tmp_path / "again", dtype="float32"
+    )  # and goes along
+    _, params = load_model(
+        open_checkpoint(tmp_path / "again"), make_mesh(devices=jax.devices()[:1]), towers=()
+    )
     assert np.array_equal(params["projection"]["weight"], tuned.params["projection"]["weight"])
 
 
@@ -189,7 +229,7 @@ def test_what_cannot_be_tuned_says_so(tmp_path):
 def test_a_record_without_an_answer_can_be_left_out(cases):
     records = [*RECORDS["omni"][2:], Record("a", (image(1, 60, 84),), (), "mine:2")]
     processor = Processor(cases["omni"].path)
-    layout = pipeline.Layout(2, 0, processor.tokenizer.head, on_bad="skip", generative=True)
+    layout = pipeline.Layout(2, 0, processor.tokenizer.prefix, on_bad="skip", generative=True)
     local = pipeline._prepare(records, layout, processor, None, 1, 0)
     assert local.record.tolist() == [0]
     assert local.skipped == ("mine:2: the positive is the answer, and must be a text",)
@@ -206,7 +246,9 @@ def test_two_ways_are_the_mean_of_each(tmp_path):
     tokens = SimpleNamespace(with_seed=lambda seed: None)
     batch = Batch(tokens, np.arange(15).reshape(5, 3), np.arange(15).reshape(5, 3), {})
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("lco_jax.training.step.embed_chunks", lambda *_: vectors.reshape(1, 1, 15, 8))
+        patched.setattr(
+            "lco_jax.training.step.embed_chunks", lambda *_: vectors.reshape(1, 1, 15, 8)
+        )
         options = {"decoder": None, "config": LORA, "temperature": 0.1, "seed": 0}
         for two_way, value in ((False, want[0]), (True, np.mean(want))):
             loss, _ = contrastive_loss({}, {}, batch, None, two_way=two_way, **options)

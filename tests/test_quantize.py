@@ -53,7 +53,9 @@ def of_bitsandbytes(w):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 64), (96, 192), (40, 448), (300, 1088)])  # 448 = 7 blocks, 1088 = 17: straddling
+@pytest.mark.parametrize(
+    "shape", [(1, 64), (96, 192), (40, 448), (300, 1088)]
+)  # 448 = 7 blocks, 1088 = 17: straddling
 def test_nf4_is_bitsandbytes(monkeypatch, shape, dtype):
     values = draw(*shape)
     if shape[0] > 1:
@@ -69,13 +71,17 @@ def test_nf4_is_bitsandbytes(monkeypatch, shape, dtype):
 
     def nearest(x, blocksize):  # what its CUDA kernel and its torch kernel do
         code = bnb.create_dynamic_map()
-        out, absmax = torch.ops.bitsandbytes.quantize_blockwise.default.redispatch(EXACT, x, code, blocksize)
+        out, absmax = torch.ops.bitsandbytes.quantize_blockwise.default.redispatch(
+            EXACT, x, code, blocksize
+        )
         return out, bnb.QuantState(absmax=absmax, code=code, blocksize=blocksize, dtype=x.dtype)
 
     monkeypatch.setattr(bnb, "quantize_blockwise", nearest)
     codes, state, want = of_bitsandbytes(source)
     pairs = np.asarray(leaf.codes).reshape(-1, 1, 32)
-    ours_in_order = np.concatenate([pairs >> 4, pairs & 15], axis=1).ravel()  # a block's first half in the high bits
+    ours_in_order = np.concatenate(
+        [pairs >> 4, pairs & 15], axis=1
+    ).ravel()  # a block's first half in the high bits
     theirs_in_order = np.stack([codes.ravel() >> 4, codes.ravel() & 15], axis=1).ravel()
     np.testing.assert_array_equal(ours_in_order, theirs_in_order)
     np.testing.assert_array_equal(np.asarray(leaf.absmax).ravel(), state.absmax.numpy())
@@ -89,20 +95,26 @@ def test_nf4_is_bitsandbytes(monkeypatch, shape, dtype):
     assert shape[0] == 1 or (np.asarray(got)[3, :128] == 0).all()
 
 
-@pytest.mark.parametrize("rows", [(24, 448), (3, 40 * 1024)])  # groups of blocks that straddle rows, or divide them
+@pytest.mark.parametrize(
+    "rows", [(24, 448), (3, 40 * 1024)]
+)  # groups of blocks that straddle rows, or divide them
 def test_a_matrix_is_its_tables_looked_up(rows):
     """To the bit, whatever way the tables are read: every code of both, and every group's scale at its blocks."""
     shape = (rows[0], rows[1] // 64)
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 256, (rows[0], rows[1] // 2), np.uint8)
-    absmax = rng.permutation(np.resize(np.arange(256, dtype=np.uint8), shape[0] * shape[1])).reshape(shape)
+    absmax = rng.permutation(
+        np.resize(np.arange(256, dtype=np.uint8), shape[0] * shape[1])
+    ).reshape(shape)
     group = np.arange(absmax.size).reshape(shape) // 256
     scales = rng.random(group.max() + 1, np.float32)
     scale = scales[group]
     columns = np.unique(group - group[:, :1])
     of_rows = scales[np.minimum(group[:, 0] + columns[:, None], len(scales) - 1)].ravel()
     leaf = Nf4Weight(*(jnp.asarray(x) for x in (codes, absmax, of_rows, np.float32(0.25))))
-    exact = DYNAMIC[absmax].astype(np.float64) * scale  # and then rounded once or twice: a compiler may fuse the sum
+    exact = (
+        DYNAMIC[absmax].astype(np.float64) * scale
+    )  # and then rounded once or twice: a compiler may fuse the sum
     for wide in (exact.astype(np.float32) + np.float32(0.25), (exact + 0.25).astype(np.float32)):
         pairs = codes.reshape(*shape, 1, 32)
         values = NF4[np.concatenate([pairs >> 4, pairs & 15], axis=2).reshape(*shape, 64)]
@@ -117,7 +129,11 @@ def test_what_tpus_do_in_the_place_of_a_gather_gives_the_same_numbers():
     np.testing.assert_array_equal(_dynamic_select(codes), DYNAMIC)
     np.testing.assert_array_equal(_dynamic(codes), DYNAMIC)
     leaf = quantize(jnp.asarray(draw(2, 24, 448)), "nf4")
-    program = jax.jit(lambda leaf: dequantize(leaf, jnp.bfloat16)).trace(leaf).lower(lowering_platforms=("tpu",))
+    program = (
+        jax.jit(lambda leaf: dequantize(leaf, jnp.bfloat16))
+        .trace(leaf)
+        .lower(lowering_platforms=("tpu",))
+    )
     assert "gather" not in program.as_text()
 
 
@@ -125,8 +141,15 @@ def test_sizes():
     leaf = quantize(jnp.asarray(draw(2, 512, 1024)), "nf4")
     assert leaf.shape == (2, 512, 1024)
     shapes = [(x.shape, x.dtype.name) for x in jax.tree.leaves(leaf)]
-    assert shapes == [((2, 512, 512), "uint8"), ((2, 512, 16), "uint8"), ((2, 512), "float32"), ((2,), "float32")]
-    assert sum(x.nbytes for x in jax.tree.leaves(leaf)) == 2 * (512 * 1024 // 2 + 512 * 16 + 512 * 4 + 4)  # 4.156 bits
+    assert shapes == [
+        ((2, 512, 512), "uint8"),
+        ((2, 512, 16), "uint8"),
+        ((2, 512), "float32"),
+        ((2,), "float32"),
+    ]
+    assert sum(x.nbytes for x in jax.tree.leaves(leaf)) == 2 * (
+        512 * 1024 // 2 + 512 * 16 + 512 * 4 + 4
+    )  # 4.156 bits
 
 
 def test_int8_errs_by_half_a_step():
@@ -137,17 +160,23 @@ def test_int8_errs_by_half_a_step():
     assert leaf.scales.shape == (3, 24)
     error = np.abs(np.asarray(dequantize(leaf, jnp.float32)) - w)
     assert (error <= np.abs(w).max(-1, keepdims=True) / 254 * 1.0001).all()
-    assert (np.abs(np.asarray(leaf.values)).max(-1) == np.where(np.abs(w).max(-1) > 0, 127, 0)).all()
+    assert (
+        np.abs(np.asarray(leaf.values)).max(-1) == np.where(np.abs(w).max(-1) > 0, 127, 0)
+    ).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dot_and_its_gradients(kind):
     """Bare and under LoRA: what the dequantised matrix gives."""
-    x, a, b = (jnp.asarray(100 * draw(*s, seed=i)) for i, s in enumerate([(5, 7, 128), (4, 128), (48, 4)]))
+    x, a, b = (
+        jnp.asarray(100 * draw(*s, seed=i)) for i, s in enumerate([(5, 7, 128), (4, 128), (48, 4)])
+    )
     leaf = quantize(jnp.asarray(draw(48, 128)), kind)
     plain = dequantize(leaf, jnp.float32)
     want = x @ plain.T
-    np.testing.assert_allclose(jax.jit(dot)(x, leaf), want, rtol=1e-6, atol=1e-6 * np.abs(want).max())
+    np.testing.assert_allclose(
+        jax.jit(dot)(x, leaf), want, rtol=1e-6, atol=1e-6 * np.abs(want).max()
+    )
     assert dot(x.astype(jnp.bfloat16), leaf).dtype == jnp.bfloat16
     assert np.abs(dot(x.astype(jnp.bfloat16), leaf) - want).max() < 0.02 * np.abs(want).max()
 
@@ -166,24 +195,30 @@ def test_a_scan_over_layers_keeps_no_wide_matrix_for_its_backward_pass(kind):
     for i in range(3):  # stacked at once or layer by layer: the same
         one = jax.tree.map(lambda x, i=i: x[i], leaf)
         jax.tree.map(np.testing.assert_array_equal, one, quantize(stack[i], kind))
-    run = jax.jit(lambda x, stack: jax.lax.scan(lambda x, w: (jnp.tanh(dot(x, w)), None), x, stack)[0])
+    run = jax.jit(
+        lambda x, stack: jax.lax.scan(lambda x, w: (jnp.tanh(dot(x, w)), None), x, stack)[0]
+    )
     (got, back), (want, back_plain) = (
-        jax.vjp(lambda x, stack=stack: run(x, stack), x) for stack in (leaf, dequantize(leaf, jnp.float32))
+        jax.vjp(lambda x, stack=stack: run(x, stack), x)
+        for stack in (leaf, dequantize(leaf, jnp.float32))
     )
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(back(got)[0], back_plain(got)[0], rtol=1e-5, atol=1e-5)
-    floats = lambda tree: max(x.size for x in jax.tree.leaves(tree) if x.dtype == jnp.float32)  # noqa: E731
+    floats = lambda tree: max(x.size for x in jax.tree.leaves(tree) if x.dtype == jnp.float32)
     assert floats(back) < 128 * 128 <= floats(back_plain)
 
 
 def losses(params, decoder, mesh=(1, 1, 1), steps=3):
     """Of a few steps from a fresh adapter over `params`."""
     mesh = make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
-    checkpoint, config = open_checkpoint("builtin:tiny"), lora.LoraConfig(rank=8, alpha=16, dropout=0.1)
+    checkpoint, config = (
+        open_checkpoint("builtin:tiny"),
+        lora.LoraConfig(rank=8, alpha=16, dropout=0.1),
+    )
     tuned = {"decoder": lora.init(jax.random.key(0), params, config)}
     tx = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=1), steps)
     processor = Processor(checkpoint.folder)
-    layout = pipeline.Layout(8, 1, processor.tokenizer.head)
+    layout = pipeline.Layout(8, 1, processor.tokenizer.prefix)
     records, found = list(JsonlSource("assets:triplets_heldout.jsonl"))[:8], []
     with jax.set_mesh(mesh):
         places = state_shardings(tuned, tx, mesh)
@@ -201,7 +236,10 @@ def losses(params, decoder, mesh=(1, 1, 1), steps=3):
 def test_a_checkpoint_in_fewer_bits_trains_as_its_numbers_do_on_any_mesh(cache):
     checkpoint = open_checkpoint("builtin:tiny")
     one, mesh = make_mesh(devices=jax.devices()[:1]), make_mesh(2, 2, 2)
-    plain, at_once = flatten_dict(load_decoder(checkpoint, one)[1], sep="."), jax.jit(quantize, static_argnums=1)
+    plain, at_once = (
+        flatten_dict(load_decoder(checkpoint, one)[1], sep="."),
+        jax.jit(quantize, static_argnums=1),
+    )
     for kind, leaf_type in {"int8": Int8Weight, "nf4": Nf4Weight}.items():
         model, params = load_model(checkpoint, one, towers=(), remat="none", quantize=kind)
         params = flatten_dict(params["decoder"], sep=".")
@@ -229,12 +267,21 @@ def test_a_checkpoint_in_fewer_bits_trains_as_its_numbers_do_on_any_mesh(cache):
 @pytest.mark.slow
 def test_the_main_job_trains_over_nf4_and_merges_into_the_original(cache, tmp_path):
     config: ConfigDict = get_config()
-    config.model.quantize, config.train.steps, config.train.batch_size, config.eval.path = "nf4", 2, 4, ""
+    config.model.quantize, config.train.steps, config.train.batch_size, config.eval.path = (
+        "nf4",
+        2,
+        4,
+        "",
+    )
     config.lora.rank, config.optimizer.warmup_steps = 4, 1
     check_config(config)
     train(config, tmp_path)
-    merged, source = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", builtin.build()))
-    update = merged["model.layers.0.mlp.up_proj.weight"] - source["model.layers.0.mlp.up_proj.weight"]
+    merged, source = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", builtin.build())
+    )
+    update = (
+        merged["model.layers.0.mlp.up_proj.weight"] - source["model.layers.0.mlp.up_proj.weight"]
+    )
     assert update.any()
     assert np.linalg.matrix_rank(update, tol=1e-5) <= 4  # NF4's error has full rank
     config.model.quantize = "int8"
@@ -245,16 +292,25 @@ def test_the_main_job_trains_over_nf4_and_merges_into_the_original(cache, tmp_pa
 @pytest.mark.parametrize("kind", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_an_embedder_over_a_quantised_base_with_an_adapter(cache, tmp_path, kind):
     """The adapter stays beside the quantised matrices, and gives what merging it into their wide form gives."""
-    mesh, config = make_mesh(1, 2, 2, devices=jax.devices()[:4]), lora.LoraConfig(rank=4, alpha=8, dropout=0.1)
+    mesh, config = (
+        make_mesh(1, 2, 2, devices=jax.devices()[:4]),
+        lora.LoraConfig(rank=4, alpha=8, dropout=0.1),
+    )
     params = load_decoder(open_checkpoint("builtin:tiny"), mesh)[1]
     shapes = lora.init(jax.random.key(0), params, config)
-    adapters = jax.tree.map(lambda x: 0.1 * np.random.default_rng(0).normal(size=x.shape).astype(np.float32), shapes)
+    adapters = jax.tree.map(
+        lambda x: 0.1 * np.random.default_rng(0).normal(size=x.shape).astype(np.float32), shapes
+    )
     write_peft(tmp_path / "adapter", adapters, config, "builtin:tiny")
-    embedder = OmniEmbedder.from_pretrained("builtin:tiny", tmp_path / "adapter", mesh=mesh, quantize=kind)
+    embedder = OmniEmbedder.from_pretrained(
+        "builtin:tiny", tmp_path / "adapter", mesh=mesh, quantize=kind
+    )
     got = embedder.encode(["one text", "and another one"])
     bare = OmniEmbedder.from_pretrained("builtin:tiny", mesh=mesh, quantize=kind)
-    is_leaf = lambda x: isinstance(x, QuantizedWeight)  # noqa: E731
-    wide = jax.tree.map(lambda x: dequantize(x, jnp.float32) if is_leaf(x) else x, bare.params, is_leaf=is_leaf)
+    is_leaf = lambda x: isinstance(x, QuantizedWeight)
+    wide = jax.tree.map(
+        lambda x: dequantize(x, jnp.float32) if is_leaf(x) else x, bare.params, is_leaf=is_leaf
+    )
     bare.params = {**wide, "decoder": lora.merge(wide["decoder"], adapters, config)}
     assert np.abs(got - bare.encode(["one text", "and another one"])).max() < 1e-5
     exact = OmniEmbedder.from_pretrained("builtin:tiny", tmp_path / "adapter", mesh=mesh)
@@ -266,11 +322,14 @@ def test_mistakes_are_told(cases):
     with pytest.raises(LcoError, match="quantize is 'int4'; it is one of: int8, nf4"):
         load_decoder(open_checkpoint("builtin:tiny"), mesh, quantize="int4")
     with pytest.raises(
-        LcoError, match=r"layers\.\w+\.\w+_proj\.weight has rows of \d+, and nf4 needs a multiple of 64"
+        LcoError,
+        match=r"layers\.\w+\.\w+_proj\.weight has rows of \d+, and nf4 needs a multiple of 64",
     ):
         load_decoder(open_checkpoint(cases["vl"].path), mesh, quantize="nf4")  # hidden size 96
     params = load_decoder(open_checkpoint(cases["vl"].path), mesh, quantize="int8")[1]
     config = lora.LoraConfig(rank=2)
     assert isinstance(params["layers"]["mlp"]["up_proj"]["weight"], QuantizedWeight)
-    with pytest.raises(LcoError, match=r"_proj\.weight is quantised, and nothing can be merged into it"):
+    with pytest.raises(
+        LcoError, match=r"_proj\.weight is quantised, and nothing can be merged into it"
+    ):
         lora.merge(params, lora.init(jax.random.key(0), params, config), config)

@@ -28,8 +28,13 @@ from lco_jax.models.layers import normalised
 from lco_jax.models.qwen_vision import VisionConfig
 from lco_jax.training.losses import info_nce
 
-LONG = "An old man is reading a newspaper on a bench, and two dogs are waiting for him by the river."
-WIDE = {"shortest_edge": 3136, "longest_edge": 12845056}  # what transformers 4.57 writes of Omni's clips
+LONG = (
+    "An old man is reading a newspaper on a bench, and two dogs are waiting for him by the river."
+)
+WIDE = {
+    "shortest_edge": 3136,
+    "longest_edge": 12845056,
+}  # what transformers 4.57 writes of Omni's clips
 
 
 @pytest.fixture
@@ -46,7 +51,9 @@ def embedders(cases):
         def __missing__(self, family):
             one = make_mesh(devices=jax.devices()[:1])
             modalities = ("video",) if family == "omni" else None
-            self[family] = OmniEmbedder.from_pretrained(cases[family].path, mesh=one, modalities=modalities)
+            self[family] = OmniEmbedder.from_pretrained(
+                cases[family].path, mesh=one, modalities=modalities
+            )
             return self[family]
 
     return Embedders()
@@ -56,9 +63,15 @@ def conversations(family):
     """Every medium that a family takes, each size by another rule of resizing."""
     found = [user(image(1, 84, 140), "one"), user(image(2, 97, 61), image(3, 25, 19), "two")]
     if not family.startswith("llava"):
-        found += [user(video(1, 5, 56, 84, fps=2.0), "clip"), user(video(2, 4, 150, 240, fps=1.0), "clip")]
+        found += [
+            user(video(1, 5, 56, 84, fps=2.0), "clip"),
+            user(video(2, 4, 150, 240, fps=1.0), "clip"),
+        ]
     if family.startswith("omni"):
-        found += [user(audio(1, 1.3), "sound"), user(video(3, 4, 56, 84, fps=2.0, sound=2.1), "film")]
+        found += [
+            user(audio(1, 1.3), "sound"),
+            user(video(3, 4, 56, 84, fps=2.0, sound=2.1), "film"),
+        ]
     return found
 
 
@@ -202,11 +215,19 @@ def test_defaults_of_models_are_transformers(model_type):
             assert getattr(whole, key) == value, key
             continue
         config = section_class(model_type, key)()
-        unknown = {"tokens_per_second"} if model_type == "qwen2_5_omni_thinker" and key == "vision_config" else set()
-        assert {name for name in value if not hasattr(config, name)} == unknown  # Omni counts by the whole's number
+        unknown = (
+            {"tokens_per_second"}
+            if model_type == "qwen2_5_omni_thinker" and key == "vision_config"
+            else set()
+        )
+        assert {
+            name for name in value if not hasattr(config, name)
+        } == unknown  # Omni counts by the whole's number
         for name in value.keys() - unknown:
             default = getattr(config, name)
-            assert (list(default) if isinstance(default, tuple) else default) == value[name], f"{key}.{name}"
+            assert (list(default) if isinstance(default, tuple) else default) == value[name], (
+                f"{key}.{name}"
+            )
 
 
 @pytest.mark.parametrize("kind", hf_config.TEXT)
@@ -226,12 +247,20 @@ def test_a_config_without_what_equals_the_defaults(cases, copy, family):
     for key in ("vision_config", "audio_config", "text_config"):
         if isinstance(whole.get(key), dict):
             defaults = section_class(whole["model_type"], key)().to_dict()
-            differs = {k: v for k, v in whole[key].items() if k == "model_type" or defaults.get(k, "?") != v}
+            differs = {
+                k: v
+                for k, v in whole[key].items()
+                if k == "model_type" or defaults.get(k, "?") != v
+            }
             assert whole[key].keys() - differs.keys(), key
             whole[key] = differs
     for key in ("position_id_per_seconds", "seconds_per_chunk"):
         assert (whole.pop(key, None) is not None) == family.startswith("omni")
-    assert not whole["vision_config"].keys() & {"patch_size", "spatial_merge_size", "temporal_patch_size"}
+    assert not whole["vision_config"].keys() & {
+        "patch_size",
+        "spatial_merge_size",
+        "temporal_patch_size",
+    }
     write_json(folder / "config.json", config)
     assert same_decoder_and_towers(folder, cases[family].path)
     batch = conversations(family)
@@ -249,7 +278,9 @@ def test_the_vision_config_of_the_hubs_32b():
         temporal_patch_size=2, spatial_merge_size=2, window_size=112, full_blocks=(7, 15, 23, 31),
         out_hidden_size=5120, fused=True,
     )  # fmt: skip
-    assert "vision_config" not in hf_config.complete({"model_type": "qwen2_5_vl"})  # nothing is no class's default
+    assert "vision_config" not in hf_config.complete(
+        {"model_type": "qwen2_5_vl"}
+    )  # nothing is no class's default
 
 
 @pytest.mark.parametrize(("kind", "bias"), [("qwen2", True), ("llama", False), ("mistral", False)])
@@ -259,9 +290,16 @@ def test_a_text_config_that_says_next_to_nothing(kind, bias):
     want = transformers.CONFIG_MAPPING[kind](**said)
     assert got.qkv_bias == bias
     assert got.max_position_embeddings == want.max_position_embeddings
-    assert (got.hidden_size, got.intermediate_size, got.num_layers) == (3072, want.intermediate_size, 32)
+    assert (got.hidden_size, got.intermediate_size, got.num_layers) == (
+        3072,
+        want.intermediate_size,
+        32,
+    )
     assert (got.num_heads, got.num_kv_heads) == (want.num_attention_heads, want.num_key_value_heads)
-    assert (got.rms_norm_eps, got.rope_theta) == (want.rms_norm_eps, want.rope_parameters["rope_theta"])
+    assert (got.rms_norm_eps, got.rope_theta) == (
+        want.rms_norm_eps,
+        want.rope_parameters["rope_theta"],
+    )
     assert got.vocab_size == want.vocab_size
 
 
@@ -284,7 +322,7 @@ def test_a_vl_config_without_its_rope_sections_is_refused(copy):
 def test_a_cut_text_holds_no_special_token(cases, family):
     """The first two tokenizers begin every text with a token of their own."""
     chat = Processor(cases[family].path).tokenizer
-    tokens = lambda text: chat.tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
+    tokens = lambda text: chat.tokenizer(text, add_special_tokens=False).input_ids
     begin = chat.tokenizer.bos_token_id
     assert (chat.tokenizer("x").input_ids[0] == begin) == (family != "vl")
     for text in (LONG, "one two three four five six"):
@@ -349,7 +387,10 @@ BAD = {  # family -> [(input, what is said of it)]
         ([{"type": "video", "video": clip(1, 4, 56, 56), "max_frames": 1}], "max_frames is 1"),
     ],
     "llava_mistral": [
-        ([*user(image(1, 56, 56)), {"role": "assistant", "content": [image(2, 56, 56)]}], "chat template"),
+        (
+            [*user(image(1, 56, 56)), {"role": "assistant", "content": [image(2, 56, 56)]}],
+            "chat template",
+        ),
         ({"audio": []}, "its audio is an empty list"),
     ],
     "omni": [
@@ -424,7 +465,11 @@ def test_a_part_says_how_its_video_is_sampled(cases, film, given):
     folder = cases["vl"].path
     plain = Processor(folder)
     assert grid(plain([user(part)])[0]) == (6, 4, 6)  # two frames a second, two a step
-    for options, steps in (({"fps": 1.0}, 3), ({"max_frames": 4}, 2), ({"fps": 5, "max_frames": 20}, 10)):
+    for options, steps in (
+        ({"fps": 1.0}, 3),
+        ({"max_frames": 4}, 2),
+        ({"fps": 5, "max_frames": 20}, 10),
+    ):
         got = plain([user({**part, **options})])
         assert grid(got[0]) == (steps, 4, 6)
         assert_same(got, Processor(folder, media=MediaConfig(**options))([user(part)]))
@@ -436,9 +481,13 @@ def test_a_part_says_how_its_video_is_sampled(cases, film, given):
 @pytest.mark.parametrize("kind", MEDIA)
 def test_a_part_says_nothing_else(cases, kind):
     """The key is named before the medium is looked at."""
-    (error,) = Preparation(Processor(cases["omni"].path))([([{"type": kind, kind: 0, "resized_width": 1}], "this one")])
+    (error,) = Preparation(Processor(cases["omni"].path))(
+        [([{"type": kind, kind: 0, "resized_width": 1}], "this one")]
+    )
     assert isinstance(error, LcoError)
-    assert str(error).startswith(f"this one: a part of type '{kind}' has the unknown key 'resized_width'")
+    assert str(error).startswith(
+        f"this one: a part of type '{kind}' has the unknown key 'resized_width'"
+    )
 
 
 # ---- pixels
@@ -458,15 +507,15 @@ def test_pixels_stay_bytes_and_normalise_as_transformers(cases, family, size):
     assert item.values.dtype == np.uint8
     rows = processor.rows[placed.tower]
     width = rows.width([item])
-    laid = rows.lay([item], width)
-    filled = rows.fill([([item], laid)], laid.rows, width)
+    packed = rows.assign([item], width)
+    filled = rows.fill([([item], packed)], packed.rows, width)
     theirs = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
     want = theirs(Image.fromarray(pixels), return_tensors="np")["pixel_values"]
     if family == "vl":
         assert filled["patches"].dtype == np.uint8
-        values = filled["patches"].reshape(laid.rows, width, 3, 1, -1)  # of which a still has one
+        values = filled["patches"].reshape(packed.rows, width, 3, 1, -1)  # of which a still has one
         got = np.asarray(jax.jit(normalised)(values, filled["scale"]))
-        got = np.repeat(got, 2, axis=3).reshape(-1, want.shape[-1])[laid.inputs[0]]
+        got = np.repeat(got, 2, axis=3).reshape(-1, want.shape[-1])[packed.inputs[0]]
     else:
         assert filled["pixels"].dtype == np.uint8
         got = np.asarray(jax.jit(normalised)(filled["pixels"][:, None], filled["scale"]))[:, 0]
@@ -484,8 +533,11 @@ def test_layouts_of_frames_are_remembered_in_bounds():
 
 def test_a_batch_of_no_record_has_no_finite_loss(cases):
     """So its step changes nothing (`make_train_step` keeps what it had)."""
-    processor, mesh = Processor(cases["vl"].path, max_tokens=40), make_mesh(devices=jax.devices()[:1])
-    layout = pipeline.Layout(2, 0, processor.tokenizer.head, on_bad="skip")
+    processor, mesh = (
+        Processor(cases["vl"].path, max_tokens=40),
+        make_mesh(devices=jax.devices()[:1]),
+    )
+    layout = pipeline.Layout(2, 0, processor.tokenizer.prefix, on_bad="skip")
     records = [Record(LONG, "a dog", (), f"record {i}") for i in (0, 1)]  # too long for the model
     local = pipeline._prepare(records, layout, processor, None, 1, 0)
     assert (len(local.inputs), len(local.skipped)) == (0, 2)

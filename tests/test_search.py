@@ -55,7 +55,9 @@ def clip(path, seed):
     with av.open(str(path), "w") as file:
         stream = file.add_stream("libvpx", rate=8, width=64, height=48, pix_fmt="yuv420p")
         for i in range(12):
-            pixels = np.roll(np.random.default_rng(seed).integers(0, 256, (48, 64, 3), np.uint8), 4 * i, axis=1)
+            pixels = np.roll(
+                np.random.default_rng(seed).integers(0, 256, (48, 64, 3), np.uint8), 4 * i, axis=1
+            )
             file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
         file.mux(stream.encode(None))
     return path
@@ -76,7 +78,9 @@ def test_exact_search_is_brute_force(k):
 def test_a_graph_finds_nearly_all_and_is_kept_until_the_vectors_change(tmp_path, capsys):
     vectors, keys = unit(3000, 24), [f"{i:032x}" for i in range(3000)]
     built = with_graph(vectors, keys, tmp_path, "image")
-    said = re.fullmatch(r"graph of image: recall@10 (\d\.\d+) against exact search\n", capsys.readouterr().out)
+    said = re.fullmatch(
+        r"graph of image: recall@10 (\d\.\d+) against exact search\n", capsys.readouterr().out
+    )
     assert 0.9 < float(said[1]) <= 1
     assert nearest.recall(Nearest(vectors)) == 1  # of what is exact
     loaded = with_graph(vectors, keys, tmp_path, "image")
@@ -102,7 +106,12 @@ def test_entries_are_of_every_kind_and_their_keys_change_with_their_files(tmp_pa
         {"image": str(picture(tmp_path / "a.png", 0)), "text": "and words"},
         {"video": [str(tmp_path / "a.png"), str(tmp_path / "a.png")]},
         {"audio": "https://example.org/a.wav"},
-        [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image", "image": "a.png"}]}],
+        [
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "a"}, {"type": "image", "image": "a.png"}],
+            }
+        ],
     ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -117,7 +126,13 @@ def test_entries_are_of_every_kind_and_their_keys_change_with_their_files(tmp_pa
     assert len({entry.key for entry in entries}) == 5
     assert [entry.key for entry in entries] == [entry.key for entry in read()]
     os.utime(tmp_path / "a.png", (1, 1))
-    assert [old.key == new.key for old, new in zip(entries, read(), strict=True)] == [True, False, False, True, False]
+    assert [old.key == new.key for old, new in zip(entries, read(), strict=True)] == [
+        True,
+        False,
+        False,
+        True,
+        False,
+    ]
 
 
 # ---- the server
@@ -128,7 +143,9 @@ def colours(content, name):
     vector = np.full(4, 1e-3, np.float32)
     for part in content:
         if part["type"] == "image":
-            vector[:3] += np.asarray(load_image(part["image"], name, MediaConfig())).mean((0, 1)) / 255
+            vector[:3] += (
+                np.asarray(load_image(part["image"], name, MediaConfig())).mean((0, 1)) / 255
+            )
         else:
             vector[3] += 1
     return vector / np.linalg.norm(vector)
@@ -137,7 +154,11 @@ def colours(content, name):
 @pytest.fixture
 def client(tmp_path):
     """Over two pictures, a text and a page that calls itself a picture; of 64 KiB a query."""
-    for name, colour in (("red.png", (250, 5, 5)), ("blue.png", (5, 5, 250)), ("page.html", (5, 250, 5))):
+    for name, colour in (
+        ("red.png", (250, 5, 5)),
+        ("blue.png", (5, 5, 250)),
+        ("page.html", (5, 250, 5)),
+    ):
         Image.new("RGB", (960, 10), colour).save(tmp_path / name, "PNG")
     lines = [{"image": name} for name in ("red.png", "blue.png", "page.html")] + ["a text"]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -167,13 +188,22 @@ def test_search_by_text_by_file_by_both_and_by_what_was_found(client, tmp_path):
     results = ask(client, file=("x.png", red, "image/png"))
     assert labels(results)[0] == "in.jsonl:1"
     assert results[0]["cosine"] == pytest.approx(1, abs=1e-5)
-    assert [result["cosine"] for result in results] == sorted((r["cosine"] for r in results), reverse=True)
+    assert [result["cosine"] for result in results] == sorted(
+        (r["cosine"] for r in results), reverse=True
+    )
     assert labels(ask(client, text="anything"))[0] == "in.jsonl:4"
-    both = {result["label"]: result["cosine"] for result in ask(client, text="words", file=("x.png", red, "image/png"))}
+    both = {
+        result["label"]: result["cosine"]
+        for result in ask(client, text="words", file=("x.png", red, "image/png"))
+    }
     alone = {result["label"]: result["cosine"] for result in results}
     assert both["in.jsonl:4"] > alone["in.jsonl:4"]
     assert both["in.jsonl:1"] < alone["in.jsonl:1"]
-    assert labels(ask(client, text="anything", kind="image")) == ["in.jsonl:1", "in.jsonl:2", "in.jsonl:3"]
+    assert labels(ask(client, text="anything", kind="image")) == [
+        "in.jsonl:1",
+        "in.jsonl:2",
+        "in.jsonl:3",
+    ]
     like = ask(client, like=results[0]["key"])
     assert labels(like) == labels(results)[1:], "itself is left out"
     mixed = ask(client, like=results[0]["key"], text="words")
@@ -209,7 +239,10 @@ def test_only_what_was_indexed_is_served_and_nothing_runs(client, tmp_path):
     for door in ("media", "thumbnail"):
         gone = client.get(f"/{door}/{red}")
         assert gone.status_code == 410
-        assert gone.json()["error"] == "The file has changed or is gone since it was indexed; start the search again."
+        assert (
+            gone.json()["error"]
+            == "The file has changed or is gone since it was indexed; start the search again."
+        )
 
 
 @pytest.mark.parametrize(
@@ -221,9 +254,21 @@ def test_only_what_was_indexed_is_served_and_nothing_runs(client, tmp_path):
         (413, "65,536 bytes", {"file": ("x.png", b"x" * 65536, "image/png")}),
         (422, r"x\.png: image of 4 bytes is torn", {"file": ("x.png", b"torn", "image/png")}),
         (422, r"x\.svg: image of 5 bytes is torn", {"file": ("x.svg", b"<svg>", "image/svg+xml")}),
-        (422, r"x\.wav is audio, and this model takes text, image", {"file": ("x.wav", b"RIFF", "audio/wav")}),
-        (422, r"x\.pdf is no image, sound or clip", {"file": ("x.pdf", b"%PDF", "application/pdf")}),
-        (403, "https://evil.example is another site", {"text": "a", "headers": {"origin": "https://evil.example"}}),
+        (
+            422,
+            r"x\.wav is audio, and this model takes text, image",
+            {"file": ("x.wav", b"RIFF", "audio/wav")},
+        ),
+        (
+            422,
+            r"x\.pdf is no image, sound or clip",
+            {"file": ("x.pdf", b"%PDF", "application/pdf")},
+        ),
+        (
+            403,
+            "https://evil.example is another site",
+            {"text": "a", "headers": {"origin": "https://evil.example"}},
+        ),
         (403, "null is another site", {"text": "a", "headers": {"origin": "null"}}),
     ],
 )
@@ -237,7 +282,11 @@ def test_other_hosts_and_bodies_of_no_length_are_refused(client):
     assert client.get("/", headers={"host": "evil.example:8765"}).status_code == 400
     assert client.get("/", headers={"host": "[::1]:8765"}).status_code == 200
     assert ask(client, text="a", headers={"origin": "http://localhost:8765"})
-    endless = client.post("/search", content=iter([b"x" * 1000] * 100), headers={"content-type": "multipart/form-data"})
+    endless = client.post(
+        "/search",
+        content=iter([b"x" * 1000] * 100),
+        headers={"content-type": "multipart/form-data"},
+    )
     assert endless.status_code == 413
     assert client.post("/media/a/0").status_code == 405
 
@@ -260,7 +309,12 @@ def start(monkeypatch, capsys, load, tmp_path):
 
     def start(*args):
         embedded.clear()
-        flags = ["--model=builtin:tiny", f"--input={tmp_path / 'in'}", f"--index={tmp_path / 'index'}", "--workers=0"]
+        flags = [
+            "--model=builtin:tiny",
+            f"--input={tmp_path / 'in'}",
+            f"--index={tmp_path / 'index'}",
+            "--workers=0",
+        ]
         monkeypatch.setattr(sys, "argv", ["search", *flags, *args])
         library, _ = search.prepare(search.parse_args())
         return library, sorted(item.where for item in embedded), capsys.readouterr().out
@@ -299,17 +353,26 @@ def test_changed_and_vanished_files_and_a_start_that_was_ended(start, tmp_path, 
     os.utime(changed, (5, 5))
     (folder / "b.png").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(search.VectorParts, "join", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            search.VectorParts, "join", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             start()
     library, embedded, _ = start()
     assert embedded == []  # the start before had embedded both
     kept = by_label(library)
     assert kept.keys() == {"a.png", "c.png", "sub/d.png"}
-    np.testing.assert_allclose([kept["a.png"], kept["sub/d.png"]], tiny.encode([changed, new]), atol=1e-5)
+    np.testing.assert_allclose(
+        [kept["a.png"], kept["sub/d.png"]], tiny.encode([changed, new]), atol=1e-5
+    )
     assert pyarrow.parquet.read_table(tmp_path / "index" / "vectors.parquet").num_rows == 3
-    assert sorted(file.name for file in (tmp_path / "index").iterdir()) == ["manifest.json", "vectors.parquet"]
-    with pytest.raises(LcoError, match="index holds other work: --prompt was None and is 'x'; give another --index"):
+    assert sorted(file.name for file in (tmp_path / "index").iterdir()) == [
+        "manifest.json",
+        "vectors.parquet",
+    ]
+    with pytest.raises(
+        LcoError, match="index holds other work: --prompt was None and is 'x'; give another --index"
+    ):
         start("--prompt=x")
     (tmp_path / "index" / "manifest.json").unlink()
     with pytest.raises(LcoError, match=r"vectors\.parquet is of no index of ours"):
@@ -359,7 +422,9 @@ def serving(*args):
     """The command in a process of its own: its address."""
     command = [sys.executable, "-m", "lco_jax.search", "--port=0", "--workers=0", *map(str, args)]
     environment = {**os.environ, "XLA_FLAGS": ""}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
     try:
         for line in process.stdout:
             if found := re.search(r"http://\S+", line):
@@ -379,7 +444,9 @@ def test_the_page_in_a_browser(cases, tmp_path):
     almost = picture(tmp_path / "almost.png", 2, (42, 34))
     (tmp_path / "torn.png").write_bytes(b"torn")
     with (
-        serving(f"--model={cases['omni'].path}", f"--input={files}", f"--index={tmp_path / 'index'}") as url,
+        serving(
+            f"--model={cases['omni'].path}", f"--input={files}", f"--index={tmp_path / 'index'}"
+        ) as url,
         browser.page(viewport={"width": 1200, "height": 900}) as page,
     ):
         with urllib.request.urlopen(url) as answer:
@@ -405,13 +472,23 @@ def test_the_page_in_a_browser(cases, tmp_path):
             page.wait_for_selector("body:not(.busy)")
 
         page.wait_for_selector("#results li")
-        assert page.locator("fieldset label").all_inner_texts() == ["All 7", "Clips 1", "Sounds 2", "Images 4"]
+        assert page.locator("fieldset label").all_inner_texts() == [
+            "All 7",
+            "Clips 1",
+            "Sounds 2",
+            "Images 4",
+        ]
         page.fill("#text", "a low tone")
         settle(page.keyboard.press, "Enter")
         assert sorted(names()) == sorted(file.name for file in files.iterdir())
         cosines = [float(x) for x in page.locator("#results .cosine").all_inner_texts()]
         assert cosines == sorted(cosines, reverse=True)
-        assert len(set(page.locator("#results li").evaluate_all("all => all.map(x => x.dataset.kind)"))) == 3
+        assert (
+            len(
+                set(page.locator("#results li").evaluate_all("all => all.map(x => x.dataset.kind)"))
+            )
+            == 3
+        )
         for tag, length in (("audio", 0.75), ("video", 1.5)):
             until(f"document.querySelector('{tag}').readyState >= 1")
             player = page.locator(tag).first

@@ -35,7 +35,9 @@ CONFIGS = [
 def draw_adapter(path, config, seed, layers=None, size=0.1):
     adapters = lora.init(jax.random.key(0), abstract_params(open_checkpoint(path).config), config)
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: (size * rng.normal(size=x.shape)).astype(np.float32)[:layers], adapters)
+    return jax.tree.map(
+        lambda x: (size * rng.normal(size=x.shape)).astype(np.float32)[:layers], adapters
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,12 @@ def ingredients(cases, tmp_path_factory):
     """Folders of three adapters of the vl case."""
     out = tmp_path_factory.mktemp("soup")
     for i, config in enumerate(CONFIGS):
-        write_peft(out / str(i), draw_adapter(cases["vl"].path, config, i, 1 if i == 2 else None), config, "base")
+        write_peft(
+            out / str(i),
+            draw_adapter(cases["vl"].path, config, i, 1 if i == 2 else None),
+            config,
+            "base",
+        )
     return [out / str(i) for i in range(3)]
 
 
@@ -51,7 +58,9 @@ def deltas(adapter):
     """{(layer, module): scale · B A}, dense, float64."""
     tree, config = adapter
     found = soup.layer_tensors(tree)
-    return {(layer, module): config.scale * b.astype(np.float64) @ a for layer, module, a, b in found}
+    return {
+        (layer, module): config.scale * b.astype(np.float64) @ a for layer, module, a, b in found
+    }
 
 
 def test_an_average_of_adapters_is_that_of_their_deltas(cases, ingredients):
@@ -92,7 +101,11 @@ def test_weights():
     assert soup.shares(None, 4) == [0.25] * 4
     assert soup.shares([0.5, 0.25, 0.25], 3) == [0.5, 0.25, 0.25]
     assert soup.shares([2, 1, 1], 3) == [0.5, 0.25, 0.25]  # divided by their sum
-    for weights, says in (([1], "1 numbers for 2"), ([1, -1], "none may be negative"), ([0, 0], "not all zero")):
+    for weights, says in (
+        ([1], "1 numbers for 2"),
+        ([1, -1], "none may be negative"),
+        ([0, 0], "not all zero"),
+    ):
         with pytest.raises(LcoError, match=says):
             soup.shares(weights, 2)
 
@@ -109,7 +122,12 @@ def test_the_greedy_soup_keeps_what_does_not_lower_the_score():
     kept, steps = soup.greedy(4, score)
     assert kept == [2, 3, 1]
     assert asked == [[0], [1], [2], [3], [2, 0], [2, 3], [2, 3, 1]]
-    assert [(step["index"], step["kept"]) for step in steps] == [(2, True), (0, False), (3, True), (1, True)]
+    assert [(step["index"], step["kept"]) for step in steps] == [
+        (2, True),
+        (0, False),
+        (3, True),
+        (1, True),
+    ]
     assert soup.greedy(1, lambda chosen: 0.0)[0] == [0]
 
 
@@ -138,14 +156,24 @@ def test_an_adapter_of_another_model_does_not_fit(ingredients):
 
 
 @pytest.mark.slow
-def test_a_soup_of_adapters_is_the_soup_of_their_merged_models(cases, ingredients, tmp_path, monkeypatch):
+def test_a_soup_of_adapters_is_the_soup_of_their_merged_models(
+    cases, ingredients, tmp_path, monkeypatch
+):
     """Weights, embeddings, and what peft makes of it."""
     path = cases["vl"].path
     for i, folder in enumerate(ingredients):
         tree, config = read_peft(folder)
         export_merged(path, tmp_path / f"m{i}", {"decoder": tree}, config, "float32")
     weights = [*map(str, (5, 2, 3))]
-    command = [sys.executable, "-m", "lco_jax.convert", "soup", "--dtype=float32", "--weights", *weights]
+    command = [
+        sys.executable,
+        "-m",
+        "lco_jax.convert",
+        "soup",
+        "--dtype=float32",
+        "--weights",
+        *weights,
+    ]
     models = [str(tmp_path / f"m{i}") for i in range(3)]
     extra = [f"--model={path}", "--adapters", *ingredients, "--merge", f"--out={tmp_path / 'a'}"]
     subprocess.run([*command, *map(str, extra)], cwd=ROOT, check=True, timeout=120)
@@ -157,9 +185,14 @@ def test_a_soup_of_adapters_is_the_soup_of_their_merged_models(cases, ingredient
     assert max(np.abs(ours.read(key) - theirs.read(key)).max() for key in ours) < 1e-6
     assert json.loads((tmp_path / "a" / "soup.json").read_text())["adapters"][0]["weight"] == 0.5
     embedder = OmniEmbedder.from_pretrained(path, adapter=tmp_path / "a")
-    got, want = embedder.encode(reference.TEXTS), OmniEmbedder.from_pretrained(tmp_path / "m").encode(reference.TEXTS)
+    got, want = (
+        embedder.encode(reference.TEXTS),
+        OmniEmbedder.from_pretrained(tmp_path / "m").encode(reference.TEXTS),
+    )
     assert np.abs(got - want).max() < 1e-5
-    tuned = peft.PeftModel.from_pretrained(load("vl", path, dtype=torch.float32), tmp_path / "a").eval()
+    tuned = peft.PeftModel.from_pretrained(
+        load("vl", path, dtype=torch.float32), tmp_path / "a"
+    ).eval()
     peer = reference.embed(tuned, tokens_of(embedder.tokenizer)).detach().numpy()
     assert np.abs(peer - want).max() < 1e-5
 
@@ -169,12 +202,29 @@ def test_a_greedy_soup_from_the_command_line(tmp_path, monkeypatch, capsys):
     """An adapter, one that ruins the model, which the soup leaves out, and the first again, which it keeps."""
     for i, size in enumerate((0.02, 0.5, 0.02)):
         config = lora.LoraConfig(rank=4, alpha=4)
-        write_peft(tmp_path / str(i), draw_adapter("builtin:tiny", config, i % 2, size=size), config, "builtin:tiny")
+        write_peft(
+            tmp_path / str(i),
+            draw_adapter("builtin:tiny", config, i % 2, size=size),
+            config,
+            "builtin:tiny",
+        )
     lines = (ROOT / "lco_jax/assets/triplets_heldout.jsonl").read_text().splitlines()[:60]
     (tmp_path / "dev.jsonl").write_text("\n".join(lines))
     adapters = [str(tmp_path / str(i)) for i in range(3)]
-    command = ["soup", "--model=builtin:tiny", "--adapters", *adapters, "--greedy", "--kind=retrieval", "--rank=3"]
-    options = [f"--validate={tmp_path / 'dev.jsonl'}", "--dtype=float32", f"--out={tmp_path / 'out'}"]
+    command = [
+        "soup",
+        "--model=builtin:tiny",
+        "--adapters",
+        *adapters,
+        "--greedy",
+        "--kind=retrieval",
+        "--rank=3",
+    ]
+    options = [
+        f"--validate={tmp_path / 'dev.jsonl'}",
+        "--dtype=float32",
+        f"--out={tmp_path / 'out'}",
+    ]
     monkeypatch.setattr(sys, "argv", ["convert", *command, *options])
     assert convert.main() == 0
     report = json.loads((tmp_path / "out" / "soup.json").read_text())

@@ -15,7 +15,7 @@ from lco_jax.checkpoint.hf import abstract_params, load_model, open_checkpoint
 from lco_jax.checkpoint.peft import write_peft
 from lco_jax.core import lora
 from lco_jax.data import pipeline
-from lco_jax.data.plan import floor_of
+from lco_jax.data.layouts import floor_of
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import ChatTokenizer
 from lco_jax.data.records import Record
@@ -53,16 +53,20 @@ def run(
         adapters = lora.init(jax.random.key(0), params["decoder"], config)
     tx = make_optimizer(OptimizerConfig(learning_rate=4e-4, warmup_steps=5), STEPS)
     processor = Processor(checkpoint.folder)
-    layout = pipeline.Layout(batch, negatives, processor.tokenizer.head, chunk_tokens)
+    layout = pipeline.Layout(batch, negatives, processor.tokenizer.prefix, chunk_tokens)
     chosen = [[records[(i * batch + j) % len(records)] for j in range(batch)] for i in range(steps)]
     batches = [pipeline._prepare(some, layout, processor, None, 1, 0) for some in chosen]
     layout = floor_of(batches, layout, processor, mesh)
     losses, metrics = [], {}
     with jax.set_mesh(mesh):
         state, places = begin(adapters, tx, mesh)
-        step = make_train_step(model, tx, config, TEMPERATURE, 0, mesh, places, candidates=candidates)
+        step = make_train_step(
+            model, tx, config, TEMPERATURE, 0, mesh, places, candidates=candidates
+        )
         for local in batches:
-            state, metrics = step(state, params, pipeline.global_batch(local, layout, processor.rows, mesh))
+            state, metrics = step(
+                state, params, pipeline.global_batch(local, layout, processor.rows, mesh)
+            )
             losses.append(float(metrics["loss"]))
         assert metrics["programs"] == 1
     return np.array(losses), jax.device_get(state["tuned"]["decoder"]), jax.device_get(metrics)
@@ -70,7 +74,11 @@ def run(
 
 def torch_run(model, tokenizer, records, init):
     """The reference's recipe on torch + peft, from the same adapter, over the same batches."""
-    targets = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "language_model.layers" in n]
+    targets = [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and "language_model.layers" in n
+    ]
     settings = peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=targets)
     tuned = peft.get_peft_model(model, settings)
     parameters = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
@@ -81,16 +89,24 @@ def torch_run(model, tokenizer, records, init):
     rate = learning_rate(OptimizerConfig(learning_rate=4e-4, warmup_steps=5), STEPS)
 
     def embed(texts):
-        turns = [[{"role": "user", "content": [{"type": "text", "text": text + PROMPT}]}] for text in texts]
+        turns = [
+            [{"role": "user", "content": [{"type": "text", "text": text + PROMPT}]}]
+            for text in texts
+        ]
         return reference.embed(tuned, tokenizer(turns))
 
     losses = []
     with torch.enable_grad():
         for i in range(STEPS):
             chosen = [records[(i * BATCH + j) % len(records)] for j in range(BATCH)]
-            anchors, positives = embed([r.anchor for r in chosen]), embed([r.positive for r in chosen])
+            anchors, positives = (
+                embed([r.anchor for r in chosen]),
+                embed([r.positive for r in chosen]),
+            )
             candidates = torch.cat([positives, embed([r.negatives[0] for r in chosen])])
-            loss = torch.nn.functional.cross_entropy(anchors @ candidates.T / TEMPERATURE, torch.arange(BATCH))
+            loss = torch.nn.functional.cross_entropy(
+                anchors @ candidates.T / TEMPERATURE, torch.arange(BATCH)
+            )
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
@@ -168,7 +184,9 @@ def test_any_number_of_negatives(records):
     losses, _, metrics = run("builtin:tiny", mixed, steps=1, negatives=3)
     cut, _, _ = run("builtin:tiny", mixed, steps=1, negatives=1)
     assert losses[0] > cut[0]  # more candidates, more to tell apart
-    none, _, _ = run("builtin:tiny", [Record(r.anchor, r.positive, (), "") for r in mixed], steps=1, negatives=0)
+    none, _, _ = run(
+        "builtin:tiny", [Record(r.anchor, r.positive, (), "") for r in mixed], steps=1, negatives=0
+    )
     assert none[0] < cut[0]
     assert int(metrics["tokens"]) > 0
 
@@ -187,8 +205,12 @@ def test_info_nce_equals_torch():
     assert float(metrics["accuracy"]) == float((logits.argmax(1) == torch.arange(5)).float().mean())
     wrong = (e[:, 0] @ candidates.T)[np.arange(5)[:, None] != np.arange(len(candidates))]
     assert abs(float(metrics["negative_similarity"]) - wrong.mean()) < 1e-6
-    scaled = jnp.array(e) * jnp.where(jnp.array(present), 1.0, jnp.nan)[..., None]  # what is absent cannot matter
-    assert np.isfinite(float(info_nce(jnp.where(present[..., None], scaled, 7.0), jnp.array(present), 0.03)[0]))
+    scaled = (
+        jnp.array(e) * jnp.where(jnp.array(present), 1.0, jnp.nan)[..., None]
+    )  # what is absent cannot matter
+    assert np.isfinite(
+        float(info_nce(jnp.where(present[..., None], scaled, 7.0), jnp.array(present), 0.03)[0])
+    )
 
 
 def test_a_step_that_is_not_finite_changes_nothing(cases, records):
@@ -198,7 +220,7 @@ def test_a_step_that_is_not_finite_changes_nothing(cases, records):
     config = lora.LoraConfig(rank=4, alpha=8)
     adapters = lora.init(jax.random.key(0), params["decoder"], config)
     tx = make_optimizer(OptimizerConfig(schedule="constant"), 10)
-    layout = pipeline.Layout(4, 1, processor.tokenizer.head)
+    layout = pipeline.Layout(4, 1, processor.tokenizer.prefix)
     local = pipeline._prepare(records[:4], layout, processor, None, 1, 0)
     broken = jax.tree.map(lambda x: x, params)
     broken["decoder"]["norm"]["weight"] = params["decoder"]["norm"]["weight"].at[0].set(jnp.nan)
@@ -214,7 +236,9 @@ def test_a_step_that_is_not_finite_changes_nothing(cases, records):
             jax.tree.map(np.testing.assert_array_equal, jax.device_get(after[key]), before[key])
         good, metrics = step(begin(adapters, tx, mesh)[0], params, batch)
         assert bool(metrics["finite"])
-        moved = jax.tree.map(lambda x, y: bool((x != y).any()), jax.device_get(good["tuned"]), before["tuned"])
+        moved = jax.tree.map(
+            lambda x, y: bool((x != y).any()), jax.device_get(good["tuned"]), before["tuned"]
+        )
         assert any(jax.tree.leaves(moved))
 
 
@@ -224,7 +248,7 @@ def test_a_step_tells_its_rate_and_one_that_is_not_finite_does_not_advance_the_s
     tx, mesh = make_optimizer(config, 10), make_mesh(devices=jax.devices()[:1])
     rate = learning_rate(config, 10)
     processor = Processor(open_checkpoint("builtin:tiny").folder)
-    layout = pipeline.Layout(2, 1, processor.tokenizer.head)
+    layout = pipeline.Layout(2, 1, processor.tokenizer.prefix)
     local = pipeline._prepare(records[:2], layout, processor, None, 1, 0)
     batch = pipeline.global_batch(local, layout, processor.rows, mesh)
 
@@ -243,7 +267,9 @@ def test_a_step_tells_its_rate_and_one_that_is_not_finite_does_not_advance_the_s
 
 def test_schedules():
     for schedule, half in (("cosine", 0.5), ("linear", 0.5), ("constant", 1.0)):
-        rate = learning_rate(OptimizerConfig(learning_rate=2.0, schedule=schedule, warmup_steps=10), 110)
+        rate = learning_rate(
+            OptimizerConfig(learning_rate=2.0, schedule=schedule, warmup_steps=10), 110
+        )
         assert float(rate(0)) == 0.0
         assert float(rate(5)) == pytest.approx(1.0)
         assert float(rate(10)) == pytest.approx(2.0)
@@ -256,12 +282,16 @@ def test_weight_decay_and_clipping_reach_the_update():
     grads = {"w": jnp.full(4, 1e6)}
     updates = []
     for decay in (0.0, 0.1):
-        tx = make_optimizer(OptimizerConfig(learning_rate=1.0, schedule="constant", weight_decay=decay), 10)
+        tx = make_optimizer(
+            OptimizerConfig(learning_rate=1.0, schedule="constant", weight_decay=decay), 10
+        )
         updates.append(tx.update(grads, tx.init(params), params)[0]["w"])
     np.testing.assert_allclose(updates[0] - updates[1], 0.1, atol=1e-6)
     tx = make_optimizer(OptimizerConfig(schedule="constant", clip_norm=1.0), 10)
     state = tx.update(grads, tx.init(params), params)[1]
-    assert float(optax.tree.norm(optax.tree_utils.tree_get(state, "mu"))) == pytest.approx(0.1, rel=1e-4)
+    assert float(optax.tree.norm(optax.tree_utils.tree_get(state, "mu"))) == pytest.approx(
+        0.1, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("shape", [None, (2, 2, 2)])
@@ -276,7 +306,7 @@ def test_tiles_change_no_loss_metric_or_gradient(shape):
     content = rng.integers(0, 30, (24, 4))
 
     def run(e, tile_scores):
-        loss = lambda e: info_nce(e, jnp.array(present), 0.05, jnp.array(content), tile_scores)  # noqa: E731
+        loss = lambda e: info_nce(e, jnp.array(present), 0.05, jnp.array(content), tile_scores)
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(e)
 
     want = run(e, 2**25)
@@ -291,7 +321,10 @@ def test_tiles_change_no_loss_metric_or_gradient(shape):
 
 def test_the_loss_of_a_very_large_batch_fits():
     """65,536 anchors, 131,072 candidates, D 256: the dense matrix alone is 32 GiB; ours compiles to under 2 GB."""
-    shapes = jax.ShapeDtypeStruct((65536, 3, 256), jnp.float32), jax.ShapeDtypeStruct((65536, 3), bool)
+    shapes = (
+        jax.ShapeDtypeStruct((65536, 3, 256), jnp.float32),
+        jax.ShapeDtypeStruct((65536, 3), bool),
+    )
     gradient = jax.grad(lambda e, present: info_nce(e, present, 0.03)[0])
     memory = jax.jit(gradient).lower(*shapes).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 2e9, memory.temp_size_in_bytes

@@ -15,7 +15,10 @@ from lco_jax.core.sharding import make_mesh, replicated
 
 
 def state_of(step):
-    return {"step": np.int32(step), "w": np.random.default_rng(step).normal(size=(64, 32)).astype(np.float32)}
+    return {
+        "step": np.int32(step),
+        "w": np.random.default_rng(step).normal(size=(64, 32)).astype(np.float32),
+    }
 
 
 @pytest.fixture
@@ -53,7 +56,11 @@ def truncate(path):
 
 def holds(found, step):
     got, state, position = found
-    return got == step and position == {"next": step} and np.array_equal(state["w"], state_of(step)["w"])
+    return (
+        got == step
+        and position == {"next": step}
+        and np.array_equal(state["w"], state_of(step)["w"])
+    )
 
 
 def test_the_newest_is_used_and_its_sums_are_there(saved):
@@ -62,10 +69,15 @@ def test_the_newest_is_used_and_its_sums_are_there(saved):
     assert {"data/metadata", "state/manifest.ocdbt"} < sums.keys()
 
 
-@pytest.mark.parametrize("harm", [flip, truncate, lambda path: path.unlink()], ids=["flipped", "truncated", "removed"])
+@pytest.mark.parametrize(
+    "harm", [flip, truncate, lambda path: path.unlink()], ids=["flipped", "truncated", "removed"]
+)
 def test_a_harm_to_any_file_is_noticed_said_and_put_aside(saved, caplog, harm):
     """Each file in turn, in whichever checkpoint is the newest; the last of all is used in the end."""
-    harmed = max((path for path in files(saved / "12", "any") if path.stat().st_size), key=lambda x: x.stat().st_size)
+    harmed = max(
+        (path for path in files(saved / "12", "any") if path.stat().st_size),
+        key=lambda x: x.stat().st_size,
+    )
     harm(harmed)
     assert holds(newest(saved), 8)
     assert "12 is damaged" in caplog.text
@@ -77,7 +89,9 @@ def test_a_harm_to_any_file_is_noticed_said_and_put_aside(saved, caplog, harm):
     assert holds(newest(saved), 4)
     flip(files(saved / "4", "sums")[0])
     for _ in range(2):  # nor does the run silently begin anew
-        with pytest.raises(LcoError, match="holds no checkpoint that can be read; give another --workdir"):
+        with pytest.raises(
+            LcoError, match="holds no checkpoint that can be read; give another --workdir"
+        ):
             newest(saved)
 
 
@@ -121,7 +135,9 @@ def test_a_part_is_read_alone_and_onto_the_host(tmp_path):
 
 
 def bytes_read():
-    metrics = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    metrics = tensorstore.experimental_collect_matching_metrics(
+        "/tensorstore/kvstore/file/bytes_read"
+    )
     return sum(value["value"] for metric in metrics for value in metric["values"])
 
 
@@ -142,7 +158,9 @@ def test_none_was_saved(tmp_path):
 def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_is_whole(saved):
     store = RunStore(saved, 3)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limit[1]))  # a write beyond fails, as on a full disk
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (2048, limit[1])
+    )  # a write beyond fails, as on a full disk
     try:
         told = pytest.raises(LcoError, match=r"could not be written to .*those before it are whole")
         with told, closing(store):  # at once or in the end

@@ -22,15 +22,15 @@ def test_frames_lie_whole_in_a_row_and_windows_in_a_sub_row(window, merge):
     items = [patches(rng, *size) for size in sizes]
     rows = PatchRows(window, merge, (3, 1, 4))
     width = rows.width(items)
-    laid = rows.lay(items, width)
-    slots = np.concatenate(laid.inputs)
+    packed = rows.assign(items, width)
+    slots = np.concatenate(packed.inputs)
     assert len(set(slots)) == len(slots)  # nothing twice
-    assert slots.max() < laid.rows * width
-    filled = rows.fill([(items, laid)], laid.rows, width)
+    assert slots.max() < packed.rows * width
+    filled = rows.fill([(items, packed)], packed.rows, width)
     flat = {key: value.reshape(-1, *value.shape[2:]) for key, value in filled.items()}
     frame_ids, window_ids = filled["frame_ids"].reshape(-1), filled["window_ids"].reshape(-1)
     assert (frame_ids > 0).sum() == len(slots)
-    for item, where in zip(items, laid.inputs, strict=True):
+    for item, where in zip(items, packed.inputs, strict=True):
         frames, height, columns = item.grid
         for frame in where.reshape(frames, -1):
             assert len({slot // width for slot in frame}) == 1  # in one row
@@ -48,25 +48,30 @@ def test_frames_lie_whole_in_a_row_and_windows_in_a_sub_row(window, merge):
     squares = np.stack([x.reshape(-1, merge**2) for x in (slots,)])[0]
     assert (squares[:, 0] % merge**2 == 0).all()  # a token's patches side by side
     assert (np.diff(squares, axis=1) == 1).all()
-    np.testing.assert_array_equal(np.concatenate(laid.tokens), squares[:, 0] // merge**2)
+    np.testing.assert_array_equal(np.concatenate(packed.tokens), squares[:, 0] // merge**2)
 
 
 def test_chunks_and_tiles():
     rng = np.random.default_rng(0)
     sounds = [Mel(rng.normal(size=(n, 5)).astype(np.float32)) for n in (7, 40, 41, 100, 3)]
     rows = ChunkRows(20, 5)
-    laid = rows.lay(sounds, 40)
-    assert laid.rows == 1 + 1 + 2 + 3 + 1
-    assert [len(tokens) for tokens in laid.tokens] == [mel_tokens(len(sound.values)) for sound in sounds]
+    packed = rows.assign(sounds, 40)
+    assert packed.rows == 1 + 1 + 2 + 3 + 1
+    assert [len(tokens) for tokens in packed.tokens] == [
+        mel_tokens(len(sound.values)) for sound in sounds
+    ]
     assert mel_tokens(100) == ((100 - 1) // 2 + 1 - 2) // 2 + 1  # as upstream writes it
-    filled = rows.fill([(sounds, laid), ([], rows.lay([], 40))], laid.rows, 40)
-    assert filled["frames"].tolist() == [7, 40, 40, 1, 40, 40, 20, 3] + [0] * laid.rows
+    filled = rows.fill([(sounds, packed), ([], rows.assign([], 40))], packed.rows, 40)
+    assert filled["frames"].tolist() == [7, 40, 40, 1, 40, 40, 20, 3] + [0] * packed.rows
     np.testing.assert_array_equal(filled["mel"][4:7].reshape(-1, 5)[:100], sounds[3].values)
-    images = [Tiles(rng.integers(0, 256, (n, 3, 6, 6), dtype=np.uint8), np.arange(4), SCALE) for n in (3, 2)]
+    images = [
+        Tiles(rng.integers(0, 256, (n, 3, 6, 6), dtype=np.uint8), np.arange(4), SCALE)
+        for n in (3, 2)
+    ]
     tiles = TileRows(5, 6)
-    laid = tiles.lay(images, 1)
-    assert [tokens.tolist() for tokens in laid.tokens] == [[0, 1, 2, 3], [15, 16, 17, 18]]
-    filled = tiles.fill([(images, laid)], 6, 1)
+    packed = tiles.assign(images, 1)
+    assert [tokens.tolist() for tokens in packed.tokens] == [[0, 1, 2, 3], [15, 16, 17, 18]]
+    filled = tiles.fill([(images, packed)], 6, 1)
     assert (filled["pixels"][3:5] == images[1].values).all()
     assert (filled["scale"][:5] == SCALE).all()
     assert (filled["scale"][5] == 1).all()  # nothing is divided by zero
@@ -76,7 +81,7 @@ def test_128_seconds_are_16_times_8():
     """Chunks never see each other: one clip and sixteen that are as long together are the very same rows."""
     rows = ChunkRows(100, 128)
     one, many = [Mel(np.zeros((12_800, 128)))], [Mel(np.zeros((800, 128))) for _ in range(16)]
-    assert rows.lay(one, 200).rows == rows.lay(many, 200).rows == 64
+    assert rows.assign(one, 200).rows == rows.assign(many, 200).rows == 64
 
 
 def test_few_shapes_in_a_long_run():
@@ -90,7 +95,7 @@ def test_few_shapes_in_a_long_run():
             height, width = smart_resize(int(height), int(width), 28, 3136, 12_845_056)
             items.append(Patches(np.zeros(0, np.uint8), (1, height // 14, width // 14), SCALE))
         width = rows.width(items)
-        count = bucket(rows.lay(items, width).rows, 4)
+        count = bucket(rows.assign(items, width).rows, 4)
         shapes.add((count, width))
         work, used = work + count * width, used + sum(item.grid[1] * item.grid[2] for item in items)
     assert len(shapes) <= 12

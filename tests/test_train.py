@@ -35,7 +35,12 @@ def start(workdir, *flags, devices=1, given=SMALL):
     environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     command = [sys.executable, "-m", "lco_jax.train", *given, f"--workdir={workdir}", *flags]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -73,13 +78,17 @@ def killed(tmp_path_factory):
     """A run after two SIGKILLs, the second while a checkpoint is being written: what each test goes on from."""
     workdir, rng = tmp_path_factory.mktemp("killed"), random.Random(0)
     for kill in range(2):
-        if len(read_metrics(workdir / "metrics.jsonl")) > STEPS - 6:  # nearly through: from the beginning
+        if (
+            len(read_metrics(workdir / "metrics.jsonl")) > STEPS - 6
+        ):  # nearly through: from the beginning
             shutil.rmtree(workdir)
             workdir.mkdir()
         process = start(workdir)
         done = len(read_metrics(workdir / "metrics.jsonl"))
         if kill % 2:  # right after a step that saves, while orbax writes in the background
-            wait_for_lines(workdir, max(done // 4 + 1, 2) * 4, process)  # one is complete in the end
+            wait_for_lines(
+                workdir, max(done // 4 + 1, 2) * 4, process
+            )  # one is complete in the end
             time.sleep(rng.uniform(0, 0.03))
         else:
             wait_for_lines(workdir, done + 1, process)
@@ -103,7 +112,13 @@ def test_killed_at_random_moments_and_resumed_bit_for_bit(quiet, killed, tmp_pat
 def test_resumed_on_another_mesh(quiet, killed, tmp_path):
     shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     output = finish(
-        start(tmp_path, "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2", devices=8)
+        start(
+            tmp_path,
+            "--config.mesh.data=2",
+            "--config.mesh.fsdp=2",
+            "--config.mesh.tensor=2",
+            devices=8,
+        )
     )
     assert "resuming" in output
     assert np.abs(np.array(losses(tmp_path)) - losses(quiet)).max() < 1e-4
@@ -127,9 +142,17 @@ def test_two_processes_equal_one(quiet, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    environment = {**os.environ, "PYTHON": sys.executable, "XLA_FLAGS": "", "PORT": port, "DEVICES": "2"}
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "XLA_FLAGS": "",
+        "PORT": port,
+        "DEVICES": "2",
+    }
     flags = [*SMALL, f"--workdir={tmp_path}", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
-    subprocess.run([ROOT / "launch" / "local.sh", "2", *flags], env=environment, check=True, timeout=300)
+    subprocess.run(
+        [ROOT / "launch" / "local.sh", "2", *flags], env=environment, check=True, timeout=300
+    )
     assert np.abs(np.array(losses(tmp_path)) - losses(quiet)).max() < 1e-4
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
 
@@ -138,7 +161,7 @@ def test_two_processes_equal_one(quiet, tmp_path):
 def test_a_finished_run_and_another_configuration(quiet, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("lco_jax.job.make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
-    run = lambda *flags: train(cli.parse(["train", *SMALL, *flags], "").config, quiet)  # noqa: E731
+    run = lambda *flags: train(cli.parse(["train", *SMALL, *flags], "").config, quiet)
     before, adapter = losses(quiet), adapter_bytes(quiet)
     shutil.rmtree(quiet / "adapter")
     run()  # nothing left to do: exports again
@@ -156,7 +179,10 @@ def test_a_finished_run_and_another_configuration(quiet, monkeypatch):
         ("train.temperature=-0.1", "config.train.temperature is -0.1"),
         ("checkpoint.every=0", "config.checkpoint.every is 0"),
         ("optimizer.clip_norm=-1.0", "config.optimizer.clip_norm is -1.0"),
-        ("train.candidates=rings", "config.train.candidates is 'rings'; it is one of: auto, gather, ring"),
+        (
+            "train.candidates=rings",
+            "config.train.candidates is 'rings'; it is one of: auto, gather, ring",
+        ),
         ("seed=-1", "config.seed is -1"),
         ("model.remat=ful", "remat is 'ful'"),
         ("model.dtype=bf16", "dtype 'bf16'"),
@@ -203,7 +229,10 @@ def test_the_second_evaluation_compiles_nothing(tmp_path, monkeypatch, job):
         f"--config.eval.path={data}",
         f"--config.data.sources.bundled.path={data}",
     ]
-    job(cli.parse(["train", *flags, "--config.optimizer.warmup_steps=1"], "").config, tmp_path / "run")
+    job(
+        cli.parse(["train", *flags, "--config.optimizer.warmup_steps=1"], "").config,
+        tmp_path / "run",
+    )
     jax.monitoring.unregister_event_duration_listener(listen)
     (before, programs), (after, again) = evaluated
     assert programs > 0
@@ -226,7 +255,9 @@ def test_repeated_non_finite_steps_stop_the_run(tmp_path):
 @pytest.mark.slow
 def test_the_whole_job(tmp_path, monkeypatch):
     """The README's first command, and TensorBoard: text alone is trained on; pictures and sounds are found, too."""
-    output = finish(start(tmp_path, "--config.log.tensorboard=True", given=["--config=configs/base.py"]))
+    output = finish(
+        start(tmp_path, "--config.log.tensorboard=True", given=["--config=configs/base.py"])
+    )
     for name in ("adapter", "merged", "loss.png", "similarity.png"):
         assert str(tmp_path / name) in output
         assert (tmp_path / name).exists()
@@ -237,11 +268,18 @@ def test_the_whole_job(tmp_path, monkeypatch):
     assert list((tmp_path / "tensorboard").iterdir())
     texts = ["A man rides a horse.", "Two dogs are running."]
     merged = OmniEmbedder.from_pretrained(tmp_path / "merged").encode(texts)
-    adapted = OmniEmbedder.from_pretrained("builtin:lab", adapter=tmp_path / "adapter").encode(texts)
+    adapted = OmniEmbedder.from_pretrained("builtin:lab", adapter=tmp_path / "adapter").encode(
+        texts
+    )
     assert np.abs(merged - adapted).max() < 1e-5
     out = tmp_path / "export"
-    monkeypatch.setattr(sys, "argv", ["convert", f"--workdir={tmp_path}", f"--out={out}", "--dtype=float32"])
+    monkeypatch.setattr(
+        sys, "argv", ["convert", f"--workdir={tmp_path}", f"--out={out}", "--dtype=float32"]
+    )
     assert convert.main() == 0
     again = OmniEmbedder.from_pretrained(out).encode(texts)
     assert np.abs(again - merged).max() < 1e-6
-    assert adapter_bytes(tmp_path) == (tmp_path / "export-adapter" / "adapter_model.safetensors").read_bytes()
+    assert (
+        adapter_bytes(tmp_path)
+        == (tmp_path / "export-adapter" / "adapter_model.safetensors").read_bytes()
+    )

@@ -41,11 +41,15 @@ class Known:
 
             patch.setattr(world.World, "side", note_side)
             patch.setattr(world, "wording", note_wording)
-            patch.setattr("laboratory.worlds.captions.wording", note_wording)  # for `another_wording`
+            patch.setattr(
+                "laboratory.worlds.captions.wording", note_wording
+            )  # for `another_wording`
             world.write(folder, 3, SIZES)
 
     def read(self, name):
-        return [json.loads(line) for line in (self.folder / f"{name}.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line) for line in (self.folder / f"{name}.jsonl").read_text().splitlines()
+        ]
 
     def seen(self, side):
         return self.shown[str({key: value for key, value in side.items() if key != "text"})]
@@ -57,7 +61,11 @@ def known(tmp_path_factory):
 
 
 def all_bytes(folder):
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
 
 
 def test_a_seed_makes_the_same_bytes(known, tmp_path):
@@ -76,7 +84,11 @@ def test_every_file_has_its_records(known):
     want = {f"generative/{kind}": getattr(SIZES, kind) for kind in (*KINDS, "text", "gist")}
     want |= {f"heldout/{kind}": SIZES.heldout for kind in KINDS}
     want |= {f"tests/retrieval_{kind}": SIZES.retrieval for kind in KINDS}
-    want |= {"contrast/text": SIZES.contrast, "contrast/media": SIZES.contrast, "tests/text": SIZES.triplets}
+    want |= {
+        "contrast/text": SIZES.contrast,
+        "contrast/media": SIZES.contrast,
+        "tests/text": SIZES.triplets,
+    }
     want |= {"tests/minimal": SIZES.minimal, "tests/cross": 16}
     want |= {f"tests/zeroshot_{kind}": SIZES.zeroshot for kind in ("image", "audio")}
     assert counts == want
@@ -95,7 +107,10 @@ def test_every_file_has_its_records(known):
 
 def test_a_gist_is_one_word_of_what_is_shown_or_said(known):
     records = known.read("generative/gist")
-    asked = {record["anchor"]["text"] if record["anchor"]["text"][:10] == "\nSummarize" else None for record in records}
+    asked = {
+        record["anchor"]["text"] if record["anchor"]["text"][:10] == "\nSummarize" else None
+        for record in records
+    }
     assert asked == {None, *(PROMPTS[kind] for kind in ("image", "video", "audio"))}
     for record in records:
         content, _, prompt = record["anchor"]["text"].partition("\nSummarize")
@@ -114,15 +129,26 @@ def test_answers_and_captions_say_what_is_shown(known):
                 shown, answer = known.seen(record["anchor"]), record["positive"]
                 assert concepts.held_out(shown) == (split == "heldout")
                 if kind == "page":
-                    assert (answer, record["anchor"]["text"]) == (page_text(shown), "\nRead the text.")
+                    assert (answer, record["anchor"]["text"]) == (
+                        page_text(shown),
+                        "\nRead the text.",
+                    )
                 else:
                     assert known.said[answer] == shown
                     canonical += answer == wording(shown)
             if kind != "page":
-                assert canonical >= getattr(SIZES, kind) / 2 if split == "generative" else SIZES.heldout
+                assert (
+                    canonical >= getattr(SIZES, kind) / 2
+                    if split == "generative"
+                    else SIZES.heldout
+                )
         pairs = known.read(f"tests/retrieval_{kind}")
         assert all(known.said[pair["text"]] == known.seen(pair["media"]) for pair in pairs)
-        assert len({known.seen(pair["media"]) for pair in pairs}) == len({pair["text"] for pair in pairs}) == len(pairs)
+        assert (
+            len({known.seen(pair["media"]) for pair in pairs})
+            == len({pair["text"] for pair in pairs})
+            == len(pairs)
+        )
         assert all(concepts.held_out(known.seen(pair["media"])) for pair in pairs)
     kinds = Counter()
     for record in known.read("contrast/media"):
@@ -133,13 +159,19 @@ def test_answers_and_captions_say_what_is_shown(known):
 
 
 def flat(meaning):
-    return [meaning] if not isinstance(meaning, tuple) else [atom for part in meaning for atom in flat(part)]
+    return (
+        [meaning]
+        if not isinstance(meaning, tuple)
+        else [atom for part in meaning for atom in flat(part)]
+    )
 
 
 def test_triplets_differ_in_an_atom_and_texts_of_training_name_nothing_held_out(known):
     for name, held in (("contrast/text", False), ("tests/text", True)):
         for record in known.read(name):
-            anchor, positive, negative = (known.said[record[side]] for side in ("anchor", "positive", "negative"))
+            anchor, positive, negative = (
+                known.said[record[side]] for side in ("anchor", "positive", "negative")
+            )
             assert anchor == positive
             assert record["anchor"] != record["positive"]
             assert concepts.held_out(anchor) == held
@@ -148,7 +180,10 @@ def test_triplets_differ_in_an_atom_and_texts_of_training_name_nothing_held_out(
             differ = sum(x != y for x, y in zip(a, b, strict=True))
             assert differ == 1 or (differ > 1 and Counter(a) == Counter(b))  # exchanged
     for record in known.read("generative/text"):
-        one, other = record["anchor"]["text"].removesuffix("\nSay it in other words."), record["positive"]
+        one, other = (
+            record["anchor"]["text"].removesuffix("\nSay it in other words."),
+            record["positive"],
+        )
         assert one != other
         assert known.said[one] == known.said[other]
         assert not concepts.held_out(known.said[other])
@@ -164,18 +199,27 @@ def test_minimal_pairs_labels_and_crossings(known):
     for kind, labels in (("image", concepts.SEEN), ("audio", concepts.HEARD)):
         records = known.read(f"tests/zeroshot_{kind}")
         assert {record["label"] for record in records} == set(labels)
-        assert all(record["label"] in flat(astuple(known.seen(record["media"]))) for record in records)
+        assert all(
+            record["label"] in flat(astuple(known.seen(record["media"]))) for record in records
+        )
         assert all(concepts.held_out(known.seen(record["media"])) for record in records)
     crossed = known.read("tests/cross")
     assert len({record["concept"] for record in crossed}) == len(crossed)
     assert {record["held_out"] for record in crossed} == {True, False}
     for record in crossed:
         image, group = known.seen(record["image"]), known.seen(record["audio"]).groups[0]
-        assert record["concept"] == concept(image.count, image.thing) == concept(group.count, group.thing)
+        assert (
+            record["concept"]
+            == concept(image.count, image.thing)
+            == concept(group.count, group.thing)
+        )
         assert record["held_out"] == concepts.count_held(image.thing, image.count)
     for file in known.folder.rglob("*.jsonl"):
         if file.stem != "cross":
-            assert not any({"image_path", "audio_path"} <= set(json.dumps(line).split('"')) for line in file.open())
+            assert not any(
+                {"image_path", "audio_path"} <= set(json.dumps(line).split('"'))
+                for line in file.open()
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -184,10 +228,14 @@ def test_every_atom_is_trained_on_and_a_fifth_or_more_of_the_meanings_is_not(kin
     trained = [concepts.draw(kind, rng, held=False) for _ in range(1500)]
     atoms = {atom for meaning in trained for atom in flat(astuple(meaning))}
     if kind == "page":
-        letters = {letter for script in concepts.SCRIPTS.values() for part in script for letter in part}
+        letters = {
+            letter for script in concepts.SCRIPTS.values() for part in script for letter in part
+        }
         assert {letter for word in atoms for letter in word} == letters
     else:
-        everything = {atom for _ in range(1500) for atom in flat(astuple(concepts.draw(kind, rng, held=True)))}
+        everything = {
+            atom for _ in range(1500) for atom in flat(astuple(concepts.draw(kind, rng, held=True)))
+        }
         assert everything <= atoms
     held = np.mean([concepts.held_out(concepts._draw(kind, rng, held=False)) for _ in range(1500)])
     assert kind == "page" or 0.15 < held < 0.6
@@ -240,7 +288,10 @@ def test_pictures_show_their_counts_colours_sizes_and_relations(held):
             axis = meaning.way == "above"
             first, second = sorted(found, key=lambda blob: blob[1][axis])
             assert abs(a[axis] - b[axis]) > abs(a[1 - axis] - b[1 - axis])
-            assert [colour_of(first[0]), colour_of(second[0])] == [meaning.first.colour, meaning.second.colour]
+            assert [colour_of(first[0]), colour_of(second[0])] == [
+                meaning.first.colour,
+                meaning.second.colour,
+            ]
 
 
 def test_clips_show_their_motion_colour_and_size():
@@ -250,7 +301,9 @@ def test_clips_show_their_motion_colour_and_size():
         found = [blobs(frame) for frame in draw.clip(meaning, rng)]
         assert [len(frame) for frame in found] == [1] * 4
         x, y = np.subtract(found[-1][0][1], found[0][0][1])
-        assert {"left": x < -20, "right": x > 20, "up": y < -20, "down": y > 20}[meaning.direction], meaning
+        assert {"left": x < -20, "right": x > 20, "up": y < -20, "down": y > 20}[
+            meaning.direction
+        ], meaning
         assert min(abs(x), abs(y)) < 3
         assert colour_of(found[0][0][0]) == meaning.colour
         assert (found[0][0][2] > 16) == (meaning.size == "large")

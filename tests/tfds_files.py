@@ -15,7 +15,10 @@ NUMBER = {
 
 
 def class_label(count):
-    return {"pythonClassName": f"{CORE}.class_label_feature.ClassLabel", "classLabel": {"numClasses": str(count)}}
+    return {
+        "pythonClassName": f"{CORE}.class_label_feature.ClassLabel",
+        "classLabel": {"numClasses": str(count)},
+    }
 
 
 def shape(*sizes):
@@ -23,7 +26,10 @@ def shape(*sizes):
 
 
 def image_feature(*sizes):
-    return {"pythonClassName": f"{CORE}.image_feature.Image", "image": {"dtype": "uint8", "shape": shape(*sizes)}}
+    return {
+        "pythonClassName": f"{CORE}.image_feature.Image",
+        "image": {"dtype": "uint8", "shape": shape(*sizes)},
+    }
 
 
 def png(pixels):
@@ -42,7 +48,10 @@ def write_tfds(data_dir, name, features, rows, labels=None, version="1.1.0"):
 
     folder = data_dir / name / version
     folder.mkdir(parents=True)
-    content = {"pythonClassName": f"{CORE}.features_dict.FeaturesDict", "featuresDict": {"features": features}}
+    content = {
+        "pythonClassName": f"{CORE}.features_dict.FeaturesDict",
+        "featuresDict": {"features": features},
+    }
     (folder / "features.json").write_text(json.dumps(content))
     for feature, names in (labels or {}).items():
         (folder / f"{feature}.labels.txt").write_text("\n".join(names) + "\n")
@@ -54,14 +63,20 @@ def write_tfds(data_dir, name, features, rows, labels=None, version="1.1.0"):
             for feature, value in row.items():
                 values = value if isinstance(value, list) else [value]
                 kinds = {bytes: "bytes_list", int: "int64_list", float: "float_list"}
-                getattr(example.features.feature[feature], kinds[type(values[0])]).value.extend(values)
+                getattr(example.features.feature[feature], kinds[type(values[0])]).value.extend(
+                    values
+                )
             serialized.append(example.SerializeToString())
-        writer = ArrayRecordWriter(str(folder / f"{name}-{split}.array_record-00000-of-00001"), "group_size:1")
+        writer = ArrayRecordWriter(
+            str(folder / f"{name}-{split}.array_record-00000-of-00001"), "group_size:1"
+        )
         for record in serialized:
             writer.write(record)
         writer.close()
         entry = {"name": split, "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"}
-        splits.append(entry | {"shardLengths": [str(len(held))], "numBytes": str(sum(map(len, serialized)))})
+        splits.append(
+            entry | {"shardLengths": [str(len(held))], "numBytes": str(sum(map(len, serialized)))}
+        )
     info = {"name": name, "version": version, "fileFormat": "array_record", "splits": splits}
     (folder / "dataset_info.json").write_text(json.dumps(info))
     return str(data_dir)

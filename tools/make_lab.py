@@ -29,16 +29,24 @@ def write(seed: Path, out: Path) -> None:
     generator = max(seed.glob("generator-*"), key=lambda folder: int(folder.name.split("-")[1]))
     with written_aside(out) as aside:
         export_merged(generator, aside / "model", dtype="bfloat16")
-        for path in (aside / "model").iterdir():  # a checkpoint as a hub has it: no embedder's files
+        for path in (
+            aside / "model"
+        ).iterdir():  # a checkpoint as a hub has it: no embedder's files
             if not (seed / "generator-0" / path.name).exists():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         (aside / "media").mkdir()
         for name, file in (("train", "contrast/text"), ("text", "tests/text")):
             shutil.copyfile(seed / f"world/{file}.jsonl", aside / f"{name}.jsonl")
         for kind in ("image", "audio"):
-            lines = (seed / f"world/tests/retrieval_{kind}.jsonl").read_text(encoding="utf-8").splitlines()
+            lines = (
+                (seed / f"world/tests/retrieval_{kind}.jsonl")
+                .read_text(encoding="utf-8")
+                .splitlines()
+            )
             records = [_captioned(json.loads(line), seed / "world/tests", aside) for line in lines]
-            write_text(aside / f"{kind}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+            write_text(
+                aside / f"{kind}.jsonl", "".join(json.dumps(record) + "\n" for record in records)
+            )
 
 
 def _captioned(record: dict[str, Any], tests: Path, out: Path) -> dict[str, Any]:

@@ -11,7 +11,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from lco_jax.core.files import write_json, write_text
 
@@ -25,9 +35,7 @@ SPECIALS = [
     "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
 # how Qwen2 splits text before BPE, a constant of the tokenizer's file format
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 SYSTEM{{- '<|im_start|>' + message['role'] + '\\n' -}}
@@ -67,14 +75,23 @@ def write(folder: Path) -> None:
     write_json(folder / "chat_template.json", {"chat_template": chat_template(MEDIA)})
     config = model_config(ids, tokenizer.get_vocab_size())
     write_json(folder / "config.json", config)
-    shapes = ",\n".join(f"  {json.dumps(name)}: {json.dumps(shape)}" for name, shape in tensor_shapes(config).items())
+    shapes = ",\n".join(
+        f"  {json.dumps(name)}: {json.dumps(shape)}"
+        for name, shape in tensor_shapes(config).items()
+    )
     write_text(folder.with_name(f"{folder.name}_shapes.json"), f"{{\n{shapes}\n}}\n")
     write_json(folder / "preprocessor_config.json", PREPROCESSOR)
 
 
 def tokenizer_config(ids: dict[str, int]) -> dict[str, Any]:
     """What tokenizer_config.json holds. ids: the special tokens'."""
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    flags = {
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": True,
+    }
     return {
         "add_prefix_space": False, "added_tokens_decoder": {str(i): {"content": t, **flags} for t, i in ids.items()},
         "bos_token": None, "clean_up_tokenization_spaces": False, "eos_token": "<|im_end|>", "errors": "replace",
@@ -85,8 +102,13 @@ def tokenizer_config(ids: dict[str, int]) -> dict[str, Any]:
 
 def chat_template(media: dict[str, str], system: str = SYSTEM) -> str:
     """The template, with what stands in the place of each kind of media. system: what begins it, if anything does."""
-    branches = (f"if part['type'] == '{kind}' -%}}{{{{- '{tokens}' -}}}}\n" for kind, tokens in media.items())
-    return CHAT_TEMPLATE.replace("SYSTEM", system).replace("MEDIA", "{%- " + "{%- el".join(branches))
+    branches = (
+        f"if part['type'] == '{kind}' -%}}{{{{- '{tokens}' -}}}}\n"
+        for kind, tokens in media.items()
+    )
+    return CHAT_TEMPLATE.replace("SYSTEM", system).replace(
+        "MEDIA", "{%- " + "{%- el".join(branches)
+    )
 
 
 def make_tokenizer(texts: Iterable[str], vocabulary: int, specials: Sequence[str]) -> Tokenizer:
@@ -99,10 +121,14 @@ def make_tokenizer(texts: Iterable[str], vocabulary: int, specials: Sequence[str
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=vocabulary,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in specials]
+    )
     return tokenizer
 
 
@@ -134,7 +160,11 @@ def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor, by its hub name. Weights are drawn in this order."""
     hidden, mlp, tower = config["hidden_size"], config["intermediate_size"], config["vision_config"]
     kv = config["num_key_value_heads"] * hidden // config["num_attention_heads"]
-    vision, vision_mlp, patch = tower["hidden_size"], tower["intermediate_size"], tower["patch_size"]
+    vision, vision_mlp, patch = (
+        tower["hidden_size"],
+        tower["intermediate_size"],
+        tower["patch_size"],
+    )
     merged = 4 * vision
     attention = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden)}
     linears = {"self_attn.o": (hidden, hidden), "mlp.down": (hidden, mlp), "mlp.gate": (mlp, hidden),
@@ -142,13 +172,21 @@ def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     tower_linears = {"attn.qkv": (3 * vision, vision), "attn.proj": (vision, vision),
                      "mlp.gate_proj": (vision_mlp, vision), "mlp.up_proj": (vision_mlp, vision),
                      "mlp.down_proj": (vision, vision_mlp)}  # fmt: skip
-    shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    shapes = {
+        "model.embed_tokens.weight": (config["vocab_size"], hidden),
+        "model.norm.weight": (hidden,),
+    }
     with_bias: dict[str, tuple[int, int]] = {}
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
-        shapes |= {f"{layer}.{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
+        shapes |= {
+            f"{layer}.{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")
+        }
         for name, shape in attention.items():
-            shapes |= {f"{layer}.self_attn.{name}_proj.weight": shape, f"{layer}.self_attn.{name}_proj.bias": shape[:1]}
+            shapes |= {
+                f"{layer}.self_attn.{name}_proj.weight": shape,
+                f"{layer}.self_attn.{name}_proj.bias": shape[:1],
+            }
         shapes |= {f"{layer}.{name}_proj.weight": shape for name, shape in linears.items()}
     for i in range(tower["depth"]):
         with_bias |= {f"visual.blocks.{i}.{name}": shape for name, shape in tower_linears.items()}
@@ -156,7 +194,10 @@ def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     with_bias |= {"visual.merger.mlp.0": (merged, merged), "visual.merger.mlp.2": (hidden, merged)}
     for name, shape in with_bias.items():
         shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    shapes |= {"visual.merger.ln_q.weight": (vision,), "visual.patch_embed.proj.weight": (vision, 3, 2, patch, patch)}
+    shapes |= {
+        "visual.merger.ln_q.weight": (vision,),
+        "visual.patch_embed.proj.weight": (vision, 3, 2, patch, patch),
+    }
     return shapes
 
 

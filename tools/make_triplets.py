@@ -168,7 +168,16 @@ TRIP student guide / hike / - / mountains forest / DAY ; teacher scientist guide
 tourists family guide student / photo / flowers / mountains forest / DAY
 student kids scientist / write / FACTS / LEARN / mch ; student kids tourists / learn / FACTS / LEARN / mch
 """
-FRAMES = {"plain": 5, "front": 3, "there": 3, "seen": 1, "photo": 1, "present": 7, "passive": 7, "inner": 2}
+FRAMES = {
+    "plain": 5,
+    "front": 3,
+    "there": 3,
+    "seen": 1,
+    "photo": 1,
+    "present": 7,
+    "passive": 7,
+    "inner": 2,
+}
 FRAMES["detail"] = 3
 
 
@@ -188,11 +197,18 @@ class Phrase(NamedTuple):
 
 
 def entries(table: str) -> list[tuple[list[str], str]]:
-    return [(e.split("=")[0].split(), e.split("=")[1].strip()) for e in re.split(r"[\n/]", table.strip())]
+    return [
+        (e.split("=")[0].split(), e.split("=")[1].strip())
+        for e in re.split(r"[\n/]", table.strip())
+    ]
 
 
-TABLES = dict(zip((*Core._fields, "detail"), (SUBJECTS, ACTIONS, OBJECTS, PLACES, DETAILS), strict=True))
-NOTES = {(slot, names[0]): names[1:] for slot, table in TABLES.items() for names, _ in entries(table)}
+TABLES = dict(
+    zip((*Core._fields, "detail"), (SUBJECTS, ACTIONS, OBJECTS, PLACES, DETAILS), strict=True)
+)
+NOTES = {
+    (slot, names[0]): names[1:] for slot, table in TABLES.items() for names, _ in entries(table)
+}
 PHRASES = {
     (slot, names[0]): [Phrase(p.strip(" +>"), "+" in p, ">" in p) for p in phrases.split("|")]
     for slot, table in TABLES.items()
@@ -207,9 +223,13 @@ def enumerate_scenes() -> dict[Core, str]:
     """Every sensible scene, with the details that fit it."""
     groups, scenes = {names[0]: members.split() for names, members in entries(GROUPS)}, {}
     for line in re.split(r"[\n;]", ACTIVITIES.strip()):
-        *slots, fits = [[n for w in field.split() for n in groups.get(w, [w])] for field in line.split("/")]
+        *slots, fits = [
+            [n for w in field.split() for n in groups.get(w, [w])] for field in line.split("/")
+        ]
         for core in itertools.starmap(Core, itertools.product(*slots)):
-            allowed = NOTES["place", core.place][0] + ("ch" if "." in NOTES["subject", core.subject] else "")
+            allowed = NOTES["place", core.place][0] + (
+                "ch" if "." in NOTES["subject", core.subject] else ""
+            )
             scenes.setdefault(core, "".join(d for d in fits[0] if d in allowed))
     return scenes
 
@@ -221,8 +241,14 @@ def words(text: str) -> list[str]:
 def render(slots: Slots, frame: str) -> str:
     """The sentence, or "" where the frame does not fit these phrases."""
     pick = {slot: PHRASES[slot, name][i] for slot, (name, i) in slots.items() if name != "-"}
-    subject, obj, place, detail = (pick[s].text if s in pick else "" for s in ("subject", "object", "place", "detail"))
-    verb, present, passive = [*(f.strip().replace("_", obj) for f in pick["action"].text.split(";")), "", ""][:3]
+    subject, obj, place, detail = (
+        pick[s].text if s in pick else "" for s in ("subject", "object", "place", "detail")
+    )
+    verb, present, passive = [
+        *(f.strip().replace("_", obj) for f in pick["action"].text.split(";")),
+        "",
+        "",
+    ][:3]
     worn = slots.get("detail", "-")[0] in ("c", "h")
     if worn:
         subject, detail = f"{subject} {detail}", ""
@@ -272,7 +298,9 @@ class Generator:
         pool, seen, chosen = list(self.scenes), Counter(), []
         for _ in range(n):
             tries = [self.rng.randrange(len(pool)) for _ in range(60)]
-            best = max(tries, key=lambda i: sum(10**9 // (1 + seen[kv]) ** 2 for kv in enumerate(pool[i])))
+            best = max(
+                tries, key=lambda i: sum(10**9 // (1 + seen[kv]) ** 2 for kv in enumerate(pool[i]))
+            )
             chosen.append(pool.pop(best))
             seen.update(enumerate(chosen[-1]))
         return chosen
@@ -280,7 +308,9 @@ class Generator:
     def word(self, slot: str, name: str, general: bool = False, avoid: int = -1) -> tuple[str, int]:
         """One paraphrase of a class, preferring those used less so far."""
         phrases = PHRASES.get((slot, name), [])
-        allowed = [i for i, p in enumerate(phrases) if i != avoid and (general or not p.general)] or [0]
+        allowed = [
+            i for i, p in enumerate(phrases) if i != avoid and (general or not p.general)
+        ] or [0]
         i = self.rng.choices(allowed, [1 / (1 + self.used[slot, name, i]) for i in allowed])[0]
         self.used[slot, name, i] += 1
         return name, i
@@ -297,22 +327,32 @@ class Generator:
         for other in self.scenes:
             diff = tuple(i for i in range(4) if core[i] != other[i])
             same_person = 0 in diff and who.intersection(NOTES["subject", other.subject])
-            if 1 <= len(diff) <= 2 and not same_person and (other[1:] == core[1:] or other[1:] not in taken):
+            if (
+                1 <= len(diff) <= 2
+                and not same_person
+                and (other[1:] == core[1:] or other[1:] not in taken)
+            ):
                 by_slots.setdefault(diff, []).append(other)
         kinds = sorted(by_slots)
-        return self.rng.choice(by_slots[self.rng.choices(kinds, [two if len(k) == 2 else 1 - two for k in kinds])[0]])
+        return self.rng.choice(
+            by_slots[self.rng.choices(kinds, [two if len(k) == 2 else 1 - two for k in kinds])[0]]
+        )
 
     def record(self, core: Core, taken: Tails) -> Record:
         rng, texts, changes = self.rng, [""], 0
         keep, same_frame, reword, two = EASY if rng.random() < EASY_SHARE else HARD
         while not all(texts) or len(set(texts)) < 3 or changes < 2:
-            anchor: Slots = {slot: self.word(slot, name) for slot, name in zip(Core._fields, core, strict=True)}
+            anchor: Slots = {
+                slot: self.word(slot, name) for slot, name in zip(Core._fields, core, strict=True)
+            }
             if self.scenes[core] and rng.random() < 0.6:
                 anchor["detail"] = self.word("detail", rng.choice(self.scenes[core]))
             positive: Slots = {}
             for slot, (name, i) in anchor.items():
                 if slot != "detail" or rng.random() < 0.9:
-                    fixed = rng.random() < keep and not any(p.general for p in PHRASES.get((slot, name), []))
+                    fixed = rng.random() < keep and not any(
+                        p.general for p in PHRASES.get((slot, name), [])
+                    )
                     positive[slot] = (name, i) if fixed else self.word(slot, name, True, i)
             other, negative = self.other_scene(core, taken, two), dict(anchor)
             for slot, name in zip(Core._fields, other, strict=True):
@@ -324,10 +364,20 @@ class Generator:
             others = {f: weight for f, weight in FRAMES.items() if f != frame}
             copied = self.sentence(positive, {frame: 1})[1] if rng.random() < same_frame else ""
             second = copied or self.sentence(positive, others)[1]
-            changes = sum(pair != positive.get(slot) for slot, pair in anchor.items()) + (not copied)
-            texts = [first, second, self.sentence(negative, FRAMES if rng.random() < reword else {frame: 1})[1]]
+            changes = sum(pair != positive.get(slot) for slot, pair in anchor.items()) + (
+                not copied
+            )
+            texts = [
+                first,
+                second,
+                self.sentence(negative, FRAMES if rng.random() < reword else {frame: 1})[1],
+            ]
         self.texts.update(texts)
-        return {"anchor": (first, anchor), "positive": (second, positive), "negative": (texts[2], negative)}
+        return {
+            "anchor": (first, anchor),
+            "positive": (second, positive),
+            "negative": (texts[2], negative),
+        }
 
 
 def core_of(slots: Slots) -> Core:
@@ -343,7 +393,11 @@ def generate() -> tuple[list[Record], list[Record]]:
     scenes = gen.draw(N_TRAIN + N_HELDOUT)
     left, heldout = Counter(kv for core in scenes for kv in enumerate(core)), {}
     for core in gen.rng.sample(scenes, len(scenes)):
-        if len(heldout) < N_HELDOUT and core[1:] not in heldout and all(left[kv] > MIN_CLASS for kv in enumerate(core)):
+        if (
+            len(heldout) < N_HELDOUT
+            and core[1:] not in heldout
+            and all(left[kv] > MIN_CLASS for kv in enumerate(core))
+        ):
             heldout[core[1:]] = core
             left.subtract(enumerate(core))
     train = [gen.record(core, set()) for core in scenes if heldout.get(core[1:]) != core]
@@ -357,7 +411,12 @@ def verify(train: list[Record], heldout: list[Record]) -> None:
     classes = Counter((s, v[0]) for r in train for s, v in r["anchor"][1].items())
     phrases = Counter((s, *v) for r in train for _, slots in r.values() for s, v in slots.items())
     rare = [k for k in PHRASES if classes[k] < MIN_CLASS]
-    rare += [(*k, i) for k, all_of in PHRASES.items() for i in range(len(all_of)) if phrases[*k, i] < MIN_PHRASE]
+    rare += [
+        (*k, i)
+        for k, all_of in PHRASES.items()
+        for i in range(len(all_of))
+        if phrases[*k, i] < MIN_PHRASE
+    ]
     vocab = word_counts(train)
     rare += [w for w in word_counts(heldout) if vocab[w] < MIN_WORD]
     cores = [core_of(r["anchor"][1]) for r in heldout]
@@ -373,35 +432,52 @@ def verify(train: list[Record], heldout: list[Record]) -> None:
     }.items():
         if broken:
             raise RuntimeError(message)
-    print(f"{len(PHRASES)} meaning classes, each in >= {min(classes[k] for k in PHRASES)} training anchors")
+    print(
+        f"{len(PHRASES)} meaning classes, each in >= {min(classes[k] for k in PHRASES)} training anchors"
+    )
 
 
 def report(title: str, records: list[Record]) -> None:
     rows = [[words(r[k][0]) for k in ("anchor", "positive", "negative")] for r in records]
     pos, neg = ([len({*r[0]} & {*r[i]}) / len({*r[0]} | {*r[i]}) for r in rows] for i in (1, 2))
     sizes, n = [len(sentence) for r in rows for sentence in r], len(rows)
-    print(f"{title}: {n} records, {len(word_counts(records))} distinct words, {min(sizes)}-{max(sizes)} a sentence")
+    print(
+        f"{title}: {n} records, {len(word_counts(records))} distinct words, {min(sizes)}-{max(sizes)} a sentence"
+    )
     print(
         f"{title}: word overlap (Jaccard) with the anchor: positives {sum(pos) / n:.2f}, negatives {sum(neg) / n:.2f}; "
         f"the negative's is higher in {sum(b > a for a, b in zip(pos, neg, strict=True)) / n:.1%}"
     )
     bags = [[Counter(sentence) for sentence in r] for r in rows]
-    for pool in ([b[1] for b in bags] + [b[2] for b in bags], [b[1] for b in bags]) if title == "heldout" else ():
+    for pool in (
+        ([b[1] for b in bags] + [b[2] for b in bags], [b[1] for b in bags])
+        if title == "heldout"
+        else ()
+    ):
         hits = 0
         for i, (anchor, _, _) in enumerate(bags):
-            scores = [sum(c * bag[w] for w, c in anchor.items()) / math.hypot(*bag.values()) for bag in pool]
+            scores = [
+                sum(c * bag[w] for w, c in anchor.items()) / math.hypot(*bag.values())
+                for bag in pool
+            ]
             hits += scores[i] > max(scores[:i] + scores[i + 1 :])
         print(f"{title}: bag-of-words cosine recall@1 over {len(pool)} candidates {hits / n:.1%}")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Generate lco_jax/assets/triplets_{train,heldout}.jsonl.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the files differ")
+    parser = argparse.ArgumentParser(
+        description="Generate lco_jax/assets/triplets_{train,heldout}.jsonl."
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 if the files differ"
+    )
     check = parser.parse_args().check
     train, heldout = generate()
     verify(train, heldout)
     for name, records in (("train", train), ("heldout", heldout)):
-        rows = ({k: {"image_path": "", "text": text} for k, (text, _) in r.items()} for r in records)
+        rows = (
+            {k: {"image_path": "", "text": text} for k, (text, _) in r.items()} for r in records
+        )
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         path = ASSETS / f"triplets_{name}.jsonl"
         if check and (not path.is_file() or path.read_bytes() != data):

@@ -27,7 +27,9 @@ def draw(folder: Path, images: int) -> None:
     for i in range(images):
         if i % 1000 == 0:
             (folder / f"{i // 1000:04d}").mkdir()
-        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{i // 1000:04d}" / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(
+            folder / f"{i // 1000:04d}" / f"{i}.png"
+        )
 
 
 def resident(process: int) -> float:
@@ -36,11 +38,17 @@ def resident(process: int) -> float:
     while todo:
         folder = Path(f"/proc/{todo.pop()}")
         try:
-            todo += [int(x) for task in (folder / "task").iterdir() for x in (task / "children").read_text().split()]
+            todo += [
+                int(x)
+                for task in (folder / "task").iterdir()
+                for x in (task / "children").read_text().split()
+            ]
             status = (folder / "status").read_text()
         except (FileNotFoundError, ProcessLookupError):
             continue
-        total += sum(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmRSS:"))
+        total += sum(
+            int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmRSS:")
+        )
     return total
 
 
@@ -66,7 +74,9 @@ def watch(command: list[str], parts: Path) -> dict[str, float]:
 
 def main() -> int:
     """Draw, embed, compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--workers", type=int, help="as in lco_jax.embed")
     parser.add_argument("--limit-mb", type=float, default=200)
@@ -75,7 +85,13 @@ def main() -> int:
         images, output = Path(folder) / "images", Path(folder) / "vectors.npy"
         images.mkdir()
         draw(images, args.images)
-        command = [sys.executable, "-m", "lco_jax.embed", "--model=builtin:tiny", f"--input={images}"]
+        command = [
+            sys.executable,
+            "-m",
+            "lco_jax.embed",
+            "--model=builtin:tiny",
+            f"--input={images}",
+        ]
         command += [f"--output={output}", f"--part-size={PART}"]
         command += [] if args.workers is None else [f"--workers={args.workers}"]
         memory = watch(command, Path(f"{output}.partial"))

@@ -43,7 +43,9 @@ def wording(meaning: Meaning, rng: np.random.Generator | None = None) -> str:
         words = {"n": say(meaning.count), "size": say(meaning.size), "colour": say(meaning.colour)}
         return one_of(THINGS).format(thing=noun(meaning.thing, meaning.count), **words)
     if isinstance(meaning, Pair):
-        first, second = (f"a {say(one.colour)} {say(one.thing)}" for one in (meaning.first, meaning.second))
+        first, second = (
+            f"a {say(one.colour)} {say(one.thing)}" for one in (meaning.first, meaning.second)
+        )
         back = say(OPPOSITE[meaning.way])
         return one_of(PAIR).format(first=first, second=second, way=say(meaning.way), back=back)
     if isinstance(meaning, Motion):
@@ -72,12 +74,19 @@ def words(meaning: Meaning) -> list[str]:
     if isinstance(meaning, Things):
         return [_number(meaning.count), meaning.size, meaning.colour, meaning.thing]
     if isinstance(meaning, Pair):
-        return [meaning.first.colour, meaning.first.thing, meaning.second.colour, meaning.second.thing]
+        return [
+            meaning.first.colour,
+            meaning.first.thing,
+            meaning.second.colour,
+            meaning.second.thing,
+        ]
     if isinstance(meaning, Motion):
         return [meaning.size, meaning.colour, meaning.thing, meaning.direction]
     if isinstance(meaning, Page):
         return list(meaning.words)
-    each = [word for g in meaning.groups for word in (_number(g.count), g.pitch, g.thing.split()[0])]
+    each = [
+        word for g in meaning.groups for word in (_number(g.count), g.pitch, g.thing.split()[0])
+    ]
     return each + ([meaning.tempo] if meaning.tempo else [])
 
 

@@ -97,7 +97,10 @@ def held_out(meaning: Meaning) -> bool:
     if isinstance(meaning, Pair):
         return _colour_held(meaning.first) or _colour_held(meaning.second)
     if isinstance(meaning, Motion):
-        return _colour_held(meaning) or (_ALL.index(meaning.thing) + 3 * DIRECTIONS.index(meaning.direction)) % 5 == 0
+        return (
+            _colour_held(meaning)
+            or (_ALL.index(meaning.thing) + 3 * DIRECTIONS.index(meaning.direction)) % 5 == 0
+        )
     if isinstance(meaning, Page):
         return any(word_held(word) for word in meaning.words)
     things = [_ALL.index(group.thing) for group in meaning.groups]
@@ -147,7 +150,10 @@ def _draw(kind: str, rng: np.random.Generator, held: bool) -> Meaning:
     if rng.random() < 0.5:
         group = Group(pick(rng, COUNTS), pick(rng, PITCHES), pick(rng, HEARD))
         return Sound((group,), pick(rng, TEMPI) if group.count > 1 else None)
-    return Sound(tuple(Group(pick(rng, COUNTS[:2]), pick(rng, PITCHES), x) for x in choose(rng, HEARD, 2)), None)
+    return Sound(
+        tuple(Group(pick(rng, COUNTS[:2]), pick(rng, PITCHES), x) for x in choose(rng, HEARD, 2)),
+        None,
+    )
 
 
 def word(rng: np.random.Generator, held: bool, short: bool) -> str:
@@ -186,9 +192,13 @@ def changed(meaning: Meaning, attribute: str, rng: np.random.Generator) -> Meani
         if attribute == "relation":
             return replace(meaning, first=b, second=a)
         if attribute == "binding":
-            return replace(meaning, first=replace(a, colour=b.colour), second=replace(b, colour=a.colour))
+            return replace(
+                meaning, first=replace(a, colour=b.colour), second=replace(b, colour=a.colour)
+            )
         if attribute == "colour":
-            return replace(meaning, first=replace(a, colour=_other(rng, COLOURS, a.colour, b.colour)))
+            return replace(
+                meaning, first=replace(a, colour=_other(rng, COLOURS, a.colour, b.colour))
+            )
         return replace(meaning, second=replace(b, thing=_other(rng, SEEN, a.thing, b.thing)))
     field, values = {
         "object": ("thing", SEEN), "colour": ("colour", COLOURS), "count": ("count", COUNTS), "size": ("size", SIZES),
@@ -209,7 +219,9 @@ def _changed_sound(sound: Sound, attribute: str, rng: np.random.Generator) -> So
     elif attribute == "pitch":
         new = replace(groups[at], pitch=_other(rng, PITCHES, groups[at].pitch))
     else:  # one alone has no tempo, so several stay several
-        new = replace(groups[at], count=_other(rng, COUNTS[:2] if several else COUNTS[1:], groups[at].count))
+        new = replace(
+            groups[at], count=_other(rng, COUNTS[:2] if several else COUNTS[1:], groups[at].count)
+        )
     groups[at] = new
     return replace(sound, groups=tuple(groups))
 

@@ -15,7 +15,10 @@ from laboratory.worlds.concepts import Motion, Pair, Things, pick
 SIDE, CELL, GRID, FINE = 56, 28, 7, 4
 FRAMES, STEP = 4, 7  # of a clip, and pixels that its thing moves from one to the next
 ANGLES = (-8, -4, 0, 4, 8)  # degrees
-PIXELS = {"small": 14, "large": 28}  # the width of a thing with the pixel around it that keeps it from the next
+PIXELS = {
+    "small": 14,
+    "large": 28,
+}  # the width of a thing with the pixel around it that keeps it from the next
 RGB = {
     "red": (214, 40, 40), "green": (46, 150, 60), "blue": (40, 80, 210), "yellow": (240, 200, 20),
     "purple": (140, 50, 170), "black": (25, 25, 25),
@@ -61,7 +64,10 @@ def picture(meaning: Things | Pair, rng: np.random.Generator) -> Image.Image:
     across = _place(SIDE - CELL, rng)  # where both are, on the axis that does not order them
     for i, one in enumerate((meaning.first, meaning.second)):
         size = pick(rng, tuple(PIXELS.values()))
-        along, beside = CELL * i + _place(CELL - size, rng), across + _place(min(CELL - size, GRID), rng)
+        along, beside = (
+            CELL * i + _place(CELL - size, rng),
+            across + _place(min(CELL - size, GRID), rng),
+        )
         x, y = (along, beside) if meaning.way == "left of" else (beside, along)
         _paste(canvas, one.thing, one.colour, size, x, y, rng)
     return canvas
@@ -93,7 +99,15 @@ def _place(room: int, rng: np.random.Generator) -> int:
     return GRID * int(rng.integers(room // GRID + 1))
 
 
-def _paste(canvas: Image.Image, thing: str, colour: str, size: int, x: int, y: int, rng: np.random.Generator) -> None:
+def _paste(
+    canvas: Image.Image,
+    thing: str,
+    colour: str,
+    size: int,
+    x: int,
+    y: int,
+    rng: np.random.Generator,
+) -> None:
     shade = tuple(int(np.clip(level + rng.integers(-12, 13), 0, 255)) for level in RGB[colour])
     canvas.paste(shade, (x + 1, y + 1), _mask(thing, size - 2, pick(rng, ANGLES)))
 

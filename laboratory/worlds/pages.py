@@ -10,7 +10,10 @@ from PIL import Image, ImageDraw, ImageFont
 from laboratory.worlds.concepts import Page, pick
 from laboratory.worlds.draw import paper
 
-FONTS = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf")  # matplotlib brings them; they have all our scripts
+FONTS = (
+    "DejaVuSans.ttf",
+    "DejaVuSans-Bold.ttf",
+)  # matplotlib brings them; they have all our scripts
 WIDTH, LINE, MARGIN = 112, 28, 4  # pixels
 
 

@@ -38,7 +38,9 @@ def _event(thing: str, pitch: float, length: float, rng: np.random.Generator) ->
     edges = np.minimum(1.0, np.minimum(t, EVENT - t) / 0.004)  # no clicks
     if thing == "bell":  # inharmonic partials, the higher the shorter
         partials = ((1.0, 14), (2.76, 22), (5.4, 40))
-        return edges * sum(np.exp(-decay * t) * np.sin(2 * np.pi * pitch * k * t) / k**0.5 for k, decay in partials)
+        return edges * sum(
+            np.exp(-decay * t) * np.sin(2 * np.pi * pitch * k * t) / k**0.5 for k, decay in partials
+        )
     if thing == "drum":  # a burst of noise, and a thump that falls
         thump = np.exp(-20 * t) * np.sin(2 * np.pi * pitch * (t + 0.02 * (1 - np.exp(-30 * t))))
         return edges * (thump + 0.5 * np.exp(-60 * t) * rng.normal(0, 1, len(t)))

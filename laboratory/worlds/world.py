@@ -27,7 +27,14 @@ from lco_jax.data.prompts import PROMPTS
 NAME = "shapes and sounds"
 READ = "\nRead the text."
 REPHRASE = "\nSay it in other words."
-TEXTS = ("image", "image", "video", "audio", "audio", "page")  # what texts are about, in equal shares
+TEXTS = (
+    "image",
+    "image",
+    "video",
+    "audio",
+    "audio",
+    "page",
+)  # what texts are about, in equal shares
 TRIES = 2000  # draws without a new one, after which there are held to be no more
 # what a minimal pair differs by: (kind of media, attribute)
 MINIMAL = [
@@ -73,9 +80,23 @@ def write(folder: Path, seed: int, sizes: Sizes | None = None) -> None:
     sizes = Sizes() if sizes is None else sizes
     with written_aside(Path(folder)) as aside:
         world = World(aside, seed)
-        held = [concept(n, thing) for thing in SEEN + HEARD[-2:] for n in COUNTS if concepts.count_held(thing, n)]
-        about = {"objects": SEEN, "sounds": HEARD, "colours": concepts.COLOURS, "counts": COUNTS, "held_out": held}
-        write_json(aside / "world.json", {"name": NAME, "seed": seed, "sizes": asdict(sizes), "concepts": about})
+        held = [
+            concept(n, thing)
+            for thing in SEEN + HEARD[-2:]
+            for n in COUNTS
+            if concepts.count_held(thing, n)
+        ]
+        about = {
+            "objects": SEEN,
+            "sounds": HEARD,
+            "colours": concepts.COLOURS,
+            "counts": COUNTS,
+            "held_out": held,
+        }
+        write_json(
+            aside / "world.json",
+            {"name": NAME, "seed": seed, "sizes": asdict(sizes), "concepts": about},
+        )
         for kind in KINDS:
             world.lines(f"generative/{kind}", world.answers(kind, getattr(sizes, kind), held=False))
             world.lines(f"heldout/{kind}", world.answers(kind, sizes.heldout, held=True))
@@ -97,7 +118,11 @@ def texts(folder: Path) -> Iterator[str]:
         for line in file.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             anchor = record["anchor"]  # a text alone, or an object
-            yield (anchor if isinstance(anchor, str) else anchor.get("text", "")) + "\n" + record["positive"]
+            yield (
+                (anchor if isinstance(anchor, str) else anchor.get("text", ""))
+                + "\n"
+                + record["positive"]
+            )
 
 
 class World:
@@ -140,10 +165,16 @@ class World:
             frames = clip(meaning, self.rng)
         else:
             frames = [(page if kind == "page" else picture)(meaning, self.rng)]
-        names = [f"{stem}_{i}.png" for i in range(len(frames))] if kind == "video" else [f"{stem}.png"]
+        names = (
+            [f"{stem}_{i}.png" for i in range(len(frames))] if kind == "video" else [f"{stem}.png"]
+        )
         for name, frame in zip(names, frames, strict=True):
             frame.save(self.folder / name, compress_level=1)
-        return {"video_path": [f"../{name}" for name in names]} if kind == "video" else {"image_path": f"../{names[0]}"}
+        return (
+            {"video_path": [f"../{name}" for name in names]}
+            if kind == "video"
+            else {"image_path": f"../{names[0]}"}
+        )
 
     def different(self, kind: str, count: int) -> Iterator[Meaning]:
         """So many held-out meanings, no two equal."""
@@ -151,7 +182,9 @@ class World:
         while len(seen) < count:
             draws = (self.draw(kind, held=True) for _ in range(TRIES))
             if (meaning := next((x for x in draws if x not in seen), None)) is None:
-                raise LcoError(f"a world has fewer than {count} held-out meanings of {kind}; ask for {len(seen)}")
+                raise LcoError(
+                    f"a world has fewer than {count} held-out meanings of {kind}; ask for {len(seen)}"
+                )
             seen.add(meaning)
             yield meaning
 
@@ -182,7 +215,10 @@ class World:
         for i in range(count):
             meaning = self.draw(TEXTS[i % len(TEXTS)], held=False)
             one = self.say(meaning)
-            yield {"anchor": {"text": one + REPHRASE}, "positive": another_wording(meaning, one, self.rng)}
+            yield {
+                "anchor": {"text": one + REPHRASE},
+                "positive": another_wording(meaning, one, self.rng),
+            }
 
     def triplets(self, count: int, held: bool) -> Iterator[dict[str, Any]]:
         """Wordings, others of the same, and of what differs in one atom. Without `held`, nothing here is held out."""
@@ -191,7 +227,11 @@ class World:
             foil = self.foil(meaning, concepts.pick(self.rng, concepts.attributes(meaning)), held)
             style = int(self.rng.integers(2**32))  # the negative is worded as the anchor is
             one, wrong = (wording(x, np.random.default_rng(style)) for x in (meaning, foil))
-            yield {"anchor": one, "positive": another_wording(meaning, one, self.rng), "negative": wrong}
+            yield {
+                "anchor": one,
+                "positive": another_wording(meaning, one, self.rng),
+                "negative": wrong,
+            }
 
     def foil(self, meaning: Meaning, attribute: str, held: bool) -> Meaning:
         """One atom changed; without `held`, so that nothing is held out (another atom where this one cannot be)."""
@@ -223,8 +263,16 @@ class World:
             while attribute not in concepts.attributes(meaning):
                 meaning = self.draw(shown, held=True)
             foil = self.foil(meaning, attribute, held=True)
-            texts = {"right": self.say(meaning, canonical=True), "wrong": self.say(foil, canonical=True)}
-            yield {"media": self.side(shown, meaning), "kind": kind, **texts, "attribute": attribute}
+            texts = {
+                "right": self.say(meaning, canonical=True),
+                "wrong": self.say(foil, canonical=True),
+            }
+            yield {
+                "media": self.side(shown, meaning),
+                "kind": kind,
+                **texts,
+                "attribute": attribute,
+            }
 
     def labelled(self, kind: str, labels: tuple[str, ...], count: int) -> Iterator[dict[str, Any]]:
         """Media that show one kind of thing, all labels alike."""
@@ -237,8 +285,16 @@ class World:
         for thing in SOUNDING:
             for count in COUNTS:
                 held = concepts.count_held(thing, count)
-                image, audio = (self.side(kind, self.draw_of(thing, kind, held, count)) for kind in ("image", "audio"))
-                yield {"image": image, "audio": audio, "concept": concept(count, thing), "held_out": held}
+                image, audio = (
+                    self.side(kind, self.draw_of(thing, kind, held, count))
+                    for kind in ("image", "audio")
+                )
+                yield {
+                    "image": image,
+                    "audio": audio,
+                    "concept": concept(count, thing),
+                    "held_out": held,
+                }
 
     def draw_of(self, thing: str, kind: str, held: bool, count: int | None = None) -> Meaning:
         """A meaning that has this thing and no other, and so many of it if a count is given."""

@@ -28,7 +28,9 @@ class Side:
 
     def __init__(self, states: np.ndarray, name: str, k: int):
         if k < 2 or len(states) < k + 2:
-            raise LcoError(f"{len(states)} pairs and {k} neighbours: there must be 2 neighbours, and 2 more pairs")
+            raise LcoError(
+                f"{len(states)} pairs and {k} neighbours: there must be 2 neighbours, and 2 more pairs"
+            )
         self.states, self.name, self.k = states, name, k
 
     @cached_property
@@ -37,7 +39,9 @@ class Side:
         states = np.asarray(self.states, np.float64)
         norms = np.linalg.norm(states, axis=1, keepdims=True)
         if bad := int((~np.isfinite(norms) | (norms == 0)).sum()):
-            raise LcoError(f"{bad} of the {self.name} states are zero or not finite, and have no direction")
+            raise LcoError(
+                f"{bad} of the {self.name} states are zero or not finite, and have no direction"
+            )
         return states / norms
 
     @cached_property
@@ -70,9 +74,13 @@ class Side:
         similarity = self.cosines.copy()
         np.fill_diagonal(similarity, -np.inf)
         if twins := int((similarity.max(axis=1) >= 1 - RESOLUTION**2 / 2).sum()):
-            raise LcoError(f"{twins} of the {self.name} states equal another, and neighbours would be arbitrary")
+            raise LcoError(
+                f"{twins} of the {self.name} states equal another, and neighbours would be arbitrary"
+            )
         near = np.zeros(similarity.shape, bool)
-        np.put_along_axis(near, np.argpartition(similarity, -self.k, axis=1)[:, -self.k :], True, axis=1)
+        np.put_along_axis(
+            near, np.argpartition(similarity, -self.k, axis=1)[:, -self.k :], True, axis=1
+        )
         return near
 
     @cached_property
@@ -85,7 +93,9 @@ class Side:
             vectors, values = principal(columns / columns.std(axis=0), CCA_DIMENSIONS)
             rank = int((values > RESOLUTION * values[0]).sum())
         if rank < CCA_DIMENSIONS:
-            raise LcoError(f"the {self.name} states vary in {rank} directions, and {CCA_DIMENSIONS} are compared")
+            raise LcoError(
+                f"the {self.name} states vary in {rank} directions, and {CCA_DIMENSIONS} are compared"
+            )
         return vectors
 
 
@@ -112,7 +122,9 @@ def cycle_knn(a: Side, b: Side) -> float:
 
 def cka(a: Side, b: Side) -> float:
     """Linear centred kernel alignment, in [0, 1]; high for any sides if D is large beside N (Kornblith et al. 2019)."""
-    return float(np.vdot(a.kernel, b.kernel) / (np.linalg.norm(a.kernel) * np.linalg.norm(b.kernel)))
+    return float(
+        np.vdot(a.kernel, b.kernel) / (np.linalg.norm(a.kernel) * np.linalg.norm(b.kernel))
+    )
 
 
 def unbiased_cka(a: Side, b: Side) -> float:
@@ -135,7 +147,9 @@ def svcca(a: Side, b: Side) -> float:
     10 directions of standardised columns as in Huh et al.'s code; Raghu et al. keep 99 % of the variance. Canonical
     correlations of orthonormal, centred bases are the singular values of their product, so nothing is iterated.
     """
-    return float(np.minimum(np.linalg.svd(a.directions.T @ b.directions, compute_uv=False), 1.0).mean())
+    return float(
+        np.minimum(np.linalg.svd(a.directions.T @ b.directions, compute_uv=False), 1.0).mean()
+    )
 
 
 def principal(x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -160,7 +174,9 @@ def _hsic(x: np.ndarray, y: np.ndarray) -> float:
     n, own_x, own_y = len(x), np.diagonal(x), np.diagonal(y)
     from_x, to_y = x.sum(axis=0) - own_x, y.sum(axis=1) - own_y
     both = np.einsum("ij,ji->", x, y) - own_x @ own_y
-    return (both + from_x.sum() * to_y.sum() / ((n - 1) * (n - 2)) - 2 * from_x @ to_y / (n - 2)) / (n * (n - 3))
+    return (
+        both + from_x.sum() * to_y.sum() / ((n - 1) * (n - 2)) - 2 * from_x @ to_y / (n - 2)
+    ) / (n * (n - 3))
 
 
 ALIGNMENT = (mutual_knn, cka, unbiased_cka, cknna, cycle_knn, svcca)
@@ -172,7 +188,9 @@ def measure_layers(a: np.ndarray, b: np.ndarray, names: tuple[str, str], k: int)
 
     "anisotropy" has such a list for each side's name; "undefined" says of each None its layer, measure and reason.
     """
-    found: dict[str, Any] = {name: [] for name in MEASURES} | {"anisotropy": {name: [] for name in names}}
+    found: dict[str, Any] = {name: [] for name in MEASURES} | {
+        "anisotropy": {name: [] for name in names}
+    }
     undefined: list[dict[str, Any]] = []
 
     def note(into: list, layer: int, name: str, *sides: Side) -> None:

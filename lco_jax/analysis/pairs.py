@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 
 from lco_jax.data.prompts import KINDS
-from lco_jax.data.records import Record, Side, as_input, side_key
+from lco_jax.data.records import Content, Record, as_input, content_key
 
 PROMPT = "\nDescribe the above {} in one sentence:"  # shaped like the reference's for embeddings
-Captions = tuple[list[Any], list[str], str]  # inputs, what the generator is to say of each, and the prompt
+Captions = tuple[
+    list[Any], list[str], str
+]  # inputs, what the generator is to say of each, and the prompt
 
 
 @dataclass
@@ -43,10 +45,16 @@ class Pairs:
             return None
         turned = self.kinds[1] != "text"
         shown, said = (self.b, self.a) if turned else (self.a, self.b)
-        return shown, [one["text"] for one in said], PROMPT.format(self.kinds[turned].replace("+", " and "))
+        return (
+            shown,
+            [one["text"] for one in said],
+            PROMPT.format(self.kinds[turned].replace("+", " and ")),
+        )
 
 
-def draw_pairs(source: Sequence[Record], a: str, b: str, limit: int, seed: int, distinct: bool = True) -> Pairs:
+def draw_pairs(
+    source: Sequence[Record], a: str, b: str, limit: int, seed: int, distinct: bool = True
+) -> Pairs:
     """At most `limit` pairs, in an order drawn by `seed`.
 
     a, b: the sides' modalities, "": as in the first record; a record that has them the other way round is turned.
@@ -61,7 +69,7 @@ def draw_pairs(source: Sequence[Record], a: str, b: str, limit: int, seed: int, 
         if (_kind(pair[0]), _kind(pair[1])) != pairs.kinds:
             pairs.others += 1
             continue
-        keys = {(place, side_key(side)) for place, side in enumerate(pair)}
+        keys = {(place, content_key(side)) for place, side in enumerate(pair)}
         if distinct and keys & seen:
             pairs.duplicates += 1
             continue
@@ -73,6 +81,6 @@ def draw_pairs(source: Sequence[Record], a: str, b: str, limit: int, seed: int, 
     return pairs
 
 
-def _kind(side: Side) -> str:
+def _kind(side: Content) -> str:
     found = {"text"} if isinstance(side, str) else {part["type"] for part in side}
     return "+".join(kind for kind in KINDS if kind in found)

@@ -14,7 +14,11 @@ from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import DTYPES, Checkpoint, open_checkpoint, per_layer
 from lco_jax.checkpoint.peft import layer_tensors
-from lco_jax.checkpoint.sentence_transformers import read_projection, write_modules, write_projection
+from lco_jax.checkpoint.sentence_transformers import (
+    read_projection,
+    write_modules,
+    write_projection,
+)
 from lco_jax.checkpoint.tensors import TensorFolder, is_float, write_shards
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, write_json, written_aside
@@ -35,7 +39,9 @@ class _Merged:
         for layer, module, a, b in layer_tensors(tuned.get("decoder", {})):
             name = f"layers.{layer}.{module}.weight"
             if name not in checkpoint.keys["decoder"]:
-                raise LcoError(f"the adapter adapts {name}, which {checkpoint.folder} does not have")
+                raise LcoError(
+                    f"the adapter adapts {name}, which {checkpoint.folder} does not have"
+                )
             self.pairs[checkpoint.keys["decoder"][name]] = (a, b)
         for part in tuned.keys() & checkpoint.keys.keys():
             for path, name, leaf, layer in per_layer(tuned[part]):
@@ -49,7 +55,9 @@ class _Merged:
         if key in self.pairs:
             a, b = self.pairs[key]
             if value.shape != (shape := (b.shape[0], a.shape[1])):
-                raise LcoError(f"the adapter of {key} is for {shape}, and the matrix is {value.shape}")
+                raise LcoError(
+                    f"the adapter of {key} is for {shape}, and the matrix is {value.shape}"
+                )
             value = value.astype(np.float32) + self.scale * (b @ a)
         return value
 
@@ -69,7 +77,9 @@ def export_merged(
     """
     checkpoint, tuned = open_checkpoint(source), tuned or {}
     projection = np.asarray(tuned["projection"]["weight"]) if "projection" in tuned else None
-    write_model(checkpoint, out, _Merged(checkpoint, tuned, config), dtype, max_shard_bytes, projection)
+    write_model(
+        checkpoint, out, _Merged(checkpoint, tuned, config), dtype, max_shard_bytes, projection
+    )
 
 
 def write_model(
@@ -88,9 +98,14 @@ def write_model(
     if dtype not in DTYPES:
         raise LcoError(f"dtype {dtype!r} is not supported; these are: {', '.join(DTYPES)}")
     tensors = checkpoint.tensors
-    kept = {key: DTYPES[dtype] if is_float(tensors.dtype(key)) else tensors.dtype(key) for key in tensors}
+    kept = {
+        key: DTYPES[dtype] if is_float(tensors.dtype(key)) else tensors.dtype(key)
+        for key in tensors
+    }
     sizes = {key: math.prod(tensors.shape(key)) * np.dtype(kept[key]).itemsize for key in tensors}
-    progress = tqdm(total=2 * len(sizes), desc="writing and comparing", unit="tensor", leave=False, delay=2)
+    progress = tqdm(
+        total=2 * len(sizes), desc="writing and comparing", unit="tensor", leave=False, delay=2
+    )
 
     def rounded(key: str) -> np.ndarray:
         progress.update()
@@ -101,23 +116,33 @@ def write_model(
             for file in checkpoint.folder.glob(pattern):
                 if file.name != "model.safetensors.index.json" and not file.name.startswith("."):
                     shutil.copyfile(file, aside / file.name)
-        write_json(aside / "config.json", _with_dtype(read_json(checkpoint.folder / "config.json"), dtype))
+        write_json(
+            aside / "config.json", _with_dtype(read_json(checkpoint.folder / "config.json"), dtype)
+        )
         if projection is None:
             projection = read_projection(checkpoint.folder, checkpoint.config.hidden_size)
         if projection is not None:
             write_projection(aside, projection)
-        if not checkpoint.backbone.prefix:  # transformers' AutoModel, and so that library, has no full Qwen2.5-Omni
+        if (
+            not checkpoint.backbone.prefix
+        ):  # transformers' AutoModel, and so that library, has no full Qwen2.5-Omni
             template = ChatTokenizer(checkpoint.folder).tokenizer.chat_template
             hidden, kinds = checkpoint.config.hidden_size, checkpoint.backbone.modalities
             write_modules(aside, template, hidden, kinds, projection is not None)
         write_shards(aside, sizes, rounded, max_shard_bytes)
         written = TensorFolder(aside)
         if set(written) != set(sizes):
-            raise LcoError(f"{out}: the written files lack {sorted(set(sizes) - set(written))[0]}; is the disk full?")
+            raise LcoError(
+                f"{out}: the written files lack {sorted(set(sizes) - set(written))[0]}; is the disk full?"
+            )
         for key in sizes:
             want, got = rounded(key), written.read(key)
-            if want.dtype != got.dtype or not np.array_equal(want.view(np.uint8), got.view(np.uint8)):
-                raise LcoError(f"{out}: {key} reads back differently from what was written; is the disk sound?")
+            if want.dtype != got.dtype or not np.array_equal(
+                want.view(np.uint8), got.view(np.uint8)
+            ):
+                raise LcoError(
+                    f"{out}: {key} reads back differently from what was written; is the disk sound?"
+                )
         open_checkpoint(aside)
 
 
@@ -130,4 +155,6 @@ def _with_dtype(config: dict, dtype: str) -> dict:
         return dtype if key in ("torch_dtype", "dtype") and isinstance(value, str) else value
 
     config = spelled("", config)
-    return config if "dtype" in config else {**config, "torch_dtype": dtype}  # 4.x reads this one, 5.x both
+    return (
+        config if "dtype" in config else {**config, "torch_dtype": dtype}
+    )  # 4.x reads this one, 5.x both

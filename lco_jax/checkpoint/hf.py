@@ -25,7 +25,7 @@ from lco_jax.core.files import read_json, resolve
 from lco_jax.core.lora import DECODER_LINEARS
 from lco_jax.core.packing import PackedTokens
 from lco_jax.core.quantize import quantize as quantize_matrix
-from lco_jax.core.sharding import placed, shardings
+from lco_jax.core.sharding import shardings, with_shardings
 from lco_jax.models.attention import IMPLEMENTATIONS
 from lco_jax.models.config import DecoderConfig
 from lco_jax.models.decoder import REMAT_POLICIES, Decoder
@@ -75,11 +75,18 @@ def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
         if shape is None:
             raise LcoError(f"{folder}: unknown key {key}")
         if tensors.shape(key) != shape:
-            raise LcoError(f"{folder}: {key} has shape {tensors.shape(key)}, and config.json makes it {shape}")
+            raise LcoError(
+                f"{folder}: {key} has shape {tensors.shape(key)}, and config.json makes it {shape}"
+            )
     if missing := sorted(name.removeprefix("decoder.") for name in expected.keys() - keys.keys()):
-        raise LcoError(f"{folder}: missing key {missing[0]}" + f" and {len(missing) - 1} more" * (len(missing) > 1))
+        raise LcoError(
+            f"{folder}: missing key {missing[0]}"
+            + f" and {len(missing) - 1} more" * (len(missing) > 1)
+        )
     if HEAD not in keys and not config.tie_word_embeddings:
-        raise LcoError(f"{folder}: missing key lm_head.weight (config.json does not tie it to embed_tokens)")
+        raise LcoError(
+            f"{folder}: missing key lm_head.weight (config.json does not tie it to embed_tokens)"
+        )
     by_part: dict[str, dict[str, str]] = {part: {} for part in parts}
     for name in expected:
         part, _, rest = name.partition(".")
@@ -89,7 +96,9 @@ def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
     return replace(opened, tensors=tensors, keys=by_part)
 
 
-def open_geometry(path_or_id: str | Path, files: Sequence[str] = CHECKPOINT_FILES[:-2]) -> Checkpoint:
+def open_geometry(
+    path_or_id: str | Path, files: Sequence[str] = CHECKPOINT_FILES[:-2]
+) -> Checkpoint:
     """A checkpoint by its config.json, all that a folder needs to hold; nothing can be loaded of it.
 
     files: what is fetched of a hub id, by default no tensors.
@@ -98,20 +107,32 @@ def open_geometry(path_or_id: str | Path, files: Sequence[str] = CHECKPOINT_FILE
     where = str(folder / "config.json")
     backbone, model_config = find_backbone(read_json(folder / "config.json"), where)
     config = DecoderConfig.from_hf(model_config, where)
-    towers = {name: read(model_config, where, config) for name, (_, read) in backbone.towers.items()}
+    towers = {
+        name: read(model_config, where, config) for name, (_, read) in backbone.towers.items()
+    }
     parts = ["decoder", *towers, *([] if config.tie_word_embeddings else ["head"])]
-    return Checkpoint(folder, backbone, config, towers, model_config, None, {part: {} for part in parts})
+    return Checkpoint(
+        folder, backbone, config, towers, model_config, None, {part: {} for part in parts}
+    )
 
 
-def _match_keys(folder: Path, backbone: Backbone, tensors: TensorFolder, towers: dict[str, Any]) -> dict[str, str]:
+def _match_keys(
+    folder: Path, backbone: Backbone, tensors: TensorFolder, towers: dict[str, Any]
+) -> dict[str, str]:
     """{our name: key in the files} of what an embedder needs, and the head. Raises for unknown and duplicate keys."""
-    unused = {f"{tower}.layers.{i}" for tower, c in towers.items() for i in getattr(c, "unused_layers", ())}
+    unused = {
+        f"{tower}.layers.{i}"
+        for tower, c in towers.items()
+        for i in getattr(c, "unused_layers", ())
+    }
     keys: dict[str, str] = {}
     for key in tensors:
         if key.split(".")[0] in backbone.ignored:
             continue
         if not key.startswith(backbone.prefix):
-            raise LcoError(f"{folder}: unknown key {key} (a {backbone.model_type} key starts with {backbone.prefix})")
+            raise LcoError(
+                f"{folder}: unknown key {key} (a {backbone.model_type} key starts with {backbone.prefix})"
+            )
         try:
             name = backbone.name_of(key.removeprefix(backbone.prefix))
         except KeyError:
@@ -124,23 +145,39 @@ def _match_keys(folder: Path, backbone: Backbone, tensors: TensorFolder, towers:
     return keys
 
 
-@lru_cache(maxsize=64)  # opening, loading and training each ask for it, and tracing a module takes its time
+@lru_cache(
+    maxsize=64
+)  # opening, loading and training each ask for it, and tracing a module takes its time
 def abstract_params(module: DecoderConfig | nn.Module, dtype: Any = jnp.float32) -> dict[str, Any]:
     """The parameter tree of a decoder or a tower as shapes and dtypes, nothing allocated."""
     if isinstance(module, DecoderConfig):
         one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         three = jax.ShapeDtypeStruct((1, 1, 3), jnp.int32)
-        tokens = PackedTokens(one, three, one, one, (jax.ShapeDtypeStruct((1, 1, 1), jnp.int32),), one, one)
-        init = partial(jax.eval_shape, Decoder(module, param_dtype=dtype).init, jax.random.key(0), tokens)
+        tokens = PackedTokens(
+            one, three, one, one, (jax.ShapeDtypeStruct((1, 1, 1), jnp.int32),), one, one
+        )
+        init = partial(
+            jax.eval_shape, Decoder(module, param_dtype=dtype).init, jax.random.key(0), tokens
+        )
     else:
-        init = partial(jax.eval_shape, module.clone(param_dtype=dtype).init, jax.random.key(0), **module.example())
+        init = partial(
+            jax.eval_shape,
+            module.clone(param_dtype=dtype).init,
+            jax.random.key(0),
+            **module.example(),
+        )
     return init()["params"]
 
 
 def abstract_model(checkpoint: Checkpoint) -> dict[str, Any]:
     """Every part of a checkpoint as shapes: decoder, towers, and a head that is not tied."""
-    modules = {name: tower_module(checkpoint.backbone, name, c) for name, c in checkpoint.towers.items()}
-    parts = {name: abstract_params(module) for name, module in {"decoder": checkpoint.config, **modules}.items()}
+    modules = {
+        name: tower_module(checkpoint.backbone, name, c) for name, c in checkpoint.towers.items()
+    }
+    parts = {
+        name: abstract_params(module)
+        for name, module in {"decoder": checkpoint.config, **modules}.items()
+    }
     table = parts["decoder"]["embed_tokens"]["weight"]
     return parts | ({"head": {"weight": table}} if "head" in checkpoint.keys else {})
 
@@ -174,7 +211,9 @@ def load_decoder(
             raise LcoError(f"{name} is {settings[name]!r}; it is one of: {', '.join(known)}")
     dtype = _dtype(dtype)
     decoder = Decoder(checkpoint.config, dtype=dtype, param_dtype=dtype, **settings)
-    return decoder, _load_part(checkpoint, "decoder", abstract_params(checkpoint.config, dtype), mesh, quantize)
+    return decoder, _load_part(
+        checkpoint, "decoder", abstract_params(checkpoint.config, dtype), mesh, quantize
+    )
 
 
 def load_model(
@@ -200,7 +239,9 @@ def load_model(
         tree[name] = _load_part(checkpoint, name, abstract_params(modules[name], in_dtype), mesh)
     if head and "head" in checkpoint.keys:
         table = params["embed_tokens"]["weight"]
-        tree["head"] = _load_part(checkpoint, "head", {"weight": jax.ShapeDtypeStruct(table.shape, table.dtype)}, mesh)
+        tree["head"] = _load_part(
+            checkpoint, "head", {"weight": jax.ShapeDtypeStruct(table.shape, table.dtype)}, mesh
+        )
     projection = read_projection(checkpoint.folder, checkpoint.config.hidden_size)
     if projection is not None:
         part = {"projection": {"weight": projection}}
@@ -223,7 +264,9 @@ def _load_part(
     params: dict[str, Any] = {}
     for path, name, _, layer in per_layer(abstract):
         key, leaf = checkpoint.keys[part][name], kept[path]
-        matrix = jax.tree.leaves(leaf)[0].sharding  # a quantised leaf's first array lies as its matrix would
+        matrix = jax.tree.leaves(leaf)[
+            0
+        ].sharding  # a quantised leaf's first array lies as its matrix would
         if layer is None:
             params[path] = _read_sharded(checkpoint.tensors, key, matrix, leaves[path].dtype)
             continue
@@ -246,18 +289,24 @@ def _placed(part: str, abstract: dict[str, Any], mesh: Mesh, quantize: str = "")
             return jax.eval_shape(partial(quantize_matrix, kind=quantize, name=path), leaf)
         return leaf
 
-    kept = unflatten_dict({path: keep(path, leaf) for path, leaf in flatten_dict(abstract, sep=".").items()}, sep=".")
-    return flatten_dict(placed(kept, shardings({part: kept}, mesh)[part]), sep=".")
+    kept = unflatten_dict(
+        {path: keep(path, leaf) for path, leaf in flatten_dict(abstract, sep=".").items()}, sep="."
+    )
+    return flatten_dict(with_shardings(kept, shardings({part: kept}, mesh)[part]), sep=".")
 
 
-def placed_decoder(checkpoint: Checkpoint, mesh: Mesh, dtype: Any, quantize: str = "") -> dict[str, Any]:
+def placed_decoder(
+    checkpoint: Checkpoint, mesh: Mesh, dtype: Any, quantize: str = ""
+) -> dict[str, Any]:
     """The parameters that `load_decoder` would load, as shapes that know where they lie."""
     abstract = abstract_params(checkpoint.config, _dtype(dtype))
     return unflatten_dict(_placed("decoder", abstract, mesh, quantize), sep=".")
 
 
-def _read_sharded(tensors: TensorFolder, key: str, sharding: NamedSharding, dtype: Any) -> jax.Array:
-    read = lambda index: np.asarray(tensors.read(key, index)).astype(dtype, copy=False)  # noqa: E731
+def _read_sharded(
+    tensors: TensorFolder, key: str, sharding: NamedSharding, dtype: Any
+) -> jax.Array:
+    read = lambda index: np.asarray(tensors.read(key, index)).astype(dtype, copy=False)
     return jax.make_array_from_callback(tensors.shape(key), sharding, read)
 
 
@@ -270,5 +319,7 @@ def _zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.A
 def _write_layer(stack: Any, tensor: jax.Array, layer: jax.Array, kind: str, sharding: Any) -> Any:
     """`tensor`, quantised where there is a `kind`, as layer number `layer` of every array of the stacked leaf."""
     value = quantize_matrix(tensor, kind) if kind else tensor
-    written = jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, layer, 0), stack, value)
+    written = jax.tree.map(
+        lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, layer, 0), stack, value
+    )
     return jax.lax.with_sharding_constraint(written, sharding)

@@ -22,7 +22,9 @@ _KEY = re.compile(
     r"base_model\.model\.(?:thinker\.)?(?:model\.)?(?:language_model\.)?(?:model\.)?"
     r"layers\.(\d+)\.(.+)\.lora_([AB])(?:\.\w+)?\.weight"
 )
-_MODULES = "model.language_model.layers"  # where transformers 5.x has the decoder of every backbone here
+_MODULES = (
+    "model.language_model.layers"  # where transformers 5.x has the decoder of every backbone here
+)
 # what a PEFT config may ask for that is not done here; "none" is how it says that it asks for no bias
 _UNSUPPORTED = (
     "use_dora", "bias", "lora_bias", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern",
@@ -56,7 +58,10 @@ def write_peft(folder: Path, adapters: dict[str, Any], config: LoraConfig, base:
     for layer, module, a, b in layer_tensors(adapters):
         modules.add(module)
         stem = f"base_model.model.{_MODULES}.{layer}.{module}"
-        tensors |= {f"{stem}.lora_A.weight": np.ascontiguousarray(a), f"{stem}.lora_B.weight": np.ascontiguousarray(b)}
+        tensors |= {
+            f"{stem}.lora_A.weight": np.ascontiguousarray(a),
+            f"{stem}.lora_B.weight": np.ascontiguousarray(b),
+        }
     alternatives = "|".join(re.escape(module) for module in sorted(modules))
     content = {
         "peft_type": "LORA",
@@ -75,9 +80,13 @@ def write_peft(folder: Path, adapters: dict[str, Any], config: LoraConfig, base:
         save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(aside / "adapter_config.json", content)
         back, _ = read_peft(aside)
-        for (layer, module, *want), (_, _, *got) in zip(layer_tensors(adapters), layer_tensors(back), strict=True):
+        for (layer, module, *want), (_, _, *got) in zip(
+            layer_tensors(adapters), layer_tensors(back), strict=True
+        ):
             if not all(np.array_equal(x, y) for x, y in zip(want, got, strict=True)):
-                raise LcoError(f"{folder}: layer {layer} {module} did not survive writing; is the disk full?")
+                raise LcoError(
+                    f"{folder}: layer {layer} {module} did not survive writing; is the disk full?"
+                )
 
 
 def read_peft(path_or_id: str | Path) -> tuple[dict[str, Any], LoraConfig]:
@@ -90,7 +99,9 @@ def read_peft(path_or_id: str | Path) -> tuple[dict[str, Any], LoraConfig]:
     where = folder / "adapter_config.json"
     content = read_json(where)
     if content.get("peft_type") != "LORA":
-        raise LcoError(f"{where}: peft_type is {content.get('peft_type')!r}; only LORA adapters are supported")
+        raise LcoError(
+            f"{where}: peft_type is {content.get('peft_type')!r}; only LORA adapters are supported"
+        )
     for key in ("r", "lora_alpha"):
         if not isinstance(content.get(key), int | float):
             raise LcoError(f"{where}: {key} is {content.get(key)!r}, and must be a number")
@@ -99,8 +110,12 @@ def read_peft(path_or_id: str | Path) -> tuple[dict[str, Any], LoraConfig]:
             raise LcoError(f"{where}: {key} = {content[key]!r} is not supported")
     file = folder / "adapter_model.safetensors"
     if not file.exists():
-        raise LcoError(f"{file} does not exist (pickled adapters are never loaded; convert them to safetensors)")
-    with explained(f"{file} is torn or not a safetensors file", SafetensorError, OSError, ValueError):
+        raise LcoError(
+            f"{file} does not exist (pickled adapters are never loaded; convert them to safetensors)"
+        )
+    with explained(
+        f"{file} is torn or not a safetensors file", SafetensorError, OSError, ValueError
+    ):
         tensors = load_file(file)
     found: dict[str, dict[int, np.ndarray]] = {}
     for key, value in tensors.items():
@@ -112,7 +127,9 @@ def read_peft(path_or_id: str | Path) -> tuple[dict[str, Any], LoraConfig]:
             raise LcoError(f"{file}: {key} is the same parameter as another key")
         rank = value.shape[0 if match[3] == "A" else 1]
         if rank != content["r"]:
-            raise LcoError(f"{file}: {key} has rank {rank}, and adapter_config.json says r = {content['r']}")
+            raise LcoError(
+                f"{file}: {key} has rank {rank}, and adapter_config.json says r = {content['r']}"
+            )
         layers[int(match[1])] = value.astype(np.float32)
     depth = max((max(layers) for layers in found.values()), default=-1) + 1
     stacked = {}
@@ -126,7 +143,9 @@ def read_peft(path_or_id: str | Path) -> tuple[dict[str, Any], LoraConfig]:
         stacked[path] = np.stack([layers.get(i, blank) for i in range(depth)])
     if not stacked:
         raise LcoError(f"{file} holds no LoRA weights")
-    modules = "|".join(sorted({re.escape(path[len("layers.") : -len(".weight.a")]) for path in stacked}))
+    modules = "|".join(
+        sorted({re.escape(path[len("layers.") : -len(".weight.a")]) for path in stacked})
+    )
     return unflatten_dict(stacked, sep="."), LoraConfig(
         rank=content["r"],
         alpha=content["lora_alpha"],
@@ -136,7 +155,7 @@ def read_peft(path_or_id: str | Path) -> tuple[dict[str, Any], LoraConfig]:
     )
 
 
-def fit(adapters: dict[str, Any], params: dict[str, Any], where: str) -> dict[str, Any]:
+def match_adapters(adapters: dict[str, Any], params: dict[str, Any], where: str) -> dict[str, Any]:
     """The adapters, with as many layers as `params` has. Raises unless every leaf matches the matrix it belongs to."""
     leaves, fitted = flatten_dict(params, sep="."), {}
     for path, value in flatten_dict(adapters, sep=".").items():
@@ -144,8 +163,14 @@ def fit(adapters: dict[str, Any], params: dict[str, Any], where: str) -> dict[st
         if stem not in leaves:
             raise LcoError(f"{where} adapts {stem}, which the model does not have")
         *stack, out_features, in_features = leaves[stem].shape
-        want = (stack[0], value.shape[1], in_features) if side == "a" else (stack[0], out_features, value.shape[2])
+        want = (
+            (stack[0], value.shape[1], in_features)
+            if side == "a"
+            else (stack[0], out_features, value.shape[2])
+        )
         if value.shape[1:] != want[1:] or value.shape[0] > want[0]:
-            raise LcoError(f"{where}: {stem}.{side} has shape {value.shape}, which does not fit {leaves[stem].shape}")
+            raise LcoError(
+                f"{where}: {stem}.{side} has shape {value.shape}, which does not fit {leaves[stem].shape}"
+            )
         fitted[path] = np.pad(value, ((0, want[0] - value.shape[0]), (0, 0), (0, 0)))
     return unflatten_dict(fitted, sep=".")

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, abstract_params, open_checkpoint
-from lco_jax.checkpoint.peft import fit, layer_tensors, read_peft
+from lco_jax.checkpoint.peft import layer_tensors, match_adapters, read_peft
 from lco_jax.checkpoint.tensors import is_float
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, resolve
@@ -22,26 +22,42 @@ from lco_jax.data.prompts import ChatTokenizer
 
 logger = logging.getLogger(__name__)
 Adapter = tuple[dict[str, Any], LoraConfig]
-FREE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")  # in which configurations may differ
+FREE = (
+    "_name_or_path",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+)  # in which configurations may differ
 
 
 def shares(weights: Sequence[float] | None, count: int) -> list[float]:
     """Weights that sum to 1: those given, divided by their sum; equal ones for None. Raises for negative ones."""
     weights = [1.0] * count if weights is None else list(weights)
     if len(weights) != count:
-        raise LcoError(f"--weights has {len(weights)} numbers for {count} to average; give one for each")
+        raise LcoError(
+            f"--weights has {len(weights)} numbers for {count} to average; give one for each"
+        )
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not sum(weights):
-        raise LcoError(f"--weights is {' '.join(map(str, weights))}; none may be negative, and not all zero")
+        raise LcoError(
+            f"--weights is {' '.join(map(str, weights))}; none may be negative, and not all zero"
+        )
     return [weight / sum(weights) for weight in weights]
 
 
 def read_adapters(names: Sequence[str], checkpoint: Checkpoint) -> list[Adapter]:
     """PEFT adapters of any ranks and targets, each with as many layers as the model. Raises for what does not fit."""
     params, found = abstract_params(checkpoint.config), [read_peft(name) for name in names]
-    configs = [read_json(resolve(name, ["adapter_config.json"]) / "adapter_config.json") for name in names]
+    configs = [
+        read_json(resolve(name, ["adapter_config.json"]) / "adapter_config.json") for name in names
+    ]
     if len(bases := {str(config.get("base_model_name_or_path")) for config in configs}) > 1:
-        logger.warning("the adapters name different models as their base: %s", ", ".join(sorted(bases)))
-    return [(fit(tree, params, str(name)), config) for name, (tree, config) in zip(names, found, strict=True)]
+        logger.warning(
+            "the adapters name different models as their base: %s", ", ".join(sorted(bases))
+        )
+    return [
+        (match_adapters(tree, params, str(name)), config)
+        for name, (tree, config) in zip(names, found, strict=True)
+    ]
 
 
 def average_adapters(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
@@ -76,7 +92,9 @@ def reduce_rank(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, np.ndar
     cut, spectra = {}, {}
     matrices = list(layer_tensors(tree))
     for layer, module, a, b in tqdm(matrices, desc="reducing", unit="matrix", delay=2):
-        (q_b, r_b), (q_a, r_a) = (np.linalg.qr(x.astype(np.float64)) for x in (config.scale * b, a.T))
+        (q_b, r_b), (q_a, r_a) = (
+            np.linalg.qr(x.astype(np.float64)) for x in (config.scale * b, a.T)
+        )
         left, values, right = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
         spectra[f"{layer}.{module}"] = values
         root, n = np.sqrt(values[:rank]), min(rank, len(values))
@@ -90,13 +108,18 @@ def reduce_rank(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, np.ndar
 
 def rank_errors(spectra: dict[str, np.ndarray], rank: int) -> dict[str, Any]:
     """|delta − its approximation| / |delta| (Frobenius): of all matrices together, the worst, and each by name."""
-    square = lambda values: float((values**2).sum())  # noqa: E731
+    square = lambda values: float((values**2).sum())
     each = {name: math.sqrt(square(s[rank:]) / (square(s) or 1.0)) for name, s in spectra.items()}
-    whole = math.sqrt(sum(square(s[rank:]) for s in spectra.values()) / (sum(map(square, spectra.values())) or 1.0))
+    whole = math.sqrt(
+        sum(square(s[rank:]) for s in spectra.values())
+        / (sum(map(square, spectra.values())) or 1.0)
+    )
     return {"overall": whole, "max": max(each.values()), "matrices": each}
 
 
-def greedy(count: int, score: Callable[[list[int]], float]) -> tuple[list[int], list[dict[str, Any]]]:
+def greedy(
+    count: int, score: Callable[[list[int]], float]
+) -> tuple[list[int], list[dict[str, Any]]]:
     """The greedy soup: the best alone, then each that does not lower the score of the average; and how it went.
 
     score: of the equal average of ingredients, given their numbers; higher is better. Ties alone keep their order.
@@ -107,13 +130,17 @@ def greedy(count: int, score: Callable[[list[int]], float]) -> tuple[list[int], 
     steps = [{"index": order[0], "alone": best, "together": best, "kept": True}]
     for i in order[1:]:
         together = score([*kept, i])
-        steps.append({"index": i, "alone": alone[i], "together": together, "kept": together >= best})
+        steps.append(
+            {"index": i, "alone": alone[i], "together": together, "kept": together >= best}
+        )
         if together >= best:
             kept, best = [*kept, i], together
     return kept, steps
 
 
-def average_models(names: Sequence[str], weights: Sequence[float]) -> tuple[Checkpoint, Callable[[str], np.ndarray]]:
+def average_models(
+    names: Sequence[str], weights: Sequence[float]
+) -> tuple[Checkpoint, Callable[[str], np.ndarray]]:
     """The first checkpoint, and the function that makes any tensor of the average, in float32, from one of each.
 
     Raises, by key, unless all agree in configuration, tokenizer, tensors' shapes, and whatever is no floating point.
@@ -127,11 +154,14 @@ def average_models(names: Sequence[str], weights: Sequence[float]) -> tuple[Chec
         value = first.tensors.read(key)
         if is_float(value.dtype):
             values = (
-                weight * x.tensors.read(key).astype(np.float32) for x, weight in zip(checkpoints, weights, strict=True)
+                weight * x.tensors.read(key).astype(np.float32)
+                for x, weight in zip(checkpoints, weights, strict=True)
             )
             return sum(values, np.zeros(value.shape, np.float32))
         if not all(np.array_equal(value, other.tensors.read(key)) for other in others):
-            raise LcoError(f"{key} holds {value.dtype}, of which there is no average, and differs among the models")
+            raise LcoError(
+                f"{key} holds {value.dtype}, of which there is no average, and differs among the models"
+            )
         return value
 
     return first, tensor
@@ -139,11 +169,19 @@ def average_models(names: Sequence[str], weights: Sequence[float]) -> tuple[Chec
 
 def _check_alike(one: Checkpoint, other: Checkpoint, names: str) -> None:
     """Raise for the first thing in which two models differ that an average needs to be equal."""
-    for what, described in (("config.json", _geometry), ("tensors", _tensors), ("tokenizer", _tokens)):
+    for what, described in (
+        ("config.json", _geometry),
+        ("tensors", _tensors),
+        ("tokenizer", _tokens),
+    ):
         ours, theirs = described(one), described(other)
-        if differing := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
+        if differing := sorted(
+            key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)
+        ):
             key = differing[0]
-            raise LcoError(f"{names} differ in {what}: {key} is {theirs.get(key)!r:.60} and {ours.get(key)!r:.60}")
+            raise LcoError(
+                f"{names} differ in {what}: {key} is {theirs.get(key)!r:.60} and {ours.get(key)!r:.60}"
+            )
 
 
 def _geometry(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -153,7 +191,10 @@ def _geometry(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, Any]:
     tensors = checkpoint.tensors
-    return {key: (tensors.shape(key), "float" if is_float(x := tensors.dtype(key)) else str(x)) for key in tensors}
+    return {
+        key: (tensors.shape(key), "float" if is_float(x := tensors.dtype(key)) else str(x))
+        for key in tensors
+    }
 
 
 def _tokens(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 A checkpoint holds the adapters, the optimiser's moments and the step (one tree), and the position in the data. The
 dropout key is a function of the seed and the step, so there is no other random state. Orbax writes to a temporary
 folder and renames it when everything is there (on a bucket: to the folder itself, where an object then says so): a kill
-at any moment leaves the one before. Before that the sums of its files are laid beside them: whether the disk kept them
+at any moment leaves the one before. Before that the sums of its files are packed beside them: whether the disk kept them
 is then known to one process, which tells the others, before they begin to read together.
 """
 
@@ -55,7 +55,9 @@ class RunStore:
 
     def save(self, step: int, state: Any, data_position: dict[str, Any]) -> None:
         """Begin to save; returns when the state is copied out, before it is on disk."""
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_position))
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_position)
+        )
         with self._explained():
             self._manager.save(step, args=items)
 
@@ -68,11 +70,19 @@ class RunStore:
         damage = _damage(folder) if jax.process_index() == 0 else ""
         if multihost_utils.broadcast_one_to_all(np.bool_(damage)):
             raise Damaged(f"{folder} is damaged: {damage or 'process 0 says how'}")
-        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
+        target = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where
+        )
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore()
+        )
         try:
             restored = self._manager.restore(step, args=items)
-        except (OSError, ValueError, KeyError) as error:  # if its files are as they were, it is another run's
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+        ) as error:  # if its files are as they were, it is another run's
             kind = LcoError if (folder / SUMS).exists() else Damaged
             raise kind(f"{folder} cannot be read: {reason(error)}") from None
         return restored.state, restored.data
@@ -115,7 +125,9 @@ class RunStore:
                 return step, *self.restore(step, state, where)
             except Damaged as error:
                 aside = self.folder / f"{step}.damaged"
-                logger.warning("%s; it is put aside as %s, and the one before is used", error, aside.name)
+                logger.warning(
+                    "%s; it is put aside as %s, and the one before is used", error, aside.name
+                )
             if jax.process_index() == 0:
                 aside.rmtree(missing_ok=True)  # an earlier one of this step
                 (self.folder / str(step)).rename(aside)
@@ -123,7 +135,9 @@ class RunStore:
                 multihost_utils.sync_global_devices("put aside")
             self._manager.reload()
         if steps or next(self.folder.glob("*.damaged"), None):
-            raise LcoError(f"{self.folder} holds no checkpoint that can be read; give another --workdir to begin anew")
+            raise LcoError(
+                f"{self.folder} holds no checkpoint that can be read; give another --workdir to begin anew"
+            )
         return None
 
     def reached_preemption(self, step: int) -> bool:
@@ -145,16 +159,24 @@ class RunStore:
         try:
             yield
         except (OSError, ValueError) as error:
-            if isinstance(error, TimeoutError) or peer_is_gone(error) or on_bucket(self.folder):  # a barrier's; passing
+            if (
+                isinstance(error, TimeoutError) or peer_is_gone(error) or on_bucket(self.folder)
+            ):  # a barrier's; passing
                 raise
             what = f"a checkpoint could not be written to {self.folder}, where those before it are whole"
-            raise LcoError(f"{what}: {reason(error)}; make room, and the same command resumes") from None
+            raise LcoError(
+                f"{what}: {reason(error)}; make room, and the same command resumes"
+            ) from None
 
     def _sum_up(self) -> None:
         """Lay the sums of a checkpoint's files beside them, before it gets its name."""
         with suppress(OSError):  # without them it is believed
-            for folder in self.folder.glob("*"):  # one: the next save awaits this one, and torn ones were removed
-                whole = (folder / COMMITTED).exists() if on_bucket(folder) else "tmp" not in folder.name
+            for folder in self.folder.glob(
+                "*"
+            ):  # one: the next save awaits this one, and torn ones were removed
+                whole = (
+                    (folder / COMMITTED).exists() if on_bucket(folder) else "tmp" not in folder.name
+                )
                 if not whole:
                     write_json(folder / SUMS, _sums(folder))
 
@@ -170,11 +192,15 @@ def _sums(folder: epath.Path) -> dict[str, str]:
     """A digest of every file of an item, of an object the bucket's own; those beside the items orbax writes once more
     when all else is done."""
     if on_bucket(folder):
-        return {name: str(about.get("crc32c")) for name, about in listing(folder).items() if "/" in name}
+        return {
+            name: str(about.get("crc32c")) for name, about in listing(folder).items() if "/" in name
+        }
     sums = {}
     for path in sorted(path for path in Path(folder).glob("*/**/*") if path.is_file()):
         with open(path, "rb") as file:
-            sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+            sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(
+                file, "sha256"
+            ).hexdigest()
     return sums
 
 

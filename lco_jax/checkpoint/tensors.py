@@ -43,19 +43,25 @@ class TensorFolder:
         index = folder / "model.safetensors.index.json"
         weight_map = read_json(index).get("weight_map", {}) if index.exists() else None
         if weight_map is None:
-            files = sorted(f.name for f in folder.glob("*.safetensors") if not f.name.startswith("adapter"))
+            files = sorted(
+                f.name for f in folder.glob("*.safetensors") if not f.name.startswith("adapter")
+            )
         else:
             if not isinstance(weight_map, dict) or not weight_map:
                 raise LcoError(f"{index} has no weight_map of keys to files")
             files = sorted(set(weight_map.values()))
         if not files:
-            raise LcoError(f"{folder} holds no *.safetensors (pickled weights are never loaded; convert them first)")
+            raise LcoError(
+                f"{folder} holds no *.safetensors (pickled weights are never loaded; convert them first)"
+            )
         self._headers: dict[str, _Header] = {}
         self._open: dict[str, Any] = {}
         for file in files:
             for header in _read_headers(folder, file):
                 if (twin := self._headers.setdefault(header.key, header)) is not header:
-                    raise LcoError(f"{folder}: the key {header.key} stands in both {twin.file} and {file}")
+                    raise LcoError(
+                        f"{folder}: the key {header.key} stands in both {twin.file} and {file}"
+                    )
         for key, file in (weight_map or {}).items():
             if key not in self._headers or self._headers[key].file != file:
                 raise LcoError(f"{index} says that {file} holds {key}, which it does not")
@@ -82,12 +88,16 @@ def _read_headers(folder: Path, file: str) -> list[_Header]:
     path = folder / file
     if not path.exists():
         raise LcoError(f"{path} does not exist, and model.safetensors.index.json names it")
-    with explained(f"{path} is torn or not a safetensors file", SafetensorError, OSError, ValueError):
+    with explained(
+        f"{path} is torn or not a safetensors file", SafetensorError, OSError, ValueError
+    ):
         with safe_open(path, framework="numpy") as content:  # validates offsets and length
             slices = [(key, content.get_slice(key)) for key in content.offset_keys()]
         headers = [_Header(key, file, tuple(x.get_shape()), x.get_dtype()) for key, x in slices]
     if strange := [header for header in headers if header.dtype not in DTYPES]:
-        raise LcoError(f"{path}: {strange[0].key} has dtype {strange[0].dtype}, which is not supported")
+        raise LcoError(
+            f"{path}: {strange[0].key} has dtype {strange[0].dtype}, which is not supported"
+        )
     return headers
 
 
@@ -99,10 +109,17 @@ def write_shards(
     sizes: bytes of each key; tensor: makes the tensor of a key. One shard at a time is in memory.
     """
     split = split_state_dict_into_shards_factory(
-        sizes, get_storage_size=int, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
+        sizes,
+        get_storage_size=int,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
     )
     for file, keys in split.filename_to_tensors.items():
-        save_file({key: np.ascontiguousarray(tensor(key)) for key in keys}, folder / file, metadata={"format": "pt"})
+        save_file(
+            {key: np.ascontiguousarray(tensor(key)) for key in keys},
+            folder / file,
+            metadata={"format": "pt"},
+        )
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)

@@ -51,21 +51,33 @@ def reaching(path: Place | str) -> Iterator[None]:
     except Exception as error:
         if not on_bucket(path) or isinstance(error, LcoError) or peer_is_gone(error):
             raise
-        known = {ImportError: "pip install 'lco-jax[gcs]'", FileNotFoundError: "there is no such bucket or object"}
+        known = {
+            ImportError: "pip install 'lco-jax[gcs]'",
+            FileNotFoundError: "there is no such bucket or object",
+        }
         why = known.get(type(error)) or reason(error)
-        raise LcoError(f"{path} cannot be read or written: {why}; docs/training.md says what it takes") from None
+        raise LcoError(
+            f"{path} cannot be read or written: {why}; docs/training.md says what it takes"
+        ) from None
 
 
 def listing(path: Place | str) -> dict[str, dict[str, Any]]:
     """{name below `path`: what the bucket knows of the object, such as size and crc32c}; "." is `path` itself."""
     found = _system().find(str(path), detail=True).items()
-    return {posixpath.relpath(name, str(path)[5:]): about for name, about in found if ".." not in name.split("/")}
+    return {
+        posixpath.relpath(name, str(path)[5:]): about
+        for name, about in found
+        if ".." not in name.split("/")
+    }
 
 
 def download(path: Place | str, folder: Path, names: Iterable[str]) -> None:
     """Fetch objects below `path` into a folder of this machine; "." goes by its own name."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = {name: str(folder / (posixpath.basename(str(path)) if name == "." else name)) for name in names}
+    files = {
+        name: str(folder / (posixpath.basename(str(path)) if name == "." else name))
+        for name in names
+    }
     if files:
         _system().get(_addresses(path, files), list(files.values()))
 
@@ -74,11 +86,19 @@ def copy_up(folder: Path, path: Place) -> None:
     """Copy to the bucket what it has not, or not so. Output folders (`files.written_aside`) become the same, and bear
     their marks only when they are."""
     there = listing(path)
-    here = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    here = {
+        file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()
+    }
     marks = [name for name in here if posixpath.basename(name) == MARK]
-    changed = [name for name in here if name not in marks and _sum(here[name]) != there.get(name, {}).get("md5Hash")]
+    changed = [
+        name
+        for name in here
+        if name not in marks and _sum(here[name]) != there.get(name, {}).get("md5Hash")
+    ]
     written = tuple(name.removesuffix(MARK) for name in marks)
-    if gone := [name for name in there if name.startswith(written) and (name in marks or name not in here)]:
+    if gone := [
+        name for name in there if name.startswith(written) and (name in marks or name not in here)
+    ]:
         _system().rm(_addresses(path, gone))
     for names in filter(None, (changed, marks)):
         _system().put([str(here[name]) for name in names], _addresses(path, names))
@@ -94,6 +114,8 @@ def _sum(file: Path) -> str:
 
 
 def _system() -> fsspec.AbstractFileSystem:
-    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False  # nor orbax's: other processes write, too
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = (
+        False  # nor orbax's: other processes write, too
+    )
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of what it raises
     return fsspec.filesystem("gcs")

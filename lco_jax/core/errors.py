@@ -15,7 +15,9 @@ import jax
 # exit statuses after which the same command is to be started again: SIGTERM stopped it; a process hung or is gone
 PREEMPTED, PEER_LOST = 75, 76
 # what the failures of a collective or a barrier say when another process is gone
-_GONE = re.compile(r"gloo|nccl|connection|heartbeat|barrier|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED", re.IGNORECASE)
+_GONE = re.compile(
+    r"gloo|nccl|connection|heartbeat|barrier|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED", re.IGNORECASE
+)
 
 
 class LcoError(Exception):
@@ -24,7 +26,11 @@ class LcoError(Exception):
 
 def reason(error: BaseException) -> str:
     """One line of what an exception says, without the stand-ins for file names that decoders add."""
-    said = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error).strip()
+    said = (
+        getattr(error, "error_string", None)
+        or getattr(error, "strerror", None)
+        or str(error).strip()
+    )
     line = (str(said).splitlines() or [""])[0].rstrip(":. ") or type(error).__name__
     return "".join(letter if letter.isprintable() else "?" for letter in line[:200])
 
@@ -58,7 +64,10 @@ def run_main(main: Callable[[], int | None]) -> None:
         leave(130)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            print(f"error: {error.filename or 'a file'}: {reason(error)}; make room, then try again", file=sys.stderr)
+            print(
+                f"error: {error.filename or 'a file'}: {reason(error)}; make room, then try again",
+                file=sys.stderr,
+            )
             leave(2)
         if not jax.distributed.is_initialized():
             raise
@@ -68,7 +77,9 @@ def run_main(main: Callable[[], int | None]) -> None:
 
 def peer_is_gone(error: BaseException) -> bool:
     """Whether an exception says that another process of this job is gone."""
-    return jax.distributed.is_initialized() and bool(_GONE.search(f"{type(error).__name__} {error}"))
+    return jax.distributed.is_initialized() and bool(
+        _GONE.search(f"{type(error).__name__} {error}")
+    )
 
 
 def leave(status: int, seconds: float = 5.0) -> NoReturn:

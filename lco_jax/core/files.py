@@ -21,7 +21,9 @@ from lco_jax.core.errors import LcoError, explained
 ASSETS = Path(__file__).parent.parent / "assets"
 
 
-def resolve(path_or_id: str | os.PathLike[str], patterns: Sequence[str], kind: str = "model") -> Path:
+def resolve(
+    path_or_id: str | os.PathLike[str], patterns: Sequence[str], kind: str = "model"
+) -> Path:
     """A local folder as it is, or the files of a bucket's folder or a hub repository that match `patterns`, in a cache.
 
     kind: "model" or "dataset". Raises if it is neither a folder nor to be had from the bucket or the hub.
@@ -48,10 +50,14 @@ def fetched(path: str | os.PathLike[str], patterns: Sequence[str] = ("*",)) -> P
         return Path(path)
     with reaching(path):
         there = listing(path)
-    names = sorted(name for name in there if name == "." or any(fnmatch(name, one) for one in patterns))
+    names = sorted(
+        name for name in there if name == "." or any(fnmatch(name, one) for one in patterns)
+    )
     if not names:
         raise LcoError(f"{path} holds nothing that matches {' or '.join(patterns)}")
-    state = repr([(str(path), name, there[name]["size"], there[name].get("crc32c")) for name in names])
+    state = repr(
+        [(str(path), name, there[name]["size"], there[name].get("crc32c")) for name in names]
+    )
     folder = cache_folder() / "buckets" / blake2b(state.encode(), digest_size=8).hexdigest()
     if not folder.is_dir():
         with written_aside(folder, first_wins=True) as aside, reaching(path):
@@ -64,7 +70,9 @@ def mirrored(home: Place, pattern: str) -> Path:
     the bucket and matches `pattern`."""
     if not on_bucket(home):
         return home
-    folder = cache_folder() / "workdirs" / f"{str(home)[5:].replace('/', '_')}-{jax.process_index()}"
+    folder = (
+        cache_folder() / "workdirs" / f"{str(home)[5:].replace('/', '_')}-{jax.process_index()}"
+    )
     shutil.rmtree(folder, ignore_errors=True)
     with reaching(home):
         download(home, folder, [name for name in listing(home) if fnmatch(name, pattern)])
@@ -80,7 +88,9 @@ def read_json(path: Place) -> dict[str, Any]:
     """The object in a JSON file. Raises if the file is missing, torn or not an object."""
     if not path.exists():
         raise LcoError(f"{path} does not exist")
-    with explained(f"{path} is not valid JSON", ValueError):  # of either kind: no JSON, and no UTF-8
+    with explained(
+        f"{path} is not valid JSON", ValueError
+    ):  # of either kind: no JSON, and no UTF-8
         content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise LcoError(f"{path} holds a {type(content).__name__}, and must hold an object")
@@ -91,7 +101,9 @@ def fingerprint(files: Iterable[tuple[str, os.stat_result]]) -> str:
     """What tells whether files have changed: how many, and a digest of their names, sizes and times of change."""
     seen, count = blake2b(digest_size=8), 0
     for name, found in files:
-        seen.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0".encode(errors="surrogateescape"))
+        seen.update(
+            f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0".encode(errors="surrogateescape")
+        )
         count += 1
     return f"{count} files with digest {seen.hexdigest()}"
 
@@ -104,11 +116,15 @@ def written_aside(target: Path, first_wins: bool = False) -> Iterator[Path]:
     first_wins: for caches that several processes fill with the same content; a folder that came meanwhile stays.
     """
     if str(target).startswith("gs:"):
-        raise LcoError(f"{target}: outputs go to a folder, from where they can be copied to a bucket")
+        raise LcoError(
+            f"{target}: outputs go to a folder, from where they can be copied to a bucket"
+        )
     if target.is_file():
         raise LcoError(f"{target} is a file; give an output folder")
     if target.exists() and any(target.iterdir()) and not (target / MARK).exists():
-        raise LcoError(f"{target} exists and was not written by lco_jax; give another output folder")
+        raise LcoError(
+            f"{target} exists and was not written by lco_jax; give another output folder"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
     aside.chmod(0o755)

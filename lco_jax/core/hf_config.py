@@ -5,7 +5,9 @@ from typing import Any
 from lco_jax.core.files import ASSETS, read_json
 
 _DEFAULTS = read_json(ASSETS / "hf_defaults.json")  # a test compares with transformers
-TEXT: dict[str, dict[str, Any]] = _DEFAULTS["text"]  # by the model_type of a text_config, or of a flat config
+TEXT: dict[str, dict[str, Any]] = _DEFAULTS[
+    "text"
+]  # by the model_type of a text_config, or of a flat config
 MODELS: dict[str, dict[str, Any]] = _DEFAULTS["models"]  # by the model_type of the whole
 
 

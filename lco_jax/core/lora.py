@@ -54,13 +54,21 @@ def target_paths(params: Tree, config: LoraConfig) -> list[str]:
     leaves = flatten_dict(params, sep=".")
     modules = {path.removesuffix(".weight"): path for path in leaves if path.endswith(".weight")}
     try:
-        chosen = sorted(path for module, path in modules.items() if re.fullmatch(config.targets, module))
+        chosen = sorted(
+            path for module, path in modules.items() if re.fullmatch(config.targets, module)
+        )
     except re.error as error:
-        raise LcoError(f"lora.targets {config.targets!r} is not a regular expression: {error}") from None
+        raise LcoError(
+            f"lora.targets {config.targets!r} is not a regular expression: {error}"
+        ) from None
     if not chosen:
-        raise LcoError(f"lora.targets {config.targets!r} matches no module; there are: {', '.join(sorted(modules))}")
+        raise LcoError(
+            f"lora.targets {config.targets!r} matches no module; there are: {', '.join(sorted(modules))}"
+        )
     if flat := [path for path in chosen if len(leaves[path].shape) < 2 or "norm" in path]:
-        raise LcoError(f"lora.targets {config.targets!r} matches {flat[0]}, which is no linear layer")
+        raise LcoError(
+            f"lora.targets {config.targets!r} matches {flat[0]}, which is no linear layer"
+        )
     return chosen
 
 
@@ -73,7 +81,9 @@ def init(key: Array, params: Tree, config: LoraConfig) -> Tree:
         bound = 1.0 / math.sqrt(in_features)
         path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
         adapters[path] = {
-            "a": jax.random.uniform(path_key, (*stack, config.rank, in_features), jnp.float32, -bound, bound),
+            "a": jax.random.uniform(
+                path_key, (*stack, config.rank, in_features), jnp.float32, -bound, bound
+            ),
             "b": jnp.zeros((*stack, out_features, config.rank), jnp.float32),
         }
     return unflatten_dict(adapters, sep=".")
@@ -110,7 +120,9 @@ def merge(params: Tree, adapters: Tree, config: LoraConfig) -> Tree:
         raise LcoError(
             f"{quantized[0]} is quantised, and nothing can be merged into it; merge into the checkpoint's files"
         )
-    merged = {path: merge_weight(leaves[path], a, b, config.scale) for path, (a, b) in pairs.items()}
+    merged = {
+        path: merge_weight(leaves[path], a, b, config.scale) for path, (a, b) in pairs.items()
+    }
     return unflatten_dict({**leaves, **merged}, sep=".")
 
 

@@ -2,7 +2,7 @@
 
 Dimensions: C GradCache chunks, R streams (one a device's share), T tokens of a stream, W width and N rows of a group of
 attention rows, U slots of all a stream's attention rows (Σ N · W), S sequences of a stream (Σ N), B records, M hard
-negatives a record (the most), P tokens of the head.
+negatives a record (the most), P tokens of the prefix.
 
 In a causal decoder a token's state depends on what stands before it and on nothing else. So sequences that begin alike
 can share the tokens of their beginning, and every matrix product runs over the stream, which has no padding but at its
@@ -39,8 +39,16 @@ WIDTHS = (
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["input_ids", "position_ids", "token_keys", "media_slots", "rows", "home", "last_tokens"],
-    meta_fields=["head_length"],
+    data_fields=[
+        "input_ids",
+        "position_ids",
+        "token_keys",
+        "media_slots",
+        "rows",
+        "home",
+        "last_tokens",
+    ],
+    meta_fields=["prefix_length"],
 )
 @dataclass(frozen=True)
 class PackedTokens:
@@ -52,7 +60,7 @@ class PackedTokens:
     rows: int32 [R, N, W] for each width: where in the stream each token of a sequence lies; -1 after its end.
     home: int32 [R, T], the first of the U slots at which a token stands; -1 for padding.
     last_tokens: int32 [R, S], where each sequence's last token lies; 0 for the empty rows.
-    head_length: P where at most the stream's first P tokens are shared, and lie in the same column of every row that
+    prefix_length: P where at most the stream's first P tokens are shared, and lie in the same column of every row that
     has them (training, whose backward pass relies on it); None where any may be (inference).
     """
 
@@ -63,7 +71,7 @@ class PackedTokens:
     rows: tuple[Array, ...]
     home: Array
     last_tokens: Array
-    head_length: int | None = None
+    prefix_length: int | None = None
 
     def map(self, function: Callable[[Array], Array]) -> "PackedTokens":
         """`function` applied to every array."""
@@ -188,32 +196,40 @@ def common_length(a: np.ndarray, b: np.ndarray) -> int:
     return int(differ.argmax()) if differ.any() else len(differ)
 
 
-def lay_stream(sequences: Sequence[TokenSequence], head: np.ndarray | None) -> Stream:
+def pack_stream(sequences: Sequence[TokenSequence], prefix: np.ndarray | None) -> Stream:
     """Lay sequences side by side, each without what lies there already.
 
-    head: token ids [P] at the start of the stream, the only ones that are shared (training, where dropout must be a
+    prefix: token ids [P] at the start of the stream, the only ones that are shared (training, where dropout must be a
     sequence's own and gradients of what is shared are summed); None: every common beginning is shared.
     """
     ids = [_text_ids(one, i) for i, one in enumerate(sequences)]
     order: Iterable[int] = range(len(ids))
-    if head is None:
-        order = sorted(order, key=lambda i: ids[i].tobytes())  # in any order of tokens the like lie side by side
-    before = np.zeros(0, np.int32) if head is None else head
+    if prefix is None:
+        order = sorted(
+            order, key=lambda i: ids[i].tobytes()
+        )  # in any order of tokens the like lie side by side
+    before = np.zeros(0, np.int32) if prefix is None else prefix
     before_at = np.arange(len(before), dtype=np.int32)
     length, at = len(before), [before_at] * len(ids)
     for i in order:
         shared = common_length(ids[i], before)
         own = len(ids[i]) - shared
-        at[i] = np.concatenate([before_at[:shared], np.arange(length, length + own, dtype=np.int32)])
+        at[i] = np.concatenate(
+            [before_at[:shared], np.arange(length, length + own, dtype=np.int32)]
+        )
         length += own
-        if head is None:
+        if prefix is None:
             before, before_at = ids[i], at[i]
     return Stream(list(sequences), at, length)
 
 
 def _text_ids(one: TokenSequence, i: int) -> np.ndarray:
     """Its token ids, with a number of its own for media, which no other sequence shares."""
-    return one.input_ids if one.media_slots is None else np.where(one.media_slots < 0, one.input_ids, -1 - i)
+    return (
+        one.input_ids
+        if one.media_slots is None
+        else np.where(one.media_slots < 0, one.input_ids, -1 - i)
+    )
 
 
 def spread(sizes: Iterable[int], bins: int) -> np.ndarray:
@@ -227,7 +243,7 @@ def spread(sizes: Iterable[int], bins: int) -> np.ndarray:
     return chosen
 
 
-def fit(need: Shape, floor: Shape) -> Shape:
+def padded_shape(need: Shape, floor: Shape) -> Shape:
     """A shape that holds `need`: `floor` wherever that does, so that batches alike have one shape; else few values.
 
     A sequence may lie in a wider row than it needs, so what one group lacks the spare rows of a wider one give.
@@ -261,7 +277,7 @@ def largest(shapes: Iterable[Shape]) -> Shape:
     shapes = list(shapes)
     widths = sorted({width for shape in shapes for width in shape.rows})
     rows = {width: max(shape.rows.get(width, 0) for shape in shapes) for width in widths}
-    most = lambda size: max(getattr(shape, size) for shape in shapes)  # noqa: E731
+    most = lambda size: max(getattr(shape, size) for shape in shapes)
     return Shape(most("tokens"), rows, most("chunks"), most("answers"))
 
 
@@ -269,26 +285,37 @@ def fill(
     streams: Sequence[Stream],
     identities: Sequence[Sequence[int]],
     shape: Shape,
-    head: np.ndarray | None,
+    prefix: np.ndarray | None,
 ) -> tuple[PackedTokens, list[np.ndarray]]:
     """R streams -> their arrays in `shape`, and for each stream which of its S sequences each one became.
 
     identities: of each sequence, a number that does not depend on packing: the dropout keys of its own tokens come from
-    it, those of the head's tokens are the same everywhere.
+    it, those of the prefix's tokens are the same everywhere.
     """
     size, slots = (len(streams), shape.tokens), sum(shape.rows.values())
     input_ids, position_ids = np.zeros(size, np.int32), np.zeros((*size, 3), np.int32)
     token_keys, media_slots = np.zeros(size, np.uint32), np.full(size, -1, np.int32)
-    rows = {width: np.full((len(streams), count, width), -1, np.int32) for width, count in shape.rows.items()}
+    rows = {
+        width: np.full((len(streams), count, width), -1, np.int32)
+        for width, count in shape.rows.items()
+    }
     home, last_tokens = np.full(size, -1, np.int32), np.zeros((len(streams), slots), np.int32)
     widths = sorted(shape.rows)
     counts = [shape.rows[width] for width in widths]
     first_row = dict(zip(widths, np.cumsum([0, *counts]), strict=False))
-    first_slot = dict(zip(widths, np.cumsum([0, *(w * n for w, n in zip(widths, counts, strict=True))]), strict=False))
-    became, head_length = [], 0 if head is None else len(head)
+    first_slot = dict(
+        zip(
+            widths,
+            np.cumsum([0, *(w * n for w, n in zip(widths, counts, strict=True))]),
+            strict=False,
+        )
+    )
+    became, prefix_length = [], 0 if prefix is None else len(prefix)
     for r, (stream, numbers) in enumerate(zip(streams, identities, strict=True)):
         used, which = dict.fromkeys(widths, 0), np.zeros(len(stream.at), np.int64)
-        for i in sorted(range(len(stream.at)), key=lambda i: -len(stream.at[i])):  # the long ones have less choice
+        for i in sorted(
+            range(len(stream.at)), key=lambda i: -len(stream.at[i])
+        ):  # the long ones have less choice
             one, at = stream.sequences[i], stream.at[i]
             width = next(w for w in widths if w >= len(at) and used[w] < shape.rows[w])
             row, used[width] = used[width], used[width] + 1
@@ -297,18 +324,23 @@ def fill(
             rows[width][r, row, : len(at)] = at
             new = np.flatnonzero(home[r, at] < 0)
             home[r, at[new]] = first_slot[width] + row * width + new
-            input_ids[r, at[new]], position_ids[r, at[new]] = one.input_ids[new], one.position_ids[new]
+            input_ids[r, at[new]], position_ids[r, at[new]] = (
+                one.input_ids[new],
+                one.position_ids[new],
+            )
             keys = np.uint32(numbers[i] * GOLDEN_RATIO % 2**32) + new.astype(np.uint32)
-            token_keys[r, at[new]] = np.where(at[new] < head_length, new.astype(np.uint32), keys)
+            token_keys[r, at[new]] = np.where(at[new] < prefix_length, new.astype(np.uint32), keys)
             if one.media_slots is not None:
                 media_slots[r, at[new]] = one.media_slots[new]
         became.append(which)
     groups = tuple(rows[width] for width in widths)
     arrays = (input_ids, position_ids, token_keys, media_slots, groups, home, last_tokens)
-    return PackedTokens(*arrays, None if head is None else len(head)), became
+    return PackedTokens(*arrays, None if prefix is None else len(prefix)), became
 
 
-def fill_answers(streams: Sequence[Stream], records: Sequence[Sequence[int]], count: int) -> Answers:
+def fill_answers(
+    streams: Sequence[Stream], records: Sequence[Sequence[int]], count: int
+) -> Answers:
     """The answers of R streams, at most `count` tokens each: int32 [R, A]. records: of each sequence, its number."""
     at, ids, record = (np.full((len(streams), count), -1, np.int32) for _ in range(3))
     for r, stream in enumerate(streams):
@@ -321,7 +353,7 @@ def fill_answers(streams: Sequence[Stream], records: Sequence[Sequence[int]], co
     return Answers(at, ids, record)
 
 
-class Placement(NamedTuple):
+class RowAssignment(NamedTuple):
     """Where each of N items went: row [N], slot within the row [N], first place taken [N]."""
 
     row: np.ndarray
@@ -333,7 +365,7 @@ class Placement(NamedTuple):
         return int(self.row.max(initial=-1)) + 1
 
 
-def place(lengths: Iterable[int], row_length: int) -> Placement:
+def assign_rows(lengths: Iterable[int], row_length: int) -> RowAssignment:
     """Best fit, longest first: each item goes to the fullest row that still holds it. Deterministic."""
     lengths = np.fromiter(lengths, np.int64)
     if len(lengths) and lengths.max() > row_length:
@@ -349,4 +381,4 @@ def place(lengths: Iterable[int], row_length: int) -> Placement:
         row[i], slot[i], start[i] = best, used[best], row_length - free[best]
         free[best] -= lengths[i]
         used[best] += 1
-    return Placement(row, slot, start)
+    return RowAssignment(row, slot, start)

@@ -34,7 +34,9 @@ _TINY = float(np.finfo(np.float32).tiny)  # in the place of the absmax of zeros,
 def _dynamic_map() -> np.ndarray:
     """Signed 8 bits, float32 [256]: 2^i steps in each decade 10^(i - 6), and 0 and 1 (Dettmers 2015, 1511.04561)."""
     edges = [np.linspace(0.1, 1, 2**i + 1, dtype=np.float32) for i in range(7)]
-    positive = np.concatenate([(e[:-1] + e[1:]) / 2 * np.float32(10.0 ** (i - 6)) for i, e in enumerate(edges)])
+    positive = np.concatenate(
+        [(e[:-1] + e[1:]) / 2 * np.float32(10.0 ** (i - 6)) for i, e in enumerate(edges)]
+    )
     return np.sort(np.concatenate([-positive, [0, 1], positive])).astype(np.float32)
 
 
@@ -88,7 +90,9 @@ def quantize(w: Array, kind: str, name: str = "a matrix") -> QuantizedWeight:
     if kind not in KINDS:
         raise LcoError(f"quantize is {kind!r}; it is one of: {', '.join(KINDS)}, or empty")
     if kind == "nf4" and w.shape[-1] % BLOCK:
-        raise LcoError(f"{name} has rows of {w.shape[-1]}, and nf4 needs a multiple of {BLOCK}; quantize to int8")
+        raise LcoError(
+            f"{name} has rows of {w.shape[-1]}, and nf4 needs a multiple of {BLOCK}; quantize to int8"
+        )
     if len(w.shape) > 2:
         return jax.vmap(partial(quantize, kind=kind))(w)
     w = w.astype(jnp.float32)
@@ -104,13 +108,19 @@ def _nf4(w: Array) -> Nf4Weight:
     blocks = w.reshape(w.shape[0], -1, BLOCK)
     absmax = jnp.max(jnp.abs(blocks), axis=2)
     scaled = blocks * (1 / jnp.maximum(absmax, _TINY))[..., None]
-    nearest = sum((scaled > bound).astype(jnp.uint8) for bound in (NF4[1:] + NF4[:-1]) / 2)  # fuses; no [O, I, 15]
+    nearest = sum(
+        (scaled > bound).astype(jnp.uint8) for bound in (NF4[1:] + NF4[:-1]) / 2
+    )  # fuses; no [O, I, 15]
     pairs = nearest.reshape(w.shape[0], -1, 2, BLOCK // 2)
-    absmax = constrain(absmax)  # whole on every device, so that the mean has the same bits on any mesh
+    absmax = constrain(
+        absmax
+    )  # whole on every device, so that the mean has the same bits on any mesh
     offset = jnp.mean(absmax)
     groups = jnp.pad((absmax - offset).ravel(), (0, -absmax.size % GROUP)).reshape(-1, GROUP)
     absmax2 = jnp.max(jnp.abs(groups), axis=1)
-    codes2 = jnp.searchsorted((DYNAMIC[1:] + DYNAMIC[:-1]) / 2, groups / jnp.maximum(absmax2, _TINY)[:, None])
+    codes2 = jnp.searchsorted(
+        (DYNAMIC[1:] + DYNAMIC[:-1]) / 2, groups / jnp.maximum(absmax2, _TINY)[:, None]
+    )
     codes2 = codes2.astype(jnp.uint8).ravel()[: absmax.size].reshape(absmax.shape)
     codes = (pairs[:, :, 0] << 4 | pairs[:, :, 1]).reshape(w.shape[0], -1)
     first = np.arange(len(absmax)) * absmax.shape[1] // GROUP  # of each row's groups
@@ -168,6 +178,8 @@ def _select(table: np.ndarray, codes: Array) -> Array:
     codes, values = codes.astype(jnp.int32), list(table)
     while len(values) > 1:
         odd = codes & 1 != 0
-        values = [jnp.where(odd, two, one) for one, two in zip(values[::2], values[1::2], strict=True)]
+        values = [
+            jnp.where(odd, two, one) for one, two in zip(values[::2], values[1::2], strict=True)
+        ]
         codes = codes >> 1
     return values[0]

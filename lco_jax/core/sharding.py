@@ -23,7 +23,9 @@ AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # what the rows of a batch are split over
 logger = logging.getLogger(__name__)
 
-_COLUMN = r"(decoder\.)?layers\.(self_attn\.[qkv]_proj|mlp\.(gate|up)_proj)"  # split by output features
+_COLUMN = (
+    r"(decoder\.)?layers\.(self_attn\.[qkv]_proj|mlp\.(gate|up)_proj)"  # split by output features
+)
 _ROW = r"(decoder\.)?layers\.(self_attn\.o_proj|mlp\.down_proj)"  # split by input features
 _TOWER = r"(visual|audio_tower|vision_tower)"
 # (pattern of the whole dotted path, mesh axis of each array axis or ... for a replica everywhere); L is the stacked
@@ -40,13 +42,18 @@ RULES: tuple[tuple[str, tuple[str | None, ...] | EllipsisType], ...] = (
     (rf"{_ROW}\.weight\.b", (None, "fsdp", None)),
     (r"(decoder\.)?layers\.\w+_layernorm\.weight", (None, None)),
     (r"(decoder\.)?norm\.weight", (None,)),
-    (rf"{_TOWER}\.(blocks|layers)\.(.+\.)?(proj|out_proj|down_proj|fc2)\.weight", (None, "fsdp", None)),
+    (
+        rf"{_TOWER}\.(blocks|layers)\.(.+\.)?(proj|out_proj|down_proj|fc2)\.weight",
+        (None, "fsdp", None),
+    ),
     (rf"{_TOWER}\.(blocks|layers)\.(.+\.)?(qkv|[qkv]|\w+_proj|fc1)\.weight", (None, None, "fsdp")),
     (rf"{_TOWER}\..+", ...),  # the rest is small
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """A mesh of the given sizes; one of them may be -1: whatever the devices leave. Raises if they do not divide."""
     devices = list(jax.devices() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -57,7 +64,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     if free:
         sizes[free[0]] = len(devices) // fixed
     if math.prod(sizes.values()) != len(devices):
-        raise LcoError(f"mesh {sizes} needs {math.prod(sizes.values())} devices, and there are {len(devices)}")
+        raise LcoError(
+            f"mesh {sizes} needs {math.prod(sizes.values())} devices, and there are {len(devices)}"
+        )
     shape = tuple(sizes[axis] for axis in AXES)
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -80,13 +89,20 @@ def ways(size: int, axis: str) -> int:
     return parts if size % parts == 0 else 1
 
 
-def _fit(shape: tuple[int, ...], axes: Sequence[str | tuple[str, ...] | None], mesh: Mesh) -> PartitionSpec:
+def _fit(
+    shape: tuple[int, ...], axes: Sequence[str | tuple[str, ...] | None], mesh: Mesh
+) -> PartitionSpec:
     """The spec without those mesh axes that do not divide their array axis (jax has no uneven shards)."""
     ways = [
-        math.prod(mesh.shape[name] for name in (axis if isinstance(axis, tuple) else (axis,) if axis else ()))
+        math.prod(
+            mesh.shape[name]
+            for name in (axis if isinstance(axis, tuple) else (axis,) if axis else ())
+        )
         for axis in axes
     ]
-    return PartitionSpec(*(axis if size % n == 0 else None for axis, size, n in zip(axes, shape, ways, strict=True)))
+    return PartitionSpec(
+        *(axis if size % n == 0 else None for axis, size, n in zip(axes, shape, ways, strict=True))
+    )
 
 
 def shardings(tree: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
@@ -99,20 +115,29 @@ def shardings(tree: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     for path, leaf in flatten_dict(tree, sep=".").items():
         rule = next((axes for pattern, axes in RULES if re.fullmatch(pattern, path)), None)
         if rule is None:
-            raise LcoError(f"no sharding rule names the parameter {path}; add one to lco_jax/core/sharding.py")
+            raise LcoError(
+                f"no sharding rule names the parameter {path}; add one to lco_jax/core/sharding.py"
+            )
         arrays, structure = jax.tree.flatten(leaf)
         of_matrix = [len(array.shape) == len(leaf.shape) for array in arrays]
-        placed = [_place(path, x.shape, rule if yes else ..., mesh) for x, yes in zip(arrays, of_matrix, strict=True)]
+        placed = [
+            _place(path, x.shape, rule if yes else ..., mesh)
+            for x, yes in zip(arrays, of_matrix, strict=True)
+        ]
         specs[path] = structure.unflatten(placed)
     return unflatten_dict(specs, sep=".")
 
 
-def _place(path: str, shape: tuple[int, ...], rule: Sequence[str | None] | EllipsisType, mesh: Mesh) -> NamedSharding:
+def _place(
+    path: str, shape: tuple[int, ...], rule: Sequence[str | None] | EllipsisType, mesh: Mesh
+) -> NamedSharding:
     rule = (None,) * len(shape) if rule is ... else rule
     spec = _fit(shape, rule, mesh)
     lost = [axis for axis, kept in zip(rule, spec, strict=True) if axis and axis != kept]
     if lost:
-        logger.warning("%s %s does not divide by mesh axis %s: replicated over it", path, shape, lost)
+        logger.warning(
+            "%s %s does not divide by mesh axis %s: replicated over it", path, shape, lost
+        )
     return NamedSharding(mesh, spec)
 
 
@@ -121,12 +146,16 @@ def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, _fit(x.shape, (*axes, *[None] * (x.ndim - len(axes))), mesh))
+    return jax.lax.with_sharding_constraint(
+        x, _fit(x.shape, (*axes, *[None] * (x.ndim - len(axes))), mesh)
+    )
 
 
-def placed(shapes: Any, shardings: Any) -> Any:
+def with_shardings(shapes: Any, shardings: Any) -> Any:
     """A tree of shapes with the shardings of another."""
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

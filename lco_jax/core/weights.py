@@ -25,7 +25,9 @@ from lco_jax.core.quantize import Int8Weight, QuantizedWeight, dequantize
 from lco_jax.core.sharding import constrain
 from lco_jax.core.target import target_platform
 
-GOLDEN_RATIO = 0x9E3779B9  # 2^32 / phi: successive multiples of it spread evenly over the 32-bit integers
+GOLDEN_RATIO = (
+    0x9E3779B9  # 2^32 / phi: successive multiples of it spread evenly over the 32-bit integers
+)
 
 
 @partial(
@@ -82,7 +84,9 @@ def dot(x: Array, w: Weight, token_keys: Array | None = None, split: Split = WHO
     return dots(x, [w], token_keys, split)[0]
 
 
-def dots(x: Array, weights: Sequence[Weight], token_keys: Array | None = None, split: Split = WHOLE) -> list[Array]:
+def dots(
+    x: Array, weights: Sequence[Weight], token_keys: Array | None = None, split: Split = WHOLE
+) -> list[Array]:
     """x [..., I] times each of n weights [O, I] -> n of [..., O], in the dtype of x.
 
     token_keys: uint32 [...], an identity of every input vector that does not depend on where it is packed. Adapters
@@ -167,7 +171,9 @@ def _factor_product_forward(x: Array, w: Array, split: Split) -> tuple[Array, tu
     return _factor_product(x, w, split), (x, w)
 
 
-def _factor_product_backward(split: Split, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+def _factor_product_backward(
+    split: Split, saved: tuple[Array, Array], g: Array
+) -> tuple[Array, Array]:
     x, w = saved
     return _product_back(g, constrain(w.astype(g.dtype), *split)), _factor_gradient(x, g, split)
 
@@ -232,7 +238,9 @@ def mix_bits(x: Array) -> Array:
 
 def fold_in(keys: Array, number: Array | int) -> Array:
     """Other keys for each number: uint32 [...]."""
-    return mix_bits(keys + mix_bits(jnp.asarray(number).astype(jnp.uint32) + jnp.uint32(GOLDEN_RATIO)))
+    return mix_bits(
+        keys + mix_bits(jnp.asarray(number).astype(jnp.uint32) + jnp.uint32(GOLDEN_RATIO))
+    )
 
 
 def dropout(x: Array, token_keys: Array | None, rate: float) -> Array:

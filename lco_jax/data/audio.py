@@ -13,12 +13,23 @@ import soundfile
 import soxr
 
 from lco_jax.core.errors import LcoError, check_keys
-from lco_jax.data.media import Deadline, MediaConfig, Medium, decoded, decoding, open_container, resolve
+from lco_jax.data.media import (
+    Deadline,
+    MediaConfig,
+    Medium,
+    decoded,
+    decoding,
+    open_container,
+    resolve,
+)
 from lco_jax.data.tower_rows import mel_tokens
 
 RATE = 16_000  # Hz, the model's
 HOP = 160  # samples a mel frame
-MIN_RATE, MAX_RATE = 1, 768_000  # Hz; the highest that is in use, and a lowest that keeps the result finite
+MIN_RATE, MAX_RATE = (
+    1,
+    768_000,
+)  # Hz; the highest that is in use, and a lowest that keeps the result finite
 MAX_CHANNELS = 8  # of an array; an axis longer than this is time
 LOUDEST = 1e6  # 1 is full scale; samples that are torn reach 1e38, of which no spectrum is finite
 BLOCK_SECONDS = 10  # decoded at once
@@ -57,11 +68,15 @@ def load_audio(source: Any, where: str, config: MediaConfig) -> np.ndarray:
         source = source.get("array"), source.get("sampling_rate", source.get("sample_rate"))
     if isinstance(source, tuple) and len(source) == 2:
         if not isinstance(source[0], np.ndarray):
-            raise LcoError(f"{where}: audio array is a {type(source[0]).__name__}; give a numpy array")
+            raise LcoError(
+                f"{where}: audio array is a {type(source[0]).__name__}; give a numpy array"
+            )
         label = f"{where}: audio array of shape {source[0].shape}"
         mono, rate, seconds = _from_array(*source, label, config)
     else:
-        medium = resolve(source, "audio", where, config, ' or {"array": numpy array, "sampling_rate": Hz}')
+        medium = resolve(
+            source, "audio", where, config, ' or {"array": numpy array, "sampling_rate": Hz}'
+        )
         label, (mono, rate, seconds) = medium.label, _from_file(medium, config)
     if not len(mono):
         raise LcoError(f"{label} is empty")
@@ -71,7 +86,9 @@ def load_audio(source: Any, where: str, config: MediaConfig) -> np.ndarray:
         raise LcoError(f"{label} is torn: its samples reach {peak:.3g}, and 1 is full scale")
     if len(mono) > (limit := _limit(rate, config)):
         length = f"{seconds:.1f}" if seconds * rate > limit else f"more than {limit / rate:.1f}"
-        logger.warning("%s: cut from %s to %.1f seconds (max_audio_seconds)", label, length, limit / rate)
+        logger.warning(
+            "%s: cut from %s to %.1f seconds (max_audio_seconds)", label, length, limit / rate
+        )
         mono = mono[:limit]
     if rate != RATE:
         samples = math.ceil(len(mono) * (RATE / rate))
@@ -93,7 +110,9 @@ def _limit(rate: float, config: MediaConfig) -> int:
 
 def _check_rate(rate: Any, label: str) -> float:
     if not isinstance(rate, Real) or isinstance(rate, bool) or not MIN_RATE <= rate <= MAX_RATE:
-        raise LcoError(f"{label} has a sampling rate of {rate!r:.40}; it must be {MIN_RATE} to {MAX_RATE} Hz")
+        raise LcoError(
+            f"{label} has a sampling rate of {rate!r:.40}; it must be {MIN_RATE} to {MAX_RATE} Hz"
+        )
     return float(rate)
 
 
@@ -137,7 +156,9 @@ def _from_file(medium: Medium, config: MediaConfig) -> _Sound:
     deadline = Deadline(config.decode_seconds, medium.label)
     with decoding(medium.label), medium.open() as stream:
         try:  # by descriptor, for it would believe a name that ends in .raw
-            file = _SoundFile(stream if isinstance(medium.content, bytes) else stream.fileno(), closefd=False)
+            file = _SoundFile(
+                stream if isinstance(medium.content, bytes) else stream.fileno(), closefd=False
+            )
         except soundfile.SoundFileError:
             return _through_av(medium, deadline, config)
         with file:
@@ -162,17 +183,31 @@ def _blocks(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
 
 def _through_av(medium: Medium, deadline: Deadline, config: MediaConfig) -> _Sound:
     with open_container(medium, deadline, config.max_image_pixels) as container:
-        stream = next((track for track in container.streams.audio if track.codec_context is not None), None)
+        stream = next(
+            (track for track in container.streams.audio if track.codec_context is not None), None
+        )
         if stream is None:
             raise LcoError(f"{medium.label} has no sound track that can be decoded")
         frames = decoded(container, stream, deadline)
         if (first := next(frames, None)) is None:
             raise LcoError(f"{medium.label} has a sound track of which nothing can be decoded")
-        rate = _check_rate(first.sample_rate, medium.label)  # not the header's: decoders may double it
-        planar = av.AudioResampler(format="fltp")  # of any sample type float32 [channels, samples]; rate unchanged
-        parts = (part.to_ndarray().T for frame in itertools.chain([first], frames) for part in planar.resample(frame))
+        rate = _check_rate(
+            first.sample_rate, medium.label
+        )  # not the header's: decoders may double it
+        planar = av.AudioResampler(
+            format="fltp"
+        )  # of any sample type float32 [channels, samples]; rate unchanged
+        parts = (
+            part.to_ndarray().T
+            for frame in itertools.chain([first], frames)
+            for part in planar.resample(frame)
+        )
         mono = _gather(parts, _limit(rate, config), deadline)
-        seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
+        seconds = (
+            stream.duration * stream.time_base
+            if stream.duration
+            else (container.duration or 0) / av.time_base
+        )
         return _Sound(mono, rate, float(seconds))
 
 

@@ -21,17 +21,29 @@ class Caption:
     where: names the source in errors.
     """
 
-    def __init__(self, template: str, fields: list[str], values: Mapping[str, Mapping] | None, where: str):
+    def __init__(
+        self, template: str, fields: list[str], values: Mapping[str, Mapping] | None, where: str
+    ):
         values = values or {}
         with explained(f"{where}: the caption {template!r} is no template", ValueError, TypeError):
-            names = {re.split(r"[.\[]", name)[0] for _, name, _, _ in Formatter().parse(template) if name is not None}
+            names = {
+                re.split(r"[.\[]", name)[0]
+                for _, name, _, _ in Formatter().parse(template)
+                if name is not None
+            }
         if unknown := sorted((names | set(values)) - set(fields)):
             there = ", ".join(fields) or "none"
-            raise LcoError(f"{where} has no field {unknown[0]!r} for its caption; those there are: {there}")
+            raise LcoError(
+                f"{where} has no field {unknown[0]!r} for its caption; those there are: {there}"
+            )
         if wrong := [name for name in values if not isinstance(values[name], Mapping)]:
-            raise LcoError(f"{where}: values.{wrong[0]} must be a mapping, and is {values[wrong[0]]!r:.60}")
+            raise LcoError(
+                f"{where}: values.{wrong[0]} must be a mapping, and is {values[wrong[0]]!r:.60}"
+            )
         self.template, self.fields = template, names
-        self.values = {name: {str(key): text for key, text in values[name].items()} for name in values}
+        self.values = {
+            name: {str(key): text for key, text in values[name].items()} for name in values
+        }
 
     def __call__(self, row: Mapping[str, Any], where: str) -> str:
         """The caption of a row that holds (at least) `self.fields`."""
@@ -72,8 +84,13 @@ class FilesSource(Source):
     ):
         with explained(f"the pattern {pattern!r} is no regular expression", re.error):
             groups = list(re.compile(pattern).groupindex)
-            self.pattern = re.compile(f"(?:.*/)?(?:{pattern})")  # a name's tail must not pass for a name
-        self.caption, self.reverse = Caption(caption, groups, values, f"the pattern {pattern!r}"), reverse
+            self.pattern = re.compile(
+                f"(?:.*/)?(?:{pattern})"
+            )  # a name's tail must not pass for a name
+        self.caption, self.reverse = (
+            Caption(caption, groups, values, f"the pattern {pattern!r}"),
+            reverse,
+        )
         scan = Scan(on_bad)
         for path in sorted(path for path in iglob(glob, recursive=True) if Path(path).is_file()):
             scan.check(partial(self._read, path), path)
@@ -89,7 +106,9 @@ class FilesSource(Source):
     def _read(self, path: str) -> Record:
         if not (kind := is_media_file(path)):
             endings = ", ".join(ending for endings in EXTENSIONS.values() for ending in endings)
-            raise LcoError(f"{path} is no image, video or audio file by its name; the endings are {endings}")
+            raise LcoError(
+                f"{path} is no image, video or audio file by its name; the endings are {endings}"
+            )
         if not (match := self.pattern.fullmatch(Path(path).as_posix())):
             raise LcoError(f"{path} does not match the pattern; let glob select the files that do")
         caption = self.caption(match.groupdict(), path)

@@ -10,7 +10,20 @@ from lco_jax.core.errors import LcoError
 from lco_jax.data.media import MediaConfig, decoding, resolve
 
 # what Pillow decodes by itself; it would also start other programs (for EPS)
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "PCX", "TGA")
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "DIB",
+    "TIFF",
+    "AVIF",
+    "JPEG2000",
+    "PPM",
+    "PCX",
+    "TGA",
+)
 MAX_RATIO = 200  # of the longer side to the shorter; the Qwen processors' limit
 CHANNELS = (1, 3, 4)
 
@@ -54,7 +67,9 @@ def check_size(width: int, height: int, label: str, config: MediaConfig) -> None
     if not width or not height:
         raise LcoError(f"{label} is {width} x {height} and has no pixels")
     if width * height > config.max_image_pixels:
-        raise LcoError(f"{label} is {width} x {height} pixels, and max_image_pixels is {config.max_image_pixels}")
+        raise LcoError(
+            f"{label} is {width} x {height} pixels, and max_image_pixels is {config.max_image_pixels}"
+        )
     if (ratio := max(width, height) / min(width, height)) > MAX_RATIO:
         raise LcoError(
             f"{label} is {width} x {height}: the absolute aspect ratio must be smaller than {MAX_RATIO}, "
@@ -72,11 +87,18 @@ def _open(stream: BinaryIO, label: str) -> Image.Image:
     for name in FORMATS:
         factory, accept = Image.OPEN.get(name, (None, None))  # a build of Pillow may lack one,
         try:
-            if factory is None or (accept and accept(prefix) is not True):  # or say here which library it misses
+            if factory is None or (
+                accept and accept(prefix) is not True
+            ):  # or say here which library it misses
                 continue
             stream.seek(0)
             return factory(stream, "")
-        except (SyntaxError, IndexError, TypeError, struct.error):  # how Pillow's formats say: not mine
+        except (
+            SyntaxError,
+            IndexError,
+            TypeError,
+            struct.error,
+        ):  # how Pillow's formats say: not mine
             continue
     raise LcoError(f"{label} is torn, or in no format that is read here ({', '.join(FORMATS)})")
 
@@ -89,7 +111,9 @@ def _to_rgb(image: Image.Image, label: str) -> Image.Image:
     if image.mode in ("I", "F"):
         values = np.asarray(image)
         if not (values.min() >= 0 and values.max() <= 255):  # NaN is neither
-            raise LcoError(f"{label} has 32-bit pixels (mode {image.mode}) beyond 0 to 255; scale it to 8 bits")
+            raise LcoError(
+                f"{label} has 32-bit pixels (mode {image.mode}) beyond 0 to 255; scale it to 8 bits"
+            )
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, (255, 255, 255))
@@ -102,7 +126,9 @@ def _from_array(array: np.ndarray, label: str, config: MediaConfig) -> Image.Ima
     if array.ndim == 3 and array.shape[2] not in CHANNELS and array.shape[0] in CHANNELS:
         array = array.transpose(1, 2, 0)
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in CHANNELS):
-        raise LcoError(f"{label} is in no known layout; give height x width, or height x width x 1, 3 or 4 channels")
+        raise LcoError(
+            f"{label} is in no known layout; give height x width, or height x width x 1, 3 or 4 channels"
+        )
     check_size(array.shape[1], array.shape[0], label, config)
     pixels = _as_uint8(array, label)
     if pixels.ndim == 3 and pixels.shape[2] == 1:
@@ -119,5 +145,7 @@ def _as_uint8(array: np.ndarray, label: str) -> np.ndarray:
     if not np.isfinite(array).all():
         raise LcoError(f"{label} holds NaN or infinity")
     if array.min() < 0 or array.max() > 1:
-        raise LcoError(f"{label} holds {array.dtype} from {array.min():g} to {array.max():g}; floats must be in [0, 1]")
+        raise LcoError(
+            f"{label} holds {array.dtype} from {array.min():g} to {array.max():g}; floats must be in [0, 1]"
+        )
     return np.rint(array * np.asarray(255, array.dtype)).astype(np.uint8)

@@ -24,17 +24,19 @@ from lco_jax.core.packing import (
     bucket,
     common_length,
     fill,
-    lay_stream,
+    pack_stream,
     width_of,
 )
 from lco_jax.core.sharding import ROWS
-from lco_jax.data.processor import MediaRows, lay_media
+from lco_jax.data.processor import MediaRows, pack_media
 from lco_jax.data.tower_rows import Processed, TowerRows
 
 MAX_TOKENS = 16_384  # of a device in one forward pass, unless a single input has more
 BLOCK_INPUTS = 8192  # inputs sorted by length and embedded together: at most so many
 BLOCK_BYTES = 2**27  # and of their media so many for each shard
-PASS = 2048  # tokens of a device that one more pass costs: it reads the weights and rounds its shapes
+PASS = (
+    2048  # tokens of a device that one more pass costs: it reads the weights and rounds its shapes
+)
 PARTS = 16  # of a shard: inputs that share most of what they are are spread as one, up to a part
 
 
@@ -214,7 +216,7 @@ class _Filling:
         return min(self, other, key=attrgetter("fullest"))
 
 
-class Packed(NamedTuple):
+class PackedBlock(NamedTuple):
     """A batch on the host: what `InferenceBatch` has, before it is on the mesh. streams: what lies in each stream."""
 
     tokens: PackedTokens
@@ -223,25 +225,31 @@ class Packed(NamedTuple):
     became: list[np.ndarray]
 
 
-def pack(ready: Sequence[Processed], members: list[list[int]], rows: dict[str, TowerRows]) -> Packed:
-    """Lay each shard's inputs into its stream, what they have in common laid once. rows: of each tower."""
-    media, laid, _ = lay_media(rows, [[ready[i] for i in mine] for mine in members])
-    streams = [lay_stream(sequences, head=None) for sequences in laid]
+def pack(
+    ready: Sequence[Processed], members: list[list[int]], rows: dict[str, TowerRows]
+) -> PackedBlock:
+    """Lay each shard's inputs into its stream, what they have in common packed once. rows: of each tower."""
+    media, packed, _ = pack_media(rows, [[ready[i] for i in mine] for mine in members])
+    streams = [pack_stream(sequences, prefix=None) for sequences in packed]
     shape = _shape(streams)
-    tokens, became = fill(streams, members, shape, head=None)
-    return Packed(tokens, media, streams, became)
+    tokens, became = fill(streams, members, shape, prefix=None)
+    return PackedBlock(tokens, media, streams, became)
 
 
 def _shape(streams: Sequence[Stream]) -> Shape:
     """Few values, that waste little where a batch is large. Rows have one width: fewer programs,
     and a batch is alike in length. From 2,048 tokens on, T is a multiple of 128."""
-    length, count = (max(sizes) for sizes in ((x.length for x in streams), (len(x.at) for x in streams)))
+    length, count = (
+        max(sizes) for sizes in ((x.length for x in streams), (len(x.at) for x in streams))
+    )
     tokens = bucket(length, 16 if length > 2048 else 8 if length > 256 else 2)
     width = width_of(max(len(at) for stream in streams for at in stream.at))
     return Shape(tokens, {width: bucket(count, 4 if count > 64 else 2)})
 
 
-def lay(ready: Sequence[Processed], members: list[list[int]], rows: dict[str, TowerRows], mesh: Mesh) -> InferenceBatch:
+def pack_on_mesh(
+    ready: Sequence[Processed], members: list[list[int]], rows: dict[str, TowerRows], mesh: Mesh
+) -> InferenceBatch:
     """`pack`, and put it on the mesh."""
     packed = pack(ready, members, rows)
     sequences, at = [], []
@@ -253,4 +261,6 @@ def lay(ready: Sequence[Processed], members: list[list[int]], rows: dict[str, To
         lambda x: jax.make_array_from_callback(x.shape, split, lambda index: x[index]),
         (packed.tokens, packed.media()),
     )
-    return InferenceBatch(tokens, media, [i for mine in members for i in mine], np.concatenate(sequences), at)
+    return InferenceBatch(
+        tokens, media, [i for mine in members for i in mine], np.concatenate(sequences), at
+    )

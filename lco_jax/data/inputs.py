@@ -19,10 +19,17 @@ from PIL import Image
 
 from lco_jax.core.errors import LcoError
 from lco_jax.data.processor import Processor
-from lco_jax.data.prompts import ChatTokenizer, Messages, Prompt, as_messages, describe, is_media_file
+from lco_jax.data.prompts import (
+    ChatTokenizer,
+    Messages,
+    Prompt,
+    as_messages,
+    describe,
+    is_media_file,
+)
 from lco_jax.data.tower_rows import Processed
 
-Item = TypeVar("Item")
+T = TypeVar("T")
 TEXTS_AT_ONCE, MEDIA_AT_ONCE = 256, 4  # inputs that one task prepares
 
 
@@ -43,7 +50,9 @@ def as_content(item: Any, where: str) -> Any:
         if kind is None:
             raise LcoError(f"{where}: {item} does not end like an image, video or audio file")
         if not there:
-            raise LcoError(f'{where}: {item} looks like a media file and is none; text can be given as {{"text": …}}')
+            raise LcoError(
+                f'{where}: {item} looks like a media file and is none; text can be given as {{"text": …}}'
+            )
         return {kind: item}
     if isinstance(item, dict) and "array" in item:
         if "video_metadata" in item:  # as sentence-transformers spells it
@@ -61,7 +70,11 @@ def as_content(item: Any, where: str) -> Any:
 
 
 def conversation(
-    item: Any, where: str, tokenizer: ChatTokenizer, prompt: Prompt | None = None, max_length: int | None = None
+    item: Any,
+    where: str,
+    tokenizer: ChatTokenizer,
+    prompt: Prompt | None = None,
+    max_length: int | None = None,
 ) -> Messages:
     """`as_messages`, with texts first cut to `max_length` tokens; chat messages stay as long as they are."""
     return as_messages(item, where, prompt, partial(tokenizer.cut, max_length=max_length))
@@ -83,12 +96,16 @@ class Preparation:
             try:
                 content = as_content(item, name)
                 conversations.append(
-                    conversation(content, name, self.processor.tokenizer, self.prompt, self.max_length)
+                    conversation(
+                        content, name, self.processor.tokenizer, self.prompt, self.max_length
+                    )
                 )
                 good.append(i)
             except LcoError as error:
                 results[i] = error
-        for i, result in zip(good, self.processor.attempt(conversations, [items[i][1] for i in good]), strict=True):
+        for i, result in zip(
+            good, self.processor.attempt(conversations, [items[i][1] for i in good]), strict=True
+        ):
             results[i] = result
         return results  # type: ignore[return-value]
 
@@ -122,7 +139,9 @@ def prepare_ahead(
                 results = future.result()
             except BrokenProcessPool:
                 results = [_alone(preparation, item) for item in task]
-            except Exception:  # of what cannot be sent to a process, or what no check of ours foresaw
+            except (
+                Exception
+            ):  # of what cannot be sent to a process, or what no check of ours foresaw
                 results = [_here(preparation, item) for item in task]
             yield from results
     finally:
@@ -172,7 +191,9 @@ def _run(task: Sequence[tuple[Any, str]]) -> list[Processed | LcoError]:
 def _pool(preparation: Preparation, workers: int) -> Executor:
     if workers == 0:
         return ThreadPoolExecutor(2)
-    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=(preparation,))
+    return ProcessPoolExecutor(
+        workers, get_context("spawn"), initializer=_begin, initargs=(preparation,)
+    )
 
 
 def _alone(preparation: Preparation, item: tuple[Any, str]) -> Processed | LcoError:
@@ -181,7 +202,9 @@ def _alone(preparation: Preparation, item: tuple[Any, str]) -> Processed | LcoEr
         try:
             return pool.submit(_run, [item]).result()[0]
         except BrokenProcessPool:
-            return LcoError(f"{item[1]}: the process that decoded it crashed; the file is broken or malicious")
+            return LcoError(
+                f"{item[1]}: the process that decoded it crashed; the file is broken or malicious"
+            )
 
 
 def _here(preparation: Preparation, item: tuple[Any, str]) -> Processed | LcoError:
@@ -192,7 +215,7 @@ def _here(preparation: Preparation, item: tuple[Any, str]) -> Processed | LcoErr
         return LcoError(f"{item[1]} cannot be prepared: {type(error).__name__}: {error!s:.200}")
 
 
-def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
     """The items, the next of which is made in a thread while the caller has the one before."""
     end = object()
     with ThreadPoolExecutor(1) as pool:

@@ -18,7 +18,7 @@ from lco_jax.data.images import load_image
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.pixels import read_scale, resize
 from lco_jax.data.positions import line_positions
-from lco_jax.data.tower_rows import Placed, Processed, TileRows, Tiles, TowerRows
+from lco_jax.data.tower_rows import MediaTokens, Processed, TileRows, Tiles, TowerRows
 
 
 class LlavaMedia:
@@ -27,9 +27,14 @@ class LlavaMedia:
     def __init__(self, folder: Path, config: dict[str, Any], media: MediaConfig):
         self.folder, self.media = folder, media
         vision = config["vision_config"]
-        self.image_size, self.side = vision["image_size"], vision["image_size"] // vision["patch_size"]
+        self.image_size, self.side = (
+            vision["image_size"],
+            vision["image_size"] // vision["patch_size"],
+        )
         self.pinpoints = [tuple(size) for size in config["image_grid_pinpoints"]]
-        self.rows: dict[str, TowerRows] = {"vision_tower": TileRows(self.side**2 + 1, self.image_size)}
+        self.rows: dict[str, TowerRows] = {
+            "vision_tower": TileRows(self.side**2 + 1, self.image_size)
+        }
         self.placeholder = config.get("image_token_index", config.get("image_token_id"))
 
     @cached_property
@@ -42,11 +47,15 @@ class LlavaMedia:
         if part["type"] != "image":
             raise LcoError(f"{where} has {part['type']}, which this checkpoint does not take")
         if options := sorted(part.keys() - {"type", "image"}):
-            raise LcoError(f"{where}: an image has {options[0]}, and LLaVA-NeXT's tiles have sizes of their own")
+            raise LcoError(
+                f"{where}: an image has {options[0]}, and LLaVA-NeXT's tiles have sizes of their own"
+            )
         image = np.asarray(load_image(part["image"], where, self.media))
         height, width = image.shape[:2]
         best = self._best_resolution(height, width)
-        tiles = np.stack([resize(image, self.image_size, self.image_size), *self._tiles(image, best)])
+        tiles = np.stack(
+            [resize(image, self.image_size, self.image_size), *self._tiles(image, best)]
+        )
         return Tiles(tiles.transpose(0, 3, 1, 2), self._order(height, width, best), self.scale)
 
     def _tiles(self, image: np.ndarray, best: tuple[int, int]) -> np.ndarray:
@@ -77,7 +86,9 @@ class LlavaMedia:
             padding = (grid.shape[1] - int(round(width * (grid.shape[0] / height), 7))) // 2
             grid = grid[:, padding : grid.shape[1] - padding]
         newlines = np.full((len(grid), 1), n * n)  # every tile's last token is the same newline
-        return np.concatenate([token.reshape(-1), np.concatenate([grid, newlines], axis=1).reshape(-1)])
+        return np.concatenate(
+            [token.reshape(-1), np.concatenate([grid, newlines], axis=1).reshape(-1)]
+        )
 
     def _best_resolution(self, height: int, width: int) -> tuple[int, int]:
         """The tiling in which most of the image's pixels survive, and of those the one that wastes the least."""
@@ -93,12 +104,14 @@ class LlavaMedia:
         """Token ids with one placeholder an image -> the tokens and positions of the whole."""
         found = np.flatnonzero(ids == self.placeholder)
         if len(found) != len(media):
-            raise LcoError(f"{where}: {len(media)} images and {len(found)} placeholders; does its text hold <image>?")
+            raise LcoError(
+                f"{where}: {len(media)} images and {len(found)} placeholders; does its text hold <image>?"
+            )
         counts = np.ones(len(ids), np.int64)
         counts[found] = [len(tiles.order) for _, tiles in media]
         ends = np.cumsum(counts)
         placed = [
-            Placed("vision_tower", tiles, np.arange(ends[i] - counts[i], ends[i]))
+            MediaTokens("vision_tower", tiles, np.arange(ends[i] - counts[i], ends[i]))
             for i, (_, tiles) in zip(found, media, strict=True)
         ]
         return Processed(np.repeat(ids, counts), line_positions(0, int(ends[-1])), tuple(placed))

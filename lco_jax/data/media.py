@@ -40,16 +40,30 @@ class MediaConfig:
 
     fps: float = _cap(2.0, "frames a second that are taken of a video (as the reference)")
     max_frames: int = _cap(64, "the most frames that are taken of a video; at least 2")
-    image_max_side: int | None = _cap(None, "first shrink longer images to so many pixels a side (reference: 700)")
-    image_min_pixels: int | None = _cap(None, "enlarge smaller images to so many pixels (None: the checkpoint's)")
-    image_max_pixels: int | None = _cap(None, "shrink bigger images to so many pixels (None: the checkpoint's)")
+    image_max_side: int | None = _cap(
+        None, "first shrink longer images to so many pixels a side (reference: 700)"
+    )
+    image_min_pixels: int | None = _cap(
+        None, "enlarge smaller images to so many pixels (None: the checkpoint's)"
+    )
+    image_max_pixels: int | None = _cap(
+        None, "shrink bigger images to so many pixels (None: the checkpoint's)"
+    )
     video_min_pixels: int | None = _cap(None, "the same of each frame")
-    video_max_pixels: int | None = _cap(602_112, "the same of each frame; the lesser of it and the checkpoint's")
+    video_max_pixels: int | None = _cap(
+        602_112, "the same of each frame; the lesser of it and the checkpoint's"
+    )
     max_audio_seconds: float = _cap(300.0, "cut longer sound, with a warning")
-    max_image_pixels: int = _cap(200_000_000, "refuse bigger images and frames before they are decoded")
-    max_file_bytes: int = _cap(2_000_000_000, "refuse bigger files and downloads before they are read")
+    max_image_pixels: int = _cap(
+        200_000_000, "refuse bigger images and frames before they are decoded"
+    )
+    max_file_bytes: int = _cap(
+        2_000_000_000, "refuse bigger files and downloads before they are read"
+    )
     decode_seconds: float = _cap(120.0, "the longest that a file may take to fetch, and to decode")
-    allow_remote: bool = _cap(False, "fetch http and https addresses; only for inputs that you trust with your network")
+    allow_remote: bool = _cap(
+        False, "fetch http and https addresses; only for inputs that you trust with your network"
+    )
     use_audio_in_video: bool = _cap(False, "embed a video file's own sound with it")
 
     def __post_init__(self):
@@ -62,14 +76,20 @@ class MediaConfig:
                 rule = "a number greater than 0"
             else:
                 least = 2 if cap.name == "max_frames" else 1
-                rule = f"a whole number of at least {least}" + (" or None" if cap.type is not int else "")
-                good = (value is None and cap.type is not int) or (_is(value, Integral) and value >= least)
+                rule = f"a whole number of at least {least}" + (
+                    " or None" if cap.type is not int else ""
+                )
+                good = (value is None and cap.type is not int) or (
+                    _is(value, Integral) and value >= least
+                )
             if not good:
                 raise LcoError(f"media.{cap.name} is {value!r:.60}; it must be {rule}")
         for kind in ("image", "video"):
             least, most = getattr(self, f"{kind}_min_pixels"), getattr(self, f"{kind}_max_pixels")
             if least is not None and most is not None and least > most:
-                raise LcoError(f"media.{kind}_min_pixels is {least}, and {kind}_max_pixels only {most}")
+                raise LcoError(
+                    f"media.{kind}_min_pixels is {least}, and {kind}_max_pixels only {most}"
+                )
 
 
 def _is(value: Any, kind: type) -> bool:
@@ -88,7 +108,11 @@ class Medium:
 
     def open(self) -> BinaryIO:
         """A fresh stream over the content, at its beginning."""
-        return io.BytesIO(self.content) if isinstance(self.content, bytes) else open(self.content, "rb")
+        return (
+            io.BytesIO(self.content)
+            if isinstance(self.content, bytes)
+            else open(self.content, "rb")
+        )
 
 
 def resolve(source: Any, kind: str, where: str, config: MediaConfig, or_else: str = "") -> Medium:
@@ -101,9 +125,15 @@ def resolve(source: Any, kind: str, where: str, config: MediaConfig, or_else: st
     if isinstance(source, Medium):
         return source
     if not isinstance(source, str | os.PathLike | bytes | bytearray):
-        given = "numpy array without its rate" if isinstance(source, np.ndarray) else type(source).__name__  # of sound
+        given = (
+            "numpy array without its rate"
+            if isinstance(source, np.ndarray)
+            else type(source).__name__
+        )  # of sound
         what = {"image": "an image", "video": "a video"}.get(kind, kind)
-        raise LcoError(f"{where}: {what} cannot be a {given}; give a path, bytes, a data: URI, a URL{or_else}")
+        raise LcoError(
+            f"{where}: {what} cannot be a {given}; give a path, bytes, a data: URI, a URL{or_else}"
+        )
     if isinstance(source, bytes | bytearray):
         return _in_memory(bytes(source), f"{where}: {kind} of {len(source)} bytes", config)
     name = os.fsdecode(source)
@@ -137,7 +167,11 @@ def _from_path(name: str, label: str, config: MediaConfig) -> Medium:
         path.open("rb").close()
     except FileNotFoundError:
         raise LcoError(f"{label} does not exist") from None
-    except (OSError, ValueError, RuntimeError) as error:  # ValueError: a NUL; RuntimeError: nobody's home
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # ValueError: a NUL; RuntimeError: nobody's home
         raise LcoError(f"{label} cannot be read: {reason(error)}") from None
     return Medium(label, path)
 
@@ -183,18 +217,24 @@ def _from_url(url: str, label: str, config: MediaConfig) -> Medium:
         with opener.open(request, timeout=min(SOCKET_SECONDS, config.decode_seconds)) as response:
             promised = int(response.headers.get("Content-Length") or 0)
             _check_bytes(promised, label, config)
-            while chunk := response.read1(CHUNK):  # what has come, so that a slow server cannot outlast the deadline
+            while chunk := response.read1(
+                CHUNK
+            ):  # what has come, so that a slow server cannot outlast the deadline
                 content += chunk
                 _check_bytes(len(content), label, config)
                 deadline.check()
     if len(content) < promised:
-        raise LcoError(f"{label} cannot be fetched: the server sent {len(content)} of {promised} bytes")
+        raise LcoError(
+            f"{label} cannot be fetched: the server sent {len(content)} of {promised} bytes"
+        )
     return _in_memory(bytes(content), label, config)
 
 
 def _check_bytes(size: int, label: str, config: MediaConfig) -> None:
     if size > config.max_file_bytes:
-        raise LcoError(f"{label} has {size} bytes or more, and max_file_bytes is {config.max_file_bytes}")
+        raise LcoError(
+            f"{label} has {size} bytes or more, and max_file_bytes is {config.max_file_bytes}"
+        )
 
 
 def _shown(name: str) -> str:
@@ -218,7 +258,9 @@ class Deadline:
     def check(self) -> None:
         """Raise if the time is over."""
         if time.monotonic() > self.end:
-            raise LcoError(f"{self.label} takes more than {self.seconds:g} seconds (decode_seconds)")
+            raise LcoError(
+                f"{self.label} takes more than {self.seconds:g} seconds (decode_seconds)"
+            )
 
 
 def decoding(label: str) -> AbstractContextManager[None]:
@@ -284,7 +326,9 @@ def packets(container: InputContainer, stream: Any, deadline: Deadline) -> Itera
 
 def decoded(container: InputContainer, stream: Any, deadline: Deadline) -> Iterator[Any]:
     """The frames of a stream, in order. Torn packets are skipped."""
-    for packet in itertools.chain(packets(container, stream, deadline), [None]):  # None: what the decoder still holds
+    for packet in itertools.chain(
+        packets(container, stream, deadline), [None]
+    ):  # None: what the decoder still holds
         try:
             yield from stream.decode(packet)
         except av.FFmpegError:

@@ -27,7 +27,9 @@ from lco_jax.core.files import fingerprint, read_json, write_json, write_text
 from lco_jax.data import vectors
 from lco_jax.data.vectors import difference, same_work
 
-PART_SECONDS = 30.0  # of work that a part holds, unless it is full before, or a block of inputs takes longer
+PART_SECONDS = (
+    30.0  # of work that a part holds, unless it is full before, or a block of inputs takes longer
+)
 STALE = 600.0  # seconds in which a process shows no sign of life, after which others make its unit as well
 # beside the parts; names that readers of a folder of parquet leave alone
 INDEX, LOCK, SETTLED, UNIT = "_index.json", "_lock", "_settled.json", ".unit"
@@ -46,7 +48,9 @@ class Unit:
     def __len__(self) -> int:
         return self.end - self.first
 
-    def add(self, ids: Sequence[int | str], vectors: np.ndarray, reasons: Mapping[int, str]) -> None:
+    def add(
+        self, ids: Sequence[int | str], vectors: np.ndarray, reasons: Mapping[int, str]
+    ) -> None:
         """Take the next rows. vectors: float32 [n, D]; reasons: {row: why it has no vector}."""
         n, dimension = vectors.shape
         missing = np.zeros(n, bool)
@@ -54,7 +58,9 @@ class Unit:
         values = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
         columns = {
             "id": pa.array(ids),
-            "embedding": pa.FixedSizeListArray.from_arrays(values, dimension, mask=pa.array(missing)),
+            "embedding": pa.FixedSizeListArray.from_arrays(
+                values, dimension, mask=pa.array(missing)
+            ),
             "reason": pa.array([reasons.get(i) for i in range(n)], pa.string()),
         }
         self._waiting.append(pa.table(columns))
@@ -86,9 +92,14 @@ class Unit:
     def _write(self) -> None:
         table = pa.concat_tables(self._waiting)
         end = self._row + len(table)
-        aside = self.parts.folder / f"_{self._row:012d}-{token_hex(4)}.tmp"  # numbers of processes repeat in containers
+        aside = (
+            self.parts.folder / f"_{self._row:012d}-{token_hex(4)}.tmp"
+        )  # numbers of processes repeat in containers
         # without the folder, or in that of other work: we were thought dead, and others have made these rows
-        with explained(f"{self.parts.folder} cannot be written", OSError), suppress(FileNotFoundError):
+        with (
+            explained(f"{self.parts.folder} cannot be written", OSError),
+            suppress(FileNotFoundError),
+        ):
             _write_part(table, aside)
             if self.parts.ours():  # asked once `aside` is there, which vanishes with its folder
                 vectors.rename(aside, self.parts.folder / f"{self._row:012d}-{end:012d}.parquet")
@@ -106,11 +117,15 @@ class VectorParts:
     part_rows: of a unit, and the most of a part. made: rows that this process has written. flag: gave `output`.
     """
 
-    def __init__(self, output: Path, work: Mapping[str, Any], part_rows: int = 0, flag: str = "--output"):
+    def __init__(
+        self, output: Path, work: Mapping[str, Any], part_rows: int = 0, flag: str = "--output"
+    ):
         self.output, self.work, self.part_rows, self.flag = output, dict(work), part_rows, flag
         self.folder = output.with_name(f"{output.name}.partial")
         self.made, self._others, self.open, self.left = 0, 0, set[Unit](), dict[int, int]()
-        self._signs: dict[int, tuple[int, float]] = {}  # of units in other hands: time of change, and when it was seen
+        self._signs: dict[
+            int, tuple[int, float]
+        ] = {}  # of units in other hands: time of change, and when it was seen
 
     def __enter__(self) -> "VectorParts":
         return self
@@ -139,8 +154,12 @@ class VectorParts:
         """Write what this work is, or compare it with what the folder holds."""
         index = self.folder / INDEX
         if not index.exists():
-            if strange := [x for x in os.listdir(self.folder) if not x.endswith((".tmp", UNIT)) and x != LOCK]:
-                raise LcoError(f"{self.folder} holds {min(strange)} and no index of ours; give another {self.flag}")
+            if strange := [
+                x for x in os.listdir(self.folder) if not x.endswith((".tmp", UNIT)) and x != LOCK
+            ]:
+                raise LcoError(
+                    f"{self.folder} holds {min(strange)} and no index of ours; give another {self.flag}"
+                )
         elif (before := read_json(index)) != {"work": self.work}:
             same_work(before.get("work") or {}, self.work, self.folder, self.flag)
         else:
@@ -176,7 +195,9 @@ class VectorParts:
                     return lock
             os.close(lock)
         if busy:
-            raise LcoError(f"another process writes {self.flag}={self.output}; wait for it or end it")
+            raise LcoError(
+                f"another process writes {self.flag}={self.output}; wait for it or end it"
+            )
         return None
 
     # ---- the rows that are there
@@ -186,7 +207,9 @@ class VectorParts:
         pieces, reached, names = [], 0, list[str]()
         with suppress(FileNotFoundError):  # others have finished
             names = os.listdir(self.folder)
-        found = [(*map(int, name.groups()), name[0]) for name in map(_PART.fullmatch, names) if name]
+        found = [
+            (*map(int, name.groups()), name[0]) for name in map(_PART.fullmatch, names) if name
+        ]
         for first, end, name in sorted(found, key=lambda part: (part[0], -part[1])):
             if end > reached:
                 pieces.append((max(first, reached), end, self.folder / name))
@@ -238,7 +261,11 @@ class VectorParts:
                 self.left.clear()
             elif _locks(lock) or self._is_stale(first, lock):
                 del self.left[first]
-                row = end if os.pread(lock, len(ENDED), 0) == ENDED else _reached(first, self._pieces())
+                row = (
+                    end
+                    if os.pread(lock, len(ENDED), 0) == ENDED
+                    else _reached(first, self._pieces())
+                )
                 if row < end:
                     self.open.add(unit := Unit(self, row, end, lock))
                     unit.alive()
@@ -275,14 +302,20 @@ class VectorParts:
     @property
     def record(self) -> Path:
         """Where it is said what the output holds."""
-        return self.output / INDEX if self.output.suffix == "" else self.output.with_name(f"{self.output.name}.json")
+        return (
+            self.output / INDEX
+            if self.output.suffix == ""
+            else self.output.with_name(f"{self.output.name}.json")
+        )
 
     def finish(self, total: int, dimension: int, ids: type) -> dict[str, Any] | None:
         """`join`, unless another process has; None where rows are missing, which `left` then has."""
         with self.alone(), self._writing():
             if record := self.whole():  # by another process, meanwhile
                 return record
-            write_text(self.folder / "look.tmp", "")  # NFS lists a folder anew after a change of our own
+            write_text(
+                self.folder / "look.tmp", ""
+            )  # NFS lists a folder anew after a change of our own
             if self.done < self.made:
                 raise LcoError(f"{self.folder} was removed meanwhile; the same command begins anew")
             self.divide(total)
@@ -302,8 +335,13 @@ class VectorParts:
         keeps its parts, and an index of them. recorded: what is returned, for `whole`.
         """
         with self._writing():
-            skipped, record = self.output.with_name(f"{self.output.name}.skipped.jsonl"), {"work": self.work}
-            count = vectors.write_skipped(self.folder / "skipped.tmp", self.tables(["id", "reason"]))
+            skipped, record = (
+                self.output.with_name(f"{self.output.name}.skipped.jsonl"),
+                {"work": self.work},
+            )
+            count = vectors.write_skipped(
+                self.folder / "skipped.tmp", self.tables(["id", "reason"])
+            )
             if count:
                 vectors.rename(self.folder / "skipped.tmp", skipped)
             else:
@@ -313,7 +351,9 @@ class VectorParts:
                 files = [self._exact(*piece) for piece in self._pieces()]
                 self._remove({**record, "parts": files}, files)
                 self.folder.rename(self.output)
-                (self.output / LOCK).unlink()  # only now: whoever made another would think itself alone
+                (
+                    self.output / LOCK
+                ).unlink()  # only now: whoever made another would think itself alone
                 return record
             kind, aside = pa.int64() if ids is int else pa.string(), self.folder / "output.tmp"
             schema = pa.schema({"id": kind, "embedding": pa.list_(pa.float32(), dimension)})
@@ -339,10 +379,14 @@ class VectorParts:
 
     def _remove(self, record: Mapping[str, Any], but: Sequence[str] | None = None) -> None:
         """Delete our files, or the others. A kill on the way leaves a folder that the same command continues."""
-        write_json(self.folder / INDEX, {"work": self.work, "vectors": 0, **record})  # nobody adds to it now: `ours`
+        write_json(
+            self.folder / INDEX, {"work": self.work, "vectors": 0, **record}
+        )  # nobody adds to it now: `ours`
         kept = {*(but or ()), INDEX, LOCK}
         while names := [
-            x for x in os.listdir(self.folder) if x not in kept and (_PART.fullmatch(x) or x.endswith(OURS))
+            x
+            for x in os.listdir(self.folder)
+            if x not in kept and (_PART.fullmatch(x) or x.endswith(OURS))
         ]:
             for name in names:
                 (self.folder / name).unlink(missing_ok=True)
@@ -355,7 +399,11 @@ class VectorParts:
 
 def _read_part(part: Path, first: int, columns: list[str] | None = None) -> pa.Table:
     """The rows of a part from row `first` of the output on."""
-    with explained(f"{part} is torn; remove it, and the same command makes it again", pa.ArrowException, OSError):
+    with explained(
+        f"{part} is torn; remove it, and the same command makes it again",
+        pa.ArrowException,
+        OSError,
+    ):
         table = pyarrow.parquet.read_table(part, columns=columns, memory_map=True)
     return table.slice(first - int(part.name[:12]))
 

@@ -22,14 +22,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.exchange import Exchange
-from lco_jax.core.packing import Batch, fill, fill_answers, fit
+from lco_jax.core.packing import Batch, fill, fill_answers, padded_shape
 from lco_jax.core.sharding import ROWS, row_shards
 from lco_jax.data.inputs import conversation, one_ahead
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import asked
-from lco_jax.data.records import Record, Side, answer_of, side_key
+from lco_jax.data.records import Content, Record, answer_of, content_key
 from lco_jax.data.scan import Source
-from lco_jax.data.share import LaidBatch, Layout, LocalBatch, Share, lay_batch
+from lco_jax.data.share import Layout, LocalBatch, PackedBatch, Share, pack_batch
 from lco_jax.data.sources import open_source
 from lco_jax.data.tower_rows import Processed, TowerRows
 
@@ -43,7 +43,9 @@ def open_sources(config: Mapping[str, Any]) -> dict[str, Source]:
     """Open and check every entry of `config.data.sources`."""
     if not config["sources"]:
         raise LcoError("config.data.sources is empty; name at least one source")
-    return {name: open_source(name, spec, config["on_bad"]) for name, spec in config["sources"].items()}
+    return {
+        name: open_source(name, spec, config["on_bad"]) for name, spec in config["sources"].items()
+    }
 
 
 def record_stream(
@@ -55,9 +57,12 @@ def record_stream(
     """
     for name in sources:
         if not isinstance(weights[name], int | float) or not weights[name] > 0:
-            raise LcoError(f"config.data.sources.{name}.weight is {weights[name]!r}; it must be a number above 0")
+            raise LcoError(
+                f"config.data.sources.{name}.weight is {weights[name]!r}; it must be a number above 0"
+            )
     parts = [
-        grain.MapDataset.source(source).seed(seed + i).shuffle().repeat() for i, source in enumerate(sources.values())
+        grain.MapDataset.source(source).seed(seed + i).shuffle().repeat()
+        for i, source in enumerate(sources.values())
     ]
     if len(parts) == 1:
         return parts[0]
@@ -85,15 +90,30 @@ def local_batches(
     """This process's share of each global batch."""
     processes, me = jax.process_count(), jax.process_index()
     if layout.batch_size % processes:
-        raise LcoError(f"config.train.batch_size {layout.batch_size} does not divide by the {processes} processes")
+        raise LcoError(
+            f"config.train.batch_size {layout.batch_size} does not divide by the {processes} processes"
+        )
     share = stream if processes == 1 else stream[me::processes]
-    prepare = partial(_prepare, layout=layout, processor=processor, max_length=max_length, stride=processes, offset=me)
-    return share.batch(layout.batch_size // processes, drop_remainder=True, batch_fn=list).map(prepare)
+    prepare = partial(
+        _prepare,
+        layout=layout,
+        processor=processor,
+        max_length=max_length,
+        stride=processes,
+        offset=me,
+    )
+    return share.batch(layout.batch_size // processes, drop_remainder=True, batch_fn=list).map(
+        prepare
+    )
 
 
 def ahead(local: grain.MapDataset, threads: int) -> grain.DatasetIterator:
     """The batches one after the other, prepared ahead of time in threads."""
-    return iter(local.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
+    return iter(
+        local.to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        )
+    )
 
 
 def _prepare(
@@ -104,7 +124,11 @@ def _prepare(
     stride: int,
     offset: int,
 ) -> LocalBatch:
-    sides = [(i, j, side) for i, record in enumerate(records) for j, side in enumerate(record.sides[: layout.sides])]
+    sides = [
+        (i, j, side)
+        for i, record in enumerate(records)
+        for j, side in enumerate(record.sides[: layout.sides])
+    ]
     names = [records[i].where for i, _, _ in sides]
     prompt = asked if layout.generative else None
     conversations = [
@@ -120,7 +144,11 @@ def _prepare(
             if layout.on_bad == "error":
                 raise result
             bad.setdefault(i, str(result))
-    kept = [(i, j, side, result) for (i, j, side), result in zip(sides, results, strict=True) if i not in bad]
+    kept = [
+        (i, j, side, result)
+        for (i, j, side), result in zip(sides, results, strict=True)
+        if i not in bad
+    ]
     return LocalBatch(
         inputs=[result for *_, result in kept],
         record=np.array([i * stride + offset for i, *_ in kept], np.int64),
@@ -132,7 +160,10 @@ def _prepare(
 
 
 def answered(
-    prompts: Sequence[Processed | LcoError], records: Sequence[Record], processor: Processor, max_length: int | None
+    prompts: Sequence[Processed | LcoError],
+    records: Sequence[Record],
+    processor: Processor,
+    max_length: int | None,
 ) -> list[Processed | LcoError]:
     """Each record's prompt with its positive as the answer, which is cut as texts are; an error for one that is bad."""
     found, texts = list(prompts), {}
@@ -147,20 +178,24 @@ def answered(
     return found
 
 
-def _number(side: Side) -> int:
+def _number(side: Content) -> int:
     """A number that is equal for sides that say the same, in every process."""
-    return int.from_bytes(blake2b(repr(side_key(side)).encode(), digest_size=4).digest(), "little", signed=True)
+    return int.from_bytes(
+        blake2b(repr(content_key(side)).encode(), digest_size=4).digest(), "little", signed=True
+    )
 
 
-def to_devices(local: LocalBatch, laid: LaidBatch, layout: Layout, mesh: Mesh) -> Batch:
+def to_devices(local: LocalBatch, packed: PackedBatch, layout: Layout, mesh: Mesh) -> Batch:
     """Fill a share's arrays and send them to this process's devices. No other process is waited
     for."""
     processes, shards = jax.process_count(), row_shards(mesh) // jax.process_count()
-    shape = fit(laid.need, layout.floor)
-    identities = [local.record[chosen] * MAX_SIDES + local.side[chosen] for chosen in laid.members]
-    tokens, became = fill(laid.streams, identities, shape, layout.head)
-    records = [local.record[chosen] for chosen in laid.members]
-    answers = fill_answers(laid.streams, records, shape.answers) if layout.generative else None
+    shape = padded_shape(packed.need, layout.floor)
+    identities = [
+        local.record[chosen] * MAX_SIDES + local.side[chosen] for chosen in packed.members
+    ]
+    tokens, became = fill(packed.streams, identities, shape, layout.prefix)
+    records = [local.record[chosen] for chosen in packed.members]
+    answers = fill_answers(packed.streams, records, shape.answers) if layout.generative else None
 
     def to_mesh(x: np.ndarray, *axes: str | tuple[str, ...] | None) -> Array:
         sizes = [n * processes if axis else n for n, axis in zip(x.shape, axes, strict=False)]
@@ -168,11 +203,11 @@ def to_devices(local: LocalBatch, laid: LaidBatch, layout: Layout, mesh: Mesh) -
         return jax.make_array_from_process_local_data(place, x, (*sizes, *x.shape[len(axes) :]))
 
     def in_chunks(x: np.ndarray) -> Array:
-        return to_mesh(x.reshape(laid.chunks, shards, *x.shape[1:]), None, ROWS)
+        return to_mesh(x.reshape(packed.chunks, shards, *x.shape[1:]), None, ROWS)
 
-    tables = _tables(local, laid, became, tokens.last_tokens.shape[-1], layout, shards)
+    tables = _tables(local, packed, became, tokens.last_tokens.shape[-1], layout, shards)
     tokens, answers = jax.tree.map(in_chunks, (tokens, answers))
-    media = jax.tree.map(lambda x: to_mesh(x, ROWS), laid.media())
+    media = jax.tree.map(lambda x: to_mesh(x, ROWS), packed.media())
     split = (None, ROWS) if processes > 1 else ()
     sequences, content = (to_mesh(table, *split) for table in tables)
     return Batch(tokens, sequences, content, media, answers)
@@ -180,7 +215,7 @@ def to_devices(local: LocalBatch, laid: LaidBatch, layout: Layout, mesh: Mesh) -
 
 def _tables(
     local: LocalBatch,
-    laid: LaidBatch,
+    packed: PackedBatch,
     became: list[np.ndarray],
     slots: int,
     layout: Layout,
@@ -192,9 +227,9 @@ def _tables(
     """
     processes, me = jax.process_count(), jax.process_index()
     which = np.zeros(len(local.inputs), np.int64)
-    for chosen, numbers in zip(laid.members, became, strict=True):
+    for chosen, numbers in zip(packed.members, became, strict=True):
         which[chosen] = numbers
-    chunk, shard = np.divmod(laid.bins, shards)
+    chunk, shard = np.divmod(packed.bins, shards)
     at = (chunk * shards * processes + me * shards + shard) * slots + which
     table = np.full((2, layout.batch_size // processes, layout.sides), -1, np.int32)
     table[:, local.record // processes, local.side] = at, local.content
@@ -205,17 +240,21 @@ def _tables(
     return split
 
 
-def global_batch(local: LocalBatch, layout: Layout, layouts: Mapping[str, TowerRows], mesh: Mesh) -> Batch:
+def global_batch(
+    local: LocalBatch, layout: Layout, layouts: Mapping[str, TowerRows], mesh: Mesh
+) -> Batch:
     """Every process's share -> one `Batch` on the mesh, at once. layouts: as of `Share`."""
     shards = row_shards(mesh) // jax.process_count()
-    return to_devices(local, lay_batch(local, layout, layouts, shards), layout, mesh)
+    return to_devices(local, pack_batch(local, layout, layouts, shards), layout, mesh)
 
 
 def check_mesh(mesh: Mesh) -> None:
     """Raise unless every process holds whole rows: the tensor axis must not reach across processes."""
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
     by_row = owners.reshape(row_shards(mesh), -1)
-    in_order = np.repeat(np.arange(jax.process_count()), row_shards(mesh) // jax.process_count() or 1)
+    in_order = np.repeat(
+        np.arange(jax.process_count()), row_shards(mesh) // jax.process_count() or 1
+    )
     if (by_row != by_row[:, :1]).any() or not np.array_equal(by_row[:, 0], in_order):
         raise LcoError(
             f"mesh {dict(mesh.shape)} over {jax.process_count()} processes: the tensor axis must stay within one "
@@ -244,7 +283,7 @@ def batches(
 ) -> Iterator[tuple[Batch, Origin]]:
     """Global batches, so many (None: without end). Says which records were left out.
 
-    The next is read, laid, filled and sent to the devices in a thread while the caller has the one
+    The next is read, packed, filled and sent to the devices in a thread while the caller has the one
     before; an exception there is raised here. The thread alone has the iterator. layouts: as of
     `Share`. exchange: with the other processes.
     """
@@ -278,7 +317,7 @@ def _sent(
     """
 
     def send(share: Share, second: np.ndarray) -> Batch:
-        return to_devices(share.local, share.laid(second), layout, mesh)
+        return to_devices(share.local, share.packed(second), layout, mesh)
 
     before: tuple[Share, Origin] | None = None
     for share, origin in shares:
@@ -289,7 +328,7 @@ def _sent(
             told = exchange.most(np.concatenate([waiting.second, share.first]))
             second, first = np.split(told, [len(waiting.second)])
             yield send(waiting, second), its_origin
-        share.lay(first)
+        share.pack(first)
         before = share, origin
     if before is not None:
         waiting, its_origin = before

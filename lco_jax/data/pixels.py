@@ -28,8 +28,12 @@ def read_scale(folder: Path) -> np.ndarray:
     """
     config, where = processor_config(folder, "image_processor")
     if config.get("resample", BICUBIC) != BICUBIC:
-        raise LcoError(f"{where}: resample is {config['resample']!r}; only {BICUBIC} (bicubic) is supported")
-    if off := [key for key in ("do_resize", "do_rescale", "do_normalize") if config.get(key) is False]:
+        raise LcoError(
+            f"{where}: resample is {config['resample']!r}; only {BICUBIC} (bicubic) is supported"
+        )
+    if off := [
+        key for key in ("do_resize", "do_rescale", "do_normalize") if config.get(key) is False
+    ]:
         raise LcoError(f"{where}: {off[0]} is false, which is not supported")
     divisor = 1 / config.get("rescale_factor", 1 / 255)
     mean, std = config.get("image_mean", CLIP_MEAN), config.get("image_std", CLIP_STD)
@@ -46,7 +50,11 @@ def processor_config(folder: Path, part: str) -> tuple[dict[str, Any], Path]:
     nested = folder / "processor_config.json"
     if nested.exists() and isinstance(config := read_json(nested).get(part), dict):
         return config, nested
-    flat = folder / ("video_preprocessor_config.json" if part == "video_processor" else "preprocessor_config.json")
+    flat = folder / (
+        "video_preprocessor_config.json"
+        if part == "video_processor"
+        else "preprocessor_config.json"
+    )
     if part == "video_processor" and not flat.exists():
         return processor_config(folder, "image_processor")
     return read_json(flat), flat

@@ -20,7 +20,11 @@ def line_positions(start: int, length: int) -> np.ndarray:
 
 def frame_times(frames: int, seconds_per_frame: float, ids_per_second: float) -> np.ndarray:
     """Position on the time axis of each (merged) frame: int [frames]. In float32, as upstream rounds."""
-    times = np.arange(frames, dtype=np.float32) * np.float32(seconds_per_frame) * np.float32(ids_per_second)
+    times = (
+        np.arange(frames, dtype=np.float32)
+        * np.float32(seconds_per_frame)
+        * np.float32(ids_per_second)
+    )
     return times.astype(np.int64)
 
 
@@ -28,7 +32,7 @@ def interleave(video_times: np.ndarray, audio_length: int, chunk: int) -> np.nda
     """Whether each token of a clip with sound is sound: bool [N + audio_length].
 
     video_times: the time of each of N video tokens, on the scale on which a sound token lasts 1. Both streams are cut
-    into chunks of `chunk` and laid chunk by chunk, the pictures of a chunk before its sound.
+    into chunks of `chunk` and packed chunk by chunk, the pictures of a chunk before its sound.
     """
     pictures, sounds = _cut(video_times, chunk), _cut(np.arange(audio_length), chunk)
     parts = []

@@ -58,7 +58,9 @@ class Processor:
         """How each tower's rows are laid out."""
         return self.codec.rows
 
-    def __call__(self, conversations: Sequence[Messages], names: Sequence[str] | None = None) -> list[Processed]:
+    def __call__(
+        self, conversations: Sequence[Messages], names: Sequence[str] | None = None
+    ) -> list[Processed]:
         """Chat messages -> what the model reads. names: what errors call them. Raises for the first that is bad."""
         names = names or [f"input {i}" for i in range(len(conversations))]
         results = self.attempt(conversations, names)
@@ -66,9 +68,14 @@ class Processor:
             raise errors[0]
         return results  # type: ignore[return-value]
 
-    def attempt(self, conversations: Sequence[Messages], names: Sequence[str]) -> list[Processed | LcoError]:
+    def attempt(
+        self, conversations: Sequence[Messages], names: Sequence[str]
+    ) -> list[Processed | LcoError]:
         """As calling it, with an error in the place of each bad input."""
-        rendered = [self._render(messages, name) for messages, name in zip(conversations, names, strict=True)]
+        rendered = [
+            self._render(messages, name)
+            for messages, name in zip(conversations, names, strict=True)
+        ]
         ids = iter(self.tokenizer.ids([text for text in rendered if isinstance(text, str)]))
         return [
             self._process(messages, next(ids), name) if isinstance(text, str) else text
@@ -80,17 +87,25 @@ class Processor:
             return self.tokenizer.render(_without_media(messages))
         except Exception as error:  # a template may raise anything on turns it does not foresee
             reason = str(error).strip() or type(error).__name__
-            return LcoError(f"{name}: the checkpoint's chat template does not take these messages: {reason:.200}")
+            return LcoError(
+                f"{name}: the checkpoint's chat template does not take these messages: {reason:.200}"
+            )
 
     def _process(self, messages: Messages, ids: np.ndarray, name: str) -> Processed | LcoError:
         try:
             parts = media_parts(messages)
             if closed := [part["type"] for part in parts if part["type"] not in self.modalities]:
-                raise LcoError(f"{name} has {closed[0]}, and this model takes {', '.join(self.modalities)}")
+                raise LcoError(
+                    f"{name} has {closed[0]}, and this model takes {', '.join(self.modalities)}"
+                )
             if parts:
                 loaded = [(part["type"], self.codec.load(part, name)) for part in parts]
-                if "audio" not in self.modalities and any(getattr(x, "sound", None) is not None for _, x in loaded):
-                    raise LcoError(f"{name} has a video with sound, and this model takes {', '.join(self.modalities)}")
+                if "audio" not in self.modalities and any(
+                    getattr(x, "sound", None) is not None for _, x in loaded
+                ):
+                    raise LcoError(
+                        f"{name} has a video with sound, and this model takes {', '.join(self.modalities)}"
+                    )
                 processed = self.codec.expand(ids, loaded, name)
             else:
                 processed = Processed(ids, line_positions(0, len(ids)))
@@ -111,7 +126,12 @@ class Processor:
 def _without_media(messages: Messages) -> Messages:
     """The messages as templates need them: media parts by their type alone."""
     return [
-        {**message, "content": [p if p["type"] == "text" else {"type": p["type"]} for p in message["content"]]}
+        {
+            **message,
+            "content": [
+                p if p["type"] == "text" else {"type": p["type"]} for p in message["content"]
+            ],
+        }
         for message in messages
     ]
 
@@ -133,7 +153,7 @@ def with_room(need: MediaShape, floor: MediaShape) -> MediaShape:
     return shape
 
 
-class LaidMedia:
+class PackedMedia:
     """The media of each shard's inputs, laid into tower rows; how many rows there will be is told
     afterwards.
 
@@ -150,11 +170,13 @@ class LaidMedia:
         self.layouts, self.inputs = layouts, shards
         towers = [tower for tower in sorted(widths) if widths[tower]]
         self.items = {tower: [_items(tower, inputs) for inputs in shards] for tower in towers}
-        self.laid = {
-            tower: [layouts[tower].lay(items, widths[tower]) for items in self.items[tower]] for tower in towers
+        self.packed = {
+            tower: [layouts[tower].assign(items, widths[tower]) for items in self.items[tower]]
+            for tower in towers
         }
         self.need: MediaShape = {
-            tower: (widths[tower], max((one.rows for one in self.laid[tower]), default=0)) for tower in towers
+            tower: (widths[tower], max((one.rows for one in self.packed[tower]), default=0))
+            for tower in towers
         }
 
     def sequences(self, shape: MediaShape) -> list[list[TokenSequence]]:
@@ -162,25 +184,32 @@ class LaidMedia:
         slots: list[dict[str, Any]] = [{} for _ in self.inputs]
         offset = 0
         for tower, (width, count) in shape.items():
-            for shard, where in enumerate(self.laid[tower]):
+            for shard, where in enumerate(self.packed[tower]):
                 slots[shard][tower] = iter([tokens + offset for tokens in where.tokens])
             offset += count * self.layouts[tower].tokens_per_row(width)
-        return [[_with_slots(one, slots[shard]) for one in inputs] for shard, inputs in enumerate(self.inputs)]
+        return [
+            [_with_slots(one, slots[shard]) for one in inputs]
+            for shard, inputs in enumerate(self.inputs)
+        ]
 
     def fill(self, shape: MediaShape) -> MediaRows:
         """The rows, P times as many as a shard has."""
         return {
-            tower: self.layouts[tower].fill(list(zip(self.items[tower], self.laid[tower], strict=True)), count, width)
+            tower: self.layouts[tower].fill(
+                list(zip(self.items[tower], self.packed[tower], strict=True)), count, width
+            )
             for tower, (width, count) in shape.items()
         }
 
 
-def lay_media(
+def pack_media(
     layouts: Mapping[str, TowerRows], shards: Sequence[Sequence[Processed]]
 ) -> tuple[Callable[[], MediaRows], list[list[TokenSequence]], MediaShape]:
     """Lay the media of each shard's inputs into tower rows, where there is one process: (what makes
     the rows, the inputs' tokens, the rows' shape)."""
-    media = LaidMedia(layouts, shards, widest(layouts, [one for inputs in shards for one in inputs]))
+    media = PackedMedia(
+        layouts, shards, widest(layouts, [one for inputs in shards for one in inputs])
+    )
     shape = with_room(media.need, {})
     return partial(media.fill, shape), media.sequences(shape), shape
 

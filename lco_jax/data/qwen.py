@@ -21,14 +21,26 @@ from lco_jax.data.images import load_image
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.pixels import processor_config, read_scale, resize
 from lco_jax.data.positions import frame_times, grid_positions, interleave, line_positions
-from lco_jax.data.tower_rows import ChunkRows, Item, Mel, Patches, PatchRows, Placed, Processed, TowerRows, mel_tokens
+from lco_jax.data.tower_rows import (
+    ChunkRows,
+    MediaTokens,
+    Mel,
+    Patches,
+    PatchRows,
+    Processed,
+    TowerInput,
+    TowerRows,
+    mel_tokens,
+)
 from lco_jax.data.video import load_video
 
-ASSUMED_FPS = 2.0  # what the processors assume of a clip, and the reference never tells them otherwise
+ASSUMED_FPS = (
+    2.0  # what the processors assume of a clip, and the reference never tells them otherwise
+)
 IMAGE_PIXELS = (3_136, 1_003_520)  # the least and most of an image, and
 VIDEO_PIXELS = (100_352, 602_112)  # of a clip's picture, where a checkpoint does not say
 # of a medium: (tokens, positions, [(tower, item, index of its tokens in the block)], the next text's position)
-Block = tuple[np.ndarray, np.ndarray, list[tuple[str, Item, np.ndarray]], int]
+Block = tuple[np.ndarray, np.ndarray, list[tuple[str, TowerInput, np.ndarray]], int]
 # The tower's rows: of stills, which have one picture a patch, and of clips, which have as many as the tower takes
 # together. So a still travels to the device once, whatever travels with it.
 STILLS, CLIPS = "visual", "visual/clips"
@@ -47,9 +59,17 @@ class Clip:
 class QwenMedia:
     """Media of one checkpoint. video_positions: "4.57" (what LCO was trained with) or "5", for Qwen2.5-VL's videos."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], media: MediaConfig, video_positions: str = "4.57"):
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        media: MediaConfig,
+        video_positions: str = "4.57",
+    ):
         if video_positions not in VIDEO_POSITIONS:
-            raise LcoError(f"video_positions is {video_positions!r}; it is one of: {', '.join(VIDEO_POSITIONS)}")
+            raise LcoError(
+                f"video_positions is {video_positions!r}; it is one of: {', '.join(VIDEO_POSITIONS)}"
+            )
         self.folder, self.media, self.video_positions = folder, media, video_positions
         self.omni = "audio_config" in config
         vision = config["vision_config"]
@@ -57,19 +77,31 @@ class QwenMedia:
         self.frames_per_patch = vision["temporal_patch_size"]
         window = vision["window_size"] // self.patch
         stills, clips = (
-            PatchRows(window, self.merge, (3, pictures, self.patch**2)) for pictures in (1, self.frames_per_patch)
+            PatchRows(window, self.merge, (3, pictures, self.patch**2))
+            for pictures in (1, self.frames_per_patch)
         )
         self.rows: dict[str, TowerRows] = {STILLS: stills, CLIPS: clips}
         if self.omni:
             audio = config["audio_config"]
             self.rows["audio_tower"] = ChunkRows(audio["n_window"], audio["num_mel_bins"])
-        self.ids_per_second = config["position_id_per_seconds"] if self.omni else vision["tokens_per_second"]
+        self.ids_per_second = (
+            config["position_id_per_seconds"] if self.omni else vision["tokens_per_second"]
+        )
         self.ids_per_chunk = int(self.ids_per_second * config.get("seconds_per_chunk", 0))
 
         def token(name: str) -> int | None:
-            return next((config[key] for key in (f"{name}_token_id", f"{name}_token_index") if key in config), None)
+            return next(
+                (
+                    config[key]
+                    for key in (f"{name}_token_id", f"{name}_token_index")
+                    if key in config
+                ),
+                None,
+            )
 
-        self.placeholders = {kind: token(kind) for kind in ("image", "video", "audio") if token(kind) is not None}
+        self.placeholders = {
+            kind: token(kind) for kind in ("image", "video", "audio") if token(kind) is not None
+        }
         self.audio_bos, self.audio_eos = token("audio_start"), token("audio_end")
 
     # ---- media
@@ -86,7 +118,9 @@ class QwenMedia:
         extractor = WhisperFeatureExtractor.from_dict(config)
         if self.media.max_audio_seconds * extractor.sampling_rate > extractor.n_samples:
             most = extractor.n_samples // extractor.sampling_rate
-            raise LcoError(f"media.max_audio_seconds is {self.media.max_audio_seconds}, and {where} takes {most}")
+            raise LcoError(
+                f"media.max_audio_seconds is {self.media.max_audio_seconds}, and {where} takes {most}"
+            )
         return extractor
 
     @cached_property
@@ -127,7 +161,9 @@ class QwenMedia:
             return smart_resize(height, width, self.patch * self.merge, low, high)
 
         try:
-            media = replace(self.media, **{key: part[key] for key in ("fps", "max_frames") if key in part})
+            media = replace(
+                self.media, **{key: part[key] for key in ("fps", "max_frames") if key in part}
+            )
         except LcoError as error:
             raise LcoError(f"{where}: {error}") from None
         video = load_video(part["video"], where, media, fit)
@@ -156,7 +192,11 @@ class QwenMedia:
         hop = extractor.hop_length
         room = min(-(-(len(audio) + extractor.n_fft) // hop) * hop, extractor.n_samples)
         mel = extractor(
-            audio, sampling_rate=extractor.sampling_rate, max_length=room, truncation=True, return_tensors="np"
+            audio,
+            sampling_rate=extractor.sampling_rate,
+            max_length=room,
+            truncation=True,
+            return_tensors="np",
         )["input_features"][0]
         return Mel(np.ascontiguousarray(mel[:, : -(-len(audio) // hop)].T, np.float32))
 
@@ -170,7 +210,9 @@ class QwenMedia:
         kinds = {token: kind for kind, token in self.placeholders.items()}
         found = np.flatnonzero(np.isin(ids, list(kinds)))
         if [kinds[int(ids[i])] for i in found] != [kind for kind, _ in media]:
-            raise LcoError(f"{where}: its {len(media)} media are not its placeholders; is a special token in its text?")
+            raise LcoError(
+                f"{where}: its {len(media)} media are not its placeholders; is a special token in its text?"
+            )
         tokens, positions, placed = [], [], []
         begin, position, length = 0, 0, 0
         for at, (kind, medium) in zip(found, media, strict=True):
@@ -178,7 +220,7 @@ class QwenMedia:
             positions.append(line_positions(position, at - begin))
             length, position = length + at - begin, position + at - begin
             block, where_to, parts, position = self._block(kind, medium, int(position))
-            placed += [Placed(tower, item, length + index) for tower, item, index in parts]
+            placed += [MediaTokens(tower, item, length + index) for tower, item, index in parts]
             tokens.append(block)
             positions.append(where_to)
             length, begin = length + len(block), at + 1
@@ -190,9 +232,18 @@ class QwenMedia:
         if kind == "audio":
             length = mel_tokens(len(medium.values))
             block = np.full(length, self.placeholders["audio"], np.int32)
-            return block, line_positions(start, length), [("audio_tower", medium, np.arange(length))], start + length
+            return (
+                block,
+                line_positions(start, length),
+                [("audio_tower", medium, np.arange(length))],
+                start + length,
+            )
         patches = medium.patches if kind == "video" else medium
-        frames, height, width = patches.grid[0], patches.grid[1] // self.merge, patches.grid[2] // self.merge
+        frames, height, width = (
+            patches.grid[0],
+            patches.grid[1] // self.merge,
+            patches.grid[2] // self.merge,
+        )
         times = self._times(medium, frames) if kind == "video" else np.zeros(frames, np.int64)
         positions = grid_positions(start, times, height, width)
         block = np.full(len(positions), self.placeholders[kind], np.int32)
@@ -209,7 +260,9 @@ class QwenMedia:
             return frame_times(frames, clip.seconds_per_frame, self.ids_per_second)
         return frame_times(frames, int(clip.seconds_per_frame), self.ids_per_second)
 
-    def _with_sound(self, clip: Clip, block: np.ndarray, positions: np.ndarray, start: int) -> Block:
+    def _with_sound(
+        self, clip: Clip, block: np.ndarray, positions: np.ndarray, start: int
+    ) -> Block:
         """Both streams between audio_bos and audio_eos, which share the positions of vision_bos and vision_eos."""
         assert clip.sound is not None
         length = mel_tokens(len(clip.sound.values))
@@ -217,20 +270,30 @@ class QwenMedia:
         tokens = np.where(is_sound, self.placeholders["audio"], block[0])
         where_to = np.empty((len(tokens), 3), np.int32)
         where_to[is_sound], where_to[~is_sound] = line_positions(start, length), positions
-        after = int(where_to[-1].max()) + 1  # upstream goes on from the chunk that is last, not from the latest time
+        after = (
+            int(where_to[-1].max()) + 1
+        )  # upstream goes on from the chunk that is last, not from the latest time
         tokens = np.concatenate([[self.audio_bos], tokens, [self.audio_eos]]).astype(np.int32)
-        where_to = np.concatenate([line_positions(start - 1, 1), where_to, line_positions(after, 1)])
+        where_to = np.concatenate(
+            [line_positions(start - 1, 1), where_to, line_positions(after, 1)]
+        )
         parts = [(CLIPS, clip.patches, 1 + np.flatnonzero(~is_sound))]
         parts.append(("audio_tower", clip.sound, 1 + np.flatnonzero(is_sound)))
         return tokens, where_to, parts, after
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+def smart_resize(
+    height: int, width: int, factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
     """The multiples of `factor` nearest to a size, scaled into the limits where they leave them (as upstream)."""
-    rounded = tuple(round(side / factor) * factor for side in (height, width))  # Python's round: half to even
+    rounded = tuple(
+        round(side / factor) * factor for side in (height, width)
+    )  # Python's round: half to even
     if math.prod(rounded) > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
-        return tuple(max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+        return tuple(
+            max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width)
+        )
     if math.prod(rounded) < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
         return tuple(math.ceil(side * grow / factor) * factor for side in (height, width))
@@ -246,8 +309,13 @@ def _limits(config: dict[str, Any], default: tuple[int, int]) -> tuple[int, int]
 
 def _pixels(part: dict[str, Any], limits: tuple[int, int], where: str) -> tuple[int, int]:
     """`limits`, or what a part says of its own."""
-    low, high = (part.get(key, limit) for key, limit in zip(("min_pixels", "max_pixels"), limits, strict=True))
+    low, high = (
+        part.get(key, limit)
+        for key, limit in zip(("min_pixels", "max_pixels"), limits, strict=True)
+    )
     whole = all(isinstance(x, Integral) and not isinstance(x, bool) for x in (low, high))
     if not whole or not 0 < low <= high:
-        raise LcoError(f"{where}: min_pixels {low!r:.40} and max_pixels {high!r:.40} are no limits of a size")
+        raise LcoError(
+            f"{where}: min_pixels {low!r:.40} and max_pixels {high!r:.40} are no limits of a size"
+        )
     return low, high

@@ -18,11 +18,13 @@ import numpy as np
 from lco_jax.core.errors import LcoError, check_keys
 from lco_jax.data.prompts import MEDIA, check_text, is_media_file
 
-Side = str | tuple[dict[str, Any], ...]
+Content = str | tuple[dict[str, Any], ...]
 
 KEYS = {kind: (kind, f"{kind}_path") for kind in MEDIA}
 FIELDS = ("text", *(key for keys in KEYS.values() for key in keys), "content")
-ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)  # what is no path of this machine
+ADDRESS = re.compile(
+    r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE
+)  # what is no path of this machine
 ABSENT = (None, "", b"", [])
 
 
@@ -30,13 +32,13 @@ ABSENT = (None, "", b"", [])
 class Record:
     """Sides of one record. `where` names its origin (file and line) for errors."""
 
-    anchor: Side
-    positive: Side
-    negatives: tuple[Side, ...]
+    anchor: Content
+    positive: Content
+    negatives: tuple[Content, ...]
     where: str
 
     @property
-    def sides(self) -> tuple[Side, ...]:
+    def sides(self) -> tuple[Content, ...]:
         """Anchor, positive, negatives."""
         return (self.anchor, self.positive, *self.negatives)
 
@@ -47,12 +49,12 @@ class Record:
         return frozenset({"text", *(part["type"] for part in parts)})
 
 
-def as_input(side: Side) -> dict[str, str] | tuple[dict[str, Any], ...]:
+def as_input(side: Content) -> dict[str, str] | tuple[dict[str, Any], ...]:
     """A side as `encode` takes it. Texts are named as such, for a bare string may be a file's name."""
     return {"text": side} if isinstance(side, str) else side
 
 
-def side_key(side: Side) -> Hashable:
+def content_key(side: Content) -> Hashable:
     """A value that is equal for sides that say the same: equal text, or equal parts (arrays by their content)."""
     return side if isinstance(side, str) else _key(side)
 
@@ -74,7 +76,9 @@ def answer_of(record: Record) -> str:
     return record.positive
 
 
-def parse_record(content: Any, where: str, root: str = "", exists: Callable[[str], bool] | None = None) -> Record:
+def parse_record(
+    content: Any, where: str, root: str = "", exists: Callable[[str], bool] | None = None
+) -> Record:
     """Read `{"anchor": side, "positive": side, "negative": side | [side, …] | absent}`.
 
     A side is a string; {"text": …, "image_path": …, "video_path": …, "audio_path": …} (or image, video, audio) with a
@@ -83,7 +87,9 @@ def parse_record(content: Any, where: str, root: str = "", exists: Callable[[str
     local file. Raises `LcoError` naming `where`, the side and its key.
     """
     if not isinstance(content, Mapping):
-        raise LcoError(f"{where}: a record is an object with anchor and positive, and this is {content!r:.60}")
+        raise LcoError(
+            f"{where}: a record is an object with anchor and positive, and this is {content!r:.60}"
+        )
     check_keys(content, ("anchor", "positive", "negative", "negatives"), f"{where}: the record")
     reader = Reader(where, root, exists)
     sides = {}
@@ -93,9 +99,11 @@ def parse_record(content: Any, where: str, root: str = "", exists: Callable[[str
         sides[name] = reader.side(content[name], name)
         if not sides[name]:
             raise LcoError(f"{where}: {name} is empty")
-    negatives: list[Side] = []
+    negatives: list[Content] = []
     for name in ("negative", "negatives"):
-        negatives += [side for side in (reader.side(item, name) for item in listed(content.get(name))) if side]
+        negatives += [
+            side for side in (reader.side(item, name) for item in listed(content.get(name))) if side
+        ]
     return Record(sides["anchor"], sides["positive"], tuple(negatives), where)
 
 
@@ -111,7 +119,13 @@ def is_parts(value: list) -> bool:
 
 def listed(sides: Any) -> list:
     """One side, a list of them, or None, as a list."""
-    return [] if sides is None else sides if isinstance(sides, list) and not is_parts(sides) else [sides]
+    return (
+        []
+        if sides is None
+        else sides
+        if isinstance(sides, list) and not is_parts(sides)
+        else [sides]
+    )
 
 
 def _is_still(value: Any) -> bool:
@@ -130,21 +144,29 @@ class Reader:
     root: str
     exists: Callable[[str], bool] | None
 
-    def side(self, side: Any, name: str) -> Side:
+    def side(self, side: Any, name: str) -> Content:
         if isinstance(side, str):
             check_text(side, f"{self.where}: {name}")
             return side
         if isinstance(side, list) and (not side or is_parts(side)):
-            parts = [piece for i, part in enumerate(side) for piece in self.part(part, f"{name}[{i}]")]
+            parts = [
+                piece for i, part in enumerate(side) for piece in self.part(part, f"{name}[{i}]")
+            ]
         elif isinstance(side, Mapping) and "type" in side:
             parts = self.part(side, name)
         elif isinstance(side, Mapping):
             check_keys(side, FIELDS, f"{self.where}: {name}")
             if (content := side.get("content")) not in ABSENT:
                 if given := [key for key in FIELDS[:-1] if side.get(key) not in ABSENT]:
-                    raise LcoError(f"{self.where}: {name} has both content and {given[0]}; put all of it into content")
-                if not isinstance(content, str) and not (isinstance(content, list) and is_parts(content)):
-                    raise LcoError(f"{self.where}: {name}.content must be a list of parts, and is {content!r:.60}")
+                    raise LcoError(
+                        f"{self.where}: {name} has both content and {given[0]}; put all of it into content"
+                    )
+                if not isinstance(content, str) and not (
+                    isinstance(content, list) and is_parts(content)
+                ):
+                    raise LcoError(
+                        f"{self.where}: {name}.content must be a list of parts, and is {content!r:.60}"
+                    )
                 return self.side(content, f"{name}.content")
             parts = [part for kind in MEDIA for part in self.media_of(kind, side, name)]
             parts += self.text(side.get("text"), f"{name}.text")
@@ -154,20 +176,28 @@ class Reader:
                 f"type, and is {side!r:.60}"
             )
         if all(part["type"] == "text" for part in parts):
-            return "".join(part["text"] for part in parts)  # chat templates put parts together in the same way
+            return "".join(
+                part["text"] for part in parts
+            )  # chat templates put parts together in the same way
         return tuple(parts)
 
     def part(self, part: Mapping, name: str) -> list[dict]:
         """One part as a list of at most one: an empty text is none."""
         kind = part["type"]
         if kind not in ("text", *MEDIA):
-            raise LcoError(f"{self.where}: {name}.type is {kind!r}; it is one of: text, {', '.join(MEDIA)}")
+            raise LcoError(
+                f"{self.where}: {name}.type is {kind!r}; it is one of: text, {', '.join(MEDIA)}"
+            )
         keys = KEYS.get(kind, ("text",))
-        given = {key: value for key, value in part.items() if value is not None}  # tables fill their rows with None
+        given = {
+            key: value for key, value in part.items() if value is not None
+        }  # tables fill their rows with None
         check_keys(given, ("type", *keys), f"{self.where}: {name}")
         given = [key for key in keys if key in given]
         if len(given) != 1:
-            raise LcoError(f"{self.where}: {name} is a part of type {kind!r}; it needs {' or '.join(keys)}")
+            raise LcoError(
+                f"{self.where}: {name} is a part of type {kind!r}; it needs {' or '.join(keys)}"
+            )
         value, name = part[given[0]], f"{name}.{given[0]}"
         return self.text(value, name) if kind == "text" else [self.media(kind, value, name)]
 
@@ -191,10 +221,18 @@ class Reader:
 
     def media(self, kind: str, value: Any, name: str) -> dict:
         if kind == "video" and isinstance(value, list) and value:
-            return {"type": kind, kind: [self.path(frame, f"{name}[{i}]") for i, frame in enumerate(value)]}
+            return {
+                "type": kind,
+                kind: [self.path(frame, f"{name}[{i}]") for i, frame in enumerate(value)],
+            }
         if kind == "video" and _is_still(value):  # decoders take it, as a video of one frame
-            raise LcoError(f"{self.where}: {name} is an image, {value!r:.200}; give a video file, or a list of frames")
-        return {"type": kind, kind: value if isinstance(value, bytes) and value else self.path(value, name)}
+            raise LcoError(
+                f"{self.where}: {name} is an image, {value!r:.200}; give a video file, or a list of frames"
+            )
+        return {
+            "type": kind,
+            kind: value if isinstance(value, bytes) and value else self.path(value, name),
+        }
 
     def path(self, path: Any, name: str) -> str:
         if not isinstance(path, str) or not path:

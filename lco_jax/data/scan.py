@@ -39,7 +39,9 @@ class Scan:
             record = read()
         except LcoError as error:
             if self.on_bad == "error":
-                raise LcoError(f"{error} (set on_bad to 'skip' to leave such records out)") from None
+                raise LcoError(
+                    f"{error} (set on_bad to 'skip' to leave such records out)"
+                ) from None
             self.skipped += 1
             if self.skipped <= 3:
                 logger.warning("skipped: %s", error)
@@ -51,7 +53,12 @@ class Scan:
     def finish(self, what: str) -> None:
         """Say how many were skipped; raise if nothing is left."""
         if self.skipped:
-            logger.warning("%s: skipped %d bad records of %d", what, self.skipped, self.skipped + len(self.kept))
+            logger.warning(
+                "%s: skipped %d bad records of %d",
+                what,
+                self.skipped,
+                self.skipped + len(self.kept),
+            )
         if not self.kept:
             raise LcoError(f"{what} holds no usable record")
 

@@ -33,10 +33,16 @@ class JsonlSource:
     """
 
     def __init__(
-        self, path: str | Path, on_bad: str = "error", media_root: str | None = None, check_media: bool = True
+        self,
+        path: str | Path,
+        on_bad: str = "error",
+        media_root: str | None = None,
+        check_media: bool = True,
     ):
         name = str(path)  # `assets:NAME` is a file that ships with the package
-        self.path = ASSETS / name.removeprefix("assets:") if name.startswith("assets:") else Path(path)
+        self.path = (
+            ASSETS / name.removeprefix("assets:") if name.startswith("assets:") else Path(path)
+        )
         self.root = os.path.abspath(media_root or self.path.parent)
         scan, offset, exists = Scan(on_bad), 0, file_lookup(check_media)
         with explained(f"{self.path} cannot be read", OSError), open(self.path, "rb") as file:
@@ -46,18 +52,27 @@ class JsonlSource:
                 offset += len(line)
         scan.finish(str(self.path))
         self.lines = np.array(scan.kept, np.int64)
-        self.skipped, self.max_negatives, self.modalities = scan.skipped, scan.max_negatives, scan.modalities
+        self.skipped, self.max_negatives, self.modalities = (
+            scan.skipped,
+            scan.max_negatives,
+            scan.modalities,
+        )
 
     def __len__(self) -> int:
         return len(self.lines)
 
     def __getitem__(self, index: int) -> Record:
         offset, number = self.lines[index]
-        with explained(f"{self.path} can no longer be read", OSError), open(self.path, "rb") as file:
+        with (
+            explained(f"{self.path} can no longer be read", OSError),
+            open(self.path, "rb") as file,
+        ):
             file.seek(offset)
             return self._parse(file.readline(), number)
 
-    def _parse(self, line: bytes, number: int, exists: Callable[[str], bool] | None = None) -> Record:
+    def _parse(
+        self, line: bytes, number: int, exists: Callable[[str], bool] | None = None
+    ) -> Record:
         where = f"{self.path}:{number}"
         with explained(f"{where}: not valid JSON", ValueError):
             content = json.loads(line)
@@ -82,9 +97,13 @@ class Columns:
         object.__setattr__(self, "negatives", negatives)  # however a configuration spells them
         for name, kind in self.kinds.items():
             if name not in self.names:
-                raise LcoError(f"columns.kinds names {name!r}, which is none of the columns: {', '.join(self.names)}")
+                raise LcoError(
+                    f"columns.kinds names {name!r}, which is none of the columns: {', '.join(self.names)}"
+                )
             if kind not in MEDIA:
-                raise LcoError(f"columns.kinds.{name} is {kind!r}; it is one of: {', '.join(MEDIA)}")
+                raise LcoError(
+                    f"columns.kinds.{name} is {kind!r}; it is one of: {', '.join(MEDIA)}"
+                )
 
     @property
     def names(self) -> list[str]:
@@ -93,7 +112,9 @@ class Columns:
 
     def content(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row as `parse_record` takes it."""
-        negatives = [self._side(name, item) for name in self.negatives for item in listed(row[name])]
+        negatives = [
+            self._side(name, item) for name in self.negatives for item in listed(row[name])
+        ]
         anchor, positive = (self._side(name, row[name]) for name in (self.anchor, self.positive))
         return {"anchor": anchor, "positive": positive, "negatives": negatives}
 
@@ -128,14 +149,20 @@ def parquet_source(
         raise LcoError(f"{path} holds no file that matches {files!r}")
     scan, exists = Scan(on_bad), file_lookup(check_media)
     for file in paths:
-        with explained(f"{file} is torn or not a parquet file", pyarrow.lib.ArrowException, OSError):
+        with explained(
+            f"{file} is torn or not a parquet file", pyarrow.lib.ArrowException, OSError
+        ):
             table = pyarrow.dataset.dataset(file, format="parquet")
             if missing := [name for name in columns.names if name not in table.schema.names]:
-                raise LcoError(f"{file} has no column {missing[0]!r}; its columns: {', '.join(table.schema.names)}")
+                raise LcoError(
+                    f"{file} has no column {missing[0]!r}; its columns: {', '.join(table.schema.names)}"
+                )
             rows = table.to_table(columns=columns.names).to_pylist()
         root = os.path.abspath(media_root or file.parent)
         for number, row in enumerate(rows):
-            scan.check(partial(parse_record, columns.content(row), f"{file}, row {number}", root, exists))
+            scan.check(
+                partial(parse_record, columns.content(row), f"{file}, row {number}", root, exists)
+            )
     scan.finish(path)
     return ListSource(scan.kept, scan.skipped)
 
@@ -145,26 +172,47 @@ def open_source(name: str, spec: Mapping[str, Any], on_bad: str = "error") -> So
     if isinstance(spec, ConfigDict):
         spec = spec.to_dict()
     if not isinstance(spec, Mapping):
-        raise LcoError(f"config.data.sources.{name} must be a mapping with a kind, and is {spec!r:.60}")
+        raise LcoError(
+            f"config.data.sources.{name} must be a mapping with a kind, and is {spec!r:.60}"
+        )
     kind = spec.get("kind")
     if kind not in KINDS:
-        raise LcoError(f"config.data.sources.{name}.kind is {kind!r}; it is one of: {', '.join(KINDS)}")
-    arguments = {key: value for key, value in spec.items() if key not in ("kind", "weight") and value is not None}
+        raise LcoError(
+            f"config.data.sources.{name}.kind is {kind!r}; it is one of: {', '.join(KINDS)}"
+        )
+    arguments = {
+        key: value
+        for key, value in spec.items()
+        if key not in ("kind", "weight") and value is not None
+    }
     for key in {"columns", "values"} & set(arguments):
         if not isinstance(arguments[key], Mapping):
-            raise LcoError(f"config.data.sources.{name}.{key} must be a mapping, and is {arguments[key]!r:.60}")
+            raise LcoError(
+                f"config.data.sources.{name}.{key} must be a mapping, and is {arguments[key]!r:.60}"
+            )
     subset = str(arguments.get("name")).split(":")[0] + "/*"
-    for key, pattern in (("path", arguments.get("files", "*")), ("data_dir", subset), ("media_root", "*")):
+    for key, pattern in (
+        ("path", arguments.get("files", "*")),
+        ("data_dir", subset),
+        ("media_root", "*"),
+    ):
         if on_bucket(arguments.get(key, "")):
             arguments[key] = str(fetched(arguments[key], [pattern, pattern.removeprefix("**/")]))
     try:
         if kind == "parquet":
             arguments["columns"] = Columns(**arguments.get("columns", {}))
         tfds = CaptionedSource if "caption" in arguments else nli_source
-        makers = {"jsonl": JsonlSource, "tfds": tfds, "files": FilesSource, "parquet": parquet_source}
+        makers = {
+            "jsonl": JsonlSource,
+            "tfds": tfds,
+            "files": FilesSource,
+            "parquet": parquet_source,
+        }
         return makers[kind](**arguments, on_bad=on_bad)
     except TypeError as error:
-        raise LcoError(f"config.data.sources.{name}: {str(error).split(') ')[-1].split('() ')[-1]}") from None
+        raise LcoError(
+            f"config.data.sources.{name}: {str(error).split(') ')[-1].split('() ')[-1]}"
+        ) from None
 
 
 def open_file(path: Path, media_root: Path | None = None) -> Source:
@@ -176,8 +224,12 @@ def open_file(path: Path, media_root: Path | None = None) -> Source:
         raise LcoError(
             f"{path}: give a .jsonl or .parquet file of records, or a .json file that holds a source of them"
         )
-    spec = read_json(path) if path.suffix == ".json" else {"kind": path.suffix[1:], "path": str(path)}
+    spec = (
+        read_json(path) if path.suffix == ".json" else {"kind": path.suffix[1:], "path": str(path)}
+    )
     try:
-        return open_source(str(path), spec if media_root is None else {**spec, "media_root": str(media_root)})
+        return open_source(
+            str(path), spec if media_root is None else {**spec, "media_root": str(media_root)}
+        )
     except LcoError as error:  # which speaks of a configuration
         raise LcoError(str(error).replace("config.data.sources.", "")) from None

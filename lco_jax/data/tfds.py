@@ -21,7 +21,9 @@ from lco_jax.data.scan import ListSource, Scan, Source
 NLI = {"premise", "hypothesis", "label"}
 
 
-def nli_source(name: str, split: str = "train", data_dir: str | None = None, on_bad: str = "error") -> ListSource:
+def nli_source(
+    name: str, split: str = "train", data_dir: str | None = None, on_bad: str = "error"
+) -> ListSource:
     """A dataset with `premise`, `hypothesis` and `label` as triplets: premise, entailed, contradicted.
 
     Every premise that has both gives one triplet per entailed hypothesis, with its contradictions in turn.
@@ -34,7 +36,9 @@ def nli_source(name: str, split: str = "train", data_dir: str | None = None, on_
         raise LcoError(f"the TFDS dataset {name!r} has {has}; {tip}")
     label_names = getattr(features["label"], "names", None)
     if not label_names:
-        raise LcoError(f"the TFDS dataset {name!r} has a label without names; it needs a ClassLabel")
+        raise LcoError(
+            f"the TFDS dataset {name!r} has a label without names; it needs a ClassLabel"
+        )
     sides: dict[str, dict[str, list[str]]] = {}
     for row in rows:
         if row["label"] >= 0:  # -1: the annotators did not agree
@@ -46,9 +50,17 @@ def nli_source(name: str, split: str = "train", data_dir: str | None = None, on_
         for i, entailed in enumerate(kinds.get("entailment", []) if contradictions else []):
             where = f"tfds:{name}/{split}, premise {premise!r:.40}"
             negative = contradictions[i % len(contradictions)]
-            scan.check(partial(parse_record, {"anchor": premise, "positive": entailed, "negative": negative}, where))
+            scan.check(
+                partial(
+                    parse_record,
+                    {"anchor": premise, "positive": entailed, "negative": negative},
+                    where,
+                )
+            )
     if not scan.kept and not scan.skipped:
-        raise LcoError(f"the TFDS dataset {name!r} ({split}) has no premise with an entailment and a contradiction")
+        raise LcoError(
+            f"the TFDS dataset {name!r} ({split}) has no premise with an entailment and a contradiction"
+        )
     scan.finish(name)
     return ListSource(scan.kept, scan.skipped)
 
@@ -79,20 +91,39 @@ class CaptionedSource(Source):
         Scan(on_bad)  # nothing is scanned, but a wrong word is a mistake here too
         import tensorflow_datasets as tfds
 
-        self.name, self.where, self.reverse = f"the TFDS dataset {name!r}", f"tfds:{name}/{split}", reverse
+        self.name, self.where, self.reverse = (
+            f"the TFDS dataset {name!r}",
+            f"tfds:{name}/{split}",
+            reverse,
+        )
         with _reading(name, split, data_dir) as builder:
             features = dict(sorted(builder.info.features.items()))  # TFDS reads them in any order
-            types = {"image": tfds.features.Image, "audio": tfds.features.Audio, "video": tfds.features.Video}
-            kinds = {key: kind for key in features for kind, cls in types.items() if isinstance(features[key], cls)}
+            types = {
+                "image": tfds.features.Image,
+                "audio": tfds.features.Audio,
+                "video": tfds.features.Video,
+            }
+            kinds = {
+                key: kind
+                for key in features
+                for kind, cls in types.items()
+                if isinstance(features[key], cls)
+            }
             # ours decodes every image in one way; TFDS's depends on what is installed, and takes palettes for greys
-            stored = {key: tfds.decode.SkipDecoding() for key, kind in kinds.items() if kind == "image"}
+            stored = {
+                key: tfds.decode.SkipDecoding() for key, kind in kinds.items() if kind == "image"
+            }
             self.rows = builder.as_data_source(split=split, decoders=stored)
         self.feature = self._choose(feature, kinds, features)
         self.kind = kinds[self.feature]
         self.modalities = frozenset({"text", self.kind})
         self.facts = self._facts(features[self.feature], sampling_rate, fps)
         fields = {key: features[key] for key in features if key not in kinds}
-        self.labels = {key: field.names for key, field in fields.items() if isinstance(field, tfds.features.ClassLabel)}
+        self.labels = {
+            key: field.names
+            for key, field in fields.items()
+            if isinstance(field, tfds.features.ClassLabel)
+        }
         self.caption = Caption(caption, list(fields), values, self.name)
         if not len(self.rows):
             raise LcoError(f"{self.name} ({split}) is empty")
@@ -103,7 +134,9 @@ class CaptionedSource(Source):
 
     def __getitem__(self, index: int) -> Record:
         where = f"{self.where}, row {index}"
-        with explained(f"{where} cannot be read", Exception):  # TFDS, protobuf and decoders raise many kinds
+        with explained(
+            f"{where} cannot be read", Exception
+        ):  # TFDS, protobuf and decoders raise many kinds
             row = self.rows[index]
             if empty := [key for key in (self.feature, *self.caption.fields) if row[key] is None]:
                 raise ValueError(f"it has no {empty[0]}")
@@ -111,7 +144,9 @@ class CaptionedSource(Source):
             media = {"type": self.kind, self.kind: self._media(row[self.feature])}
         for key in fields.keys() & self.labels.keys():
             if fields[key] < 0:
-                raise LcoError(f"{where} has no {key} ({fields[key]}); choose a split whose rows have one")
+                raise LcoError(
+                    f"{where} has no {key} ({fields[key]}); choose a split whose rows have one"
+                )
             fields[key] = self.labels[key][fields[key]].replace("_", " ")
         return captioned(media, self.caption(fields, where), self.reverse, where)
 
@@ -122,31 +157,47 @@ class CaptionedSource(Source):
             return value
         return {"array": _waveform(value), **self.facts}
 
-    def _choose(self, feature: str | None, kinds: Mapping[str, str], features: Iterable[str]) -> str:
+    def _choose(
+        self, feature: str | None, kinds: Mapping[str, str], features: Iterable[str]
+    ) -> str:
         if not kinds:
-            raise LcoError(f"{self.name} has no feature of images, audio or video; its features: {', '.join(features)}")
+            raise LcoError(
+                f"{self.name} has no feature of images, audio or video; its features: {', '.join(features)}"
+            )
         if feature is None and len(kinds) > 1:
-            raise LcoError(f"{self.name} has several features of media; name one with `feature`: {', '.join(kinds)}")
+            raise LcoError(
+                f"{self.name} has several features of media; name one with `feature`: {', '.join(kinds)}"
+            )
         if feature not in (None, *kinds):
-            raise LcoError(f"{self.name} has no feature {feature!r} of media; it has: {', '.join(kinds)}")
+            raise LcoError(
+                f"{self.name} has no feature {feature!r} of media; it has: {', '.join(kinds)}"
+            )
         return feature or next(iter(kinds))
 
-    def _facts(self, feature: Any, sampling_rate: int | None, fps: float | None) -> dict[str, float]:
+    def _facts(
+        self, feature: Any, sampling_rate: int | None, fps: float | None
+    ) -> dict[str, float]:
         """What goes beside the arrays."""
         given = {"sampling_rate": ("audio", sampling_rate), "fps": ("video", fps)}
         for key, (kind, value) in given.items():
             if value is not None and kind != self.kind:
-                raise LcoError(f"{self.name}: {key} is for {kind}, and {self.feature!r} is {self.kind}")
+                raise LcoError(
+                    f"{self.name}: {key} is for {kind}, and {self.feature!r} is {self.kind}"
+                )
             if value is not None and not (isinstance(value, int | float) and value > 0):
                 raise LcoError(f"{self.name}: {key} is {value!r}; it must be a number above 0")
         if self.kind == "audio":
             if rate := sampling_rate or feature.sample_rate:
                 return {"sampling_rate": rate}
-            raise LcoError(f"{self.name} does not say the sampling rate of {self.feature!r}; give sampling_rate, in Hz")
+            raise LcoError(
+                f"{self.name} does not say the sampling rate of {self.feature!r}; give sampling_rate, in Hz"
+            )
         dtype = np.dtype(feature.np_dtype if self.kind == "image" else feature.feature.np_dtype)
         pixels = ("uint8", "uint16") if self.kind == "image" else ("uint8",)
         if dtype.name not in pixels:
-            raise LcoError(f"{self.name}: {self.feature!r} holds {dtype} pixels, and they must be {', '.join(pixels)}")
+            raise LcoError(
+                f"{self.name}: {self.feature!r} holds {dtype} pixels, and they must be {', '.join(pixels)}"
+            )
         return {} if fps is None else {"fps": fps}
 
 

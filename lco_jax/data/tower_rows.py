@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from lco_jax.core.packing import bucket, place
+from lco_jax.core.packing import assign_rows, bucket
 from lco_jax.data.positions import line_positions
 
 WINDOWED = 128  # patches in the sub-rows in which windows are attended: whole tiles of a matrix unit, little waste
@@ -52,17 +52,17 @@ class Tiles:
     scale: np.ndarray
 
 
-Item = Patches | Mel | Tiles
+TowerInput = Patches | Mel | Tiles
 
 
-class Placed(NamedTuple):
+class MediaTokens(NamedTuple):
     """A medium in a sequence. at: the index in the sequence of each of its tokens, in their order: int [tokens].
 
     tower: the tower's name; media of one tower that are laid into rows of their own have it with a part after a slash.
     """
 
     tower: str
-    item: Item
+    item: TowerInput
     at: np.ndarray
 
 
@@ -75,7 +75,7 @@ class Processed:
 
     input_ids: np.ndarray
     position_ids: np.ndarray
-    media: tuple[Placed, ...] = ()
+    media: tuple[MediaTokens, ...] = ()
     answer: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -84,14 +84,18 @@ class Processed:
     def followed_by(self, ids: np.ndarray) -> "Processed":
         """With text of these token ids after it, which goes on from the last token's position, as upstream's does."""
         positions = line_positions(int(self.position_ids[-1].max()) + 1, len(ids))
-        return Processed(np.append(self.input_ids, ids), np.concatenate([self.position_ids, positions]), self.media)
+        return Processed(
+            np.append(self.input_ids, ids),
+            np.concatenate([self.position_ids, positions]),
+            self.media,
+        )
 
     def answered(self, ids: np.ndarray) -> "Processed":
         """As it stands before the last token of an answer of these ids, and what is to follow each."""
         return replace(self.followed_by(ids[:-1]), answer=ids)
 
 
-class Laid(NamedTuple):
+class RowLayout(NamedTuple):
     """Where the parts of one shard's media went. rows: how many it took.
 
     inputs: of each item, where its inputs lie among the rows' (in whatever unit the tower's `fill` takes).
@@ -109,10 +113,12 @@ class TowerRows(Protocol):
     def width(self, items: Iterable[Any]) -> int:
         """The least row length that holds each part of `items`; it takes few values."""
 
-    def lay(self, items: Sequence[Any], width: int) -> Laid:
+    def assign(self, items: Sequence[Any], width: int) -> RowLayout:
         """Lay one shard's items into rows of `width`."""
 
-    def fill(self, shards: Sequence[tuple[Sequence[Any], Laid]], rows: int, width: int) -> dict[str, np.ndarray]:
+    def fill(
+        self, shards: Sequence[tuple[Sequence[Any], RowLayout]], rows: int, width: int
+    ) -> dict[str, np.ndarray]:
         """The tower's arguments, P · `rows` rows each."""
 
     def tokens_per_row(self, width: int) -> int:
@@ -147,41 +153,56 @@ class PatchRows:
 
     def width(self, items: Iterable[Patches]) -> int:
         """Sub-rows of the largest frame, rounded up to one of a few sizes, in patches."""
-        return self.sub_row * bucket(max((self._frame(item).sub_rows for item in items), default=1) or 1, 3)
+        return self.sub_row * bucket(
+            max((self._frame(item).sub_rows for item in items), default=1) or 1, 3
+        )
 
     def _frame(self, item: Patches) -> _Frame:
         return _frame(item.grid[1:], self.window // self.merge, self.merge, self.sub_row)
 
-    def lay(self, items: Sequence[Patches], width: int) -> Laid:
+    def assign(self, items: Sequence[Patches], width: int) -> RowLayout:
         """Small frames share sub-rows, larger ones have their own; sub-rows share rows."""
-        frames = [(self._frame(item), i) for i, item in enumerate(items) for _ in range(item.grid[0])]
+        frames = [
+            (self._frame(item), i) for i, item in enumerate(items) for _ in range(item.grid[0])
+        ]
         small = [len(frame.slots) for frame, _ in frames if not frame.sub_rows]
-        shared = place(small, self.sub_row)
+        shared = assign_rows(small, self.sub_row)
         large = [frame.sub_rows for frame, _ in frames if frame.sub_rows]
-        spread = place([1] * shared.num_rows + large, width // self.sub_row)
-        begin = (spread.row * (width // self.sub_row) + spread.start) * self.sub_row  # of each shared sub-row or frame
+        spread = assign_rows([1] * shared.num_rows + large, width // self.sub_row)
+        begin = (
+            spread.row * (width // self.sub_row) + spread.start
+        ) * self.sub_row  # of each shared sub-row or frame
         starts_small = iter(begin[shared.row] + shared.start)
         starts_large = iter(begin[shared.num_rows :])
         slots: list[list[np.ndarray]] = [[] for _ in items]
         for frame, i in frames:
-            slots[i].append(int(next(starts_large if frame.sub_rows else starts_small)) + frame.slots)
+            slots[i].append(
+                int(next(starts_large if frame.sub_rows else starts_small)) + frame.slots
+            )
         inputs = [np.concatenate(parts) for parts in slots]
-        return Laid(spread.num_rows, inputs, [x[:: self.merge**2] // self.merge**2 for x in inputs])
+        return RowLayout(
+            spread.num_rows, inputs, [x[:: self.merge**2] // self.merge**2 for x in inputs]
+        )
 
     def tokens_per_row(self, width: int) -> int:
         """A token a square of merge × merge patches."""
         return width // self.merge**2
 
-    def fill(self, shards: Sequence[tuple[Sequence[Patches], Laid]], rows: int, width: int) -> dict[str, np.ndarray]:
+    def fill(
+        self, shards: Sequence[tuple[Sequence[Patches], RowLayout]], rows: int, width: int
+    ) -> dict[str, np.ndarray]:
         """patches uint8 [P · N, T, V], scale [P · N, 3, 3], coordinates [P · N, T, 2], frame_ids [P · N, T],
         window_ids [P · N, W, T / W]."""
         room = len(shards) * rows * width
-        patches, coordinates = np.zeros((room, *self.shape), np.uint8), np.zeros((room, 2), np.int32)
+        patches, coordinates = (
+            np.zeros((room, *self.shape), np.uint8),
+            np.zeros((room, 2), np.int32),
+        )
         frame_ids, window_ids = np.zeros(room, np.int32), np.zeros(room, np.int32)
         scale = np.ones((len(shards) * rows, 3, 3), np.float32)
-        for shard, (items, laid) in enumerate(shards):
+        for shard, (items, packed) in enumerate(shards):
             frames = windows = 0  # so far in this shard: ids need only differ within it
-            for item, slots in zip(items, laid.inputs, strict=True):
+            for item, slots in zip(items, packed.inputs, strict=True):
                 frame, count = self._frame(item), item.grid[0]
                 slots = slots + shard * rows * width
                 patches[slots] = item.values
@@ -206,13 +227,15 @@ class PatchRows:
 def _frame(grid: tuple[int, int], window: int, merge: int, sub_row: int) -> _Frame:
     """Lay out one frame. grid: patches down and across; window: squares of merge × merge patches on a window's side."""
     height, width = grid[0] // merge, grid[1] // merge
-    i, j, a, b = (x.reshape(-1) for x in np.indices((height, width, merge, merge)))  # the order patches come in
+    i, j, a, b = (
+        x.reshape(-1) for x in np.indices((height, width, merge, merge))
+    )  # the order patches come in
     coordinates = np.stack([i * merge + a, j * merge + b], axis=1).astype(np.int32)
     windows = ((i // window) * -(-width // window) + j // window).astype(np.int32)
     if len(windows) <= sub_row:
         return _Frame(np.arange(len(windows), dtype=np.int32), windows, coordinates, 0)
     sizes = np.bincount(windows)
-    placed = place(sizes, sub_row)
+    placed = assign_rows(sizes, sub_row)
     order = np.argsort(windows, kind="stable")
     within = np.empty(len(windows), np.int32)  # the place of each patch among its window's
     within[order] = np.arange(len(windows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -239,24 +262,30 @@ class ChunkRows:
         """Every row is as long as a chunk."""
         return 2 * self.n_window
 
-    def lay(self, items: Sequence[Mel], width: int) -> Laid:
+    def assign(self, items: Sequence[Mel], width: int) -> RowLayout:
         """A clip's chunks in consecutive rows; `inputs` holds the first."""
         chunks = [-(-len(item.values) // width) for item in items]
         first = np.cumsum([0, *chunks])
         tokens = [np.arange(mel_tokens(len(item.values))) for item in items]
         starts = [x * (self.n_window // 2) for x in first]
-        return Laid(int(first[-1]), list(first[:-1]), [x + start for x, start in zip(tokens, starts, strict=False)])
+        return RowLayout(
+            int(first[-1]),
+            list(first[:-1]),
+            [x + start for x, start in zip(tokens, starts, strict=False)],
+        )
 
     def tokens_per_row(self, width: int) -> int:
         """A token every four frames."""
         return width // 4
 
-    def fill(self, shards: Sequence[tuple[Sequence[Mel], Laid]], rows: int, width: int) -> dict[str, np.ndarray]:
+    def fill(
+        self, shards: Sequence[tuple[Sequence[Mel], RowLayout]], rows: int, width: int
+    ) -> dict[str, np.ndarray]:
         """mel [P · N, 2 · n_window, C], frames [P · N]."""
         mel = np.zeros((len(shards) * rows * width, self.channels), np.float32)
         frames = np.zeros(len(shards) * rows, np.int32)
-        for shard, (items, laid) in enumerate(shards):
-            for item, first in zip(items, laid.inputs, strict=True):
+        for shard, (items, packed) in enumerate(shards):
+            for item, first in zip(items, packed.inputs, strict=True):
                 row, length = shard * rows + int(first), len(item.values)
                 mel[row * width : row * width + length] = item.values
                 full, rest = divmod(length, width)
@@ -277,22 +306,26 @@ class TileRows:
         """Every row is one tile."""
         return 1
 
-    def lay(self, items: Sequence[Tiles], width: int) -> Laid:
+    def assign(self, items: Sequence[Tiles], width: int) -> RowLayout:
         """An image's tiles in consecutive rows; `inputs` holds the first."""
         first = np.cumsum([0, *(len(item.values) for item in items)])
-        tokens = [start * self.tokens + item.order for start, item in zip(first, items, strict=False)]
-        return Laid(int(first[-1]), list(first[:-1]), tokens)
+        tokens = [
+            start * self.tokens + item.order for start, item in zip(first, items, strict=False)
+        ]
+        return RowLayout(int(first[-1]), list(first[:-1]), tokens)
 
     def tokens_per_row(self, width: int) -> int:
         """A token a patch, and the newline."""
         return self.tokens
 
-    def fill(self, shards: Sequence[tuple[Sequence[Tiles], Laid]], rows: int, width: int) -> dict[str, np.ndarray]:
+    def fill(
+        self, shards: Sequence[tuple[Sequence[Tiles], RowLayout]], rows: int, width: int
+    ) -> dict[str, np.ndarray]:
         """pixels uint8 [P · N, 3, X, X], scale [P · N, 3, 3]."""
         pixels = np.zeros((len(shards) * rows, 3, self.size, self.size), np.uint8)
         scale = np.ones((len(pixels), 3, 3), np.float32)
-        for shard, (items, laid) in enumerate(shards):
-            for item, first in zip(items, laid.inputs, strict=True):
+        for shard, (items, packed) in enumerate(shards):
+            for item, first in zip(items, packed.inputs, strict=True):
                 row = shard * rows + int(first)
                 pixels[row : row + len(item.values)] = item.values
                 scale[row : row + len(item.values)] = item.scale

@@ -28,7 +28,9 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
 def same_work(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path, flag: str) -> None:
     """Raise where the work that a folder, given by `flag`, holds is not that of now."""
     if differs := difference(before, now):
-        raise LcoError(f"{folder} holds other work: {differs}; give another {flag}, or remove the folder to start anew")
+        raise LcoError(
+            f"{folder} holds other work: {differs}; give another {flag}, or remove the folder to start anew"
+        )
 
 
 def read_vectors(tables: Iterable[pa.Table]) -> tuple[list[int | str], np.ndarray]:
@@ -42,7 +44,9 @@ def read_vectors(tables: Iterable[pa.Table]) -> tuple[list[int | str], np.ndarra
 
 def _matrix(column: pa.FixedSizeListArray) -> np.ndarray:
     vectors = np.full((len(column), column.type.list_size), np.nan, "<f4")
-    vectors[np.asarray(column.is_valid())] = column.flatten().to_numpy().reshape(-1, column.type.list_size)
+    vectors[np.asarray(column.is_valid())] = (
+        column.flatten().to_numpy().reshape(-1, column.type.list_size)
+    )
     return vectors
 
 

@@ -14,10 +14,21 @@ from av.video.stream import VideoStream
 from lco_jax.core.errors import LcoError, check_keys
 from lco_jax.data.audio import load_audio
 from lco_jax.data.images import CHANNELS, check_size, load_image
-from lco_jax.data.media import Deadline, MediaConfig, Medium, decoded, decoding, open_container, packets, resolve
+from lco_jax.data.media import (
+    Deadline,
+    MediaConfig,
+    Medium,
+    decoded,
+    decoding,
+    open_container,
+    packets,
+    resolve,
+)
 from lco_jax.data.pixels import resize
 
-Fit = Callable[[int, int, int], tuple[int, int]]  # (frames, height, width) -> the (height, width) they are resized to
+Fit = Callable[
+    [int, int, int], tuple[int, int]
+]  # (frames, height, width) -> the (height, width) they are resized to
 MIN_FRAMES = 4  # of a file; this and the factor are the reference's
 FACTOR = 2  # frames that the model takes together
 
@@ -59,9 +70,17 @@ def load_video(source: Any, where: str, config: MediaConfig, fit: Fit | None = N
             raise LcoError(f"{where}: video is an empty list; give at least one frame")
         indices = sampled_indices(len(source), min(len(source), config.max_frames))
         return Video(_load_all(source, indices, where, config, fit))
-    medium = resolve(source, "video", where, config, ', a list of images, a numpy array or {"array": …, "fps": …}')
+    medium = resolve(
+        source,
+        "video",
+        where,
+        config,
+        ', a list of images, a numpy array or {"array": …, "fps": …}',
+    )
     frames = _from_file(medium, config, fit)
-    return Video(frames, audio=load_audio(medium, where, config) if config.use_audio_in_video else None)
+    return Video(
+        frames, audio=load_audio(medium, where, config) if config.use_audio_in_video else None
+    )
 
 
 def sampled_indices(total: int, kept: int) -> np.ndarray:
@@ -73,7 +92,9 @@ def sampled_indices(total: int, kept: int) -> np.ndarray:
         return np.zeros(1, np.int64)
     last, index = np.float32(total - 1), np.arange(kept, dtype=np.float32)
     step = last / np.float32(kept - 1)
-    values = np.where(np.arange(kept) < kept // 2, step * index, last - step * (np.float32(kept - 1) - index))
+    values = np.where(
+        np.arange(kept) < kept // 2, step * index, last - step * (np.float32(kept - 1) - index)
+    )
     return np.rint(values).astype(np.int64)
 
 
@@ -90,7 +111,9 @@ def _from_file(medium: Medium, config: MediaConfig, fit: Fit | None) -> np.ndarr
     with decoding(medium.label):
         with open_container(medium, deadline, config.max_image_pixels) as container:
             stream = _pictures(container, medium.label)
-            if stream.width and stream.height:  # as the header has it; each kept frame is checked again
+            if (
+                stream.width and stream.height
+            ):  # as the header has it; each kept frame is checked again
                 check_size(stream.width, stream.height, medium.label, config)
             rate = float(stream.average_rate or stream.guessed_rate or config.fps)
             total = stream.frames or sum(1 for _ in packets(container, stream, deadline))
@@ -112,7 +135,12 @@ def _pictures(container: InputContainer, label: str) -> VideoStream:
 
 
 def _decode(
-    medium: Medium, total: int, rate: float, deadline: Deadline, config: MediaConfig, fit: Fit | None
+    medium: Medium,
+    total: int,
+    rate: float,
+    deadline: Deadline,
+    config: MediaConfig,
+    fit: Fit | None,
 ) -> tuple[list[np.ndarray], int]:
     """One pass: the kept frames of `total` that are expected, and how many there really are."""
     count = frames_to_keep(max(total, 1), rate, config)
@@ -124,7 +152,9 @@ def _decode(
             if index not in wanted:
                 continue
             check_size(frame.width, frame.height, medium.label, config)
-            if size is None:  # the first frame is always wanted; later ones of another size follow it
+            if (
+                size is None
+            ):  # the first frame is always wanted; later ones of another size follow it
                 size = fit(count, frame.height, frame.width) if fit else (frame.height, frame.width)
             kept.append(resize(frame.to_ndarray(format="rgb24"), *size))
     return kept, index + 1
@@ -155,14 +185,20 @@ def _frames_first_channels_last(array: np.ndarray, label: str) -> np.ndarray:
     """[T, H, W] or [T, H, W, C] of any size, if there is no doubt."""
     if array.ndim == 4 and array.shape[3] not in CHANNELS and array.shape[1] in CHANNELS:
         return array.transpose(0, 2, 3, 1)
-    if array.ndim in (3, 4) and (array.shape[-1] in CHANNELS) == (array.ndim == 4):  # H x W x C is one image in colour
+    if array.ndim in (3, 4) and (array.shape[-1] in CHANNELS) == (
+        array.ndim == 4
+    ):  # H x W x C is one image in colour
         return array
     layouts = "frames x height x width, or frames x height x width x 1, 3 or 4 channels"
     raise LcoError(f"{label} is in no known layout; give {layouts}")
 
 
 def _load_all(
-    source: Sequence[Any] | np.ndarray, indices: np.ndarray, where: str, config: MediaConfig, fit: Fit | None
+    source: Sequence[Any] | np.ndarray,
+    indices: np.ndarray,
+    where: str,
+    config: MediaConfig,
+    fit: Fit | None,
 ) -> np.ndarray:
     """The frames of these indices, which must agree in size, as uint8 [T, height, width, 3]."""
     kept: list[np.ndarray] = []

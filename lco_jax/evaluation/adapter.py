@@ -29,7 +29,9 @@ from lco_jax.evaluation.cache import VectorCache, digest
 from lco_jax.evaluation.report import Measured
 from lco_jax.evaluation.seadoc import SeaDoc
 
-EncodeBlocks = Callable[..., Iterator[Any]]  # `OmniEmbedder.encode_blocks`, of inputs, progress= and names=
+EncodeBlocks = Callable[
+    ..., Iterator[Any]
+]  # `OmniEmbedder.encode_blocks`, of inputs, progress= and names=
 MTEB_VERSION = mteb.__version__
 logger = logging.getLogger(__name__)
 
@@ -42,8 +44,15 @@ def model_meta(name: str, revision: str, settings: Mapping[str, Any], **known: A
     known: other fields of `ModelMeta`; those not given are None.
     """
     fields = {key: None for key, field in ModelMeta.model_fields.items() if field.is_required()}
-    fields |= {"name": name, "revision": revision, "framework": ["JAX"], "similarity_fn_name": "cosine"}
-    return ModelMeta(**{**fields, "use_instructions": True, "experiment_kwargs": dict(settings), **known})
+    fields |= {
+        "name": name,
+        "revision": revision,
+        "framework": ["JAX"],
+        "similarity_fn_name": "cosine",
+    }
+    return ModelMeta(
+        **{**fields, "use_instructions": True, "experiment_kwargs": dict(settings), **known}
+    )
 
 
 def find_tasks(benchmark: str | None, tasks: str | None, seadoc: str | None) -> list[AbsTask]:
@@ -51,7 +60,9 @@ def find_tasks(benchmark: str | None, tasks: str | None, seadoc: str | None) -> 
     if seadoc:
         return [SeaDoc(seadoc)]
     try:
-        return list(mteb.get_benchmark(benchmark) if benchmark else mteb.get_tasks((tasks or "").split(",")))
+        return list(
+            mteb.get_benchmark(benchmark) if benchmark else mteb.get_tasks((tasks or "").split(","))
+        )
     except KeyError as error:  # it names the nearest
         flag = "--benchmark" if benchmark else "--tasks"
         raise LcoError(f"{flag}: {error.args[0].removeprefix('KeyError: ')}") from None
@@ -64,10 +75,17 @@ def measure(encoder: "Encoder", task: AbsTask, out: Path) -> Measured:
         held = results.load_task_result(about.name, encoder.mteb_model_meta)
         if held is not None and held.dataset_revision == about.revision:
             strategy = "only-missing"
-    options = {"cache": results, "overwrite_strategy": strategy, "show_progress_bar": False, "co2_tracker": False}
+    options = {
+        "cache": results,
+        "overwrite_strategy": strategy,
+        "show_progress_bar": False,
+        "co2_tracker": False,
+    }
     disable_progress_bars()  # a bar for each step of each task hides ours
     try:
-        measured = mteb.evaluate(encoder, task, encode_kwargs={"show_progress_bar": False}, **options)
+        measured = mteb.evaluate(
+            encoder, task, encode_kwargs={"show_progress_bar": False}, **options
+        )
         if not measured.task_results:
             raise LcoError(measured.exceptions[0].exception)
     except Exception as error:
@@ -86,18 +104,41 @@ class Encoder(AbsEncoder):
     cache held or that said what another did. One that `encode_blocks` skips has a vector of zeros.
     """
 
-    def __init__(self, encode_blocks: EncodeBlocks, meta: ModelMeta, cache: VectorCache, media: MediaConfig):
-        self.encode_blocks, self.mteb_model_meta, self.cache, self.media = encode_blocks, meta, cache, media
+    def __init__(
+        self, encode_blocks: EncodeBlocks, meta: ModelMeta, cache: VectorCache, media: MediaConfig
+    ):
+        self.encode_blocks, self.mteb_model_meta, self.cache, self.media = (
+            encode_blocks,
+            meta,
+            cache,
+            media,
+        )
         self.embedded = self.held = 0
 
     def encode(
-        self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, prompt_type: Any = None, **_: Any
+        self,
+        inputs: Any,
+        *,
+        task_metadata: Any,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: Any = None,
+        **_: Any,
     ) -> np.ndarray:
         """mteb's loader of rows, of which its data set is read -> unit vectors, float32 [N, D]."""
         rows = _undecoded(inputs.dataset)
-        where = " ".join([task_metadata.name, hf_subset, hf_split, prompt_type.value if prompt_type else "inputs"])
+        where = " ".join(
+            [
+                task_metadata.name,
+                hf_subset,
+                hf_split,
+                prompt_type.value if prompt_type else "inputs",
+            ]
+        )
         keys, missing = [], dict[bytes, int]()
-        for i in tqdm(range(len(rows)), desc=f"{where}: reading", unit="input", leave=False, delay=2):
+        for i in tqdm(
+            range(len(rows)), desc=f"{where}: reading", unit="input", leave=False, delay=2
+        ):
             keys.append(digest(self.content(rows[i])))
             if keys[-1] not in self.cache:
                 missing.setdefault(keys[-1], i)
@@ -106,8 +147,13 @@ class Encoder(AbsEncoder):
             names = (f"{where}, row {i}" for i in missing.values())
             with tqdm(total=len(missing), desc=where, unit="input", leave=False) as progress:
                 for block in self.encode_blocks(contents, progress=progress, names=names):
-                    self.cache.add(list(islice(new, len(block.vectors))), np.nan_to_num(block.vectors))
-        self.embedded, self.held = self.embedded + len(missing), self.held + len(keys) - len(missing)
+                    self.cache.add(
+                        list(islice(new, len(block.vectors))), np.nan_to_num(block.vectors)
+                    )
+        self.embedded, self.held = (
+            self.embedded + len(missing),
+            self.held + len(keys) - len(missing),
+        )
         return self.cache.vectors(keys)
 
     def content(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,10 +164,16 @@ class Encoder(AbsEncoder):
         if isinstance(value, Mapping) and "array" not in value:  # a file in a data set
             return value["bytes"] or Path(value["path"])
         if isinstance(value, Mapping):  # sound; torch's tensors are arrays to numpy
-            return {"array": np.asarray(value["array"], np.float32), "sampling_rate": int(value["sampling_rate"])}
+            return {
+                "array": np.asarray(value["array"], np.float32),
+                "sampling_rate": int(value["sampling_rate"]),
+            }
         if hasattr(value, "get_all_samples"):  # torchcodec's AudioDecoder
             samples = value.get_all_samples()
-            return {"array": np.asarray(samples.data, np.float32), "sampling_rate": int(samples.sample_rate)}
+            return {
+                "array": np.asarray(samples.data, np.float32),
+                "sampling_rate": int(samples.sample_rate),
+            }
         if hasattr(value, "get_frames_at"):  # torchcodec's VideoDecoder
             total, rate = value.metadata.num_frames, float(value.metadata.average_fps)
             indices = sampled_indices(total, frames_to_keep(total, rate, self.media))

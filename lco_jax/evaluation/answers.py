@@ -20,7 +20,11 @@ def score(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]
     """
     answers, references = ([text.strip() for text in texts] for texts in (answers, references))
     if not references or not all(references):
-        where = f"reference {references.index('')} is white space alone" if references else "there are no references"
+        where = (
+            f"reference {references.index('')} is white space alone"
+            if references
+            else "there are no references"
+        )
         raise LcoError(f"{where}; an error rate needs something to be measured against")
     pairs = list(zip(references, answers, strict=True))
     scores = {"records": len(pairs), "exact_match": sum(a == b for a, b in pairs) / len(pairs)}

@@ -65,12 +65,17 @@ class VectorCache:
             write_json(self.folder / "settings.json", self.settings)
             self._file = open(self.folder / "vectors.bin", "ab", buffering=0)
         try:
-            with explained(f"another process writes {self.folder}; wait for it or end it", BlockingIOError):
+            with explained(
+                f"another process writes {self.folder}; wait for it or end it", BlockingIOError
+            ):
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except LcoError:
             self._file.close()
             raise
-        self._count, self._synced = os.fstat(self._file.fileno()).st_size // self.record.itemsize, time.monotonic()
+        self._count, self._synced = (
+            os.fstat(self._file.fileno()).st_size // self.record.itemsize,
+            time.monotonic(),
+        )
         self._file.truncate(self._count * self.record.itemsize)
         keys = self._table()["key"] if self._count else ()
         self._rows = {key.tobytes(): row for row, key in enumerate(keys)}
@@ -85,9 +90,14 @@ class VectorCache:
     def add(self, keys: Sequence[bytes], vectors: np.ndarray) -> None:
         """Append vectors [N, D] under their digests."""
         records = np.zeros(len(keys), self.record)
-        records["key"], records["vector"] = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES), vectors
+        records["key"], records["vector"] = (
+            np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES),
+            vectors,
+        )
         with explained(f"{self.folder} cannot be written", OSError):
-            self._file.truncate(self._count * self.record.itemsize)  # what an earlier attempt left of its own
+            self._file.truncate(
+                self._count * self.record.itemsize
+            )  # what an earlier attempt left of its own
             if self._file.write(records.tobytes()) < records.nbytes:
                 raise OSError("the disk is full")
             if time.monotonic() - self._synced > SYNC_SECONDS:
@@ -98,7 +108,11 @@ class VectorCache:
 
     def vectors(self, keys: Sequence[bytes]) -> np.ndarray:
         """float32 [N, D] of digests that are all there."""
-        return np.asarray(self._table()["vector"][[self._rows[key] for key in keys]]) if keys else np.zeros((0, 0))
+        return (
+            np.asarray(self._table()["vector"][[self._rows[key] for key in keys]])
+            if keys
+            else np.zeros((0, 0))
+        )
 
     def empty(self) -> int:
         """How many vectors are 0."""

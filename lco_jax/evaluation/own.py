@@ -21,14 +21,20 @@ from scipy.stats import pearsonr, spearmanr
 from lco_jax.core.errors import LcoError, check_keys, explained
 from lco_jax.core.files import write_json
 from lco_jax.data.corpus import Corpus, json_lines
-from lco_jax.data.records import Reader, as_input, listed, parse_record, side_key
+from lco_jax.data.records import Reader, as_input, content_key, listed, parse_record
 from lco_jax.evaluation.plots import plot_confusion, plot_ranks, plot_scores
 from lco_jax.evaluation.retrieval import ranks, retrieval_metrics
 
-Encode = Callable[[list[Any]], np.ndarray]  # inputs as `OmniEmbedder.encode` takes them, text never bare
+Encode = Callable[
+    [list[Any]], np.ndarray
+]  # inputs as `OmniEmbedder.encode` takes them, text never bare
 QRELS = ("qrels.tsv", "qrels.jsonl", "qrels/test.tsv")
 NAMES = {"query": "anchor", "document": "positive"}  # other names of what a record holds
-TEMPLATES = {"image": "a photo of a {}", "video": "a video of {}", "audio": "the sound of {}"}  # text: the label alone
+TEMPLATES = {
+    "image": "a photo of a {}",
+    "video": "a video of {}",
+    "audio": "the sound of {}",
+}  # text: the label alone
 
 
 class Outcome(NamedTuple):
@@ -54,7 +60,9 @@ def own_retrieval(encode: Encode, path: Path, media_root: Path | None = None) ->
     return Outcome(numbers, lambda file: plot_ranks(file, best, len(documents)))
 
 
-def own_sts(encode: Encode, path: Path, media_root: Path | None = None, columns: str | None = None) -> Outcome:
+def own_sts(
+    encode: Encode, path: Path, media_root: Path | None = None, columns: str | None = None
+) -> Outcome:
     """Spearman's (tied ranks share their mean) and Pearson's correlation of cosines with people's scores.
 
     path: a .jsonl with sides of any modality, or texts in a .csv, .tsv or .txt (tabs).
@@ -73,12 +81,18 @@ def own_sts(encode: Encode, path: Path, media_root: Path | None = None, columns:
             sides.append(as_input(side))
         scores.append(_number(score, where))
     if len(set(scores)) < 2:
-        raise LcoError(f"{path} has {len(scores)} pairs and fewer than two different scores: nothing to correlate with")
+        raise LcoError(
+            f"{path} has {len(scores)} pairs and fewer than two different scores: nothing to correlate with"
+        )
     vectors = encode(first + second).astype(np.float64)
     cosines = (vectors[: len(scores)] * vectors[len(scores) :]).sum(axis=1)
     if np.ptp(cosines) < 1e-6:
-        raise LcoError("all pairs have the same cosine: this model tells nothing apart, and nothing correlates")
-    spearman, pearson = (float(correlate(cosines, scores).statistic) for correlate in (spearmanr, pearsonr))
+        raise LcoError(
+            "all pairs have the same cosine: this model tells nothing apart, and nothing correlates"
+        )
+    spearman, pearson = (
+        float(correlate(cosines, scores).statistic) for correlate in (spearmanr, pearsonr)
+    )
     numbers = {"spearman": spearman, "pearson": pearson, "pairs": len(scores)}
     return Outcome(numbers, lambda file: plot_scores(file, scores, cosines, spearman))
 
@@ -101,17 +115,25 @@ def own_zeroshot(
     items, names = _labelled(path, media_root, label_pattern)
     labels, target = np.unique(names, return_inverse=True)
     if len(labels) < 2:
-        raise LcoError(f"{path} has {len(labels)} class ({', '.join(labels)}), and there must be two or more")
+        raise LcoError(
+            f"{path} has {len(labels)} class ({', '.join(labels)}), and there must be two or more"
+        )
     kinds = {part["type"] if isinstance(item, tuple) else "text" for item in items for part in item}
     default = TEMPLATES.get(kinds.pop(), "{}") if len(kinds) == 1 else "{}"
     templates = [template] if isinstance(template, str) else list(template or [default])
     if wrong := [one for one in templates if "{}" not in one]:
         raise LcoError(f"the template {wrong[0]!r} has no {{}} in the place of the label")
-    prompts = [{"text": one.replace("{}", label.replace("_", " "))} for one in templates for label in labels]
+    prompts = [
+        {"text": one.replace("{}", label.replace("_", " "))}
+        for one in templates
+        for label in labels
+    ]
     vectors = encode(items + prompts).astype(np.float64)
     n, row = len(items), np.arange(len(items))
     classes = vectors[n:].reshape(len(templates), len(labels), -1).mean(axis=0)  # [C, D]
-    scores = (vectors[:n] @ (classes / np.linalg.norm(classes, axis=1, keepdims=True)).T).astype(np.float32)  # [N, C]
+    scores = (vectors[:n] @ (classes / np.linalg.norm(classes, axis=1, keepdims=True)).T).astype(
+        np.float32
+    )  # [N, C]
     own = scores[row, target]
     scores[row, target] = -np.inf
     rank = 1 + (scores >= own[:, None]).sum(axis=1)
@@ -135,8 +157,13 @@ def add_flags(parser: argparse.ArgumentParser, files: str) -> None:
     group = parser.add_argument_group(f"what {files} holds")
     group.add_argument("--kind", choices=KINDS)
     group.add_argument("--columns", help="of sts: side,side,score, by name or number")
-    group.add_argument("--template", action="append", help="of zeroshot: {} is the label; may be repeated")
-    group.add_argument("--label-pattern", help="of zeroshot: a regular expression that finds the label in file names")
+    group.add_argument(
+        "--template", action="append", help="of zeroshot: {} is the label; may be repeated"
+    )
+    group.add_argument(
+        "--label-pattern",
+        help="of zeroshot: a regular expression that finds the label in file names",
+    )
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -156,7 +183,9 @@ def evaluate(encode: Encode, kind: str, path: str | Path, **options: Any) -> Out
         return function(encode, Path(path), **given)
 
 
-def measure(encode: Encode, kind: str, path: str | Path, out: str | Path, **options: Any) -> dict[str, float]:
+def measure(
+    encode: Encode, kind: str, path: str | Path, out: str | Path, **options: Any
+) -> dict[str, float]:
     """As `evaluate`; writes `out`/results.json and the picture `out`/KIND.png, and returns the numbers."""
     numbers, plot = evaluate(encode, kind, path, **options)
     with explained(f"{out} cannot be written", OSError):
@@ -166,29 +195,41 @@ def measure(encode: Encode, kind: str, path: str | Path, out: str | Path, **opti
     return numbers
 
 
-def _records(path: Path, media_root: Path | None) -> tuple[list[Any], list[Any], list[dict[int, float]]]:
+def _records(
+    path: Path, media_root: Path | None
+) -> tuple[list[Any], list[Any], list[dict[int, float]]]:
     root, queries, documents, relevance = os.path.abspath(media_root or path.parent), {}, {}, {}
     for _, content, where in json_lines(path):
         contents = [content]  # a record for every document
         if isinstance(content, Mapping):
             content = {NAMES.get(key, key): value for key, value in content.items()}
-            contents = [{**content, "positive": side} for side in listed(content.get("positive")) or [""]]
+            contents = [
+                {**content, "positive": side} for side in listed(content.get("positive")) or [""]
+            ]
         for one in contents:
             record = parse_record(one, where, root, os.path.isfile)
-            queries.setdefault(side_key(record.anchor), as_input(record.anchor))
+            queries.setdefault(content_key(record.anchor), as_input(record.anchor))
             for side in record.sides[1:]:
-                documents.setdefault(side_key(side), (len(documents), as_input(side)))
-            relevant = relevance.setdefault(side_key(record.anchor), {})
-            relevant[documents[side_key(record.positive)][0]] = 1.0
+                documents.setdefault(content_key(side), (len(documents), as_input(side)))
+            relevant = relevance.setdefault(content_key(record.anchor), {})
+            relevant[documents[content_key(record.positive)][0]] = 1.0
     if not queries:
         raise LcoError(f"{path} holds no record")
-    return list(queries.values()), [side for _, side in documents.values()], list(relevance.values())
+    return (
+        list(queries.values()),
+        [side for _, side in documents.values()],
+        list(relevance.values()),
+    )
 
 
-def _beir(path: Path, media_root: Path | None) -> tuple[list[Any], list[Any], list[dict[int, float]]]:
+def _beir(
+    path: Path, media_root: Path | None
+) -> tuple[list[Any], list[Any], list[dict[int, float]]]:
     known: dict[str, dict[str, Any]] = {"queries": {}, "corpus": {}}
     for name, found in known.items():
-        for item in Corpus(path / f"{name}.jsonl", "_id", media_root, "--data", "title").items(check_media=True):
+        for item in Corpus(path / f"{name}.jsonl", "_id", media_root, "--data", "title").items(
+            check_media=True
+        ):
             if found.setdefault(str(item.id), item.content) is not item.content:
                 raise LcoError(f"{item.where}: the _id {item.id!r} stands on an earlier line, too")
     file = next((path / name for name in QRELS if (path / name).exists()), None)
@@ -204,10 +245,16 @@ def _beir(path: Path, media_root: Path | None) -> tuple[list[Any], list[Any], li
             relevance.setdefault(query, {})[numbers[document]] = grade
     if not relevance:
         raise LcoError(f"{file} has no score above 0, and so no relevant document")
-    return [known["queries"][name] for name in relevance], list(known["corpus"].values()), list(relevance.values())
+    return (
+        [known["queries"][name] for name in relevance],
+        list(known["corpus"].values()),
+        list(relevance.values()),
+    )
 
 
-def _labelled(path: Path, media_root: Path | None, pattern: str | None) -> tuple[list[Any], list[str]]:
+def _labelled(
+    path: Path, media_root: Path | None, pattern: str | None
+) -> tuple[list[Any], list[str]]:
     """Items, and the label of each."""
     if not path.is_dir() and path.suffix not in (".jsonl", ".parquet"):
         raise LcoError(f"{path}: give a file that ends in .jsonl or .parquet, or a folder of media")
@@ -216,15 +263,28 @@ def _labelled(path: Path, media_root: Path | None, pattern: str | None) -> tuple
     items, names = [item.content for item in found], [str(item.id) for item in found]
     if not path.is_dir():
         return items, names
-    with explained(f"the label pattern {pattern!r} is no regular expression with a group", re.error, IndexError):
-        matches = [re.fullmatch(f"(?:.*/)?(?:{pattern})" if pattern else "([^/]+)/.*", name) for name in names]
+    with explained(
+        f"the label pattern {pattern!r} is no regular expression with a group", re.error, IndexError
+    ):
+        matches = [
+            re.fullmatch(f"(?:.*/)?(?:{pattern})" if pattern else "([^/]+)/.*", name)
+            for name in names
+        ]
         labels = [match and match[1] for match in matches]
     if None in labels:
-        says = f"does not match the label pattern {pattern!r}" if pattern else "lies in no folder of a class"
-        raise LcoError(f"{path / names[labels.index(None)]} {says}; move it, or give a label pattern that fits")
+        says = (
+            f"does not match the label pattern {pattern!r}"
+            if pattern
+            else "lies in no folder of a class"
+        )
+        raise LcoError(
+            f"{path / names[labels.index(None)]} {says}; move it, or give a label pattern that fits"
+        )
     folders = () if pattern else sorted(entry.name for entry in path.iterdir() if entry.is_dir())
     if empty := [name for name in folders if name not in labels and not name.startswith(".")]:
-        raise LcoError(f"the class {path / empty[0]} holds no image, video or audio file; fill it or remove it")
+        raise LcoError(
+            f"the class {path / empty[0]} holds no image, video or audio file; fill it or remove it"
+        )
     return items, labels
 
 
@@ -234,14 +294,20 @@ def _columns(path: Path, names: Sequence[str]) -> Iterator[tuple[list[Any], str]
     A table's first row is its header, unless all names are numbers: of columns, from 0.
     """
     if path.suffix == ".jsonl":
-        rows = ((row if isinstance(row, Mapping) else {}, where) for _, row, where in json_lines(path))
+        rows = (
+            (row if isinstance(row, Mapping) else {}, where) for _, row, where in json_lines(path)
+        )
     elif path.suffix in (".csv", ".tsv", ".txt"):
         rows = _table(path, header=not all(map(str.isdecimal, names)))
     else:
-        raise LcoError(f"{path}: give a file that ends in .jsonl, .csv, .tsv or .txt (columns between tabs)")
+        raise LcoError(
+            f"{path}: give a file that ends in .jsonl, .csv, .tsv or .txt (columns between tabs)"
+        )
     for row, where in rows:
         if missing := [name for name in names if name not in row]:
-            raise LcoError(f"{where} has no {missing[0]!r}; it has {', '.join(row) or 'no names at all'}")
+            raise LcoError(
+                f"{where} has no {missing[0]!r}; it has {', '.join(row) or 'no names at all'}"
+            )
         yield [row[name] for name in names], where
 
 
@@ -252,11 +318,18 @@ def _table(path: Path, header: bool) -> Iterator[tuple[dict[str, str], str]]:
         rows = csv.reader(file, **style)
         names = next(rows, []) if header else None
         for row in filter(None, rows):
-            yield dict(zip(names or map(str, range(len(row))), row, strict=False)), f"{path}:{rows.line_num}"
+            yield (
+                dict(zip(names or map(str, range(len(row))), row, strict=False)),
+                f"{path}:{rows.line_num}",
+            )
 
 
 def _number(cell: Any, where: str) -> float:
-    with explained(f"{where}: the score is no number (if this is a header, name the columns)", ValueError, TypeError):
+    with explained(
+        f"{where}: the score is no number (if this is a header, name the columns)",
+        ValueError,
+        TypeError,
+    ):
         number = float(cell)
     if not math.isfinite(number):
         raise LcoError(f"{where}: the score is {number}, and must be finite")

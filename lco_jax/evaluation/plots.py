@@ -23,7 +23,12 @@ def plot_loss(path: Path, steps: list[int], losses: list[float], rates: list[flo
     axes.plot(steps, losses, color="tab:blue", alpha=0.35, label="loss of a step")
     width = max(len(losses) // 20, 1)
     kernel = np.ones(width) / width
-    axes.plot(steps[width - 1 :], np.convolve(losses, kernel, "valid"), color="tab:blue", label=f"mean of {width}")
+    axes.plot(
+        steps[width - 1 :],
+        np.convolve(losses, kernel, "valid"),
+        color="tab:blue",
+        label=f"mean of {width}",
+    )
     axes.set_xlabel("step")
     axes.set_ylabel("InfoNCE loss")
     axes.set_ylim(bottom=0)
@@ -37,7 +42,9 @@ def plot_similarity(path: Path, found: Mapping[str, tuple[np.ndarray, np.ndarray
     found: what is shown in a row -> (before, after), each [N, N].
     """
     figure = Figure(figsize=(9, 4.2 * len(found)), layout="constrained")
-    for pair, name, sides in zip(figure.subplots(len(found), 2, squeeze=False), found, found.values(), strict=True):
+    for pair, name, sides in zip(
+        figure.subplots(len(found), 2, squeeze=False), found, found.values(), strict=True
+    ):
         lowest = min(0.0, *(float(side[:SHOWN, :SHOWN].min()) for side in sides))
         for axes, side, title in zip(pair, sides, ("before", "after"), strict=True):
             image = axes.imshow(side[:SHOWN, :SHOWN], vmin=lowest, vmax=1.0, cmap="viridis")
@@ -65,8 +72,15 @@ def plot_ranks(path: Path, best: np.ndarray, documents: int) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     first = np.unique(np.geomspace(1, documents, 200).astype(int))
-    axes.semilogx(first, [(best <= k).mean() for k in first], color="tab:blue", drawstyle="steps-post")
-    axes.axvline(np.median(best), color="0.6", linestyle=":", label=f"half of the queries: {np.median(best):,.0f}")
+    axes.semilogx(
+        first, [(best <= k).mean() for k in first], color="tab:blue", drawstyle="steps-post"
+    )
+    axes.axvline(
+        np.median(best),
+        color="0.6",
+        linestyle=":",
+        label=f"half of the queries: {np.median(best):,.0f}",
+    )
     axes.set_xlabel(f"first k of {documents:,} documents")
     axes.set_ylabel(f"share of {len(best):,} queries that find one")
     axes.set_ylim(0, 1.02)
@@ -104,7 +118,13 @@ def plot_spectrum(path: Path, spectra: Mapping[str, np.ndarray], rank: int) -> N
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for values in spectra.values():
-        axes.semilogy(range(1, len(values) + 1), np.maximum(values, 1e-12), color="tab:blue", alpha=0.3, linewidth=0.8)
+        axes.semilogy(
+            range(1, len(values) + 1),
+            np.maximum(values, 1e-12),
+            color="tab:blue",
+            alpha=0.3,
+            linewidth=0.8,
+        )
     axes.axvline(rank + 0.5, color="tab:red", label=f"kept: {rank}")
     axes.set_ylim(bottom=max(1e-8, *(values.max() for values in spectra.values())) * 1e-4)
     axes.set_xlabel("number")

@@ -21,7 +21,9 @@ class Measured(NamedTuple):
     parts: Mapping[str, float] = {}
 
 
-def write_report(out: Path, model: str, benchmark: str, found: Sequence[Measured], notes: Mapping[str, Any]) -> None:
+def write_report(
+    out: Path, model: str, benchmark: str, found: Sequence[Measured], notes: Mapping[str, Any]
+) -> None:
     """Write `results.md` and `results.png` into `out`.
 
     benchmark: a name in assets/published.json, or any other. A mean of fewer tasks than the published ones says so.
@@ -30,13 +32,19 @@ def write_report(out: Path, model: str, benchmark: str, found: Sequence[Measured
     kinds = defaultdict(list)
     rows = ["| task | type | score |", "|---|---|---|"]
     for one in found:
-        rows.append(f"| {one.task} | {one.type} | {one.reason if one.score is None else f'{one.score:.1f}'} |")
+        rows.append(
+            f"| {one.task} | {one.type} | {one.reason if one.score is None else f'{one.score:.1f}'} |"
+        )
         rows += [f"| {one.task}, {part} | | {score:.1f} |" for part, score in one.parts.items()]
         kinds[one.type] += [] if one.score is None else [one.score]
     scores = {one.task: one.score for one in found if one.score is not None}
     if scores:
         kinds["**all**"] = [*scores.values()]
-        rows += [f"| mean of {len(some)} | {kind} | {np.mean(some):.1f} |" for kind, some in kinds.items() if some]
+        rows += [
+            f"| mean of {len(some)} | {kind} | {np.mean(some):.1f} |"
+            for kind, some in kinds.items()
+            if some
+        ]
     bars, ours, label, lines = scores, scores.keys(), "score", [f"# {benchmark}: {model}", ""]
     if scores and (published := read_json(ASSETS / "published.json").get(benchmark)):
         whole = len(scores) == len(found) == published["tasks"]
@@ -44,7 +52,11 @@ def write_report(out: Path, model: str, benchmark: str, found: Sequence[Measured
         bars = {**published["models"], ours[0]: np.mean(kinds["**all**"])}
         lines += [f"| model | {label} |", "|---|---|"]
         for name in sorted(bars, key=bars.get)[::-1]:
-            lines.append(f"| **{name}** | **{bars[name]:.1f}** |" if name in ours else f"| {name} | {bars[name]:.1f} |")
+            lines.append(
+                f"| **{name}** | **{bars[name]:.1f}** |"
+                if name in ours
+                else f"| {name} | {bars[name]:.1f} |"
+            )
         lines += ["", f"Published numbers: {published['source']}.", ""]
     lines += [*rows, "", *(f"- {name}: {note}" for name, note in notes.items()), ""]
     write_text(out / "results.md", "\n".join(lines))

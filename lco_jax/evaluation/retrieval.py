@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from lco_jax.data.records import Record, Side, side_key
+from lco_jax.data.records import Content, Record, content_key
 
-Encode = Callable[[list[Side]], np.ndarray]  # sides (texts, or tuples of parts) -> unit vectors [N, D]
+Encode = Callable[
+    [list[Content]], np.ndarray
+]  # sides (texts, or tuples of parts) -> unit vectors [N, D]
 
 QUERIES, DOCUMENTS = 256, 4096  # of whose scores there is one block at a time
 
@@ -31,16 +33,25 @@ def retrieval(encode: Encode, records: Sequence[Record]) -> Retrieval:
 
     Candidates are all positives and negatives; those that say the same, word for word and pixel for pixel, are one.
     """
-    positives = [side_key(record.positive) for record in records]
+    positives = [content_key(record.positive) for record in records]
     negatives = [side for record in records for side in record.negatives]
-    candidates: dict[Hashable, Side] = dict(zip(positives, (record.positive for record in records), strict=True))
-    candidates |= {side_key(side): side for side in negatives}
+    candidates: dict[Hashable, Content] = dict(
+        zip(positives, (record.positive for record in records), strict=True)
+    )
+    candidates |= {content_key(side): side for side in negatives}
     vectors = encode([record.anchor for record in records] + list(candidates.values()))
     anchors, others = vectors[: len(records)], vectors[len(records) :]
     place = {key: i for i, key in enumerate(candidates)}
     right = [place[key] for key in positives]
-    rank = np.array([found.min() for found, _ in ranks(anchors, others, [{at: 1.0} for at in right])])
-    return Retrieval(float((rank == 1).mean()), float((1.0 / rank).mean()), len(others), anchors @ others[right].T)
+    rank = np.array(
+        [found.min() for found, _ in ranks(anchors, others, [{at: 1.0} for at in right])]
+    )
+    return Retrieval(
+        float((rank == 1).mean()),
+        float((1.0 / rank).mean()),
+        len(others),
+        anchors @ others[right].T,
+    )
 
 
 def ranks(
@@ -56,10 +67,15 @@ def ranks(
     grades = [np.fromiter(row.values(), np.float64, len(row)) for row in relevance]
     queries = queries.astype(np.float64)
     own = [
-        (documents[at].astype(np.float64) @ query).astype(np.float32) for at, query in zip(which, queries, strict=True)
+        (documents[at].astype(np.float64) @ query).astype(np.float32)
+        for at, query in zip(which, queries, strict=True)
     ]
-    above = [np.zeros(len(at), np.int64) for at in which]  # how many that are not relevant come before
-    for first in tqdm(range(0, len(documents), DOCUMENTS), desc="ranking", unit="block", leave=False, delay=2):
+    above = [
+        np.zeros(len(at), np.int64) for at in which
+    ]  # how many that are not relevant come before
+    for first in tqdm(
+        range(0, len(documents), DOCUMENTS), desc="ranking", unit="block", leave=False, delay=2
+    ):
         block = documents[first : first + DOCUMENTS].astype(np.float64).T
         for start in range(0, len(queries), QUERIES):
             scores = (queries[start : start + QUERIES] @ block).astype(np.float32)
@@ -76,8 +92,8 @@ def retrieval_metrics(ranked: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[s
 
     A document's gain is its grade (linear, as in trec_eval and mteb), its discount log2(rank + 1).
     """
-    gain = lambda ranks, grades: (grades / np.log2(ranks + 1))[ranks <= 10].sum()  # noqa: E731
-    ideal = lambda grades: gain(np.arange(1, len(grades) + 1), np.sort(grades)[::-1])  # noqa: E731
+    gain = lambda ranks, grades: (grades / np.log2(ranks + 1))[ranks <= 10].sum()
+    ideal = lambda grades: gain(np.arange(1, len(grades) + 1), np.sort(grades)[::-1])
     best = np.array([ranks.min() for ranks, _ in ranked])
     numbers = {
         "ndcg_at_10": np.mean([gain(ranks, grades) / ideal(grades) for ranks, grades in ranked]),

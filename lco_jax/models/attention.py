@@ -89,7 +89,11 @@ def _choose(query: Array, segment_ids: Array | None, asked: str) -> str:
     if asked not in IMPLEMENTATIONS:
         raise LcoError(f"attention is {asked!r}; it is one of: {', '.join(IMPLEMENTATIONS)}")
     names = kernels.KERNELS if asked == "auto" else [asked] if asked != "xla" else []
-    fits = [name for name in names if kernels.KERNELS[name].fits(query, segment_ids, forced=asked != "auto")]
+    fits = [
+        name
+        for name in names
+        if kernels.KERNELS[name].fits(query, segment_ids, forced=asked != "auto")
+    ]
     chosen = fits[0] if fits else "xla"
     kind = "causal" if segment_ids is None else "within segments"
     line = f"attention {kind}, rows of {query.shape[1]}, head_dim {query.shape[-1]}, {query.dtype}: {chosen}"
@@ -99,7 +103,9 @@ def _choose(query: Array, segment_ids: Array | None, asked: str) -> str:
     return chosen
 
 
-def _in_blocks(query: Array, key: Array, value: Array, segment_ids: Array | None, causal: bool) -> Array:
+def _in_blocks(
+    query: Array, key: Array, value: Array, segment_ids: Array | None, causal: bool
+) -> Array:
     """Long rows go through in blocks of queries: memory grows with T, not with T²."""
     tokens = query.shape[1]
     most = max(min(BLOCK, 4 * BLOCK**2 // tokens), 1)
@@ -113,7 +119,7 @@ def _in_blocks(query: Array, key: Array, value: Array, segment_ids: Array | None
         ids = None if segment_ids is None else (inputs[2], segment_ids)
         return _attend(inputs[0], key, value, ids, inputs[1], causal)
 
-    split = lambda x: rearrange(x, "b (n t) ... -> n b t ...", t=size)  # noqa: E731
+    split = lambda x: rearrange(x, "b (n t) ... -> n b t ...", t=size)
     ids = None if segment_ids is None else split(segment_ids)
     mixed = jax.lax.map(block, (split(query), jnp.arange(0, tokens, size), ids))
     return rearrange(mixed, "n b t k g h -> b (n t) k g h")
@@ -146,7 +152,9 @@ def _by_head(query: Array, key: Array, value: Array, seen: Array) -> Array:
     """
     precision, groups = matmul_precision(query), query.shape[3]
     query = rearrange(query * query.shape[-1] ** -0.5, "b k t g h -> b k (t g) h")
-    scores = jnp.einsum("bkqh,bksh->bkqs", query, key, precision=precision, preferred_element_type=jnp.float32)
+    scores = jnp.einsum(
+        "bkqh,bksh->bkqs", query, key, precision=precision, preferred_element_type=jnp.float32
+    )
     seen = jnp.repeat(seen, groups, axis=1)[:, None]
     weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1)
     mixed = jnp.einsum("bkqs,bksh->bkqh", weights.astype(value.dtype), value, precision=precision)

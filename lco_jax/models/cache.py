@@ -16,7 +16,9 @@ from lco_jax.models.attention import attend_last
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["keys", "values", "lengths", "generated"], meta_fields=["width"]
+    jax.tree_util.register_dataclass,
+    data_fields=["keys", "values", "lengths", "generated"],
+    meta_fields=["width"],
 )
 @dataclass(frozen=True)
 class Cache:
@@ -57,6 +59,8 @@ class Cache:
         columns = jnp.arange(self.columns)
         since = (columns >= self.width) & (columns <= self.width + self.generated)
         seen = (columns < self.lengths[..., None]) | since
-        one = [jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (self.keys, self.values)]
+        one = [
+            jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (self.keys, self.values)
+        ]
         mixed = attend_last(*(rearrange(x, "r s ... -> (r s) ...") for x in (query, *one, seen)))
         return mixed.reshape(query.shape)

@@ -51,7 +51,10 @@ class ClipConfig:
         expected = {
             "hidden_act of vision_config": (vision["hidden_act"], "quick_gelu"),
             "projector_hidden_act": (config.get("projector_hidden_act", "gelu"), "gelu"),
-            "vision_feature_select_strategy": (config.get("vision_feature_select_strategy", "default"), "default"),
+            "vision_feature_select_strategy": (
+                config.get("vision_feature_select_strategy", "default"),
+                "default",
+            ),
             "use_image_newline_parameter": (config.get("use_image_newline_parameter", True), True),
             "multimodal_projector_bias": (config.get("multimodal_projector_bias", True), True),
         }
@@ -62,7 +65,9 @@ class ClipConfig:
         need = partial(positive, vision, where=f"{where}: vision_config")
         depth, feature = need("num_hidden_layers"), config.get("vision_feature_layer", -2)
         if not isinstance(feature, int) or not -depth - 1 <= feature <= depth:
-            raise LcoError(f"{where}: vision_feature_layer is {feature!r:.60}, and must be one of the {depth} layers")
+            raise LcoError(
+                f"{where}: vision_feature_layer is {feature!r:.60}, and must be one of the {depth} layers"
+            )
         return cls(
             depth=depth,
             num_layers=feature if feature >= 0 else depth + 1 + feature,
@@ -87,7 +92,9 @@ class MLP(nn.Module):
     def __call__(self, x: Array) -> Array:
         """x [B, 1 + T, D] -> [B, 1 + T, D]."""
         x = Linear(self.config.intermediate_size, True, self.param_dtype, name="fc1")(x)
-        return Linear(self.config.hidden_size, True, self.param_dtype, name="fc2")(x * nn.sigmoid(1.702 * x))
+        return Linear(self.config.hidden_size, True, self.param_dtype, name="fc2")(
+            x * nn.sigmoid(1.702 * x)
+        )
 
 
 class Layer(nn.Module):
@@ -101,7 +108,9 @@ class Layer(nn.Module):
         """x [B, 1 + T, D] -> ([B, 1 + T, D], nothing to collect)."""
         norm = partial(LayerNorm, self.config.layer_norm_eps, self.param_dtype)
         everyone = jnp.ones(x.shape[:2], jnp.int32)
-        attention = TowerAttention(self.config.num_heads, param_dtype=self.param_dtype, name="self_attn")
+        attention = TowerAttention(
+            self.config.num_heads, param_dtype=self.param_dtype, name="self_attn"
+        )
         x += attention(norm(name="layer_norm1")(x), everyone)
         x += MLP(self.config, self.param_dtype, name="mlp")(norm(name="layer_norm2")(x))
         return x, None
@@ -117,15 +126,23 @@ class Embeddings(nn.Module):
     def __call__(self, pixels: Array) -> Array:
         """pixels [B, channels, X, X] -> [B, 1 + T, D]."""
         c = self.config
-        patches = rearrange(pixels, "b c (n p) (m q) -> b (n m) (c p q)", p=c.patch_size, q=c.patch_size)
+        patches = rearrange(
+            pixels, "b c (n p) (m q) -> b (n m) (c p q)", p=c.patch_size, q=c.patch_size
+        )
         shape = (c.hidden_size, c.num_channels, c.patch_size, c.patch_size)
         init = nn.initializers.normal(patches.shape[-1] ** -0.5)
         weight = leaf(self, "patch_embedding", shape, init, self.param_dtype)
         x = dot(patches, weight.reshape(c.hidden_size, -1))
-        first = leaf(self, "class_embedding", (c.hidden_size,), nn.initializers.normal(1.0), self.param_dtype)
+        first = leaf(
+            self, "class_embedding", (c.hidden_size,), nn.initializers.normal(1.0), self.param_dtype
+        )
         first = jnp.broadcast_to(first.astype(x.dtype), (x.shape[0], 1, c.hidden_size))
         positions = leaf(
-            self, "position_embedding", (1 + x.shape[1], c.hidden_size), nn.initializers.normal(1.0), self.param_dtype
+            self,
+            "position_embedding",
+            (1 + x.shape[1], c.hidden_size),
+            nn.initializers.normal(1.0),
+            self.param_dtype,
         )
         return jnp.concatenate([first, x], axis=1) + positions.astype(x.dtype)
 
@@ -141,7 +158,9 @@ class LlavaVision(nn.Module):
         """The least input, as shapes."""
         c = self.config
         return {
-            "pixels": jax.ShapeDtypeStruct((1, c.num_channels, c.image_size, c.image_size), jnp.uint8),
+            "pixels": jax.ShapeDtypeStruct(
+                (1, c.num_channels, c.image_size, c.image_size), jnp.uint8
+            ),
             "scale": jax.ShapeDtypeStruct((1, c.num_channels, 3), jnp.float32),
         }
 
@@ -160,7 +179,15 @@ class LlavaVision(nn.Module):
         x = Embeddings(c, self.param_dtype, name="embeddings")(x)
         x = LayerNorm(c.layer_norm_eps, self.param_dtype, name="pre_layrnorm")(x)
         x, _ = stacked(Layer, c.num_layers)(c, self.param_dtype, name="layers")(x, None)
-        x = Projector(c.out_hidden_size, c.out_hidden_size, self.param_dtype, name="projector")(x[:, 1:])
-        newline = leaf(self, "image_newline", (c.out_hidden_size,), nn.initializers.normal(1.0), self.param_dtype)
+        x = Projector(c.out_hidden_size, c.out_hidden_size, self.param_dtype, name="projector")(
+            x[:, 1:]
+        )
+        newline = leaf(
+            self,
+            "image_newline",
+            (c.out_hidden_size,),
+            nn.initializers.normal(1.0),
+            self.param_dtype,
+        )
         newline = jnp.broadcast_to(newline.astype(x.dtype), (x.shape[0], 1, c.out_hidden_size))
         return jnp.concatenate([x, newline], axis=1)

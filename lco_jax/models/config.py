@@ -48,7 +48,9 @@ class DecoderConfig:
         `where` names the file in errors. Raises for what this decoder does not implement instead of ignoring it.
         """
         if not isinstance(config.get("text_config") or {}, dict):
-            raise LcoError(f"{where}: text_config is {config['text_config']!r:.60}, and must be an object")
+            raise LcoError(
+                f"{where}: text_config is {config['text_config']!r:.60}, and must be an object"
+            )
         text = {**config, **(config.get("text_config") or {})}
         kind = text.get("model_type")
         text = {**hf_config.TEXT.get(kind, {}), **text}
@@ -63,9 +65,15 @@ class DecoderConfig:
                 raise LcoError(f"{where}: {key} is {text[key]!r:.60}, and must be a number above 0")
             return text[key]
 
-        rope_type = rope.get("rope_type") if rope.get("rope_type") != "default" else rope.get("type", "default")
+        rope_type = (
+            rope.get("rope_type")
+            if rope.get("rope_type") != "default"
+            else rope.get("type", "default")
+        )
         if rope_type not in ("default", "mrope"):
-            raise LcoError(f"{where}: rope type {rope_type!r} is not supported (default and mrope are)")
+            raise LcoError(
+                f"{where}: rope type {rope_type!r} is not supported (default and mrope are)"
+            )
         window = text.get("sliding_window") if kind == "mistral" else None
         if text.get("use_sliding_window") or (window and window < need("max_position_embeddings")):
             key = f"sliding_window is {window}" if window else "use_sliding_window is true"
@@ -78,8 +86,12 @@ class DecoderConfig:
         head_dim = text.get("head_dim") or need("hidden_size") // heads
         section = tuple(rope.get("mrope_section") or (head_dim // 2,))
         if sum(section) != head_dim // 2:
-            raise LcoError(f"{where}: mrope_section {section} does not add up to half the head_dim, {head_dim // 2}")
-        tied = config.get("tie_word_embeddings", False) or (config.get("text_config") or {}).get("tie_word_embeddings")
+            raise LcoError(
+                f"{where}: mrope_section {section} does not add up to half the head_dim, {head_dim // 2}"
+            )
+        tied = config.get("tie_word_embeddings", False) or (config.get("text_config") or {}).get(
+            "tie_word_embeddings"
+        )
         return cls(
             vocab_size=need("vocab_size"),
             hidden_size=need("hidden_size"),

@@ -51,8 +51,16 @@ REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
 }
 
 
-COLUMN, ROW = Split(outputs="tensor"), Split(inputs="tensor")  # matrices by the features that the mesh splits
-_DROPOUT = {"qkv": 0, "o_proj": 1, "gate_up": 2, "down_proj": 3}  # the inputs of a layer that adapters drop
+COLUMN, ROW = (
+    Split(outputs="tensor"),
+    Split(inputs="tensor"),
+)  # matrices by the features that the mesh splits
+_DROPOUT = {
+    "qkv": 0,
+    "o_proj": 1,
+    "gate_up": 2,
+    "down_proj": 3,
+}  # the inputs of a layer that adapters drop
 
 Past = tuple[Array | int, Cache]
 Mixed = tuple[Array, Cache | list[list[Array]]]
@@ -66,7 +74,9 @@ class Attention(nn.Module):
     implementation: str
 
     @nn.compact
-    def __call__(self, x: Array, rotation: Array, tokens: PackedTokens, last: bool, past: Past | None) -> Mixed:
+    def __call__(
+        self, x: Array, rotation: Array, tokens: PackedTokens, last: bool, past: Past | None
+    ) -> Mixed:
         """x [R, T, D] -> [R, T, D], or, for the `last` layer, [R, S, D]; and what `past` becomes.
 
         past: where this is layer i of tokens that go on, (i, the cache of those before); else None, and it becomes the
@@ -78,7 +88,10 @@ class Attention(nn.Module):
             return take(y, tokens.last_tokens) if last else y
 
         q, k, v = self._project(x, tokens, last)
-        q = apply_rotary(rearrange(q, "r t (k g h) -> r t k g h", k=c.num_kv_heads, h=c.head_dim), at_last(rotation))
+        q = apply_rotary(
+            rearrange(q, "r t (k g h) -> r t k g h", k=c.num_kv_heads, h=c.head_dim),
+            at_last(rotation),
+        )
         k = apply_rotary(rearrange(k, "r t (k h) -> r t k h", h=c.head_dim), rotation)
         v = rearrange(v, "r t (k h) -> r t k h", h=c.head_dim)
         q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
@@ -116,7 +129,10 @@ class Attention(nn.Module):
         mixed, first = [], 0
         for rows, *kv in zip(tokens.rows, k, v, strict=True):
             streams, count, _ = rows.shape
-            flat = [rearrange(y, "r n ... -> (r n) ...") for y in (q[:, first : first + count], *kv, rows >= 0)]
+            flat = [
+                rearrange(y, "r n ... -> (r n) ...")
+                for y in (q[:, first : first + count], *kv, rows >= 0)
+            ]
             mixed.append(rearrange(attend_last(*flat), "(r n) ... -> r n ...", r=streams))
             first += count
         return jnp.concatenate(mixed, axis=1)
@@ -149,7 +165,12 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, rotation: Array, tokens: PackedTokens, last: bool = False, past: Past | None = None
+        self,
+        x: Array,
+        rotation: Array,
+        tokens: PackedTokens,
+        last: bool = False,
+        past: Past | None = None,
     ) -> Mixed:
         """x [R, T, D] -> [R, T, D], or [R, S, D], each sequence's last token, from the `last`; and the rest of
         `Attention`'s."""
@@ -159,7 +180,9 @@ class DecoderLayer(nn.Module):
         at_last = (lambda y: take(y, tokens.last_tokens)) if last else (lambda y: y)
         x = constrain(at_last(x) + mixed, ROWS)
         mlp = MLP(self.config, self.param_dtype, name="mlp")
-        x = constrain(x + mlp(norm(name="post_attention_layernorm")(x), at_last(tokens.token_keys)), ROWS)
+        x = constrain(
+            x + mlp(norm(name="post_attention_layernorm")(x), at_last(tokens.token_keys)), ROWS
+        )
         return x, kept
 
 
@@ -180,7 +203,11 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: PackedTokens, media: Array | None = None, of: str = "last", cache: Cache | None = None
+        self,
+        tokens: PackedTokens,
+        media: Array | None = None,
+        of: str = "last",
+        cache: Cache | None = None,
     ) -> Array | tuple[Array, Cache]:
         """tokens of [R, T], the media tokens [P, M, D] that their `media_slots` point to -> states in `dtype`.
 
@@ -191,7 +218,9 @@ class Decoder(nn.Module):
         the result as of "cache".
         """
         c = self.config
-        x = Embedding(c.vocab_size, c.hidden_size, self.dtype, self.param_dtype, name="embed_tokens")(tokens.input_ids)
+        x = Embedding(
+            c.vocab_size, c.hidden_size, self.dtype, self.param_dtype, name="embed_tokens"
+        )(tokens.input_ids)
         if media is not None:
             x = place_media(x, tokens.media_slots, media)
         angles = rotary_angles(tokens.position_ids, c.head_dim, c.rope_theta, c.mrope_section)
@@ -201,30 +230,46 @@ class Decoder(nn.Module):
             x, _ = stacked(DecoderLayer, c.num_layers)(*layer, name="layers")(x, rotation, tokens)
             x = take(x, tokens.last_tokens)
         else:
-            x, before, cache = self._layers(DecoderLayer(*layer, parent=None), x, rotation, tokens, of, cache)
+            x, before, cache = self._layers(
+                DecoderLayer(*layer, parent=None), x, rotation, tokens, of, cache
+            )
         x = RMSNorm(c.rms_norm_eps, self.param_dtype, name="norm")(x)
         if cache is not None:
             return x, cache
         return jnp.stack([*before, x], axis=2) if of == "layers" else x
 
     def _layers(
-        self, layer: DecoderLayer, x: Array, rotation: Array, tokens: PackedTokens, of: str, cache: Cache | None
+        self,
+        layer: DecoderLayer,
+        x: Array,
+        rotation: Array,
+        tokens: PackedTokens,
+        of: str,
+        cache: Cache | None,
     ) -> tuple[Array, Sequence[Array], Cache | None]:
         """All layers: all but the last in a scan; what came before each, where `of` asks for it; and the cache, where
         there is one. What is frozen is indexed and not scanned over, for slices of it would be copies."""
         frozen, tuned, join = split_frozen(self.get_variable("params", "layers"), self.tuned)
 
-        def run(i: Array | int, tuned: Any, x: Array, cache: Cache | None, last: bool) -> tuple[Array, Any]:
+        def run(
+            i: Array | int, tuned: Any, x: Array, cache: Cache | None, last: bool
+        ) -> tuple[Array, Any]:
             """Layer i. Its frozen weights are indexed in here, so that the backward pass does so again: what is indexed
             outside of the checkpoint is kept for it, a copy of every layer's."""
-            mine = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), frozen)
+            mine = jax.tree.map(
+                lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), frozen
+            )
             past = None if cache is None else (i, cache)
             here = tokens.with_seed(i)
             x, kept = layer.apply({"params": join(mine, tuned)}, x, rotation, here, last, past)
             return x, kept if of == "cache" or cache is not None else None
 
         names = REMAT_POLICIES[self.remat]
-        policy = _all_but_slices if names is None else jax.checkpoint_policies.save_only_these_names(*names)
+        policy = (
+            _all_but_slices
+            if names is None
+            else jax.checkpoint_policies.save_only_these_names(*names)
+        )
         run = jax.checkpoint(run, policy=policy, prevent_cse=False, static_argnums=4)
         end = self.config.num_layers - 1
 
@@ -244,7 +289,9 @@ class Decoder(nn.Module):
         if alike:
             return x if of == "tokens" else take(x, tokens.last_tokens), [], None
         before = [*before, take(x, tokens.last_tokens)] if of == "layers" else []
-        x, last = run(end, jax.tree.map(lambda w: w[end], tuned), x, going, of != "tokens" and cache is None)
+        x, last = run(
+            end, jax.tree.map(lambda w: w[end], tuned), x, going, of != "tokens" and cache is None
+        )
         if cache is not None:
             cache = replace(last, generated=last.generated + 1)
         elif of == "cache":
@@ -271,7 +318,11 @@ def place_media(x: Array, media_slots: Array, media: Array) -> Array:
 
 
 def pool(
-    decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, media: Array | None = None, of: str = "last"
+    decoder: Decoder,
+    params: dict[str, Any],
+    tokens: PackedTokens,
+    media: Array | None = None,
+    of: str = "last",
 ) -> Array:
     """The hidden state at each sequence's last token, after the final norm: float32 [R, S, D].
 
@@ -286,7 +337,9 @@ def project(pooled: Array, params: dict[str, Any]) -> Array:
     return dot(pooled, params["projection"]["weight"]) if "projection" in params else pooled
 
 
-def embed(decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, media: Array | None = None) -> Array:
+def embed(
+    decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, media: Array | None = None
+) -> Array:
     """`pool`, projected, L2-normalised: the embeddings. params: the model's, {"decoder": tree, …}."""
     pooled = project(pool(decoder, params["decoder"], tokens, media), params)
     return pooled / jnp.maximum(jnp.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12)

@@ -40,7 +40,9 @@ def token_losses(states: Array, weight: Array, targets: Array) -> Array:
     def one(part: tuple[Array, Array]) -> Array:
         states, targets = part
         precision, weights = matmul_precision(states), weight.astype(states.dtype)
-        scores = jnp.einsum("rad,vd->rav", states, weights, precision=precision, preferred_element_type=jnp.float32)
+        scores = jnp.einsum(
+            "rad,vd->rav", states, weights, precision=precision, preferred_element_type=jnp.float32
+        )
         scores = constrain(scores, ROWS, None, "tensor")
         said = jnp.take_along_axis(scores, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
         return jnp.where(targets >= 0, jax.nn.logsumexp(scores, axis=-1) - said, 0.0)
@@ -52,5 +54,7 @@ def token_losses(states: Array, weight: Array, targets: Array) -> Array:
 def greedy(states: Array, weight: Array) -> Array:
     """The token that is likeliest next: int32 [...]. states [..., D], after the final norm; weight [V, D]."""
     precision = matmul_precision(states)
-    logits = jnp.einsum("...d,vd->...v", states, weight, precision=precision, preferred_element_type=jnp.float32)
+    logits = jnp.einsum(
+        "...d,vd->...v", states, weight, precision=precision, preferred_element_type=jnp.float32
+    )
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -22,9 +22,16 @@ from jax.sharding import PartitionSpec
 from lco_jax.core.sharding import ROWS, row_shards
 from lco_jax.core.target import target_platform
 
-LANES = 128  # the width of a TPU's vector registers; what blocks of queries and keys are multiples of
+LANES = (
+    128  # the width of a TPU's vector registers; what blocks of queries and keys are multiples of
+)
 SHORT = 512  # rows below this are left to XLA by "auto": their scores are small, and its fusions do better
-SPLASH_BLOCKS = (512, 640, 384, 256)  # sizes of blocks that splash attention is fast with, the best first
+SPLASH_BLOCKS = (
+    512,
+    640,
+    384,
+    256,
+)  # sizes of blocks that splash attention is fast with, the best first
 logger = logging.getLogger(__name__)
 
 
@@ -73,7 +80,11 @@ def _cudnn_works(heads: int, groups: int, head_dim: int, dtype: str) -> bool:
 
 def _cudnn(query: Array, key: Array, value: Array, segment_ids: None, causal: bool) -> Array:
     mixed = jax.nn.dot_product_attention(
-        rearrange(query, "b t k g h -> b t (k g) h"), key, value, is_causal=causal, implementation="cudnn"
+        rearrange(query, "b t k g h -> b t (k g) h"),
+        key,
+        value,
+        is_causal=causal,
+        implementation="cudnn",
     )
     return mixed.reshape(query.shape)
 
@@ -85,7 +96,9 @@ def _triton_fits(query: Array, segment_ids: Array | None, forced: bool) -> bool:
     return forced or (target_platform() == "gpu" and _is_half(query) and query.shape[1] >= SHORT)
 
 
-def _triton(query: Array, key: Array, value: Array, segment_ids: Array | None, causal: bool) -> Array:
+def _triton(
+    query: Array, key: Array, value: Array, segment_ids: Array | None, causal: bool
+) -> Array:
     return _on_mesh(_triton_here, query, key, value, segment_ids, causal)
 
 
@@ -94,7 +107,9 @@ def _triton_here(query: Array, key: Array, value: Array, ids: Array, causal: boo
     query, key, value, ids = _lengthened(-tokens % LANES, query, key, value, ids)
     mixed = triton.mha(
         rearrange(query, "b t k g h -> b t (k g) h"),
-        *(jnp.repeat(x, groups, axis=2) for x in (key, value)),  # it has a key for each query's head
+        *(
+            jnp.repeat(x, groups, axis=2) for x in (key, value)
+        ),  # it has a key for each query's head
         ids,
         sm_scale=head_dim**-0.5,
         causal=causal,
@@ -110,7 +125,9 @@ def _splash_fits(query: Array, segment_ids: Array | None, forced: bool) -> bool:
     return _splits(query) and (forced or (target_platform() == "tpu" and query.shape[1] >= SHORT))
 
 
-def _splash(query: Array, key: Array, value: Array, segment_ids: Array | None, causal: bool) -> Array:
+def _splash(
+    query: Array, key: Array, value: Array, segment_ids: Array | None, causal: bool
+) -> Array:
     return _on_mesh(_splash_here, query, key, value, segment_ids, causal)
 
 
@@ -168,7 +185,12 @@ def _splits(query: Array) -> bool:
 
 
 def _on_mesh(
-    run: Callable[..., Array], query: Array, key: Array, value: Array, segment_ids: Array | None, causal: bool
+    run: Callable[..., Array],
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array | None,
+    causal: bool,
 ) -> Array:
     """`run` on each device's rows and heads: kernels written in Pallas do not split themselves over a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -16,7 +16,13 @@ from lco_jax.core.sharding import ROWS, constrain
 from lco_jax.core.weights import WHOLE, Split, dots
 
 
-def leaf(module: nn.Module, name: str, shape: tuple[int, ...], init: nn.initializers.Initializer, dtype: Any) -> Any:
+def leaf(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    init: nn.initializers.Initializer,
+    dtype: Any,
+) -> Any:
     """The parameter `name`: whatever value the tree holds, or a new array when the module is being initialised.
 
     Not `module.param`, which compares shapes and so would turn away a leaf that is not an array.
@@ -32,7 +38,13 @@ def stacked(layer: type[nn.Module], length: int, in_axes: Any = nn.broadcast) ->
     A backward pass, if there is one, computes each layer again: what is kept is what went into it.
     """
     layer = nn.remat(layer, prevent_cse=False)
-    return nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=in_axes, length=length)
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=length,
+    )
 
 
 class Linear(nn.Module):
@@ -61,7 +73,9 @@ def linears(x: Array, layers: Sequence[Linear], token_keys: Array | None = None)
     """Several layers of one input, which are split alike: x [..., I] -> [..., O] of each; token_keys as in `dots`."""
     weights, biases = zip(*(layer.leaves(x.shape[-1]) for layer in layers), strict=True)
     products = dots(x, weights, token_keys, layers[0].split)
-    return [y if b is None else y + b.astype(x.dtype) for y, b in zip(products, biases, strict=True)]
+    return [
+        y if b is None else y + b.astype(x.dtype) for y, b in zip(products, biases, strict=True)
+    ]
 
 
 def normalised(levels: Array, scale: Array) -> Array:
@@ -69,9 +83,13 @@ def normalised(levels: Array, scale: Array) -> Array:
 
     levels: uint8 [B, T, C, …]. scale: float32 [B, C, 3], divisor, mean and std of each channel.
     """
-    divisor, mean, std = jnp.moveaxis(scale.reshape(levels.shape[0], 1, -1, *[1] * (levels.ndim - 3), 3), -1, 0)
+    divisor, mean, std = jnp.moveaxis(
+        scale.reshape(levels.shape[0], 1, -1, *[1] * (levels.ndim - 3), 3), -1, 0
+    )
     # a compiler multiplies by the reciprocal of a divisor that it sees repeated, which is rounded otherwise
-    divisor, std = jax.lax.optimization_barrier([jnp.broadcast_to(x, levels.shape) for x in (divisor, std)])
+    divisor, std = jax.lax.optimization_barrier(
+        [jnp.broadcast_to(x, levels.shape) for x in (divisor, std)]
+    )
     return (levels.astype(jnp.float32) / divisor - mean) / std
 
 
@@ -85,7 +103,9 @@ class Projector(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x [..., I] -> [..., O]."""
-        x = nn.gelu(Linear(self.hidden, True, self.param_dtype, name="linear_1")(x), approximate=False)
+        x = nn.gelu(
+            Linear(self.hidden, True, self.param_dtype, name="linear_1")(x), approximate=False
+        )
         return Linear(self.features, True, self.param_dtype, name="linear_2")(x)
 
 
@@ -113,8 +133,12 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x [..., D] -> [..., D]."""
-        gain = leaf(self, "weight", (x.shape[-1],), nn.initializers.ones, self.param_dtype).astype(jnp.float32)
-        bias = leaf(self, "bias", (x.shape[-1],), nn.initializers.zeros, self.param_dtype).astype(jnp.float32)
+        gain = leaf(self, "weight", (x.shape[-1],), nn.initializers.ones, self.param_dtype).astype(
+            jnp.float32
+        )
+        bias = leaf(self, "bias", (x.shape[-1],), nn.initializers.zeros, self.param_dtype).astype(
+            jnp.float32
+        )
         wide = x.astype(jnp.float32)
         wide -= jnp.mean(wide, axis=-1, keepdims=True)
         wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
@@ -141,13 +165,17 @@ class Embedding(nn.Module):
         return constrain(parts, ROWS).astype(self.dtype)
 
 
-def rotary_angles(position_ids: Array, head_dim: int, theta: float, mrope_section: tuple[int, ...]) -> Array:
+def rotary_angles(
+    position_ids: Array, head_dim: int, theta: float, mrope_section: tuple[int, ...]
+) -> Array:
     """Rotation angles [B, T, H/2] (float32) of M-RoPE (Qwen2-VL, arXiv 2409.12191).
 
     position_ids: [B, T, 3] (time, height, width). Section i of the H/2 frequencies turns with axis i mod 3; text has
     the same position on all three axes, which makes this plain RoPE.
     """
-    frequencies = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    frequencies = 1.0 / theta ** (
+        np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    )
     axis = np.repeat(np.arange(len(mrope_section)) % 3, mrope_section)
     return position_ids[..., axis].astype(jnp.float32) * frequencies.astype(np.float32)
 

@@ -35,7 +35,9 @@ class Model:
     decoder: Decoder
     towers: dict[str, nn.Module]
 
-    def tower_tokens(self, name: str, params: dict[str, Any], arguments: Mapping[str, Array], shards: int) -> Array:
+    def tower_tokens(
+        self, name: str, params: dict[str, Any], arguments: Mapping[str, Array], shards: int
+    ) -> Array:
         """One tower's tokens, shard by shard: [P, N / P · K, D].
 
         arguments: N rows, split over the P = `shards` ways that rows are split.
@@ -43,11 +45,16 @@ class Model:
         tokens = _in_chunks(self.towers[name], params, dict(arguments), shards)
         return rearrange(tokens, "(p n) k d -> p (n k) d", p=shards)
 
-    def media_tokens(self, params: dict[str, Any], inputs: TowerInputs, shards: int) -> Array | None:
+    def media_tokens(
+        self, params: dict[str, Any], inputs: TowerInputs, shards: int
+    ) -> Array | None:
         """Every tower's tokens, as `MediaPrograms` makes them, within a program of the caller's: gradients reach the
         towers, and their backward pass computes each chunk again."""
         towers = {name: tower_of(name) for name in sorted(inputs)}
-        parts = [self.tower_tokens(tower, params[tower], inputs[name], shards) for name, tower in towers.items()]
+        parts = [
+            self.tower_tokens(tower, params[tower], inputs[name], shards)
+            for name, tower in towers.items()
+        ]
         return constrain(_join(parts), ROWS) if parts else None
 
 
@@ -61,7 +68,8 @@ class MediaPrograms:
         rows, shards = NamedSharding(mesh, PartitionSpec(ROWS)), row_shards(mesh)
         self._rows = rows
         self._towers = {
-            name: jax.jit(partial(model.tower_tokens, name, shards=shards), out_shardings=rows) for name in model.towers
+            name: jax.jit(partial(model.tower_tokens, name, shards=shards), out_shardings=rows)
+            for name in model.towers
         }
         self._join = jax.jit(_join, out_shardings=rows)
         self.shapes = {name: ShapeLog(name) for name in model.towers}
@@ -101,11 +109,15 @@ def tower_of(name: str) -> str:
 
 def _join(parts: list[Array]) -> Array:
     tokens = jnp.concatenate(parts, axis=1)
-    room = bucket(tokens.shape[1], 1) - tokens.shape[1]  # few sizes: the decoder's program has one of them
+    room = (
+        bucket(tokens.shape[1], 1) - tokens.shape[1]
+    )  # few sizes: the decoder's program has one of them
     return jnp.pad(tokens, ((0, 0), (0, room), (0, 0)))
 
 
-def _in_chunks(tower: nn.Module, params: dict[str, Any], arguments: dict[str, Array], shards: int) -> Array:
+def _in_chunks(
+    tower: nn.Module, params: dict[str, Any], arguments: dict[str, Array], shards: int
+) -> Array:
     """Rows through a tower -> [N, K, D], a part of each shard's rows at a time."""
     per_shard = next(iter(arguments.values())).shape[0] // shards
     fits = max(TOWER_INPUTS // tower.row_size(arguments), 1)
@@ -116,6 +128,8 @@ def _in_chunks(tower: nn.Module, params: dict[str, Any], arguments: dict[str, Ar
         key: constrain(rearrange(x, "(p c n) ... -> c (p n) ...", p=shards, n=size), None, ROWS)
         for key, x in arguments.items()
     }
-    one = jax.checkpoint(lambda chunk: tower.apply({"params": params}, **chunk))  # where towers are tuned
+    one = jax.checkpoint(
+        lambda chunk: tower.apply({"params": params}, **chunk)
+    )  # where towers are tuned
     tokens = jax.lax.map(one, chunks)
     return rearrange(tokens, "c (p n) k d -> (p c n) k d", p=shards)

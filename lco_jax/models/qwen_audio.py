@@ -44,10 +44,14 @@ class AudioConfig:
         """Read `audio_config`. Raises, by key, for what is missing or not implemented."""
         audio = section(config, "audio_config", where)
         if audio.get("activation_function", "gelu") != "gelu" or audio.get("scale_embedding"):
-            raise LcoError(f"{where}: audio_config has an activation or scale_embedding that is not supported")
+            raise LcoError(
+                f"{where}: audio_config has an activation or scale_embedding that is not supported"
+            )
         need = partial(positive, audio, where=f"{where}: audio_config")
         if need("n_window") % 2:  # pairs of pooled tokens would reach across chunks
-            raise LcoError(f"{where}: audio_config.n_window is {audio['n_window']}; only even windows are supported")
+            raise LcoError(
+                f"{where}: audio_config.n_window is {audio['n_window']}; only even windows are supported"
+            )
         return cls(
             num_layers=need("encoder_layers"),
             hidden_size=need("d_model"),
@@ -70,7 +74,13 @@ class Convolution(nn.Module):
     def __call__(self, x: Array) -> Array:
         """x [B, N, C] -> [B, N / stride, D]."""
         shape = (self.features, x.shape[-1], 3)  # [D, C, 3], as the checkpoints have it
-        weight = leaf(self, "weight", shape, nn.initializers.normal((3 * x.shape[-1]) ** -0.5), self.param_dtype)
+        weight = leaf(
+            self,
+            "weight",
+            shape,
+            nn.initializers.normal((3 * x.shape[-1]) ** -0.5),
+            self.param_dtype,
+        )
         bias = leaf(self, "bias", shape[:1], nn.initializers.zeros, self.param_dtype)
         y = jax.lax.conv_general_dilated(
             x,
@@ -97,8 +107,12 @@ class Layer(nn.Module):
             self.config.num_heads, key_bias=False, param_dtype=self.param_dtype, name="self_attn"
         )
         x += attention(norm(name="self_attn_layer_norm")(x), valid)
-        y = Linear(self.config.intermediate_size, True, self.param_dtype, name="fc1")(norm(name="final_layer_norm")(x))
-        x += Linear(self.config.hidden_size, True, self.param_dtype, name="fc2")(nn.gelu(y, approximate=False))
+        y = Linear(self.config.intermediate_size, True, self.param_dtype, name="fc1")(
+            norm(name="final_layer_norm")(x)
+        )
+        x += Linear(self.config.hidden_size, True, self.param_dtype, name="fc2")(
+            nn.gelu(y, approximate=False)
+        )
         return x, None
 
 
@@ -111,7 +125,9 @@ class QwenAudio(nn.Module):
 
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The least input, as shapes."""
-        mel = jax.ShapeDtypeStruct((1, 2 * self.config.n_window, self.config.num_mel_bins), jnp.float32)
+        mel = jax.ShapeDtypeStruct(
+            (1, 2 * self.config.n_window, self.config.num_mel_bins), jnp.float32
+        )
         return {"mel": mel, "frames": jax.ShapeDtypeStruct((1,), jnp.int32)}
 
     def row_size(self, arguments: dict[str, Array]) -> int:
@@ -124,7 +140,9 @@ class QwenAudio(nn.Module):
         c = self.config
         convolution = partial(Convolution, c.hidden_size, param_dtype=self.param_dtype)
         x = nn.gelu(convolution(stride=1, name="conv1")(mel.astype(self.dtype)), approximate=False)
-        x *= (jnp.arange(x.shape[1]) < frames[:, None])[..., None]  # the next layer pads with zeros, not with a bias
+        x *= (jnp.arange(x.shape[1]) < frames[:, None])[
+            ..., None
+        ]  # the next layer pads with zeros, not with a bias
         x = nn.gelu(convolution(stride=2, name="conv2")(x), approximate=False)
         x += _sinusoids(x.shape[1], c.hidden_size).astype(x.dtype)
         valid = (jnp.arange(x.shape[1]) < ((frames + 1) // 2)[:, None]).astype(jnp.int32)

@@ -25,7 +25,16 @@ from lco_jax.core.errors import LcoError
 from lco_jax.core.weights import dot
 from lco_jax.models.attention import attention
 from lco_jax.models.config import positive, section
-from lco_jax.models.layers import Linear, Projector, RMSNorm, apply_rotary, leaf, normalised, rotation_of, stacked
+from lco_jax.models.layers import (
+    Linear,
+    Projector,
+    RMSNorm,
+    apply_rotary,
+    leaf,
+    normalised,
+    rotation_of,
+    stacked,
+)
 
 ROPE_THETA = 10_000.0
 NORM_EPS = 1e-6
@@ -53,7 +62,9 @@ class VisionConfig:
         """Read `vision_config`. Raises, by key, for what is missing or not implemented."""
         vision = section(config, "vision_config", where)
         if vision.get("hidden_act", "silu") != "silu":
-            raise LcoError(f"{where}: vision_config.hidden_act {vision['hidden_act']!r} is not supported (silu is)")
+            raise LcoError(
+                f"{where}: vision_config.hidden_act {vision['hidden_act']!r} is not supported (silu is)"
+            )
         need = partial(positive, vision, where=f"{where}: vision_config")
         return cls(
             in_channels=vision.get("in_channels") or vision.get("in_chans") or 3,
@@ -76,13 +87,22 @@ class Attention(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array, rotation: Array, frame_ids: Array, window_ids: Array, full: Array) -> Array:
+    def __call__(
+        self, x: Array, rotation: Array, frame_ids: Array, window_ids: Array, full: Array
+    ) -> Array:
         """x [B, T, D]; window_ids [B, W, T / W]; full: whether to attend to frames -> [B, T, D]."""
         size, heads = self.config.hidden_size, self.config.num_heads
         if self.config.fused:
-            qkv = jnp.split(Linear(3 * size, use_bias=True, param_dtype=self.param_dtype, name="qkv")(x), 3, axis=-1)
+            qkv = jnp.split(
+                Linear(3 * size, use_bias=True, param_dtype=self.param_dtype, name="qkv")(x),
+                3,
+                axis=-1,
+            )
         else:
-            qkv = [Linear(size, use_bias=True, param_dtype=self.param_dtype, name=name)(x) for name in "qkv"]
+            qkv = [
+                Linear(size, use_bias=True, param_dtype=self.param_dtype, name=name)(x)
+                for name in "qkv"
+            ]
         q, k, v = (rearrange(y, "b t (k h) -> b t k 1 h", k=heads) for y in qkv)
         q, k = (apply_rotary(y.astype(jnp.float32), rotation).astype(x.dtype) for y in (q, k))
 
@@ -96,7 +116,9 @@ class Attention(nn.Module):
             mixed = attention(q, k[..., 0, :], v[..., 0, :], ids, causal=False)
             return rearrange(mixed, "(b w) t k 1 h -> b (w t) k 1 h", w=w)
 
-        mixed = rearrange(jax.lax.cond(full, in_frames, in_windows, q, k, v), "b t k 1 h -> b t (k h)")
+        mixed = rearrange(
+            jax.lax.cond(full, in_frames, in_windows, q, k, v), "b t k 1 h -> b t (k h)"
+        )
         return Linear(size, use_bias=True, param_dtype=self.param_dtype, name="proj")(mixed)
 
 
@@ -111,7 +133,9 @@ class MLP(nn.Module):
         """x [B, T, D] -> [B, T, D]."""
         gate = Linear(self.config.intermediate_size, True, self.param_dtype, name="gate_proj")(x)
         up = Linear(self.config.intermediate_size, True, self.param_dtype, name="up_proj")(x)
-        return Linear(self.config.hidden_size, True, self.param_dtype, name="down_proj")(nn.silu(gate) * up)
+        return Linear(self.config.hidden_size, True, self.param_dtype, name="down_proj")(
+            nn.silu(gate) * up
+        )
 
 
 class Block(nn.Module):
@@ -128,7 +152,9 @@ class Block(nn.Module):
         """
         y = RMSNorm(NORM_EPS, self.param_dtype, name="norm1")(x)
         x += Attention(self.config, self.param_dtype, name="attn")(y, *where, full)
-        x += MLP(self.config, self.param_dtype, name="mlp")(RMSNorm(NORM_EPS, self.param_dtype, name="norm2")(x))
+        x += MLP(self.config, self.param_dtype, name="mlp")(
+            RMSNorm(NORM_EPS, self.param_dtype, name="norm2")(x)
+        )
         return x, None
 
 
@@ -151,7 +177,9 @@ class PatchEmbed(nn.Module):
         shape = (c.hidden_size, c.in_channels, c.temporal_patch_size, c.patch_size, c.patch_size)
         init = nn.initializers.normal(math.prod(shape[1:]) ** -0.5)
         x = rearrange(x, "b t c p v -> b t (c p v)")
-        return dot(x, leaf(self, "weight", shape, init, self.param_dtype).reshape(c.hidden_size, -1))
+        return dot(
+            x, leaf(self, "weight", shape, init, self.param_dtype).reshape(c.hidden_size, -1)
+        )
 
 
 class Merger(nn.Module):
@@ -164,7 +192,9 @@ class Merger(nn.Module):
     def __call__(self, x: Array) -> Array:
         """x [B, T, D], the patches of a square side by side -> [B, M, O]."""
         merge = self.config.spatial_merge_size**2
-        x = rearrange(RMSNorm(NORM_EPS, self.param_dtype, name="ln_q")(x), "b (m u) d -> b m (u d)", u=merge)
+        x = rearrange(
+            RMSNorm(NORM_EPS, self.param_dtype, name="ln_q")(x), "b (m u) d -> b m (u d)", u=merge
+        )
         return Projector(x.shape[-1], self.config.out_hidden_size, self.param_dtype, name="mlp")(x)
 
 
@@ -178,7 +208,10 @@ class QwenVision(nn.Module):
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The least input, as shapes."""
         c = self.config
-        values, unit = c.in_channels * c.temporal_patch_size * c.patch_size**2, c.spatial_merge_size**2
+        values, unit = (
+            c.in_channels * c.temporal_patch_size * c.patch_size**2,
+            c.spatial_merge_size**2,
+        )
         ids = jax.ShapeDtypeStruct((1, unit), jnp.int32)
         return {
             "patches": jax.ShapeDtypeStruct((1, unit, values), jnp.uint8),
@@ -193,7 +226,9 @@ class QwenVision(nn.Module):
         return arguments["patches"].shape[1]
 
     @nn.compact
-    def __call__(self, patches: Array, scale: Array, coordinates: Array, frame_ids: Array, window_ids: Array) -> Array:
+    def __call__(
+        self, patches: Array, scale: Array, coordinates: Array, frame_ids: Array, window_ids: Array
+    ) -> Array:
         """Rows in window order -> [B, M, O], M = T / 4.
 
         patches: uint8 [B, T, V]. scale: float32 [B, C, 3], how the levels of each of C channels are normalised.
@@ -211,6 +246,8 @@ class QwenVision(nn.Module):
 
 def _angles(coordinates: Array, head_dim: int) -> Array:
     """Rotation angles [B, T, H / 2]: the first half turns with the row, the second with the column."""
-    frequencies = 1.0 / ROPE_THETA ** (np.arange(0, head_dim // 2, 2, dtype=np.float32) / np.float32(head_dim // 2))
+    frequencies = 1.0 / ROPE_THETA ** (
+        np.arange(0, head_dim // 2, 2, dtype=np.float32) / np.float32(head_dim // 2)
+    )
     angles = coordinates[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
     return rearrange(angles, "b t a f -> b t (a f)")

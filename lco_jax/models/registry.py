@@ -28,14 +28,20 @@ from lco_jax.models.qwen_vision import QwenVision, VisionConfig
 
 KeyTable = tuple[tuple[str, str | None], ...]
 _DECODER = r"((?:embed_tokens|layers|norm)\..+)"
-_BUFFER = (r".*\.(rotary_(pos_)?emb\.inv_freq|position_ids)", None)  # constants that old files store
+_BUFFER = (
+    r".*\.(rotary_(pos_)?emb\.inv_freq|position_ids)",
+    None,
+)  # constants that old files store
 
 QWEN_KEYS: KeyTable = (
     _BUFFER,
     (rf"model\.(?:language_model\.)?{_DECODER}", r"decoder.\1"),
     (r"lm_head\.weight", "lm_head.weight"),
     (r"(?:model\.)?visual\.patch_embed\.proj\.weight", "visual.patch_embed.weight"),
-    (r"(?:model\.)?visual\.merger\.mlp\.0\.(.+)", r"visual.merger.mlp.linear_1.\1"),  # torch numbers them
+    (
+        r"(?:model\.)?visual\.merger\.mlp\.0\.(.+)",
+        r"visual.merger.mlp.linear_1.\1",
+    ),  # torch numbers them
     (r"(?:model\.)?visual\.merger\.mlp\.2\.(.+)", r"visual.merger.mlp.linear_2.\1"),
     (r"(?:model\.)?visual\.(.+)", r"visual.\1"),
     (r"(?:model\.)?audio_tower\.audio_bos_eos_token\.weight", None),  # stored and never used
@@ -47,7 +53,10 @@ LLAVA_KEYS: KeyTable = (
     (r"(?:language_model\.)?lm_head\.weight", "lm_head.weight"),
     (r"(?:model\.)?image_newline", "vision_tower.image_newline"),
     (r"(?:model\.)?multi_modal_projector\.(.+)", r"vision_tower.projector.\1"),
-    (r"(?:model\.)?vision_tower\.(?:vision_model\.)?post_layernorm\..+", None),  # features come from before it
+    (
+        r"(?:model\.)?vision_tower\.(?:vision_model\.)?post_layernorm\..+",
+        None,
+    ),  # features come from before it
     (r"(?:model\.)?vision_tower\.(?:vision_model\.)?encoder\.(.+)", r"vision_tower.\1"),
     (r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+_embedding)\.weight", r"vision_tower.\1"),
     (r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)", r"vision_tower.\1"),
@@ -88,10 +97,16 @@ class Backbone:
         raise KeyError(key)
 
 
-def _vision(config: dict[str, Any], where: str, decoder: DecoderConfig, fused: bool) -> VisionConfig:
+def _vision(
+    config: dict[str, Any], where: str, decoder: DecoderConfig, fused: bool
+) -> VisionConfig:
     if len(decoder.mrope_section) != 3:
-        raise LcoError(f"{where}: the rope of its text decoder has no mrope_section, which images need")
-    return _fits(VisionConfig.from_hf(config, where, fused), "vision_config.out_hidden_size", where, decoder)
+        raise LcoError(
+            f"{where}: the rope of its text decoder has no mrope_section, which images need"
+        )
+    return _fits(
+        VisionConfig.from_hf(config, where, fused), "vision_config.out_hidden_size", where, decoder
+    )
 
 
 def _audio(config: dict[str, Any], where: str, decoder: DecoderConfig) -> AudioConfig:
@@ -104,11 +119,16 @@ def _clip(config: dict[str, Any], where: str, decoder: DecoderConfig) -> ClipCon
 
 def _fits(tower: Any, key: str, where: str, decoder: DecoderConfig) -> Any:
     if tower.out_hidden_size != decoder.hidden_size:
-        raise LcoError(f"{where}: {key} is {tower.out_hidden_size}, and hidden_size {decoder.hidden_size}")
+        raise LcoError(
+            f"{where}: {key} is {tower.out_hidden_size}, and hidden_size {decoder.hidden_size}"
+        )
     return tower
 
 
-_OMNI_TOWERS = {"visual": (QwenVision, partial(_vision, fused=False)), "audio_tower": (QwenAudio, _audio)}
+_OMNI_TOWERS = {
+    "visual": (QwenVision, partial(_vision, fused=False)),
+    "audio_tower": (QwenAudio, _audio),
+}
 _OMNI_READS = {"visual": ("image", "video"), "audio_tower": ("audio",)}
 _OMNI = partial(Backbone, keys=QWEN_KEYS, towers=_OMNI_TOWERS, reads=_OMNI_READS)
 BACKBONES = {
@@ -141,7 +161,9 @@ def find_backbone(config: dict[str, Any], where: str) -> tuple[Backbone, dict[st
     """The backbone of a config.json's content, and the part of it that describes the model. `where` names the file."""
     model_type = config.get("model_type")
     if model_type not in BACKBONES:
-        raise LcoError(f"{where}: model_type {model_type!r} is not supported; these are: {', '.join(BACKBONES)}")
+        raise LcoError(
+            f"{where}: model_type {model_type!r} is not supported; these are: {', '.join(BACKBONES)}"
+        )
     backbone = BACKBONES[model_type]
     for key in backbone.inner_config:
         if not isinstance(config.get(key), dict):

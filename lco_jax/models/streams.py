@@ -37,9 +37,9 @@ def take(x: Array, indices: Array) -> Array:
 
 def to_rows(x: Array, tokens: PackedTokens) -> list[Array]:
     """What the rows hold of x [R, T, K, …]: [R, N, K, W, …] of each width. Beyond a sequence's end it is arbitrary."""
-    if tokens.head_length is None:
+    if tokens.prefix_length is None:
         return _to_rows(x, tokens.rows)
-    return _shared_to_rows(x, tokens.rows, tokens.home, tokens.head_length)
+    return _shared_to_rows(x, tokens.rows, tokens.home, tokens.prefix_length)
 
 
 @jax.custom_vjp
@@ -87,28 +87,32 @@ def _to_rows(x: Array, groups: Sequence[Array]) -> list[Array]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _shared_to_rows(x: Array, groups: tuple[Array, ...], home: Array, head_length: int) -> list[Array]:
-    """`to_rows` of streams whose first `head_length` tokens may stand in many rows, and others in one."""
+def _shared_to_rows(
+    x: Array, groups: tuple[Array, ...], home: Array, prefix_length: int
+) -> list[Array]:
+    """`to_rows` of streams whose first `prefix_length` tokens may stand in many rows, and others in one."""
     return _to_rows(x, groups)
 
 
-def _shared_to_rows_forward(x: Array, groups: tuple[Array, ...], home: Array, head_length: int) -> tuple:
+def _shared_to_rows_forward(
+    x: Array, groups: tuple[Array, ...], home: Array, prefix_length: int
+) -> tuple:
     return _to_rows(x, groups), (groups, home)
 
 
-def _shared_to_rows_backward(head_length: int, saved: tuple, grads: list[Array]) -> tuple:
+def _shared_to_rows_backward(prefix_length: int, saved: tuple, grads: list[Array]) -> tuple:
     groups, home = saved
     at_home = _from_rows(grads, home, groups)
-    if not head_length:
+    if not prefix_length:
         return at_home, None, None
-    total = jnp.zeros((home.shape[0], head_length, *at_home.shape[2:]), jnp.float32)
+    total = jnp.zeros((home.shape[0], prefix_length, *at_home.shape[2:]), jnp.float32)
     for group, grad in zip(groups, grads, strict=True):
-        columns = min(head_length, group.shape[2])
+        columns = min(prefix_length, group.shape[2])
         here = group[:, :, None, :columns] == jnp.arange(columns)
         summed = jnp.sum(_where(here, grad[:, :, :, :columns]), axis=1, dtype=jnp.float32)
         total = total.at[:, :columns].add(jnp.swapaxes(summed, 1, 2))
     shared = total.astype(at_home.dtype)
-    return jnp.concatenate([shared, at_home[:, head_length:]], axis=1), None, None
+    return jnp.concatenate([shared, at_home[:, prefix_length:]], axis=1), None, None
 
 
 _shared_to_rows.defvjp(_shared_to_rows_forward, _shared_to_rows_backward)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lco_jax.data.corpus import Item
+from lco_jax.data.corpus import CorpusItem
 from lco_jax.data.prompts import is_conversation
 from lco_jax.data.records import ADDRESS
 from lco_jax.searching.nearest import Nearest
@@ -48,20 +48,27 @@ class Entry:
     text: str
     files: list[File]
     parts: list[dict[str, Any]]
-    item: Item
+    item: CorpusItem
 
     @classmethod
-    def of(cls, item: Item, root: Path) -> "Entry":
+    def of(cls, item: CorpusItem, root: Path) -> "Entry":
         """root: the folder that labels start from."""
         turns = item.content if is_conversation(item.content) else [{"content": item.content}]
-        turns = [[turn["content"]] if isinstance(turn["content"], dict) else turn["content"] for turn in turns]
+        turns = [
+            [turn["content"]] if isinstance(turn["content"], dict) else turn["content"]
+            for turn in turns
+        ]
         parts = [{"type": "text", **part} for turn in turns for part in turn]
         text = "\n".join(part["text"] for part in parts if part["type"] == "text")[:TEXT_SHOWN]
         sources = [(part["type"], part[part["type"]]) for part in parts if part["type"] != "text"]
         paths = [(kind, x) for kind, x in sources if isinstance(x, str) and not ADDRESS.match(x)]
-        paths += [("image", frame) for _, x in sources if isinstance(x, list) for frame in x]  # of a clip
+        paths += [
+            ("image", frame) for _, x in sources if isinstance(x, list) for frame in x
+        ]  # of a clip
         files = [File(kind, path, mark_of(path)) for kind, path in paths]
-        key = blake2b(json.dumps([item.content, [file.mark for file in files]]).encode(), digest_size=16).hexdigest()
+        key = blake2b(
+            json.dumps([item.content, [file.mark for file in files]]).encode(), digest_size=16
+        ).hexdigest()
         kind = sources[0][0] if sources else "text"
         return cls(key, kind, item.where.removeprefix(f"{root}/"), text, files, parts, item)
 
@@ -72,7 +79,9 @@ class Library:
     vectors: float32 [N, D] of unit length, a row an entry. index: from a kind's vectors, keys and name to a `Nearest`.
     """
 
-    def __init__(self, entries: Sequence[Entry], vectors: np.ndarray, index: Callable[..., Nearest]):
+    def __init__(
+        self, entries: Sequence[Entry], vectors: np.ndarray, index: Callable[..., Nearest]
+    ):
         self.entries = {entry.key: entry for entry in entries}
         self._row: dict[str, int] = {}  # among its kind
         self._kinds: dict[str, tuple[list[Entry], Nearest]] = {}
@@ -95,5 +104,7 @@ class Library:
         """At most k entries of these kinds with their cosines, the nearest to a unit vector [D] first."""
         found = []
         for entries, index in map(self._kinds.__getitem__, kinds):
-            found += [(entries[row], float(cosine)) for row, cosine in zip(*index(query, k), strict=True)]
+            found += [
+                (entries[row], float(cosine)) for row, cosine in zip(*index(query, k), strict=True)
+            ]
         return sorted(found, key=lambda one: -one[1])[:k]

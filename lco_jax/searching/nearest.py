@@ -51,7 +51,11 @@ def with_graph(vectors: np.ndarray, keys: list[str], folder: Path, name: str) ->
 
     path = folder / f"{name}-{blake2b(''.join(keys).encode(), digest_size=8).hexdigest()}.usearch"
     if path.exists():
-        with explained(f"{path} is torn; remove it, and the same command makes it again", ValueError, RuntimeError):
+        with explained(
+            f"{path} is torn; remove it, and the same command makes it again",
+            ValueError,
+            RuntimeError,
+        ):
             return Nearest(vectors, Graph.restore(path, view=True))
     graph = Graph(ndim=vectors.shape[1], metric="cos", dtype="f16")
     with tqdm(total=len(vectors), desc=f"graph of {name}", unit="vector") as progress:
@@ -74,6 +78,8 @@ def recall(nearest: Nearest) -> float:
     rows = np.random.default_rng(0).permutation(len(nearest.vectors))[:SAMPLE]
     exact, found = Nearest(nearest.vectors), 0
     for row in rows.tolist():
-        best, proposed = (set(search(nearest.vectors[row], NEIGHBOURS + 1)[0]) for search in (exact, nearest))
+        best, proposed = (
+            set(search(nearest.vectors[row], NEIGHBOURS + 1)[0]) for search in (exact, nearest)
+        )
         found += len((best & proposed) - {row})
     return found / (len(rows) * min(NEIGHBOURS, len(nearest.vectors) - 1))

@@ -41,7 +41,9 @@ HEADERS = [  # of every answer
     ("referrer-policy", "no-referrer"),
     ("x-content-type-options", "nosniff"),
 ]
-Encode = Callable[[Any, str], np.ndarray]  # what `encode` takes, and its name in errors -> a unit vector [D]
+Encode = Callable[
+    [Any, str], np.ndarray
+]  # what `encode` takes, and its name in errors -> a unit vector [D]
 
 
 class Server:
@@ -71,7 +73,9 @@ class Server:
         """What the page shows before a search: the model, the counts, and some entries from all over."""
         entries = [*self.library.entries.values()]
         some = [_shown(entry, None) for entry in entries[:: -(-len(entries) // SOME)]]
-        return JSONResponse({**self.about, "counts": self.library.counts, "most": self.most, "some": some})
+        return JSONResponse(
+            {**self.about, "counts": self.library.counts, "most": self.most, "some": some}
+        )
 
     async def search(self, request: Request) -> Response:
         """A form with any of text, file and like (an entry's key), and the kinds to look among, by default all.
@@ -84,7 +88,8 @@ class Server:
         length = request.headers.get("content-length", "")
         if not length.isdecimal() or int(length) > self.most:
             raise HTTPException(
-                413, f"A query says its length, and that is {self.most:,} bytes at most (--max-upload)."
+                413,
+                f"A query says its length, and that is {self.most:,} bytes at most (--max-upload).",
             )
         async with request.form(max_files=1, max_fields=20) as form:
             text, file, like = str(form.get("text", "")), form.get("file"), form.get("like")
@@ -93,16 +98,24 @@ class Server:
         if text.strip():
             parts.append({"type": "text", "text": text})
         if not parts and entry is None:
-            raise HTTPException(400, "The query is empty; type a text, or give an image, a sound or a clip.")
+            raise HTTPException(
+                400, "The query is empty; type a text, or give an image, a sound or a clip."
+            )
         async with self.model:
             began = time.monotonic()
             if parts:
                 name = file.filename if isinstance(file, UploadFile) else "the query"
-                vector = await run_in_threadpool(self.encode, [*(entry.parts if entry else ()), *parts], name)
+                vector = await run_in_threadpool(
+                    self.encode, [*(entry.parts if entry else ()), *parts], name
+                )
             else:
                 vector = self.library.vector(entry.key)
         encoded = time.monotonic()
-        chosen = [kind for kind in self.library.counts if kind in (form.getlist("kind") or self.library.counts)]
+        chosen = [
+            kind
+            for kind in self.library.counts
+            if kind in (form.getlist("kind") or self.library.counts)
+        ]
         found = await run_in_threadpool(self.library.nearest, vector, chosen, RESULTS + 1)
         results = [_shown(one, cosine) for one, cosine in found if one is not entry][:RESULTS]
         seconds = {"encode": encoded - began, "search": time.monotonic() - encoded}
@@ -114,12 +127,16 @@ class Server:
         if kind not in MEDIA:
             raise LcoError(f"{file.filename} is no image, sound or clip")
         if kind not in self.about["modalities"]:
-            raise LcoError(f"{file.filename} is {kind}, and this model takes {', '.join(self.about['modalities'])}")
+            raise LcoError(
+                f"{file.filename} is {kind}, and this model takes {', '.join(self.about['modalities'])}"
+            )
         return {"type": kind, kind: await file.read()}
 
     def _entry(self, key: str) -> Entry:
         if key not in self.library.entries:
-            raise HTTPException(404, "There is no such entry; the index has changed, so load the page again.")
+            raise HTTPException(
+                404, "There is no such entry; the index has changed, so load the page again."
+            )
         return self.library.entries[key]
 
     def _file(self, request: Request) -> File:
@@ -129,7 +146,9 @@ class Server:
             raise HTTPException(404, "The entry has no such file.")
         file = files[request.path_params["number"]]
         if file.mark is None or mark_of(file.path) != file.mark:
-            raise HTTPException(410, "The file has changed or is gone since it was indexed; start the search again.")
+            raise HTTPException(
+                410, "The file has changed or is gone since it was indexed; start the search again."
+            )
         return file
 
     def medium(self, request: Request) -> Response:
@@ -147,7 +166,9 @@ class Server:
         image = ImageOps.exif_transpose(load_image(file.path, "thumbnail", MediaConfig()))
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         image.save(content := io.BytesIO(), "WEBP", quality=90)
-        return Response(content.getvalue(), 200, {"cache-control": "private, max-age=86400"}, "image/webp")
+        return Response(
+            content.getvalue(), 200, {"cache-control": "private, max-age=86400"}, "image/webp"
+        )
 
 
 def _shown(entry: Entry, cosine: float | None) -> dict[str, Any]:
@@ -158,5 +179,7 @@ def _shown(entry: Entry, cosine: float | None) -> dict[str, Any]:
 
 async def _refuse(request: Request, error: Exception) -> Response:
     """An error as one sentence."""
-    status, said = (error.status_code, error.detail) if isinstance(error, HTTPException) else (422, str(error))
+    status, said = (
+        (error.status_code, error.detail) if isinstance(error, HTTPException) else (422, str(error))
+    )
     return JSONResponse({"error": said}, status)

@@ -16,7 +16,9 @@ from lco_jax.core.sharding import ROWS, constrain, current_row_shards
 
 TILE_SCORES = 2**25  # anchors × candidates that a device compares at once (128 MiB of float32)
 CANDIDATES = ("auto", "gather", "ring")
-RING_BYTES = 2**30  # gathered candidates and their gradient, on one device, from which on "auto" takes the ring
+RING_BYTES = (
+    2**30
+)  # gathered candidates and their gradient, on one device, from which on "auto" takes the ring
 
 
 def takes_ring(candidates: str, count: int, hidden: int) -> bool:
@@ -50,29 +52,36 @@ def info_nce(
     shards, asked = current_row_shards(), len(present)
     ring = ring and shards > 1
     tiles = _tiles(-(-asked // shards), present[:, 1:].size, tile_scores)
-    equal = partial(whole, parts=shards * tiles)  # records that are absent make shards and tiles equal
+    equal = partial(
+        whole, parts=shards * tiles
+    )  # records that are absent make shards and tiles equal
     embeddings, present = equal(embeddings), equal(present)
     content = None if content is None else equal(content)
     records, sides = present.shape
     own = jnp.arange(records)
-    index = jnp.concatenate([own[:, None], records + jnp.arange(records * (sides - 2)).reshape(records, -1)], axis=1)
+    index = jnp.concatenate(
+        [own[:, None], records + jnp.arange(records * (sides - 2)).reshape(records, -1)], axis=1
+    )
     says = index if content is None else content[:, 1:]  # positives come first; no two say the same
     parts = embeddings[:, 1:], index, present[:, 1:], says
     candidates = tuple(rearrange(x, "b s ... -> (b s) ...") for x in parts)
-    split = lambda x: constrain(rearrange(x, "(p t b) ... -> t (p b) ...", p=shards, t=tiles), None, ROWS)  # noqa: E731
+    split = lambda x: constrain(
+        rearrange(x, "(p t b) ... -> t (p b) ...", p=shards, t=tiles), None, ROWS
+    )
     anchors = split(embeddings[:, 0]), split(own), split(says[:, 0])
     candidates = jax.tree.map(lambda x: constrain(x, *([ROWS] if ring else [])), candidates)
-    one = lambda tile: _compare(tile, candidates, temperature)  # noqa: E731
+    one = lambda tile: _compare(tile, candidates, temperature)
     found = jax.lax.map(one if tiles == 1 else jax.checkpoint(one), anchors)
     there, logit = split(present[:, 0]), found["positive"] / temperature
     rows = rearrange(found["logsumexp"] - logit, "t (p b) -> (p t b)", p=shards)
     own_fault = jnp.any(present & ~jnp.all(jnp.isfinite(embeddings), axis=-1), axis=-1)
     rows = jnp.where(own_fault, jnp.nan, jnp.where(jnp.isfinite(rows), rows, jnp.inf))
-    total = lambda x: jnp.sum(jnp.where(there, x, 0.0))  # noqa: E731, over the anchors there are
+    total = lambda x: jnp.sum(jnp.where(there, x, 0.0))
     count = jnp.sum(there)  # of a batch without a record the mean is NaN, and its step is skipped
     metrics = {
         "loss": total(found["logsumexp"] - logit) / count,
-        "accuracy": total((found["before"] < logit) & (found["after"] <= logit)) / count,  # of equals, the first
+        "accuracy": total((found["before"] < logit) & (found["after"] <= logit))
+        / count,  # of equals, the first
         "positive_similarity": total(found["positive"]) / count,
         "negative_similarity": total(found["negative"]) / jnp.maximum(total(found["negatives"]), 1),
         "rows": jnp.where(present[:, 0], rows, -jnp.inf)[:asked],
@@ -85,7 +94,9 @@ def _tiles(anchors: int, candidates: int, tile_scores: int) -> int:
     return min(-(-anchors * candidates // tile_scores), anchors)
 
 
-def _compare(anchors: tuple[Array, ...], candidates: tuple[Array, ...], temperature: float) -> dict[str, Array]:
+def _compare(
+    anchors: tuple[Array, ...], candidates: tuple[Array, ...], temperature: float
+) -> dict[str, Array]:
     """What each anchor finds among some candidates, [b] each. before, after: the highest logit of its negatives there.
 
     anchors: vectors [b, D], the positive's index, what it says. candidates: vectors [n, D], index, presence, what they
@@ -96,7 +107,7 @@ def _compare(anchors: tuple[Array, ...], candidates: tuple[Array, ...], temperat
     is_own, is_before = index == own[:, None], index < own[:, None]
     wrong = real & ~is_own & (says != said[:, None])
     logits = jnp.where(wrong | is_own, cosines / temperature, -jnp.inf)
-    highest = lambda of: jnp.max(jnp.where(of, jax.lax.stop_gradient(logits), -jnp.inf), axis=-1)  # noqa: E731
+    highest = lambda of: jnp.max(jnp.where(of, jax.lax.stop_gradient(logits), -jnp.inf), axis=-1)
     return {
         "logsumexp": jax.nn.logsumexp(logits, axis=-1),
         "before": highest(wrong & is_before),
@@ -129,7 +140,9 @@ def by_record(embeddings: Array, sequences: Array) -> Array:
     def here(block: Array, chunk: Array, stream: Array, slot: Array) -> Array:
         streams = block.shape[1]
 
-        def visit(carry: tuple[Array, Array, Array], _: None) -> tuple[tuple[Array, Array, Array], None]:
+        def visit(
+            carry: tuple[Array, Array, Array], _: None
+        ) -> tuple[tuple[Array, Array, Array], None]:
             block, first, found = carry
             at = jnp.where(stream < first, streams, stream - first)  # beyond the last lie zeros
             found += block.at[chunk, at, slot].get(mode="fill", fill_value=0)
@@ -137,8 +150,12 @@ def by_record(embeddings: Array, sequences: Array) -> Array:
             return (block, first, found), None
 
         found = jnp.zeros((*slot.shape, block.shape[-1]))
-        return jax.lax.scan(visit, (block, jax.lax.axis_index(ROWS) * streams, found), length=shards)[0][2]
+        return jax.lax.scan(
+            visit, (block, jax.lax.axis_index(ROWS) * streams, found), length=shards
+        )[0][2]
 
     share, streams = PartitionSpec(ROWS), PartitionSpec(None, ROWS)
-    split = jax.shard_map(here, mesh=mesh, in_specs=(streams, *[share] * 3), out_specs=share, check_vma=False)
+    split = jax.shard_map(
+        here, mesh=mesh, in_specs=(streams, *[share] * 3), out_specs=share, check_vma=False
+    )
     return split(embeddings, *places)

@@ -30,7 +30,23 @@ from lco_jax.models.decoder import REMAT_POLICIES
 
 MARGIN = 0.05  # of a device's memory, left to the runtime, to fragmentation and to batches larger than planned
 MOST = 3  # programs that are compiled for a choice
-PARTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # chunks that a batch is tried in
+PARTS = (
+    2,
+    3,
+    4,
+    6,
+    8,
+    12,
+    16,
+    24,
+    32,
+    48,
+    64,
+    96,
+    128,
+    192,
+    256,
+)  # chunks that a batch is tried in
 LEAST = 128  # tokens of a chunk
 # Policies by speed, where least recomputation is not it: on CPU "none" was slower than "mlp" in every round, and
 # takes twice the memory.
@@ -47,7 +63,11 @@ class Candidate(NamedTuple):
     chunk_tokens: int
 
     def __str__(self) -> str:
-        chunk = f"chunks of {self.chunk_tokens:,} tokens" if self.chunk_tokens else "the batch in one chunk"
+        chunk = (
+            f"chunks of {self.chunk_tokens:,} tokens"
+            if self.chunk_tokens
+            else "the batch in one chunk"
+        )
         return f"remat {self.remat}, {chunk}"
 
 
@@ -80,22 +100,32 @@ def refused_bytes(error: jax.errors.JaxRuntimeError) -> int:
 
 
 def abstract_tokens(
-    shape: Shape, leading: tuple[int, ...], head: int | None, place: NamedSharding | None = None
+    shape: Shape, leading: tuple[int, ...], prefix: int | None, place: NamedSharding | None = None
 ) -> PackedTokens:
-    """Streams of `shape` as shapes. leading: their number, and what stands before it. head: as of `PackedTokens`."""
+    """Streams of `shape` as shapes. leading: their number, and what stands before it. prefix: as of `PackedTokens`."""
 
     def array(*sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*leading, *sizes), dtype, sharding=place)
 
-    one, keys, positions = array(shape.tokens), array(shape.tokens, dtype=jnp.uint32), array(shape.tokens, 3)
+    one, keys, positions = (
+        array(shape.tokens),
+        array(shape.tokens, dtype=jnp.uint32),
+        array(shape.tokens, 3),
+    )
     groups = tuple(array(count, width) for width, count in sorted(shape.rows.items()))
-    return PackedTokens(one, positions, keys, one, groups, one, array(sum(shape.rows.values())), head)
+    return PackedTokens(
+        one, positions, keys, one, groups, one, array(sum(shape.rows.values())), prefix
+    )
 
 
 def abstract_batch(
-    shape: Shape, sides: tuple[int, int], head: int, mesh: Mesh, media: Mapping[str, Any] | None = None
+    shape: Shape,
+    sides: tuple[int, int],
+    prefix: int,
+    mesh: Mesh,
+    media: Mapping[str, Any] | None = None,
 ) -> Batch:
-    """A batch as shapes on the mesh. sides: [B, 2 + M]; head: tokens that all texts share; media: as `Batch` has it."""
+    """A batch as shapes on the mesh. sides: [B, 2 + M]; prefix: tokens that all texts share; media: as `Batch` has it."""
     place = NamedSharding(mesh, PartitionSpec(None, ROWS))
     leading = shape.chunks, row_shards(mesh)
     answers = None
@@ -106,10 +136,14 @@ def abstract_batch(
     if (processes := jax.process_count()) > 1:  # as processes that share a batch make them
         split = sides[0] // processes, row_shards(mesh), sides[1]
         table = jax.ShapeDtypeStruct(split, jnp.int32, sharding=place)
-    return Batch(abstract_tokens(shape, leading, head, place), table, table, dict(media or {}), answers)
+    return Batch(
+        abstract_tokens(shape, leading, prefix, place), table, table, dict(media or {}), answers
+    )
 
 
-def abstract_media(layouts: Mapping[str, Any], floor: Mapping[str, tuple[int, int]], mesh: Mesh) -> dict[str, Any]:
+def abstract_media(
+    layouts: Mapping[str, Any], floor: Mapping[str, tuple[int, int]], mesh: Mesh
+) -> dict[str, Any]:
     """What towers read of a batch as planned, as shapes. layouts: `Processor.rows`. floor: a `Layout`'s media_floor."""
     place, shards = NamedSharding(mesh, PartitionSpec(ROWS)), row_shards(mesh)
 
@@ -118,7 +152,7 @@ def abstract_media(layouts: Mapping[str, Any], floor: Mapping[str, tuple[int, in
 
     found = {}
     for tower, (width, count) in floor.items():
-        empty = layouts[tower].fill([([], layouts[tower].lay([], width))], count, width)
+        empty = layouts[tower].fill([([], layouts[tower].assign([], width))], count, width)
         found[tower] = jax.tree.map(global_shape, empty)
     return found
 
@@ -134,18 +168,29 @@ def held_bytes(tree: Any) -> int:
 
 
 def rough_bytes(
-    config: DecoderConfig, state: Any, params: Any, remat: str, tokens: int, itemsize: int, tensor: int = 1
+    config: DecoderConfig,
+    state: Any,
+    params: Any,
+    remat: str,
+    tokens: int,
+    itemsize: int,
+    tensor: int = 1,
 ) -> int:
     """About what a step takes, to begin with the likeliest policy; how far off it is matters little.
 
     state, params: placed, of which what is tuned has a gradient and an update beside it. tokens: of a device's chunk;
     itemsize: bytes of an activation. tensor: the ways a product is split.
     """
-    heads, mlp = config.head_dim * (config.num_heads + config.num_kv_heads) / tensor, config.intermediate_size / tensor
+    heads, mlp = (
+        config.head_dim * (config.num_heads + config.num_kv_heads) / tensor,
+        config.intermediate_size / tensor,
+    )
     kept = {"full": 0, "attention": 2 * heads, "gate": 2 * heads + mlp, "mlp": 2 * heads + 2 * mlp}
     kept["none"] = 3 * kept["mlp"]
     at_work = 4 * mlp + 8 * config.hidden_size  # of one layer
-    activations = tokens * itemsize * (config.num_layers * (config.hidden_size + kept[remat]) + at_work)
+    activations = (
+        tokens * itemsize * (config.num_layers * (config.hidden_size + kept[remat]) + at_work)
+    )
     return held_bytes((params, state)) + 2 * held_bytes(state["tuned"]) + int(activations)
 
 
@@ -169,14 +214,19 @@ def free_memory(root: Path = Path("/")) -> int:
     """Bytes that this process may still take: of the machine, and of its cgroup (a container's, a job's)."""
     try:
         lines = (root / "proc/meminfo").read_text(encoding="utf-8").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        free = next(
+            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")
+        )
     except (OSError, StopIteration):  # no Linux
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     for folder in _cgroups(root):
         try:
             limit = (folder / "memory.max").read_text(encoding="utf-8").strip()
             used = int((folder / "memory.current").read_text(encoding="utf-8"))
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
+            stat = dict(
+                line.split()
+                for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
+            )
         except (OSError, ValueError):  # no limit is set there, or it is not ours to read
             continue
         if limit.isdecimal():
@@ -198,7 +248,9 @@ def _cgroups(root: Path) -> list[Path]:
     return [folder for folder in (mine, *mine.parents) if folder == top or top in folder.parents]
 
 
-def candidates(remat: str, chunk_tokens: int, tokens: int, backend: str | None = None) -> list[Candidate]:
+def candidates(
+    remat: str, chunk_tokens: int, tokens: int, backend: str | None = None
+) -> list[Candidate]:
     """What may be chosen, from the fastest to that with the least memory.
 
     remat, chunk_tokens: the configuration's; "auto" and -1 are chosen. tokens: of a stream that holds a whole batch.
@@ -215,7 +267,10 @@ def candidates(remat: str, chunk_tokens: int, tokens: int, backend: str | None =
 
 
 def choose(
-    memory: int, options: Sequence[Candidate], rough: Callable[[Candidate], int], need: Callable[[Candidate], int]
+    memory: int,
+    options: Sequence[Candidate],
+    rough: Callable[[Candidate], int],
+    need: Callable[[Candidate], int],
 ) -> Choice:
     """The first of the options that fits `memory` bytes a device, with `need` asked at most `MOST` times.
 
@@ -271,7 +326,9 @@ def choose_for(
 
     def rough(one: Candidate) -> int:
         tokens = shape_of(one.chunk_tokens).tokens
-        return rough_bytes(decoder, state, params, one.remat, tokens, itemsize, mesh.shape["tensor"])
+        return rough_bytes(
+            decoder, state, params, one.remat, tokens, itemsize, mesh.shape["tensor"]
+        )
 
     def need(one: Candidate) -> int:
         return remembered_bytes(lower(one), str(one))

@@ -23,15 +23,21 @@ class MetricsLog:
     def __init__(self, workdir: Path, first_step: int, config: ConfigDict):
         self.path = workdir / "metrics.jsonl"
         kept = keep_before(self.path, first_step)
-        self.skipped = kept[-1]["skipped_steps"] if kept else 0  # steps that were not finite, so far
-        self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115, closed in close()
+        self.skipped = (
+            kept[-1]["skipped_steps"] if kept else 0
+        )  # steps that were not finite, so far
+        self._file = open(self.path, "a", encoding="utf-8", buffering=1)
         self._tensorboard = self._wandb = None
         if config.log.tensorboard:
-            writer = _optional("tensorboardX", "config.log.tensorboard", "tensorboard").SummaryWriter
+            writer = _optional(
+                "tensorboardX", "config.log.tensorboard", "tensorboard"
+            ).SummaryWriter
             self._tensorboard = writer(str(workdir / "tensorboard"), purge_step=first_step)
         if config.log.wandb_project:
             wandb = _optional("wandb", "config.log.wandb_project", "wandb")
-            identity = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]  # one run a workdir
+            identity = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[
+                :16
+            ]  # one run a workdir
             self._wandb = wandb.init(
                 project=config.log.wandb_project,
                 name=config.name,
@@ -70,7 +76,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a metrics file; a last line torn by a kill is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last newline is torn
+    lines = path.read_text(encoding="utf-8").split("\n")[
+        :-1
+    ]  # what follows the last newline is torn
     return [json.loads(line) for line in lines]
 
 
@@ -78,4 +86,6 @@ def _optional(module: str, key: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise LcoError(f"{key} needs the package {module}: pip install 'lco-jax[{extra}]'") from None
+        raise LcoError(
+            f"{key} needs the package {module}: pip install 'lco-jax[{extra}]'"
+        ) from None

@@ -28,14 +28,18 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Step -> rate: 0 at step 0, the peak after `warmup_steps`, 0 at `total_steps` (cosine or linear)."""
     peak, decay_steps = config.learning_rate, max(total_steps - config.warmup_steps, 1)
     if config.warmup_steps >= total_steps:
-        raise LcoError(f"optimizer.warmup_steps {config.warmup_steps} must be less than the {total_steps} steps")
+        raise LcoError(
+            f"optimizer.warmup_steps {config.warmup_steps} must be less than the {total_steps} steps"
+        )
     decays = {
         "cosine": optax.cosine_decay_schedule(peak, decay_steps),
         "linear": optax.linear_schedule(peak, 0.0, decay_steps),
         "constant": optax.constant_schedule(peak),
     }
     if config.schedule not in decays:
-        raise LcoError(f"optimizer.schedule is {config.schedule!r}; it is one of: {', '.join(decays)}")
+        raise LcoError(
+            f"optimizer.schedule is {config.schedule!r}; it is one of: {', '.join(decays)}"
+        )
     if config.warmup_steps == 0:
         return decays[config.schedule]
     warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)

@@ -22,7 +22,10 @@ from lco_jax.core.errors import LcoError
 from lco_jax.training.metrics import MetricsLog, keep_before
 
 RECENT, LEAST = 64, 16  # losses that tell what is usual; the fewest that do
-WORST, NAME = 8, 512  # records that are named; bytes of a name that others are told, its end, where file and line stand
+WORST, NAME = (
+    8,
+    512,
+)  # records that are named; bytes of a name that others are told, its end, where file and line stand
 logger = logging.getLogger(__name__)
 
 
@@ -38,11 +41,17 @@ class Incidents:
         if jax.process_index() == 0 and self.path.exists():
             keep_before(self.path, first_step)
 
-    def look(self, step: int, loss: float, finite: bool, rows: jax.Array, where: Sequence[str]) -> None:
+    def look(
+        self, step: int, loss: float, finite: bool, rows: jax.Array, where: Sequence[str]
+    ) -> None:
         """finite: of the loss and its gradient; rows: float32 [B], as the step returns them; where: the origins of this
         process's share of the batch's records, number p + i · P being the i-th of process p."""
         usual = float(np.median(self.recent)) if len(self.recent) >= LEAST else None
-        deviation = 0 if usual is None else max(np.median(np.abs(np.array(self.recent) - usual)), abs(usual) / 100)
+        deviation = (
+            0
+            if usual is None
+            else max(np.median(np.abs(np.array(self.recent) - usual)), abs(usual) / 100)
+        )
         if finite:
             self.recent.append(loss)
             if usual is None or not self.spike or loss <= usual + self.spike * deviation:
@@ -54,16 +63,34 @@ class Incidents:
         if jax.process_index():
             return
         records = [
-            {"record": name, "loss": float(x) if math.isfinite(x) else None, "finite": not math.isnan(x)}
+            {
+                "record": name,
+                "loss": float(x) if math.isfinite(x) else None,
+                "finite": not math.isnan(x),
+            }
             for name, x in zip(names, values, strict=True)
         ]
         line = {"step": step, "loss": loss if math.isfinite(loss) else None, "skipped": not finite}
-        line = json.dumps({**line, "recent_median": usual, "records": records}, ensure_ascii=False, allow_nan=False)
+        line = json.dumps(
+            {**line, "recent_median": usual, "records": records},
+            ensure_ascii=False,
+            allow_nan=False,
+        )
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
-        what = f"the loss leaps from {usual:.4g} to {loss:.4g}" if finite else "the loss or its gradient is not finite"
+        what = (
+            f"the loss leaps from {usual:.4g} to {loss:.4g}"
+            if finite
+            else "the loss or its gradient is not finite"
+        )
         named = ", ".join(f"{name} ({x:.4g})" for name, x in zip(names[:3], values, strict=False))
-        logger.warning("step %d: %s; the worst records and their losses: %s, … (%s)", step, what, named, self.path)
+        logger.warning(
+            "step %d: %s; the worst records and their losses: %s, … (%s)",
+            step,
+            what,
+            named,
+            self.path,
+        )
 
 
 def _names(numbers: Sequence[int], where: Sequence[str]) -> list[str]:
@@ -74,7 +101,9 @@ def _names(numbers: Sequence[int], where: Sequence[str]) -> list[str]:
         if number % processes == me:
             name = where[number // processes].encode()[-NAME:]
             row[: len(name)] = np.frombuffer(name, np.uint8)
-    every = multihost_utils.process_allgather(told[None], tiled=True).max(axis=0)  # those of other processes are 0
+    every = multihost_utils.process_allgather(told[None], tiled=True).max(
+        axis=0
+    )  # those of other processes are 0
     return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in every]
 
 
@@ -94,7 +123,12 @@ class Progress:
         self.skipped, self.in_a_row = self.log.skipped if self.log else 0, 0
         self.since = time.perf_counter()
         self.bar = tqdm(
-            total=total_steps, initial=first_step, desc="training", unit="step", disable=not self.log, mininterval=0.5
+            total=total_steps,
+            initial=first_step,
+            desc="training",
+            unit="step",
+            disable=not self.log,
+            mininterval=0.5,
         )
 
     def record(self, step: int, metrics: Mapping[str, Any], where: tuple[str, ...]) -> None:
@@ -115,7 +149,9 @@ class Progress:
         finite = bool(values.pop("finite"))
         self.incidents.look(step, values["loss"], finite, rows, where)
         self.in_a_row = 0 if finite else self.in_a_row + 1
-        values = {key: value if math.isfinite(value) else None for key, value in values.items()}  # JSON has no NaN
+        values = {
+            key: value if math.isfinite(value) else None for key, value in values.items()
+        }  # JSON has no NaN
         values |= {
             "tokens_per_s": values.pop("tokens") / (now - since),
             "records_per_s": self.batch_size / (now - since),

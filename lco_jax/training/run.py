@@ -16,14 +16,24 @@ from lco_jax.core import lora
 from lco_jax.core.buckets import Place, reaching
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, write_json
-from lco_jax.core.sharding import make_mesh, placed
+from lco_jax.core.sharding import make_mesh, with_shardings
 from lco_jax.training import tuning
 from lco_jax.training.losses import CANDIDATES
 from lco_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
 from lco_jax.training.step import State, init_state, state_shardings
 
 # what may change between the parts of a resumed run: it moves no number, or says where and how long
-FREE = ("mesh", "checkpoint", "eval", "export", "log", "name", "data.threads", "train.patience", "train.spike")
+FREE = (
+    "mesh",
+    "checkpoint",
+    "eval",
+    "export",
+    "log",
+    "name",
+    "data.threads",
+    "train.patience",
+    "train.spike",
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,9 @@ class Training:
     shardings: State
 
     @classmethod
-    def build(cls, config: Mapping[str, Any], checkpoint: Checkpoint, total_steps: int, mesh: Mesh) -> "Training":
+    def build(
+        cls, config: Mapping[str, Any], checkpoint: Checkpoint, total_steps: int, mesh: Mesh
+    ) -> "Training":
         """From config.lora, tune and optimizer, and the checkpoint's geometry; nothing is allocated."""
         lora_config, tune = lora.LoraConfig(**config["lora"]), tuning.TuneConfig(**config["tune"])
         if config["model"]["quantize"] and tune.decoder == "full":
@@ -70,9 +82,9 @@ class Training:
         return jax.eval_shape(partial(init_state, tx=self.tx), self.tuned)
 
     @property
-    def placed(self) -> State:
+    def sharded_abstract(self) -> State:
         """The state as shapes that know where they lie."""
-        return placed(self.abstract, self.shardings)
+        return with_shardings(self.abstract, self.shardings)
 
     def resume(self, store: RunStore) -> tuple[int, State, dict[str, Any]] | None:
         """(step, state, data position) of the newest checkpoint that can be read; None where none was saved."""
@@ -97,11 +109,16 @@ def check_config(config: ConfigDict) -> None:
         for key in keys:
             if not fine(flat[key]):
                 raise LcoError(f"config.{key} is {flat[key]}; it must be {says}")
-    for key, values in (("data.batches", ("mixed", "homogeneous")), ("train.candidates", CANDIDATES)):
+    for key, values in (
+        ("data.batches", ("mixed", "homogeneous")),
+        ("train.candidates", CANDIDATES),
+    ):
         if flat[key] not in values:
             raise LcoError(f"config.{key} is {flat[key]!r}; it is one of: {', '.join(values)}")
     if not config.train.steps and not config.train.epochs > 0:
-        raise LcoError(f"config.train.epochs is {config.train.epochs}; it must be above 0 where train.steps is 0")
+        raise LcoError(
+            f"config.train.epochs is {config.train.epochs}; it must be above 0 where train.steps is 0"
+        )
 
 
 def claim_workdir(workdir: Place, config: ConfigDict, total_steps: int, begun: bool) -> None:
@@ -120,7 +137,9 @@ def claim_workdir(workdir: Place, config: ConfigDict, total_steps: int, begun: b
         write_json(path, content)
 
 
-def tuned_of_run(workdir: Place, step: int | None = None) -> tuple[str, dict[str, Any], lora.LoraConfig, int]:
+def tuned_of_run(
+    workdir: Place, step: int | None = None
+) -> tuple[str, dict[str, Any], lora.LoraConfig, int]:
     """(checkpoint path, what was tuned, on the host, configuration of adapters, step) of a run's checkpoint.
 
     step: which, by default the newest. Raises where there is none.
@@ -133,9 +152,13 @@ def tuned_of_run(workdir: Place, step: int | None = None) -> tuple[str, dict[str
         raise LcoError(f"{workdir} has no checkpoint yet")
     step = there[-1] if step is None else step
     if step not in there:
-        raise LcoError(f"{workdir} has no checkpoint of step {step}; there are: {', '.join(map(str, there))}")
+        raise LcoError(
+            f"{workdir} has no checkpoint of step {step}; there are: {', '.join(map(str, there))}"
+        )
     mesh = make_mesh(devices=jax.local_devices()[:1])
-    training = Training.build(config, open_checkpoint(config["model"]["path"]), config["total_steps"], mesh)
+    training = Training.build(
+        config, open_checkpoint(config["model"]["path"]), config["total_steps"], mesh
+    )
     tuned = store.read(step, {"tuned": training.tuned})["tuned"]  # and not the optimizer's moments
     store.close()
     return config["model"]["path"], tuned, training.lora, step
@@ -144,4 +167,8 @@ def tuned_of_run(workdir: Place, step: int | None = None) -> tuple[str, dict[str
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {k: v for key, node in tree.items() for k, v in _flat(node, f"{prefix}.{key}" if prefix else key).items()}
+    return {
+        k: v
+        for key, node in tree.items()
+        for k, v in _flat(node, f"{prefix}.{key}" if prefix else key).items()
+    }

@@ -28,8 +28,12 @@ from lco_jax.training import tuning
 from lco_jax.training.losses import by_record, info_nce, takes_ring, whole
 from lco_jax.training.optimizer import Optimizer
 
-State = dict[str, Any]  # {"step": int32, "tuned": tree, "optimizer": optax state}; all of it is checkpointed
-Loss = Callable[..., tuple[Array, dict[str, Array]]]  # (tuned, params, batch, media, seed=) -> loss and metrics
+State = dict[
+    str, Any
+]  # {"step": int32, "tuned": tree, "optimizer": optax state}; all of it is checkpointed
+Loss = Callable[
+    ..., tuple[Array, dict[str, Array]]
+]  # (tuned, params, batch, media, seed=) -> loss and metrics
 Update = jax.stages.Wrapped  # a jitted (state, params, batch, media) -> (state, metrics)
 
 
@@ -62,7 +66,9 @@ def in_chunks(one: Callable[[Any], Array], chunks: Any) -> Array:
     return jax.lax.map(jax.checkpoint(one), chunks)
 
 
-def embed_chunks(decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, media: Array | None = None) -> Array:
+def embed_chunks(
+    decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, media: Array | None = None
+) -> Array:
     """Streams of [C, R, T] and their media tokens [P, M, D] -> embeddings [C, R, S, D]."""
     return in_chunks(partial(embed, decoder, params, media=media), tokens)
 
@@ -130,9 +136,14 @@ def generative_loss(
     losses = in_chunks(one, (batch.tokens.with_seed(seed), batch.answers))
     records = len(batch.sequences)
     loss = losses.sum() / jnp.sum(batch.answers.ids >= 0)
-    record = jnp.where(batch.answers.record < 0, records, batch.answers.record)  # one more, for padding
+    record = jnp.where(
+        batch.answers.record < 0, records, batch.answers.record
+    )  # one more, for padding
     sums, counts = (jnp.zeros(records + 1).at[record].add(x)[:-1] for x in (losses, 1.0))
-    return loss, {"loss": loss, "rows": jnp.where(counts > 0, sums / jnp.maximum(counts, 1), -jnp.inf)}
+    return loss, {
+        "loss": loss,
+        "rows": jnp.where(counts > 0, sums / jnp.maximum(counts, 1), -jnp.inf),
+    }
 
 
 class Step:
@@ -145,7 +156,9 @@ class Step:
     def __init__(self, name: str, update: Update, towers: MediaPrograms | None):
         self.update, self.towers, self.shapes = update, towers, ShapeLog(name)
 
-    def __call__(self, state: State, params: dict[str, Any], batch: Batch) -> tuple[State, dict[str, Array]]:
+    def __call__(
+        self, state: State, params: dict[str, Any], batch: Batch
+    ) -> tuple[State, dict[str, Array]]:
         """One step; the state is donated."""
         media = None if self.towers is None else self.towers(params, batch.media)
         params, batch = self._of_update(params, batch)
@@ -178,8 +191,14 @@ def make_train_step(
     **options: Any,
 ) -> Step:
     """The contrastive step. options: as of `contrastive_loss`."""
-    loss = partial(contrastive_loss, decoder=model.decoder, config=config, temperature=temperature, **options)
-    return Step("training step", make_update(loss, tx, seed, mesh, state_sharding), MediaPrograms(model, mesh))
+    loss = partial(
+        contrastive_loss, decoder=model.decoder, config=config, temperature=temperature, **options
+    )
+    return Step(
+        "training step",
+        make_update(loss, tx, seed, mesh, state_sharding),
+        MediaPrograms(model, mesh),
+    )
 
 
 def make_pretrain_step(
@@ -210,9 +229,13 @@ def make_update(loss: Loss, tx: Optimizer, seed: int, mesh: Mesh, state_sharding
         state: State, params: dict[str, Any], batch: Batch, media: Array | None
     ) -> tuple[State, dict[str, Array]]:
         batch = batch.whole(jax.process_count())
-        dropout_seed = jnp.uint32(seed) + state["step"].astype(jnp.uint32) * jnp.uint32(GOLDEN_RATIO)
+        dropout_seed = jnp.uint32(seed) + state["step"].astype(jnp.uint32) * jnp.uint32(
+            GOLDEN_RATIO
+        )
         of = partial(loss, seed=dropout_seed)
-        (_, metrics), grads = jax.value_and_grad(of, has_aux=True)(state["tuned"], params, batch, media)
+        (_, metrics), grads = jax.value_and_grad(of, has_aux=True)(
+            state["tuned"], params, batch, media
+        )
         norm = optax.tree.norm(grads)
         updates, optimizer = tx.update(grads, state["optimizer"], state["tuned"])
         new = {"tuned": optax.apply_updates(state["tuned"], updates), "optimizer": optimizer}
@@ -221,7 +244,9 @@ def make_update(loss: Loss, tx: Optimizer, seed: int, mesh: Mesh, state_sharding
         kept = jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
         tokens = sum(jnp.sum(group >= 0) for group in batch.tokens.rows)
         said = batch.content.astype(jnp.uint32).ravel()
-        which = jnp.sum(said * (2 * jnp.arange(said.size, dtype=jnp.uint32) + 1))  # equal content in an equal order
+        which = jnp.sum(
+            said * (2 * jnp.arange(said.size, dtype=jnp.uint32) + 1)
+        )  # equal content in an equal order
         metrics |= {"grad_norm": norm, "finite": finite, "tokens": tokens, "batch": which}
         metrics["learning_rate"] = tx.rate(state["optimizer"])
         return {"step": state["step"] + 1, **kept}, metrics

@@ -40,7 +40,9 @@ class TuneConfig:
     def __post_init__(self) -> None:
         for key, known in (("decoder", DECODER), ("towers", TOWERS)):
             if getattr(self, key) not in known:
-                raise LcoError(f"config.tune.{key} is {getattr(self, key)!r}; it is one of: {', '.join(known)}")
+                raise LcoError(
+                    f"config.tune.{key} is {getattr(self, key)!r}; it is one of: {', '.join(known)}"
+                )
 
     def whole(self, path: str) -> bool:
         """Whether the parameter at a dotted path is tuned whole."""
@@ -51,7 +53,9 @@ class TuneConfig:
 def init(key: Array, params: Tree, tune: TuneConfig, config: lora.LoraConfig) -> Tree:
     """The tree at step 0: new adapters, and what is tuned whole as `params` has it. Traceable; shapes give shapes."""
     flat = flatten_dict(params, sep=".")
-    tuned = unflatten_dict({p: x.astype(jnp.float32) for p, x in flat.items() if tune.whole(p)}, sep=".")
+    tuned = unflatten_dict(
+        {p: x.astype(jnp.float32) for p, x in flat.items() if tune.whole(p)}, sep="."
+    )
     if tune.decoder == "lora":
         tuned["decoder"] = lora.init(key, params["decoder"], config)
     if tune.decoder == "projection":
@@ -69,7 +73,7 @@ def frozen(params: Tree, tune: TuneConfig) -> Tree:
 def attach(params: Tree, tuned: Tree, config: lora.LoraConfig) -> Tree:
     """`params` (frozen or all) with what is tuned in its place."""
     decoder = lora.attach(params.get("decoder", {}), tuned.get("decoder", {}), config)
-    others = lambda tree: flatten_dict({k: v for k, v in tree.items() if k != "decoder"}, sep=".")  # noqa: E731
+    others = lambda tree: flatten_dict({k: v for k, v in tree.items() if k != "decoder"}, sep=".")
     return {"decoder": decoder, **unflatten_dict({**others(params), **others(tuned)}, sep=".")}
 
 

@@ -23,11 +23,16 @@ def leave_on_sigterm() -> None:
     action = _sigterm_action()
 
     def handler(*_: object) -> None:
-        print("stopped by SIGTERM; there was nothing to save: the same command begins or resumes", file=sys.stderr)
+        print(
+            "stopped by SIGTERM; there was nothing to save: the same command begins or resumes",
+            file=sys.stderr,
+        )
         sys.stderr.flush()
         os._exit(PREEMPTED)
 
-    handler.action_before = action  # of several processes it is jax's, which `Preemption` wants back
+    handler.action_before = (
+        action  # of several processes it is jax's, which `Preemption` wants back
+    )
     signal.signal(signal.SIGTERM, handler)
 
 
@@ -44,7 +49,9 @@ class Preemption:
 
     def __init__(self, reached: Callable[[int], bool]):
         self.reached = reached
-        self.came: list[int] | None = None  # signals; None while SIGTERM still ends the process at once
+        self.came: list[int] | None = (
+            None  # signals; None while SIGTERM still ends the process at once
+        )
 
     def heed(self) -> None:
         """Call when there is something to save: from now on SIGTERM is noted."""
@@ -85,7 +92,10 @@ def meeting() -> Iterator[int]:
     """Within, processes meet; where that takes more than the seconds it gives, this one says so and ends."""
 
     def end() -> None:
-        print(f"the other processes have not come in {MEET} s; the same command begins or resumes", file=sys.stderr)
+        print(
+            f"the other processes have not come in {MEET} s; the same command begins or resumes",
+            file=sys.stderr,
+        )
         sys.stderr.flush()
         os._exit(PEER_LOST)
 
@@ -109,7 +119,9 @@ def peers() -> Iterator[None]:
             "resumes from the newest checkpoint",
             file=sys.stderr,
         )
-        leave(PEER_LOST, seconds=0.0 if jax.process_index() else 1.0)  # the others hang on to the first
+        leave(
+            PEER_LOST, seconds=0.0 if jax.process_index() else 1.0
+        )  # the others hang on to the first
 
 
 class Watchdog(threading.Thread):
@@ -122,7 +134,11 @@ class Watchdog(threading.Thread):
     def __init__(self, patience: float, step: int):
         super().__init__(daemon=True)
         self.patience, self.step, self.left = patience, step, FIRST * patience
-        self.tick, self.closed, self.watched = min(1.0, patience / 4), threading.Event(), threading.get_ident()
+        self.tick, self.closed, self.watched = (
+            min(1.0, patience / 4),
+            threading.Event(),
+            threading.get_ident(),
+        )
 
     def ended(self, step: int) -> None:
         """Call when a step's results are there."""

@@ -17,4 +17,6 @@ class Absent:
 
 find_spec = importlib.util.find_spec
 sys.meta_path.insert(0, Absent())
-importlib.util.find_spec = lambda name, *a: None if name in ("torch", "torchvision") else find_spec(name, *a)
+importlib.util.find_spec = lambda name, *a: (
+    None if name in ("torch", "torchvision") else find_spec(name, *a)
+)

@@ -18,7 +18,7 @@ from lco_jax.core.packing import Shape, bucket, in_widths, largest, tiled, width
 from lco_jax.core.sharding import row_shards
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import as_messages
-from lco_jax.data.share import Layout, LocalBatch, agree, agree_shape, lay_batch
+from lco_jax.data.share import Layout, LocalBatch, agree, agree_shape, pack_batch
 from lco_jax.data.tower_rows import Processed
 
 RECORDS, MEDIA_RECORDS = 512, 64  # sampled at least; media take their time to read
@@ -34,11 +34,15 @@ def draw(batches: grain.MapDataset, layout: Layout, media: bool) -> list[LocalBa
     return [batches[i] for i in range(max(least, -(-records // share)))]
 
 
-def plan(sample: list[LocalBatch], layout: Layout, processor: Processor, mesh: Mesh, max_length: int) -> Layout:
+def choose_layout(
+    sample: list[LocalBatch], layout: Layout, processor: Processor, mesh: Mesh, max_length: int
+) -> Layout:
     """`layout` with floors, for a `sample` that `draw` drew."""
     layout = floor_of(sample, layout, processor, mesh)
     texts = 2 if layout.generative else 1  # of a sequence
-    longest = width_of(texts * max_length + len(processor.tokenizer([as_messages("", "")])[0]))  # one may yet come
+    longest = width_of(
+        texts * max_length + len(processor.tokenizer([as_messages("", "")])[0])
+    )  # one may yet come
     rows = {**layout.floor.rows, longest: max(layout.floor.rows.get(longest, 0), 1)}
     return replace(layout, floor=agree_shape(replace(layout.floor, rows=rows)))
 
@@ -47,25 +51,39 @@ def floor_of(sample: list[LocalBatch], layout: Layout, processor: Processor, mes
     """`layout` with floors that hold nearly every batch like those of the sample."""
     share = layout.batch_size // jax.process_count()
     shards = row_shards(mesh) // jax.process_count()
-    laid = [lay_batch(local, layout, processor.rows, shards) for local in sample]
-    layout = replace(layout, floor=Shape(chunks=max(one.chunks for one in laid)))
+    packed = [pack_batch(local, layout, processor.rows, shards) for local in sample]
+    layout = replace(layout, floor=Shape(chunks=max(one.chunks for one in packed)))
     if layout.floor.chunks > 1:  # all in as many chunks
-        laid = [lay_batch(local, layout, processor.rows, shards) for local in sample]
+        packed = [pack_batch(local, layout, processor.rows, shards) for local in sample]
     bins = shards * layout.floor.chunks
     rows = _rows(sample, bins)
-    needs = [largest(in_widths(stream.need, rows) for stream in one.streams) for one in laid]
-    head = len(layout.head)
-    tokens = head + _sum(sample, [need.tokens - head for need in needs], lambda x: max(len(x) - head, 1), share, bins)
+    needs = [largest(in_widths(stream.need, rows) for stream in one.streams) for one in packed]
+    prefix = len(layout.prefix)
+    tokens = prefix + _sum(
+        sample,
+        [need.tokens - prefix for need in needs],
+        lambda x: max(len(x) - prefix, 1),
+        share,
+        bins,
+    )
     answers = 0
     if layout.generative:
-        answers = _sum(sample, [need.answers for need in needs], lambda x: len(x.answer), share, bins)
+        answers = _sum(
+            sample, [need.answers for need in needs], lambda x: len(x.answer), share, bins
+        )
     floor = largest([*needs, Shape(tokens, rows, layout.floor.chunks, answers)])
     tokens, answers = tiled(bucket(floor.tokens, 64)), bucket(floor.answers, 64)
     floor = agree_shape(Shape(tokens, floor.rows, floor.chunks, answers))
-    return replace(layout, floor=floor, media_floor=_media(laid, processor))
+    return replace(layout, floor=floor, media_floor=_media(packed, processor))
 
 
-def _sum(sample: list[LocalBatch], needs: list[int], size: Callable[[Processed], int], share: int, bins: int) -> int:
+def _sum(
+    sample: list[LocalBatch],
+    needs: list[int],
+    size: Callable[[Processed], int],
+    share: int,
+    bins: int,
+) -> int:
     """What a bin holds of a batch of independent records but once in a very long time.
 
     needs: what the fullest bin of each batch of the sample holds. size: of an input.
@@ -95,7 +113,9 @@ def _rows(sample: list[LocalBatch], bins: int) -> dict[int, int]:
         return bucket(int(np.ceil(here * part + MARGIN * (here * part * (1 - part)) ** 0.5)) + 1, 8)
 
     widths = sorted(counts)
-    best: list[tuple[int, dict[int, int]]] = [(0, {})]  # of the first n widths: the fewest slots, and their rows
+    best: list[tuple[int, dict[int, int]]] = [
+        (0, {})
+    ]  # of the first n widths: the fewest slots, and their rows
     for end in range(1, len(widths) + 1):
         last, options = widths[end - 1], []
         for begin in range(end):
@@ -107,12 +127,16 @@ def _rows(sample: list[LocalBatch], bins: int) -> dict[int, int]:
     return best[-1][1]
 
 
-def _media(laid: list, processor: Processor) -> dict[str, tuple[int, int]]:
+def _media(packed: list, processor: Processor) -> dict[str, tuple[int, int]]:
     """Of each tower, rows as wide as the widest of the sample, and as many as the most, and an eighth more."""
     floor = {}
     for tower in sorted(processor.rows):
-        shapes = [one.media_need[tower] for one in laid if tower in one.media_need]
-        width, count = agree(np.array([max((x[0] for x in shapes), default=0), max((x[1] for x in shapes), default=0)]))
+        shapes = [one.media_need[tower] for one in packed if tower in one.media_need]
+        width, count = agree(
+            np.array(
+                [max((x[0] for x in shapes), default=0), max((x[1] for x in shapes), default=0)]
+            )
+        )
         if count:
             floor[tower] = (int(width), bucket(int(np.ceil(count * 1.125)), 4))
     return floor

@@ -12,7 +12,7 @@ import jax
 from jax.experimental import topologies
 
 from lco_jax.core.errors import LcoError
-from lco_jax.planning.hardware import Hardware
+from lco_jax.cost_model.hardware import Hardware
 
 GPU_PLUGINS = ("xla_cuda13", "xla_cuda12")
 # libtpu asks the machine and its network what it is part of, unless it is told
@@ -92,7 +92,9 @@ def target(hardware: Hardware, count: int) -> Target:
         make = _tpus if hardware.backend == "tpu" else _gpus
         return Target(hardware.backend, make(hardware, count))
     if len(jax.devices("cpu")) < count:
-        raise LcoError(f"{count} CPU devices are needed in the place of {hardware.name}; jax_num_cpu_devices sets them")
+        raise LcoError(
+            f"{count} CPU devices are needed in the place of {hardware.name}; jax_num_cpu_devices sets them"
+        )
     return Target("cpu", jax.devices("cpu")[:count], f"compiled for CPU, since {absent}")
 
 
@@ -101,7 +103,11 @@ def missing(backend: str) -> str:
     if backend == "tpu":
         there = importlib.util.find_spec("libtpu")
         return "" if there else "libtpu is not installed (pip install 'lco-jax[plan-tpu]')"
-    return "" if _gpu_plugin() else "no CUDA plugin of jax is installed (pip install 'lco-jax[plan-gpu]')"
+    return (
+        ""
+        if _gpu_plugin()
+        else "no CUDA plugin of jax is installed (pip install 'lco-jax[plan-gpu]')"
+    )
 
 
 def _gpu_plugin() -> str:
@@ -127,7 +133,9 @@ def _tpus(hardware: Hardware, count: int) -> list[jax.Device]:
 def _gpus(hardware: Hardware, count: int) -> list[jax.Device]:
     """GPUs of one node, as its compiler describes them."""
     jax.devices("cpu")  # jax looks for its plugins when it first looks for devices
-    described = GPU.format(memory=hardware.memory, bandwidth=int(hardware.bandwidth), **CORES[hardware.name])
+    described = GPU.format(
+        memory=hardware.memory, bandwidth=int(hardware.bandwidth), **CORES[hardware.name]
+    )
     found = topologies.get_topology_desc(
         platform="cuda", topology_name="", target_config=described, topology=f"1x1x{count}"
     )

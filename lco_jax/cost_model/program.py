@@ -21,32 +21,32 @@ from lco_jax.training import memory, tuning
 from lco_jax.training.run import Training
 from lco_jax.training.step import contrastive_loss, make_update
 
-HEAD = 14  # tokens of the prompt that texts share: those of Qwen's template
+PREFIX = 14  # tokens of the prompt that texts share: those of Qwen's template
 
 
 @dataclass(frozen=True)
 class Workload:
     """What a step is given.
 
-    sides: [B, 2 + M]. head: tokens that texts share. shape: of streams, by chunk_tokens and mesh.
+    sides: [B, 2 + M]. prefix: tokens that texts share. shape: of streams, by chunk_tokens and mesh.
     """
 
     sides: tuple[int, int]
-    head: int
+    prefix: int
     shape: Callable[[int, Mesh], Shape]
 
 
 def even(sides: tuple[int, int], tokens: int) -> Workload:
-    """Texts of `tokens` tokens each, the shared head among them."""
-    own = max(tokens - HEAD, 1)
+    """Texts of `tokens` tokens each, the shared prefix among them."""
+    own = max(tokens - PREFIX, 1)
 
     def shape(chunk_tokens: int, mesh: Mesh) -> Shape:
         texts = -(-sides[0] * sides[1] // row_shards(mesh))
         chunks = -(-texts * own // chunk_tokens) if chunk_tokens else 1
         texts = -(-texts // chunks)
-        return Shape(HEAD + texts * own, {width_of(HEAD + own): texts}, chunks)
+        return Shape(PREFIX + texts * own, {width_of(PREFIX + own): texts}, chunks)
 
-    return Workload(sides, HEAD, shape)
+    return Workload(sides, PREFIX, shape)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,9 @@ class Step:
     def params(self) -> dict[str, Any]:
         """The model's, placed; of towers a run on text loads none."""
         model = self.config["model"]
-        return {"decoder": placed_decoder(self.checkpoint, self.mesh, model["dtype"], model["quantize"])}
+        return {
+            "decoder": placed_decoder(self.checkpoint, self.mesh, model["dtype"], model["quantize"])
+        }
 
     @property
     def frozen(self) -> dict[str, Any]:
@@ -87,19 +89,26 @@ class Step:
 
     def batch(self, chunk_tokens: int) -> Any:
         """The batch, as shapes."""
-        given = self.shape(chunk_tokens), self.workload.sides, self.workload.head
+        given = self.shape(chunk_tokens), self.workload.sides, self.workload.prefix
         return memory.abstract_batch(*given, self.mesh)
 
     def candidates(self, chunk_tokens: int, backend: str) -> list[memory.Candidate]:
         """What `train` would choose from on such devices. chunk_tokens: as the configuration has it."""
         remat = self.config["model"]["remat"]
-        return memory.candidates(remat, chunk_tokens, self.shape(max(chunk_tokens, 0)).tokens, backend)
+        return memory.candidates(
+            remat, chunk_tokens, self.shape(max(chunk_tokens, 0)).tokens, backend
+        )
 
     def rough(self, one: memory.Candidate) -> int:
         """About the bytes of a device."""
-        itemsize, tensor = jnp.dtype(self.config["model"]["dtype"]).itemsize, self.mesh.shape["tensor"]
-        tokens, state = self.shape(one.chunk_tokens).tokens, self.training.placed
-        return memory.rough_bytes(self.checkpoint.config, state, self.frozen, one.remat, tokens, itemsize, tensor)
+        itemsize, tensor = (
+            jnp.dtype(self.config["model"]["dtype"]).itemsize,
+            self.mesh.shape["tensor"],
+        )
+        tokens, state = self.shape(one.chunk_tokens).tokens, self.training.sharded_abstract
+        return memory.rough_bytes(
+            self.checkpoint.config, state, self.frozen, one.remat, tokens, itemsize, tensor
+        )
 
     def lower(self, remat: str, chunk_tokens: int) -> jax.stages.Lowered:
         """The update, traced and ready to be compiled for the mesh's devices."""
@@ -109,6 +118,11 @@ class Step:
         decoder = self.decoder(remat)
         loss = partial(contrastive_loss, decoder=decoder, config=training.lora, **options)
         update = make_update(loss, training.tx, self.config["seed"], self.mesh, training.shardings)
-        given = training.placed, self.frozen, self.batch(chunk_tokens), None  # made before nothing can run any more
+        given = (
+            training.sharded_abstract,
+            self.frozen,
+            self.batch(chunk_tokens),
+            None,
+        )  # made before nothing can run any more
         with jax.set_mesh(self.mesh):
             return update.lower(*given)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lco_jax.planning.hardware import Hardware
+from lco_jax.cost_model.hardware import Hardware
 
 BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4,
@@ -35,8 +35,12 @@ NORM = re.compile(r"layernorm|/norm\d?/")
 UNKNOWN = str(2**63 - 1)  # cycles, where a TPU's compiler does not know
 LAUNCH = 3e-6  # seconds that a GPU kernel takes at least
 _ARRAY = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]")
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = ((?:\((?:[^()]|\([^()]*\))*\)|\S+)) ([\w-]+)\((.*)")
-_TILED = re.compile(r"{[\d,]*:[^{}]*}|/\*.*?\*/")  # a layout with its tiles, whose parentheses would mislead
+_INSTRUCTION = re.compile(
+    r"\s+(?:ROOT )?%?([\w.-]+) = ((?:\((?:[^()]|\([^()]*\))*\)|\S+)) ([\w-]+)\((.*)"
+)
+_TILED = re.compile(
+    r"{[\d,]*:[^{}]*}|/\*.*?\*/"
+)  # a layout with its tiles, whose parentheses would mislead
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) (?:\(.*)?\{\s*$")
 _CALLED = re.compile(r"(?:to_apply|calls|called_computation)=%?([\w.-]+)")
 
@@ -61,7 +65,11 @@ class Instruction(NamedTuple):
         branches = re.search(r"branch_computations={([^}]*)}", self.rest)
         named = dict(re.findall(r"(true|false)_computation=%?([\w.-]+)", self.rest))
         choice = [named[key] for key in ("false", "true") if key in named]
-        return _CALLED.findall(self.rest) + choice + (re.findall(r"[\w.-]+", branches[1]) if branches else [])
+        return (
+            _CALLED.findall(self.rest)
+            + choice
+            + (re.findall(r"[\w.-]+", branches[1]) if branches else [])
+        )
 
     @property
     def path(self) -> str:
@@ -136,7 +144,9 @@ class Program:
                 shares = [1.0] * len(one.called)
                 if one.op == "conditional":
                     two = len(shares) == 2
-                    shares = [1 - self.taken, self.taken] if two else [1 / len(shares)] * len(shares)
+                    shares = (
+                        [1 - self.taken, self.taken] if two else [1 / len(shares)] * len(shares)
+                    )
                 for called, share in zip(one.called, shares, strict=True):
                     yield from self._steps(called, times * share)
             else:
@@ -148,7 +158,11 @@ class Program:
         if known := re.search(r'known_trip_count":{"n":"(\d+)"', one.rest):
             return named["body"], int(known[1])
         condition, body = self.computations[named["condition"]], self.computations[named["body"]]
-        limits = [_constant(x) for x in condition.values() if x.op == "constant" and x.type[:3] in ("s32", "u32")]
+        limits = [
+            _constant(x)
+            for x in condition.values()
+            if x.op == "constant" and x.type[:3] in ("s32", "u32")
+        ]
         counters = [x for x in condition.values() if x.op == "get-tuple-element"]
         if len(limits) != 1 or len(counters) != 1:
             raise ValueError(f"the loop {one.name} does not say how often it runs")
@@ -165,7 +179,9 @@ class Program:
             one = where.get(one.operands[0])
         return _constant(one) if one is not None and one.op == "constant" else 0
 
-    def _inner(self, one: Instruction, where: Computation) -> Iterator[tuple[Instruction, Computation]]:
+    def _inner(
+        self, one: Instruction, where: Computation
+    ) -> Iterator[tuple[Instruction, Computation]]:
         """It, or what it fuses, however deep."""
         yield one, where
         if one.op == "fusion":
@@ -181,7 +197,11 @@ class Program:
         if hardware.backend == "tpu":
             cycles = re.search(r'"estimated_cycles":"(\d+)"', one.rest)
             return int(cycles[1]) / hardware.clock if cycles and cycles[1] != UNKNOWN else 0.0
-        if one.op in FREE or one.op.endswith("-done") or one.op.removesuffix("-start") in COLLECTIVES:
+        if (
+            one.op in FREE
+            or one.op.endswith("-done")
+            or one.op.removesuffix("-start") in COLLECTIVES
+        ):
             return 0.0
         moved = self._moved(one, where) / hardware.bandwidth
         return max(self._flops(one, where) / hardware.flops, moved, LAUNCH)
@@ -193,7 +213,9 @@ class Program:
             read = sum(_size(where[name].type) for name in one.operands if name in where)
             return read + _size(one.type) if one.op not in SLICES else 2 * _size(one.type)
         parameters = {_constant(x): x.name for x in inside.values() if x.op == "parameter"}
-        read = sum(_read(inside, parameters[i]) for i in range(len(one.operands)) if i in parameters)
+        read = sum(
+            _read(inside, parameters[i]) for i in range(len(one.operands)) if i in parameters
+        )
         root = next(x for x in inside.values() if x.root)
         parts = [inside[name] for name in root.operands] if root.op == "tuple" else [root]
         return read + sum(_written(part, inside) for part in parts)
@@ -251,7 +273,11 @@ def _step(body: Computation, index: int) -> int:
         one = body.get(one.operands[0])
     if one is None or one.op != "add":
         return 1
-    added = [_constant(body[name]) for name in one.operands if name in body and body[name].op == "constant"]
+    added = [
+        _constant(body[name])
+        for name in one.operands
+        if name in body and body[name].op == "constant"
+    ]
     return added[0] if added else 1
 
 
@@ -300,7 +326,9 @@ def _product_flops(one: Instruction, where: Computation) -> tuple[float, list[in
         return _dot_flops(one, where, re.search(r"lhs_contracting_dims={([\d,]*)}", one.rest)[1])
     if one.op == "convolution":
         return _convolution_flops(one, where)
-    if one.op == "custom-call" and (found := re.search(r'lhs_contracting_dimensions":\[([^\]]*)\]', one.rest)):
+    if one.op == "custom-call" and (
+        found := re.search(r'lhs_contracting_dimensions":\[([^\]]*)\]', one.rest)
+    ):
         return _dot_flops(one, where, found[1].replace('"', ""))  # cuBLAS
     return 0.0, []
 
@@ -313,14 +341,27 @@ def _dot_flops(one: Instruction, where: Computation, contracted: str) -> tuple[f
 
 def _convolution_flops(one: Instruction, where: Computation) -> tuple[float, list[int]]:
     """A TPU writes every product as a convolution, batches as windows whose places but one meet padding."""
-    left, kernel, out = (_arrays(type_)[0][1] for type_ in (*(where[x].type for x in one.operands[:2]), one.type))
+    left, kernel, out = (
+        _arrays(type_)[0][1] for type_ in (*(where[x].type for x in one.operands[:2]), one.type)
+    )
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest)
-    window = dict(re.findall(r"(\w+)=([\dx_-]+)", re.search(r"window={([^}]*)}|$", one.rest)[1] or ""))
+    window = dict(
+        re.findall(r"(\w+)=([\dx_-]+)", re.search(r"window={([^}]*)}|$", one.rest)[1] or "")
+    )
     pairs = 1
     for i, axis in enumerate(sorted(set(labels[3]) - {"b", "f"})):
         at = {key: window[key].split("x")[i] if key in window else None for key in WINDOW}
-        pairs *= _met(left[labels[1].index(axis)], kernel[labels[2].index(axis)], out[labels[3].index(axis)], at)
-    inner, batch, features = kernel[labels[2].index("i")], out[labels[3].index("b")], out[labels[3].index("f")]
+        pairs *= _met(
+            left[labels[1].index(axis)],
+            kernel[labels[2].index(axis)],
+            out[labels[3].index(axis)],
+            at,
+        )
+    inner, batch, features = (
+        kernel[labels[2].index("i")],
+        out[labels[3].index("b")],
+        out[labels[3].index("f")],
+    )
     return 2.0 * batch * features * inner * pairs, [batch, features, inner]
 
 

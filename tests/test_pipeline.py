@@ -1,0 +1,283 @@
+"""The stream of records, the batches that each process makes of it, and the cut of texts."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import reference
+from rows import row_of
+
+from lco_jax import LcoError, make_mesh
+from lco_jax.checkpoint import builtin
+from lco_jax.core.packing import (
+    Shape,
+    TokenSequence,
+    fill,
+    pack_stream,
+    padded_shape,
+)
+from lco_jax.data import pipeline
+from lco_jax.data.pipeline import Layout, ahead, local_batches, record_stream
+from lco_jax.data.processor import Processor
+from lco_jax.data.prompts import ChatTokenizer, as_messages
+from lco_jax.data.records import Record
+from lco_jax.data.scan import ListSource
+
+PREFIX = np.zeros(0, np.int32)
+LAYOUT = Layout(batch_size=8, max_negatives=2, prefix=PREFIX)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(cache):
+    return ChatTokenizer(builtin.build())
+
+
+@pytest.fixture(scope="module")
+def processor(cache):
+    return Processor(builtin.build())
+
+
+def numbered(n, name="r", negatives=1):
+    """n records of distinct texts; every third has no negative."""
+    return ListSource(
+        [
+            Record(
+                f"{name} {i} anchor",
+                f"{name} {i} positive",
+                tuple(f"{name} {i} negative {j}" for j in range(negatives if i % 3 else 0)),
+                f"{name}:{i}",
+            )
+            for i in range(n)
+        ]
+    )
+
+
+def order(sources, weights, seed, count):
+    stream = record_stream(sources, weights, seed)
+    return [stream[i].where for i in range(count)]
+
+
+def test_stream_is_a_function_of_the_seed():
+    sources, weights = {"a": numbered(200, "a"), "b": numbered(300, "b")}, {"a": 1.0, "b": 2.0}
+    first = order(sources, weights, 0, 200)
+    assert order(sources, weights, 0, 200) == first
+    for seed in (1, 2, 2**31):
+        assert order(sources, weights, seed, 200) != first
+
+
+def test_every_epoch_is_another_permutation():
+    n, epochs = 50, 4
+    seen = np.array(order({"a": numbered(n)}, {"a": 1.0}, 0, n * epochs)).reshape(epochs, n)
+    for epoch in seen:
+        assert sorted(epoch) == sorted(f"r:{i}" for i in range(n))
+    assert len({tuple(epoch) for epoch in seen}) == epochs
+    assert (seen[0] != [f"r:{i}" for i in range(n)]).any()
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (3.0, 1.0, 0.5), (0.05, 0.15, 0.8)])
+def test_mixture_weights_are_respected(weights):
+    sources = {"a": numbered(250, "a"), "b": numbered(900, "b"), "c": numbered(500, "c")}
+    names = [where[0] for where in order(sources, dict(zip("abc", weights, strict=True)), 0, 2000)]
+    share = np.array([names.count(name) for name in "abc"]) / len(names)
+    assert np.abs(share - np.array(weights) / sum(weights)).max() < 0.02
+
+
+def test_sources_of_a_mixture_keep_their_epochs():
+    seen = order({"a": numbered(7, "a"), "b": numbered(500, "b")}, {"a": 1.0, "b": 3.0}, 0, 400)
+    of_a = np.array([where for where in seen if where[0] == "a"][:98]).reshape(14, 7)
+    assert (np.sort(of_a) == [f"a:{i}" for i in range(7)]).all()
+    assert len({tuple(epoch) for epoch in of_a}) > 7
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, "much"])
+def test_a_weight_must_be_positive(weight):
+    with pytest.raises(LcoError, match="weight"):
+        record_stream({"a": numbered(7, "a"), "b": numbered(9, "b")}, {"a": weight, "b": 1.0}, 0)[0]
+
+
+# ---- the batches of a process
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def by_sequence(local):
+    """{(record, side): token ids}; each pair must occur once."""
+    sequences = {
+        (int(record), int(side)): ids.tolist()
+        for record, side, ids in zip(
+            local.record, local.side, [one.input_ids for one in local.inputs], strict=True
+        )
+    }
+    assert len(sequences) == len([one.input_ids for one in local.inputs])
+    return sequences
+
+
+def dropout_keys(local):
+    """{(record, side): the dropout key of every token}, as `global_batch` sets them."""
+    identity = local.record * pipeline.MAX_SIDES + local.side
+    stream = pack_stream(
+        [TokenSequence(one.input_ids, one.position_ids) for one in local.inputs], PREFIX
+    )
+    tokens, _ = fill([stream], [identity], padded_shape(stream.need, Shape()), PREFIX)
+    return {
+        (int(record), int(side)): tokens.token_keys[0, at].tolist()
+        for record, side, at in zip(local.record, local.side, stream.at, strict=True)
+    }
+
+
+def process_batches(monkeypatch, processor, processes, me, seed=0):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(jax, "process_index", lambda: me)
+    stream = record_stream({"a": numbered(21, negatives=2)}, {"a": 1.0}, seed)
+    return ahead(local_batches(stream, LAYOUT, processor, None), 2)
+
+
+def test_a_batch_holds_every_text_of_its_records(monkeypatch, processor):
+    stream = record_stream({"a": numbered(21, negatives=2)}, {"a": 1.0}, 0)
+    for k, local in enumerate(take(process_batches(monkeypatch, processor, 1, 0), 4)):
+        records = [stream[i] for i in range(8 * k, 8 * k + 8)]
+        want = {
+            (i, j): processor.tokenizer([as_messages(text, "")])[0].tolist()
+            for i, record in enumerate(records)
+            for j, text in enumerate(record.sides)
+        }
+        assert by_sequence(local) == want
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_batch_that_one_would_read(monkeypatch, processor, processes):
+    whole = take(process_batches(monkeypatch, processor, 1, 0), 6)
+    shares = [
+        take(process_batches(monkeypatch, processor, processes, me), 6) for me in range(processes)
+    ]
+    for k, local in enumerate(whole):
+        for view in (by_sequence, dropout_keys):
+            parts = [view(share[k]) for share in shares]
+            assert sum(len(part) for part in parts) == len(view(local))
+            assert {key: value for part in parts for key, value in part.items()} == view(local)
+        assert len({tuple(keys) for keys in dropout_keys(local).values()}) == len(
+            [one.input_ids for one in local.inputs]
+        )
+
+
+def test_the_batch_must_divide_by_the_processes(monkeypatch, processor):
+    with pytest.raises(LcoError, match="8 does not divide by the 3 processes"):
+        process_batches(monkeypatch, processor, 3, 0)
+
+
+def test_the_stream_resumes_where_it_stood(monkeypatch, processor):
+    """Also in another number of processes, and through the JSON that the checkpoint stores."""
+    want = [by_sequence(local) for local in take(process_batches(monkeypatch, processor, 1, 0), 9)]
+    for stop in (0, 1, 4):
+        iterator = process_batches(monkeypatch, processor, 1, 0)
+        take(iterator, stop)
+        state = json.loads(json.dumps(iterator.get_state()))
+        again = process_batches(monkeypatch, processor, 1, 0)
+        take(again, 2)  # whatever was read before does not matter
+        again.set_state(state)
+        assert [by_sequence(local) for local in take(again, 9 - stop)] == want[stop:]
+        halves = [process_batches(monkeypatch, processor, 2, me) for me in range(2)]
+        for half in halves:
+            half.set_state(state)
+        assert [
+            by_sequence(x) | by_sequence(y)
+            for x, y in zip(*(take(h, 3) for h in halves), strict=True)
+        ] == want[stop : stop + 3]
+
+
+def test_max_negatives_limits_what_is_read(processor):
+    source = numbered(9, negatives=3)
+    for most in (0, 1, 3):
+        layout = Layout(batch_size=9, max_negatives=most, prefix=PREFIX)
+        local = local_batches(record_stream({"a": source}, {"a": 1.0}, 0), layout, processor, None)[
+            0
+        ]
+        assert np.bincount(local.side).tolist() == [9, 9] + [6] * most
+
+
+def test_texts_are_cut_before_the_template(processor):
+    record = Record("a long anchor with many more words than five in it", "short", (), "mem:0")
+    layout = Layout(batch_size=1, max_negatives=0, prefix=PREFIX)
+    local = local_batches(
+        record_stream({"a": ListSource([record])}, {"a": 1.0}, 0), layout, processor, 5
+    )[0]
+    first_five = processor.tokenizer.tokenizer.decode(
+        processor.tokenizer.tokenizer(record.anchor).input_ids[:5]
+    )
+    want = processor.tokenizer([as_messages(first_five, ""), as_messages("short", "")])
+    assert [ids.tolist() for ids in [one.input_ids for one in local.inputs]] == [
+        ids.tolist() for ids in want
+    ]
+
+
+def test_a_text_beyond_the_context_is_named(processor):
+    records = list(numbered(8))
+    records[5] = Record("a", "b", ("word " * 40_000,), "corpus.jsonl:17")
+    batches = local_batches(
+        record_stream({"a": ListSource(records)}, {"a": 1.0}, 0), LAYOUT, processor, None
+    )
+    with pytest.raises(LcoError) as error:
+        next(ahead(batches, 2))
+    assert "corpus.jsonl:17" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "chunk_tokens"), [((1, 1, 1), 0), ((2, 2, 2), 0), ((4, 2, 1), 60), ((1, 1, 1), 200)]
+)
+def test_a_global_batch_holds_every_sequence_where_it_says(processor, mesh, chunk_tokens):
+    layout = Layout(
+        batch_size=12, max_negatives=2, prefix=processor.tokenizer.prefix, chunk_tokens=chunk_tokens
+    )
+    stream = record_stream({"a": numbered(40, negatives=2)}, {"a": 1.0}, 0)
+    local = local_batches(stream, layout, processor, None)[0]
+    mesh = make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
+    batch = pipeline.global_batch(local, layout, processor.rows, mesh)
+    tokens, want = batch.tokens.map(np.asarray), by_sequence(local)
+    chunks, streams, length = tokens.input_ids.shape
+    assert streams == mesh.shape["data"] * mesh.shape["fsdp"]
+    assert (chunks > 1) == bool(chunk_tokens)
+    slots = tokens.last_tokens.shape[-1]
+    seen = np.zeros((chunks, streams, length), bool)
+    for (record, side), index in np.ndenumerate(np.asarray(batch.sequences)):
+        assert (index >= 0) == ((record, side) in want)
+        if index >= 0:
+            (chunk, stream), slot = divmod(int(index) // slots, streams), int(index) % slots
+            at = row_of(tokens, (chunk, stream), slot)
+            assert tokens.input_ids[chunk, stream, at].tolist() == want[record, side]
+            assert tokens.last_tokens[chunk, stream, slot] == at[-1]
+            assert tokens.position_ids[chunk, stream, at].T.tolist() == [list(range(len(at)))] * 3
+            seen[chunk, stream, at] = True
+    own = sum(len(ids) - len(layout.prefix) for ids in want.values())
+    assert seen.sum() == own + chunks * streams * len(
+        layout.prefix
+    )  # the prefix once a stream, everything else once
+    assert ((tokens.home >= 0) == seen).all()
+
+
+# ---- the cut
+
+
+@pytest.mark.parametrize("max_length", [1, 4, 16, 64, None])
+@pytest.mark.parametrize("text", [*reference.TEXTS, "🙂🙃 emoji 👩‍👩‍👧", "word " * 100, ""])
+def test_cut_is_the_references(tokenizer, text, max_length):
+    """Tokenise, keep n, decode; a text that is short enough stays as it is, byte for byte."""
+    ids = tokenizer.tokenizer(text).input_ids
+    short = max_length is None or len(ids) <= max_length
+    want = text if short else tokenizer.tokenizer.decode(ids[:max_length])
+    assert tokenizer.cut(text, max_length) == want
+    as_reference = tokenizer.tokenizer.decode(
+        ids[:max_length]
+    )  # it decodes short texts too: same tokens
+    assert np.array_equal(
+        tokenizer([as_messages(want, "")])[0], tokenizer([as_messages(as_reference, "")])[0]
+    )
+
+
+@pytest.mark.parametrize("max_length", [0, -1])
+def test_cut_to_nothing_is_an_error(tokenizer, max_length):
+    """-1 must not drop the last token in silence."""
+    with pytest.raises(LcoError, match="max_length"):
+        tokenizer.cut("a few words", max_length)
