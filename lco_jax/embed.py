@@ -24,35 +24,37 @@ meanwhile, here or on another machine that sees the folder, it shares the work: 
 import argparse
 import logging
 import os
-import re
 import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
 from itertools import chain, tee
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
-from lco_jax.core.buckets import on_disk
 from lco_jax.core.errors import PREEMPTED, LcoError, run_main
-from lco_jax.core.files import fingerprint
-from lco_jax.core.quantize import KINDS
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Contents, Corpus, CorpusItem, scan
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.parts import INDEX, Unit, VectorParts
 from lco_jax.embedder import OmniEmbedder
-from lco_jax.models.attention import IMPLEMENTATIONS
+from lco_jax.flags import (
+    MEDIA_A_PART,
+    TEXTS_A_PART,
+    add_corpus_flags,
+    add_path,
+    embedding_settings,
+    load_embedder,
+    media_config,
+    new_parser,
+    workers,
+)
 
-TEXTS_A_PART, MEDIA_A_PART = 8192, 512
 POLL = 1.0  # seconds from one look at the units of others to the next
-Model = TypeVar("Model", bound=OmniEmbedder)
 
 
 class Progress(tqdm):
@@ -70,71 +72,17 @@ class Progress(tqdm):
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lco_jax.embed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--input", type=on_disk, required=True, help=".txt, .jsonl, .parquet or a folder of media"
-    )
-    parser.add_argument(
-        "--output", type=on_disk, required=True, help=".npy or .parquet, or a folder"
-    )
+    parser = new_parser("embed", __doc__)
+    add_path(parser, "--input", ".txt, .jsonl, .parquet or a folder of media")
+    add_path(parser, "--output", ".npy or .parquet, or a folder")
     parser.add_argument(
         "--id-field", help="the key of a jsonl object, or column of a parquet, that is its id"
     )
     parser.add_argument(
         "--distributed", action="store_true", help="one of the processes of a TPU slice"
     )
-    add_flags(parser, on_error="raise")
+    add_corpus_flags(parser, on_error="raise")
     return parser.parse_args()
-
-
-def add_flags(parser: argparse.ArgumentParser, on_error: str) -> None:
-    """The flags of whatever embeds a corpus: the model, how it embeds, and the caps on media."""
-    parser.add_argument(
-        "--on-error",
-        choices=["raise", "skip"],
-        default=on_error,
-        help="of media that cannot be read",
-    )
-    parser.add_argument(
-        "--part-size",
-        type=int,
-        help=f"inputs embedded together (default: {TEXTS_A_PART}; {MEDIA_A_PART} with media)",
-    )
-    add_model_flags(parser)
-
-
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Those of the model, of how it reads inputs, and the caps on media."""
-    parser.add_argument("--model", required=True, help="a checkpoint folder or hub id")
-    parser.add_argument("--adapter", help="a PEFT adapter folder or hub id")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument(
-        "--quantize", choices=["", *KINDS], default="", help="hold the decoder in fewer bits"
-    )
-    parser.add_argument("--attention", choices=IMPLEMENTATIONS, default="auto", help="the kernel")
-    parser.add_argument(
-        "--batch-size", type=int, help="the most inputs in a forward pass; by default any number"
-    )
-    parser.add_argument("--max-length", type=int, help="cut texts to so many tokens")
-    parser.add_argument("--prompt", help="instead of the reference's, placed after the content")
-    parser.add_argument("--media-root", type=on_disk, help="where relative paths of media start")
-    parser.add_argument(
-        "--workers", type=int, help="processes that prepare media (default: one a CPU, at most 8)"
-    )
-    group = parser.add_argument_group("caps on media")
-    for field in fields(MediaConfig):
-        flag, text = _flag(field.name), field.metadata["meaning"]
-        if field.type is bool:
-            group.add_argument(flag, action="store_true", help=text)
-        else:
-            default = "" if field.default is None else f" (default: {field.default:,})"
-            group.add_argument(
-                flag, type=float if field.type is float else int, help=text + default
-            )
 
 
 def main() -> int:
@@ -210,7 +158,7 @@ def _embed(
     modalities = modalities_of(checkpoint, found, media, strict)
     keep_compiled()
     try:
-        embedder, read = load(args, checkpoint, media, modalities), corpus.reader()
+        embedder, read = load_embedder(args, checkpoint, media, modalities), corpus.reader()
         with Progress(
             parts, total=found.total, initial=parts.news(), desc="embedding", unit="input"
         ) as progress:
@@ -236,25 +184,6 @@ def _embed(
             kept = f"{done:,} of {found.total:,} vectors are kept in {parts.folder}"
             print(f"{kept}; the same command goes on from there", file=sys.stderr)
         raise
-
-
-def load(
-    args: argparse.Namespace,
-    checkpoint: Checkpoint,
-    media: MediaConfig,
-    modalities: tuple[str, ...] | None,
-    kind: type[Model] = OmniEmbedder,
-) -> Model:
-    """The embedder, or other `kind`, that the flags ask for. modalities: None for all."""
-    return kind.from_pretrained(
-        checkpoint.folder,
-        args.adapter,
-        args.dtype,
-        modalities=modalities,
-        media=media,
-        quantize=args.quantize,
-        attention=args.attention,
-    )
 
 
 def embed_items(
@@ -312,35 +241,6 @@ def embed_items(
             progress.set_postfix(skipped=skipped)
 
 
-def workers(args: argparse.Namespace, media: bool) -> int:
-    """Processes that prepare inputs. media: whether there are enough of them for processes by default."""
-    return args.workers if args.workers is not None else min(os.cpu_count() or 1, 8) if media else 0
-
-
-def media_config(args: argparse.Namespace) -> MediaConfig:
-    """The caps on media. Raises for any number among the flags that makes no sense."""
-    for name, least in (
-        ("batch_size", 1),
-        ("max_length", 1),
-        ("max_new_tokens", 1),
-        ("part_size", 1),
-        ("workers", 0),
-    ):
-        if (value := getattr(args, name, None)) is not None and value < least:
-            raise LcoError(f"{_flag(name)}={value}: it must be at least {least}")
-    given = {field.name: getattr(args, field.name) for field in fields(MediaConfig)}
-    try:
-        return MediaConfig(**{name: value for name, value in given.items() if value is not None})
-    except LcoError as error:
-        raise LcoError(
-            re.sub(r"^media\.(\w+)", lambda found: _flag(found[1]), str(error))
-        ) from None
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def modalities_of(
     checkpoint: Checkpoint, found: Contents, media: MediaConfig, strict: bool
 ) -> tuple[str, ...]:
@@ -366,33 +266,7 @@ def _work(
         "--media-root": root,
     }
     work |= {"--id-field": args.id_field, "--on-error": args.on_error}
-    return {**work, **model_work(args, media, checkpoint)}
-
-
-def model_work(
-    args: argparse.Namespace, media: MediaConfig, checkpoint: Checkpoint
-) -> dict[str, Any]:
-    """Flag -> value of all that the vector of a given input depends on."""
-    work = {
-        _flag(name): getattr(args, name) for name in ("dtype", "quantize", "prompt", "max_length")
-    }
-    work |= {_flag(field.name): getattr(media, field.name) for field in fields(media)}
-    work |= {
-        "--model": args.model,
-        "--adapter": args.adapter,
-        "what --model holds": _files(args.model, checkpoint),
-    }
-    return work if args.adapter is None else {**work, "what --adapter holds": _files(args.adapter)}
-
-
-def _files(path_or_id: str, checkpoint: Checkpoint | None = None) -> str:
-    """What tells whether weights have changed: of a folder its files' sizes and times, of a hub id the revision."""
-    folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
-        return fingerprint(
-            (file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()
-        )
-    return str(path_or_id) if checkpoint is None else checkpoint.folder.name
+    return {**work, **embedding_settings(args, media, checkpoint)}
 
 
 if __name__ == "__main__":

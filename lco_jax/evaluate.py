@@ -25,9 +25,9 @@ from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.core.buckets import on_disk
 from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.shapes import keep_compiled
-from lco_jax.embed import add_flags, load, media_config, model_work, workers
 from lco_jax.embedder import Block, OmniEmbedder
 from lco_jax.evaluation import own
+from lco_jax.flags import add_corpus_flags, embedding_settings, load_embedder, media_config, workers
 
 PART_INPUTS = 2048  # embedded between two writes: what a kill can cost
 MANY = 256  # inputs for which it pays to start processes
@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=on_disk, required=True, help="the folder for results and vectors"
     )
-    add_flags(parser, on_error="raise")
+    add_corpus_flags(parser, on_error="raise")
     own.add_flags(parser, "--data")
     parser.set_defaults(max_length=MAX_LENGTH, part_size=PART_INPUTS)
     return parser.parse_args()
@@ -68,7 +68,7 @@ def main() -> int:
     media = media_config(args)
     keep_compiled()
     if args.data is not None:  # files of the user's own, without mteb
-        embedder = load(args, open_checkpoint(args.model), media, None)
+        embedder = load_embedder(args, open_checkpoint(args.model), media, None)
         encode = partial(
             embedder.encode, prompt=args.prompt, max_length=args.max_length, show_progress=True
         )
@@ -90,7 +90,7 @@ def main() -> int:
     asked = {kind for task in tasks for kind in task.metadata.modalities}
     asked |= {"audio"} if media.use_audio_in_video else set()  # a video's own
     modalities = tuple(kind for kind in known if kind in {"text", *asked})
-    settings = model_work(args, media, checkpoint)
+    settings = embedding_settings(args, media, checkpoint)
     name, revision = _identity(args, settings)
     caps = {
         key.strip("-").replace("-", "_"): settings[key] for key in settings if key.startswith("--")
@@ -100,7 +100,7 @@ def main() -> int:
 
     @cache
     def embedder() -> OmniEmbedder:  # when an input has no vector yet
-        return load(args, checkpoint, media, modalities)
+        return load_embedder(args, checkpoint, media, modalities)
 
     def encode_blocks(
         contents: Iterable[Any], progress: tqdm, names: Iterable[str]

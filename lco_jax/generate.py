@@ -28,8 +28,9 @@ from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Contents, Corpus, scan
 from lco_jax.data.records import answer_of, as_input
 from lco_jax.data.sources import open_file
-from lco_jax.embed import add_model_flags, load, media_config, modalities_of, workers
+from lco_jax.embed import modalities_of
 from lco_jax.evaluation.answers import score
+from lco_jax.flags import add_model_flags, load_embedder, media_config, workers
 from lco_jax.generator import OmniGenerator
 
 
@@ -130,7 +131,7 @@ def _answer(
     """What the model says after each content."""
     media, checkpoint = media_config(args), open_checkpoint(args.model)
     keep_compiled()
-    model = load(
+    model = load_embedder(
         args, checkpoint, media, modalities_of(checkpoint, found, media, strict=True), OmniGenerator
     )
     options = {"batch_size": args.batch_size, "max_length": args.max_length, "names": names}

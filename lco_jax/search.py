@@ -27,8 +27,15 @@ from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Contents, Corpus, scan
 from lco_jax.data.parts import Unit, VectorParts
 from lco_jax.data.vectors import read_vectors, same_work
-from lco_jax.embed import MEDIA_A_PART, add_flags, embed_items, load, media_config, model_work
+from lco_jax.embed import embed_items
 from lco_jax.embedder import OmniEmbedder
+from lco_jax.flags import (
+    MEDIA_A_PART,
+    add_corpus_flags,
+    embedding_settings,
+    load_embedder,
+    media_config,
+)
 from lco_jax.searching.library import Entry, Library
 from lco_jax.searching.nearest import EXACT, Nearest, with_graph
 
@@ -64,7 +71,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--ann", action="store_true", help=f"an HNSW graph for fewer than {EXACT:,} vectors, too"
     )
-    add_flags(parser, on_error="skip")
+    add_corpus_flags(parser, on_error="skip")
     return parser.parse_args()
 
 
@@ -114,8 +121,8 @@ def prepare(args: argparse.Namespace) -> tuple[Library, OmniEmbedder]:
     entries = {entry.key: entry for entry in (Entry.of(item, root) for item in items)}
     keep_compiled()
     checkpoint = open_checkpoint(args.model)
-    embedder = load(args, checkpoint, media, None)
-    work = model_work(args, media, checkpoint)
+    embedder = load_embedder(args, checkpoint, media, None)
+    work = embedding_settings(args, media, checkpoint)
     parts = VectorParts(
         args.index / "vectors.parquet", work, args.part_size or MEDIA_A_PART, "--index"
     )
