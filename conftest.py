@@ -1,4 +1,5 @@
-"""Every test sees eight CPU devices, and a compilation is done once a session; set before anything imports jax."""
+"""Eight CPU devices for every test, and one compilation cache per session; before jax is
+imported."""
 
 import atexit
 import os

@@ -2,9 +2,10 @@
 
     python -m benchmarks train --preset=small --dropout=0          training triplets a second
     python -m benchmarks encode                                    texts a second
-    python -m benchmarks device                                    what one GPU is asked for, in 8 minutes
+    python -m benchmarks device                                    one GPU, in 8 minutes
 
-Each side is a process of its own; they take turns. `--json` ends with one line of JSON that holds `ratio`.
+Each side runs in its own process, and they take turns. With `--json` the last line is JSON; `ratio`
+is one of its keys.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""Token ids of triplets, the same for both sides: real SNLI where it is at hand, else texts as long as SNLI's.
+"""Token ids of triplets, the same for both sides: SNLI where it is given, else random ids.
 
-`snli_lengths.json` holds the token counts of 412 of SNLI's triplets (anchor, positive, negative; Qwen's tokenizer,
-without template), and the ids of the template round them.
+`snli_lengths.json` has the token counts of 412 SNLI triplets (anchor, positive, negative; Qwen's
+tokenizer, without template), and the ids of the template around them.
 """
 
 import json
@@ -19,7 +19,8 @@ PROMPT = "\nSummarize the above text in one word:"
 
 
 def write_triplets(path: Path, count: int, vocab: int, data_dir: str, tokenizer: str) -> str:
-    """`count` triplets of token ids below `vocab`, a line of JSON each; returns what they are made of."""
+    """Write `count` triplets of token ids below `vocab`, one line of JSON each; returns their
+    origin."""
     texts = _snli(data_dir, tokenizer) if data_dir else as_long_as_snli()
     triplets = [texts[i % len(texts)] for i in range(count)]
     with open(path, "w", encoding="utf-8") as file:
@@ -43,7 +44,10 @@ def read_triplets(path: Path) -> list[list[list[int]]]:
 def as_long_as_snli() -> list[list[list[int]]]:
     table, rng = read_json(LENGTHS), np.random.default_rng(0)
     prefix, suffix = table["prefix"], table["suffix"]
-    draw = lambda n: [*prefix, *rng.integers(100, 100_000, n).tolist(), *suffix]
+
+    def draw(n: int) -> list[int]:
+        return [*prefix, *rng.integers(100, 100_000, n).tolist(), *suffix]
+
     return [[draw(n) for n in lengths] for lengths in table["lengths"]]
 
 

@@ -1,7 +1,8 @@
-"""Two processes that take turns, so that whatever else the machine does meets both alike.
+"""Two processes that take turns, so that other load on the machine slows both alike.
 
-Each side reads one word a line (`round`, `check PATH`, `profile PATH`, `finish`) and answers with one line of JSON;
-the first answer comes when the first round is done, and says how long that took from the process's start.
+Each side reads one word per line (`round`, `check PATH`, `profile PATH`, `finish`) and answers with
+one line of JSON. The first answer comes after the first round, and says how many seconds have
+passed since the process started.
 """
 
 import json
@@ -21,7 +22,7 @@ from lco_jax.core.errors import LcoError
 
 
 def serve(sides: dict[str, Callable[[dict[str, Any]], Any]], path: str) -> None:
-    """Be a side: build what the spec in `path` asks for, and answer until told to finish."""
+    """Run one side: build what the spec in `path` describes, and answer until `finish`."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever libraries print goes to stderr
     spec = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -93,7 +94,8 @@ class Side:
         line = self.process.stdout.readline()
         if not line:
             raise LcoError(
-                f"benchmarks.{self.name} ended without an answer; BENCHMARKS_VERBOSE=1 shows what it says"
+                f"benchmarks.{self.name} ended without an answer; "
+                "BENCHMARKS_VERBOSE=1 shows its output"
             )
         return json.loads(line)
 
@@ -102,7 +104,7 @@ class Side:
         self.rounds.append(self.ask("round"))
 
     def result(self) -> dict[str, Any]:
-        """Medians, and what it tells at the end."""
+        """Medians, and the answer to `finish`."""
         seconds = [x["seconds"] for x in self.rounds]
         end = self.ask("finish")
         self.process.wait(timeout=60)
@@ -111,8 +113,14 @@ class Side:
         extra |= (
             {"programs": int(self.rounds[-1]["programs"])} if "programs" in self.rounds[-1] else {}
         )
-        return {"seconds": statistics.median(seconds), "all_seconds": seconds, "tokens": self.rounds[-1]["tokens"],
-                "first_s": self.first["first_s"], **extra, **end}  # fmt: skip
+        return {
+            "seconds": statistics.median(seconds),
+            "all_seconds": seconds,
+            "tokens": self.rounds[-1]["tokens"],
+            "first_s": self.first["first_s"],
+            **extra,
+            **end,
+        }
 
 
 def duel(

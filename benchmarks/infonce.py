@@ -1,4 +1,4 @@
-"""InfoNCE at the size of a very large batch: what it takes, by XLA's own count, and how fast it is beside torch's."""
+"""InfoNCE at the size of a very large batch: its memory by XLA's count, its speed beside torch."""
 
 import argparse
 import time
@@ -75,8 +75,10 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if "peer" in results:
         (loss, grad), (peer_loss, peer_grad) = results["ours"], results["peer"]
         distance = np.linalg.norm(np.asarray(grad) - peer_grad) / np.linalg.norm(peer_grad)
-        result |= {"ratio": medians["peer"] / medians["ours"],
-                   "exactness": {"loss": abs(float(loss) - peer_loss), "gradient": float(distance)}}  # fmt: skip
+        result |= {
+            "ratio": medians["peer"] / medians["ours"],
+            "exactness": {"loss": abs(float(loss) - peer_loss), "gradient": float(distance)},
+        }
     return result
 
 
@@ -84,8 +86,9 @@ def table(result: dict[str, Any]) -> str:
     """What a reader looks at."""
     lines = [
         result["command"],
-        f"{result['anchors']:,} anchors × {result['candidates']:,} candidates, D {result['dim']}, with gradient: "
-        f"{result['temporaries_gb']:.2f} GB of temporaries (the scores alone: {result['dense_scores_gb']:.1f} GB)",
+        f"{result['anchors']:,} anchors × {result['candidates']:,} candidates, D {result['dim']}, "
+        f"with gradient: {result['temporaries_gb']:.2f} GB of temporaries "
+        f"(the scores alone: {result['dense_scores_gb']:.1f} GB)",
     ]
     lines += [
         f"{name}, {result['timed_anchors']:,} anchors: {x:.3f} s"

@@ -1,8 +1,9 @@
-"""The other side of a duel: the published recipe in PyTorch (transformers and peft), as it is released.
+"""The peer: the published recipe in PyTorch (transformers and peft), as it is released.
 
-Left padding per side and micro-batch, hidden states of all layers, vocabulary logits of every token, LoRA on every
-linear of the decoder, the last position's state, one-way InfoNCE over positives and hard negatives, AdamW, gradient
-checkpointing. Negatives are those of the whole batch, as the recipe gathers them over its GPUs.
+Left padding per side and micro-batch, hidden states of all layers, vocabulary logits of every
+token, LoRA on every linear layer of the decoder, the state of the last position, one-way InfoNCE
+over positives and hard negatives, AdamW, gradient checkpointing. Negatives come from the complete
+batch, as the recipe gathers them over its GPUs.
 """
 
 import contextlib
@@ -24,7 +25,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def import_torchvision() -> None:
-    """transformers imports it where it is installed, and a build for CUDA does not load beside a torch for CPUs."""
+    """Import torchvision, or stubs of its operators where its CUDA build meets a CPU build of
+    torch."""
     try:
         import torchvision  # noqa: F401
     except RuntimeError:
@@ -60,9 +62,8 @@ class Recipe:
                 model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
         model.to(DEVICE).requires_grad_(False)
         model.config.use_cache = model.config.text_config.use_cache = False
-        if (
-            self.half
-        ):  # as peft prepares a model for training in few bits: norms, embedding and head stay wide
+        if self.half:
+            # peft prepares a model in few bits like this: norms, embedding and head stay in float32
             for name, parameter in model.named_parameters():
                 if any(part in name for part in ("norm", "embed_tokens", "lm_head")):
                     parameter.data = parameter.data.float()
@@ -81,7 +82,7 @@ class Recipe:
             if isinstance(module, torch.nn.Dropout):
                 module.p = spec["dropout"]
         self.model = model.train(training)
-        self.tuned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.done = 0
 
     def embed(self, sequences: list[list[int]]) -> torch.Tensor:
@@ -99,7 +100,7 @@ class Recipe:
         return functional.normalize(out.hidden_states[-1][:, -1].float(), dim=-1)
 
     def finish(self) -> dict[str, Any]:
-        """What is told at the end."""
+        """Memory and versions."""
         return {**peak_memory(), "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
@@ -108,7 +109,7 @@ class Training(Recipe):
 
     def __init__(self, spec: dict[str, Any]):
         super().__init__(spec)
-        self.optimizer = torch.optim.AdamW(self.tuned, lr=4e-4, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.trainable, lr=4e-4, weight_decay=0.0)
 
     def batch(self) -> list[list[list[int]]]:
         """The next triplets."""
@@ -134,7 +135,7 @@ class Training(Recipe):
         start = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         loss, _ = self.gradient()
-        torch.nn.utils.clip_grad_norm_(self.tuned, 1.0)
+        torch.nn.utils.clip_grad_norm_(self.trainable, 1.0)
         self.optimizer.step()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
@@ -158,7 +159,7 @@ class Training(Recipe):
 
 
 class Encoding(Recipe):
-    """All texts a round, in batches of eight and in their order, as the released code's examples do."""
+    """All texts per round, in batches of eight and in order, as the released examples do."""
 
     def __init__(self, spec: dict[str, Any]):
         super().__init__(spec)

@@ -104,7 +104,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def compare(spec: dict[str, Any], folder: Path) -> dict[str, float]:
-    """How far embeddings and adapter gradients of one batch are from the peer's, relative to each tensor's norm."""
+    """Distances of embeddings and adapter gradients from the peer's, relative to each norm."""
     found = []
     for name in ("ours", "peer"):
         dump = str(folder / f"{name}.npz")
@@ -168,7 +168,8 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"{'ratio':<34}{result['ratio']:>12.2f}")
     if "mfu" in result:
         lines.append(
-            f"{'TFLOP/s, and of a plain product':<34}{result['tflops']:>12.3f}{result['mfu']:>11.0%}"
+            f"{'TFLOP/s, and of a plain product':<34}"
+            f"{result['tflops']:>12.3f}{result['mfu']:>11.0%}"
         )
     lines += [
         f"{'difference: ' + key:<34}{value:>12.1e}"

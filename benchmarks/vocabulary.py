@@ -1,4 +1,4 @@
-"""The generative loss over a whole vocabulary: what its parts save, by XLA's own count."""
+"""The generative loss over a large vocabulary: the memory that its parts save, by XLA's count."""
 
 import argparse
 from pathlib import Path
@@ -37,9 +37,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     in_parts = head.LOGITS
     for tuned, over in (("head frozen", 0), ("head tuned", (0, 1))):
         for name, logits in (("in parts", in_parts), ("at once", args.tokens * args.vocabulary)):
-            head.LOGITS = (
-                logits  # a fresh function below, so that nothing is taken from jit's cache
-            )
+            head.LOGITS = logits
+            # a new function each time: jit must not take a program from its cache
             gradient = jax.value_and_grad(lambda *x: head.token_losses(*x).sum(), over)
             memory = jax.jit(gradient).lower(*shapes).compile().memory_analysis()
             result["gb"][f"{tuned}, {name}"] = memory.temp_size_in_bytes / 1e9
@@ -49,6 +48,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """What a reader looks at."""
-    head = f"{result['tokens']:,} tokens, vocabulary {result['vocabulary']:,}, D {result['dim']}, float32, with gradient"
+    head = (
+        f"{result['tokens']:,} tokens, vocabulary {result['vocabulary']:,}, D {result['dim']}, "
+        "float32, with gradient"
+    )
     lines = [f"{name:24}{gb:8.2f} GB of temporaries" for name, gb in result["gb"].items()]
     return "\n".join([result["command"], head, *lines])

@@ -13,12 +13,8 @@ import reference
 from lco_jax import OmniEmbedder, embed
 from lco_jax.core.errors import run_main
 
-FIRST = (
-    "test_train",
-    "test_extras",
-    "test_alive",
-    "test_pretrain",
-)  # of minutes: not when all else is done
+# files that take minutes start first
+FIRST = ("test_train", "test_extras", "test_alive", "test_pretrain")
 
 
 def pytest_collection_modifyitems(items):
@@ -35,7 +31,7 @@ class Case(NamedTuple):
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """The built-in checkpoint goes to a folder of the session's, also for child processes; which find no torch."""
+    """The cache is a folder of the session, for child processes, too; these find no torch."""
     os.environ["LCO_JAX_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     given = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -76,7 +72,8 @@ def tiny(load):
 
 @pytest.fixture
 def run_command(monkeypatch, capsys):
-    """An entry point with some arguments in this process: (exit status, stdout, stderr); any other exception fails."""
+    """Runs an entry point in this process: (exit status, stdout, stderr). Exceptions fail the
+    test."""
 
     def run(entry, *args):
         monkeypatch.setattr(sys, "argv", [entry.__name__, "--model=builtin:tiny", *map(str, args)])

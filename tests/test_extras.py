@@ -25,15 +25,15 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def run_notebook(monkeypatch, name, **parameters):
-    """Every cell from the notebook's own folder, with other parameters -> what its cells show, by kind of data."""
+    """Run a notebook in its folder with other parameters; returns its outputs by kind of data."""
     monkeypatch.delenv("XLA_FLAGS")  # one device, as a reader has, and not eight
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-    place = next(
+    tagged = next(
         i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])
     )
     given = "\n".join(f"{key} = {value!r}" for key, value in parameters.items())
-    notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(given))
+    notebook.cells.insert(tagged + 1, nbformat.v4.new_code_cell(given))
     resources = {"metadata": {"path": str(ROOT / "notebooks")}}
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
     shown = defaultdict(list)
@@ -78,7 +78,7 @@ def test_the_notebook_that_trains_runs(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_the_laboratory_runs_in_its_notebook_and_goes_on(monkeypatch, tmp_path):
-    """The short form, once; started again it only writes the report anew, and of a run that is gone it makes that."""
+    """A second start writes the report again, and measures only the run that is missing."""
     out = tmp_path / "lab"
     shown = run_notebook(monkeypatch, "laboratory", OUT=str(out))
     words = "".join(shown["text/markdown"])
@@ -122,9 +122,14 @@ def test_the_laboratory_runs_in_its_notebook_and_goes_on(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value", "says"),
-    [("stages", (4, 2), "each more than"), ("stages", (0, 12), "none is saved"), ("ways", ("magic",), "magic"),
-     ("world", "other", "made, real"), ("world", "real", "data_dir")],
-)  # fmt: skip
+    [
+        ("stages", (4, 2), "each more than"),
+        ("stages", (0, 12), "none is saved"),
+        ("ways", ("magic",), "magic"),
+        ("world", "other", "made, real"),
+        ("world", "real", "data_dir"),
+    ],
+)
 def test_an_experiment_that_cannot_be_says_so(tmp_path, key, value, says):
     config = get_config("short")
     config[key] = value

@@ -1,9 +1,11 @@
-"""Make `builtin:lab` and its data, which ship in `lco_jax/assets/lab`, of one seed of a laboratory's run.
+"""Make `builtin:lab` and its data in `lco_jax/assets/lab` from one seed of a laboratory run.
 
-A generator of the made world before any contrastive tuning, in bfloat16; the world's triplets to tune it on; and
-held-out texts, pictures and sounds with their captions. It is what `configs/base.py` begins with.
+It has a generator of the made world before contrastive tuning, in bfloat16; the world's triplets to
+tune it on; and held-out texts, pictures and sounds with their captions. `configs/base.py` starts
+from it.
 
-Usage, from the project's root (the seed is the best of the run in docs/lab, by its retrieval after tuning):
+Usage, from the project's root (the seed is the best of the run in docs/lab, by retrieval after
+tuning):
 
     python -m laboratory --config=configs/lab.py --workdir=runs/lab
     python -m tools.make_lab runs/lab/seed-11
@@ -25,13 +27,12 @@ SOUNDS = "flac"  # a third of a wav's bytes, and the same samples
 
 
 def write(seed: Path, out: Path) -> None:
-    """Copy the generator that was trained longest, and the records with their media, of a seed's folder."""
+    """Copy a seed's longest-trained generator, and its records with their media."""
     generator = max(seed.glob("generator-*"), key=lambda folder: int(folder.name.split("-")[1]))
     with written_aside(out) as aside:
         export_merged(generator, aside / "model", dtype="bfloat16")
-        for path in (
-            aside / "model"
-        ).iterdir():  # a checkpoint as a hub has it: no embedder's files
+        # a checkpoint as on the hub, without the files of an embedder
+        for path in (aside / "model").iterdir():
             if not (seed / "generator-0" / path.name).exists():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         (aside / "media").mkdir()

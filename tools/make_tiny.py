@@ -1,9 +1,10 @@
 """Make the tokenizer and configuration of `builtin:tiny`, which ship in `lco_jax/assets/tiny`.
 
-A byte-level BPE tokenizer trained on the bundled triplets, a chat template, and the geometry of a small Qwen2.5-VL, as
-the hub's files have them. `lco_jax/checkpoint/builtin.py` adds random weights when the checkpoint is first used.
+A byte-level BPE tokenizer trained on the bundled triplets, a chat template, and the geometry of a
+small Qwen2.5-VL, in the files of the hub. `lco_jax/checkpoint/builtin.py` adds random weights when
+the checkpoint is first used.
 
-Usage: ``python tools/make_tiny.py`` after a change here, or after `make_triplets.py` has changed the triplets.
+Usage: ``python tools/make_tiny.py`` after a change here or of the bundled triplets.
 """
 
 import json
@@ -30,12 +31,26 @@ BPE_VOCABULARY = 1024
 HIDDEN, LAYERS, HEADS, KV_HEADS, MLP = 128, 3, 4, 2, 256
 VISION_HIDDEN, VISION_DEPTH, VISION_MLP, PATCH = 32, 2, 64, 14
 SPECIALS = [
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
-    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-    "<|image_pad|>", "<|video_pad|>",
-]  # fmt: skip
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 # how Qwen2 splits text before BPE, a constant of the tokenizer's file format
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 SYSTEM{{- '<|im_start|>' + message['role'] + '\\n' -}}
@@ -56,12 +71,21 @@ SYSTEM = """\
 {%- endif -%}
 """
 PREPROCESSOR = {
-    "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor",
-    "patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 3136, "max_pixels": 12845056,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
-}  # fmt: skip
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "processor_class": "Qwen2_5_VLProcessor",
+    "patch_size": PATCH,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
 MEDIA = {kind: f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video")}
-PROMPT = "system\nYou are a helpful assistant. user\nSummarize the above text image in one word: assistant\n"
+PROMPT = (
+    "system\nYou are a helpful assistant. user\n"
+    "Summarize the above text image in one word: assistant\n"
+)
 
 
 def write(folder: Path) -> None:
@@ -93,15 +117,23 @@ def tokenizer_config(ids: dict[str, int]) -> dict[str, Any]:
         "special": True,
     }
     return {
-        "add_prefix_space": False, "added_tokens_decoder": {str(i): {"content": t, **flags} for t, i in ids.items()},
-        "bos_token": None, "clean_up_tokenization_spaces": False, "eos_token": "<|im_end|>", "errors": "replace",
-        "model_max_length": 32768, "pad_token": "<|endoftext|>", "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer", "unk_token": None,
-    }  # fmt: skip
+        "add_prefix_space": False,
+        "added_tokens_decoder": {str(i): {"content": t, **flags} for t, i in ids.items()},
+        "bos_token": None,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 32768,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
 
 
 def chat_template(media: dict[str, str], system: str = SYSTEM) -> str:
-    """The template, with what stands in the place of each kind of media. system: what begins it, if anything does."""
+    """The template. media: the tokens of each kind of media. system: its beginning, if it has
+    one."""
     branches = (
         f"if part['type'] == '{kind}' -%}}{{{{- '{tokens}' -}}}}\n"
         for kind, tokens in media.items()
@@ -136,24 +168,56 @@ def model_config(special: dict[str, int], vocabulary: int) -> dict:
     """What config.json holds."""
     head_dim = HIDDEN // HEADS
     return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "torch_dtype": "float32",
-        "vocab_size": vocabulary, "hidden_size": HIDDEN, "intermediate_size": MLP,
-        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
-        "hidden_act": "silu", "max_position_embeddings": 32768, "initializer_range": 0.02, "rms_norm_eps": 1e-6,
-        "attention_dropout": 0.0, "use_cache": True, "use_sliding_window": False, "sliding_window": 32768,
-        "max_window_layers": LAYERS, "rope_theta": 1e6, "tie_word_embeddings": True,
-        "rope_scaling": {"type": "mrope", "mrope_section": [head_dim // 8, head_dim * 3 // 16, head_dim * 3 // 16]},
-        "bos_token_id": special["<|endoftext|>"], "eos_token_id": special["<|im_end|>"],
-        "vision_start_token_id": special["<|vision_start|>"], "vision_end_token_id": special["<|vision_end|>"],
-        "vision_token_id": special["<|vision_pad|>"], "image_token_id": special["<|image_pad|>"],
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "torch_dtype": "float32",
+        "vocab_size": vocabulary,
+        "hidden_size": HIDDEN,
+        "intermediate_size": MLP,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "hidden_act": "silu",
+        "max_position_embeddings": 32768,
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-6,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "use_sliding_window": False,
+        "sliding_window": 32768,
+        "max_window_layers": LAYERS,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+        "rope_scaling": {
+            "type": "mrope",
+            "mrope_section": [head_dim // 8, head_dim * 3 // 16, head_dim * 3 // 16],
+        },
+        "bos_token_id": special["<|endoftext|>"],
+        "eos_token_id": special["<|im_end|>"],
+        "vision_start_token_id": special["<|vision_start|>"],
+        "vision_end_token_id": special["<|vision_end|>"],
+        "vision_token_id": special["<|vision_pad|>"],
+        "image_token_id": special["<|image_pad|>"],
         "video_token_id": special["<|video_pad|>"],
         "vision_config": {
-            "model_type": "qwen2_5_vl", "depth": VISION_DEPTH, "hidden_act": "silu", "hidden_size": VISION_HIDDEN,
-            "intermediate_size": VISION_MLP, "num_heads": 2, "in_channels": 3, "in_chans": 3,
-            "out_hidden_size": HIDDEN, "patch_size": PATCH, "spatial_merge_size": 2, "spatial_patch_size": PATCH,
-            "temporal_patch_size": 2, "tokens_per_second": 2, "window_size": 4 * PATCH, "fullatt_block_indexes": [1],
+            "model_type": "qwen2_5_vl",
+            "depth": VISION_DEPTH,
+            "hidden_act": "silu",
+            "hidden_size": VISION_HIDDEN,
+            "intermediate_size": VISION_MLP,
+            "num_heads": 2,
+            "in_channels": 3,
+            "in_chans": 3,
+            "out_hidden_size": HIDDEN,
+            "patch_size": PATCH,
+            "spatial_merge_size": 2,
+            "spatial_patch_size": PATCH,
+            "temporal_patch_size": 2,
+            "tokens_per_second": 2,
+            "window_size": 4 * PATCH,
+            "fullatt_block_indexes": [1],
         },
-    }  # fmt: skip
+    }
 
 
 def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
@@ -167,11 +231,19 @@ def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     )
     merged = 4 * vision
     attention = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden)}
-    linears = {"self_attn.o": (hidden, hidden), "mlp.down": (hidden, mlp), "mlp.gate": (mlp, hidden),
-               "mlp.up": (mlp, hidden)}  # fmt: skip
-    tower_linears = {"attn.qkv": (3 * vision, vision), "attn.proj": (vision, vision),
-                     "mlp.gate_proj": (vision_mlp, vision), "mlp.up_proj": (vision_mlp, vision),
-                     "mlp.down_proj": (vision, vision_mlp)}  # fmt: skip
+    linears = {
+        "self_attn.o": (hidden, hidden),
+        "mlp.down": (hidden, mlp),
+        "mlp.gate": (mlp, hidden),
+        "mlp.up": (mlp, hidden),
+    }
+    tower_linears = {
+        "attn.qkv": (3 * vision, vision),
+        "attn.proj": (vision, vision),
+        "mlp.gate_proj": (vision_mlp, vision),
+        "mlp.up_proj": (vision_mlp, vision),
+        "mlp.down_proj": (vision, vision_mlp),
+    }
     shapes = {
         "model.embed_tokens.weight": (config["vocab_size"], hidden),
         "model.norm.weight": (hidden,),

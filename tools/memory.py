@@ -1,9 +1,10 @@
-"""Does memory stay flat over a long embedding job? Embeds small images through the command line and watches it.
+"""Does memory stay flat over a long embedding job? Embeds small images and watches the process.
 
     python tools/memory.py --images=20000
 
-Prints one line of JSON: resident MB (of the process and its children, from /proc) once the first 1,000 inputs are done,
-the most from then on, and at the end; inputs per second. Exit status 1 if it grew by more than --limit-mb.
+Prints one line of JSON: resident MB (of the process and its children, from /proc) after the first
+1,000 inputs, the most from then on, and at the end; inputs per second. Exit status 1 if it grew by
+more than --limit-mb.
 """
 
 import argparse
