@@ -57,7 +57,7 @@ def sequences_of(lengths, rng, alphabet=3):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_common_beginnings_are_packed_once(seed):
-    """A stream has as many tokens as a trie of its sequences; with a prefix, only that is shared."""
+    """A stream has the tokens of a trie of its sequences; with a prefix, only that is shared."""
     rng = np.random.default_rng(seed)
     sequences = sequences_of(rng.integers(1, 12, 60), rng)
     stream = pack_stream(sequences, None)

@@ -299,12 +299,11 @@ def pack_stream(sequences: Sequence[TokenSequence], prefix: np.ndarray | None) -
     sequences share every common beginning.
     """
     ids = [_ids_to_compare(one, number) for number, one in enumerate(sequences)]
-    share_all = prefix is None
-    # Any order of byte strings has those that begin alike side by side.
-    order = (
-        sorted(range(len(ids)), key=lambda i: ids[i].tobytes()) if share_all else range(len(ids))
-    )
-    before = np.zeros(0, np.int32) if share_all else prefix
+    order: Iterable[int] = range(len(ids))
+    if prefix is None:
+        # Any order of byte strings has those that begin alike side by side.
+        order = sorted(order, key=lambda i: ids[i].tobytes())
+    before = np.zeros(0, np.int32) if prefix is None else prefix
     before_at = np.arange(len(before), dtype=np.int32)
     length = len(before)
     at = [before_at] * len(ids)
@@ -313,7 +312,7 @@ def pack_stream(sequences: Sequence[TokenSequence], prefix: np.ndarray | None) -
         appended = length + np.arange(len(ids[i]) - shared, dtype=np.int32)
         at[i] = np.concatenate([before_at[:shared], appended])
         length += len(appended)
-        if share_all:
+        if prefix is None:
             before = ids[i]
             before_at = at[i]
     return Stream(list(sequences), at, length)
