@@ -183,8 +183,9 @@ class OmniEmbedder:
         names: what errors call the inputs, by default "input 0" and so on.
         """
         if not isinstance(inputs, Iterable | os.PathLike | Image.Image):
-            kind = type(inputs).__name__
-            raise LcoError(f"inputs is {kind}; give a list of inputs, or a single one")
+            raise LcoError(
+                f"inputs is {type(inputs).__name__}; give a list of inputs, or a single one"
+            )
         single = is_single(inputs)
         items = [inputs] if single else list(inputs)
         bar = progress
@@ -205,8 +206,7 @@ class OmniEmbedder:
         vectors = np.zeros((len(items), self.dimension), np.float32)
         skipped = {}
         for block in blocks:
-            end = block.first + len(block.vectors)
-            vectors[block.first : end] = block.vectors
+            vectors[block.first : block.first + len(block.vectors)] = block.vectors
             skipped |= block.skipped
         self.skipped = skipped
         if progress is None:

@@ -252,8 +252,7 @@ def _decode(
     """
     first, positions, cache = prefilled
     new = cache.columns - cache.width
-    ids = jnp.zeros((*first.shape, new), jnp.int32)
-    ids = ids.at[..., 0].set(first)
+    ids = jnp.zeros((*first.shape, new), jnp.int32).at[..., 0].set(first)
     ended = (positions < 0) | jnp.isin(first, ends)
 
     def unfinished(state: Decoding) -> Array:

@@ -158,12 +158,7 @@ def _prepare(
         for side, content in enumerate(record.sides[: layout.sides])
     ]
     results = _process(records, contents, layout, processor, max_length)
-    skipped: dict[int, str] = {}
-    for one, result in zip(contents, results, strict=True):
-        if isinstance(result, LcoError):
-            if layout.on_bad == "error":
-                raise result
-            skipped.setdefault(one.record, str(result))
+    skipped = _skipped(contents, results, layout.on_bad)
     kept = [pair for pair in zip(contents, results, strict=True) if pair[0].record not in skipped]
     return LocalBatch(
         inputs=[result for _, result in kept],
@@ -173,6 +168,19 @@ def _prepare(
         skipped=tuple(skipped.values()),
         where=tuple(record.where for record in records),
     )
+
+
+def _skipped(
+    contents: Sequence[_Content], results: Sequence[Processed | LcoError], on_bad: str
+) -> dict[int, str]:
+    """The records that have a bad content, and why; raises the first error if `on_bad` says so."""
+    skipped: dict[int, str] = {}
+    for one, result in zip(contents, results, strict=True):
+        if isinstance(result, LcoError):
+            if on_bad == "error":
+                raise result
+            skipped.setdefault(one.record, str(result))
+    return skipped
 
 
 def _process(
