@@ -16,7 +16,7 @@ from lco_jax.checkpoint import builtin
 from lco_jax.data.inference import (
     BLOCK_INPUTS,
     MAX_TOKENS,
-    PackedBlock,
+    HostBatch,
     batches_of,
     blocks_of,
     pack,
@@ -94,7 +94,7 @@ def _prepared(processor: Processor, items: Sequence[Any], workers: int) -> list[
     return list(prepare_ahead(Preparation(processor), named(items, None), workers))
 
 
-def _packed(processor: Processor, ready: Sequence[Any], devices: int) -> Iterator[PackedBlock]:
+def _packed(processor: Processor, ready: Sequence[Any], devices: int) -> Iterator[HostBatch]:
     for block in blocks_of(iter(ready), BLOCK_INPUTS, raises=True, shards=devices):
         for members in batches_of(block, None, MAX_TOKENS, devices):
             yield pack(block, members, processor.rows)

@@ -151,7 +151,7 @@ def slow_step(mesh: Any, rounds: int) -> Any:
     from lco_jax.core.sharding import replicated
 
     def step(state: Any, params: Any, batch: Any) -> Any:
-        batch = batch.whole(jax.process_count())
+        batch = batch.gathered(jax.process_count())
         tokens = jnp.sum(batch.tokens.input_ids)  # split over processes: a collective
         x = state["x"] + 0.0 * tokens
         x = jax.lax.fori_loop(0, rounds, lambda _, x: jnp.tanh(x @ x), x)

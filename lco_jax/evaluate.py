@@ -25,7 +25,7 @@ from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.core.buckets import on_disk
 from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.shapes import keep_compiled
-from lco_jax.embedder import Block, OmniEmbedder
+from lco_jax.embedder import EmbeddedBlock, OmniEmbedder
 from lco_jax.evaluation import own
 from lco_jax.flags import add_corpus_flags, embedding_settings, load_embedder, media_config, workers
 
@@ -104,7 +104,7 @@ def main() -> int:
 
     def encode_blocks(
         contents: Iterable[Any], progress: tqdm, names: Iterable[str]
-    ) -> Iterator[Block]:
+    ) -> Iterator[EmbeddedBlock]:
         many = progress.total >= MANY and modalities != ("text",)
         options = {"prompt": args.prompt, "max_length": args.max_length, "on_error": args.on_error}
         options |= {"workers": workers(args, many), "block_inputs": args.part_size}

@@ -1,27 +1,30 @@
-"""Say what a model says: answers to a file or folder of inputs, or to records whose answers are known, and scored.
+"""Answer a file or folder of inputs, or answer records whose answers are known, and score.
 
-    python -m lco_jax.generate --model=Qwen/Qwen2.5-VL-3B-Instruct --dtype=bfloat16 --input=photos/ --output=said.jsonl
-    python -m lco_jax.generate --model=Qwen/Qwen2.5-VL-3B-Instruct --adapter=my/adapter --data=ocr.jsonl --out=ocr
+    python -m lco_jax.generate --model=Qwen/Qwen2.5-VL-3B-Instruct --dtype=bfloat16 \\
+        --input=photos/ --output=answers.jsonl
+    python -m lco_jax.generate --model=Qwen/Qwen2.5-VL-3B-Instruct --adapter=my/adapter \\
+        --score --input=ocr.jsonl --output=ocr
 
---input: what `lco_jax.embed` takes. A line of the output is {"id": …, "answer": …}; without --output it is printed.
---data: records as for training, .jsonl or .parquet, or a .json that holds one source of a configuration; the anchor is
-asked about, and the positive, a text, is the answer. --out then holds answers.jsonl and results.json: exact match, and
-character and word error rates (docs/generate.md).
+--input is what `lco_jax.embed` takes. A line of --output is {"id": …, "answer": …}; without
+--output, answers are printed.
+With --score, --input has records as for training: .jsonl or .parquet, or a .json with one source of
+a configuration. The anchor is the question and the positive, a text, is the answer. --output is
+then a folder for answers.jsonl and results.json, which has exact match, and character and word
+error rates (docs/generate.md).
 
-Answers are greedy. A content with a text asks for itself; any other is followed by "Describe the above image." and the
-like, or everything by --prompt.
+Answers are greedy. A content with a text is its own question; any other is followed by --prompt, or
+by "Describe the above image." and the like.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import open_checkpoint
-from lco_jax.core.buckets import on_disk
 from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.files import write_json, write_text, written_aside
 from lco_jax.core.shapes import keep_compiled
@@ -30,119 +33,147 @@ from lco_jax.data.records import answer_of, as_input
 from lco_jax.data.sources import open_file
 from lco_jax.embed import modalities_of
 from lco_jax.evaluation.answers import score
-from lco_jax.flags import add_model_flags, load_embedder, media_config, workers
+from lco_jax.flags import (
+    add_model_flags,
+    add_path,
+    load_embedder,
+    media_config,
+    new_parser,
+    workers,
+)
 from lco_jax.generator import OmniGenerator
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lco_jax.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    """The command line. The earlier --data means --score --input."""
+    parser = new_parser("generate", __doc__)
+    add_path(parser, "--input", "inputs, or records for --score", required=False)
+    parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
+    add_path(
+        parser,
+        "--output",
+        "the .jsonl to write (default: print the answers); the folder to write for --score",
+        earlier=["--out"],
+        required=False,
     )
-    parser.add_argument("--input", type=on_disk, help=".txt, .jsonl, .parquet or a folder of media")
     parser.add_argument(
-        "--output", type=on_disk, help="the .jsonl to write (default: print the answers)"
+        "--score", action="store_true", help="compare answers with those of --input"
     )
     parser.add_argument(
         "--id-field", help="the key of a jsonl object, or column of a parquet, that is its id"
     )
     parser.add_argument(
-        "--data", type=on_disk, help="records: .jsonl, .parquet, or a source in .json"
-    )
-    parser.add_argument("--out", type=on_disk, help="the folder to write for --data")
-    parser.add_argument(
         "--max-new-tokens", type=int, default=64, help="the longest answer (default: 64)"
     )
     add_model_flags(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.data is not None:
+        if args.input is not None:
+            raise LcoError("--data is short for --score --input; give one of them")
+        args.input = args.data
+        args.score = True
+    del args.data
+    _check_paths(args)
+    return args
+
+
+def _check_paths(args: argparse.Namespace) -> None:
+    if args.input is None:
+        raise LcoError("give --input: a file or folder of inputs, or records for --score")
+    if not args.score:
+        output = args.output
+        if output and (output.suffix != ".jsonl" or output.is_dir()):
+            raise LcoError(f"--output={output}: the file must end in .jsonl")
+    elif args.output is None:
+        raise LcoError("--score needs --output, the folder to write")
+    elif args.id_field is not None:
+        raise LcoError("--id-field does not go with --score; records have no ids")
 
 
 def main() -> int:
-    """Read every input, then answer; files appear when they are whole."""
+    """Check every input, then answer; files appear when they are complete."""
     args = parse_args()
-    if (args.input is None) == (args.data is None):
-        raise LcoError("give --input, or --data and --out")
-    wrong = ("output", "id_field") if args.data else ("out",)
-    if given := [name for name in wrong if getattr(args, name) is not None]:
-        raise LcoError(
-            f"--{given[0].replace('_', '-')} goes with --{'input' if args.data else 'data'}"
-        )
-    if args.data and args.out is None:
-        raise LcoError("--data needs --out, the folder to write")
-    if args.output and (args.output.suffix != ".jsonl" or args.output.is_dir()):
-        raise LcoError(f"--output={args.output}: the file must end in .jsonl")
-    return _scored(args) if args.data else _said(args)
+    if args.score:
+        answer_and_score(args)
+    else:
+        answer(args)
+    return 0
 
 
-def _said(args: argparse.Namespace) -> int:
-    """Answer --input."""
+def answer(args: argparse.Namespace) -> None:
+    """Answer the inputs; print the answers, or write them."""
     corpus = Corpus(args.input, args.id_field, args.media_root)
     found = scan(corpus.items(check_media=True), media_config(args), check_media=True)
     items = list(corpus.items())
-    answers = _answer(args, [item.content for item in items], [item.where for item in items], found)
-    lines = _lines(
+    contents = [item.content for item in items]
+    answers = _generate(args, contents, [item.where for item in items], found)
+    lines = _json_lines(
         {"id": item.id, "answer": answer} for item, answer in zip(items, answers, strict=True)
     )
     if args.output is None:
         print(lines, end="")
-        return 0
+        return
     write_text(args.output, lines)
     print(f"{len(items):,} answers: {args.output}")
-    return 0
 
 
-def _scored(args: argparse.Namespace) -> int:
-    """Answer --data and score the answers."""
-    records = list(open_file(args.data, args.media_root))
-    references = [answer_of(one) for one in records]
-    names = [one.where for one in records]
-    kinds = {kind: one.where for one in records for kind in one.modalities}
-    with written_aside(args.out) as folder:
-        answers = _answer(
-            args,
-            [as_input(one.anchor) for one in records],
-            names,
-            Contents(len(records), kinds, int),
-        )
+def answer_and_score(args: argparse.Namespace) -> None:
+    """Answer the records' anchors, compare with their positives, and write and print scores."""
+    records = list(open_file(args.input, args.media_root))
+    references = [answer_of(record) for record in records]
+    names = [record.where for record in records]
+    contents = [as_input(record.anchor) for record in records]
+    kinds = {kind: record.where for record in records for kind in record.modalities}
+    with written_aside(args.output) as folder:
+        answers = _generate(args, contents, names, Contents(len(records), kinds, int))
         scores = score(answers, references)
         rows = zip(names, answers, references, strict=True)
-        lines = _lines(
-            {"where": name, "answer": answer, "reference": wanted} for name, answer, wanted in rows
+        lines = _json_lines(
+            {"where": name, "answer": answer, "reference": reference}
+            for name, answer, reference in rows
         )
         write_text(folder / "answers.jsonl", lines)
-        facts = {
-            name: str(x) if isinstance(x, Path) else x
-            for name, x in vars(args).items()
-            if x is not None
-        }
-        write_json(folder / "results.json", {**scores, "flags": facts})
+        write_json(folder / "results.json", {**scores, "flags": _flags(args)})
     print("| score | |\n|---|---|")
     for name, value in scores.items():
-        print(f"| {name} | {value:,} |" if name == "records" else f"| {name} | {value:.4f} |")
-    print(f"{args.out / 'results.json'} holds them, answers.jsonl beside it what was said")
-    return 0
+        shown = f"{value:,}" if name == "records" else f"{value:.4f}"
+        print(f"| {name} | {shown} |")
+    print(f"scores: {args.output / 'results.json'}; answers: answers.jsonl beside it")
 
 
-def _answer(
+def _flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that were given, for JSON."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(args).items()
+        if value is not None
+    }
+
+
+def _generate(
     args: argparse.Namespace, contents: Sequence[Any], names: Sequence[str], found: Contents
 ) -> list[str]:
-    """What the model says after each content."""
-    media, checkpoint = media_config(args), open_checkpoint(args.model)
+    """The model's answer to each content."""
+    media = media_config(args)
+    checkpoint = open_checkpoint(args.model)
     keep_compiled()
-    model = load_embedder(
-        args, checkpoint, media, modalities_of(checkpoint, found, media, strict=True), OmniGenerator
-    )
-    options = {"batch_size": args.batch_size, "max_length": args.max_length, "names": names}
-    options |= {} if args.prompt is None else {"prompt": args.prompt}
+    modalities = modalities_of(checkpoint, found, media, strict=True)
+    model = load_embedder(args, checkpoint, media, modalities, OmniGenerator)
+    prompt = {} if args.prompt is None else {"prompt": args.prompt}
     with tqdm(total=len(contents), desc="answering", unit="input") as progress:
-        options |= {"workers": workers(args, found.has_media), "progress": progress}
-        return model.generate(contents, args.max_new_tokens, **options)
+        return model.generate(
+            contents,
+            args.max_new_tokens,
+            batch_size=args.batch_size,
+            max_length=args.max_length,
+            names=names,
+            workers=workers(args, found.has_media),
+            progress=progress,
+            **prompt,
+        )
 
 
-def _lines(rows: Any) -> str:
-    """A line of JSON each."""
+def _json_lines(rows: Iterable[dict[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 

@@ -1,7 +1,7 @@
-"""`OmniGenerator`: a checkpoint as what it was before it embedded, a function from inputs to answers.
+"""`OmniGenerator`: a checkpoint as a function from inputs to answers, as it was before it embedded.
 
-Dimensions: N inputs, D hidden, R streams, S sequences of a stream, T tokens of a stream, A tokens of a batch's answers,
-M new tokens at most, E tokens that end a turn.
+Dimensions: N inputs, D hidden, R streams, S slots of a stream, T tokens of a stream, A tokens of a
+batch's answers, M new tokens (at most), E token ids that end a turn.
 """
 
 from collections.abc import Sequence
@@ -23,27 +23,28 @@ from lco_jax.data.inputs import Preparation, named, one_ahead, prepare_ahead
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import Prompt, asked
 from lco_jax.data.tower_rows import Processed
-from lco_jax.embedder import OmniEmbedder, is_single
+from lco_jax.embedder import OmniEmbedder, check_at_least_1, is_single
 from lco_jax.models.cache import Cache
 from lco_jax.models.decoder import Decoder
 from lco_jax.models.head import greedy, head_of, token_losses
 from lco_jax.models.streams import take
 
-AT_ONCE = 64  # sequences decoded together, unless a batch size is given
+AT_ONCE = 64  # inputs that are decoded together by default
 
 
 class OmniGenerator(OmniEmbedder):
-    """Generates text from text, images, audio, video and any mix of them, and embeds them, too. Build one with
-    `from_pretrained`, which also loads the vocabulary head.
+    """Generates text from text, images, audio, video and any mix of them; it also embeds.
 
-    ends: the token ids that end a turn: int32 [E].
+    Build one with `from_pretrained`, which also loads the vocabulary head.
+    ends: int32 [E], the token ids that end a turn.
     """
 
-    HEAD = True
+    LOADS_HEAD = True
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        decoder, everywhere = self.model.decoder, replicated(self.mesh)
+        decoder = self.model.decoder
+        everywhere = replicated(self.mesh)
         self.ends = np.array(turn_ends(self.processor), np.int32)
         self._losses = jax.jit(partial(_answer_losses, decoder), out_shardings=everywhere)
         self._prefill = jax.jit(partial(_prefill, decoder), static_argnums=3)
@@ -54,14 +55,15 @@ class OmniGenerator(OmniEmbedder):
     def generate(
         self, inputs: Sequence[Any], max_new_tokens: int = 64, **options: Any
     ) -> list[str]:
-        """What the model says after each input, greedily, without the tokens that end its turn.
+        """The greedy answer to each input, without the tokens that end its turn.
 
-        options: as of `generate_ids`.
+        options: as `generate_ids` has them.
         """
-        return [
-            self.tokenizer.tokenizer.decode(ids[~np.isin(ids, self.ends)], skip_special_tokens=True)
-            for ids in self.generate_ids(inputs, max_new_tokens, **options)
-        ]
+        answers = []
+        for ids in self.generate_ids(inputs, max_new_tokens, **options):
+            spoken = ids[~np.isin(ids, self.ends)]
+            answers.append(self.tokenizer.tokenizer.decode(spoken, skip_special_tokens=True))
+        return answers
 
     def generate_ids(
         self,
@@ -75,25 +77,25 @@ class OmniGenerator(OmniEmbedder):
         workers: int = 0,
         names: Sequence[str] | None = None,
     ) -> list[np.ndarray]:
-        """The token ids that `generate` decodes, int32 [at most M], the one that ended the turn included.
+        """The token ids of each answer: int32 [M at most], with the one that ended the turn.
 
-        inputs (a list, or a single one), max_length, workers, progress, names: as of `encode`. Chat messages are
-        rendered as they are; a content with a text asks for itself, and any other is followed by one of
-        `prompts.QUESTIONS`; or all contents by `prompt`.
-        batch_size: the most inputs decoded together, by default 64; no answer depends on it.
-        Raises for the first input that is bad, or leaves no room for `max_new_tokens` in the model's context.
+        inputs (a list or one input), max_length, workers, progress, names: as `encode` has them.
+        prompt: for every content. By default, a content with a text is its own question, and any
+            other gets one of `prompts.QUESTIONS`. Chat messages get none.
+        batch_size: the most inputs that are decoded together; no answer depends on it.
+        Raises for the first input that is bad, or that leaves no room for `max_new_tokens` in the
+        model's context.
         """
-        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise LcoError(f"{name} is {value}; it must be at least 1")
+        check_at_least_1(max_new_tokens=max_new_tokens, batch_size=batch_size)
         inputs = [inputs] if is_single(inputs) else inputs
         preparation = Preparation(self.processor, prompt, max_length)
-        generated: list[np.ndarray] = []
         prepared = prepare_ahead(preparation, named(inputs, names), workers)
-        shards = row_shards(self.mesh)
-        for ready in one_ahead(blocks_of(prepared, BLOCK_INPUTS, raises=True, shards=shards)):
+        blocks = blocks_of(prepared, BLOCK_INPUTS, raises=True, shards=row_shards(self.mesh))
+        generated: list[np.ndarray] = []
+        for ready in one_ahead(blocks):
             first = len(generated)
-            where = names[first:] if names else [f"input {first + i}" for i in range(len(ready))]
+            here = range(first, first + len(ready))
+            where = [names[i] if names else f"input {i}" for i in here]
             self._check_room(ready, where, max_new_tokens, f"max_new_tokens={max_new_tokens}")
             generated += self._generate(ready, max_new_tokens, batch_size or AT_ONCE, progress)
         return generated
@@ -105,20 +107,25 @@ class OmniGenerator(OmniEmbedder):
         batch_size: int,
         progress: tqdm | None,
     ) -> list[np.ndarray]:
-        """`generate_ids` of what is ready."""
-        generated: list[np.ndarray] = [np.zeros(0, np.int32)] * len(ready)
+        """`generate_ids` of inputs that are ready."""
 
         def start(batch: InferenceBatch) -> tuple[Array, np.ndarray]:
-            prefilled = self._prefill(self.params, batch.tokens, self._media(batch), max_new_tokens)
-            return self._decode(self.params, prefilled, self.ends)[0], batch.sequences
+            media = self._media_tokens(batch)
+            prefilled = self._prefill(self.params, batch.tokens, media, max_new_tokens)
+            ids, _ = self._decode(self.params, prefilled, self.ends)
+            return ids, batch.slots
 
-        for indices, (ids, sequences) in self._run(ready, start, batch_size, MAX_TOKENS, progress):
-            for i, mine in zip(
-                indices, np.asarray(ids).reshape(-1, max_new_tokens)[sequences], strict=True
-            ):
-                ended = np.flatnonzero(np.isin(mine, self.ends))
-                generated[i] = mine[: ended[0] + 1] if len(ended) else mine
+        generated: list[np.ndarray] = [np.zeros(0, np.int32)] * len(ready)
+        for inputs, (ids, slots) in self._run(ready, start, batch_size, MAX_TOKENS, progress):
+            ids_by_slot = np.asarray(ids).reshape(-1, max_new_tokens)
+            for i, slot in zip(inputs, slots, strict=True):
+                generated[i] = self._up_to_end(ids_by_slot[slot])
         return generated
+
+    def _up_to_end(self, ids: np.ndarray) -> np.ndarray:
+        """Token ids up to the first that ends a turn."""
+        ends = np.flatnonzero(np.isin(ids, self.ends))
+        return ids[: ends[0] + 1] if len(ends) else ids
 
     def token_losses(
         self,
@@ -130,56 +137,74 @@ class OmniGenerator(OmniEmbedder):
         max_tokens: int = MAX_TOKENS,
         progress: tqdm | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """What each answer costs the generator: -log p summed over its tokens, in nats, float32 [N]; their number [N].
+        """(-log p of each given answer, in nats, float32 [N]; the number of its tokens [N]).
 
-        The token that ends the answer's turn is one of them. inputs and options: as of `encode`, `prompt` as of
-        `generate_ids`; answers are never cut.
+        The loss is summed over the answer's tokens and the one that ends its turn. Answers are
+        never cut. prompt: as `generate_ids` has it; inputs and other options: as `encode` has them.
         """
         prompts = self._prepare(inputs, prompt, max_length)
         targets = self.tokenizer.answers(answers)
         ready = [one.answered(ids) for one, ids in zip(prompts, targets, strict=True)]
-        self._check_room(ready, [f"input {i}" for i in range(len(ready))], 0, "its answer")
-        losses, counts = np.zeros(len(ready), np.float32), np.array([len(ids) for ids in targets])
+        where = [f"input {i}" for i in range(len(ready))]
+        self._check_room(ready, where, 0, "its answer")
 
         def start(batch: InferenceBatch) -> tuple[Array, np.ndarray]:
-            mine = [targets[i] for i in batch.inputs]
-            spoken = np.concatenate(
-                [at[-len(ids) :] for at, ids in zip(batch.at, mine, strict=True)]
-            )
-            room = (0, bucket(len(spoken)) - len(spoken))
-            wanted = np.pad(np.concatenate(mine), room)
-            each = self._losses(
-                self.params, batch.tokens, self._media(batch), np.pad(spoken, room), wanted
-            )
-            return each, np.repeat(np.arange(len(mine)), [len(ids) for ids in mine])
+            return self._start_losses(batch, [targets[i] for i in batch.inputs])
 
-        for indices, (each, whose) in self._run(ready, start, None, max_tokens, progress):
-            losses[indices] = np.bincount(whose, np.asarray(each)[: len(whose)])
-        return losses, counts
+        losses = np.zeros(len(ready), np.float32)
+        for indices, (each, answer) in self._run(ready, start, None, max_tokens, progress):
+            losses[indices] = np.bincount(answer, np.asarray(each)[: len(answer)])
+        return losses, np.array([len(ids) for ids in targets])
+
+    def _start_losses(
+        self, batch: InferenceBatch, targets: list[np.ndarray]
+    ) -> tuple[Array, np.ndarray]:
+        """(the loss of each token of a batch's answers, padded; the number of its answer [A]).
+
+        targets: the answer to each of the batch's inputs.
+        """
+        lengths = [len(ids) for ids in targets]
+        predicting = [at[-length:] for at, length in zip(batch.at, lengths, strict=True)]
+        total = sum(lengths)
+        room = (0, bucket(total) - total)
+        losses = self._losses(
+            self.params,
+            batch.tokens,
+            self._media_tokens(batch),
+            np.pad(np.concatenate(predicting), room),
+            np.pad(np.concatenate(targets), room),
+        )
+        return losses, np.repeat(np.arange(len(targets)), lengths)
 
     def _check_room(
         self, ready: Sequence[Processed], names: Sequence[str], more: int, what: str
     ) -> None:
-        """Raise for the first input that does not leave the context room for so many tokens `more`."""
+        """Raise for the first input that, with `more` tokens, exceeds the model's context."""
         context = self.processor.max_tokens
-        if long := [
-            name for one, name in zip(ready, names, strict=False) if len(one) + more > context
-        ]:
-            raise LcoError(f"{long[0]} and {what} exceed the model's {context} tokens")
+        for one, name in zip(ready, names, strict=True):
+            if len(one) + more > context:
+                raise LcoError(f"{name} and {what} exceed the model's {context} tokens")
 
 
 def turn_ends(processor: Processor) -> list[int]:
-    """The token ids that end a turn: generation_config.json's, else the model configuration's, else the tokenizer's."""
-    folder = processor.folder
-    config = read_json(folder / "config.json")
-    places = [config.get("thinker_config") or {}, config, config.get("text_config") or {}]
-    if (folder / "generation_config.json").exists():
-        places = [read_json(folder / "generation_config.json"), *places]
-    places.append({"eos_token_id": processor.tokenizer.tokenizer.eos_token_id})
-    found = next(
-        (place["eos_token_id"] for place in places if place.get("eos_token_id") is not None), []
-    )
-    return found if isinstance(found, list) else [found]
+    """The token ids that end a turn.
+
+    They come from generation_config.json, else from config.json, else from the tokenizer.
+    """
+    config = read_json(processor.folder / "config.json")
+    candidates = [config.get("thinker_config") or {}, config, config.get("text_config") or {}]
+    generation = processor.folder / "generation_config.json"
+    if generation.exists():
+        candidates.insert(0, read_json(generation))
+    for candidate in candidates:
+        ends = candidate.get("eos_token_id")
+        if ends is not None:
+            return ends if isinstance(ends, list) else [ends]
+    end = processor.tokenizer.tokenizer.eos_token_id
+    return [] if end is None else [end]
+
+
+# ---- the programs
 
 
 def _answer_losses(
@@ -187,23 +212,30 @@ def _answer_losses(
     params: dict[str, Any],
     tokens: PackedTokens,
     media: Array | None,
-    spoken: Array,
-    wanted: Array,
+    at: Array,
+    targets: Array,
 ) -> Array:
-    """The loss of each of A tokens, `wanted` after those that lie at `spoken` of the R · T: float32 [A]."""
+    """The losses of A target tokens: float32 [A].
+
+    at: int [A], the token among all R · T whose state predicts each. targets: int [A].
+    """
     states = decoder.apply({"params": params["decoder"]}, tokens, media, "tokens")
     flat = states.reshape(-1, states.shape[-1])
-    return token_losses(flat[spoken][None], head_of(params), wanted[None])[0]
+    return token_losses(flat[at][None], head_of(params), targets[None])[0]
 
 
 Prefilled = tuple[Array, Array, Cache]
+Decoding = tuple[Array, Array, Cache]  # token ids so far, which sequences have ended, the cache
 
 
 def _prefill(
     decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, media: Array | None, new: int
 ) -> Prefilled:
-    """Prompts -> each sequence's first new token, and its position, int32 [R, S] (-1 where there is no sequence); and
-    their cache, with room for `new` tokens. Positions go on as in `Processed.followed_by`."""
+    """Run the prompts: (each slot's first new token, its position, the prompts' cache).
+
+    Tokens and positions are int32 [R, S]; a position is -1 in an empty slot. Positions continue as
+    `Processed.followed_by` has them. The cache has room for `new` tokens.
+    """
     states, cache = decoder.apply({"params": params["decoder"]}, tokens, media, "cache")
     last = take(jnp.max(tokens.position_ids, axis=-1), tokens.last_tokens)
     positions = jnp.where(cache.lengths > 0, last + 1, -1)
@@ -213,27 +245,49 @@ def _prefill(
 def _decode(
     decoder: Decoder, params: dict[str, Any], prefilled: Prefilled, ends: Array
 ) -> tuple[Array, Prefilled]:
-    """What `_prefill` left -> the new tokens, int32 [R, S, M], arbitrary after the first of `ends` (int32 [E]); and
-    what was given, whose memory is used again. Stops when every sequence has ended."""
+    """Generate until every sequence has ended: the new tokens, int32 [R, S, M].
+
+    After a sequence's end, its tokens are arbitrary. ends: int32 [E]. `prefilled` is donated, and
+    returned again so that the loop can work in its memory.
+    """
     first, positions, cache = prefilled
-    ids = jnp.zeros((*first.shape, cache.columns - cache.width), jnp.int32).at[..., 0].set(first)
+    new = cache.columns - cache.width
+    ids = jnp.zeros((*first.shape, new), jnp.int32).at[..., 0].set(first)
     ended = (positions < 0) | jnp.isin(first, ends)
-    zeros = jnp.zeros_like(first)
 
-    def unfinished(state: tuple[Array, Array, Cache]) -> Array:
-        ids, ended, cache = state
-        return (cache.generated + 1 < ids.shape[-1]) & ~jnp.all(ended)
+    def unfinished(state: Decoding) -> Array:
+        _, ended, cache = state
+        return (cache.generated + 1 < new) & ~jnp.all(ended)
 
-    def step(state: tuple[Array, Array, Cache]) -> tuple[Array, Array, Cache]:
+    def step(state: Decoding) -> Decoding:
         ids, ended, cache = state
-        at = jnp.broadcast_to((positions + cache.generated)[..., None], (*positions.shape, 3))
         newest = ids[..., cache.generated]
-        tokens = PackedTokens(newest, at, zeros.astype(jnp.uint32), zeros - 1, (), zeros, zeros)
-        states, cache = decoder.apply(
-            {"params": params["decoder"]}, tokens, of="cache", cache=cache
-        )
-        following = greedy(states, head_of(params))
-        return ids.at[..., cache.generated].set(following), ended | jnp.isin(following, ends), cache
+        position = positions + cache.generated
+        following, cache = _next_token(decoder, params, newest, position, cache)
+        ids = ids.at[..., cache.generated].set(following)
+        return ids, ended | jnp.isin(following, ends), cache
 
     ids, _, cache = jax.lax.while_loop(unfinished, step, (ids, ended, cache))
     return ids, (first, positions, cache)
+
+
+def _next_token(
+    decoder: Decoder, params: dict[str, Any], ids: Array, positions: Array, cache: Cache
+) -> tuple[Array, Cache]:
+    """The token that follows each sequence's newest, and the cache with that one's keys and values.
+
+    ids, positions: int32 [R, S], of the newest tokens.
+    """
+    zeros = jnp.zeros_like(ids)
+    tokens = PackedTokens(
+        input_ids=ids,
+        position_ids=jnp.broadcast_to(positions[..., None], (*positions.shape, 3)),
+        token_keys=zeros.astype(jnp.uint32),
+        media_slots=zeros - 1,
+        rows=(),
+        home=zeros,
+        last_tokens=zeros,
+    )
+    variables = {"params": params["decoder"]}
+    states, cache = decoder.apply(variables, tokens, of="cache", cache=cache)
+    return greedy(states, head_of(params)), cache

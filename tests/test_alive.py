@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import run_two
 
 from lco_jax import LcoError, job, train
 from lco_jax.core.errors import PEER_LOST, PREEMPTED, run_main
@@ -190,16 +191,9 @@ def main():
 
 run_main(main)
 """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-c", code]
-    both = [
-        subprocess.Popen([*command, str(i), port], stderr=subprocess.PIPE, text=True)
-        for i in range(2)
-    ]
-    said = [one.communicate(timeout=250)[1] for one in both]
-    assert [one.returncode for one in both] == [PEER_LOST, 2], said
+    both = run_two(code)
+    said = [err for _, _, err in both]
+    assert [status for status, _, _ in both] == [PEER_LOST, 2], said
     assert "process 0 of 2: another process is gone, or late" in said[0]
     assert "error: a.jsonl:7: bad" in said[1]
 

@@ -1,4 +1,4 @@
-"""`OmniEmbedder`'s manners: what it takes, in which shape and order it answers."""
+"""What `OmniEmbedder` takes, and the shape and order of its vectors."""
 
 import numpy as np
 import pytest
@@ -65,7 +65,7 @@ def test_prompt_and_cut(embedder):
 
 
 @pytest.mark.parametrize(
-    ("inputs", "says"),
+    ("inputs", "message"),
     [
         ([1], "input 0 is int"),
         (["a", {"image": "cat.png"}], "input 1: image cat.png does not exist"),
@@ -83,13 +83,13 @@ def test_prompt_and_cut(embedder):
         (["x " * 40000], "input 0: .* tokens .* the model takes 32768"),
     ],
 )
-def test_mistakes_name_the_input(embedder, inputs, says):
-    with pytest.raises(LcoError, match=says):
+def test_mistakes_name_the_input(embedder, inputs, message):
+    with pytest.raises(LcoError, match=message):
         embedder.encode(inputs)
 
 
 def test_a_cache_that_several_processes_fill_at_once(tmp_path):
-    """Whoever comes second keeps what is there, and both go on."""
+    """The second process keeps the first one's folder, and both go on."""
     from lco_jax.core.files import written_aside
 
     with written_aside(tmp_path / "cache", first_wins=True) as mine:

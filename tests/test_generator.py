@@ -1,4 +1,4 @@
-"""What a checkpoint would say: every layer's states and the loss of an answer's tokens, as in transformers."""
+"""Answers, their losses and every layer's states, as in transformers; and `generate`."""
 
 import json
 from functools import cache
@@ -100,7 +100,7 @@ QUESTIONS = {
     "family", [pytest.param(x, marks=[] if x == "vl_tied" else pytest.mark.slow) for x in QUESTIONS]
 )
 def test_answers_equal_transformers(cases, family, monkeypatch):
-    """Also where an answer ends: once of the tokens that end a turn one is the sixth of the last answer."""
+    """Also where it ends: one of two tokens that end a turn is the sixth of the last answer."""
     case, conversations = cases[family], [user(*parts) for parts in QUESTIONS[family]]
     model = load_generator(case.path)
     [end] = model.ends
@@ -116,7 +116,7 @@ def test_answers_equal_transformers(cases, family, monkeypatch):
 
 
 def test_a_cache_changes_no_token_of_a_tuned_and_quantized_model(cases, tmp_path, monkeypatch):
-    """The sixth token is the one that comes first after the prompt and the five before it, read anew."""
+    """The sixth token is the first after the prompt and the five tokens before it, read anew."""
     config = lora.LoraConfig(rank=2)
     drawn = np.random.default_rng(0)
     adapters = lora.init(
@@ -130,14 +130,17 @@ def test_a_cache_changes_no_token_of_a_tuned_and_quantized_model(cases, tmp_path
     )
     found = model.generate_ids(reference.TEXTS, 6)
     attempt, before = model.processor.attempt, iter([ids[:5] for ids in found])
-    after = lambda *given: [one.followed_by(next(before)) for one in attempt(*given)]
+
+    def after(*given):
+        return [one.followed_by(next(before)) for one in attempt(*given)]
+
     monkeypatch.setattr(model.processor, "attempt", after)
     assert [ids.tolist() for ids in model.generate_ids(reference.TEXTS, 1)] == [
         [ids[5]] for ids in found
     ]
 
 
-def test_what_ends_a_turn(tmp_path):
+def test_the_tokens_that_end_a_turn(tmp_path):
     tokenizer = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=1))
     processor = SimpleNamespace(folder=tmp_path, tokenizer=tokenizer)
     for name, content, want in [
@@ -154,10 +157,15 @@ def test_what_ends_a_turn(tmp_path):
 def test_scores_equal_a_computation_by_hand():
     """kitten, sitting: two substitutions and an insertion (Levenshtein)."""
     scores = score(["kitten", " a big dog\n", "No", "a  b"], ["sitting", "a dog", "no", "a b"])
-    assert scores == pytest.approx({
-        "records": 4, "exact_match": 0, "cer": (3 / 7 + 4 / 5 + 1 / 2 + 1 / 3) / 4, "corpus_cer": 9 / 17,
-        "wer": (1 + 1 / 2 + 1 + 0) / 4, "corpus_wer": 3 / 6,
-    })  # fmt: skip
+    want = {
+        "records": 4,
+        "exact_match": 0,
+        "cer": (3 / 7 + 4 / 5 + 1 / 2 + 1 / 3) / 4,
+        "corpus_cer": 9 / 17,
+        "wer": (1 + 1 / 2 + 1 + 0) / 4,
+        "corpus_wer": 3 / 6,
+    }
+    assert scores == pytest.approx(want)
     assert score([" a\n"], ["a"])["exact_match"] == 1
     with pytest.raises(LcoError, match="reference 1 is white space alone"):
         score(["a", "b"], ["a", " \n"])
@@ -178,35 +186,44 @@ def test_generate_answers_and_scores_files(tmp_path, run_command, monkeypatch, t
     status, out, _ = run_command(generate, f"--input={tmp_path}/in.jsonl", "--max-new-tokens=4")
     assert not status
     assert [json.loads(line)["answer"] for line in out.splitlines()] == want
-    status, out, _ = run_command(
-        generate, f"--data={tmp_path}/data.jsonl", f"--out={tmp_path}/out", "--max-new-tokens=4"
-    )
-    assert not status
-    assert "| corpus_cer |" in out
-    lines = [json.loads(line) for line in (tmp_path / "out/answers.jsonl").read_text().splitlines()]
-    assert [(x["answer"], x["reference"]) for x in lines] == [
-        *zip(want, ["a cat", "So"], strict=True)
-    ]
-    assert score(want, ["a cat", "So"]).items() <= read_json(tmp_path / "out/results.json").items()
-    bad = [{"anchor": "Why?", "positive": {"image_path": "a.png"}}]
-    (tmp_path / "bad.jsonl").write_text(json.dumps(bad[0]) + "\n")
-    for flags, said in [
-        ([], "give --input, or --data and --out"),
-        (["--data=x.jsonl"], "--data needs --out"),
-        (["--input=x.jsonl", "--out=y"], "--out goes with --data"),
-        (["--data=x.jsonl", "--out=y", "--output=z"], "--output goes with --input"),
+    for flags in (
+        ["--score", f"--input={tmp_path}/data.jsonl", f"--output={tmp_path}/out"],
+        [f"--data={tmp_path}/data.jsonl", f"--out={tmp_path}/out"],  # the earlier names
+    ):
+        status, out, _ = run_command(generate, *flags, "--max-new-tokens=4")
+        assert not status
+        assert "| corpus_cer |" in out
+        text = (tmp_path / "out/answers.jsonl").read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
+        pairs = [(x["answer"], x["reference"]) for x in lines]
+        assert pairs == [*zip(want, ["a cat", "So"], strict=True)]
+        results = read_json(tmp_path / "out/results.json")
+        assert score(want, ["a cat", "So"]).items() <= results.items()
+
+
+def test_generate_names_flags_that_do_not_go_together(tmp_path, run_command, monkeypatch, tiny):
+    monkeypatch.setattr(OmniGenerator, "from_pretrained", lambda *_, **__: tiny)
+    (tmp_path / "in.jsonl").write_text('"Why?"\n')
+    bad = {"anchor": "Why?", "positive": {"image_path": "a.png"}}
+    (tmp_path / "bad.jsonl").write_text(json.dumps(bad) + "\n")
+    for flags, message in [
+        ([], "give --input"),
+        (["--score", "--input=x.jsonl"], "--score needs --output"),
+        (["--data=x.jsonl"], "--score needs --output"),
+        (["--data=x.jsonl", "--input=y.jsonl"], "give one of them"),
+        (["--score", "--input=x", "--output=y", "--id-field=z"], "--id-field does not go with"),
         (["--input=x.jsonl", "--output=z.npy"], "--output=z.npy: the file must end in .jsonl"),
         (
             [f"--input={tmp_path}/in.jsonl", "--max-new-tokens=0"],
             "--max-new-tokens=0: it must be at least 1",
         ),
         (
-            [f"--data={tmp_path}/bad.jsonl", "--out=y"],
+            ["--score", f"--input={tmp_path}/bad.jsonl", f"--output={tmp_path}/y"],
             "bad.jsonl:1: the positive is the answer, and must be a text",
         ),
     ]:
         status, _, err = run_command(generate, *flags)
-        assert (status, said in err) == (2, True), err
+        assert (status, message in err) == (2, True), err
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +255,10 @@ def test_an_answers_loss_is_asked_for_as_answers_are(cases):
 
 def test_a_content_without_a_text_is_asked_about():
     picture, sound = np.zeros((2, 2, 3), np.uint8), {"array": np.zeros(9), "sampling_rate": 16_000}
-    question = lambda item: as_messages(item, "", asked)[0]["content"][-1]["text"]
+
+    def question(item):
+        return as_messages(item, "", asked)[0]["content"][-1]["text"]
+
     assert question({"image": picture, "text": ""}) == "\nDescribe the above image."
     assert question({"video": picture[None]}) == "\nDescribe the above video."
     assert question({"audio": sound}) == "\nDescribe the above audio."

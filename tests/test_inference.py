@@ -1,4 +1,4 @@
-"""How inputs are laid into forward passes: on any number of devices nearly without padding."""
+"""How inputs are packed into forward passes, with little padding on any number of devices."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def documents(count, seed=1):
 
 
 def passes(ready, shards, batch_size=None, max_tokens=inference.MAX_TOKENS):
-    """What `encode` does: (members, what is packed) of each forward pass. Every input is in one."""
+    """(members, the batch) of each forward pass of `encode`. Every input is in one."""
     batches = list(inference.batches_of(ready, batch_size, max_tokens, shards))
     assert sorted(i for members in batches for mine in members for i in mine) == [
         *range(len(ready))
@@ -40,7 +40,7 @@ def passes(ready, shards, batch_size=None, max_tokens=inference.MAX_TOKENS):
 
 
 def tokens_of(packed):
-    """(what the decoder's products run over, what is real of it)."""
+    """(the tokens of a batch, those that are not padding)."""
     return packed.tokens.input_ids.size, sum(stream.length for stream in packed.streams)
 
 
@@ -85,8 +85,8 @@ def test_one_long_input_lets_the_others_fill_their_devices_as_far():
     assert packed.tokens.input_ids.shape[1] < 3200
 
 
-def test_what_is_common_is_laid_once_a_device():
-    """Texts that occur four times lie on one; of five long instructions each has each once at most."""
+def test_common_tokens_are_packed_once_a_device():
+    """Copies of a text go to one device, which has each of five long instructions at most once."""
     rng = np.random.default_rng(0)
     once = sentences(500)
     asked = [
@@ -100,7 +100,7 @@ def test_what_is_common_is_laid_once_a_device():
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 32])
-def test_batch_size_is_of_the_whole_pass(batch_size):
+def test_batch_size_counts_the_inputs_of_all_devices(batch_size):
     sizes = [sum(map(len, members)) for members, _ in passes(sentences(100), 8, batch_size)]
     assert max(sizes) == batch_size
     assert sum(size < batch_size for size in sizes) <= 4  # the last of each width

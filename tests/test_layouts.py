@@ -1,4 +1,4 @@
-"""Shapes are planned: one program for all batches of a run."""
+"""Layouts with floors: one program for all batches of a run."""
 
 import jax
 import numpy as np
@@ -68,14 +68,14 @@ def test_five_hundred_varied_batches_have_one_shape(processor, shape, chunk_toke
 
 
 def test_large_batches_are_nearly_full(processor):
-    """The margin is that of a sum: it vanishes as batches grow."""
+    """The margin is that of a sum: relative to it, it vanishes as batches grow."""
     mesh = make_mesh(devices=jax.devices()[:1])
     batches, layout = planned(processor, varied(2000), mesh, batch_size=400)
     packed = pack_batch(batches[20], layout, processor.rows, 1)
     assert 0.9 < packed.streams[0].length / layout.floor.tokens <= 1
 
 
-def test_a_plan_is_the_datas_alone(processor):
+def test_a_floor_depends_on_the_data_alone(processor):
     mesh = make_mesh(devices=jax.devices()[:1])
     assert (
         planned(processor, varied(300), mesh)[1].floor
@@ -83,7 +83,7 @@ def test_a_plan_is_the_datas_alone(processor):
     )
 
 
-def test_a_batch_beyond_the_plan_has_a_shape_of_its_own(processor):
+def test_a_batch_beyond_the_floor_gets_a_larger_shape(processor):
     mesh = make_mesh(devices=jax.devices()[:1])
     _, layout = planned(processor, varied(300), mesh)
     long = ListSource(
@@ -97,7 +97,7 @@ def test_a_batch_beyond_the_plan_has_a_shape_of_its_own(processor):
 
 
 def test_a_sample_without_a_good_record(cache):
-    """Every one was left out: the plan is small, and whatever comes has a shape of its own."""
+    """Every record was skipped: the floor is small, and later batches get larger shapes."""
     mesh = make_mesh(devices=jax.devices()[:1])
     short = Processor(builtin.build(), max_tokens=10)
     bad = ListSource([Record("a", "b", (), f"mem:{i}") for i in range(24)])
@@ -108,7 +108,7 @@ def test_a_sample_without_a_good_record(cache):
 
 @pytest.mark.parametrize("shards", [1, 8])
 def test_long_sequences_of_many_lengths_have_one_shape_and_few_slots(processor, shards):
-    """Widths are fine, and each has a margin of its own: few long sequences in many widths share wider rows."""
+    """Each of many widths would need a margin: few long sequences share wider rows instead."""
     rng = np.random.default_rng(0)
     layout = Layout(batch_size=48, max_negatives=0, prefix=processor.tokenizer.prefix)
 

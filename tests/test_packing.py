@@ -1,4 +1,4 @@
-"""Packing: sequences in streams, streams in rows, shapes of either."""
+"""Packing: sequences in streams, streams in rows, and the shapes of both."""
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ from lco_jax.core.packing import (
     TokenSequence,
     assign_rows,
     bucket,
+    cheapest_cut,
     fill,
     in_widths,
     pack_stream,
@@ -18,32 +19,28 @@ from lco_jax.core.packing import (
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_place_is_a_packing(seed):
-    """Every sequence once, none beyond its row, no two on one token, slots numbered along the row."""
+def test_assigned_rows_are_a_packing(seed):
+    """Every item once, none beyond its row, no two on one token."""
     rng = np.random.default_rng(seed)
     row_length = int(rng.integers(1, 300))
     lengths = rng.integers(1, row_length + 1, int(rng.integers(1, 200)))
-    placement = assign_rows(lengths, row_length)
-    assert all(len(part) == len(lengths) for part in placement)
-    taken = np.zeros((placement.num_rows, row_length), int)
-    for row, start, length in zip(placement.row, placement.start, lengths, strict=True):
+    assigned = assign_rows(lengths, row_length)
+    assert all(len(part) == len(lengths) for part in assigned)
+    taken = np.zeros((assigned.num_rows, row_length), int)
+    for row, start, length in zip(assigned.row, assigned.start, lengths, strict=True):
         assert start >= 0
         assert start + length <= row_length
         taken[row, start : start + length] += 1
     assert taken.max() == 1
     assert taken.sum() == lengths.sum()
     assert taken.any(axis=1).all()
-    for row in range(placement.num_rows):
-        mine = placement.row == row
-        assert sorted(placement.slot[mine]) == list(range(mine.sum()))
-        assert (np.diff(placement.start[mine][np.argsort(placement.slot[mine])]) > 0).all()
     assert all(
         np.array_equal(x, y)
-        for x, y in zip(assign_rows(lengths, row_length), placement, strict=True)
+        for x, y in zip(assign_rows(lengths, row_length), assigned, strict=True)
     )
 
 
-def test_place_of_nothing_and_of_too_much():
+def test_rows_of_nothing_and_of_too_much():
     assert assign_rows([], 16).num_rows == 0
     assert assign_rows([16, 16], 16).num_rows == 2
     with pytest.raises(ValueError, match="17 does not fit a row of 16"):
@@ -59,8 +56,8 @@ def sequences_of(lengths, rng, alphabet=3):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_common_beginnings_lie_once(seed):
-    """As many tokens as a trie of the sequences has nodes; with a prefix, what is beyond it is a sequence's own."""
+def test_common_beginnings_are_packed_once(seed):
+    """A stream has the tokens of a trie of its sequences; with a prefix, only that is shared."""
     rng = np.random.default_rng(seed)
     sequences = sequences_of(rng.integers(1, 12, 60), rng)
     stream = pack_stream(sequences, None)
@@ -79,11 +76,9 @@ def test_common_beginnings_lie_once(seed):
         for i, sequence in enumerate(sequences):
             at = row_of(tokens, (0,), which[0][i])
             assert np.array_equal(tokens.input_ids[0, at], sequence.input_ids)
-        slots = np.concatenate([group.reshape(-1) for group in tokens.rows])
-        held = np.flatnonzero(tokens.home[0] >= 0)
-        assert np.array_equal(
-            slots[tokens.home[0, held]], held
-        )  # a token's home is a slot where it stands
+        cells = np.concatenate([group.reshape(-1) for group in tokens.rows])
+        real = np.flatnonzero(tokens.home[0] >= 0)
+        assert np.array_equal(cells[tokens.home[0, real]], real)
 
 
 def test_media_are_never_shared():
@@ -94,7 +89,7 @@ def test_media_are_never_shared():
     assert pack_stream(twins, None).length == 4 + 5 + 5
 
 
-def test_the_head_has_the_same_dropout_keys_wherever_it_lies():
+def test_the_prefix_has_the_same_dropout_keys_wherever_it_is_packed():
     rng = np.random.default_rng(0)
     prefix = np.arange(100, 106, dtype=np.int32)
     sequences = [
@@ -120,27 +115,42 @@ def test_the_head_has_the_same_dropout_keys_wherever_it_lies():
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_fitted_shape_holds_what_it_must(seed):
+def test_a_padded_shape_holds_what_it_must(seed):
     rng = np.random.default_rng(seed)
     sequences = sequences_of(rng.integers(1, 400, int(rng.integers(1, 80))), rng, alphabet=1000)
     stream = pack_stream(sequences, None)
     for floor in (Shape(), Shape(2000, {64: 20, 512: 3}), Shape(10**5, {512: 100})):
         shape = padded_shape(stream.need, floor)
-        tokens, which = fill(
-            [stream], [range(len(sequences))], shape, None
-        )  # raises where it does not fit
+        # `fill` raises if a sequence does not fit.
+        tokens, which = fill([stream], [range(len(sequences))], shape, None)
         assert len(set(which[0])) == len(sequences)
         assert tokens.input_ids.shape == (1, shape.tokens)
         assert all(shape.rows[w] >= n for w, n in floor.rows.items())
-    assert padded_shape(stream.need, Shape(10**5, {512: 100})) == Shape(
-        10**5, {512: 100}
-    )  # the widest group holds them all
+    wide_floor = Shape(10**5, {512: 100})  # the widest group holds them all
+    assert padded_shape(stream.need, wide_floor) == wide_floor
     assert in_widths(stream.need, [512]).rows == {512: len(sequences)}
     wide = in_widths(stream.need, [64])
     assert sum(wide.rows.values()) == len(sequences)
     assert {width: count for width, count in wide.rows.items() if width > 64} == {
         width: count for width, count in stream.need.rows.items() if width > 64
     }
+
+
+def test_the_cheapest_cut_is_the_least_of_all_cuts():
+    rng = np.random.default_rng(0)
+    costs = rng.random((6, 7))
+
+    def price(pieces):
+        return sum(costs[begin, end] for begin, end in pieces)
+
+    def cuts(begin):
+        if begin == 6:
+            return [[]]
+        return [[(begin, end), *rest] for end in range(begin + 1, 7) for rest in cuts(end)]
+
+    found = cheapest_cut(6, lambda begin, end: costs[begin, end])
+    assert price(found) == min(map(price, cuts(0)))
+    assert cheapest_cut(0, price) == []
 
 
 def test_spread_is_even():

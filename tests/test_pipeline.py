@@ -1,4 +1,4 @@
-"""The stream of records, the batches that each process makes of it, and the cut of texts."""
+"""The stream of records, the batches that processes make of it, and texts that are cut."""
 
 import json
 
@@ -149,11 +149,11 @@ def test_a_batch_holds_every_text_of_its_records(monkeypatch, processor):
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_the_batch_that_one_would_read(monkeypatch, processor, processes):
-    whole = take(process_batches(monkeypatch, processor, 1, 0), 6)
+    all_at_once = take(process_batches(monkeypatch, processor, 1, 0), 6)
     shares = [
         take(process_batches(monkeypatch, processor, processes, me), 6) for me in range(processes)
     ]
-    for k, local in enumerate(whole):
+    for k, local in enumerate(all_at_once):
         for view in (by_sequence, dropout_keys):
             parts = [view(share[k]) for share in shares]
             assert sum(len(part) for part in parts) == len(view(local))
@@ -169,7 +169,7 @@ def test_the_batch_must_divide_by_the_processes(monkeypatch, processor):
 
 
 def test_the_stream_resumes_where_it_stood(monkeypatch, processor):
-    """Also in another number of processes, and through the JSON that the checkpoint stores."""
+    """Also on another number of processes, and from the JSON that a checkpoint stores."""
     want = [by_sequence(local) for local in take(process_batches(monkeypatch, processor, 1, 0), 9)]
     for stop in (0, 1, 4):
         iterator = process_batches(monkeypatch, processor, 1, 0)
@@ -227,7 +227,7 @@ def test_a_text_beyond_the_context_is_named(processor):
 @pytest.mark.parametrize(
     ("mesh", "chunk_tokens"), [((1, 1, 1), 0), ((2, 2, 2), 0), ((4, 2, 1), 60), ((1, 1, 1), 200)]
 )
-def test_a_global_batch_holds_every_sequence_where_it_says(processor, mesh, chunk_tokens):
+def test_a_global_batch_has_every_sequence_in_its_slot(processor, mesh, chunk_tokens):
     layout = Layout(
         batch_size=12, max_negatives=2, prefix=processor.tokenizer.prefix, chunk_tokens=chunk_tokens
     )
@@ -263,7 +263,7 @@ def test_a_global_batch_holds_every_sequence_where_it_says(processor, mesh, chun
 @pytest.mark.parametrize("max_length", [1, 4, 16, 64, None])
 @pytest.mark.parametrize("text", [*reference.TEXTS, "🙂🙃 emoji 👩‍👩‍👧", "word " * 100, ""])
 def test_cut_is_the_references(tokenizer, text, max_length):
-    """Tokenise, keep n, decode; a text that is short enough stays as it is, byte for byte."""
+    """Tokenize, keep n tokens, decode; a shorter text stays the same, byte for byte."""
     ids = tokenizer.tokenizer(text).input_ids
     short = max_length is None or len(ids) <= max_length
     want = text if short else tokenizer.tokenizer.decode(ids[:max_length])
@@ -278,6 +278,6 @@ def test_cut_is_the_references(tokenizer, text, max_length):
 
 @pytest.mark.parametrize("max_length", [0, -1])
 def test_cut_to_nothing_is_an_error(tokenizer, max_length):
-    """-1 must not drop the last token in silence."""
+    """-1 must not silently drop the last token."""
     with pytest.raises(LcoError, match="max_length"):
         tokenizer.cut("a few words", max_length)

@@ -1,21 +1,36 @@
-"""Packed streams: many sequences in one stream of tokens, in which a beginning that they share lies once.
+"""Packing: the tokens of many sequences in one stream, and the rows in which they are attended.
 
-Dimensions: C GradCache chunks, R streams (one a device's share), T tokens of a stream, W width and N rows of a group of
-attention rows, U slots of all a stream's attention rows (Σ N · W), S sequences of a stream (Σ N), B records, M hard
-negatives a record (the most), P tokens of the prefix.
+Dimensions: C GradCache chunks, R streams (one on each shard), T tokens of a stream, W width and N
+rows of a group of rows, U cells of all rows of a stream (Σ N · W), S slots of a stream (Σ N), B
+records, M hard negatives of a record (at most), P tokens of the prefix, A answer tokens of a
+stream.
 
-In a causal decoder a token's state depends on what stands before it and on nothing else. So sequences that begin alike
-can share the tokens of their beginning, and every matrix product runs over the stream, which has no padding but at its
-end. Attention alone needs whole sequences: `rows` says which tokens of the stream make up each, and they are gathered
-into groups of a few widths, begun at the left, where plain causal attention never sees a pad.
+A causal decoder computes a token's state from the tokens before it and from nothing else. So
+sequences that begin alike share the tokens of their beginning, and projections and MLPs run over
+one stream, which is padded only at its end. Attention needs each sequence in one piece. It runs in
+rows: a row has one sequence, and tells where in the stream each of its tokens is. Three sequences,
+their stream, and its rows in groups of two widths:
+
+    A: the cat sat down      B: the cat ran      C: a dog
+
+    index     0    1    2    3    4    5    6    7
+    stream    a   dog  the  cat  ran  sat down   ·        T = 8; the last token is padding
+    home      3    4    6    7    2    8    9   -1
+
+    cells     0    1    2  |  3    4    5  |  6    7    8    9      U = 10
+    rows      2    3    4  |  0    1   -1  |  2    3    5    6      W = 3, N = 2; then W = 4, N = 1
+              B, in slot 0    C, in slot 1    A, in slot 2
+
+A and B share "the cat". A token's home is the cell from which its result of attention is taken.
 """
 
 import heapq
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import itemgetter
 from typing import NamedTuple
 
 import jax
@@ -25,8 +40,9 @@ from jax import Array
 from lco_jax.core.weights import GOLDEN_RATIO, fold_in
 
 TILE = 128  # lanes of a TPU's registers
-# Of attention rows, up to a million tokens. From 128 on they are multiples of what the kernels tile, 128, from 1,024
-# on of 256, from 2,048 on of 512; from 4,096 on a row is longer than its sequence by an eighth at most.
+# Widths of rows, up to a million tokens. From 128 on they are multiples of 128, which the kernels
+# tile, from 1,024 on of 256, from 2,048 on of 512. From 4,096 on, a row is at most an eighth
+# longer than its sequence.
 WIDTHS = (
     *(32, 48, 64, 96),
     *range(128, 1024, 128),
@@ -52,16 +68,20 @@ WIDTHS = (
 )
 @dataclass(frozen=True)
 class PackedTokens:
-    """The decoder's input; leading axes are free (the training step puts GradCache chunks before R).
+    """The decoder's input. The training step adds a leading axis of chunks, C, to every array.
 
-    input_ids: int32 [R, T]. position_ids: int32 [R, T, 3]; the axes are time, height and width (M-RoPE).
-    token_keys: uint32 [R, T], identity of a token (sequence, position), for dropout.
-    media_slots: int32 [R, T], which media token of the stream's shard takes the token's place; -1 for none.
-    rows: int32 [R, N, W] for each width: where in the stream each token of a sequence lies; -1 after its end.
-    home: int32 [R, T], the first of the U slots at which a token stands; -1 for padding.
-    last_tokens: int32 [R, S], where each sequence's last token lies; 0 for the empty rows.
-    prefix_length: P where at most the stream's first P tokens are shared, and lie in the same column of every row that
-    has them (training, whose backward pass relies on it); None where any may be (inference).
+    input_ids: int32 [R, T].
+    position_ids: int32 [R, T, 3]; the axes are time, height and width (M-RoPE).
+    token_keys: uint32 [R, T], the identity of a token (sequence, position), for dropout.
+    media_slots: int32 [R, T], the index of the media token of the shard that replaces the token;
+        -1 for text.
+    rows: for each width int32 [R, N, W], the index in the stream of each token of a sequence; -1
+        after the sequence's end.
+    home: int32 [R, T], the cell of the rows that has the token's home; -1 for padding.
+    last_tokens: int32 [R, S], the index in the stream of each slot's last token; 0 for empty rows.
+    prefix_length: P, where sequences share only tokens among the stream's first P, each of which
+        has the same column in every row (training, whose backward pass relies on it). None where
+        sequences share any beginning (inference).
     """
 
     input_ids: Array
@@ -74,19 +94,23 @@ class PackedTokens:
     prefix_length: int | None = None
 
     def map(self, function: Callable[[Array], Array]) -> "PackedTokens":
-        """`function` applied to every array."""
+        """Apply `function` to every array."""
         return jax.tree.map(function, self)
 
     def with_seed(self, seed: Array | int) -> "PackedTokens":
-        """The same tokens with other dropout masks for each seed."""
+        """The same tokens, with other dropout masks for each seed."""
         return replace(self, token_keys=fold_in(self.token_keys, seed))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["at", "ids", "record"], meta_fields=[])
 @dataclass(frozen=True)
 class Answers:
-    """What a generator is to say. at: int32 [C, R, A], the token of the stream that says it; ids: int32 [C, R, A], what
-    it says; record: int32 [C, R, A], whose it is in the batch; -1 beyond the last."""
+    """The tokens that a generator has to predict; -1 after the last one.
+
+    at: int32 [C, R, A], the index in the stream of the token whose state predicts.
+    ids: int32 [C, R, A], the token to predict.
+    record: int32 [C, R, A], the number of its record in the batch.
+    """
 
     at: Array
     ids: Array
@@ -102,15 +126,19 @@ class Answers:
 class Batch:
     """A global batch on the mesh.
 
-    tokens: `PackedTokens` of [C, R, …], streams split over the mesh axes (data, fsdp).
-    sequences: int32 [B, 2 + M], replicated: where anchor, positive and negatives of each record lie among the
-    C · R · S sequences; -1 for a negative that a record does not have, and throughout for a record that was left out.
-    content: int32 [B, 2 + M], replicated: equal for sides that say the same.
-    Of a batch that P processes share, both are [B / P, R, 2 + M] and split as the streams are: a
-    process has its own records, number p + i · P at [i, the first of its streams]; the step gathers
-    them (`whole`).
-    media: what each tower reads: tower -> argument -> rows, split over the mesh as the batch's are; {} for text alone.
-    answers: the tokens that generative training predicts, split as the streams are; None in contrastive training.
+    tokens: `PackedTokens` of [C, R, …], with streams sharded over the mesh axes (data, fsdp).
+    sequences: int32 [B, 2 + M], replicated: which of the C · R · S slots has the anchor, the
+        positive and each negative of a record; -1 for a negative that a record does not have, and
+        for all of a record that was skipped.
+    content: int32 [B, 2 + M], replicated: equal numbers where contents are equal.
+    media: the arguments of each tower: tower -> argument -> rows, sharded as streams are; {} for
+        text.
+    answers: the tokens that generative training predicts, sharded as streams are; None in
+        contrastive training.
+
+    With P > 1 processes, `sequences` and `content` are [B / P, R, 2 + M] and sharded as streams
+    are. Record p + i · P is in row i of the first stream of process p. The step gathers them
+    (`gathered`).
     """
 
     tokens: PackedTokens
@@ -119,24 +147,27 @@ class Batch:
     media: dict[str, dict[str, Array]]
     answers: Answers | None = None
 
-    def whole(self, processes: int) -> "Batch":
-        """With `sequences` and `content` of all records, for every device."""
+    def gathered(self, processes: int) -> "Batch":
+        """The batch with `sequences` and `content` of all processes' records: [B, 2 + M]."""
         if processes == 1:
             return self
 
-        def gathered(table: Array) -> Array:
+        def gather(table: Array) -> Array:
             count, streams, sides = table.shape
-            each = table.reshape(count, processes, streams // processes, sides)
-            return each[:, :, 0].reshape(count * processes, sides)
+            by_process = table.reshape(count, processes, streams // processes, sides)
+            return by_process[:, :, 0].reshape(count * processes, sides)
 
-        return replace(self, sequences=gathered(self.sequences), content=gathered(self.content))
+        return replace(self, sequences=gather(self.sequences), content=gather(self.content))
 
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """Tokens on the host. input_ids: int32 [n]; position_ids: int32 [n, 3]; media_slots: int32 [n], None for text.
+    """A sequence on the host.
 
-    answer: int32 [m], what the last m tokens are each to be followed by; None where nothing is to be said.
+    input_ids: int32 [n].
+    position_ids: int32 [n, 3].
+    media_slots: int32 [n], as `PackedTokens` has it; None for text alone.
+    answer: int32 [m], the tokens to predict from the last m tokens; None without an answer.
     """
 
     input_ids: np.ndarray
@@ -150,7 +181,7 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class Shape:
-    """Static sizes of a stream. tokens: T; rows: N of each width W; chunks: C; answers: A."""
+    """Sizes of the arrays of a stream. tokens: T; rows: width W -> N; chunks: C; answers: A."""
 
     tokens: int = 0
     rows: Mapping[int, int] = field(default_factory=dict)
@@ -159,7 +190,11 @@ class Shape:
 
 
 class Stream(NamedTuple):
-    """Sequences laid into one stream. at: of each, where its tokens lie: int32 [n]; length: how many tokens it took."""
+    """Sequences that are packed into one stream.
+
+    at: for each sequence int32 [n], the index in the stream of each of its tokens.
+    length: the number of tokens in the stream.
+    """
 
     sequences: list[TokenSequence]
     at: list[np.ndarray]
@@ -167,13 +202,20 @@ class Stream(NamedTuple):
 
     @property
     def need(self) -> Shape:
-        """The least shape that holds it."""
-        said = sum(len(one.answer) for one in self.sequences if one.answer is not None)
-        return Shape(self.length, Counter(width_of(len(x)) for x in self.at), answers=said)
+        """The least shape that holds the stream."""
+        rows = Counter(width_of(len(at)) for at in self.at)
+        answers = [one.answer for one in self.sequences if one.answer is not None]
+        return Shape(self.length, rows, answers=sum(map(len, answers)))
+
+
+# ---- sizes
 
 
 def bucket(n: int, granularity: int = 8) -> int:
-    """The least m ≥ n of the form k · 2^j with k ≤ 2 · granularity: few distinct sizes, waste under 1 / granularity."""
+    """The least m ≥ n of the form k · 2^j with k ≤ 2 · granularity.
+
+    Such sizes are few, and m exceeds n by less than n / granularity.
+    """
     step = 1
     while n > 2 * granularity * step:
         step *= 2
@@ -181,13 +223,66 @@ def bucket(n: int, granularity: int = 8) -> int:
 
 
 def tiled(n: int) -> int:
-    """n tokens, rounded up to whole tiles of a TPU's registers where that costs little."""
+    """n tokens, rounded up to a multiple of `TILE` where that costs little."""
     return -(-n // TILE) * TILE if n >= 32 * TILE else n
 
 
 def width_of(length: int) -> int:
-    """The width of the attention row that a sequence of so many tokens is given."""
+    """The width of the row that a sequence of `length` tokens gets."""
     return WIDTHS[bisect_left(WIDTHS, length)]
+
+
+def padded_shape(need: Shape, floor: Shape) -> Shape:
+    """A shape that holds `need`: `floor`'s sizes where they are enough, else one of few larger
+    sizes.
+
+    So batches that are alike have one shape. A sequence may get a wider row than it needs: what a
+    group of rows lacks, the spare rows of wider groups provide.
+    """
+    rows = dict(floor.rows) or {WIDTHS[0]: 1}
+    spare = 0  # rows of wider groups that are left over
+    for width in sorted({*need.rows, *floor.rows}, reverse=True):
+        needed = need.rows.get(width, 0)
+        available = floor.rows.get(width, 0)
+        missing = needed - available - spare
+        if missing > 0:
+            available = bucket(available + missing, 4)
+            rows[width] = available
+        spare += available - needed
+    tokens, answers = floor.tokens, floor.answers
+    if need.tokens > tokens:
+        tokens = tiled(bucket(need.tokens, 16))
+    if need.answers > answers:
+        answers = bucket(need.answers, 16)
+    return Shape(tokens, dict(sorted(rows.items())), max(need.chunks, floor.chunks), answers)
+
+
+def in_widths(need: Shape, widths: Iterable[int]) -> Shape:
+    """`need` with each row in the narrowest of `widths` that holds it, or unchanged without one.
+
+    Streams whose longest sequences differ a little then need the same rows.
+    """
+    known = sorted(widths)
+    rows = Counter[int]()
+    for width, count in need.rows.items():
+        fitting = next((one for one in known if one >= width), width)
+        rows[fitting] += count
+    return replace(need, rows=rows)
+
+
+def largest(shapes: Iterable[Shape]) -> Shape:
+    """The least shape that holds each of `shapes`."""
+    shapes = list(shapes)
+    widths = sorted({width for shape in shapes for width in shape.rows})
+    return Shape(
+        tokens=max(shape.tokens for shape in shapes),
+        rows={width: max(shape.rows.get(width, 0) for shape in shapes) for width in widths},
+        chunks=max(shape.chunks for shape in shapes),
+        answers=max(shape.answers for shape in shapes),
+    )
+
+
+# ---- sequences -> a stream
 
 
 def common_length(a: np.ndarray, b: np.ndarray) -> int:
@@ -197,88 +292,40 @@ def common_length(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def pack_stream(sequences: Sequence[TokenSequence], prefix: np.ndarray | None) -> Stream:
-    """Lay sequences side by side, each without what lies there already.
+    """Pack sequences side by side; of each, append only the tokens that it does not share.
 
-    prefix: token ids [P] at the start of the stream, the only ones that are shared (training, where dropout must be a
-    sequence's own and gradients of what is shared are summed); None: every common beginning is shared.
+    prefix: token ids [P]. They begin the stream, and sequences share no other tokens: in training,
+    a sequence has dropout masks of its own, and gradients of shared tokens are sums. None:
+    sequences share every common beginning.
     """
-    ids = [_text_ids(one, i) for i, one in enumerate(sequences)]
+    ids = [_ids_to_compare(one, number) for number, one in enumerate(sequences)]
     order: Iterable[int] = range(len(ids))
     if prefix is None:
-        order = sorted(
-            order, key=lambda i: ids[i].tobytes()
-        )  # in any order of tokens the like lie side by side
+        # Any order of byte strings has those that begin alike side by side.
+        order = sorted(order, key=lambda i: ids[i].tobytes())
     before = np.zeros(0, np.int32) if prefix is None else prefix
     before_at = np.arange(len(before), dtype=np.int32)
-    length, at = len(before), [before_at] * len(ids)
+    length = len(before)
+    at = [before_at] * len(ids)
     for i in order:
         shared = common_length(ids[i], before)
-        own = len(ids[i]) - shared
-        at[i] = np.concatenate(
-            [before_at[:shared], np.arange(length, length + own, dtype=np.int32)]
-        )
-        length += own
+        appended = length + np.arange(len(ids[i]) - shared, dtype=np.int32)
+        at[i] = np.concatenate([before_at[:shared], appended])
+        length += len(appended)
         if prefix is None:
-            before, before_at = ids[i], at[i]
+            before = ids[i]
+            before_at = at[i]
     return Stream(list(sequences), at, length)
 
 
-def _text_ids(one: TokenSequence, i: int) -> np.ndarray:
-    """Its token ids, with a number of its own for media, which no other sequence shares."""
-    return (
-        one.input_ids
-        if one.media_slots is None
-        else np.where(one.media_slots < 0, one.input_ids, -1 - i)
-    )
+def _ids_to_compare(sequence: TokenSequence, number: int) -> np.ndarray:
+    """The token ids. Media tokens, which are never shared, get an id that no other sequence has."""
+    if sequence.media_slots is None:
+        return sequence.input_ids
+    return np.where(sequence.media_slots < 0, sequence.input_ids, -1 - number)
 
 
-def spread(sizes: Iterable[int], bins: int) -> np.ndarray:
-    """Which of `bins` each item goes to: the largest first, each to the least filled. Deterministic."""
-    sizes = np.fromiter(sizes, np.int64)
-    filled = [(0, i) for i in range(bins)]
-    chosen = np.zeros(len(sizes), np.int64)
-    for i in np.argsort(-sizes, kind="stable"):
-        total, chosen[i] = filled[0]
-        heapq.heapreplace(filled, (total + int(sizes[i]), int(chosen[i])))
-    return chosen
-
-
-def padded_shape(need: Shape, floor: Shape) -> Shape:
-    """A shape that holds `need`: `floor` wherever that does, so that batches alike have one shape; else few values.
-
-    A sequence may lie in a wider row than it needs, so what one group lacks the spare rows of a wider one give.
-    """
-    rows, lacking = dict(floor.rows) or {WIDTHS[0]: 1}, 0
-    for width in sorted({*need.rows, *floor.rows}, reverse=True):
-        lacking += need.rows.get(width, 0) - floor.rows.get(width, 0)
-        if lacking > 0:
-            rows[width] = bucket(floor.rows.get(width, 0) + lacking, 4)
-            lacking = floor.rows.get(width, 0) + lacking - rows[width]
-    tokens = floor.tokens if need.tokens <= floor.tokens else tiled(bucket(need.tokens, 16))
-    answers = floor.answers if need.answers <= floor.answers else bucket(need.answers, 16)
-    return Shape(tokens, dict(sorted(rows.items())), max(need.chunks, floor.chunks), answers)
-
-
-def in_widths(need: Shape, widths: Iterable[int]) -> Shape:
-    """`need` with each row in the least of `widths` that holds it, or in its own where none does.
-
-    Streams whose longest sequences differ a little then need the same rows, and the largest of their needs is no larger
-    than one of them.
-    """
-    rows, known = Counter[int](), sorted(widths)
-    for width, count in need.rows.items():
-        at = bisect_left(known, width)
-        rows[known[at] if at < len(known) else width] += count
-    return replace(need, rows=rows)
-
-
-def largest(shapes: Iterable[Shape]) -> Shape:
-    """The least shape that holds each of `shapes`."""
-    shapes = list(shapes)
-    widths = sorted({width for shape in shapes for width in shape.rows})
-    rows = {width: max(shape.rows.get(width, 0) for shape in shapes) for width in widths}
-    most = lambda size: max(getattr(shape, size) for shape in shapes)
-    return Shape(most("tokens"), rows, most("chunks"), most("answers"))
+# ---- streams -> arrays
 
 
 def fill(
@@ -287,98 +334,204 @@ def fill(
     shape: Shape,
     prefix: np.ndarray | None,
 ) -> tuple[PackedTokens, list[np.ndarray]]:
-    """R streams -> their arrays in `shape`, and for each stream which of its S sequences each one became.
+    """Fill the arrays of R streams, on the host; also return the slots of each stream's sequences.
 
-    identities: of each sequence, a number that does not depend on packing: the dropout keys of its own tokens come from
-    it, those of the prefix's tokens are the same everywhere.
+    identities: for each sequence, a number that does not depend on packing. The dropout keys of
+        its tokens come from it; those of the prefix's tokens are the same everywhere.
+    shape: holds each stream.
+    prefix: what `pack_stream` got.
     """
-    size, slots = (len(streams), shape.tokens), sum(shape.rows.values())
-    input_ids, position_ids = np.zeros(size, np.int32), np.zeros((*size, 3), np.int32)
-    token_keys, media_slots = np.zeros(size, np.uint32), np.full(size, -1, np.int32)
-    rows = {
-        width: np.full((len(streams), count, width), -1, np.int32)
-        for width, count in shape.rows.items()
-    }
-    home, last_tokens = np.full(size, -1, np.int32), np.zeros((len(streams), slots), np.int32)
-    widths = sorted(shape.rows)
-    counts = [shape.rows[width] for width in widths]
-    first_row = dict(zip(widths, np.cumsum([0, *counts]), strict=False))
-    first_slot = dict(
-        zip(
-            widths,
-            np.cumsum([0, *(w * n for w, n in zip(widths, counts, strict=True))]),
-            strict=False,
-        )
-    )
-    became, prefix_length = [], 0 if prefix is None else len(prefix)
+    groups = sorted(shape.rows.items())
+    sizes = [width * count for width, count in groups]
+    cells = np.full((len(streams), sum(sizes)), -1, np.int32)
+    tokens = _without_tokens(len(streams), shape, None if prefix is None else len(prefix))
+    all_slots = []
     for r, (stream, numbers) in enumerate(zip(streams, identities, strict=True)):
-        used, which = dict.fromkeys(widths, 0), np.zeros(len(stream.at), np.int64)
-        for i in sorted(
-            range(len(stream.at)), key=lambda i: -len(stream.at[i])
-        ):  # the long ones have less choice
-            one, at = stream.sequences[i], stream.at[i]
-            width = next(w for w in widths if w >= len(at) and used[w] < shape.rows[w])
-            row, used[width] = used[width], used[width] + 1
-            which[i] = first_row[width] + row
-            last_tokens[r, which[i]] = at[-1]
-            rows[width][r, row, : len(at)] = at
-            new = np.flatnonzero(home[r, at] < 0)
-            home[r, at[new]] = first_slot[width] + row * width + new
-            input_ids[r, at[new]], position_ids[r, at[new]] = (
-                one.input_ids[new],
-                one.position_ids[new],
-            )
-            keys = np.uint32(numbers[i] * GOLDEN_RATIO % 2**32) + new.astype(np.uint32)
-            token_keys[r, at[new]] = np.where(at[new] < prefix_length, new.astype(np.uint32), keys)
-            if one.media_slots is not None:
-                media_slots[r, at[new]] = one.media_slots[new]
-        became.append(which)
-    groups = tuple(rows[width] for width in widths)
-    arrays = (input_ids, position_ids, token_keys, media_slots, groups, home, last_tokens)
-    return PackedTokens(*arrays, None if prefix is None else len(prefix)), became
+        arrays = tokens.map(itemgetter(r))
+        slots = _fill_stream(arrays, cells[r], stream, numbers, groups)
+        all_slots.append(slots)
+    parts = np.split(cells, np.cumsum(sizes)[:-1], axis=1)
+    rows = tuple(
+        part.reshape(len(streams), count, width)
+        for part, (width, count) in zip(parts, groups, strict=True)
+    )
+    return replace(tokens, rows=rows), all_slots
+
+
+def _without_tokens(streams: int, shape: Shape, prefix_length: int | None) -> PackedTokens:
+    """Arrays of `shape` that hold no token yet, and no rows."""
+    size = (streams, shape.tokens)
+    slots = sum(shape.rows.values())
+    return PackedTokens(
+        input_ids=np.zeros(size, np.int32),
+        position_ids=np.zeros((*size, 3), np.int32),
+        token_keys=np.zeros(size, np.uint32),
+        media_slots=np.full(size, -1, np.int32),
+        rows=(),
+        home=np.full(size, -1, np.int32),
+        last_tokens=np.zeros((streams, slots), np.int32),
+        prefix_length=prefix_length,
+    )
+
+
+def _fill_stream(
+    tokens: PackedTokens,
+    cells: np.ndarray,
+    stream: Stream,
+    identities: Sequence[int],
+    groups: Sequence[tuple[int, int]],
+) -> np.ndarray:
+    """Fill the arrays of one stream, and the cells of its rows [U]; return its sequences' slots.
+
+    groups: (W, N) of each group of rows, by width.
+    """
+    slots = np.zeros(len(stream.at), np.int64)
+    for i, slot, first_cell in _choose_rows(stream, groups):
+        at = stream.at[i]
+        slots[i] = slot
+        cells[first_cell : first_cell + len(at)] = at
+        tokens.last_tokens[slot] = at[-1]
+        new = np.flatnonzero(tokens.home[at] < 0)  # columns of the tokens that have no home yet
+        tokens.home[at[new]] = first_cell + new
+        _write_tokens(tokens, at[new], stream.sequences[i], new, identities[i])
+    return slots
+
+
+def _choose_rows(
+    stream: Stream, groups: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, int, int]]:
+    """(sequence, slot, first cell of its row): the narrowest row that is free and long enough.
+
+    The longest sequences come first, for they have the least choice.
+    """
+    widths = [width for width, _ in groups]
+    free = _free_rows(groups)
+    lengths = np.array([len(at) for at in stream.at])
+    for i in np.argsort(-lengths, kind="stable"):
+        group = bisect_left(widths, lengths[i])
+        while not free[group]:
+            group += 1
+        slot, first_cell = free[group].popleft()
+        yield int(i), slot, first_cell
+
+
+def _free_rows(groups: Sequence[tuple[int, int]]) -> list[deque[tuple[int, int]]]:
+    """(slot, first cell) of each row of each group."""
+    free = []
+    slot = cell = 0
+    for width, count in groups:
+        free.append(deque((slot + row, cell + row * width) for row in range(count)))
+        slot += count
+        cell += count * width
+    return free
+
+
+def _write_tokens(
+    tokens: PackedTokens,
+    where: np.ndarray,
+    sequence: TokenSequence,
+    columns: np.ndarray,
+    identity: int,
+) -> None:
+    """Write to the stream, at the indices `where`, the tokens in some `columns` of a sequence."""
+    tokens.input_ids[where] = sequence.input_ids[columns]
+    tokens.position_ids[where] = sequence.position_ids[columns]
+    prefix_keys = columns.astype(np.uint32)
+    own_keys = prefix_keys + np.uint32(identity * GOLDEN_RATIO % 2**32)
+    in_prefix = where < (tokens.prefix_length or 0)
+    tokens.token_keys[where] = np.where(in_prefix, prefix_keys, own_keys)
+    if sequence.media_slots is not None:
+        tokens.media_slots[where] = sequence.media_slots[columns]
 
 
 def fill_answers(
     streams: Sequence[Stream], records: Sequence[Sequence[int]], count: int
 ) -> Answers:
-    """The answers of R streams, at most `count` tokens each: int32 [R, A]. records: of each sequence, its number."""
-    at, ids, record = (np.full((len(streams), count), -1, np.int32) for _ in range(3))
-    for r, stream in enumerate(streams):
-        end = 0
-        for one, where, number in zip(stream.sequences, stream.at, records[r], strict=True):
-            if one.answer is not None and len(one.answer):
-                begin, end = end, end + len(one.answer)
-                at[r, begin:end], ids[r, begin:end] = where[-len(one.answer) :], one.answer
-                record[r, begin:end] = number
-    return Answers(at, ids, record)
+    """The answers of R streams on the host, at most `count` tokens each: int32 [R, A].
+
+    records: for each stream, the number of each sequence's record.
+    """
+    answers = Answers(*(np.full((len(streams), count), -1, np.int32) for _ in range(3)))
+    for r, (stream, numbers) in enumerate(zip(streams, records, strict=True)):
+        begin = 0
+        for sequence, at, number in zip(stream.sequences, stream.at, numbers, strict=True):
+            if sequence.answer is None:
+                continue
+            length = len(sequence.answer)
+            end = begin + length
+            answers.at[r, begin:end] = at[len(at) - length :]
+            answers.ids[r, begin:end] = sequence.answer
+            answers.record[r, begin:end] = number
+            begin = end
+    return answers
+
+
+# ---- things of some size -> bins of some size
+
+
+def spread(sizes: Iterable[int], bins: int) -> np.ndarray:
+    """Which of `bins` each item goes to: the largest first, each to the least filled bin.
+
+    Deterministic.
+    """
+    sizes = np.fromiter(sizes, np.int64)
+    heap = [(0, number) for number in range(bins)]  # how full each bin is; the least full is first
+    chosen = np.zeros(len(sizes), np.int64)
+    for item in np.argsort(-sizes, kind="stable"):
+        filled, least_full = heap[0]
+        chosen[item] = least_full
+        filled += int(sizes[item])
+        heapq.heapreplace(heap, (filled, least_full))
+    return chosen
 
 
 class RowAssignment(NamedTuple):
-    """Where each of N items went: row [N], slot within the row [N], first place taken [N]."""
+    """For each of N items, its row [N], and where in the row it starts [N]."""
 
     row: np.ndarray
-    slot: np.ndarray
     start: np.ndarray
 
     @property
     def num_rows(self) -> int:
+        """How many rows there are."""
         return int(self.row.max(initial=-1)) + 1
 
 
 def assign_rows(lengths: Iterable[int], row_length: int) -> RowAssignment:
-    """Best fit, longest first: each item goes to the fullest row that still holds it. Deterministic."""
+    """Best fit, the longest item first: each goes to the fullest row that still holds it.
+
+    Deterministic.
+    """
     lengths = np.fromiter(lengths, np.int64)
-    if len(lengths) and lengths.max() > row_length:
-        raise ValueError(f"an item of {lengths.max()} does not fit a row of {row_length}")
-    free = np.full(len(lengths), row_length, np.int64)  # as many rows as items is always enough
-    used = np.zeros(len(lengths), np.int64)
-    row, slot, start = (np.zeros(len(lengths), np.int32) for _ in range(3))
+    longest = lengths.max(initial=0)
+    if longest > row_length:
+        raise ValueError(f"an item of {longest} does not fit a row of {row_length}")
+    free = np.full(len(lengths), row_length, np.int64)  # no more rows than items are needed
+    rows = np.zeros(len(lengths), np.int32)
+    starts = np.zeros(len(lengths), np.int32)
     opened = 0
-    for i in np.argsort(-lengths, kind="stable"):
-        room = np.where(free[:opened] >= lengths[i], free[:opened], row_length + 1)
-        best = int(room.argmin()) if opened and room.min() <= row_length else opened
-        opened = max(opened, best + 1)
-        row[i], slot[i], start[i] = best, used[best], row_length - free[best]
-        free[best] -= lengths[i]
-        used[best] += 1
-    return RowAssignment(row, slot, start)
+    for item in np.argsort(-lengths, kind="stable"):
+        length = lengths[item]
+        fitting = np.flatnonzero(free[: opened + 1] >= length)
+        fullest = fitting[free[fitting].argmin()]
+        rows[item] = fullest
+        starts[item] = row_length - free[fullest]
+        free[fullest] -= length
+        opened = max(opened, fullest + 1)
+    return RowAssignment(rows, starts)
+
+
+def cheapest_cut(count: int, cost: Callable[[int, int], float]) -> list[tuple[int, int]]:
+    """The cheapest way to cut `count` things in a row into pieces: (begin, end) of each piece.
+
+    cost: of a piece (begin, end); infinite for a piece that is not allowed.
+    """
+    best: list[tuple[float, list[tuple[int, int]]]] = [(0.0, [])]  # for the first n things
+    for end in range(1, count + 1):
+        options = []
+        for begin in range(end):
+            cost_before, pieces = best[begin]
+            total = cost_before + cost(begin, end)
+            options.append((total, [*pieces, (begin, end)]))
+        best.append(min(options, key=itemgetter(0)))
+    return best[-1][1]

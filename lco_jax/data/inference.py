@@ -1,6 +1,6 @@
-"""Inputs that are ready for the model -> batches for one forward pass, few of whose sizes differ.
+"""Model inputs -> batches for one forward pass each, with little padding and in few shapes.
 
-Dimensions: R streams (one a shard of the rows), T tokens of a stream, S sequences of a stream.
+Dimensions: R streams (one on each shard), T tokens of a stream, S slots of a stream.
 """
 
 import heapq
@@ -22,6 +22,7 @@ from lco_jax.core.packing import (
     Shape,
     Stream,
     bucket,
+    cheapest_cut,
     common_length,
     fill,
     pack_stream,
@@ -31,27 +32,46 @@ from lco_jax.core.sharding import ROWS
 from lco_jax.data.processor import MediaRows, pack_media
 from lco_jax.data.tower_rows import Processed, TowerRows
 
-MAX_TOKENS = 16_384  # of a device in one forward pass, unless a single input has more
-BLOCK_INPUTS = 8192  # inputs sorted by length and embedded together: at most so many
-BLOCK_BYTES = 2**27  # and of their media so many for each shard
-PASS = (
-    2048  # tokens of a device that one more pass costs: it reads the weights and rounds its shapes
-)
-PARTS = 16  # of a shard: inputs that share most of what they are are spread as one, up to a part
+MAX_TOKENS = 16_384  # of a device in a forward pass, unless one input has more
+BLOCK_INPUTS = 8192  # of a block at most; a block is sorted by length and embedded together
+BLOCK_BYTES = 2**27  # of a block's media at most, for each shard
+PASS = 2048  # tokens of a device that one more pass costs, which reads the weights again
+PARTS = 16  # a cluster of inputs has at most this part of a shard's tokens
+
+
+class HostBatch(NamedTuple):
+    """A batch on the host.
+
+    tokens: `PackedTokens` of [R, …].
+    media: makes the arguments of each tower.
+    streams: what each of the R streams has.
+    slots: for each stream, its inputs' slots.
+    """
+
+    tokens: PackedTokens
+    media: Callable[[], MediaRows]
+    streams: list[Stream]
+    slots: list[np.ndarray]
 
 
 class InferenceBatch(NamedTuple):
-    """tokens, and what each tower reads (tower -> argument -> rows): on the mesh, split over its rows.
+    """A batch on the mesh, its streams and tower rows sharded.
 
-    inputs: which inputs these are. sequences: of each, which of the R · S sequences it is: int [n]. at: of each, which
-    of the R · T tokens are its own, in their order.
+    tokens: `PackedTokens` of [R, …].
+    media: the arguments of each tower: tower -> argument -> rows.
+    inputs: the indices of the n inputs.
+    slots: int [n], the slot of each input among all R · S.
+    at: for each input, the indices of its tokens among all R · T.
     """
 
     tokens: PackedTokens
     media: dict[str, dict[str, Array]]
     inputs: list[int]
-    sequences: np.ndarray
+    slots: np.ndarray
     at: list[np.ndarray]
+
+
+# ---- inputs -> blocks
 
 
 def blocks_of(
@@ -61,65 +81,72 @@ def blocks_of(
     units: Iterator[int] | None = None,
     shards: int = 1,
 ) -> Iterator[list[Processed | LcoError]]:
-    """Blocks of at most so many inputs and, but for a single large one, bytes for each of the
-    `shards`. units: sizes; no block has inputs of two."""
-    ready: list[Processed | LcoError] = []
-    held = left = 0
+    """Consecutive inputs in blocks of at most `block_inputs`, and of bounded bytes.
+
+    raises: raise the first error, instead of handing it on. units: numbers of inputs; no block has
+    inputs of two of them. shards: the bytes are bounded for each.
+    """
+    block: list[Processed | LcoError] = []
+    block_bytes = 0
+    left_of_unit: float = 0
     for one in prepared:
         if isinstance(one, LcoError) and raises:
             raise one
-        left = left or (next(units) if units else -1)
-        left -= 1
-        ready.append(one)
-        if not isinstance(one, LcoError):
-            held += sum(placed.item.values.nbytes for placed in one.media)
-        if len(ready) >= block_inputs or held >= BLOCK_BYTES * shards or left == 0:
-            yield ready
-            ready, held = [], 0
-    if ready:
-        yield ready
+        if not left_of_unit:
+            left_of_unit = next(units) if units else math.inf
+        left_of_unit -= 1
+        block.append(one)
+        block_bytes += _media_bytes(one)
+        full = len(block) >= block_inputs or block_bytes >= BLOCK_BYTES * shards
+        if full or not left_of_unit:
+            yield block
+            block, block_bytes = [], 0
+    if block:
+        yield block
+
+
+def _media_bytes(one: Processed | LcoError) -> int:
+    if isinstance(one, LcoError):
+        return 0
+    return sum(medium.item.values.nbytes for medium in one.media)
+
+
+# ---- a block -> the inputs of each batch
 
 
 def batches_of(
     ready: Sequence[Processed], batch_size: int | None, max_tokens: int, shards: int
 ) -> Iterator[list[list[int]]]:
-    """Which inputs go together, and which of them to each of the `shards`.
+    """For each batch, the inputs of each shard.
 
-    A batch has at most so many inputs and, in a shard, tokens that its inputs do not share; but
-    where a single input has more tokens, and then the other shards may have as many. Short inputs
-    join long ones, whose width their rows of attention then have, where that costs little.
+    A batch has at most `batch_size` inputs, and a shard at most `max_tokens` tokens, where shared
+    tokens count once. If one input has more tokens, every shard may have as many. Short inputs join
+    long ones, in rows of the long ones' width, where that costs less than another pass.
     """
 
-    def by_width(i: int) -> tuple[int, bytes]:
-        return -width_of(len(ready[i])), ready[i].input_ids.tobytes()  # the like lie side by side
+    def widest_first(i: int) -> tuple[int, bytes]:
+        """By width, then by tokens, so that inputs that begin alike are neighbours."""
+        return -width_of(len(ready[i])), ready[i].input_ids.tobytes()
 
-    order = sorted(range(len(ready)), key=by_width)
-    first = 0
-    for count in _stretches(Counter(width_of(len(one)) for one in ready), shards):
-        stretch = order[first : first + count]
+    order = sorted(range(len(ready)), key=widest_first)
+    counts = Counter(width_of(len(one)) for one in ready)
+    widths = sorted(counts, reverse=True)
+    ends = np.cumsum([0, *(counts[width] for width in widths)])
+
+    def cost(begin: int, end: int) -> float:
+        inputs = ends[end] - ends[begin]
+        return PASS * shards + inputs * _row_cost(widths[begin])
+
+    for begin, end in cheapest_cut(len(widths), cost):
+        stretch = order[ends[begin] : ends[end]]
         yield from _cut(ready, stretch, batch_size, max_tokens, shards)
-        first += count
-
-
-def _stretches(widths: Counter[int], shards: int) -> list[int]:
-    """How many inputs, the longest first, have rows of the longest's width, how many follow that
-    have rows of the longest's among them, and so on. widths: how many inputs are of each width."""
-    counts = sorted(widths.items(), reverse=True)
-    best: list[tuple[float, list[int]]] = [(0.0, [])]  # of the n largest widths: cost, stretches
-    for end in range(1, len(counts) + 1):
-        options = []
-        for begin in range(end):
-            width, inputs = counts[begin][0], sum(count for _, count in counts[begin:end])
-            cost, stretches = best[begin]
-            cost += PASS * shards + inputs * _row_cost(width)
-            options.append((cost, [*stretches, inputs]))
-        best.append(min(options, key=itemgetter(0)))
-    return best[-1][1]
 
 
 def _row_cost(width: int) -> float:
-    """What a row costs attention, in tokens: its slots are gathered there and back, and each meets
-    as many keys as the row is wide."""
+    """What attention in a row costs, in tokens.
+
+    Its cells are gathered and returned, and each query meets as many keys as the row is wide.
+    """
     return width * (1 / 16 + width / 8192)
 
 
@@ -130,137 +157,148 @@ def _cut(
     max_tokens: int,
     shards: int,
 ) -> Iterator[list[list[int]]]:
-    """Batches of inputs in their order."""
+    """Batches of inputs, in their order."""
     limit = batch_size or len(order)
-    of_shard = -(-batch_size // shards) if batch_size else len(order)
-    units = deque(_units(ready, order, min(limit, len(order)), max_tokens, shards))
-    filling, room = _Filling(ready, shards, of_shard), limit
-    while units:
-        unit = units.popleft()
-        if len(unit) > room:
-            units.appendleft(unit[room:])
-            unit = unit[:room]
-        if filling.take(unit, max_tokens):
-            room -= len(unit)
-        else:
-            units.appendleft(unit)
-            room = 0
-        if not units:
-            yield filling.evened().members
-        elif not room:
-            yield filling.members
-            filling, room = _Filling(ready, shards, of_shard), limit
+    limit_of_shard = -(-limit // shards) if batch_size else limit
+    clusters = deque(_clusters(ready, order, min(limit, len(order)), max_tokens, shards))
+    while clusters:
+        filling = _Filling(ready, shards, limit_of_shard)
+        room = limit
+        while clusters and room:
+            cluster = clusters.popleft()
+            fitting, rest = cluster[:room], cluster[room:]
+            if rest:
+                clusters.appendleft(rest)
+            if not filling.take(fitting, max_tokens):
+                clusters.appendleft(fitting)
+                break
+            room -= len(fitting)
+        yield filling.members if clusters else filling.evened().members
 
 
-def _units(
+def _clusters(
     ready: Sequence[Processed], order: list[int], inputs: int, max_tokens: int, shards: int
 ) -> Iterator[list[int]]:
-    """Neighbours that share more than half of what they are, up to a small part of what a shard
-    will have: apart, each of their shards would have again what they share. inputs: of a batch, at
-    most."""
-    most = min(sum(len(ready[i]) for i in order) // shards, max_tokens) // PARTS
+    """Neighbours that share more than half of their tokens, up to a small part of a shard.
+
+    On different shards, each would have a copy of the shared tokens. inputs: of a batch, at most.
+    """
+    shard_tokens = min(sum(len(ready[i]) for i in order) // shards, max_tokens)
+    most_tokens = shard_tokens // PARTS
     most_inputs = inputs // shards // PARTS
-    unit: list[int] = []
+    cluster: list[int] = []
     tokens = 0
     for i in order:
         length = len(ready[i])
-        shared = _shared(ready[unit[-1]], ready[i]) if unit else 0
-        full = len(unit) >= most_inputs or tokens + length - shared > most
-        if unit and (full or 2 * shared <= length):
-            yield unit
-            unit, tokens, shared = [], 0, 0
-        unit.append(i)
+        shared = _shared(ready[cluster[-1]], ready[i]) if cluster else 0
+        full = len(cluster) >= most_inputs or tokens + length - shared > most_tokens
+        if cluster and (full or 2 * shared <= length):
+            yield cluster
+            cluster, tokens, shared = [], 0, 0
+        cluster.append(i)
         tokens += length - shared
-    if unit:
-        yield unit
+    if cluster:
+        yield cluster
 
 
 def _shared(a: Processed, b: Processed) -> int:
-    """How many tokens they have in common at their beginning; media are never shared."""
+    """How many tokens two inputs share; inputs with media share none."""
     return 0 if a.media or b.media else common_length(a.input_ids, b.input_ids)
 
 
 class _Filling:
-    """A batch on its way. members: the inputs of each shard, at most about `inputs`. fullest: tokens
-    of the shard that has the most."""
+    """A batch that is being filled.
 
-    def __init__(self, ready: Sequence[Processed], shards: int, inputs: int):
+    members: the inputs of each shard, at most about `limit` of them.
+    fullest: the tokens of the shard that has the most.
+    """
+
+    def __init__(self, ready: Sequence[Processed], shards: int, limit: int):
         self.members: list[list[int]] = [[] for _ in range(shards)]
         self.fullest = 0
-        self._ready, self._inputs = ready, inputs
-        self._open = [(0, shard) for shard in range(shards)]  # a heap of tokens
-        self._taken: list[tuple[int, list[int]]] = []  # units with the tokens that they took
+        self._ready = ready
+        self._limit = limit
+        self._open = [(0, shard) for shard in range(shards)]  # a heap: (tokens, shard)
+        self._taken: list[tuple[int, list[int]]] = []  # clusters, with the tokens they took
 
-    def take(self, unit: list[int], max_tokens: float) -> bool:
-        """Give a unit to the shard with the fewest tokens; False if that has no room for it."""
+    def take(self, cluster: list[int], max_tokens: float) -> bool:
+        """Give a cluster to the shard with the fewest tokens; False if it has no room."""
         filled, shard = self._open[0]
-        mine = self.members[shard]
-        pairs = pairwise([*mine[-1:], *unit])
-        shared = sum(_shared(self._ready[a], self._ready[b]) for a, b in pairs)
-        tokens = sum(len(self._ready[i]) for i in unit) - shared
+        members = self.members[shard]
+        tokens = self._new_tokens(members[-1:], cluster)
         if filled and filled + tokens > max(max_tokens, self.fullest):
             return False
-        mine += unit
-        self._taken.append((tokens, unit))
-        self.fullest = max(self.fullest, filled + tokens)
+        members += cluster
+        self._taken.append((tokens, cluster))
+        filled += tokens
+        self.fullest = max(self.fullest, filled)
         heapq.heappop(self._open)
-        if len(mine) < self._inputs:
-            heapq.heappush(self._open, (filled + tokens, shard))
+        if len(members) < self._limit:
+            heapq.heappush(self._open, (filled, shard))
         return True
 
+    def _new_tokens(self, before: list[int], cluster: list[int]) -> int:
+        """The tokens of a cluster that it does not share. before: the input before it, if any."""
+        neighbours = pairwise([*before, *cluster])
+        shared = sum(_shared(self._ready[a], self._ready[b]) for a, b in neighbours)
+        return sum(len(self._ready[i]) for i in cluster) - shared
+
     def evened(self) -> "_Filling":
-        """The same units, the largest first, or as they lie if that fills the fullest shard less."""
-        other = _Filling(self._ready, len(self.members), self._inputs)
-        for _, unit in sorted(self._taken, key=itemgetter(0), reverse=True):
-            other.take(unit, math.inf)
+        """The same clusters, taken from the largest on, if that makes the fullest shard smaller."""
+        other = _Filling(self._ready, len(self.members), self._limit)
+        for _, cluster in sorted(self._taken, key=itemgetter(0), reverse=True):
+            other.take(cluster, math.inf)
         return min(self, other, key=attrgetter("fullest"))
 
 
-class PackedBlock(NamedTuple):
-    """A batch on the host: what `InferenceBatch` has, before it is on the mesh. streams: what lies in each stream."""
-
-    tokens: PackedTokens
-    media: Callable[[], MediaRows]
-    streams: list[Stream]
-    became: list[np.ndarray]
+# ---- the inputs of a batch -> the batch
 
 
 def pack(
-    ready: Sequence[Processed], members: list[list[int]], rows: dict[str, TowerRows]
-) -> PackedBlock:
-    """Lay each shard's inputs into its stream, what they have in common packed once. rows: of each tower."""
-    media, packed, _ = pack_media(rows, [[ready[i] for i in mine] for mine in members])
-    streams = [pack_stream(sequences, prefix=None) for sequences in packed]
-    shape = _shape(streams)
-    tokens, became = fill(streams, members, shape, prefix=None)
-    return PackedBlock(tokens, media, streams, became)
+    ready: Sequence[Processed], members: list[list[int]], tower_rows: dict[str, TowerRows]
+) -> HostBatch:
+    """Pack each shard's inputs into its stream. members: of each shard, as of `batches_of`."""
+    inputs = [[ready[i] for i in chosen] for chosen in members]
+    media, sequences, _ = pack_media(tower_rows, inputs)
+    streams = [pack_stream(one, prefix=None) for one in sequences]
+    tokens, slots = fill(streams, members, _shape(streams), prefix=None)
+    return HostBatch(tokens, media, streams, slots)
 
 
 def _shape(streams: Sequence[Stream]) -> Shape:
-    """Few values, that waste little where a batch is large. Rows have one width: fewer programs,
-    and a batch is alike in length. From 2,048 tokens on, T is a multiple of 128."""
-    length, count = (
-        max(sizes) for sizes in ((x.length for x in streams), (len(x.at) for x in streams))
-    )
-    tokens = bucket(length, 16 if length > 2048 else 8 if length > 256 else 2)
-    width = width_of(max(len(at) for stream in streams for at in stream.at))
-    return Shape(tokens, {width: bucket(count, 4 if count > 64 else 2)})
+    """The shape of a batch, one of few; large batches are padded little.
+
+    All rows have one width, for a batch's inputs are alike in length. Beyond 2,048 tokens, T is a
+    multiple of 128.
+    """
+    tokens = max(stream.length for stream in streams)
+    rows = max(len(stream.at) for stream in streams)
+    longest = max(len(at) for stream in streams for at in stream.at)
+    granularity = 16 if tokens > 2048 else 8
+    if tokens <= 256:
+        granularity = 2
+    rows = bucket(rows, 4 if rows > 64 else 2)
+    return Shape(bucket(tokens, granularity), {width_of(longest): rows})
 
 
 def pack_on_mesh(
-    ready: Sequence[Processed], members: list[list[int]], rows: dict[str, TowerRows], mesh: Mesh
+    ready: Sequence[Processed],
+    members: list[list[int]],
+    tower_rows: dict[str, TowerRows],
+    mesh: Mesh,
 ) -> InferenceBatch:
-    """`pack`, and put it on the mesh."""
-    packed = pack(ready, members, rows)
-    sequences, at = [], []
-    for shard, (stream, slots) in enumerate(zip(packed.streams, packed.became, strict=True)):
-        sequences.append(shard * packed.tokens.last_tokens.shape[1] + slots)
-        at += [shard * packed.tokens.input_ids.shape[1] + where for where in stream.at]
-    split = NamedSharding(mesh, PartitionSpec(ROWS))
-    tokens, media = jax.tree.map(
-        lambda x: jax.make_array_from_callback(x.shape, split, lambda index: x[index]),
-        (packed.tokens, packed.media()),
-    )
-    return InferenceBatch(
-        tokens, media, [i for mine in members for i in mine], np.concatenate(sequences), at
-    )
+    """`pack`, and send the batch to the mesh."""
+    batch = pack(ready, members, tower_rows)
+    slots, at = [], []
+    for shard, stream in enumerate(batch.streams):
+        slots.append(shard * batch.tokens.last_tokens.shape[1] + batch.slots[shard])
+        first_token = shard * batch.tokens.input_ids.shape[1]
+        at += [first_token + tokens for tokens in stream.at]
+    sharding = NamedSharding(mesh, PartitionSpec(ROWS))
+
+    def to_mesh(x: np.ndarray) -> Array:
+        return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+
+    tokens, media = jax.tree.map(to_mesh, (batch.tokens, batch.media()))
+    inputs = [i for chosen in members for i in chosen]
+    return InferenceBatch(tokens, media, inputs, np.concatenate(slots), at)

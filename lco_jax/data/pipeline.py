@@ -1,9 +1,12 @@
-"""Records -> batches of packed streams on the mesh: deterministic, shuffled, sharded by process, resumable (grain).
+"""Records -> batches of packed streams on the mesh, with grain: shuffled, sharded, resumable.
 
-Dimensions: C GradCache chunks, R streams, B records, M hard negatives a record (the most).
+Dimensions: C GradCache chunks, R streams, B records, P processes, M hard negatives of a record (at
+most).
 
-Global batch k holds records [k·B, (k+1)·B) of the shuffled mixture on any number of processes: process p of P reads
-those whose index is p modulo P. The position of the stream is one number, so a run can resume on another mesh.
+Everything is deterministic. Global batch k has records k · B to (k + 1) · B of the shuffled mixture
+on any number of processes: process p reads those whose index is p modulo P. The position in the
+    data
+is one number, so a run can resume on another mesh.
 """
 
 import logging
@@ -17,19 +20,25 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
-from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.exchange import Exchange
-from lco_jax.core.packing import Batch, fill, fill_answers, padded_shape
-from lco_jax.core.sharding import ROWS, row_shards
+from lco_jax.core.packing import (
+    Answers,
+    Batch,
+    PackedTokens,
+    fill,
+    fill_answers,
+    padded_shape,
+)
+from lco_jax.core.sharding import ROWS, replicated, row_shards
 from lco_jax.data.inputs import conversation, one_ahead
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import asked
 from lco_jax.data.records import Content, Record, answer_of, content_key
 from lco_jax.data.scan import Source
-from lco_jax.data.share import Layout, LocalBatch, PackedBatch, Share, pack_batch
+from lco_jax.data.share import Layout, LocalBatch, Share, pack_batch
 from lco_jax.data.sources import open_source
 from lco_jax.data.tower_rows import Processed, TowerRows
 
@@ -39,8 +48,11 @@ MAX_SIDES = 1024  # a dropout identity is record · MAX_SIDES + side
 logger = logging.getLogger(__name__)
 
 
+# ---- records
+
+
 def open_sources(config: Mapping[str, Any]) -> dict[str, Source]:
-    """Open and check every entry of `config.data.sources`."""
+    """Open and check every source of `config.data`."""
     if not config["sources"]:
         raise LcoError("config.data.sources is empty; name at least one source")
     return {
@@ -51,27 +63,27 @@ def open_sources(config: Mapping[str, Any]) -> dict[str, Source]:
 def record_stream(
     sources: Mapping[str, Source], weights: Mapping[str, float], seed: int, run: int = 1
 ) -> grain.MapDataset:
-    """The endless shuffled mixture: every epoch of every source in another order, drawn in proportion to weight.
+    """The endless mixture of sources, drawn by weight; each epoch of a source has another order.
 
-    run: how many records in a row come from the same source; with that of a batch, batches are homogeneous.
+    run: how many consecutive records come from one source. A batch's size makes batches
+        homogeneous.
     """
     for name in sources:
-        if not isinstance(weights[name], int | float) or not weights[name] > 0:
-            raise LcoError(
-                f"config.data.sources.{name}.weight is {weights[name]!r}; it must be a number above 0"
-            )
+        _check_weight(name, weights[name])
     parts = [
-        grain.MapDataset.source(source).seed(seed + i).shuffle().repeat()
-        for i, source in enumerate(sources.values())
+        grain.MapDataset.source(source).seed(seed + number).shuffle().repeat()
+        for number, source in enumerate(sources.values())
     ]
     if len(parts) == 1:
         return parts[0]
     shares = [weights[name] for name in sources]
     if run == 1:
         return grain.MapDataset.mix(parts, shares)
-    turns = grain.MapDataset.mix(
-        [grain.MapDataset.range(ENDLESS).map(partial(_turn, i)) for i in range(len(parts))], shares
-    )
+
+    turns_of_each = [
+        grain.MapDataset.range(ENDLESS).map(partial(_turn, part)) for part in range(len(parts))
+    ]
+    turns = grain.MapDataset.mix(turns_of_each, shares)
 
     def record(index: int) -> Record:
         part, turn = turns[index // run]
@@ -80,20 +92,32 @@ def record_stream(
     return grain.MapDataset.range(ENDLESS).map(record)
 
 
+def _check_weight(name: str, weight: Any) -> None:
+    if not isinstance(weight, int | float) or not weight > 0:
+        raise LcoError(
+            f"config.data.sources.{name}.weight is {weight!r}; it must be a number above 0"
+        )
+
+
 def _turn(part: int, turn: int) -> tuple[int, int]:
     return part, turn
+
+
+# ---- records -> a process's share of a batch
 
 
 def local_batches(
     stream: grain.MapDataset, layout: Layout, processor: Processor, max_length: int | None
 ) -> grain.MapDataset:
-    """This process's share of each global batch."""
+    """This process's share of each global batch, as `LocalBatch`es."""
     processes, me = jax.process_count(), jax.process_index()
     if layout.batch_size % processes:
         raise LcoError(
-            f"config.train.batch_size {layout.batch_size} does not divide by the {processes} processes"
+            f"config.train.batch_size {layout.batch_size} does not divide by the {processes} "
+            "processes"
         )
     share = stream if processes == 1 else stream[me::processes]
+    records = share.batch(layout.batch_size // processes, drop_remainder=True, batch_fn=list)
     prepare = partial(
         _prepare,
         layout=layout,
@@ -102,18 +126,21 @@ def local_batches(
         stride=processes,
         offset=me,
     )
-    return share.batch(layout.batch_size // processes, drop_remainder=True, batch_fn=list).map(
-        prepare
-    )
+    return records.map(prepare)
 
 
 def ahead(local: grain.MapDataset, threads: int) -> grain.DatasetIterator:
-    """The batches one after the other, prepared ahead of time in threads."""
-    return iter(
-        local.to_iter_dataset(
-            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-        )
-    )
+    """The batches one after another, prepared ahead of time in threads."""
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return iter(local.to_iter_dataset(options))
+
+
+class _Content(NamedTuple):
+    """A content, and which side of which record it is. record: an index of a process's records."""
+
+    record: int
+    side: int
+    content: Content
 
 
 def _prepare(
@@ -124,39 +151,56 @@ def _prepare(
     stride: int,
     offset: int,
 ) -> LocalBatch:
-    sides = [
-        (i, j, side)
+    """Prepare records, the first of which has the number `offset`, the next `offset + stride`."""
+    contents = [
+        _Content(i, side, content)
         for i, record in enumerate(records)
-        for j, side in enumerate(record.sides[: layout.sides])
+        for side, content in enumerate(record.sides[: layout.sides])
     ]
-    names = [records[i].where for i, _, _ in sides]
-    prompt = asked if layout.generative else None
-    conversations = [
-        conversation(x, name, processor.tokenizer, prompt, max_length)
-        for (*_, x), name in zip(sides, names, strict=True)
-    ]
-    bad: dict[int, str] = {}
-    results = processor.attempt(conversations, names)
-    if layout.generative:
-        results = answered(results, records, processor, max_length)
-    for (i, _, _), result in zip(sides, results, strict=True):
-        if isinstance(result, LcoError):
-            if layout.on_bad == "error":
-                raise result
-            bad.setdefault(i, str(result))
-    kept = [
-        (i, j, side, result)
-        for (i, j, side), result in zip(sides, results, strict=True)
-        if i not in bad
-    ]
+    results = _process(records, contents, layout, processor, max_length)
+    skipped = _skipped(contents, results, layout.on_bad)
+    kept = [pair for pair in zip(contents, results, strict=True) if pair[0].record not in skipped]
     return LocalBatch(
-        inputs=[result for *_, result in kept],
-        record=np.array([i * stride + offset for i, *_ in kept], np.int64),
-        side=np.array([j for _, j, *_ in kept], np.int64),
-        content=np.array([_number(side) for *_, side, _ in kept], np.int32),
-        skipped=tuple(bad.values()),
+        inputs=[result for _, result in kept],
+        record=np.array([one.record * stride + offset for one, _ in kept], np.int64),
+        side=np.array([one.side for one, _ in kept], np.int64),
+        content=np.array([_number(one.content) for one, _ in kept], np.int32),
+        skipped=tuple(skipped.values()),
         where=tuple(record.where for record in records),
     )
+
+
+def _skipped(
+    contents: Sequence[_Content], results: Sequence[Processed | LcoError], on_bad: str
+) -> dict[int, str]:
+    """The records that have a bad content, and why; raises the first error if `on_bad` says so."""
+    skipped: dict[int, str] = {}
+    for one, result in zip(contents, results, strict=True):
+        if isinstance(result, LcoError):
+            if on_bad == "error":
+                raise result
+            skipped.setdefault(one.record, str(result))
+    return skipped
+
+
+def _process(
+    records: Sequence[Record],
+    contents: Sequence[_Content],
+    layout: Layout,
+    processor: Processor,
+    max_length: int | None,
+) -> list[Processed | LcoError]:
+    """The model input of each content, or the error that it raises."""
+    names = [records[one.record].where for one in contents]
+    prompt = asked if layout.generative else None
+    conversations = [
+        conversation(one.content, name, processor.tokenizer, prompt, max_length)
+        for one, name in zip(contents, names, strict=True)
+    ]
+    results = processor.attempt(conversations, names)
+    if layout.generative:
+        return answered(results, records, processor, max_length)
+    return results
 
 
 def answered(
@@ -165,108 +209,135 @@ def answered(
     processor: Processor,
     max_length: int | None,
 ) -> list[Processed | LcoError]:
-    """Each record's prompt with its positive as the answer, which is cut as texts are; an error for one that is bad."""
-    found, texts = list(prompts), {}
-    for i, record in enumerate(records):
-        if not isinstance(found[i], LcoError):
-            try:
-                texts[i] = processor.tokenizer.cut(answer_of(record), max_length)
-            except LcoError as error:
-                found[i] = error
-    for i, ids in zip(texts, processor.tokenizer.answers(list(texts.values())), strict=True):
-        found[i] = processor.fitting(found[i].answered(ids), records[i].where)
-    return found
+    """Each record's prompt followed by its answer, the positive; an error for a bad record.
 
-
-def _number(side: Content) -> int:
-    """A number that is equal for sides that say the same, in every process."""
-    return int.from_bytes(
-        blake2b(repr(content_key(side)).encode(), digest_size=4).digest(), "little", signed=True
-    )
-
-
-def to_devices(local: LocalBatch, packed: PackedBatch, layout: Layout, mesh: Mesh) -> Batch:
-    """Fill a share's arrays and send them to this process's devices. No other process is waited
-    for."""
-    processes, shards = jax.process_count(), row_shards(mesh) // jax.process_count()
-    shape = padded_shape(packed.need, layout.floor)
-    identities = [
-        local.record[chosen] * MAX_SIDES + local.side[chosen] for chosen in packed.members
-    ]
-    tokens, became = fill(packed.streams, identities, shape, layout.prefix)
-    records = [local.record[chosen] for chosen in packed.members]
-    answers = fill_answers(packed.streams, records, shape.answers) if layout.generative else None
-
-    def to_mesh(x: np.ndarray, *axes: str | tuple[str, ...] | None) -> Array:
-        sizes = [n * processes if axis else n for n, axis in zip(x.shape, axes, strict=False)]
-        place = NamedSharding(mesh, PartitionSpec(*axes))
-        return jax.make_array_from_process_local_data(place, x, (*sizes, *x.shape[len(axes) :]))
-
-    def in_chunks(x: np.ndarray) -> Array:
-        return to_mesh(x.reshape(packed.chunks, shards, *x.shape[1:]), None, ROWS)
-
-    tables = _tables(local, packed, became, tokens.last_tokens.shape[-1], layout, shards)
-    tokens, answers = jax.tree.map(in_chunks, (tokens, answers))
-    media = jax.tree.map(lambda x: to_mesh(x, ROWS), packed.media())
-    split = (None, ROWS) if processes > 1 else ()
-    sequences, content = (to_mesh(table, *split) for table in tables)
-    return Batch(tokens, sequences, content, media, answers)
-
-
-def _tables(
-    local: LocalBatch,
-    packed: PackedBatch,
-    became: list[np.ndarray],
-    slots: int,
-    layout: Layout,
-    shards: int,
-) -> np.ndarray:
-    """This process's part of the batch's `sequences` and `content`, one behind the other.
-
-    became: as of `fill`; slots: sequences of a stream.
+    max_length: an answer is cut to so many tokens, as texts are.
     """
-    processes, me = jax.process_count(), jax.process_index()
-    which = np.zeros(len(local.inputs), np.int64)
-    for chosen, numbers in zip(packed.members, became, strict=True):
-        which[chosen] = numbers
-    chunk, shard = np.divmod(packed.bins, shards)
-    at = (chunk * shards * processes + me * shards + shard) * slots + which
-    table = np.full((2, layout.batch_size // processes, layout.sides), -1, np.int32)
-    table[:, local.record // processes, local.side] = at, local.content
-    if processes == 1:
-        return table
-    split = np.full((*table.shape[:2], shards, layout.sides), -1, np.int32)
-    split[:, :, 0] = table
-    return split
+    results = list(prompts)
+    texts = {}
+    for i, record in enumerate(records):
+        if isinstance(results[i], LcoError):
+            continue
+        try:
+            texts[i] = processor.tokenizer.cut(answer_of(record), max_length)
+        except LcoError as error:
+            results[i] = error
+    answers = processor.tokenizer.answers(list(texts.values()))
+    for i, ids in zip(texts, answers, strict=True):
+        results[i] = processor.fitting(results[i].answered(ids), records[i].where)
+    return results
 
 
-def global_batch(
-    local: LocalBatch, layout: Layout, layouts: Mapping[str, TowerRows], mesh: Mesh
-) -> Batch:
-    """Every process's share -> one `Batch` on the mesh, at once. layouts: as of `Share`."""
-    shards = row_shards(mesh) // jax.process_count()
-    return to_devices(local, pack_batch(local, layout, layouts, shards), layout, mesh)
+def _number(content: Content) -> int:
+    """A number that is the same for equal contents, in every process."""
+    digest = blake2b(repr(content_key(content)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+# ---- shares -> batches on the mesh
 
 
 def check_mesh(mesh: Mesh) -> None:
-    """Raise unless every process holds whole rows: the tensor axis must not reach across processes."""
+    """Raise unless each shard of the rows is on devices of one process."""
+    processes = jax.process_count()
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
-    by_row = owners.reshape(row_shards(mesh), -1)
-    in_order = np.repeat(
-        np.arange(jax.process_count()), row_shards(mesh) // jax.process_count() or 1
-    )
-    if (by_row != by_row[:, :1]).any() or not np.array_equal(by_row[:, 0], in_order):
+    by_shard = owners.reshape(row_shards(mesh), -1)
+    one_owner = (by_shard == by_shard[:, :1]).all()
+    in_order = np.repeat(np.arange(processes), row_shards(mesh) // processes or 1)
+    if not one_owner or not np.array_equal(by_shard[:, 0], in_order):
         raise LcoError(
-            f"mesh {dict(mesh.shape)} over {jax.process_count()} processes: the tensor axis must stay within one "
-            "process, and data × fsdp must be a multiple of the processes"
+            f"mesh {dict(mesh.shape)} over {processes} processes: the tensor axis must stay within "
+            "one process, and data × fsdp must be a multiple of the processes"
         )
 
 
-class Origin(NamedTuple):
-    """Where a batch comes from. where: the origins of this process's share of its records, in
-    order.
+def global_batch(
+    local: LocalBatch, layout: Layout, tower_rows: Mapping[str, TowerRows], mesh: Mesh
+) -> Batch:
+    """Every process's share -> one `Batch` on the mesh, at once. tower_rows: as `Share` has it."""
+    shards = row_shards(mesh) // jax.process_count()
+    return to_devices(pack_batch(local, layout, tower_rows, shards), mesh)
 
-    position: the data's, once it is consumed, as a checkpoint keeps it.
+
+def to_devices(share: Share, mesh: Mesh) -> Batch:
+    """Fill a finished share's arrays and send them to this process's devices.
+
+    It does not wait for other processes.
+    """
+    tokens, answers, slots = _fill(share)
+    tables = _tables(share, slots, tokens.last_tokens.shape[-1])
+
+    def in_chunks(x: np.ndarray) -> np.ndarray:
+        return x.reshape(share.chunks, share.shards, *x.shape[1:])
+
+    to_mesh = jax.make_array_from_process_local_data
+    by_chunk = NamedSharding(mesh, PartitionSpec(None, ROWS))
+    tokens, answers = to_mesh(by_chunk, jax.tree.map(in_chunks, (tokens, answers)))
+    media = to_mesh(NamedSharding(mesh, PartitionSpec(ROWS)), share.media_rows())
+    if jax.process_count() == 1:
+        sequences, content = to_mesh(replicated(mesh), tables)
+    else:
+        split_tables = tuple(_in_first_stream(table, share.shards) for table in tables)
+        sequences, content = to_mesh(by_chunk, split_tables)
+    return Batch(tokens, sequences, content, media, answers)
+
+
+def _fill(share: Share) -> tuple[PackedTokens, Answers | None, list[np.ndarray]]:
+    """The arrays of all streams of a share, [C · R, …], and for each stream its inputs' slots."""
+    local, layout = share.local, share.layout
+    records, identities = [], []
+    for members in share.members:
+        record, side = local.record[members], local.side[members]
+        records.append(record)
+        identities.append(record * MAX_SIDES + side)
+    shape = padded_shape(share.need, layout.floor)
+    tokens, slots = fill(share.streams, identities, shape, layout.prefix)
+    answers = None
+    if layout.generative:
+        answers = fill_answers(share.streams, records, shape.answers)
+    return tokens, answers, slots
+
+
+def _tables(
+    share: Share, slots: list[np.ndarray], slots_of_stream: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`sequences` and `content` of this process's records: int32 [B / P, 2 + M] each.
+
+    slots: for each stream, its sequences' slots.
+    """
+    local, layout = share.local, share.layout
+    processes, me = jax.process_count(), jax.process_index()
+    chunk, shard = np.divmod(share.bins, share.shards)
+    stream = (chunk * processes + me) * share.shards + shard
+    slot = np.zeros(len(local.inputs), np.int64)
+    for members, slots_of_members in zip(share.members, slots, strict=True):
+        slot[members] = slots_of_members
+
+    size = (layout.batch_size // processes, layout.sides)
+    at = (local.record // processes, local.side)
+    sequences = np.full(size, -1, np.int32)
+    sequences[at] = stream * slots_of_stream + slot
+    content = np.full(size, -1, np.int32)
+    content[at] = local.content
+    return sequences, content
+
+
+def _in_first_stream(table: np.ndarray, shards: int) -> np.ndarray:
+    """[B / P, 2 + M] -> [B / P, R / P, 2 + M]: the table, and -1 for the other streams."""
+    records, sides = table.shape
+    streams = np.full((records, shards, sides), -1, np.int32)
+    streams[:, 0] = table
+    return streams
+
+
+# ---- the batches of a run
+
+
+class Origin(NamedTuple):
+    """Where a batch comes from.
+
+    where: the origins of this process's records, in order.
+    position: the position in the data after the batch, as a checkpoint stores it.
     """
 
     where: tuple[str, ...]
@@ -276,20 +347,20 @@ class Origin(NamedTuple):
 def batches(
     iterator: grain.DatasetIterator,
     layout: Layout,
-    layouts: Mapping[str, TowerRows],
+    tower_rows: Mapping[str, TowerRows],
     mesh: Mesh,
     exchange: Exchange | None = None,
     count: int | None = None,
 ) -> Iterator[tuple[Batch, Origin]]:
-    """Global batches, so many (None: without end). Says which records were left out.
+    """`count` global batches, or batches without end (None). Logs the records that are skipped.
 
-    The next is read, packed, filled and sent to the devices in a thread while the caller has the one
-    before; an exception there is raised here. The thread alone has the iterator. layouts: as of
-    `Share`. exchange: with the other processes.
+    While the caller has a batch, a thread reads and packs the next one and sends it to the devices.
+    An exception in the thread is raised here. Nothing but the thread may use the iterator.
+    tower_rows: as `Share` has it. exchange: with the other processes.
     """
     exchange = Exchange() if exchange is None else exchange
-    shares = _shares(islice(iterator, count), iterator, layout, layouts, mesh)
-    with closing(one_ahead(_sent(shares, layout, mesh, exchange))) as ready:
+    shares = _shares(islice(iterator, count), iterator, layout, tower_rows, mesh)
+    with closing(one_ahead(_sent(shares, mesh, exchange))) as ready:
         yield from ready
 
 
@@ -297,7 +368,7 @@ def _shares(
     read: Iterator[LocalBatch],
     iterator: grain.DatasetIterator,
     layout: Layout,
-    layouts: Mapping[str, TowerRows],
+    tower_rows: Mapping[str, TowerRows],
     mesh: Mesh,
 ) -> Iterator[tuple[Share, Origin]]:
     shards = row_shards(mesh) // jax.process_count()
@@ -305,31 +376,28 @@ def _shares(
         for reason in local.skipped:
             logger.warning("skipped: %s", reason)
         origin = Origin(local.where, iterator.get_state())
-        yield Share(local, layout, layouts, shards), origin
+        yield Share(local, layout, tower_rows, shards), origin
 
 
 def _sent(
-    shares: Iterator[tuple[Share, Origin]], layout: Layout, mesh: Mesh, exchange: Exchange
+    shares: Iterator[tuple[Share, Origin]], mesh: Mesh, exchange: Exchange
 ) -> Iterator[tuple[Batch, Origin]]:
-    """Shares, sent to the devices.
+    """Shares, packed and sent to the devices.
 
-    One exchange a batch: what a share needs second is told with what the next one needs first.
+    Processes exchange numbers once a batch: what a share needs to be finished, together with what
+    the next share needs to be packed.
     """
-
-    def send(share: Share, second: np.ndarray) -> Batch:
-        return to_devices(share.local, share.packed(second), layout, mesh)
-
-    before: tuple[Share, Origin] | None = None
-    for share, origin in shares:
-        if before is None:
-            first = exchange.most(share.first)
-        else:
-            waiting, its_origin = before
-            told = exchange.most(np.concatenate([waiting.second, share.first]))
-            second, first = np.split(told, [len(waiting.second)])
-            yield send(waiting, second), its_origin
-        share.pack(first)
-        before = share, origin
-    if before is not None:
-        waiting, its_origin = before
-        yield send(waiting, exchange.most(waiting.second)), its_origin
+    first = next(shares, None)
+    if first is None:
+        return
+    share, origin = first
+    share.pack(exchange.most(share.to_pack))
+    for next_share, next_origin in shares:
+        numbers = np.concatenate([share.to_finish, next_share.to_pack])
+        to_finish, to_pack = np.split(exchange.most(numbers), [len(share.to_finish)])
+        share.finish(to_finish)
+        yield to_devices(share, mesh), origin
+        next_share.pack(to_pack)
+        share, origin = next_share, next_origin
+    share.finish(exchange.most(share.to_finish))
+    yield to_devices(share, mesh), origin

@@ -1,18 +1,17 @@
-"""A process's share of a batch: what it holds, how it is laid into streams, and what processes agree on for it."""
+"""A process's share of a batch: its inputs, and the streams and tower rows that they are packed in.
 
-from collections.abc import Callable, Mapping
+Dimensions: C GradCache chunks, R streams that this process feeds in each chunk.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import NamedTuple
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
+from lco_jax.core.exchange import agree
 from lco_jax.core.packing import (
     WIDTHS,
     Shape,
-    Stream,
     TokenSequence,
     in_widths,
     largest,
@@ -25,9 +24,12 @@ from lco_jax.data.tower_rows import Processed, TowerRows
 
 @dataclass(frozen=True)
 class LocalBatch:
-    """What one process read of a global batch: its inputs, and of each input its record, side and content's number.
+    """The inputs that one process read of a global batch.
 
-    skipped: why records were left out (`on_bad` "skip"). where: the origin of every record of the share, in order.
+    record, side, content: for each input, the number of its record in the global batch, its side
+        (0: anchor, 1: positive, then negatives), and a number that equals that of equal contents.
+    skipped: why records were skipped (`on_bad` "skip").
+    where: the origin of every record of the share, in order.
     """
 
     inputs: list[Processed]
@@ -40,12 +42,14 @@ class LocalBatch:
 
 @dataclass(frozen=True)
 class Layout:
-    """What stays fixed through a run.
+    """The settings that every batch of a run is packed with.
 
-    prefix: token ids with which texts begin, computed once a stream. chunk_tokens: how many tokens of its own a stream,
-    and so a GradCache chunk, is to have, but for a single longer sequence; 0: one chunk. on_bad: whether a record whose
-    media cannot be read stops the run ("error") or is left out of its batch ("skip"). generative: a record is one
-    sequence, its anchor with the positive as the answer to it. floor, media_floor: the least shapes (`data/layouts.py`).
+    prefix: the token ids that texts begin with, computed once a stream.
+    chunk_tokens: how many tokens besides the prefix a stream of a chunk has at most, unless one
+        sequence has more; 0: a batch is one chunk.
+    on_bad: "error" stops the run at a record whose media cannot be read; "skip" skips the record.
+    generative: a record is one sequence, its anchor with its positive as the answer.
+    floor, media_floor: the least shapes of streams and tower rows (`data/layouts.py`).
     """
 
     batch_size: int
@@ -59,118 +63,111 @@ class Layout:
 
     @property
     def sides(self) -> int:
-        """The most sequences that a record has."""
+        """How many sequences a record has at most."""
         return 1 if self.generative else 2 + self.max_negatives
 
 
-class PackedBatch(NamedTuple):
-    """A process's share of a batch, laid into its streams. bins: of each input, its stream, chunk by chunk.
-
-    members: of each stream, its inputs' numbers. need: the least shape that holds every process's
-    streams. media: makes the towers' rows; media_need: the least shape that holds every process's.
-    """
-
-    chunks: int
-    bins: np.ndarray
-    members: list[np.ndarray]
-    streams: list[Stream]
-    need: Shape
-    media: Callable[[], MediaRows]
-    media_need: MediaShape
-
-
 class Share:
-    """A process's share of a batch, spread over the `shards` that it feeds, and over chunks, and
-    laid into streams.
+    """A process's share of a batch, packed in two steps: `pack`, then `finish`.
 
-    Two times all processes agree on the most that one of them needs: on `first`, chunks and the
-    width of each tower's rows, without which nothing can be packed; then on `second`, the sizes of
-    streams and towers' rows as packed.
-    layouts: how each tower's rows are laid out (`Processor.rows`).
+    Each step takes numbers that all processes have agreed on, the largest of what each needs:
+    to_pack: C, and the width of each tower's rows.
+    to_finish: the sizes of streams as they are packed, and how many rows each tower has.
+
+    After `finish`:
+    bins: for each input its stream, of C · R that are numbered chunk by chunk.
+    members: for each stream, the indices of its inputs.
+    streams: what each stream has.
+    need, media_need: the least shapes that hold every process's streams and tower rows.
     """
 
     def __init__(
-        self, local: LocalBatch, layout: Layout, layouts: Mapping[str, TowerRows], shards: int
+        self,
+        local: LocalBatch,
+        layout: Layout,
+        tower_rows: Mapping[str, TowerRows],
+        shards: int,
     ):
-        self.local, self.layout, self.layouts, self.shards = local, layout, layouts, shards
-        self.towers = sorted(layouts)
-        self.own = [max(len(one) - len(layout.prefix), 1) for one in local.inputs]
-        most = shards * layout.chunk_tokens
-        chunks = -(-sum(self.own) // most) if most else 1
-        widths = widest(layouts, local.inputs)
-        self.first = np.array([chunks, *(widths[tower] for tower in self.towers)], np.int64)
+        """tower_rows: how each tower's rows are filled (`Processor.rows`). shards: R."""
+        self.local = local
+        self.layout = layout
+        self.shards = shards
+        self._tower_rows = tower_rows
+        self._towers = sorted(tower_rows)
+        prefix_length = len(layout.prefix)
+        self._lengths = [max(len(one) - prefix_length, 1) for one in local.inputs]
+        self.chunks = 1
+        if layout.chunk_tokens:
+            self.chunks = -(-sum(self._lengths) // (shards * layout.chunk_tokens))
+        widths = widest(tower_rows, local.inputs)
+        self.to_pack = np.array([self.chunks, *(widths[tower] for tower in self._towers)], np.int64)
 
     def pack(self, agreed: np.ndarray) -> None:
-        """Lay it. agreed: on `first`. Afterwards there is `second`."""
+        """Choose each input's stream, and pack streams and tower rows. agreed: on `to_pack`."""
         chunks, *widths = map(int, agreed)
         self.chunks = max(chunks, self.layout.floor.chunks)
-        floor = self.layout.media_floor
-        wide = {
-            tower: max(width, floor.get(tower, (0, 0))[0])
-            for tower, width in zip(self.towers, widths, strict=True)
+        bins = self.chunks * self.shards
+        self.bins = spread(self._lengths, bins)
+        self.members = [np.flatnonzero(self.bins == number) for number in range(bins)]
+        self._pack_media(widths)
+        all_sequences = self._sequences(self._media.need)
+        self.streams = [pack_stream(one, self.layout.prefix) for one in all_sequences]
+        widths_at_hand = self.layout.floor.rows
+        need = largest(in_widths(stream.need, widths_at_hand) for stream in self.streams)
+        counts = [self._media.need.get(tower, (0, 0))[1] for tower in self._towers]
+        self.to_finish = np.array([*_sizes(need), *counts], np.int64)
+
+    def _pack_media(self, widths: list[int]) -> None:
+        """Pack the tower rows of each shard. widths: of each tower's rows."""
+        padded = {}
+        for tower, width in zip(self._towers, widths, strict=True):
+            least, _ = self.layout.media_floor.get(tower, (0, 0))
+            padded[tower] = max(width, least)
+        shards = self.bins % self.shards
+        self._by_shard = [np.flatnonzero(shards == number) for number in range(self.shards)]
+        inputs = [[self.local.inputs[i] for i in chosen] for chosen in self._by_shard]
+        self._media = PackedMedia(self._tower_rows, inputs, padded)
+
+    def finish(self, agreed: np.ndarray) -> None:
+        """Let sequences refer to tower rows of the agreed sizes. agreed: on `to_finish`."""
+        sizes, counts = np.split(agreed, [len(agreed) - len(self._towers)])
+        self.need = _shape(sizes)
+        rows = dict(zip(self._towers, map(int, counts), strict=True))
+        self.media_need = {
+            tower: (width, rows[tower]) for tower, (width, _) in self._media.need.items()
         }
-        self.bins = spread(self.own, self.chunks * self.shards)
-        self.by_shard = [
-            np.flatnonzero(self.bins % self.shards == shard) for shard in range(self.shards)
-        ]
-        shards = [[self.local.inputs[i] for i in chosen] for chosen in self.by_shard]
-        self.media = PackedMedia(self.layouts, shards, wide)
-        self.members = [np.flatnonzero(self.bins == i) for i in range(self.chunks * self.shards)]
+        self._media_shape = with_room(self.media_need, self.layout.media_floor)
+        all_sequences = self._sequences(self._media_shape)
         self.streams = [
-            pack_stream(ones, self.layout.prefix) for ones in self._sequences(self.media.need)
+            stream._replace(sequences=sequences)
+            for stream, sequences in zip(self.streams, all_sequences, strict=True)
         ]
-        planned = self.layout.floor.rows
-        need = largest(in_widths(stream.need, planned) for stream in self.streams)
-        rows = [self.media.need.get(tower, (0, 0))[1] for tower in self.towers]
-        self.second = np.array([*_sizes(need), *rows], np.int64)
 
-    def packed(self, agreed: np.ndarray) -> PackedBatch:
-        """The end of it. agreed: on `second`."""
-        sizes, rows = np.split(agreed, [len(agreed) - len(self.towers)])
-        counts = dict(zip(self.towers, map(int, rows), strict=True))
-        media_need = {
-            tower: (width, counts[tower]) for tower, (width, _) in self.media.need.items()
-        }
-        shape = with_room(media_need, self.layout.media_floor)
-        streams = [
-            stream._replace(
-                sequences=ones
-            )  # which lie where they lay, and know their media's tokens
-            for stream, ones in zip(self.streams, self._sequences(shape), strict=True)
-        ]
-        return PackedBatch(
-            self.chunks,
-            self.bins,
-            self.members,
-            streams,
-            _shape(sizes),
-            partial(self.media.fill, shape),
-            media_need,
-        )
-
-    def _sequences(self, media: MediaShape) -> list[list[TokenSequence]]:
-        """Of each stream, if the towers' rows have a shape."""
-        packed = (one for ones in self.media.sequences(media) for one in ones)
-        sequences = dict(zip(np.concatenate(self.by_shard), packed, strict=True))
+    def _sequences(self, shape: MediaShape) -> list[list[TokenSequence]]:
+        """Each stream's sequences. shape: of the tower rows that their media tokens come from."""
+        by_shard = self._media.sequences(shape)
+        sequences = {}
+        for chosen, packed in zip(self._by_shard, by_shard, strict=True):
+            sequences.update(zip(chosen, packed, strict=True))
         return [[sequences[i] for i in chosen] for chosen in self.members]
+
+    def media_rows(self) -> MediaRows:
+        """The arguments of each tower, filled."""
+        return self._media.fill(self._media_shape)
 
 
 def pack_batch(
-    local: LocalBatch, layout: Layout, layouts: Mapping[str, TowerRows], shards: int
-) -> PackedBatch:
-    """A share, packed; what processes agree on they do at once. Arguments: as of `Share`."""
-    share = Share(local, layout, layouts, shards)
-    share.pack(agree(share.first))
-    return share.packed(agree(share.second))
-
-
-def agree(need: np.ndarray) -> np.ndarray:
-    """The largest of every process's numbers."""
-    return need if jax.process_count() == 1 else multihost_utils.process_allgather(need).max(axis=0)
+    local: LocalBatch, layout: Layout, tower_rows: Mapping[str, TowerRows], shards: int
+) -> Share:
+    """A finished `Share`, with whose arguments it is called. Its agreements are collectives."""
+    share = Share(local, layout, tower_rows, shards)
+    share.pack(agree(share.to_pack))
+    share.finish(agree(share.to_finish))
+    return share
 
 
 def agree_shape(need: Shape) -> Shape:
-    """The least shape that holds every process's."""
+    """The least shape that holds every process's `need`."""
     return _shape(agree(_sizes(need)))
 
 

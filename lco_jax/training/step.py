@@ -228,7 +228,7 @@ def make_update(loss: Loss, tx: Optimizer, seed: int, mesh: Mesh, state_sharding
     def update(
         state: State, params: dict[str, Any], batch: Batch, media: Array | None
     ) -> tuple[State, dict[str, Array]]:
-        batch = batch.whole(jax.process_count())
+        batch = batch.gathered(jax.process_count())
         dropout_seed = jnp.uint32(seed) + state["step"].astype(jnp.uint32) * jnp.uint32(
             GOLDEN_RATIO
         )
