@@ -286,6 +286,7 @@ def test_a_mistake_is_named_by_its_place():
         ([{"role": "user", "content": [{"type": "image", "size": 3}]}], "here[0].content[0] has"),
         ([{"role": "user", "content": []}], "here[0].content is empty"),
         ({"image": []}, "here: its image is an empty list"),
+        ({"image": b"", "text": "t"}, "here: its image is empty"),
         ({"image": None}, "here holds nothing to embed; it needs one of: text, image, "),
         ({"text": 3}, "here.text must be a string, and is int 3"),
         (Path("no-such.png"), "there is no such file"),

@@ -39,6 +39,8 @@ OPTIONS = {  # what a part may set for its own medium, in place of `MediaConfig`
     "video": ("min_pixels", "max_pixels", "fps", "max_frames"),
     "audio": (),
 }
+FIELD_KEYS = (*FIELDS, "content")
+PART_KEYS = {kind: ("type", *SOURCES[kind], *OPTIONS[kind]) for kind in KINDS}
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)  # no path of this machine
 
 
@@ -107,12 +109,11 @@ class Reader:
 
     def _fields(self, fields: Mapping, label: str) -> list[Part]:
         """The media and then the text of a mapping."""
-        check_keys(fields, (*FIELDS, "content"), label)
-        given = {}
-        for key, value in fields.items():
-            value = _unwrapped(value)
-            if not self._is_absent(value, f"{label}: its {key}"):
-                given[key] = value
+        check_keys(fields, FIELD_KEYS, label)
+        given = {key: _unwrapped(value) for key, value in fields.items() if value is not None}
+        if self.root is None:
+            _refuse_empty(given, label)
+        given = {key: value for key, value in given.items() if not _is_empty(value)}
         if "content" in given:
             _check_single(given, label)
             return self._parts(given["content"], f"{label}.content")
@@ -128,25 +129,14 @@ class Reader:
             parts.append(_text(text, f"{label}.text"))
         return parts
 
-    def _is_absent(self, value: Any, label: str) -> bool:
-        """Whether a field holds nothing. Tables write something for that, too."""
-        if value is None:
-            return True
-        if self.root is not None:
-            return isinstance(value, str | bytes | list) and not value
-        if isinstance(value, list) and not value:
-            raise LcoError(f"{label} is an empty list")
-        return isinstance(value, str) and not value
-
     def _part(self, part: Mapping, label: str) -> Part:
         kind = part["type"]
         if kind not in KINDS:
             types = ", ".join(KINDS)
             raise LcoError(f"{label} has the unknown type {kind!r:.60}; the types are {types}")
         sources = SOURCES[kind]
-        options = OPTIONS[kind]
         given = {key: value for key, value in part.items() if value is not None}
-        check_keys(given, ("type", *sources, *options), label)
+        check_keys(given, PART_KEYS[kind], label)
         keys = [key for key in sources if key in given]
         if len(keys) != 1:
             what = "text" if kind == "text" else "medium"
@@ -159,7 +149,7 @@ class Reader:
         if kind == "text":
             return _text(value, f"{label}.{key}")
         medium = self._medium(kind, value, f"{label}.{key}")
-        settings = {key: given[key] for key in options if key in given}
+        settings = {key: given[key] for key in OPTIONS[kind] if key in given}
         return {**medium, **settings}
 
     def _media(self, kind: str, value: Any, label: str) -> list[Part]:
@@ -325,6 +315,19 @@ def _text(text: Any, label: str) -> Part:
         raise LcoError(f"{label} must be a string, and is {describe(text)}")
     check_text(text, label)
     return {"type": "text", "text": text}
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether this is what tables write where a row holds nothing."""
+    return value is None or (isinstance(value, str | bytes | list) and not value)
+
+
+def _refuse_empty(fields: Mapping, label: str) -> None:
+    """Raise for empty lists and bytes, which are mistakes where no table wrote them."""
+    for key, value in fields.items():
+        if isinstance(value, list | bytes) and not value:
+            kind = "an empty list" if isinstance(value, list) else "empty"
+            raise LcoError(f"{label}: its {key} is {kind}")
 
 
 def _check_single(given: Mapping, label: str) -> None:
