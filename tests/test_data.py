@@ -19,6 +19,8 @@ from lco_jax import LcoError
 from lco_jax.checkpoint import builtin
 from lco_jax.core.files import ASSETS
 from lco_jax.data import pipeline
+from lco_jax.data.content import Reader, as_content
+from lco_jax.data.inputs import Preparation, prepare_ahead
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import ChatTokenizer, as_messages
 from lco_jax.data.records import Record, content_key, parse_record
@@ -97,38 +99,59 @@ BAD_RECORDS = {  # line -> what the message says about it
     '{"anchor": "a", "positive": {}}': "positive is empty",
     '{"anchor": "a", "positive": "p", "negativ": "n"}': "'negativ'",
     '{"anchor": {"txt": "a"}, "positive": "p"}': "'txt'",
-    '{"anchor": {"text": "a", "image_path": "x.jpg"}, "positive": "p"}': "anchor.image_path: there is no file",
-    '{"anchor": "a", "positive": "p", "negative": [{"audio_path": "x.wav"}]}': "negative.audio_path: there is no",
-    '{"anchor": "a", "positive": "p", "negative": {"video_path": "x.mp4"}}': "negative.video_path: there is no file",
+    '{"anchor": {"text": "a", "image_path": "x.jpg"}, "positive": "p"}':
+        "anchor.image_path: there is no file",
+    '{"anchor": "a", "positive": "p", "negative": [{"audio_path": "x.wav"}]}':
+        "negative.audio_path: there is no",
+    '{"anchor": "a", "positive": "p", "negative": {"video_path": "x.mp4"}}':
+        "negative.video_path: there is no file",
     '{"anchor": {"image_path": 3}, "positive": "p"}': "anchor.image_path must be a path",
-    '{"anchor": {"image_path": ["data:,", ""]}, "positive": "p"}': "anchor.image_path[1] must be a path",
-    '{"anchor": {"image_path": [["data:,"]]}, "positive": "p"}': "anchor.image_path[0] must be a path",
-    '{"anchor": {"video_path": "1.png"}, "positive": "p"}': "anchor.video_path is an image, '1.png'",
+    '{"anchor": {"image_path": ["data:,", ""]}, "positive": "p"}':
+        "anchor.image_path[1] must be a path",
+    '{"anchor": {"image_path": [["data:,"]]}, "positive": "p"}':
+        "anchor.image_path[0] must be a path",
+    '{"anchor": {"video_path": "1.png"}, "positive": "p"}':
+        "anchor.video_path is an image, '1.png'",
     '{"anchor": {"video_path": ["data:,", ["1.png"], 3]}, "positive": "p"}': "there is no file",
-    '{"anchor": {"image": "data:,", "image_path": "data:,"}, "positive": "p"}': "both image and image_path",
-    '{"anchor": {"content": 3}, "positive": "p"}': "anchor.content must be",
-    '{"anchor": {"content": ["a"]}, "positive": "p"}': "anchor.content must be",
+    '{"anchor": {"image": "data:,", "image_path": "data:,"}, "positive": "p"}':
+        "both image and image_path",
+    '{"anchor": {"content": 3}, "positive": "p"}': "anchor.content is int 3; give",
+    '{"anchor": {"content": ["a"]}, "positive": "p"}': "anchor.content is list ['a']; give",
     '{"anchor": {"content": "a", "text": "b"}, "positive": "p"}': "both content and text",
     '{"anchor": {"content": [{"type": "text", "text": ""}]}, "positive": "p"}': "anchor is empty",
     '{"anchor": [], "positive": "p"}': "anchor is empty",
-    '{"anchor": ["a"], "positive": "p"}': "anchor must be",
-    '{"anchor": "a", "positive": [{"type": "picture", "image": "data:,"}]}': "positive[0].type is 'picture'",
-    '{"anchor": "a", "positive": [{"type": ["image"], "image": "data:,"}]}': "positive[0].type is ['image']",
-    '{"anchor": "a", "positive": [{"type": "image", "audio": "data:,"}]}': "positive[0] has the unknown key 'audio'",
-    '{"anchor": "a", "positive": [{"type": "image"}]}': "positive[0] is a part of type 'image'; it needs",
-    '{"anchor": "a", "positive": [{"type": "image", "image": "data:,", "image_path": "data:,"}]}': "it needs",
-    '{"anchor": "a", "positive": [{"type": "text", "text": 3}]}': "positive[0].text must be a string",
-    '{"anchor": "a", "positive": [{"type": "image", "image": ""}]}': "positive[0].image must be a path",
-    '{"anchor": "a", "positive": [{"type": "video", "video": []}]}': "positive[0].video must be a path",
-    '{"anchor": "a", "positive": [{"type": "video", "video": ["data:,", 1]}]}': "positive[0].video[1] must be a path",
-    '{"anchor": "a", "positive": [{"type": "text", "text": "b"}, {"text": "c"}]}': "positive must be",
-    '{"anchor": "a", "positive": "p", "negative": ["n", {"type": "image", "url": "x"}]}': "unknown key 'url'",
-    '{"anchor": 3, "positive": "p"}': "anchor must be",
-    '{"anchor": null, "positive": "p"}': "anchor must be",
+    '{"anchor": ["a"], "positive": "p"}': "anchor is list ['a']; give a text, ",
+    '{"anchor": "a", "positive": [{"type": "picture", "image": "data:,"}]}':
+        "positive[0] has the unknown type 'picture'",
+    '{"anchor": "a", "positive": [{"type": ["image"], "image": "data:,"}]}':
+        "positive[0] has the unknown type ['image']",
+    '{"anchor": "a", "positive": [{"type": "image", "audio": "data:,"}]}':
+        "positive[0] has the unknown key 'audio'",
+    '{"anchor": "a", "positive": [{"type": "image"}]}':
+        "positive[0] is a part of type 'image'; it must hold its medium once, under image or ",
+    '{"anchor": "a", "positive": [{"type": "image", "image": "data:,", "image_path": "data:,"}]}':
+        "positive[0] is a part of type 'image'; it must hold its medium once",
+    '{"anchor": "a", "positive": [{"type": "text", "text": 3}]}':
+        "positive[0].text must be a string",
+    '{"anchor": "a", "positive": [{"type": "text", "text": "t", "image": "data:,"}]}':
+        "positive[0] has the unknown key 'image'",
+    '{"anchor": "a", "positive": [{"type": "image", "image": ""}]}':
+        "positive[0].image must be a path",
+    '{"anchor": "a", "positive": [{"type": "video", "video": []}]}':
+        "positive[0].video must be a path",
+    '{"anchor": "a", "positive": [{"type": "video", "video": ["data:,", 1]}]}':
+        "positive[0].video[1] must be a path",
+    '{"anchor": "a", "positive": [{"type": "text", "text": "b"}, {"text": "c"}]}':
+        "positive is list [",
+    '{"anchor": "a", "positive": [{"role": "user", "content": "b"}]}': "positive is list [",
+    '{"anchor": "a", "positive": "p", "negative": ["n", {"type": "image", "url": "x"}]}':
+        "negative.url: there is no file",
+    '{"anchor": 3, "positive": "p"}': "anchor is int 3; give",
+    '{"anchor": null, "positive": "p"}': "anchor is NoneType None; give",
     '{"anchor": "a", "positive": {"text": 3}}': "positive.text",
-    '{"anchor": "a", "positive": "p", "negative": [["n"]]}': "negative must be",
-    '{"anchor": "a", "positive": "p", "negative": [null]}': "negative must be",
-}
+    '{"anchor": "a", "positive": "p", "negative": [["n"]]}': "negative is list ['n']; give",
+    '{"anchor": "a", "positive": "p", "negative": [null]}': "negative is NoneType None; give",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("line", BAD_RECORDS)
@@ -143,7 +166,7 @@ def test_a_bad_record_is_named_by_file_and_line(tmp_path, line):
 
 @pytest.mark.parametrize("anchor", [b"\xff", rb"a\ud800b"])
 def test_a_text_that_is_no_unicode_is_a_bad_record(tmp_path, tokenizer, anchor):
-    """A lone surrogate is valid JSON, and the tokenizer cannot take it: the scan must find it, not step 7000."""
+    """A lone surrogate is valid JSON, and no tokenizer takes it: the scan must find it."""
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"anchor": "' + anchor + b'", "positive": "p"}\n')
     with pytest.raises(LcoError, match=r"data\.jsonl:1: "):
@@ -219,6 +242,94 @@ def test_a_side_may_hold_media(side, want):
     assert record.negatives == ((want,) if want else ())
 
 
+SPELLINGS = [  # several ways to write the same content
+    [
+        (image("https://h/i.png"), text("t")),
+        [image("https://h/i.png"), text("t")],
+        {"text": "t", "image": "https://h/i.png"},
+        {"text": "t", "image_path": ["https://h/i.png"], "audio": None, "video": ""},
+        {"text": "t", "image": {"bytes": None, "path": "https://h/i.png"}},
+        {"content": [{"type": "image", "url": "https://h/i.png"}, text("t")]},
+        [{"type": "image", "path": "https://h/i.png", "image": None}, text("t"), text("")],
+    ],
+    [
+        ({"type": "video", "video": b"film", "max_frames": 4},),
+        {"type": "video", "video": {"bytes": b"film", "path": "film.mp4"}, "max_frames": 4},
+        [{"type": "video", "video_path": b"film", "max_frames": 4, "fps": None}],
+    ],
+    ["a b", {"text": "a b"}, {"content": "a b"}, [text("a "), text("b")], text("a b")],
+    [
+        (video(["1.png", "2.png"]), video("v.gif")),
+        {"video": [["1.png", "2.png"], "v.gif"]},
+        [video(["1.png", "2.png"]), {"type": "video", "path": "v.gif"}],
+    ],
+]
+
+
+@pytest.mark.parametrize("spellings", SPELLINGS)
+def test_a_content_is_one_however_it_is_spelt_and_wherever(spellings):
+    """In `encode`, which reads Python objects, and in files."""
+    want = spellings[0]
+    for given in spellings:
+        assert as_content(given, "here") == Reader("here", "").read(given) == want
+        assert as_messages(given, "here") == as_messages(want, "here")
+        if not isinstance(given, str):
+            chat = [{"role": "user", "content": given}]
+            (message,) = Reader("here", "").read(chat)
+            joined = Reader("here", "").read(message["content"])
+            assert (message["role"], joined) == ("user", want)
+
+
+def test_a_mistake_is_named_by_its_place():
+    for given, says in (
+        ([{"role": "user", "content": "a"}, "b"], "here[1].role is None"),
+        ([{"role": "user", "content": [{"type": "image", "size": 3}]}], "here[0].content[0] has"),
+        ([{"role": "user", "content": []}], "here[0].content is empty"),
+        ({"image": []}, "here: its image is an empty list"),
+        ({"image": b"", "text": "t"}, "here: its image is empty"),
+        ({"image": None}, "here holds nothing to embed; it needs one of: text, image, "),
+        ({"text": 3}, "here.text must be a string, and is int 3"),
+        (Path("no-such.png"), "there is no such file"),
+        ("x" * 300 + ".png", "there is no such file"),
+        (np.zeros(3), "here is ndarray of shape (3,); give sound as"),
+    ):
+        with pytest.raises(LcoError) as error:
+            as_content(given, "here")
+        assert says in sentence(error)
+
+
+class Unloadable:
+    """A text that no other process can make again."""
+
+    def __reduce__(self):
+        return "".join, ([1],)
+
+
+class Unsendable(str):
+    """A text that cannot be sent to another process."""
+
+    def __reduce__(self):
+        raise OSError("not me")
+
+
+@pytest.mark.slow
+def test_what_cannot_be_sent_to_a_process_is_prepared_here(processor):
+    preparation = Preparation(processor)
+    good, bad = [("one", "a"), (Unsendable("two"), "b")], [("one", "a"), (Unloadable(), "b")]
+    for items in (good, bad):
+        want = preparation(items)
+        got = list(prepare_ahead(preparation, items, workers=1))
+        assert np.array_equal(got[0].input_ids, want[0].input_ids)
+    assert "b is Unloadable" in str(got[1])
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_bug_is_no_bad_input(workers):
+    """It ends in a traceback, also where bad inputs are skipped."""
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'tokenizer'"):
+        list(prepare_ahead(Preparation(None), [("text", "input 0")], workers))
+
+
 def test_negatives_are_one_side_or_several():
     parts = [image("i.png"), text("t")]
     for given, count in (
@@ -263,9 +374,8 @@ def test_a_missing_media_file_is_found_by_the_scan(tmp_path):
         (tmp_path / f"{i}.png").write_bytes(b"")
     with pytest.raises(LcoError) as error:
         JsonlSource(path)
-    assert f"{path}:2: anchor.image_path: there is no file {tmp_path / '1.png'}; " in sentence(
-        error
-    )
+    missing = f"{path}:2: anchor.image_path: there is no file {tmp_path / '1.png'}; "
+    assert missing in sentence(error)
     source = JsonlSource(path, on_bad="skip")
     assert source.skipped == 1
     assert [record.where for record in (source[0], source[1])] == [f"{path}:1", f"{path}:3"]
@@ -451,7 +561,7 @@ def test_a_tfds_dataset_of_another_kind_is_an_error(tmp_path, change):
 
 
 def test_tfds_is_read_without_tensorflow_and_torch(tmp_path):
-    """A decoy of tensorflow lies on the path, so that an import of it is seen even where it is not installed.
+    """A decoy of tensorflow lies on the path, so that an import of it is seen anywhere.
 
     torch is hidden: transformers imports it wherever it finds it.
     """
@@ -459,7 +569,8 @@ def test_tfds_is_read_without_tensorflow_and_torch(tmp_path):
     (tmp_path / "decoy" / "tensorflow" / "__init__.py").write_text("")
     code = (
         "import sys; sys.modules['torch'] = None; from lco_jax.data.tfds import nli_source; "
-        f"print(len(nli_source('snli', data_dir={write_nli(tmp_path, SNLI)!r})), 'tensorflow' in sys.modules)"
+        f"source = nli_source('snli', data_dir={write_nli(tmp_path, SNLI)!r}); "
+        "print(len(source), 'tensorflow' in sys.modules)"
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'decoy'}:{ROOT}"}
     done = subprocess.run(
@@ -491,7 +602,7 @@ VIDEO = {
 
 
 def captioned(data_dir, features, rows, name="my_set", **spec):
-    """The source of a set that is written for it, with a class label of two words and a text in every row."""
+    """The source of a set that is written for it, with a class label and a text in every row."""
     features = {**features, "label": class_label(2), "colour": TEXT, "count": NUMBER}
     rows = [
         {"label": i % 2, "colour": b"gr\xc3\xbcn", "count": 3 + i, **row}
@@ -636,7 +747,7 @@ BAD_CAPTIONED = {  # case -> features, spec, what the message says
         ("config.data.sources.mine.values", "'cat'"),
     ),
     "no media": ({}, {}, ("no feature of images, audio or video", "colour, count, label")),
-    "several": ({"image": IMAGE, "mask": IMAGE}, {}, ("several", "image, mask")),
+    "several": ({"image": IMAGE, "mask": IMAGE}, {}, ("feature is None", "image, mask")),
     "no such feature": (
         {"image": IMAGE, "mask": IMAGE},
         {"feature": "imag"},
@@ -866,7 +977,7 @@ def test_parquet_columns_can_be_renamed_and_hold_lists(tmp_path):
 
 
 def test_parquet_columns_may_hold_sides_of_media(tmp_path):
-    """Structs and lists of structs, spelt as in jsonl, and so with None wherever a row has nothing."""
+    """Structs and lists of structs, spelt as in jsonl; None stands where a row has nothing."""
     spoken(tmp_path / "media", "i.png", "j.png", "k.png")
     path = write_table(
         tmp_path / "x.parquet",

@@ -154,7 +154,7 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
         ('{"id": 1}', "holds nothing to embed"),
         ('{"image": "", "text": null}', "holds nothing to embed"),
         ("null", "NoneType"),
-        ("[]", "is list []"),
+        ("[]", "holds nothing to embed"),
         ('"\\ud800"', "surrogate"),
         ('[{"role": "user", "content": [{"type": "image"}]}]', "must hold its medium once"),
         ('[{"role": "user", "content": [{"type": "image", "image": 3}]}]', "must be a path"),

@@ -71,14 +71,14 @@ def test_prompt_and_cut(embedder):
         (["a", {"image": "cat.png"}], "input 1: image cat.png does not exist"),
         (["a", {"audio": {"array": np.zeros(16000), "sampling_rate": 16000}}], "input 1 has audio"),
         (["no-such-cat.png"], "input 0: no-such-cat.png looks like a media file"),
-        ([{}], "input 0 is dict"),
+        ([{}], "input 0 holds nothing to embed"),
         (
             [[{"role": "user", "content": [{"type": "image", "image": "x"}]}]],
             "input 0: image x does not exist",
         ),
         (
             [[{"role": "user", "content": [{"type": "smell", "smell": "x"}]}]],
-            "input 0: a message part is dict",
+            r"input 0\[0\]\.content\[0\] has the unknown type 'smell'",
         ),
         (["x " * 40000], "input 0: .* tokens .* the model takes 32768"),
     ],

@@ -485,9 +485,7 @@ def test_a_part_says_nothing_else(cases, kind):
         [([{"type": kind, kind: 0, "resized_width": 1}], "this one")]
     )
     assert isinstance(error, LcoError)
-    assert str(error).startswith(
-        f"this one: a part of type '{kind}' has the unknown key 'resized_width'"
-    )
+    assert str(error).startswith("this one[0] has the unknown key 'resized_width'")
 
 
 # ---- pixels

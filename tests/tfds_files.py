@@ -39,10 +39,10 @@ def png(pixels):
 
 
 def write_tfds(data_dir, name, features, rows, labels=None, version="1.1.0"):
-    """What TFDS's own `builder.download_and_prepare(file_format="array_record")` leaves, without TensorFlow.
+    """What TFDS's `builder.download_and_prepare(file_format="array_record")` leaves.
 
-    features: as in features.json. rows: feature -> what its `tf.train.Feature` holds; a list of them is the split
-    train, a mapping has a list a split. labels: names by feature.
+    features: as in features.json. rows: feature -> what its `tf.train.Feature` holds; a list of
+    them is the split train, a mapping has a list for each split. labels: names by feature.
     """
     from tensorflow_datasets.proto import tf_example_pb2
 

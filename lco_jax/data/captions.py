@@ -1,15 +1,15 @@
 """Captions made from a template, and media files whose names hold what the template asks for."""
 
+import os
 import re
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from glob import iglob
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
 from lco_jax.core.errors import LcoError, explained
-from lco_jax.data.prompts import EXTENSIONS, check_text, is_media_file
+from lco_jax.data.content import KIND_OF_ENDING, Content, check_text, media_kind
 from lco_jax.data.records import Record
 from lco_jax.data.scan import Scan, Source
 
@@ -17,60 +17,66 @@ from lco_jax.data.scan import Scan, Source
 class Caption:
     """A template such as "a photo of a {label}." in Python's format syntax.
 
-    fields: the names there are. values: of some fields, what to write for each value: {"digit": {"7": "seven"}}.
-    where: names the source in errors.
+    fields: the names it may ask for. values: words for the values of some fields, such as
+    {"digit": {"7": "seven"}}. where: names the source in errors.
     """
 
     def __init__(
-        self, template: str, fields: list[str], values: Mapping[str, Mapping] | None, where: str
+        self,
+        template: str,
+        fields: Sequence[str],
+        values: Mapping[str, Mapping] | None,
+        where: str,
     ):
         values = values or {}
         with explained(f"{where}: the caption {template!r} is no template", ValueError, TypeError):
-            names = {
-                re.split(r"[.\[]", name)[0]
-                for _, name, _, _ in Formatter().parse(template)
-                if name is not None
-            }
-        if unknown := sorted((names | set(values)) - set(fields)):
+            asked = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+        self.template = template
+        self.fields = {re.split(r"[.\[]", name)[0] for name in asked}
+        self.values: dict[str, dict[str, Any]] = {}
+        unknown = sorted({*self.fields, *values} - set(fields))
+        if unknown:
             there = ", ".join(fields) or "none"
             raise LcoError(
                 f"{where} has no field {unknown[0]!r} for its caption; those there are: {there}"
             )
-        if wrong := [name for name in values if not isinstance(values[name], Mapping)]:
-            raise LcoError(
-                f"{where}: values.{wrong[0]} must be a mapping, and is {values[wrong[0]]!r:.60}"
-            )
-        self.template, self.fields = template, names
-        self.values = {
-            name: {str(key): text for key, text in values[name].items()} for name in values
-        }
+        for name, words in values.items():
+            if not isinstance(words, Mapping):
+                raise LcoError(f"{where}: values.{name} must be a mapping, and is {words!r:.60}")
+            self.values[name] = {str(value): word for value, word in words.items()}
 
     def __call__(self, row: Mapping[str, Any], where: str) -> str:
         """The caption of a row that holds (at least) `self.fields`."""
-        row = {name: row[name] for name in self.fields}
-        for name in self.fields & set(self.values):
-            if (key := str(row[name])) not in self.values[name]:
-                raise LcoError(f"{where}: values.{name} has nothing for {key!r}")
-            row[name] = self.values[name][key]
+        filled = {name: self._word(name, row[name], where) for name in self.fields}
         unfit = f"{where}: the caption {self.template!r} cannot be filled in"
         with explained(unfit, ValueError, TypeError, LookupError, AttributeError):
-            return self.template.format(**row)
+            return self.template.format(**filled)
+
+    def _word(self, name: str, value: Any, where: str) -> Any:
+        if name not in self.values:
+            return value
+        words = self.values[name]
+        if str(value) not in words:
+            raise LcoError(f"{where}: values.{name} has nothing for {str(value)!r}")
+        return words[str(value)]
 
 
-def captioned(media: dict[str, Any], caption: str, reverse: bool, where: str) -> Record:
-    """A record of one part and its caption; the caption is the anchor if `reverse`."""
+def captioned(kind: str, medium: Any, caption: str, reverse: bool, where: str) -> Record:
+    """A record of a medium and its caption; the caption is the anchor if `reverse`."""
     check_text(caption, f"{where}: the caption")
     if not caption.strip():
         raise LcoError(f"{where}: the caption is empty")
-    anchor, positive = (caption, (media,)) if reverse else ((media,), caption)
+    content: Content = ({"type": kind, kind: medium},)
+    anchor, positive = (caption, content) if reverse else (content, caption)
     return Record(anchor, positive, (), where)
 
 
 class FilesSource(Source):
-    """Images, audio files or videos, each with a caption made from its name. Holds their paths in memory.
+    """Images, audio files or videos, each with a caption made from its name.
 
-    glob: which files (`**` goes through folders). pattern: a regular expression for the end of a path, from the start
-    of a name or folder on; its named groups are the caption's fields. reverse: the caption is the anchor.
+    The paths are in memory. glob: which files (`**` goes through folders). pattern: a regular
+    expression for the end of a path, from the start of a file's or folder's name; its named groups
+    are the caption's fields. reverse: the caption is the anchor.
     """
 
     def __init__(
@@ -82,18 +88,15 @@ class FilesSource(Source):
         reverse: bool = False,
         on_bad: str = "error",
     ):
-        with explained(f"the pattern {pattern!r} is no regular expression", re.error):
+        where = f"the pattern {pattern!r}"
+        with explained(f"{where} is no regular expression", re.error):
             groups = list(re.compile(pattern).groupindex)
-            self.pattern = re.compile(
-                f"(?:.*/)?(?:{pattern})"
-            )  # a name's tail must not pass for a name
-        self.caption, self.reverse = (
-            Caption(caption, groups, values, f"the pattern {pattern!r}"),
-            reverse,
-        )
+            self.pattern = re.compile(f"(?:.*/)?(?:{pattern})")  # no match within a name
+        self.caption = Caption(caption, groups, values, where)
+        self.reverse = reverse
         scan = Scan(on_bad)
-        for path in sorted(path for path in iglob(glob, recursive=True) if Path(path).is_file()):
-            scan.check(partial(self._read, path), path)
+        for path in sorted(filter(os.path.isfile, iglob(glob, recursive=True))):
+            scan.check(self._read, path, keep=path)
         scan.finish(glob)
         self.paths, self.skipped, self.modalities = scan.kept, scan.skipped, scan.modalities
 
@@ -104,13 +107,14 @@ class FilesSource(Source):
         return self._read(self.paths[index])
 
     def _read(self, path: str) -> Record:
-        if not (kind := is_media_file(path)):
-            endings = ", ".join(ending for endings in EXTENSIONS.values() for ending in endings)
+        kind = media_kind(path)
+        if kind is None:
+            endings = ", ".join(KIND_OF_ENDING)
             raise LcoError(
                 f"{path} is no image, video or audio file by its name; the endings are {endings}"
             )
-        if not (match := self.pattern.fullmatch(Path(path).as_posix())):
+        match = self.pattern.fullmatch(Path(path).as_posix())
+        if match is None:
             raise LcoError(f"{path} does not match the pattern; let glob select the files that do")
         caption = self.caption(match.groupdict(), path)
-        media = {"type": kind, kind: str(Path(path).absolute())}
-        return captioned(media, caption, self.reverse, path)
+        return captioned(kind, os.path.abspath(path), caption, self.reverse, path)

@@ -1,40 +1,40 @@
-"""What `lco_jax.embed` reads: lines, rows of a table or a folder of media -> inputs for `encode`, one at a time."""
+"""What `lco_jax.embed` reads: lines, rows of a table or a folder of media -> inputs for `encode`.
+
+Inputs are read one at a time; nothing but a few rows of a table is in memory.
+"""
 
 import json
 import os
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from itertools import accumulate, islice
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow.lib
-import pyarrow.parquet
+from pyarrow.parquet import FileMetaData
 
 from lco_jax.core.errors import LcoError, explained
 from lco_jax.core.files import fingerprint
-from lco_jax.data.media import MediaConfig
-from lco_jax.data.prompts import (
-    as_messages,
+from lco_jax.data.content import (
+    FIELDS,
+    Reader,
     check_text,
     describe,
-    is_conversation,
-    is_media_file,
+    media_kind,
     media_parts,
 )
-from lco_jax.data.records import FIELDS, Reader, as_input, file_lookup, is_parts
+from lco_jax.data.media import MediaConfig
+from lco_jax.data.records import as_input, file_lookup
+from lco_jax.data.tables import open_table
 
-KEYS = tuple(
-    key for key in FIELDS if key != "content"
-)  # of an object or table: what is embedded; others are metadata
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-ROWS_AT_ONCE = 64  # of a table, in memory; rows may hold whole images
+FORMATS = ("folder", ".txt", ".jsonl", ".parquet")
+ROWS_AT_ONCE = 64  # of a table, in memory; rows may hold images
+Exists = Callable[[str], bool] | None  # whether a local file is there; None looks for no file
 
 
 class CorpusItem(NamedTuple):
-    """content: as `encode` takes it, text never bare. where: a file and line, for errors."""
+    """content: as `encode` takes it, a text never bare. where: file and line, for errors."""
 
     id: int | str
     content: Any
@@ -42,7 +42,10 @@ class CorpusItem(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """total: inputs. kinds: "text", "image" and so on -> where the first of it stands. ids: int or str."""
+    """What all inputs are.
+
+    total: how many. kinds: "text", "image" and so on -> the place of the first. ids: int or str.
+    """
 
     total: int
     kinds: dict[str, str]
@@ -50,16 +53,30 @@ class Contents(NamedTuple):
 
     @property
     def has_media(self) -> bool:
+        """Whether an input is more than a text."""
         return bool(self.kinds.keys() - {"text"})
+
+
+class _Row(NamedTuple):
+    """An input before it is parsed. number: from 0. where: file and line, for errors.
+
+    raw: a line, a row of a table, or the path of a media file.
+    """
+
+    number: int
+    where: str
+    raw: Any
 
 
 @dataclass(frozen=True)
 class Corpus:
     """A .txt (a text a line), .jsonl or .parquet file, or a folder of media.
 
-    id_field: the key or column that is an input's id; by default the line or row number from 0, and in a folder the
-    path within it. root: the folder that relative paths of media start from, by default the file's own. flag: what gave
-    the path, for errors. title: the key of what stands before the text, with a space between.
+    id_field: the key or column that is an input's id. The default is the line or row number from
+    0, and in a folder the path within it.
+    root: the folder that relative paths of media start from; by default the file's folder.
+    flag: the flag that gave the path, for errors.
+    title: the key of a text that is put before the text, with a space between.
     """
 
     path: Path
@@ -69,197 +86,170 @@ class Corpus:
     title: str | None = None
 
     def __post_init__(self):
+        given = f"{self.flag}={self.path}"
         if not self.path.exists():
-            raise LcoError(f"{self.flag}={self.path} does not exist")
-        if not self.path.is_dir() and self.path.suffix not in SUFFIXES:
-            raise LcoError(
-                f"{self.flag}={self.path}: give a file that ends in {', '.join(SUFFIXES)}, or a folder of media"
-            )
-        if self.id_field and (self.path.is_dir() or self.path.suffix == ".txt"):
-            raise LcoError(
-                f"--id-field={self.id_field}: {self.flag}={self.path} has no fields; leave the flag out"
-            )
+            raise LcoError(f"{given} does not exist")
+        if self.format not in FORMATS:
+            endings = ", ".join(FORMATS[1:])
+            raise LcoError(f"{given}: give a file that ends in {endings}, or a folder of media")
+        if self.id_field and self.format in ("folder", ".txt"):
+            raise LcoError(f"--id-field={self.id_field}: {given} has no fields; leave the flag out")
+
+    @cached_property
+    def format(self) -> str:
+        """One of `FORMATS`."""
+        return "folder" if self.path.is_dir() else self.path.suffix
 
     def items(self, check_media: bool = False) -> Iterator[CorpusItem]:
-        """Every input, in order. check_media: look whether the local files that it names are there.
+        """Every input, in order. check_media: raise for a local file that is not there.
 
-        Raises naming the file and line of the first that is malformed.
+        Raises for the first malformed input, naming its file and line.
         """
-        return self._parsed(self._unread(0), file_lookup(check_media))
+        return self._parsed(self._rows(0), file_lookup(check_media))
 
     def reader(self) -> Callable[[int, int], Iterator[CorpusItem]]:
-        """A function from (first, end) to those inputs, which are to be taken before it is called again.
+        """A function from (first, end) to those inputs. Take them before you call it again.
 
-        Ranges in ascending order cost one pass over the input, of which little is done for what lies between.
+        Ranges in ascending order cost one pass over the input. Inputs between them are skipped
+        before they are parsed.
         """
-        unread, at = self._unread(0), 0
+        rows = self._rows(0)
+        position = 0
 
         def read(first: int, end: int) -> Iterator[CorpusItem]:
-            nonlocal unread, at
-            if first < at or (first > at and self.path.suffix == ".parquet"):
-                unread, at = self._unread(first), first
-            skipped, at = first - at, end
-            return self._parsed(islice(unread, skipped, skipped + end - first), None)
+            nonlocal rows, position
+            skips_row_groups = self.format == ".parquet" and first > position
+            if first < position or skips_row_groups:
+                rows = self._rows(first)
+                position = first
+            some = islice(rows, first - position, end - position)
+            position = end
+            return self._parsed(some, None)
 
         return read
 
-    def _parsed(
-        self, unread: Iterable[Callable[..., CorpusItem]], exists: Callable[[str], bool] | None
-    ) -> Iterator[CorpusItem]:
-        with explained(f"{self.flag}={self.path} cannot be read", OSError):
-            for parse in unread:
-                yield parse(exists)
-
-    def _unread(self, first: int) -> Iterator[Callable[..., CorpusItem]]:
-        """What makes an item of each input from `first` on."""
-        return (self._folder if self.path.is_dir() else getattr(self, f"_{self.path.suffix[1:]}"))(
-            first
-        )
-
     def fingerprint(self) -> str:
-        """What tells whether it has changed: size and time of change of the file, or of each medium of the folder."""
+        """What changes with the input: its size and time of change, or those of each medium."""
         with explained(f"{self.flag}={self.path} cannot be read", OSError):
-            if not self.path.is_dir():
-                return fingerprint([(self.path.name, self.path.stat())])
-            return fingerprint((name, entry.stat()) for name, entry in _walk(self.path))
+            if self.format == "folder":
+                return fingerprint((name, entry.stat()) for name, entry in _media_files(self.path))
+            return fingerprint([(self.path.name, self.path.stat())])
 
-    def _txt(self, first: int) -> Iterator[Callable[..., CorpusItem]]:
-        for number, line, where in islice(_lines(self.path), first, None):
-            yield partial(_ready, CorpusItem(number, {"text": line}, where))
+    def _rows(self, first: int) -> Iterator[_Row]:
+        """The inputs from `first` on, not yet parsed."""
+        match self.format:
+            case "folder":
+                return islice(self._folder(), first, None)
+            case ".txt":
+                return islice(_lines(self.path), first, None)
+            case ".jsonl":
+                return islice(_full_lines(self.path), first, None)
+        return self._table(first)
 
-    def _jsonl(self, first: int) -> Iterator[Callable[..., CorpusItem]]:
-        def parse(exists: Callable | None, number: int, line: str, where: str) -> CorpusItem:
-            item = _json(line, where)
-            return CorpusItem(
-                self._id(item, number, where), self._content(item, where, exists), where
-            )
+    def _parsed(self, rows: Iterable[_Row], exists: Exists) -> Iterator[CorpusItem]:
+        with explained(f"{self.flag}={self.path} cannot be read", OSError):
+            for row in rows:
+                yield self._parse(row, exists)
 
-        for number, line, where in islice(_full_lines(self.path), first, None):
-            yield partial(parse, number=number, line=line, where=where)
+    def _parse(self, row: _Row, exists: Exists) -> CorpusItem:
+        number, where, raw = row
+        if self.format == "folder":
+            kind = media_kind(raw)
+            return CorpusItem(where, ({"type": kind, kind: raw},), where)
+        if self.format == ".txt":
+            return CorpusItem(number, {"text": raw}, where)
+        item = _json(raw, where) if self.format == ".jsonl" else raw
+        id = self._id(item, row)
+        root = os.path.abspath(self.root or self.path.parent)
+        reader = Reader(where, root, exists)
+        content = reader.read(self._embedded(item), "input")
+        return CorpusItem(id, as_input(content), where)
 
-    def _parquet(self, first: int) -> Iterator[Callable[..., CorpusItem]]:
-        torn = explained(
-            f"{self.path} is torn or not a parquet file", pyarrow.lib.ArrowException, OSError
-        )
-        with torn, pyarrow.parquet.ParquetFile(self.path) as file:
-            names = file.schema_arrow.names
-            if not any(name in KEYS for name in names):
-                raise LcoError(
-                    f"{self.path} has none of the columns {', '.join(KEYS)}; it has {', '.join(names)}"
-                )
-            if self.id_field and self.id_field not in names:
-                raise LcoError(
-                    f"{self.path} has no column {self.id_field!r}; its columns: {', '.join(names)}"
-                )
-            columns = [name for name in names if name in (*KEYS, self.id_field)]
-            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            ends = list(accumulate(sizes))
-            group = bisect_right(ends, first)  # whole groups before it are not even decoded
-            number = ends[group] - sizes[group] if group < len(ends) else 0
+    def _embedded(self, item: Any) -> Any:
+        """What is embedded of an input. Other keys of an object or a row are metadata."""
+        if not isinstance(item, Mapping):
+            return item
+        fields = {key: item[key] for key in FIELDS if item.get(key) is not None}
+        if self.title and item.get(self.title):
+            text = fields.get("text", "")
+            fields["text"] = f"{item[self.title]} {text}".strip()
+        return fields
 
-            def parse(exists: Callable | None, number: int, row: dict[str, Any]) -> CorpusItem:
-                where = f"{self.path}, row {number}"
-                content = {key: _cell(value) for key, value in row.items() if key in KEYS}
-                return CorpusItem(
-                    self._id(row, number, where), self._content(content, where, exists), where
-                )
-
-            for batch in file.iter_batches(
-                ROWS_AT_ONCE, row_groups=range(group, len(ends)), columns=columns
-            ):
-                if number + len(batch) > first:
-                    for i, row in enumerate(batch.to_pylist()):
-                        if number + i >= first:
-                            yield partial(parse, number=number + i, row=row)
-                number += len(batch)
-
-    def _folder(self, first: int) -> Iterator[Callable[..., CorpusItem]]:
-        found = 0
-        for name, entry in _walk(self.path):
-            check_text(name, f"the file name {os.fsencode(name)!r} in {self.path}")
-            kind = is_media_file(name)
-            found += 1
-            if found > first:
-                yield partial(_ready, CorpusItem(name, ({"type": kind, kind: entry.path},), name))
-        if not found:
-            raise LcoError(f"{self.flag}={self.path} holds no image, video or audio file")
-
-    def _id(self, item: Any, number: int, where: str) -> int | str:
+    def _id(self, item: Any, row: _Row) -> int | str:
         if self.id_field is None:
-            return number
+            return row.number
         if not isinstance(item, Mapping) or self.id_field not in item:
-            raise LcoError(f"{where}: the input has no field {self.id_field!r}")
+            raise LcoError(f"{row.where}: the input has no field {self.id_field!r}")
         value = item[self.id_field]
+        label = f"{row.where}: {self.id_field!r}"
         if type(value) is int and -(2**63) <= value < 2**63:
             return value
         if not isinstance(value, str):
-            raise LcoError(
-                f"{where}: {self.id_field!r} is {describe(value)}; an id is a string or a 64-bit integer"
-            )
-        check_text(value, f"{where}: {self.id_field!r}")
+            raise LcoError(f"{label} is {describe(value)}; an id is a string or a 64-bit integer")
+        check_text(value, label)
         return value
 
-    def _content(self, item: Any, where: str, exists: Callable[[str], bool] | None) -> Any:
-        reader = Reader(where, os.path.abspath(self.root or self.path.parent), exists)
-        if isinstance(item, str) or (isinstance(item, list) and is_parts(item)):
-            side = reader.side(item, "input")
-        elif is_conversation(item):
-            messages = as_messages(item, where)
-            for part in media_parts(messages):
-                kind = part["type"]
-                part |= reader.media(kind, part[kind], f"a part of type {kind!r}")
-            return messages
-        elif isinstance(item, Mapping):
-            given = {key: item[key] for key in KEYS if item.get(key) is not None}
-            if self.title and item.get(self.title):
-                given["text"] = f"{item[self.title]} {given.get('text', '')}".strip()
-            side = reader.side(given, "input")
-            if not side and "text" not in given:
-                raise LcoError(
-                    f"{where} holds nothing to embed; it needs one of: {', '.join(KEYS)}"
-                )
-        else:
-            raise LcoError(
-                f"{where} is {describe(item)}; give a string, an object with any of {', '.join(KEYS)}, or a list of "
-                "chat messages"
-            )
-        return as_input(side)
+    def _folder(self) -> Iterator[_Row]:
+        number = -1
+        for number, (name, entry) in enumerate(_media_files(self.path)):
+            check_text(name, f"the file name {os.fsencode(name)!r} in {self.path}")
+            yield _Row(number, name, entry.path)
+        if number < 0:
+            raise LcoError(f"{self.flag}={self.path} holds no image, video or audio file")
+
+    def _table(self, first: int) -> Iterator[_Row]:
+        ids = [self.id_field] if self.id_field else []
+        with open_table(self.path, ids) as file:
+            columns = [*ids, *self._fields(file.schema_arrow.names)]
+            groups, start = _groups_from(file.metadata, first)
+            for batch in file.iter_batches(ROWS_AT_ONCE, groups, sorted(set(columns))):
+                skipped = max(0, first - start)
+                rows = batch.slice(skipped).to_pylist()
+                for number, row in enumerate(rows, start + skipped):
+                    yield _Row(number, f"{self.path}, row {number}", row)
+                start += len(batch)
+
+    def _fields(self, columns: list[str]) -> list[str]:
+        fields = [name for name in FIELDS if name in columns]
+        if not fields:
+            wanted, there = ", ".join(FIELDS), ", ".join(columns)
+            raise LcoError(f"{self.path} has none of the columns {wanted}; it has {there}")
+        return fields
 
 
 def scan(items: Iterable[CorpusItem], media: MediaConfig, check_media: bool) -> Contents:
-    """Go through all inputs once. check_media: raise for addresses that `media` does not let us fetch."""
-    total, kinds, ids = 0, {}, None
+    """Go through all inputs once. check_media: raise for addresses that `media` refuses."""
+    total = 0
+    kinds: dict[str, str] = {}
+    ids = None
     for item in items:
         total += 1
         ids = ids or type(item.id)
         if type(item.id) is not ids:
-            raise LcoError(
-                f"{item.where}: its id is {describe(item.id)}, and ids must be of one type in all inputs"
-            )
-        if isinstance(item.content, dict):
-            kinds.setdefault("text", item.where)
-            continue
-        parts = media_parts(
-            item.content if isinstance(item.content, list) else [{"content": item.content}]
-        )
-        for part in parts:
-            kind = part["type"]
+            types = "ids must be of one type in all inputs"
+            raise LcoError(f"{item.where}: its id is {describe(item.id)}, and {types}")
+        for kind, medium in _media(item.content):
             kinds.setdefault(kind, item.where)
-            if check_media and not media.allow_remote and _is_remote(part[kind]):
-                remote = f"{item.where}: its {kind} is at an http address"
-                raise LcoError(
-                    f"{remote}; give --allow-remote if you trust the input with your network"
-                )
+            if check_media and not media.allow_remote and _is_remote(medium):
+                give = "give --allow-remote if you trust the input with your network"
+                raise LcoError(f"{item.where}: its {kind} is at an http address; {give}")
     return Contents(total, kinds, ids or int)
 
 
+def _media(content: Any) -> Iterator[tuple[str, Any]]:
+    """("text", None) of a text, and the kind of each medium of other inputs with the medium."""
+    if isinstance(content, dict):
+        yield "text", None
+        return
+    messages = content if isinstance(content, list) else [{"content": content}]
+    for part in media_parts(messages):
+        yield part["type"], part[part["type"]]
+
+
 def json_lines(path: Path) -> Iterator[tuple[int, Any, str]]:
-    """(number from 0, value, file and line for errors) of every line of a .jsonl that is not blank."""
-    return ((number, _json(line, where), where) for number, line, where in _full_lines(path))
-
-
-def _ready(item: CorpusItem, _: Callable | None) -> CorpusItem:
-    return item
+    """(number from 0, value, file and line for errors) of each line of a .jsonl with content."""
+    for number, where, line in _full_lines(path):
+        yield number, _json(line, where), where
 
 
 def _json(line: str, where: str) -> Any:
@@ -267,23 +257,32 @@ def _json(line: str, where: str) -> Any:
         return json.loads(line)
 
 
-def _full_lines(path: Path) -> Iterator[tuple[int, str, str]]:
-    """As `_lines`, without those that are blank."""
-    return (line for line in _lines(path) if line[1].strip())
+def _full_lines(path: Path) -> Iterator[_Row]:
+    """As `_lines`, without blank lines."""
+    return (row for row in _lines(path) if row.raw.strip())
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
-    """(number from 0, line without its end, file and line for errors)."""
-    with open(path, "rb") as file:
+def _lines(path: Path) -> Iterator[_Row]:
+    """Lines without their ends."""
+    with path.open("rb") as file:
         for number, line in enumerate(file):
             where = f"{path}:{number + 1}"
-            with explained(
-                f"{where}: not valid UTF-8 (save the file in that encoding)", UnicodeDecodeError
-            ):
-                text = line.decode(
-                    "utf-8" if number else "utf-8-sig"
-                )  # some editors begin files with a mark
-            yield number, text.removesuffix("\n").removesuffix("\r"), where
+            encoding = "utf-8" if number else "utf-8-sig"  # some editors write a mark first
+            unreadable = f"{where}: not valid UTF-8 (save the file in that encoding)"
+            with explained(unreadable, UnicodeDecodeError):
+                text = line.decode(encoding)
+            yield _Row(number, where, text.removesuffix("\n").removesuffix("\r"))
+
+
+def _groups_from(table: FileMetaData, first: int) -> tuple[range, int]:
+    """The row groups from the one that holds row `first` on, and the number of their first row."""
+    start = 0
+    for group in range(table.num_row_groups):
+        rows = table.row_group(group).num_rows
+        if first < start + rows:
+            return range(group, table.num_row_groups), start
+        start += rows
+    return range(0), start
 
 
 def _is_remote(source: Any) -> bool:
@@ -292,24 +291,23 @@ def _is_remote(source: Any) -> bool:
     return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
 
 
-def _cell(cell: Any) -> Any:
-    """A table's cell as in jsonl: Hugging Face's {"bytes": …, "path": …} become the one that is there."""
-    if isinstance(cell, Mapping) and cell.keys() & {"bytes", "path"}:
-        return cell.get("bytes") or cell.get("path")
-    return [_cell(value) for value in cell] if isinstance(cell, list) else cell
+def _media_files(folder: Path, prefix: str = "") -> Iterator[tuple[str, os.DirEntry]]:
+    """(path within the folder, entry) of each media file, in the order of the paths.
 
-
-def _walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, os.DirEntry]]:
-    """(path within the folder, entry) of every file that ends like a medium, in the order of the paths.
-
-    Hidden files and folders are left out: they are no pictures, whatever they end in.
+    Hidden files and folders are left out, whatever they end in.
     """
+
     with os.scandir(folder) as entries:
-        found = [entry for entry in entries if not entry.name.startswith(".")]
-    for entry in sorted(
-        found, key=lambda entry: entry.name + "/" * entry.is_dir(follow_symlinks=False)
-    ):
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(Path(entry.path), f"{prefix}{entry.name}/")
-        elif is_media_file(entry.name) and entry.is_file():
-            yield prefix + entry.name, entry
+        named = {_name_of(entry): entry for entry in entries}
+    for name, entry in sorted(named.items()):
+        if name.startswith("."):
+            continue
+        if name.endswith("/"):
+            yield from _media_files(Path(entry.path), prefix + name)
+        elif media_kind(name) and entry.is_file():
+            yield prefix + name, entry
+
+
+def _name_of(entry: os.DirEntry) -> str:
+    """Its name, with a slash after that of a folder."""
+    return f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name

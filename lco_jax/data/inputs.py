@@ -1,72 +1,30 @@
-"""What `encode` takes -> conversations; conversations -> model inputs, ahead of time, in threads or processes."""
+"""Inputs of `encode` -> what the model reads, prepared ahead of time in threads or processes."""
 
 import os
 import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context, parent_process
 from multiprocessing.process import BaseProcess
-from pathlib import Path
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
-import numpy as np
-from PIL import Image
-
 from lco_jax.core.errors import LcoError
+from lco_jax.data.content import Messages, as_content, media_kind
 from lco_jax.data.processor import Processor
-from lco_jax.data.prompts import (
-    ChatTokenizer,
-    Messages,
-    Prompt,
-    as_messages,
-    describe,
-    is_media_file,
-)
+from lco_jax.data.prompts import ChatTokenizer, Prompt, as_messages
 from lco_jax.data.tower_rows import Processed
 
 T = TypeVar("T")
-TEXTS_AT_ONCE, MEDIA_AT_ONCE = 256, 4  # inputs that one task prepares
-
-
-def as_content(item: Any, where: str) -> Any:
-    """Anything that `encode` takes as what `as_messages` takes: media by their kind, text as it is.
-
-    A string that ends like a media file is one (as in sentence-transformers), and must then exist; {"text": …} is
-    always text. Arrays of 3 axes are images and of 4 axes videos; sound needs its sampling rate.
-    """
-    if isinstance(item, Image.Image):
-        return {"image": item}
-    if isinstance(item, str | os.PathLike):
-        kind = is_media_file(item)
-        remote = str(item).startswith(("data:", "http://", "https://"))
-        there = kind is not None and (remote or Path(item).is_file())
-        if isinstance(item, str) and not there and (kind is None or any(c.isspace() for c in item)):
-            return item  # a text, perhaps one that ends in a file's name
-        if kind is None:
-            raise LcoError(f"{where}: {item} does not end like an image, video or audio file")
-        if not there:
-            raise LcoError(
-                f'{where}: {item} looks like a media file and is none; text can be given as {{"text": …}}'
-            )
-        return {kind: item}
-    if isinstance(item, dict) and "array" in item:
-        if "video_metadata" in item:  # as sentence-transformers spells it
-            item = {"array": item["array"], "fps": item["video_metadata"]["fps"]}
-        return {"audio" if "sampling_rate" in item else "video": item}
-    if isinstance(item, np.ndarray):
-        kinds = {3: "image", 4: "video"}
-        if item.ndim not in kinds:
-            raise LcoError(
-                f'{where} is {describe(item)}; give sound as {{"array": …, "sampling_rate": …}}, a grey picture as '
-                '{"image": array}'
-            )
-        return {kinds[item.ndim]: item}
-    return item
+NamedInput = tuple[Any, str]  # an input, and what errors call it
+Prepared = Processed | LcoError  # ready for the model, or why not
+TEXTS_AT_ONCE, MEDIA_AT_ONCE = 256, 4  # inputs of one task
+THREADS = 2
 
 
 def conversation(
@@ -76,103 +34,148 @@ def conversation(
     prompt: Prompt | None = None,
     max_length: int | None = None,
 ) -> Messages:
-    """`as_messages`, with texts first cut to `max_length` tokens; chat messages stay as long as they are."""
+    """`as_messages`, with texts first cut to `max_length` tokens; chats keep their length."""
     return as_messages(item, where, prompt, partial(tokenizer.cut, max_length=max_length))
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """Raw inputs -> model inputs, an error in the place of each bad one; it can be sent to a process."""
+    """A function from inputs to what the model reads. It can be sent to another process."""
 
     processor: Processor
     prompt: Prompt | None = None
     max_length: int | None = None
 
-    def __call__(self, items: Sequence[tuple[Any, str]]) -> list[Processed | LcoError]:
-        """items: (input, its name in errors)."""
-        results: list[Processed | LcoError | None] = [None] * len(items)
-        good, conversations = [], []
+    def __call__(self, items: Sequence[NamedInput]) -> list[Prepared]:
+        """Each input, prepared, or the error of a bad one."""
+        results: dict[int, Prepared] = {}
+        chats: dict[int, Messages] = {}
         for i, (item, name) in enumerate(items):
             try:
-                content = as_content(item, name)
-                conversations.append(
-                    conversation(
-                        content, name, self.processor.tokenizer, self.prompt, self.max_length
-                    )
-                )
-                good.append(i)
+                chats[i] = self._chat(item, name)
             except LcoError as error:
                 results[i] = error
-        for i, result in zip(
-            good, self.processor.attempt(conversations, [items[i][1] for i in good]), strict=True
-        ):
-            results[i] = result
-        return results  # type: ignore[return-value]
+        names = [items[i][1] for i in chats]
+        prepared = self.processor.attempt(list(chats.values()), names)
+        results |= zip(chats, prepared, strict=True)
+        return [results[i] for i in range(len(items))]
+
+    def _chat(self, item: Any, name: str) -> Messages:
+        content, tokenizer = as_content(item, name), self.processor.tokenizer
+        return conversation(content, name, tokenizer, self.prompt, self.max_length)
 
 
 def prepare_ahead(
-    preparation: Preparation, items: Iterable[tuple[Any, str]], workers: int
-) -> Iterator[Processed | LcoError]:
-    """The prepared inputs in order, a bounded number of them ahead of whoever reads.
+    preparation: Preparation, items: Iterable[NamedInput], workers: int
+) -> Iterator[Prepared]:
+    """The prepared inputs in order. A bounded number of them waits for the caller.
 
-    workers: processes; 0 prepares in threads of this one. A process that dies (a codec that crashes on a malicious
-    file) costs its own input and no other.
+    workers: processes; 0 prepares in threads of this one. If a process dies (a codec crashes on a
+    malicious file), only the input that killed it becomes an error.
     """
     if workers < 0:
         raise LcoError(f"workers is {workers}; it must be 0 or more")
-    pool, prepare = _pool(preparation, workers), _run if workers else preparation
-    pending: deque[tuple[list[tuple[Any, str]], Future]] = deque()
-    source = _tasks(iter(items))
+    pool = _Processes(preparation, workers) if workers else _Threads(preparation)
+    most = 2 * max(workers, 1) + 1
+    submitted = ((task, pool.submit(task)) for task in _tasks(items))
     try:
-        while True:
-            while len(pending) < 2 * max(workers, 1) + 1 and (task := next(source, None)):
-                try:
-                    future = pool.submit(prepare, task)
-                except BrokenProcessPool:
-                    pool = _pool(preparation, workers)
-                    future = pool.submit(prepare, task)
-                pending.append((task, future))
-            if not pending:
-                return
-            task, future = pending.popleft()
-            try:
-                results = future.result()
-            except BrokenProcessPool:
-                results = [_alone(preparation, item) for item in task]
-            except (
-                Exception
-            ):  # of what cannot be sent to a process, or what no check of ours foresaw
-                results = [_here(preparation, item) for item in task]
-            yield from results
+        for task, future in _ahead(submitted, most):
+            yield from pool.results(task, future)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.executor.shutdown(wait=False, cancel_futures=True)
 
 
-def _tasks(items: Iterator[tuple[Any, str]]) -> Iterator[list[tuple[Any, str]]]:
-    """Groups of inputs: many texts or a few media, whatever comes first."""
-    group: list[tuple[Any, str]] = []
-    media = 0
+def _ahead(items: Iterable[T], count: int) -> Iterator[T]:
+    """The items, of which `count` are taken before the first is given."""
+    waiting = deque[T]()
     for item in items:
-        group.append(item)
-        media += not _is_text(item[0])
-        if media >= MEDIA_AT_ONCE or len(group) >= TEXTS_AT_ONCE:
-            yield group
-            group, media = [], 0
-    if group:
-        yield group
+        waiting.append(item)
+        if len(waiting) == count:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _tasks(items: Iterable[NamedInput]) -> Iterator[list[NamedInput]]:
+    """Groups of many texts or a few media."""
+    task: list[NamedInput] = []
+    media = 0
+    for item, name in items:
+        task.append((item, name))
+        media += not _is_text(item)
+        if media == MEDIA_AT_ONCE or len(task) == TEXTS_AT_ONCE:
+            yield task
+            task, media = [], 0
+    if task:
+        yield task
 
 
 def _is_text(item: Any) -> bool:
     if isinstance(item, str):
-        return is_media_file(item) is None
+        return media_kind(item) is None
     return isinstance(item, dict) and item.keys() == {"text"}
 
 
-_in_process: Callable[[Sequence[tuple[Any, str]]], list[Processed | LcoError]]
+class _Threads:
+    """Prepares in threads of this process."""
+
+    def __init__(self, preparation: Preparation):
+        self.preparation = preparation
+        self.executor = ThreadPoolExecutor(THREADS)
+
+    def submit(self, task: list[NamedInput]) -> Future:
+        return self.executor.submit(self.preparation, task)
+
+    def results(self, task: list[NamedInput], future: Future) -> list[Prepared]:
+        return future.result()
+
+
+class _Processes:
+    """Prepares in processes, which are started again when one dies."""
+
+    def __init__(self, preparation: Preparation, workers: int):
+        self.preparation, self.workers = preparation, workers
+        self.executor = self._start(workers)
+
+    def _start(self, workers: int) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            workers, get_context("spawn"), initializer=_begin, initargs=(self.preparation,)
+        )
+
+    def submit(self, task: list[NamedInput]) -> Future | None:
+        """None for a task that cannot be sent to another process."""
+        try:
+            sent = bytes(ForkingPickler.dumps(task))
+        except Exception:  # an object may raise anything when it is pickled
+            return None
+        try:
+            return self.executor.submit(_run, sent)
+        except BrokenProcessPool:
+            self.executor = self._start(self.workers)
+            return self.executor.submit(_run, sent)
+
+    def results(self, task: list[NamedInput], future: Future | None) -> list[Prepared]:
+        try:
+            results = None if future is None else future.result()
+        except BrokenProcessPool:
+            return [self._alone(item) for item in task]
+        return self.preparation(task) if results is None else results
+
+    def _alone(self, item: NamedInput) -> Prepared:
+        """One input in a new process, to find the input that crashed the last one."""
+        sent = bytes(ForkingPickler.dumps([item]))
+        with self._start(1) as executor:
+            try:
+                return executor.submit(_run, sent).result()[0]
+            except BrokenProcessPool:
+                crashed = "the process that decoded it crashed; the file is broken or malicious"
+                return LcoError(f"{item[1]}: {crashed}")
+
+
+_in_process: Callable[[Sequence[NamedInput]], list[Prepared]]
 
 
 def _begin(preparation: Preparation) -> None:
-    """What a worker does first. Ctrl-C is its parent's to handle, and if that is killed, nobody else would end it."""
+    """The first thing a process does. Its parent handles Ctrl-C, and takes it along if killed."""
     global _in_process
     _in_process = preparation
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -184,39 +187,17 @@ def _end_with(parent: BaseProcess) -> None:
     os._exit(1)
 
 
-def _run(task: Sequence[tuple[Any, str]]) -> list[Processed | LcoError]:
+def _run(sent: bytes) -> list[Prepared] | None:
+    """None for inputs that cannot be made again in this process."""
+    try:
+        task = ForkingPickler.loads(sent)
+    except Exception:  # an object may raise anything when it is made again
+        return None
     return _in_process(task)
 
 
-def _pool(preparation: Preparation, workers: int) -> Executor:
-    if workers == 0:
-        return ThreadPoolExecutor(2)
-    return ProcessPoolExecutor(
-        workers, get_context("spawn"), initializer=_begin, initargs=(preparation,)
-    )
-
-
-def _alone(preparation: Preparation, item: tuple[Any, str]) -> Processed | LcoError:
-    """One input in a process of its own, after a crash: whose fault was it?"""
-    with _pool(preparation, 1) as pool:
-        try:
-            return pool.submit(_run, [item]).result()[0]
-        except BrokenProcessPool:
-            return LcoError(
-                f"{item[1]}: the process that decoded it crashed; the file is broken or malicious"
-            )
-
-
-def _here(preparation: Preparation, item: tuple[Any, str]) -> Processed | LcoError:
-    """One input in this process, whose failure is its own."""
-    try:
-        return preparation([item])[0]
-    except Exception as error:
-        return LcoError(f"{item[1]} cannot be prepared: {type(error).__name__}: {error!s:.200}")
-
-
 def one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The items, the next of which is made in a thread while the caller has the one before."""
+    """The items. A thread makes the next one while the caller has the one before."""
     end = object()
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, items, end)
@@ -225,7 +206,7 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def named(inputs: Iterable[Any], names: Iterable[str] | None) -> Iterator[tuple[Any, str]]:
+def named(inputs: Iterable[Any], names: Iterable[str] | None) -> Iterator[NamedInput]:
     """(input, name) of each; by default "input 0" and so on."""
     if names is None:
         return ((item, f"input {i}") for i, item in enumerate(inputs))

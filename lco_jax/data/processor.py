@@ -14,10 +14,11 @@ from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json
 from lco_jax.core.hf_config import complete
 from lco_jax.core.packing import TokenSequence, bucket
+from lco_jax.data.content import KINDS, Messages, media_parts
 from lco_jax.data.llava import LlavaMedia
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.positions import line_positions
-from lco_jax.data.prompts import KINDS, ChatTokenizer, Messages, media_parts
+from lco_jax.data.prompts import ChatTokenizer
 from lco_jax.data.qwen import QwenMedia
 from lco_jax.data.tower_rows import Processed, TowerRows
 

@@ -8,12 +8,16 @@ from lco_jax.core.errors import LcoError
 from lco_jax.data.records import Record
 
 ON_BAD = ("error", "skip")
+SHOWN = 3  # bad records that the log names; all of them count
 logger = logging.getLogger(__name__)
 
 
 class Source(Protocol):
-    """Records by index. skipped: how many bad ones were left out; max_negatives: the most that a record holds;
-    modalities: what its records hold."""
+    """Records by index.
+
+    skipped: how many bad ones were left out. max_negatives: the most of a record. modalities: the
+    kinds of all records' parts, and "text".
+    """
 
     skipped: int = 0
     max_negatives: int = 0
@@ -25,40 +29,37 @@ class Source(Protocol):
 
 
 class Scan:
-    """Counts what a pass over all records finds, and keeps a token of each good one."""
+    """A pass over all records of a source. kept: of each good one, the record or what finds it."""
 
     def __init__(self, on_bad: str):
         if on_bad not in ON_BAD:
             raise LcoError(f"on_bad is {on_bad!r}; it is one of: {', '.join(ON_BAD)}")
-        self.on_bad, self.skipped, self.max_negatives, self.kept = on_bad, 0, 0, []
-        self.modalities: frozenset[str] = frozenset({"text"})
+        self.on_bad = on_bad
+        self.skipped = self.max_negatives = 0
+        self.modalities = Source.modalities
+        self.kept: list[Any] = []
 
-    def check(self, read: Callable[[], Record], token: Any = None) -> None:
-        """Read one record; keep `token`, by default the record. A bad one raises or is counted."""
+    def check(self, read: Callable[..., Record], *arguments: Any, keep: Any = None) -> None:
+        """Read one record, and keep it, or `keep` in its place. A bad record raises or counts."""
         try:
-            record = read()
+            record = read(*arguments)
         except LcoError as error:
             if self.on_bad == "error":
-                raise LcoError(
-                    f"{error} (set on_bad to 'skip' to leave such records out)"
-                ) from None
+                tip = "set on_bad to 'skip' to leave such records out"
+                raise LcoError(f"{error} ({tip})") from error
             self.skipped += 1
-            if self.skipped <= 3:
+            if self.skipped <= SHOWN:
                 logger.warning("skipped: %s", error)
             return
         self.max_negatives = max(self.max_negatives, len(record.negatives))
         self.modalities |= record.modalities
-        self.kept.append(record if token is None else token)
+        self.kept.append(record if keep is None else keep)
 
     def finish(self, what: str) -> None:
-        """Say how many were skipped; raise if nothing is left."""
+        """Log how many were skipped; raise if nothing is left."""
         if self.skipped:
-            logger.warning(
-                "%s: skipped %d bad records of %d",
-                what,
-                self.skipped,
-                self.skipped + len(self.kept),
-            )
+            total = self.skipped + len(self.kept)
+            logger.warning("%s: skipped %d bad records of %d", what, self.skipped, total)
         if not self.kept:
             raise LcoError(f"{what} holds no usable record")
 
@@ -70,4 +71,4 @@ class ListSource(list[Record]):
         super().__init__(records)
         self.skipped = skipped
         self.max_negatives = max((len(record.negatives) for record in records), default=0)
-        self.modalities = frozenset({"text"}).union(*(record.modalities for record in records))
+        self.modalities = Source.modalities.union(*(record.modalities for record in records))

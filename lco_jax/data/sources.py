@@ -1,35 +1,36 @@
-"""Where records come from: jsonl, TFDS, media files, parquet folders or hub datasets. All are random access."""
+"""Where records come from: jsonl, TFDS, media files, parquet files or hub datasets.
 
+Every source gives its records by index.
+"""
+
+import inspect
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.dataset
-import pyarrow.lib
 from ml_collections import ConfigDict
 
-from lco_jax.core.buckets import on_bucket
-from lco_jax.core.errors import LcoError, explained
+from lco_jax.core.errors import LcoError, check_keys, explained
 from lco_jax.core.files import ASSETS, fetched, read_json, resolve
 from lco_jax.data.captions import FilesSource
-from lco_jax.data.prompts import MEDIA
+from lco_jax.data.content import MEDIA
 from lco_jax.data.records import Record, file_lookup, listed, parse_record
 from lco_jax.data.scan import ListSource, Scan, Source
+from lco_jax.data.tables import open_table
 from lco_jax.data.tfds import CaptionedSource, nli_source
 
 KINDS = ("jsonl", "tfds", "files", "parquet")
 
 
 class JsonlSource:
-    """The reference's jsonl, one record a line. Holds one offset a line in memory and reads lines on demand.
+    """The reference's jsonl, one record a line. In memory is the offset of each line.
 
-    media_root: the folder that relative paths of media start from, by default the file's own. check_media: whether the
-    scan looks for every local file that a record names.
+    media_root: the folder that relative paths of media start from, by default the file's folder.
+    check_media: whether the scan looks for every local file that a record names.
     """
 
     def __init__(
@@ -39,52 +40,47 @@ class JsonlSource:
         media_root: str | None = None,
         check_media: bool = True,
     ):
-        name = str(path)  # `assets:NAME` is a file that ships with the package
-        self.path = (
-            ASSETS / name.removeprefix("assets:") if name.startswith("assets:") else Path(path)
-        )
+        self.path = _in_assets(str(path))
         self.root = os.path.abspath(media_root or self.path.parent)
-        scan, offset, exists = Scan(on_bad), 0, file_lookup(check_media)
-        with explained(f"{self.path} cannot be read", OSError), open(self.path, "rb") as file:
+        scan = Scan(on_bad)
+        offset, exists = 0, file_lookup(check_media)
+        with explained(f"{self.path} cannot be read", OSError), self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    scan.check(partial(self._parse, line, number, exists), (offset, number))
+                    scan.check(self._parse, line, number, exists, keep=(offset, number))
                 offset += len(line)
         scan.finish(str(self.path))
         self.lines = np.array(scan.kept, np.int64)
-        self.skipped, self.max_negatives, self.modalities = (
-            scan.skipped,
-            scan.max_negatives,
-            scan.modalities,
-        )
+        self.skipped, self.max_negatives = scan.skipped, scan.max_negatives
+        self.modalities = scan.modalities
 
     def __len__(self) -> int:
         return len(self.lines)
 
     def __getitem__(self, index: int) -> Record:
         offset, number = self.lines[index]
-        with (
-            explained(f"{self.path} can no longer be read", OSError),
-            open(self.path, "rb") as file,
-        ):
+        gone = f"{self.path} can no longer be read"
+        with explained(gone, OSError), self.path.open("rb") as file:
             file.seek(offset)
-            return self._parse(file.readline(), number)
+            line = file.readline()
+        return self._parse(line, number)
 
     def _parse(
         self, line: bytes, number: int, exists: Callable[[str], bool] | None = None
     ) -> Record:
         where = f"{self.path}:{number}"
-        with explained(f"{where}: not valid JSON", ValueError):
-            content = json.loads(line)
-        return parse_record(content, where, self.root, exists)
+        with explained(f"{where}: not valid JSON", ValueError, RecursionError):
+            given = json.loads(line)
+        return parse_record(given, where, self.root, exists)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns of a table. Each holds sides, spelt as in jsonl; those of `negatives` also lists of sides.
+    """Names of the columns of a table.
 
-    kinds: of some columns, the media they hold (image, audio, video): paths, encoded bytes, or structs of both
-    ({"bytes": …, "path": …}, as Hugging Face datasets have).
+    Each holds contents, spelt as in jsonl; those of `negatives` may hold lists of them.
+    kinds: the media (image, audio, video) that some columns hold: paths, encoded bytes, or structs
+    of both ({"bytes": …, "path": …}, as Hugging Face datasets have).
     """
 
     anchor: str = "anchor"
@@ -93,36 +89,33 @@ class Columns:
     kinds: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
-        negatives = (self.negatives,) if isinstance(self.negatives, str) else tuple(self.negatives)
-        object.__setattr__(self, "negatives", negatives)  # however a configuration spells them
+        if isinstance(self.negatives, str):  # a configuration may name a single column
+            object.__setattr__(self, "negatives", (self.negatives,))
         for name, kind in self.kinds.items():
             if name not in self.names:
-                raise LcoError(
-                    f"columns.kinds names {name!r}, which is none of the columns: {', '.join(self.names)}"
-                )
+                there = ", ".join(self.names)
+                raise LcoError(f"columns.kinds names {name!r}, which is none of: {there}")
             if kind not in MEDIA:
-                raise LcoError(
-                    f"columns.kinds.{name} is {kind!r}; it is one of: {', '.join(MEDIA)}"
-                )
+                kinds = ", ".join(MEDIA)
+                raise LcoError(f"columns.kinds.{name} is {kind!r}; it is one of: {kinds}")
 
     @property
     def names(self) -> list[str]:
         """All of them."""
         return [self.anchor, self.positive, *self.negatives]
 
-    def content(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def record(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row as `parse_record` takes it."""
-        negatives = [
-            self._side(name, item) for name in self.negatives for item in listed(row[name])
-        ]
-        anchor, positive = (self._side(name, row[name]) for name in (self.anchor, self.positive))
-        return {"anchor": anchor, "positive": positive, "negatives": negatives}
+        cells = [(name, cell) for name in self.negatives for cell in listed(row[name])]
+        return {
+            "anchor": self._content(self.anchor, row[self.anchor]),
+            "positive": self._content(self.positive, row[self.positive]),
+            "negatives": [self._content(name, cell) for name, cell in cells],
+        }
 
-    def _side(self, name: str, cell: Any) -> Any:
+    def _content(self, name: str, cell: Any) -> Any:
         if name not in self.kinds or cell is None:
             return cell
-        if isinstance(cell, Mapping):
-            cell = cell.get("bytes") or cell.get("path")
         return {f"{self.kinds[name]}_path": cell}
 
 
@@ -134,102 +127,114 @@ def parquet_source(
     media_root: str | None = None,
     check_media: bool = True,
 ) -> ListSource:
-    """Records from a parquet file, a folder of them, or a hub dataset; `files` selects among them (a glob).
+    """Records from a parquet file, a folder of them, or a hub dataset, all in memory.
 
-    All of it is held in memory. media_root, check_media: as for `JsonlSource`.
+    files: selects the files of a folder or dataset (a glob). media_root, check_media: as for
+    `JsonlSource`.
     """
-    folder = Path(path)
-    if folder.is_file():
-        paths = [folder]
-    else:
-        if not folder.is_dir():
-            folder = resolve(path, [files, files.removeprefix("**/")], kind="dataset")
-        paths = sorted(folder.glob(files))
-    if not paths:
-        raise LcoError(f"{path} holds no file that matches {files!r}")
     scan, exists = Scan(on_bad), file_lookup(check_media)
-    for file in paths:
-        with explained(
-            f"{file} is torn or not a parquet file", pyarrow.lib.ArrowException, OSError
-        ):
-            table = pyarrow.dataset.dataset(file, format="parquet")
-            if missing := [name for name in columns.names if name not in table.schema.names]:
-                raise LcoError(
-                    f"{file} has no column {missing[0]!r}; its columns: {', '.join(table.schema.names)}"
-                )
-            rows = table.to_table(columns=columns.names).to_pylist()
+    for file in _parquet_files(path, files):
         root = os.path.abspath(media_root or file.parent)
+        with open_table(file, columns.names) as table:
+            rows = table.read(columns.names).to_pylist()
         for number, row in enumerate(rows):
-            scan.check(
-                partial(parse_record, columns.content(row), f"{file}, row {number}", root, exists)
-            )
+            scan.check(parse_record, columns.record(row), f"{file}, row {number}", root, exists)
     scan.finish(path)
     return ListSource(scan.kept, scan.skipped)
 
 
+def _parquet_files(path: str, files: str) -> list[Path]:
+    folder = Path(path)
+    if folder.is_file():
+        return [folder]
+    if not folder.is_dir():
+        folder = resolve(path, _patterns(files), kind="dataset")
+    found = sorted(folder.glob(files))
+    if not found:
+        raise LcoError(f"{path} holds no file that matches {files!r}")
+    return found
+
+
 def open_source(name: str, spec: Mapping[str, Any], on_bad: str = "error") -> Source:
-    """Open one entry of `config.data.sources`: its `kind` (one of `KINDS`) and that kind's arguments."""
-    if isinstance(spec, ConfigDict):
-        spec = spec.to_dict()
-    if not isinstance(spec, Mapping):
-        raise LcoError(
-            f"config.data.sources.{name} must be a mapping with a kind, and is {spec!r:.60}"
-        )
-    kind = spec.get("kind")
-    if kind not in KINDS:
-        raise LcoError(
-            f"config.data.sources.{name}.kind is {kind!r}; it is one of: {', '.join(KINDS)}"
-        )
-    arguments = {
-        key: value
-        for key, value in spec.items()
-        if key not in ("kind", "weight") and value is not None
-    }
-    for key in {"columns", "values"} & set(arguments):
-        if not isinstance(arguments[key], Mapping):
-            raise LcoError(
-                f"config.data.sources.{name}.{key} must be a mapping, and is {arguments[key]!r:.60}"
-            )
-    subset = str(arguments.get("name")).split(":")[0] + "/*"
-    for key, pattern in (
-        ("path", arguments.get("files", "*")),
-        ("data_dir", subset),
-        ("media_root", "*"),
-    ):
-        if on_bucket(arguments.get(key, "")):
-            arguments[key] = str(fetched(arguments[key], [pattern, pattern.removeprefix("**/")]))
-    try:
-        if kind == "parquet":
-            arguments["columns"] = Columns(**arguments.get("columns", {}))
-        tfds = CaptionedSource if "caption" in arguments else nli_source
-        makers = {
-            "jsonl": JsonlSource,
-            "tfds": tfds,
-            "files": FilesSource,
-            "parquet": parquet_source,
-        }
-        return makers[kind](**arguments, on_bad=on_bad)
-    except TypeError as error:
-        raise LcoError(
-            f"config.data.sources.{name}: {str(error).split(') ')[-1].split('() ')[-1]}"
-        ) from None
+    """Open an entry of `config.data.sources`: its kind (of `KINDS`) and that kind's arguments."""
+    return _open(spec, f"config.data.sources.{name}", on_bad)
 
 
 def open_file(path: Path, media_root: Path | None = None) -> Source:
-    """Open a .jsonl or .parquet file of records, or the source of a configuration that a .json file holds.
+    """Open a .jsonl or .parquet file of records, or the source that a .json file describes.
 
-    media_root: as for `JsonlSource`, in the place of what the source says.
+    A .json file holds what an entry of `config.data.sources` holds.
+    media_root: as for `JsonlSource`; it replaces that of the .json file.
     """
-    if path.suffix not in (".json", ".jsonl", ".parquet"):
-        raise LcoError(
-            f"{path}: give a .jsonl or .parquet file of records, or a .json file that holds a source of them"
-        )
-    spec = (
-        read_json(path) if path.suffix == ".json" else {"kind": path.suffix[1:], "path": str(path)}
-    )
-    try:
-        return open_source(
-            str(path), spec if media_root is None else {**spec, "media_root": str(media_root)}
-        )
-    except LcoError as error:  # which speaks of a configuration
-        raise LcoError(str(error).replace("config.data.sources.", "")) from None
+    if path.suffix == ".json":
+        spec = read_json(path)
+    elif path.suffix in (".jsonl", ".parquet"):
+        spec = {"kind": path.suffix[1:], "path": str(path)}
+    else:
+        described = "a .json file that describes a source of them"
+        raise LcoError(f"{path}: give a .jsonl or .parquet file of records, or {described}")
+    if media_root is not None:
+        spec = {**spec, "media_root": str(media_root)}
+    return _open(spec, str(path), "error")
+
+
+def _open(spec: Any, where: str, on_bad: str) -> Source:
+    if isinstance(spec, ConfigDict):
+        spec = spec.to_dict()
+    if not isinstance(spec, Mapping):
+        raise LcoError(f"{where} must be a mapping with a kind, and is {spec!r:.60}")
+    kind = spec.get("kind")
+    if kind not in KINDS:
+        raise LcoError(f"{where}.kind is {kind!r}; it is one of: {', '.join(KINDS)}")
+    given = {key: value for key, value in spec.items() if value is not None}
+    arguments = {key: given[key] for key in given.keys() - {"kind", "weight"}}
+    for key in arguments.keys() & {"columns", "values"}:
+        if not isinstance(arguments[key], Mapping):
+            raise LcoError(f"{where}.{key} must be a mapping, and is {arguments[key]!r:.60}")
+    if kind == "parquet":
+        columns = arguments.get("columns", {})
+        _check_arguments(Columns, columns, f"{where}.columns")
+        arguments["columns"] = Columns(**columns)
+    maker = _maker(kind, arguments)
+    _check_arguments(maker, arguments, where)
+    _fetch_from_buckets(arguments)
+    return maker(**arguments, on_bad=on_bad)
+
+
+def _maker(kind: str, arguments: Mapping[str, Any]) -> Callable[..., Source]:
+    if kind == "tfds":
+        return CaptionedSource if "caption" in arguments else nli_source
+    return {"jsonl": JsonlSource, "files": FilesSource, "parquet": parquet_source}[kind]
+
+
+def _check_arguments(maker: Callable, arguments: Mapping[str, Any], where: str) -> None:
+    """Raise for an unknown argument, and for one that is missing."""
+    parameters = dict(inspect.signature(maker).parameters)
+    parameters.pop("on_bad", None)
+    check_keys(arguments, parameters, where)
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and name not in arguments:
+            raise LcoError(f"{where} has no {name!r}; give it")
+
+
+def _fetch_from_buckets(arguments: dict[str, Any]) -> None:
+    """Replace what is on a bucket by its copy on this machine."""
+    subset = str(arguments.get("name")).split(":")[0]
+    patterns = {
+        "path": arguments.get("files", "*"),
+        "data_dir": f"{subset}/*",
+        "media_root": "*",
+    }
+    for key in arguments.keys() & patterns.keys():
+        arguments[key] = str(fetched(arguments[key], _patterns(patterns[key])))
+
+
+def _patterns(files: str) -> list[str]:
+    """A glob for the hub and buckets, where `**/` does not match the top folder."""
+    return [files, files.removeprefix("**/")]
+
+
+def _in_assets(path: str) -> Path:
+    """A path; `assets:NAME` is a file that ships with the package."""
+    name = path.removeprefix("assets:")
+    return Path(path) if name == path else ASSETS / name

@@ -1,12 +1,13 @@
-"""TFDS datasets as records: NLI as triplets, and images, audio or video with captions made from their other features.
+"""TFDS datasets as records: NLI as triplets; images, audio or video with captions.
 
 Needs no TensorFlow: a dataset must be prepared as array_record (TFDS's `data_source`).
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,60 +20,122 @@ from lco_jax.data.records import Record, parse_record
 from lco_jax.data.scan import ListSource, Scan, Source
 
 NLI = {"premise", "hypothesis", "label"}
+PIXELS = {"image": ("uint8", "uint16"), "video": ("uint8",)}  # the types that decoders take
+
+
+class _Dataset:
+    """A split of a prepared dataset. features: by name; TFDS reads them in any order."""
+
+    def __init__(self, name: str, split: str, data_dir: str | None):
+        import tensorflow_datasets as tfds
+
+        self.split = split
+        self.unread = f"the TFDS dataset {name!r} ({split}, data_dir {data_dir}) cannot be read"
+        if data_dir is not None:
+            folder = Path(data_dir) / name.split(":")[0]
+            if not folder.is_dir():
+                raise LcoError(f"{self.unread}: there is no folder {folder}")
+        # TFDS raises many kinds of errors for a dataset that is not there in this form
+        with explained(self.unread, Exception), _without_tensorflow():
+            self.builder = tfds.builder(name, data_dir=data_dir)
+            features = self.builder.info.features
+        self.features = dict(sorted(features.items()))
+
+    def rows(self, decoders: Mapping[str, Any] | None = None) -> Any:
+        """Rows by index."""
+        with explained(self.unread, Exception), _without_tensorflow():
+            return self.builder.as_data_source(split=self.split, decoders=decoders)
+
+
+@contextmanager
+def _without_tensorflow() -> Iterator[None]:
+    """Within, TFDS builds its features of audio and video with numpy's dtypes.
+
+    They want TensorFlow only for `as_dtype`.
+    """
+    import tensorflow_datasets as tfds
+
+    features = (tfds.features.Audio, tfds.features.Video)
+    modules = [sys.modules[feature.__module__] for feature in features]
+    before = [module.tf for module in modules]
+    for module in modules:
+        module.tf = SimpleNamespace(dtypes=SimpleNamespace(as_dtype=np.dtype), string=np.object_)
+    try:
+        yield
+    finally:
+        for module, tf in zip(modules, before, strict=True):
+            module.tf = tf
 
 
 def nli_source(
     name: str, split: str = "train", data_dir: str | None = None, on_bad: str = "error"
 ) -> ListSource:
-    """A dataset with `premise`, `hypothesis` and `label` as triplets: premise, entailed, contradicted.
+    """A dataset with `premise`, `hypothesis` and `label` as triplets.
 
-    Every premise that has both gives one triplet per entailed hypothesis, with its contradictions in turn.
+    The premise is the anchor, an entailed hypothesis the positive, a contradicted one the negative.
+    A premise that has both gives one triplet for each entailed hypothesis, and takes its
+    contradictions in turn.
     """
-    with _reading(name, split, data_dir) as builder:
-        features, rows = builder.info.features, builder.as_data_source(split=split)
-    if missing := NLI - set(features):
-        has = f"no feature {min(missing)!r}, which NLI needs; its features: {', '.join(sorted(features))}"
-        tip = "for images, audio or video give a caption, such as 'a {label}'"
-        raise LcoError(f"the TFDS dataset {name!r} has {has}; {tip}")
-    label_names = getattr(features["label"], "names", None)
-    if not label_names:
-        raise LcoError(
-            f"the TFDS dataset {name!r} has a label without names; it needs a ClassLabel"
-        )
-    sides: dict[str, dict[str, list[str]]] = {}
-    for row in rows:
-        if row["label"] >= 0:  # -1: the annotators did not agree
-            kind = sides.setdefault(row["premise"].decode(), {})
-            kind.setdefault(label_names[row["label"]], []).append(row["hypothesis"].decode())
+    dataset = _Dataset(name, split, data_dir)
+    labels = _nli_labels(dataset.features, f"the TFDS dataset {name!r}")
     scan = Scan(on_bad)
-    for premise, kinds in sides.items():
-        contradictions = kinds.get("contradiction", [])
-        for i, entailed in enumerate(kinds.get("entailment", []) if contradictions else []):
-            where = f"tfds:{name}/{split}, premise {premise!r:.40}"
-            negative = contradictions[i % len(contradictions)]
-            scan.check(
-                partial(
-                    parse_record,
-                    {"anchor": premise, "positive": entailed, "negative": negative},
-                    where,
-                )
-            )
+    for premise, by_label in _hypotheses(dataset.rows(), labels).items():
+        where = f"tfds:{name}/{split}, premise {premise!r:.40}"
+        for triplet in _triplets(premise, by_label):
+            scan.check(parse_record, triplet, where)
     if not scan.kept and not scan.skipped:
-        raise LcoError(
-            f"the TFDS dataset {name!r} ({split}) has no premise with an entailment and a contradiction"
-        )
+        lacks = "has no premise with an entailment and a contradiction"
+        raise LcoError(f"the TFDS dataset {name!r} ({split}) {lacks}")
     scan.finish(name)
     return ListSource(scan.kept, scan.skipped)
 
 
+def _nli_labels(features: Mapping[str, Any], dataset: str) -> list[str]:
+    missing = sorted(NLI - features.keys())
+    if missing:
+        there = ", ".join(features)
+        tip = "for images, audio or video give a caption, such as 'a {label}'"
+        lacks = f"has no feature {missing[0]!r}, which NLI needs"
+        raise LcoError(f"{dataset} {lacks}; its features: {there}; {tip}")
+    names = getattr(features["label"], "names", None)
+    if not names:
+        raise LcoError(f"{dataset} has a label without names; it needs a ClassLabel")
+    return names
+
+
+def _hypotheses(
+    rows: Iterable[Mapping[str, Any]], labels: Sequence[str]
+) -> dict[str, dict[str, list[str]]]:
+    """Premise -> label -> hypotheses."""
+    found = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["label"] >= 0:  # -1: the annotators did not agree
+            premise = row["premise"].decode()
+            hypothesis = row["hypothesis"].decode()
+            label = labels[row["label"]]
+            found[premise][label].append(hypothesis)
+    return found
+
+
+def _triplets(premise: str, by_label: Mapping[str, list[str]]) -> Iterator[dict[str, str]]:
+    entailed, contradicted = by_label["entailment"], by_label["contradiction"]
+    if contradicted:
+        for positive, negative in zip(entailed, cycle(contradicted), strict=False):
+            yield {"anchor": premise, "positive": positive, "negative": negative}
+
+
 class CaptionedSource(Source):
-    """A dataset of images, audio or videos, each with a caption. Rows are read on demand, and only the first at once.
+    """A dataset of images, audio or videos, each with a caption.
 
-    caption: a template over the other features; a class label is its name, with spaces for underscores. values: of
-    some features, what to write instead of each value. feature: which one to take, where several are media. reverse:
-    the caption is the anchor. sampling_rate: of audio, in Hz, where the dataset does not say it. fps: of video.
+    Rows are read on demand; opening the source reads only the first.
 
-    An image stays as it is stored, encoded; audio is float32 [T] in [-1, 1] and video uint8 [T, H, W, C].
+    caption: a template over the other features. A class label is its name, with spaces for
+    underscores. values: for some features, what to write in place of each value.
+    feature: the feature of media to take, where there are several. reverse: the caption is the
+    anchor. sampling_rate: of audio, in Hz, where the dataset lacks it. fps: of video.
+
+    An image stays as it is stored, encoded. Audio is float32 [T] in [-1, 1], video uint8
+    [T, H, W, C].
     """
 
     def __init__(
@@ -88,117 +151,120 @@ class CaptionedSource(Source):
         fps: float | None = None,
         on_bad: str = "error",
     ):
-        Scan(on_bad)  # nothing is scanned, but a wrong word is a mistake here too
         import tensorflow_datasets as tfds
 
-        self.name, self.where, self.reverse = (
-            f"the TFDS dataset {name!r}",
-            f"tfds:{name}/{split}",
-            reverse,
-        )
-        with _reading(name, split, data_dir) as builder:
-            features = dict(sorted(builder.info.features.items()))  # TFDS reads them in any order
-            types = {
-                "image": tfds.features.Image,
-                "audio": tfds.features.Audio,
-                "video": tfds.features.Video,
-            }
-            kinds = {
-                key: kind
-                for key in features
-                for kind, cls in types.items()
-                if isinstance(features[key], cls)
-            }
-            # ours decodes every image in one way; TFDS's depends on what is installed, and takes palettes for greys
-            stored = {
-                key: tfds.decode.SkipDecoding() for key, kind in kinds.items() if kind == "image"
-            }
-            self.rows = builder.as_data_source(split=split, decoders=stored)
+        Scan(on_bad)  # checks the word; no row is scanned
+        self.name, self.where = f"the TFDS dataset {name!r}", f"tfds:{name}/{split}"
+        self.reverse = reverse
+        dataset = _Dataset(name, split, data_dir)
+        features = dataset.features
+        kinds = _media_kinds(features)
         self.feature = self._choose(feature, kinds, features)
         self.kind = kinds[self.feature]
-        self.modalities = frozenset({"text", self.kind})
-        self.facts = self._facts(features[self.feature], sampling_rate, fps)
+        self.modalities = Source.modalities | {self.kind}
+        self.rate = self._rate(features[self.feature], sampling_rate, fps)
+        # We decode all images in one way. TFDS's way depends on what is installed, and takes
+        # palettes for greys.
+        images = [key for key, kind in kinds.items() if kind == "image"]
+        self.rows = dataset.rows({key: tfds.decode.SkipDecoding() for key in images})
         fields = {key: features[key] for key in features if key not in kinds}
+        self.caption = Caption(caption, list(fields), values, self.name)
         self.labels = {
             key: field.names
             for key, field in fields.items()
             if isinstance(field, tfds.features.ClassLabel)
         }
-        self.caption = Caption(caption, list(fields), values, self.name)
         if not len(self.rows):
             raise LcoError(f"{self.name} ({split}) is empty")
-        self[0]  # a caption that cannot be made is found now
+        self[0]  # raises for a caption that cannot be made
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Record:
         where = f"{self.where}, row {index}"
-        with explained(
-            f"{where} cannot be read", Exception
-        ):  # TFDS, protobuf and decoders raise many kinds
+        unread = f"{where} cannot be read"
+        with explained(unread, Exception):  # TFDS, protobuf and decoders raise many kinds
             row = self.rows[index]
-            if empty := [key for key in (self.feature, *self.caption.fields) if row[key] is None]:
-                raise ValueError(f"it has no {empty[0]}")
+        for key in (self.feature, *self.caption.fields):
+            if row[key] is None:
+                raise LcoError(f"{unread}: it has no {key}")
+        with explained(unread, UnicodeDecodeError):
             fields = {key: _plain(row[key]) for key in self.caption.fields}
-            media = {"type": self.kind, self.kind: self._media(row[self.feature])}
         for key in fields.keys() & self.labels.keys():
-            if fields[key] < 0:
-                raise LcoError(
-                    f"{where} has no {key} ({fields[key]}); choose a split whose rows have one"
-                )
-            fields[key] = self.labels[key][fields[key]].replace("_", " ")
-        return captioned(media, self.caption(fields, where), self.reverse, where)
+            fields[key] = self._label(key, fields[key], where)
+        caption = self.caption(fields, where)
+        medium = self._medium(row[self.feature])
+        return captioned(self.kind, medium, caption, self.reverse, where)
 
-    def _media(self, value: Any) -> Any:
+    def _label(self, key: str, label: int, where: str) -> str:
+        if label < 0:
+            raise LcoError(f"{where} has no {key} ({label}); choose a split whose rows have one")
+        return self.labels[key][label].replace("_", " ")
+
+    def _medium(self, value: Any) -> Any:
         if self.kind == "video":
-            return {"array": np.asarray(value), **self.facts}
+            return {"array": np.asarray(value), **self.rate}
         if self.kind == "image" or isinstance(value, bytes):  # audio may be stored as its file, too
             return value
-        return {"array": _waveform(value), **self.facts}
+        return {"array": _waveform(value), **self.rate}
 
     def _choose(
         self, feature: str | None, kinds: Mapping[str, str], features: Iterable[str]
     ) -> str:
         if not kinds:
-            raise LcoError(
-                f"{self.name} has no feature of images, audio or video; its features: {', '.join(features)}"
-            )
-        if feature is None and len(kinds) > 1:
-            raise LcoError(
-                f"{self.name} has several features of media; name one with `feature`: {', '.join(kinds)}"
-            )
-        if feature not in (None, *kinds):
-            raise LcoError(
-                f"{self.name} has no feature {feature!r} of media; it has: {', '.join(kinds)}"
-            )
-        return feature or next(iter(kinds))
+            lacks = "has no feature of images, audio or video"
+            raise LcoError(f"{self.name} {lacks}; its features: {', '.join(features)}")
+        if feature is None and len(kinds) == 1:
+            return next(iter(kinds))
+        if feature not in kinds:
+            media = ", ".join(kinds)
+            raise LcoError(f"{self.name}: feature is {feature!r}; it must be one of: {media}")
+        return feature
 
-    def _facts(
-        self, feature: Any, sampling_rate: int | None, fps: float | None
-    ) -> dict[str, float]:
-        """What goes beside the arrays."""
-        given = {"sampling_rate": ("audio", sampling_rate), "fps": ("video", fps)}
-        for key, (kind, value) in given.items():
-            if value is not None and kind != self.kind:
-                raise LcoError(
-                    f"{self.name}: {key} is for {kind}, and {self.feature!r} is {self.kind}"
-                )
-            if value is not None and not (isinstance(value, int | float) and value > 0):
-                raise LcoError(f"{self.name}: {key} is {value!r}; it must be a number above 0")
+    def _rate(self, feature: Any, sampling_rate: int | None, fps: float | None) -> dict[str, float]:
+        """The rate that belongs to an array. Raises for a type that decoders do not take."""
+        self._check_rate("sampling_rate", sampling_rate, "audio")
+        self._check_rate("fps", fps, "video")
         if self.kind == "audio":
-            if rate := sampling_rate or feature.sample_rate:
-                return {"sampling_rate": rate}
+            rate = sampling_rate or feature.sample_rate
+            if not rate:
+                lacks = f"does not give the sampling rate of {self.feature!r}"
+                raise LcoError(f"{self.name} {lacks}; give sampling_rate, in Hz")
+            return {"sampling_rate": rate}
+        pictures = feature if self.kind == "image" else feature.feature
+        dtype = np.dtype(pictures.np_dtype)
+        if dtype.name not in PIXELS[self.kind]:
+            taken = ", ".join(PIXELS[self.kind])
             raise LcoError(
-                f"{self.name} does not say the sampling rate of {self.feature!r}; give sampling_rate, in Hz"
-            )
-        dtype = np.dtype(feature.np_dtype if self.kind == "image" else feature.feature.np_dtype)
-        pixels = ("uint8", "uint16") if self.kind == "image" else ("uint8",)
-        if dtype.name not in pixels:
-            raise LcoError(
-                f"{self.name}: {self.feature!r} holds {dtype} pixels, and they must be {', '.join(pixels)}"
+                f"{self.name}: {self.feature!r} holds {dtype} pixels, and they must be {taken}"
             )
         return {} if fps is None else {"fps": fps}
+
+    def _check_rate(self, key: str, value: Any, kind: str) -> None:
+        if value is None:
+            return
+        if kind != self.kind:
+            raise LcoError(f"{self.name}: {key} is for {kind}, and {self.feature!r} is {self.kind}")
+        if not isinstance(value, int | float) or value <= 0:
+            raise LcoError(f"{self.name}: {key} is {value!r}; it must be a number above 0")
+
+
+def _media_kinds(features: Mapping[str, Any]) -> dict[str, str]:
+    """The kind of each feature that holds media."""
+    import tensorflow_datasets as tfds
+
+    classes = {
+        "image": tfds.features.Image,
+        "audio": tfds.features.Audio,
+        "video": tfds.features.Video,
+    }
+    return {
+        name: kind
+        for name, feature in features.items()
+        for kind, cls in classes.items()
+        if isinstance(feature, cls)
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -211,36 +277,13 @@ def _plain(value: Any) -> Any:
 
 
 def _waveform(value: Any) -> np.ndarray:
-    """Samples [T] or [T, channels] -> mono float32 [T] in [-1, 1]. TFDS keeps PCM as integers, int64 unless told."""
+    """Samples [T] or [T, channels] -> mono float32 [T] in [-1, 1].
+
+    TFDS has PCM as integers, int64 by default.
+    """
     samples = np.asarray(value)
     if samples.dtype.kind in "iu":
-        peak = 2.0**15 if samples.size == 0 or np.abs(samples).max() <= 2**15 else 2.0**31
-        samples = samples / peak
-    return np.asarray(samples.mean(axis=1) if samples.ndim == 2 else samples, np.float32)
-
-
-@contextmanager
-def _reading(name: str, split: str, data_dir: str | None) -> Iterator[Any]:
-    """The dataset's builder. What goes wrong within says which dataset it was."""
-    import tensorflow_datasets as tfds
-
-    where = f"the TFDS dataset {name!r} ({split}, data_dir {data_dir}) cannot be read"
-    if data_dir is not None and not (folder := Path(data_dir) / name.split(":")[0]).is_dir():
-        raise LcoError(f"{where}: there is no folder {folder}")
-    # TFDS raises many kinds for one cause: it is not there in this form
-    with explained(where, Exception), _numpy_dtypes(tfds.features.Audio, tfds.features.Video):
-        yield tfds.builder(name, data_dir=data_dir)
-
-
-@contextmanager
-def _numpy_dtypes(*features: type) -> Iterator[None]:
-    """Within, these features take their dtypes from numpy. All they want TensorFlow for when built is `as_dtype`."""
-    modules = [sys.modules[feature.__module__] for feature in features]
-    before = [module.tf for module in modules]
-    for module in modules:
-        module.tf = SimpleNamespace(dtypes=SimpleNamespace(as_dtype=np.dtype), string=np.object_)
-    try:
-        yield
-    finally:
-        for module, tf in zip(modules, before, strict=True):
-            module.tf = tf
+        peak = np.abs(samples).max(initial=0)
+        samples = samples / (2.0**15 if peak <= 2**15 else 2.0**31)
+    mono = samples.mean(axis=1) if samples.ndim == 2 else samples
+    return np.asarray(mono, np.float32)

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lco_jax.data.content import ADDRESS, is_conversation
 from lco_jax.data.corpus import CorpusItem
-from lco_jax.data.prompts import is_conversation
-from lco_jax.data.records import ADDRESS
 from lco_jax.searching.nearest import Nearest
 
 TEXT_SHOWN = 600  # letters of a text that the page is given

@@ -26,9 +26,9 @@ from starlette.staticfiles import StaticFiles
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import ASSETS
+from lco_jax.data.content import MEDIA, media_kind
 from lco_jax.data.images import load_image
 from lco_jax.data.media import MediaConfig
-from lco_jax.data.prompts import MEDIA, is_media_file
 from lco_jax.searching.library import Entry, File, Library, mark_of
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
@@ -123,7 +123,7 @@ class Server:
 
     async def _part(self, file: UploadFile) -> dict[str, Any]:
         """An uploaded file as a part of a query."""
-        kind = is_media_file(file.filename) or (file.content_type or "").split("/")[0]
+        kind = media_kind(file.filename) or (file.content_type or "").split("/")[0]
         if kind not in MEDIA:
             raise LcoError(f"{file.filename} is no image, sound or clip")
         if kind not in self.about["modalities"]:
