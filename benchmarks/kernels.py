@@ -1,4 +1,4 @@
-"""What a device can do: plain matrix products, and attention by each kernel beside attention in XLA."""
+"""What a device can do: plain matrix products, and attention by each kernel and by XLA."""
 
 import argparse
 import statistics
@@ -26,7 +26,8 @@ PRODUCTS = {
     "7b down": (60_016, 18_944, 3_584),
     "7b key": (60_016, 3_584, 512),
 }
-# (rows, tokens, key-value heads, query heads of each, head_dim, segments of a row; 0: causal, without segments)
+# (rows, tokens, key-value heads, query heads of each, head_dim, segments of a row)
+# 0 segments: causal, without segments
 ROWS = {
     "3b decoder, 1,024 tokens": (16, 1_024, 2, 8, 128, 0),
     "7b decoder, 4,096 tokens": (4, 4_096, 4, 7, 128, 0),
@@ -39,24 +40,29 @@ SMALL_ROWS = {"causal": (1, 128, 1, 2, 16, 0), "segments": (1, 128, 2, 1, 16, 3)
 
 def add_parsers(kinds: Any, common: argparse.ArgumentParser) -> None:
     """`matmul` and `kernels`."""
-    for name, what, measured in (
-        ("matmul", "matrix products in bfloat16, and of the model's shapes", matmul),
-        ("kernels", "attention kernels against XLA's, with gradients", kernels),
-    ):
+    kinds_of_run = {
+        "matmul": ("matrix products in bfloat16, and of the model's shapes", matmul),
+        "kernels": ("attention kernels against XLA's, with gradients", kernels),
+    }
+    for name, (what, run) in kinds_of_run.items():
         parser = kinds.add_parser(name, parents=[common], help=what)
         parser.add_argument(
             "--small", action="store_true", help="sizes for a CPU, where kernels are interpreted"
         )
-        parser.set_defaults(measure=measured, table=table)
+        parser.set_defaults(measure=run, table=table)
 
 
 def matmul(args: argparse.Namespace, _: Path) -> dict[str, Any]:
     """TFLOP/s of each product, and the best: the ceiling."""
+    product = jax.jit(partial(jnp.einsum, "ti,oi->to"))
+    products = SMALL_PRODUCTS if args.small else PRODUCTS
     rates = {}
-    for name, (tokens, inputs, outputs) in (SMALL_PRODUCTS if args.small else PRODUCTS).items():
-        x, w = jnp.ones((tokens, inputs), jnp.bfloat16), jnp.ones((outputs, inputs), jnp.bfloat16)
-        seconds = timed(jax.jit(partial(jnp.einsum, "ti,oi->to")), (x, w), args.rounds)
-        rates[name] = {"seconds": seconds, "tflops": 2e-12 * tokens * inputs * outputs / seconds}
+    for name, (tokens, inputs, outputs) in products.items():
+        x = jnp.ones((tokens, inputs), jnp.bfloat16)
+        w = jnp.ones((outputs, inputs), jnp.bfloat16)
+        seconds = timed(product, (x, w), args.rounds)
+        flops = 2 * tokens * inputs * outputs
+        rates[name] = {"seconds": seconds, "tflops": 1e-12 * flops / seconds}
     return {"rows": rates, "ceiling_tflops": max(row["tflops"] for row in rates.values())}
 
 
@@ -72,21 +78,20 @@ def timed(run: Callable[..., Any], arguments: tuple[Any, ...], rounds: int) -> f
 
 
 def kernels(args: argparse.Namespace, _: Path) -> dict[str, Any]:
-    """Of each kind of rows and each kernel that takes them: seconds, and how far it is from float32."""
+    """Seconds and error against float32 of each kernel, for each kind of rows that it takes."""
     found = {}
     for name, sizes in (SMALL_ROWS if args.small else ROWS).items():
         qkv, ids = draw(*sizes)
-        exact = both(*(x.astype(jnp.float32) for x in qkv), ids, "xla")
-        taken = [
-            kind for kind, kernel in KERNELS.items() if kernel.fits(qkv[0], ids, forced=args.small)
-        ]
-        for kind in ("xla", *taken):
+        in_float32 = [x.astype(jnp.float32) for x in qkv]
+        exact = both(*in_float32, ids, "xla")
+        kinds = ["xla"]
+        kinds += [kind for kind, one in KERNELS.items() if one.fits(qkv[0], ids, args.small)]
+        for kind in kinds:
             try:
-                found[f"{name}: {kind}"] = compare(qkv, ids, kind, exact, args.rounds)
-            except (
-                jax.errors.JaxRuntimeError
-            ) as error:  # a kernel that the device refuses; the others go on
-                found[f"{name}: {kind}"] = {"failed": str(error).strip().splitlines()[0]}
+                result = compare(qkv, ids, kind, exact, args.rounds)
+            except jax.errors.JaxRuntimeError as error:  # a kernel that the device refuses
+                result = {"failed": str(error).strip().splitlines()[0]}
+            found[f"{name}: {kind}"] = result
     if all("failed" in row for row in found.values()):
         raise LcoError("no kernel ran on this device")
     return {"rows": found}
@@ -95,16 +100,22 @@ def kernels(args: argparse.Namespace, _: Path) -> dict[str, Any]:
 def draw(
     rows: int, tokens: int, heads: int, groups: int, size: int, segments: int
 ) -> tuple[list[Array], Any]:
-    """Queries, keys and values in bfloat16, and segment ids [rows, tokens] or None. A row's end is padding."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    shapes = (rows, tokens, heads, groups, size), *[(rows, tokens, heads, size)] * 2
-    qkv = [
-        jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)
-    ]
+    """Queries, keys and values in bfloat16, and segment ids [rows, tokens] or None.
+
+    The end of a row is padding.
+    """
+    key_shape = rows, tokens, heads, size
+    shapes = (rows, tokens, heads, groups, size), key_shape, key_shape
+    seeds = jax.random.split(jax.random.key(0), 3)
+    qkv = []
+    for seed, shape in zip(seeds, shapes, strict=True):
+        qkv.append(jax.random.normal(seed, shape, jnp.bfloat16))
     if not segments:
         return qkv, None
-    ids = 1 + np.arange(tokens) * segments // max(tokens - tokens // 10, 1)
-    return qkv, jnp.asarray(np.tile(np.where(ids > segments, 0, ids), (rows, 1)), jnp.int32)
+    content = max(tokens - tokens // 10, 1)
+    ids = 1 + np.arange(tokens) * segments // content
+    ids = np.where(ids > segments, 0, ids)
+    return qkv, jnp.asarray(np.tile(ids, (rows, 1)), jnp.int32)
 
 
 @partial(jax.jit, static_argnums=4)
@@ -122,15 +133,18 @@ def both(query: Array, key: Array, value: Array, ids: Array | None, kind: str) -
 def compare(
     qkv: list[Array], ids: Array | None, kind: str, exact: tuple[Array, ...], rounds: int
 ) -> dict[str, Any]:
-    """Seconds forward and with gradients, and the largest error of the result and of each gradient over its largest."""
+    """Seconds forward and with gradients, and the errors of the result and of each gradient.
+
+    An error is the largest difference over the largest value.
+    """
     forward = jax.jit(partial(attention, segment_ids=ids, causal=ids is None, implementation=kind))
     result = {"forward_s": timed(forward, tuple(qkv), rounds)}
     result["seconds"] = timed(both, (*qkv, ids, kind), rounds)
     errors = {}
-    for name, got, want in zip(
-        ("mixed", "dq", "dk", "dv"), both(*qkv, ids, kind), exact, strict=True
-    ):
-        errors[name] = float(jnp.abs(got.astype(jnp.float32) - want).max() / jnp.abs(want).max())
+    found = both(*qkv, ids, kind)
+    for name, got, want in zip(("mixed", "dq", "dk", "dv"), found, exact, strict=True):
+        difference = jnp.abs(got.astype(jnp.float32) - want).max()
+        errors[name] = float(difference / jnp.abs(want).max())
     return {**result, "errors": errors}
 
 
@@ -138,12 +152,10 @@ def table(result: dict[str, Any]) -> str:
     """A line a row."""
     lines = [result["command"]]
     for name, row in result["rows"].items():
-        numbers = {key: value for key, value in row.items() if key != "errors"} | row.get(
-            "errors", {}
-        )
-        parts = [
-            f"{key} {value:.3g}" if isinstance(value, float) else value
-            for key, value in numbers.items()
-        ]
+        cells = {**row, **row.get("errors", {})}
+        cells.pop("errors", None)
+        parts = []
+        for key, value in cells.items():
+            parts.append(f"{key} {value:.3g}" if isinstance(value, float) else value)
         lines.append(f"{name:<36}" + "  ".join(parts))
     return "\n".join(lines)

@@ -75,7 +75,7 @@ def open_model(
     keys = jax.random.split(jax.random.key(0), len(leaves))
     drawn = [jax.jit(partial(draw, leaf=leaf))(key) for key, leaf in zip(keys, leaves, strict=True)]
     params = {"decoder": tree.unflatten(drawn)}
-    return Model(Decoder(config, dtype, dtype, **settings), {}), params, Processor(builtin.build())
+    return Model(Decoder(config, dtype, **settings), {}), params, Processor(builtin.build())
 
 
 def one_mesh() -> jax.sharding.Mesh:

@@ -1,8 +1,8 @@
-"""Tiny random checkpoints in hub layout and their torch models: what the ports are held against.
+"""Tiny random checkpoints as on the hub, and their torch models, which the ports are compared with.
 
-Structure is real, geometry is small: three query heads to a key-value head, a head_dim that is not hidden / heads where
-the family allows it, windowed and full vision blocks, several audio chunks a clip; and every parameter is drawn at
-random, biases and norms included.
+The structure is real, and the sizes are small: three query heads to a key-value head, a head_dim
+that is not hidden / heads where the family allows it, windowed and full vision blocks, several
+audio chunks a clip. Every parameter is random, also biases and norms.
 """
 
 import copy
@@ -18,22 +18,29 @@ from benchmarks.peer import import_torchvision
 
 import_torchvision()  # before anything of transformers looks for it
 
-from reference_files import PINPOINTS, write_files
-from reference_media import Golden, golden  # noqa: F401, part of this module's interface
+from reference_files import PINPOINTS, write_files  # noqa: E402
+from reference_media import Golden, golden  # noqa: E402, F401 (tests take them from here)
 
-from lco_jax.checkpoint import builtin
-from lco_jax.core.files import read_json, write_json
+from lco_jax.checkpoint import builtin  # noqa: E402
+from lco_jax.core.files import read_json, write_json  # noqa: E402
 
 FAMILIES = ("vl", "vl_tied", "omni", "omni_full")
 LLAVA = ("llava_mistral", "llava_llama", "llava_qwen2")
 LAYERS = 3
 TEXT = {
-    "intermediate_size": 88, "num_hidden_layers": LAYERS, "num_attention_heads": 6, "num_key_value_heads": 2,
-    "hidden_act": "silu", "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "use_sliding_window": False,
-}  # fmt: skip
+    "intermediate_size": 88,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "use_sliding_window": False,
+}
 TEXTS = [
     "A short line.",
-    "The quick brown fox jumps over the lazy dog near the river bank at 07:45, and then it sleeps for an hour.",
+    "The quick brown fox jumps over the lazy dog near the river bank at 07:45, "
+    "and then it sleeps for an hour.",
     "今天天气很好，我们去公园散步吧。",
     "numbers 12345 and\n\nblank lines, é, e\u0301 and <|im_start|> in a text",
     "x",
@@ -43,14 +50,25 @@ TEXTS = [
 
 def _vision(hidden: int, **extra) -> dict:
     return {
-        "depth": 4, "hidden_act": "silu", "hidden_size": 48, "intermediate_size": 61, "num_heads": 3, "in_channels": 3,
-        "out_hidden_size": hidden, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
-        "temporal_patch_size": 2, "window_size": 56, "fullatt_block_indexes": [1, 3], **extra,
-    }  # fmt: skip
+        "depth": 4,
+        "hidden_act": "silu",
+        "hidden_size": 48,
+        "intermediate_size": 61,
+        "num_heads": 3,
+        "in_channels": 3,
+        "out_hidden_size": hidden,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "temporal_patch_size": 2,
+        "window_size": 56,
+        "fullatt_block_indexes": [1, 3],
+        **extra,
+    }
 
 
 def _config(family: str, base: dict, ids: dict[str, int], tokens: int) -> dict:
-    """config.json: `vl` flat as the hub has it, `vl_tied` nested and spelt as transformers 5 does, Omni nested 4.x."""
+    """config.json: `vl` flat as on the hub, `vl_tied` nested as of transformers 5, Omni of 4.x."""
     if family.startswith("vl"):
         return _vl_config(family, base)
     return (
@@ -98,20 +116,41 @@ def _omni_config(family: str, ids: dict[str, int], tokens: int) -> dict:
         "rope_scaling": {"mrope_section": [2, 3, 3], "rope_type": "default", "type": "default"},
     }
     thinker = {
-        "architectures": ["Qwen2_5OmniThinkerForConditionalGeneration"], "model_type": "qwen2_5_omni_thinker",
-        "torch_dtype": "float32", "audio_token_index": ids["<|AUDIO|>"], "image_token_index": ids["<|IMAGE|>"],
-        "video_token_index": ids["<|VIDEO|>"], "audio_start_token_id": ids["<|audio_bos|>"],
-        "audio_end_token_id": ids["<|audio_eos|>"], "vision_start_token_id": ids["<|vision_bos|>"],
-        "vision_end_token_id": ids["<|vision_eos|>"], "bos_token_id": ids["<|im_start|>"],
-        "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"], "position_id_per_seconds": 25,
-        "seconds_per_chunk": 2, "tie_word_embeddings": False, "text_config": text,
-        "vision_config": _vision(80, model_type="qwen2_5_omni_vision_encoder", tokens_per_second=25),
+        "architectures": ["Qwen2_5OmniThinkerForConditionalGeneration"],
+        "model_type": "qwen2_5_omni_thinker",
+        "torch_dtype": "float32",
+        "audio_token_index": ids["<|AUDIO|>"],
+        "image_token_index": ids["<|IMAGE|>"],
+        "video_token_index": ids["<|VIDEO|>"],
+        "audio_start_token_id": ids["<|audio_bos|>"],
+        "audio_end_token_id": ids["<|audio_eos|>"],
+        "vision_start_token_id": ids["<|vision_bos|>"],
+        "vision_end_token_id": ids["<|vision_eos|>"],
+        "bos_token_id": ids["<|im_start|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+        "position_id_per_seconds": 25,
+        "seconds_per_chunk": 2,
+        "tie_word_embeddings": False,
+        "text_config": text,
+        "vision_config": _vision(
+            80, model_type="qwen2_5_omni_vision_encoder", tokens_per_second=25
+        ),
         "audio_config": {
-            "model_type": "qwen2_5_omni_audio_encoder", "d_model": 40, "encoder_layers": 2, "num_hidden_layers": 2,
-            "encoder_attention_heads": 2, "encoder_ffn_dim": 67, "num_mel_bins": 128, "max_source_positions": 1500,
-            "n_window": 20, "output_dim": 80, "activation_function": "gelu", "scale_embedding": False,
+            "model_type": "qwen2_5_omni_audio_encoder",
+            "d_model": 40,
+            "encoder_layers": 2,
+            "num_hidden_layers": 2,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 67,
+            "num_mel_bins": 128,
+            "max_source_positions": 1500,
+            "n_window": 20,
+            "output_dim": 80,
+            "activation_function": "gelu",
+            "scale_embedding": False,
         },
-    }  # fmt: skip
+    }
     if family == "omni":
         return thinker
     return {
@@ -122,7 +161,10 @@ def _omni_config(family: str, ids: dict[str, int], tokens: int) -> dict:
 
 
 def _llava_config(family: str, ids: dict[str, int], tokens: int) -> dict:
-    """The hub's files say little of the text model and rely on its class's defaults; the vocabulary is padded."""
+    """As on the hub: most settings of the text model are its class's defaults.
+
+    The vocabulary is padded.
+    """
     text = {key: TEXT[key] for key in TEXT if key not in ("hidden_act", "use_sliding_window")}
     text |= {
         "vocab_size": tokens + 3,
@@ -145,16 +187,31 @@ def _llava_config(family: str, ids: dict[str, int], tokens: int) -> dict:
         },
     }[family]
     return {
-        "architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next", "torch_dtype": "float32",
-        "ignore_index": -100, "image_token_index": ids["<image>"], "image_seq_length": 16,
-        "projector_hidden_act": "gelu", "image_grid_pinpoints": PINPOINTS, "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default", "use_image_newline_parameter": True, "tie_word_embeddings": False,
+        "architectures": ["LlavaNextForConditionalGeneration"],
+        "model_type": "llava_next",
+        "torch_dtype": "float32",
+        "ignore_index": -100,
+        "image_token_index": ids["<image>"],
+        "image_seq_length": 16,
+        "projector_hidden_act": "gelu",
+        "image_grid_pinpoints": PINPOINTS,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "use_image_newline_parameter": True,
+        "tie_word_embeddings": False,
         "text_config": text,
         "vision_config": {
-            "model_type": "clip_vision_model", "hidden_size": 48, "intermediate_size": 91, "num_hidden_layers": 3,
-            "num_attention_heads": 4, "image_size": 56, "patch_size": 14, "projection_dim": 32, "vocab_size": 32000,
+            "model_type": "clip_vision_model",
+            "hidden_size": 48,
+            "intermediate_size": 91,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "image_size": 56,
+            "patch_size": 14,
+            "projection_dim": 32,
+            "vocab_size": 32000,
         },
-    }  # fmt: skip
+    }
 
 
 def model_class(family: str) -> type:
@@ -209,28 +266,38 @@ def build(family: str, folder: Path, seed: int = 0) -> torch.nn.Module:
 def _draw(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
     """A random value: matrices scaled by their fan-in, gains around 1, everything else around 0.
 
-    What the vision towers add to their residual is small, so that the epsilon of their norms can be seen in the result.
+    What the vision towers add to their residual is small, so that the epsilon of their norms can be
+    seen in the result.
     """
     noise = torch.randn(parameter.shape)
-    if re.search(
-        r"patch_embed|visual.*(attn\.proj|down_proj)|vision_tower.*(pre_layrnorm|out_proj|fc2)",
-        name,
-    ):
+    if re.search(r"patch_embed|visual.*(attn\.proj|down_proj)", name):
+        noise = noise * 0.2
+    if re.search(r"vision_tower.*(pre_layrnorm|out_proj|fc2)", name):
         noise = noise * 0.2
     if re.search(
         r"embed_tokens|position_embedding|class_embedding|bos_eos_token|image_newline", name
     ):
         return 0.5 * noise
     if parameter.ndim == 1:
-        return 0.2 * noise + (
-            0.2 if "pre_layrnorm.weight" in name else 1.0 if name.endswith("weight") else 0.0
-        )
-    gain = 1.6 if re.search(r"\.([qk]_proj|qkv|q|k)\.", name) else 1.3  # sharper attention
-    gain = (
-        2.5 if "audio_tower.conv" in name else gain
-    )  # the signal stands above the sinusoid that is added to it
-    gain = 5.0 if "projector.linear_1" in name else gain  # CLIP's features are small, as said above
-    return gain * parameter[0].numel() ** -0.5 * noise
+        return 0.2 * noise + _centre(name)
+    return _gain(name) * parameter[0].numel() ** -0.5 * noise
+
+
+def _centre(name: str) -> float:
+    """The mean of a vector's values."""
+    if "pre_layrnorm.weight" in name:
+        return 0.2
+    return 1.0 if name.endswith("weight") else 0.0
+
+
+def _gain(name: str) -> float:
+    if "projector.linear_1" in name:
+        return 5.0  # CLIP's features are small
+    if "audio_tower.conv" in name:
+        return 2.5  # the signal stands above the sinusoid that is added to it
+    if re.search(r"\.([qk]_proj|qkv|q|k)\.", name):
+        return 1.6  # sharper attention
+    return 1.3
 
 
 def _save(state: dict[str, np.ndarray], folder: Path, shards: int) -> None:
@@ -249,9 +316,11 @@ def _save(state: dict[str, np.ndarray], folder: Path, shards: int) -> None:
 def embed(model: torch.nn.Module, tokens: list[np.ndarray]) -> np.ndarray:
     """The reference's pooling: left padding, last position after the final norm, unit length."""
     width = max(map(len, tokens))
-    ids = torch.tensor(np.stack([np.pad(t, (width - len(t), 0)) for t in tokens]), dtype=torch.long)
-    mask = torch.tensor(
-        np.stack([np.pad(np.ones_like(t), (width - len(t), 0)) for t in tokens]), dtype=torch.long
-    )
+
+    def padded(rows: list[np.ndarray]) -> torch.Tensor:
+        rows = [np.pad(row, (width - len(row), 0)) for row in rows]
+        return torch.tensor(np.stack(rows), dtype=torch.long)
+
+    ids, mask = padded(tokens), padded([np.ones_like(row) for row in tokens])
     out = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
     return torch.nn.functional.normalize(out.hidden_states[-1][:, -1], dim=-1)

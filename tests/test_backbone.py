@@ -1,4 +1,7 @@
-"""The laboratory's untrained checkpoint: it opens here and in transformers, and its loss begins where it should."""
+"""The laboratory's untrained checkpoint.
+
+It opens here and in transformers, and its loss begins where it should.
+"""
 
 import json
 import math

@@ -112,7 +112,7 @@ def test_no_frozen_weight_is_kept(policy):
         config, settings = replace(GEOMETRY, num_layers=layers), lora.LoraConfig(rank=4)
         params = abstract_params(config)
         adapters = jax.eval_shape(lambda key: lora.init(key, params, settings), jax.random.key(0))
-        decoder = Decoder(config, jnp.float32, jnp.float32, policy)
+        decoder = Decoder(config, jnp.float32, policy)
 
         def residuals(adapters, params, tokens):
             def run(a):

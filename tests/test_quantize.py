@@ -1,4 +1,7 @@
-"""Frozen matrices in 8 or 4 bits: bitsandbytes' numbers, in `dot`, a scan and a mesh, from a checkpoint, under LoRA."""
+"""Frozen matrices in 8 or 4 bits: the numbers are those of bitsandbytes.
+
+They go through `dot`, a scan and a mesh, come from a checkpoint, and stand under LoRA.
+"""
 
 import bitsandbytes.functional as bnb
 import jax
@@ -23,8 +26,8 @@ from lco_jax.core.quantize import (
     Int8Weight,
     Nf4Weight,
     QuantizedWeight,
-    _dynamic,
-    _dynamic_select,
+    _look_up_dynamic,
+    _select_dynamic,
     dequantize,
     quantize,
 )
@@ -53,9 +56,8 @@ def of_bitsandbytes(w):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "shape", [(1, 64), (96, 192), (40, 448), (300, 1088)]
-)  # 448 = 7 blocks, 1088 = 17: straddling
+# rows of 448 = 7 blocks and 1088 = 17, in which groups straddle rows
+@pytest.mark.parametrize("shape", [(1, 64), (96, 192), (40, 448), (300, 1088)])
 def test_nf4_is_bitsandbytes(monkeypatch, shape, dtype):
     values = draw(*shape)
     if shape[0] > 1:
@@ -65,7 +67,8 @@ def test_nf4_is_bitsandbytes(monkeypatch, shape, dtype):
     leaf = jax.jit(lambda w: quantize(w, "nf4"))(jnp.asarray(values, ours))
     source = torch.tensor(values).to(theirs)
     _, state, _ = of_bitsandbytes(source)
-    # its CPU kernel looks absmaxes up in a coarse table, and so may take the second nearest of two almost as near
+    # bitsandbytes' CPU kernel looks absmaxes up in a coarse table. So it may take the second
+    # nearest of two that are almost as near.
     apart = np.abs(DYNAMIC[np.asarray(leaf.absmax).ravel()] - DYNAMIC[state.absmax.numpy()])
     assert shape[0] == 1 or (apart.max() < 0.0145 and (apart > 0).mean() < 0.05)
 
@@ -78,12 +81,11 @@ def test_nf4_is_bitsandbytes(monkeypatch, shape, dtype):
 
     monkeypatch.setattr(bnb, "quantize_blockwise", nearest)
     codes, state, want = of_bitsandbytes(source)
-    pairs = np.asarray(leaf.codes).reshape(-1, 1, 32)
-    ours_in_order = np.concatenate(
-        [pairs >> 4, pairs & 15], axis=1
-    ).ravel()  # a block's first half in the high bits
-    theirs_in_order = np.stack([codes.ravel() >> 4, codes.ravel() & 15], axis=1).ravel()
-    np.testing.assert_array_equal(ours_in_order, theirs_in_order)
+    pairs = np.asarray(leaf.codes).reshape(-1, 1, 32)  # a block's first half is in the high bits
+    ours_in_order = np.concatenate([pairs >> 4, pairs & 15], axis=1)
+    neighbours = codes.reshape(-1, 1)
+    theirs_in_order = np.concatenate([neighbours >> 4, neighbours & 15], axis=1)
+    np.testing.assert_array_equal(ours_in_order.ravel(), theirs_in_order.ravel())
     np.testing.assert_array_equal(np.asarray(leaf.absmax).ravel(), state.absmax.numpy())
     rows, blocks = leaf.absmax.shape  # each row has the absmaxes of its groups: one, two or a few
     groups = np.arange(rows) * blocks // 256 + np.arange(leaf.absmax2.size // rows)[:, None]
@@ -95,11 +97,10 @@ def test_nf4_is_bitsandbytes(monkeypatch, shape, dtype):
     assert shape[0] == 1 or (np.asarray(got)[3, :128] == 0).all()
 
 
-@pytest.mark.parametrize(
-    "rows", [(24, 448), (3, 40 * 1024)]
-)  # groups of blocks that straddle rows, or divide them
+# groups of blocks that straddle rows, or divide them
+@pytest.mark.parametrize("rows", [(24, 448), (3, 40 * 1024)])
 def test_a_matrix_is_its_tables_looked_up(rows):
-    """To the bit, whatever way the tables are read: every code of both, and every group's scale at its blocks."""
+    """To the bit: every code of both tables, and every group's scale at its blocks."""
     shape = (rows[0], rows[1] // 64)
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 256, (rows[0], rows[1] // 2), np.uint8)
@@ -126,8 +127,8 @@ def test_a_matrix_is_its_tables_looked_up(rows):
 
 def test_what_tpus_do_in_the_place_of_a_gather_gives_the_same_numbers():
     codes = jnp.arange(256, dtype=jnp.uint8)
-    np.testing.assert_array_equal(_dynamic_select(codes), DYNAMIC)
-    np.testing.assert_array_equal(_dynamic(codes), DYNAMIC)
+    np.testing.assert_array_equal(_select_dynamic(codes), DYNAMIC)
+    np.testing.assert_array_equal(_look_up_dynamic(codes), DYNAMIC)
     leaf = quantize(jnp.asarray(draw(2, 24, 448)), "nf4")
     program = (
         jax.jit(lambda leaf: dequantize(leaf, jnp.bfloat16))
@@ -204,7 +205,10 @@ def test_a_scan_over_layers_keeps_no_wide_matrix_for_its_backward_pass(kind):
     )
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(back(got)[0], back_plain(got)[0], rtol=1e-5, atol=1e-5)
-    floats = lambda tree: max(x.size for x in jax.tree.leaves(tree) if x.dtype == jnp.float32)
+
+    def floats(tree):
+        return max(x.size for x in jax.tree.leaves(tree) if x.dtype == jnp.float32)
+
     assert floats(back) < 128 * 128 <= floats(back_plain)
 
 
@@ -291,7 +295,7 @@ def test_the_main_job_trains_over_nf4_and_merges_into_the_original(cache, tmp_pa
 
 @pytest.mark.parametrize("kind", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_an_embedder_over_a_quantised_base_with_an_adapter(cache, tmp_path, kind):
-    """The adapter stays beside the quantised matrices, and gives what merging it into their wide form gives."""
+    """The adapter beside quantised matrices gives what it gives merged into dequantised ones."""
     mesh, config = (
         make_mesh(1, 2, 2, devices=jax.devices()[:4]),
         lora.LoraConfig(rank=4, alpha=8, dropout=0.1),
@@ -307,17 +311,21 @@ def test_an_embedder_over_a_quantised_base_with_an_adapter(cache, tmp_path, kind
     )
     got = embedder.encode(["one text", "and another one"])
     bare = OmniEmbedder.from_pretrained("builtin:tiny", mesh=mesh, quantize=kind)
-    is_leaf = lambda x: isinstance(x, QuantizedWeight)
-    wide = jax.tree.map(
-        lambda x: dequantize(x, jnp.float32) if is_leaf(x) else x, bare.params, is_leaf=is_leaf
-    )
+
+    def is_quantized(leaf):
+        return isinstance(leaf, QuantizedWeight)
+
+    def widen(leaf):
+        return dequantize(leaf, jnp.float32) if is_quantized(leaf) else leaf
+
+    wide = jax.tree.map(widen, bare.params, is_leaf=is_quantized)
     bare.params = {**wide, "decoder": lora.merge(wide["decoder"], adapters, config)}
     assert np.abs(got - bare.encode(["one text", "and another one"])).max() < 1e-5
     exact = OmniEmbedder.from_pretrained("builtin:tiny", tmp_path / "adapter", mesh=mesh)
     assert 1e-4 < np.abs(got - exact.encode(["one text", "and another one"])).max() < 0.2
 
 
-def test_mistakes_are_told(cases):
+def test_mistakes_are_named(cases):
     mesh = make_mesh(devices=jax.devices()[:1])
     with pytest.raises(LcoError, match="quantize is 'int4'; it is one of: int8, nf4"):
         load_decoder(open_checkpoint("builtin:tiny"), mesh, quantize="int4")

@@ -156,17 +156,10 @@ def abstract_params(module: DecoderConfig | nn.Module, dtype: Any = jnp.float32)
         tokens = PackedTokens(
             one, three, one, one, (jax.ShapeDtypeStruct((1, 1, 1), jnp.int32),), one, one
         )
-        init = partial(
-            jax.eval_shape, Decoder(module, param_dtype=dtype).init, jax.random.key(0), tokens
-        )
+        init = partial(jax.eval_shape, Decoder(module).init, jax.random.key(0), tokens)
     else:
-        init = partial(
-            jax.eval_shape,
-            module.clone(param_dtype=dtype).init,
-            jax.random.key(0),
-            **module.example(),
-        )
-    return init()["params"]
+        init = partial(jax.eval_shape, module.init, jax.random.key(0), **module.example())
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), init()["params"])
 
 
 def abstract_model(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -184,7 +177,7 @@ def abstract_model(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def tower_module(backbone: Backbone, name: str, config: Any, dtype: Any = jnp.float32) -> nn.Module:
     """The tower `name` of a backbone."""
-    return backbone.towers[name][0](config, dtype=dtype, param_dtype=dtype)
+    return backbone.towers[name][0](config, dtype=dtype)
 
 
 def per_layer(params: dict[str, Any]) -> Iterator[tuple[str, str, Any, int | None]]:
@@ -210,7 +203,7 @@ def load_decoder(
         if name in settings and settings[name] not in known:
             raise LcoError(f"{name} is {settings[name]!r}; it is one of: {', '.join(known)}")
     dtype = _dtype(dtype)
-    decoder = Decoder(checkpoint.config, dtype=dtype, param_dtype=dtype, **settings)
+    decoder = Decoder(checkpoint.config, dtype=dtype, **settings)
     return decoder, _load_part(
         checkpoint, "decoder", abstract_params(checkpoint.config, dtype), mesh, quantize
     )

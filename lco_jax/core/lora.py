@@ -2,9 +2,10 @@
 
 Dimensions: L layers (leading axis of stacked leaves), O output features, I input features, r rank.
 
-An adapter tree mirrors the parameter tree, holding {"a": [L, r, I], "b": [L, O, r]} (float32) in the place of every
-adapted matrix and nothing elsewhere. `jax.grad` is taken of that tree alone. A leaf that is tuned whole stands in such
-a tree as the array itself: the three functions put it where the parameter was.
+An adapter tree mirrors the parameter tree. In the place of every adapted matrix it has
+{"a": [L, r, I], "b": [L, O, r]} (float32), and nothing elsewhere. `jax.grad` is taken of that tree
+alone. A parameter that is trained itself stands in such a tree as an array: the three functions put
+it where the parameter was.
 """
 
 import math
@@ -29,7 +30,10 @@ DECODER_LINEARS = r"layers\.(self_attn|mlp)\.\w+_proj"
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """rank r; alpha; dropout rate on the adapter's input; targets: a pattern that matches whole module paths."""
+    """The settings of an adapter.
+
+    rank: r. dropout: the rate on the adapter's input. targets: a pattern of whole module paths.
+    """
 
     rank: int = 64
     alpha: float = 16.0
@@ -45,112 +49,143 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """What B A is multiplied with: alpha / r (or alpha / sqrt(r), Kalajdzievski 2023, for `use_rslora`)."""
+        """The factor of B A: alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023)."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 def target_paths(params: Tree, config: LoraConfig) -> list[str]:
-    """Dotted paths of the matrices that `config.targets` selects, sorted. Raises if there are none."""
-    leaves = flatten_dict(params, sep=".")
-    modules = {path.removesuffix(".weight"): path for path in leaves if path.endswith(".weight")}
+    """Dotted paths of the matrices that `config.targets` selects, sorted. Raises if it has none."""
+    weights = {path: leaf for path, leaf in _flat(params).items() if path.endswith(".weight")}
     try:
-        chosen = sorted(
-            path for module, path in modules.items() if re.fullmatch(config.targets, module)
-        )
+        pattern = re.compile(config.targets)
     except re.error as error:
         raise LcoError(
             f"lora.targets {config.targets!r} is not a regular expression: {error}"
-        ) from None
+        ) from error
+    chosen = sorted(path for path in weights if pattern.fullmatch(path.removesuffix(".weight")))
     if not chosen:
+        modules = sorted(path.removesuffix(".weight") for path in weights)
         raise LcoError(
-            f"lora.targets {config.targets!r} matches no module; there are: {', '.join(sorted(modules))}"
+            f"lora.targets {config.targets!r} matches no module; there are: {', '.join(modules)}"
         )
-    if flat := [path for path in chosen if len(leaves[path].shape) < 2 or "norm" in path]:
-        raise LcoError(
-            f"lora.targets {config.targets!r} matches {flat[0]}, which is no linear layer"
-        )
+    for path in chosen:
+        if len(weights[path].shape) < 2 or "norm" in path:
+            raise LcoError(
+                f"lora.targets {config.targets!r} matches {path}, which is no linear layer"
+            )
     return chosen
 
 
 def init(key: Array, params: Tree, config: LoraConfig) -> Tree:
-    """A fresh adapter for `params` (arrays or shapes): A uniform in ±1/sqrt(I) as PEFT draws it, B zero."""
-    leaves = flatten_dict(params, sep=".")
+    """A new adapter for `params` (arrays or shapes): A uniform in ±1/sqrt(I) as in PEFT, B zero."""
+    leaves = _flat(params)
     adapters = {}
     for path in target_paths(params, config):
-        *stack, out_features, in_features = leaves[path].shape
-        bound = 1.0 / math.sqrt(in_features)
+        *stack, outputs, inputs = leaves[path].shape
+        bound = 1.0 / math.sqrt(inputs)
         path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        shape = *stack, config.rank, inputs
         adapters[path] = {
-            "a": jax.random.uniform(
-                path_key, (*stack, config.rank, in_features), jnp.float32, -bound, bound
-            ),
-            "b": jnp.zeros((*stack, out_features, config.rank), jnp.float32),
+            "a": jax.random.uniform(path_key, shape, jnp.float32, -bound, bound),
+            "b": jnp.zeros((*stack, outputs, config.rank), jnp.float32),
         }
     return unflatten_dict(adapters, sep=".")
 
 
-def _adapted_leaves(params: Tree, adapters: Tree) -> tuple[Tree, dict[str, tuple[Array, Array]]]:
-    """The flat parameters, those that are tuned whole replaced, and {path: (a, b)} of the adapted ones."""
-    leaves, pairs = flatten_dict(params, sep="."), flatten_dict(adapters, sep=".")
-    paths = sorted(path.removesuffix(".a") for path in pairs if path.endswith(".a"))
-    whole = {path: leaf for path, leaf in pairs.items() if not path.endswith((".a", ".b"))}
-    return {**leaves, **whole}, {path: (pairs[f"{path}.a"], pairs[f"{path}.b"]) for path in paths}
-
-
 def attach(params: Tree, adapters: Tree, config: LoraConfig) -> Tree:
     """`params` with a `LoraWeight` in the place of every adapted matrix."""
-    leaves, pairs = _adapted_leaves(params, adapters)
-    for path, (a, b) in pairs.items():
-        leaves[path] = LoraWeight(leaves[path], a, b, config.scale, config.dropout)
-    return unflatten_dict(leaves, sep=".")
+
+    def attached(_: str, base: Any, a: Array, b: Array) -> LoraWeight:
+        return LoraWeight(base, a, b, config.scale, config.dropout)
+
+    return _adapt(params, adapters, attached)
+
+
+def merge(params: Tree, adapters: Tree, config: LoraConfig) -> Tree:
+    """`params` with the adapters added: same tree, same shapes, plain arrays.
+
+    Raises for a quantised matrix.
+    """
+
+    def merged(path: str, base: Any, a: Array, b: Array) -> Array:
+        if isinstance(base, QuantizedWeight):
+            raise LcoError(
+                f"{path} is quantised, and nothing can be merged into it; "
+                "merge into the checkpoint's files"
+            )
+        return merge_weight(base, a, b, config.scale)
+
+    return _adapt(params, adapters, merged)
 
 
 def merge_weight(base: Array, a: Array, b: Array, scale: float) -> Array:
-    """base + scale · B A, computed in float32, in the dtype of base; one layer of a stack at a time, to save memory."""
+    """base + scale · B A, computed in float32, in the dtype of base.
+
+    It does one layer of a stack at a time, to save memory.
+    """
     if base.ndim > 2:
         return jax.lax.map(lambda layer: merge_weight(*layer, scale), (base, a, b))
     delta = jnp.einsum("or,ri->oi", b, a, precision=jax.lax.Precision.HIGHEST)
     return (base.astype(jnp.float32) + scale * delta).astype(base.dtype)
 
 
-def merge(params: Tree, adapters: Tree, config: LoraConfig) -> Tree:
-    """`params` with the adapters added in: same tree, same shapes, plain arrays. Raises for a quantised base."""
-    leaves, pairs = _adapted_leaves(params, adapters)
-    if quantized := [path for path in pairs if isinstance(leaves[path], QuantizedWeight)]:
-        raise LcoError(
-            f"{quantized[0]} is quantised, and nothing can be merged into it; merge into the checkpoint's files"
-        )
-    merged = {
-        path: merge_weight(leaves[path], a, b, config.scale) for path, (a, b) in pairs.items()
-    }
-    return unflatten_dict({**leaves, **merged}, sep=".")
+def _adapt(params: Tree, adapters: Tree, adapted: Callable[[str, Any, Array, Array], Any]) -> Tree:
+    """`params`, with adapted(path, matrix, a, b) in the place of every adapted matrix.
 
-
-def split_frozen(
-    params: Tree, all_tuned: bool = False
-) -> tuple[list[Any], list[Any], Callable[[list[Any], list[Any]], Tree]]:
-    """What of `params` no gradient is taken of, what is tuned, and the function that joins them again.
-
-    Tuned are the factors of `LoraWeight`s (None elsewhere), or all leaves if `all_tuned`. Frozen is the rest.
+    A parameter that stands in `adapters` as an array replaces that of `params`.
     """
-    if all_tuned:
-        leaves, structure = jax.tree.flatten(params)
-        return [], leaves, lambda _, tuned: structure.unflatten(tuned)
+    leaves = _flat(params)
+    trained = _flat(adapters)
+    for path in sorted(trained):
+        if path.endswith(".a"):
+            matrix = path.removesuffix(".a")
+            leaves[matrix] = adapted(matrix, leaves[matrix], trained[path], trained[f"{matrix}.b"])
+        elif not path.endswith(".b"):
+            leaves[path] = trained[path]
+    return unflatten_dict(leaves, sep=".")
 
-    def adapted(leaf: Any) -> bool:
-        return isinstance(leaf, LoraWeight)
 
-    leaves, structure = jax.tree.flatten(params, is_leaf=adapted)
-    frozen = [leaf.base if adapted(leaf) else leaf for leaf in leaves]
-    tuned = [(leaf.a, leaf.b) if adapted(leaf) else None for leaf in leaves]
+def _flat(tree: Tree) -> dict[str, Any]:
+    """{dotted path: leaf}."""
+    return flatten_dict(tree, sep=".")
 
-    def join(frozen: list[Any], tuned: list[Any]) -> Tree:
-        rebuilt = []
-        for leaf, base, factors in zip(leaves, frozen, tuned, strict=True):
-            if factors is not None:
-                a, b = factors
-                base = replace(leaf, base=base, a=a, b=b)
-            rebuilt.append(base)
-        return structure.unflatten(rebuilt)
 
-    return frozen, tuned, join
+def split_frozen(params: Tree, all_trainable: bool = False) -> tuple[Tree, Tree]:
+    """The frozen and the trainable part of `params`: two trees, None where the other has the leaf.
+
+    A `LoraWeight` is split: its base is frozen, and the pair of its factors is trainable.
+    all_trainable: every leaf is trainable.
+    """
+
+    def frozen(leaf: Any) -> Any:
+        if all_trainable:
+            return None
+        return leaf.base if _is_adapted(leaf) else leaf
+
+    def trainable(leaf: Any) -> Any:
+        if all_trainable:
+            return leaf
+        return (leaf.a, leaf.b) if _is_adapted(leaf) else None
+
+    return (
+        jax.tree.map(frozen, params, is_leaf=_is_adapted),
+        jax.tree.map(trainable, params, is_leaf=_is_adapted),
+    )
+
+
+def join_frozen(params: Tree, frozen: Tree, trainable: Tree) -> Tree:
+    """A tree like `params`, from two that `split_frozen` made of it, or from a layer of them."""
+
+    def join(leaf: Any, frozen: Any, trainable: Any) -> Any:
+        if trainable is None:
+            return frozen
+        if frozen is None:
+            return trainable
+        a, b = trainable
+        return replace(leaf, base=frozen, a=a, b=b)
+
+    return jax.tree.map(join, params, frozen, trainable, is_leaf=_is_adapted)
+
+
+def _is_adapted(leaf: Any) -> bool:
+    return isinstance(leaf, LoraWeight)

@@ -1,10 +1,11 @@
-"""Which kind of machine a program is for, which need not be the kind that traces and compiles it."""
+"""The kind of machine that a program is for. Another kind may trace and compile it."""
 
 import jax
 
 
 def target_platform() -> str:
-    """One of cpu, gpu and tpu: that of the mesh which `jax.set_mesh` made current, or without one jax's default."""
+    """cpu, gpu or tpu: that of the mesh which `jax.set_mesh` made current, or jax's default."""
     mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
-    return jax.default_backend() if device is None else device.platform
+    if mesh.empty or mesh.abstract_device is None:
+        return jax.default_backend()
+    return mesh.abstract_device.platform

@@ -81,7 +81,7 @@ class Step:
         """The model under a remat policy."""
         model, tuned = self.config["model"], self.config["tune"]["decoder"] == "full"
         dtype = jnp.dtype(model["dtype"])
-        return Decoder(self.checkpoint.config, dtype, dtype, remat, model["attention"], tuned)
+        return Decoder(self.checkpoint.config, dtype, remat, model["attention"], tuned)
 
     def shape(self, chunk_tokens: int) -> Shape:
         """Of a device's streams."""

@@ -1,7 +1,7 @@
-"""What a decoder keeps of the tokens behind it, so that it reads each of them once while it generates.
+"""The keys and values of a decoder's earlier tokens, so that generation reads each token once.
 
-Dimensions: R streams, S sequences of a stream, C columns (W of the prompts, then one for each token generated), L
-layers, K key-value heads, G query heads per key-value head, H head_dim.
+Dimensions: R streams, S sequences of a stream, C columns (W of the prompts, then one for each token
+generated), L layers, K key-value heads, G query heads per key-value head, H head_dim.
 """
 
 from dataclasses import dataclass, replace
@@ -24,9 +24,9 @@ from lco_jax.models.attention import attend_last
 class Cache:
     """Keys (rotated) and values, [L, R, S, K, C, H].
 
-    A sequence's prompt lies at the left; what it generates from column `width` (W) on, the same column for all
-    sequences, so that a token is written to one slice.
-    lengths: int32 [R, S], of the prompts. generated: int32, how many tokens have been written since.
+    A sequence's prompt lies at the left. Its generated tokens begin at column `width` (W), the
+    same for all sequences, so that a token is written to one slice.
+    lengths: int32 [R, S], of the prompts. generated: int32, how many tokens were written since.
     """
 
     keys: Array
@@ -37,7 +37,7 @@ class Cache:
 
     @property
     def columns(self) -> int:
-        """C: room for prompts and for what is generated."""
+        """C: room for the prompts and for generated tokens."""
         return self.keys.shape[4]
 
     def with_room(self, tokens: int) -> "Cache":
@@ -47,20 +47,25 @@ class Cache:
 
     def write(self, layer: Array | int, keys: Array, values: Array) -> "Cache":
         """With a layer's keys and values [R, S, K, H] of each sequence's newest token."""
-        at = (layer, 0, 0, 0, self.width + self.generated, 0)
+        start = (layer, 0, 0, 0, self.width + self.generated, 0)
 
-        def put(x: Array, new: Array) -> Array:
-            return jax.lax.dynamic_update_slice(x, new[None, :, :, :, None], at)
+        def written(x: Array, newest: Array) -> Array:
+            column = newest[None, :, :, :, None]  # [1, R, S, K, 1, H]
+            return jax.lax.dynamic_update_slice(x, column, start)
 
-        return replace(self, keys=put(self.keys, keys), values=put(self.values, values))
+        return replace(self, keys=written(self.keys, keys), values=written(self.values, values))
 
     def attend(self, layer: Array | int, query: Array) -> Array:
-        """The newest tokens' queries [R, S, K, G, H], each against its sequence: [R, S, K, G, H]."""
+        """The newest tokens' queries [R, S, K, G, H] against their sequences: [R, S, K, G, H]."""
         columns = jnp.arange(self.columns)
-        since = (columns >= self.width) & (columns <= self.width + self.generated)
-        seen = (columns < self.lengths[..., None]) | since
-        one = [
-            jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (self.keys, self.values)
-        ]
-        mixed = attend_last(*(rearrange(x, "r s ... -> (r s) ...") for x in (query, *one, seen)))
+        newest = self.width + self.generated
+        is_prompt = columns < self.lengths[..., None]
+        is_generated = (columns >= self.width) & (columns <= newest)
+        seen = is_prompt | is_generated  # [R, S, C]
+
+        index = partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
+        keys = index(self.keys)
+        values = index(self.values)
+        by_sequence = [rearrange(x, "r s ... -> (r s) ...") for x in (query, keys, values, seen)]
+        mixed = attend_last(*by_sequence)
         return mixed.reshape(query.shape)

@@ -1,10 +1,12 @@
-"""LLaVA-NeXT's vision side: a CLIP tower, the projector, and the newline token (upstream: modeling_llava_next.py).
+"""LLaVA-NeXT's vision side: a CLIP tower, the projector, and the newline token.
 
-Dimensions: B tiles, X height and width of a tile, T patches of a tile, D hidden, K heads, H head_dim, F MLP width, O
-the decoder's hidden size.
+Upstream: modeling_llava_next.py.
 
-Tiles never see each other. How an image is cut into tiles, and which of their tokens reach the decoder in which order,
-is the processor's business (`data/llava.py`).
+Dimensions: B tiles, C channels, X height and width of a tile, T patches of a tile, D hidden, K
+heads, H head_dim, F MLP width, O the decoder's hidden size.
+
+Tiles never see each other. The processor (`data/llava.py`) cuts an image into tiles, and chooses
+which of their tokens reach the decoder in which order.
 """
 
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+from einops import rearrange, repeat
 from jax import Array
 
 from lco_jax.core.errors import LcoError
@@ -26,7 +28,11 @@ from lco_jax.models.layers import LayerNorm, Linear, Projector, leaf, normalised
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """Geometry. num_layers: how many of depth are run, up to the one whose hidden states are the features."""
+    """The sizes of the tower.
+
+    depth: the layers of the checkpoint. num_layers: those that run, up to the one whose hidden
+    states are the features.
+    """
 
     depth: int
     num_layers: int
@@ -46,31 +52,17 @@ class ClipConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], where: str, out_hidden_size: int) -> "ClipConfig":
-        """Read `vision_config` and the choice of features. Raises, by key, for what is missing or not implemented."""
-        vision = section(config, "vision_config", where)
-        expected = {
-            "hidden_act of vision_config": (vision["hidden_act"], "quick_gelu"),
-            "projector_hidden_act": (config.get("projector_hidden_act", "gelu"), "gelu"),
-            "vision_feature_select_strategy": (
-                config.get("vision_feature_select_strategy", "default"),
-                "default",
-            ),
-            "use_image_newline_parameter": (config.get("use_image_newline_parameter", True), True),
-            "multimodal_projector_bias": (config.get("multimodal_projector_bias", True), True),
-        }
-        for key, (value, supported) in expected.items():
-            if value != supported:
-                raise LcoError(f"{where}: {key} is {value!r:.60}; only {supported!r} is supported")
+        """Read `vision_config` and the choice of features.
 
+        Raises, by key, for what is missing or not supported.
+        """
+        vision = section(config, "vision_config", where)
+        _check_supported(config, vision, where)
         need = partial(positive, vision, where=f"{where}: vision_config")
-        depth, feature = need("num_hidden_layers"), config.get("vision_feature_layer", -2)
-        if not isinstance(feature, int) or not -depth - 1 <= feature <= depth:
-            raise LcoError(
-                f"{where}: vision_feature_layer is {feature!r:.60}, and must be one of the {depth} layers"
-            )
+        depth = need("num_hidden_layers")
         return cls(
             depth=depth,
-            num_layers=feature if feature >= 0 else depth + 1 + feature,
+            num_layers=_feature_layer(config, depth, where),
             hidden_size=need("hidden_size"),
             intermediate_size=need("intermediate_size"),
             num_heads=need("num_attention_heads"),
@@ -82,69 +74,87 @@ class ClipConfig:
         )
 
 
-class MLP(nn.Module):
+def _check_supported(config: dict[str, Any], vision: dict[str, Any], where: str) -> None:
+    """Raise for a setting that the tower does not have."""
+
+    def check(key: str, value: Any, supported: Any) -> None:
+        if value != supported:
+            raise LcoError(f"{where}: {key} is {value!r:.60}; only {supported!r} is supported")
+
+    check("hidden_act of vision_config", vision["hidden_act"], "quick_gelu")
+    for key, supported in {
+        "projector_hidden_act": "gelu",
+        "vision_feature_select_strategy": "default",
+        "use_image_newline_parameter": True,
+        "multimodal_projector_bias": True,
+    }.items():
+        check(key, config.get(key, supported), supported)
+
+
+def _feature_layer(config: dict[str, Any], depth: int, where: str) -> int:
+    """After how many layers the features are read."""
+    layer = config.get("vision_feature_layer", -2)
+    if not isinstance(layer, int) or not -depth - 1 <= layer <= depth:
+        raise LcoError(
+            f"{where}: vision_feature_layer is {layer!r:.60}, and must be one of the {depth} layers"
+        )
+    return layer if layer >= 0 else depth + 1 + layer
+
+
+class ClipMLP(nn.Module):
     """Two layers with quick GELU, x · sigmoid(1.702 x), between them."""
 
     config: ClipConfig
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x [B, 1 + T, D] -> [B, 1 + T, D]."""
-        x = Linear(self.config.intermediate_size, True, self.param_dtype, name="fc1")(x)
-        return Linear(self.config.hidden_size, True, self.param_dtype, name="fc2")(
-            x * nn.sigmoid(1.702 * x)
-        )
+        c = self.config
+        x = Linear(c.intermediate_size, use_bias=True, name="fc1")(x)
+        x *= nn.sigmoid(1.702 * x)
+        return Linear(c.hidden_size, use_bias=True, name="fc2")(x)
 
 
-class Layer(nn.Module):
+class ClipLayer(nn.Module):
     """Pre-norm attention and MLP, each with its residual."""
 
     config: ClipConfig
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, x: Array, _: None) -> tuple[Array, None]:
         """x [B, 1 + T, D] -> ([B, 1 + T, D], nothing to collect)."""
-        norm = partial(LayerNorm, self.config.layer_norm_eps, self.param_dtype)
-        everyone = jnp.ones(x.shape[:2], jnp.int32)
-        attention = TowerAttention(
-            self.config.num_heads, param_dtype=self.param_dtype, name="self_attn"
-        )
-        x += attention(norm(name="layer_norm1")(x), everyone)
-        x += MLP(self.config, self.param_dtype, name="mlp")(norm(name="layer_norm2")(x))
+        c = self.config
+        one_segment = jnp.ones(x.shape[:2], jnp.int32)
+        y = LayerNorm(c.layer_norm_eps, name="layer_norm1")(x)
+        x += TowerAttention(c.num_heads, name="self_attn")(y, one_segment)
+        y = LayerNorm(c.layer_norm_eps, name="layer_norm2")(x)
+        x += ClipMLP(c, name="mlp")(y)
         return x, None
 
 
-class Embeddings(nn.Module):
+class ClipEmbeddings(nn.Module):
     """Pixels -> patch vectors with their learned positions, a class vector before them."""
 
     config: ClipConfig
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, pixels: Array) -> Array:
-        """pixels [B, channels, X, X] -> [B, 1 + T, D]."""
+        """pixels [B, C, X, X] -> [B, 1 + T, D]."""
         c = self.config
-        patches = rearrange(
-            pixels, "b c (n p) (m q) -> b (n m) (c p q)", p=c.patch_size, q=c.patch_size
-        )
-        shape = (c.hidden_size, c.num_channels, c.patch_size, c.patch_size)
-        init = nn.initializers.normal(patches.shape[-1] ** -0.5)
-        weight = leaf(self, "patch_embedding", shape, init, self.param_dtype)
-        x = dot(patches, weight.reshape(c.hidden_size, -1))
-        first = leaf(
-            self, "class_embedding", (c.hidden_size,), nn.initializers.normal(1.0), self.param_dtype
-        )
-        first = jnp.broadcast_to(first.astype(x.dtype), (x.shape[0], 1, c.hidden_size))
-        positions = leaf(
-            self,
-            "position_embedding",
-            (1 + x.shape[1], c.hidden_size),
-            nn.initializers.normal(1.0),
-            self.param_dtype,
-        )
-        return jnp.concatenate([first, x], axis=1) + positions.astype(x.dtype)
+        normal = nn.initializers.normal
+        size = c.patch_size
+        patches = rearrange(pixels, "b c (n p) (m q) -> b (n m) (c p q)", p=size, q=size)
+        shape = (c.hidden_size, c.num_channels, size, size)
+        weight = leaf(self, "patch_embedding", shape, normal(patches.shape[-1] ** -0.5))
+        weight = rearrange(weight, "d c p q -> d (c p q)")
+        x = dot(patches, weight)
+
+        of_class = leaf(self, "class_embedding", (c.hidden_size,), normal(1.0))
+        of_class = repeat(of_class.astype(x.dtype), "d -> b 1 d", b=len(x))
+        shape = (1 + x.shape[1], c.hidden_size)
+        positions = leaf(self, "position_embedding", shape, normal(1.0))
+        x = jnp.concatenate([of_class, x], axis=1)
+        return x + positions.astype(x.dtype)
 
 
 class LlavaVision(nn.Module):
@@ -152,15 +162,13 @@ class LlavaVision(nn.Module):
 
     config: ClipConfig
     dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
 
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The least input, as shapes."""
+        """The smallest input, as shapes."""
         c = self.config
+        tile = (1, c.num_channels, c.image_size, c.image_size)
         return {
-            "pixels": jax.ShapeDtypeStruct(
-                (1, c.num_channels, c.image_size, c.image_size), jnp.uint8
-            ),
+            "pixels": jax.ShapeDtypeStruct(tile, jnp.uint8),
             "scale": jax.ShapeDtypeStruct((1, c.num_channels, 3), jnp.float32),
         }
 
@@ -170,24 +178,20 @@ class LlavaVision(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: Array, scale: Array) -> Array:
-        """pixels uint8 [B, channels, X, X] -> [B, T + 1, O]: a token a patch, and after them the newline token.
+        """pixels uint8 [B, C, X, X] -> [B, T + 1, O]: a token a patch, then the newline token.
 
-        scale: float32 [B, channels, 3], how the levels of each channel are normalised.
+        scale: float32 [B, C, 3], how the levels of each channel are normalised.
         """
         c = self.config
-        x = normalised(pixels[:, None], scale)[:, 0].astype(self.dtype)
-        x = Embeddings(c, self.param_dtype, name="embeddings")(x)
-        x = LayerNorm(c.layer_norm_eps, self.param_dtype, name="pre_layrnorm")(x)
-        x, _ = stacked(Layer, c.num_layers)(c, self.param_dtype, name="layers")(x, None)
-        x = Projector(c.out_hidden_size, c.out_hidden_size, self.param_dtype, name="projector")(
-            x[:, 1:]
-        )
-        newline = leaf(
-            self,
-            "image_newline",
-            (c.out_hidden_size,),
-            nn.initializers.normal(1.0),
-            self.param_dtype,
-        )
-        newline = jnp.broadcast_to(newline.astype(x.dtype), (x.shape[0], 1, c.out_hidden_size))
+        size = c.out_hidden_size
+        x = normalised(pixels[:, None], scale)[:, 0]
+        x = ClipEmbeddings(c, name="embeddings")(x.astype(self.dtype))
+        x = LayerNorm(c.layer_norm_eps, name="pre_layrnorm")(x)
+        layers = stacked(ClipLayer, c.num_layers)(c, name="layers")
+        x, _ = layers(x, None)
+        of_patches = x[:, 1:]
+        x = Projector(size, size, name="projector")(of_patches)
+
+        newline = leaf(self, "image_newline", (size,), nn.initializers.normal(1.0))
+        newline = repeat(newline.astype(x.dtype), "d -> b 1 d", b=len(x))
         return jnp.concatenate([x, newline], axis=1)

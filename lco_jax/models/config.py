@@ -1,4 +1,4 @@
-"""The decoder's geometry, read from a Hugging Face config.json in any of its spellings."""
+"""The decoder's sizes, read from a Hugging Face config.json in any of its spellings."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,14 +6,15 @@ from typing import Any
 from lco_jax.core import hf_config
 from lco_jax.core.errors import LcoError
 
-WITHOUT_BIAS = ("llama", "mistral")  # the others' q, k and v have one
+WITHOUT_BIAS = ("llama", "mistral")  # the q, k and v of others have a bias
 
 
 def positive(config: dict[str, Any], key: str, where: str) -> int:
     """config[key], an integer above 0. Raises, by `where` and key, for anything else."""
-    if not isinstance(config.get(key), int) or isinstance(config[key], bool) or config[key] < 1:
-        raise LcoError(f"{where}.{key} is {config.get(key)!r:.60}, and must be an integer above 0")
-    return config[key]
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise LcoError(f"{where}.{key} is {value!r:.60}, and must be an integer above 0")
+    return value
 
 
 def section(config: dict[str, Any], key: str, where: str) -> dict[str, Any]:
@@ -25,7 +26,10 @@ def section(config: dict[str, Any], key: str, where: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Geometry of a text decoder. mrope_section: rotary frequencies per axis (time, height, width)."""
+    """The sizes of a text decoder.
+
+    mrope_section: rotary frequencies of each axis (time, height, width).
+    """
 
     vocab_size: int
     hidden_size: int
@@ -45,53 +49,17 @@ class DecoderConfig:
     def from_hf(cls, config: dict[str, Any], where: str) -> "DecoderConfig":
         """Read a flat (hub, transformers 4.x) or nested (`text_config`, 5.x) config.
 
-        `where` names the file in errors. Raises for what this decoder does not implement instead of ignoring it.
+        where: names the file in errors. Raises for settings that this decoder does not support.
         """
-        if not isinstance(config.get("text_config") or {}, dict):
-            raise LcoError(
-                f"{where}: text_config is {config['text_config']!r:.60}, and must be an object"
-            )
-        text = {**config, **(config.get("text_config") or {})}
-        kind = text.get("model_type")
-        text = {**hf_config.TEXT.get(kind, {}), **text}
-        rope = {"rope_type": "default"}
-        for key in ("rope_scaling", "rope_parameters"):  # 4.x, 5.x
-            rope |= text.get(key) or {}
+        text = _text_config(config, where)
+        rope = _rope(text)
 
         def need(key: str) -> Any:
-            if text.get(key) is None:
-                raise LcoError(f"{where} has no {key!r}, which a text decoder needs")
-            if not isinstance(text[key], int | float) or not text[key] > 0:
-                raise LcoError(f"{where}: {key} is {text[key]!r:.60}, and must be a number above 0")
-            return text[key]
+            return _positive_number(text, key, where)
 
-        rope_type = (
-            rope.get("rope_type")
-            if rope.get("rope_type") != "default"
-            else rope.get("type", "default")
-        )
-        if rope_type not in ("default", "mrope"):
-            raise LcoError(
-                f"{where}: rope type {rope_type!r} is not supported (default and mrope are)"
-            )
-        window = text.get("sliding_window") if kind == "mistral" else None
-        if text.get("use_sliding_window") or (window and window < need("max_position_embeddings")):
-            key = f"sliding_window is {window}" if window else "use_sliding_window is true"
-            raise LcoError(f"{where}: {key}; sliding-window attention is not supported")
-        if kind in WITHOUT_BIAS and (text.get("attention_bias") or text.get("mlp_bias")):
-            raise LcoError(f"{where}: attention_bias and mlp_bias are not supported for {kind}")
-        if text.get("hidden_act", "silu") != "silu":
-            raise LcoError(f"{where}: hidden_act {text['hidden_act']!r} is not supported (silu is)")
+        _check_supported(text, rope, where)
         heads = need("num_attention_heads")
         head_dim = text.get("head_dim") or need("hidden_size") // heads
-        section = tuple(rope.get("mrope_section") or (head_dim // 2,))
-        if sum(section) != head_dim // 2:
-            raise LcoError(
-                f"{where}: mrope_section {section} does not add up to half the head_dim, {head_dim // 2}"
-            )
-        tied = config.get("tie_word_embeddings", False) or (config.get("text_config") or {}).get(
-            "tie_word_embeddings"
-        )
         return cls(
             vocab_size=need("vocab_size"),
             hidden_size=need("hidden_size"),
@@ -102,8 +70,79 @@ class DecoderConfig:
             head_dim=head_dim,
             rms_norm_eps=need("rms_norm_eps"),
             rope_theta=float(rope.get("rope_theta") or need("rope_theta")),
-            mrope_section=section,
+            mrope_section=_mrope_section(rope, head_dim, where),
             max_position_embeddings=need("max_position_embeddings"),
-            tie_word_embeddings=bool(tied),
-            qkv_bias=kind not in WITHOUT_BIAS,
+            tie_word_embeddings=_is_tied(config),
+            qkv_bias=text.get("model_type") not in WITHOUT_BIAS,
         )
+
+
+def _text_config(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """The text decoder's settings, with the defaults of their class."""
+    nested = config.get("text_config") or {}
+    if not isinstance(nested, dict):
+        raise LcoError(f"{where}: text_config is {nested!r:.60}, and must be an object")
+    text = {**config, **nested}
+    return {**hf_config.TEXT.get(text.get("model_type"), {}), **text}
+
+
+def _rope(text: dict[str, Any]) -> dict[str, Any]:
+    """The rotary settings, which transformers 4.x and 5.x spell in two ways."""
+    rope = {"rope_type": "default"}
+    rope |= text.get("rope_scaling") or {}
+    rope |= text.get("rope_parameters") or {}
+    if rope["rope_type"] == "default":
+        rope["rope_type"] = rope.get("type", "default")
+    return rope
+
+
+def _positive_number(text: dict[str, Any], key: str, where: str) -> Any:
+    value = text.get(key)
+    if value is None:
+        raise LcoError(f"{where} has no {key!r}, which a text decoder needs")
+    if not isinstance(value, int | float) or not value > 0:
+        raise LcoError(f"{where}: {key} is {value!r:.60}, and must be a number above 0")
+    return value
+
+
+def _check_supported(text: dict[str, Any], rope: dict[str, Any], where: str) -> None:
+    """Raise for a setting that this decoder does not have."""
+    kind = text.get("model_type")
+    if rope["rope_type"] not in ("default", "mrope"):
+        raise LcoError(
+            f"{where}: rope type {rope['rope_type']!r} is not supported (default and mrope are)"
+        )
+    _check_window(text, where)
+    if kind in WITHOUT_BIAS and (text.get("attention_bias") or text.get("mlp_bias")):
+        raise LcoError(f"{where}: attention_bias and mlp_bias are not supported for {kind}")
+    activation = text.get("hidden_act", "silu")
+    if activation != "silu":
+        raise LcoError(f"{where}: hidden_act {activation!r} is not supported (silu is)")
+
+
+def _check_window(text: dict[str, Any], where: str) -> None:
+    """Raise for a window of attention, unless all positions lie in it."""
+    key = ""
+    if text.get("use_sliding_window"):
+        key = "use_sliding_window is true"
+    window = text.get("sliding_window") if text.get("model_type") == "mistral" else None
+    if window and window < _positive_number(text, "max_position_embeddings", where):
+        key = f"sliding_window is {window}"
+    if key:
+        raise LcoError(f"{where}: {key}; sliding-window attention is not supported")
+
+
+def _mrope_section(rope: dict[str, Any], head_dim: int, where: str) -> tuple[int, ...]:
+    half = head_dim // 2
+    section = tuple(rope.get("mrope_section") or (half,))
+    if sum(section) != half:
+        raise LcoError(
+            f"{where}: mrope_section {section} does not add up to half the head_dim, {half}"
+        )
+    return section
+
+
+def _is_tied(config: dict[str, Any]) -> bool:
+    """Whether the vocabulary head is the matrix of the embeddings."""
+    nested = config.get("text_config") or {}
+    return bool(config.get("tie_word_embeddings") or nested.get("tie_word_embeddings"))

@@ -1,16 +1,19 @@
-"""The text decoder of every backbone: Qwen2.5, Mistral, Llama (upstream: modeling_qwen2_5_vl.py, modeling_llama.py).
+"""The text decoder of every backbone: Qwen2.5, Mistral, Llama.
 
-Dimensions: R streams, T tokens of a stream, S sequences of a stream, N rows and W width of a group of attention rows,
-D hidden, V vocabulary, L layers, K key-value heads, G query heads per key-value head, H head_dim, F MLP width, P shards
-of the streams, M media tokens of a shard.
+Upstream: modeling_qwen2_5_vl.py, modeling_mistral.py, modeling_llama.py.
 
-Parameter names are the checkpoint's; the layers are stacked along a leading axis L and run by a scan. There is no
-vocabulary head (`models/head.py`): contrastive learning pools hidden states and never looks at logits. Nor is there
-more of the last layer than it looks at: its queries, its output projection and its MLP are computed for each sequence's
-last token alone, but where every token's state is asked for.
+Dimensions: R streams, T tokens of a stream, S sequences of a stream, N rows and W width of a group
+of attention rows, D hidden, V vocabulary, L layers, K key-value heads, G query heads per key-value
+head, H head_dim, F MLP width, P shards of the streams, M media tokens of a shard.
+
+Parameter names are the checkpoint's. The layers are stacked along a leading axis L, and a scan runs
+them. The vocabulary head is in `models/head.py`: contrastive learning pools hidden states, and it
+needs no logits. It needs the last layer's state of each sequence's last token alone. So queries,
+output projection and MLP of that layer are computed for those tokens, unless the caller asks for
+the states of all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,7 +25,7 @@ from einops import rearrange
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from lco_jax.core.lora import split_frozen
+from lco_jax.core.lora import join_frozen, split_frozen
 from lco_jax.core.packing import PackedTokens
 from lco_jax.core.sharding import ROWS, constrain
 from lco_jax.core.weights import Split, dot, fold_in
@@ -41,7 +44,8 @@ from lco_jax.models.layers import (
 )
 from lco_jax.models.streams import from_rows, take, to_rows
 
-# What a layer keeps for its backward pass, from the least memory to the least recomputation.
+# What a layer stores for its backward pass, from the least memory to the least recomputation. The
+# names are those of `checkpoint_name`; None stores all.
 REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
     "full": (),
     "attention": ("qkv", "mixed"),
@@ -50,117 +54,28 @@ REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
     "none": None,
 }
 
+# Matrices by the features that the mesh splits
+COLUMN = Split(outputs="tensor")
+ROW = Split(inputs="tensor")
 
-COLUMN, ROW = (
-    Split(outputs="tensor"),
-    Split(inputs="tensor"),
-)  # matrices by the features that the mesh splits
-_DROPOUT = {
-    "qkv": 0,
-    "o_proj": 1,
-    "gate_up": 2,
-    "down_proj": 3,
-}  # the inputs of a layer that adapters drop
+# A number for each input of a layer that adapters drop elements of
+_DROPOUT = {"qkv": 0, "o_proj": 1, "gate_up": 2, "down_proj": 3}
 
-Past = tuple[Array | int, Cache]
-Mixed = tuple[Array, Cache | list[list[Array]]]
+Past = tuple[Array | int, Cache]  # (a layer's number, the keys and values of earlier tokens)
+Rows = list[Array]  # of each width: [R, N, K, W, …]
+# What attention keeps: keys and values of the rows, or the cache with those of one token more
+Stored = tuple[Rows, Rows] | Cache
 
 
-class Attention(nn.Module):
+def _at(x: Array, outputs: Array | None) -> Array:
+    """x [R, T, …] at the tokens whose states a layer computes, int [R, S]; None: all."""
+    return x if outputs is None else take(x, outputs)
+
+
+class DecoderAttention(nn.Module):
     """Grouped-query attention; Qwen2.5's q, k and v have biases."""
 
     config: DecoderConfig
-    param_dtype: Any
-    implementation: str
-
-    @nn.compact
-    def __call__(
-        self, x: Array, rotation: Array, tokens: PackedTokens, last: bool, past: Past | None
-    ) -> Mixed:
-        """x [R, T, D] -> [R, T, D], or, for the `last` layer, [R, S, D]; and what `past` becomes.
-
-        past: where this is layer i of tokens that go on, (i, the cache of those before); else None, and it becomes the
-        keys and values [R, N, K, W, H] of the rows.
-        """
-        c = self.config
-
-        def at_last(y: Array) -> Array:
-            return take(y, tokens.last_tokens) if last else y
-
-        q, k, v = self._project(x, tokens, last)
-        q = apply_rotary(
-            rearrange(q, "r t (k g h) -> r t k g h", k=c.num_kv_heads, h=c.head_dim),
-            at_last(rotation),
-        )
-        k = apply_rotary(rearrange(k, "r t (k h) -> r t k h", h=c.head_dim), rotation)
-        v = rearrange(v, "r t (k h) -> r t k h", h=c.head_dim)
-        q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
-        if past is not None:
-            layer, cache = past
-            kept = cache.write(layer, k, v)
-            mixed = kept.attend(layer, q)
-        else:
-            kept = [to_rows(y, tokens) for y in (k, v)]
-            mixed = checkpoint_name((self._last if last else self._rows)(q, *kept, tokens), "mixed")
-        mixed = rearrange(mixed, "r t k g h -> r t (k g h)")
-        keys = fold_in(at_last(tokens.token_keys), _DROPOUT["o_proj"])
-        return Linear(c.hidden_size, False, self.param_dtype, ROW, name="o_proj")(mixed, keys), kept
-
-    def _project(self, x: Array, tokens: PackedTokens, last: bool) -> list[Array]:
-        """Queries, of last tokens alone in the `last` layer, keys and values, their heads side by side."""
-        c = self.config
-        linear = partial(Linear, use_bias=c.qkv_bias, param_dtype=self.param_dtype, split=COLUMN)
-        q = linear(c.num_heads * c.head_dim, name="q_proj")
-        k = linear(c.num_kv_heads * c.head_dim, name="k_proj")
-        v = linear(c.num_kv_heads * c.head_dim, name="v_proj")
-        keys = fold_in(tokens.token_keys, _DROPOUT["qkv"])
-        if not last:
-            return linears(x, [q, k, v], keys)
-        ends = tokens.last_tokens
-        return [q(take(x, ends), take(keys, ends)), *linears(x, [k, v], keys)]
-
-    def _rows(self, q: Array, k: list[Array], v: list[Array], tokens: PackedTokens) -> Array:
-        """Every token: [R, T, K, G, H]."""
-        groups = zip(to_rows(q, tokens), k, v, strict=True)
-        return from_rows([attend_rows(*group, self.implementation) for group in groups], tokens)
-
-    def _last(self, q: Array, k: list[Array], v: list[Array], tokens: PackedTokens) -> Array:
-        """Every sequence's last token: [R, S, K, G, H]."""
-        mixed, first = [], 0
-        for rows, *kv in zip(tokens.rows, k, v, strict=True):
-            streams, count, _ = rows.shape
-            flat = [
-                rearrange(y, "r n ... -> (r n) ...")
-                for y in (q[:, first : first + count], *kv, rows >= 0)
-            ]
-            mixed.append(rearrange(attend_last(*flat), "(r n) ... -> r n ...", r=streams))
-            first += count
-        return jnp.concatenate(mixed, axis=1)
-
-
-class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x))."""
-
-    config: DecoderConfig
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Array, token_keys: Array) -> Array:
-        """x [R, T, D] -> [R, T, D]."""
-        c = self.config
-        wide = partial(Linear, c.intermediate_size, False, self.param_dtype, COLUMN)
-        layers = [wide(name="gate_proj"), wide(name="up_proj")]
-        gate, up = linears(x, layers, fold_in(token_keys, _DROPOUT["gate_up"]))
-        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-        down = Linear(c.hidden_size, False, self.param_dtype, ROW, name="down_proj")
-        return down(nn.silu(gate) * up, fold_in(token_keys, _DROPOUT["down_proj"]))
-
-
-class DecoderLayer(nn.Module):
-    """Pre-norm attention and MLP, each with its residual."""
-
-    config: DecoderConfig
-    param_dtype: Any
     implementation: str
 
     @nn.compact
@@ -169,34 +84,138 @@ class DecoderLayer(nn.Module):
         x: Array,
         rotation: Array,
         tokens: PackedTokens,
-        last: bool = False,
+        outputs: Array | None,
+        past: Past | None,
+    ) -> tuple[Array, Stored]:
+        """x [R, T, D] -> [R, T, D], and its keys and values.
+
+        outputs: None, or each sequence's last token, int [R, S]; then the result is [R, S, D].
+        past: None where the tokens are complete sequences. Otherwise each token continues a
+        sequence, whose earlier keys and values are in the cache.
+        """
+        c = self.config
+        q, k, v = self._project(x, tokens, outputs)
+        q = apply_rotary(q, _at(rotation, outputs))
+        k = apply_rotary(k, rotation)
+        q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
+
+        if past is None:
+            stored = to_rows(k, tokens), to_rows(v, tokens)
+            attend = self._attend_all if outputs is None else self._attend_last
+            mixed = checkpoint_name(attend(q, *stored, tokens), "mixed")
+        else:
+            layer, cache = past
+            stored = cache.write(layer, k, v)
+            mixed = stored.attend(layer, q)
+
+        mixed = rearrange(mixed, "r t k g h -> r t (k g h)")
+        keys = fold_in(_at(tokens.token_keys, outputs), _DROPOUT["o_proj"])
+        return Linear(c.hidden_size, split=ROW, name="o_proj")(mixed, keys), stored
+
+    def _project(self, x: Array, tokens: PackedTokens, outputs: Array | None) -> list[Array]:
+        """Queries [R, T or S, K, G, H], keys and values [R, T, K, H]."""
+        c = self.config
+        linear = partial(Linear, use_bias=c.qkv_bias, split=COLUMN)
+        kv_size = c.num_kv_heads * c.head_dim
+        to_q = linear(c.num_heads * c.head_dim, name="q_proj")
+        to_k = linear(kv_size, name="k_proj")
+        to_v = linear(kv_size, name="v_proj")
+
+        keys = fold_in(tokens.token_keys, _DROPOUT["qkv"])
+        if outputs is None:
+            q, k, v = linears(x, [to_q, to_k, to_v], keys)
+        else:
+            q = to_q(take(x, outputs), take(keys, outputs))
+            k, v = linears(x, [to_k, to_v], keys)
+        q = rearrange(q, "r t (k g h) -> r t k g h", k=c.num_kv_heads, h=c.head_dim)
+        k = rearrange(k, "r t (k h) -> r t k h", h=c.head_dim)
+        v = rearrange(v, "r t (k h) -> r t k h", h=c.head_dim)
+        return [q, k, v]
+
+    def _attend_all(self, q: Array, k: Rows, v: Rows, tokens: PackedTokens) -> Array:
+        """Every token: [R, T, K, G, H]."""
+        groups = zip(to_rows(q, tokens), k, v, strict=True)
+        mixed = [attend_rows(*group, self.implementation) for group in groups]
+        return from_rows(mixed, tokens)
+
+    def _attend_last(self, q: Array, k: Rows, v: Rows, tokens: PackedTokens) -> Array:
+        """Every sequence's last token: [R, S, K, G, H]."""
+        mixed = []
+        first = 0
+        for group, keys, values in zip(tokens.rows, k, v, strict=True):
+            streams, count, _ = group.shape
+            queries = q[:, first : first + count]
+            inputs = queries, keys, values, group >= 0
+            by_row = [rearrange(y, "r n ... -> (r n) ...") for y in inputs]
+            of_group = attend_last(*by_row)
+            mixed.append(rearrange(of_group, "(r n) ... -> r n ...", r=streams))
+            first += count
+        return jnp.concatenate(mixed, axis=1)
+
+
+class DecoderMLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x))."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Array, token_keys: Array) -> Array:
+        """x [R, T, D] -> [R, T, D]."""
+        c = self.config
+        gate = Linear(c.intermediate_size, split=COLUMN, name="gate_proj")
+        up = Linear(c.intermediate_size, split=COLUMN, name="up_proj")
+        down = Linear(c.hidden_size, split=ROW, name="down_proj")
+
+        keys = fold_in(token_keys, _DROPOUT["gate_up"])
+        g, u = linears(x, [gate, up], keys)
+        g = checkpoint_name(g, "gate")
+        u = checkpoint_name(u, "up")
+        keys = fold_in(token_keys, _DROPOUT["down_proj"])
+        return down(nn.silu(g) * u, keys)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP, each with its residual."""
+
+    config: DecoderConfig
+    implementation: str
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        rotation: Array,
+        tokens: PackedTokens,
+        outputs: Array | None = None,
         past: Past | None = None,
-    ) -> Mixed:
-        """x [R, T, D] -> [R, T, D], or [R, S, D], each sequence's last token, from the `last`; and the rest of
-        `Attention`'s."""
-        norm = partial(RMSNorm, self.config.rms_norm_eps, self.param_dtype)
-        attention = Attention(self.config, self.param_dtype, self.implementation, name="self_attn")
-        mixed, kept = attention(norm(name="input_layernorm")(x), rotation, tokens, last, past)
-        at_last = (lambda y: take(y, tokens.last_tokens)) if last else (lambda y: y)
-        x = constrain(at_last(x) + mixed, ROWS)
-        mlp = MLP(self.config, self.param_dtype, name="mlp")
-        x = constrain(
-            x + mlp(norm(name="post_attention_layernorm")(x), at_last(tokens.token_keys)), ROWS
-        )
-        return x, kept
+    ) -> tuple[Array, Stored]:
+        """x [R, T, D] -> [R, T or S, D], and what its attention keeps.
+
+        outputs, past: as of `DecoderAttention`.
+        """
+        c = self.config
+        norm = partial(RMSNorm, c.rms_norm_eps)
+        attention = DecoderAttention(c, self.implementation, name="self_attn")
+        mlp = DecoderMLP(c, name="mlp")
+
+        normed = norm(name="input_layernorm")(x)
+        mixed, stored = attention(normed, rotation, tokens, outputs, past)
+        x = constrain(_at(x, outputs) + mixed, ROWS)
+        normed = norm(name="post_attention_layernorm")(x)
+        x = constrain(x + mlp(normed, _at(tokens.token_keys, outputs)), ROWS)
+        return x, stored
 
 
 class Decoder(nn.Module):
-    """Token ids -> hidden states, after the final norm: of each sequence's last token, or as `of` says.
+    """Token ids -> hidden states after the final norm.
 
-    dtype: of the activations. param_dtype: of newly initialised parameters. remat: a key of `REMAT_POLICIES`.
-    attention: as `attention.attention` takes it. tuned: whether gradients are taken of its own weights, and not of
-    adapters alone; every layer's are then scanned over.
+    dtype: of the activations. remat: a key of `REMAT_POLICIES`. attention: as
+    `attention.attention` takes it. tuned: whether gradients are taken of the decoder's parameters,
+    and not of adapters alone.
     """
 
     config: DecoderConfig
     dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
     remat: str = "full"
     attention: str = "auto"
     tuned: bool = False
@@ -209,112 +228,161 @@ class Decoder(nn.Module):
         of: str = "last",
         cache: Cache | None = None,
     ) -> Array | tuple[Array, Cache]:
-        """tokens of [R, T], the media tokens [P, M, D] that their `media_slots` point to -> states in `dtype`.
+        """Tokens of [R, T] -> states in `dtype`.
 
-        of: "last", each sequence's last token: [R, S, D]; "layers", the same before the first layer and after each
-        one: [R, S, L + 1, D]; "tokens", every token: [R, T, D]; "cache", as "last", and a `Cache` of all tokens, which
-        lie in rows of one width.
-        cache: that of each sequence's tokens so far, with room for one more; `tokens` are then that one, [R, S], and
-        the result as of "cache".
+        media: the media tokens [P, M, D] that the tokens' `media_slots` point to.
+        of: "last", each sequence's last token: [R, S, D].
+        "layers", the same before the first layer and after each one: [R, S, L + 1, D].
+        "tokens", every token: [R, T, D].
+        "cache", as "last", and a `Cache` of all tokens, whose rows have one width.
+        cache: that of each sequence's tokens so far, with room for one more. `tokens` are then that
+        one, [R, S], and the result is as of "cache".
         """
         c = self.config
-        x = Embedding(
-            c.vocab_size, c.hidden_size, self.dtype, self.param_dtype, name="embed_tokens"
-        )(tokens.input_ids)
+        embedding = Embedding(c.vocab_size, c.hidden_size, self.dtype, name="embed_tokens")
+        x = embedding(tokens.input_ids)
         if media is not None:
-            x = place_media(x, tokens.media_slots, media)
+            x = _insert_media(x, tokens.media_slots, media)
         angles = rotary_angles(tokens.position_ids, c.head_dim, c.rope_theta, c.mrope_section)
-        rotation = rotation_of(angles).astype(x.dtype)
-        layer = (c, self.param_dtype, self.attention)
+        rotation = rotation_of(angles)
+        rotation = rotation.astype(x.dtype)
+
+        collected = None
         if self.is_initializing():
-            x, _ = stacked(DecoderLayer, c.num_layers)(*layer, name="layers")(x, rotation, tokens)
-            x = take(x, tokens.last_tokens)
+            layers = stacked(DecoderLayer, c.num_layers)
+            x, _ = layers(c, self.attention, name="layers")(x, rotation, tokens)
         else:
-            x, before, cache = self._layers(
-                DecoderLayer(*layer, parent=None), x, rotation, tokens, of, cache
-            )
-        x = RMSNorm(c.rms_norm_eps, self.param_dtype, name="norm")(x)
-        if cache is not None:
-            return x, cache
-        return jnp.stack([*before, x], axis=2) if of == "layers" else x
+            x, collected = self._layers(x, rotation, tokens, of, cache)
+
+        x = RMSNorm(c.rms_norm_eps, name="norm")(x)
+        if of == "layers":
+            return jnp.stack([*collected, x], axis=2)
+        return x if collected is None else (x, collected)
 
     def _layers(
         self,
-        layer: DecoderLayer,
         x: Array,
         rotation: Array,
         tokens: PackedTokens,
         of: str,
         cache: Cache | None,
-    ) -> tuple[Array, Sequence[Array], Cache | None]:
-        """All layers: all but the last in a scan; what came before each, where `of` asks for it; and the cache, where
-        there is one. What is frozen is indexed and not scanned over, for slices of it would be copies."""
-        frozen, tuned, join = split_frozen(self.get_variable("params", "layers"), self.tuned)
+    ) -> tuple[Array, Any]:
+        """All layers: the states, and the states before each layer, the cache or None, by `of`."""
+        run, trainable = self._layer_function(rotation, tokens, of)
+        depth = self.config.num_layers
+        outputs = None if of == "tokens" or cache is not None else tokens.last_tokens
+        # The last layer runs by itself, on the last tokens. But if all parameters are trainable, a
+        # scan over fewer layers needs a slice of them: a second copy of the decoder, and so are its
+        # gradients. Then the last layer goes through the scan with the others.
+        if self.tuned and cache is None and of in ("last", "tokens"):
+            x, _, _ = _scan_layers(run, trainable, depth, x, cache)
+            return _at(x, outputs), None
+
+        x, past, collected = _scan_layers(run, trainable, depth - 1, x, cache)
+        of_last_layer = jax.tree.map(lambda w: w[depth - 1], trainable)
+        x, of_last = run(depth - 1, of_last_layer, x, past, outputs)
+        if cache is not None:
+            return x, replace(of_last, generated=of_last.generated + 1)
+        if of == "cache":
+            return x, _new_cache(collected, of_last, tokens)
+        if of == "layers":
+            return x, [*collected, of_last]
+        return x, None
+
+    def _layer_function(
+        self, rotation: Array, tokens: PackedTokens, of: str
+    ) -> tuple[Callable[..., tuple[Array, Any]], Any]:
+        """The function that runs a layer, and the layers' trainable parameters.
+
+        The function returns the states, and what `of` asks for of the layer. The backward pass
+        computes it again.
+        """
+        layer = DecoderLayer(self.config, self.attention, parent=None)
+        params = self.get_variable("params", "layers")
+        frozen, trainable = split_frozen(params, self.tuned)
 
         def run(
-            i: Array | int, tuned: Any, x: Array, cache: Cache | None, last: bool
+            i: Array | int,
+            trainable: Any,
+            x: Array,
+            cache: Cache | None,
+            outputs: Array | None,
         ) -> tuple[Array, Any]:
-            """Layer i. Its frozen weights are indexed in here, so that the backward pass does so again: what is indexed
-            outside of the checkpoint is kept for it, a copy of every layer's."""
-            mine = jax.tree.map(
-                lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), frozen
-            )
+            # Frozen parameters are indexed and not scanned over: slices of them would be copies.
+            # They are indexed in here, so that the backward pass does it again. If they were
+            # indexed outside of the checkpoint, it would store every layer's copy.
+            index = partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False)
+            indexed = jax.tree.map(index, frozen)
+            of_layer = join_frozen(params, indexed, trainable)
             past = None if cache is None else (i, cache)
-            here = tokens.with_seed(i)
-            x, kept = layer.apply({"params": join(mine, tuned)}, x, rotation, here, last, past)
-            return x, kept if of == "cache" or cache is not None else None
+            inputs = x, rotation, tokens.with_seed(i), outputs, past
+            y, stored = layer.apply({"params": of_layer}, *inputs)
+            if of == "layers":
+                return y, take(x, tokens.last_tokens)
+            stores = of == "cache" or cache is not None
+            return y, stored if stores else None
 
-        names = REMAT_POLICIES[self.remat]
-        policy = (
-            _all_but_slices
-            if names is None
-            else jax.checkpoint_policies.save_only_these_names(*names)
-        )
-        run = jax.checkpoint(run, policy=policy, prevent_cse=False, static_argnums=4)
-        end = self.config.num_layers - 1
-
-        def body(carry: tuple[Array, Cache | None], slices: tuple[Array, Any]) -> tuple[Any, Any]:
-            x, cache = carry
-            before = take(x, tokens.last_tokens) if of == "layers" else None
-            x, kept = run(*slices, x, cache, False)
-            return (x, None if cache is None else kept), (before, kept if cache is None else None)
-
-        # Slices of what is tuned whole would be a second copy of the decoder, and so would be their gradients. Its last
-        # layer goes through the scan with the others.
-        alike = self.tuned and cache is None and of in ("last", "tokens")
-        scanned = end + alike
-        (x, going), (before, kept) = jax.lax.scan(
-            body, (x, cache), (jnp.arange(scanned), jax.tree.map(lambda w: w[:scanned], tuned))
-        )
-        if alike:
-            return x if of == "tokens" else take(x, tokens.last_tokens), [], None
-        before = [*before, take(x, tokens.last_tokens)] if of == "layers" else []
-        x, last = run(
-            end, jax.tree.map(lambda w: w[end], tuned), x, going, of != "tokens" and cache is None
-        )
-        if cache is not None:
-            cache = replace(last, generated=last.generated + 1)
-        elif of == "cache":
-            [keys], [values] = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), kept, last)
-            lengths = jnp.sum(tokens.rows[0] >= 0, axis=-1, dtype=jnp.int32)
-            cache = Cache(keys, values, lengths, jnp.int32(0), keys.shape[4])
-        return x, before, cache
+        policy = _remat_policy(self.remat)
+        return jax.checkpoint(run, policy=policy, prevent_cse=False), trainable
 
 
-def _all_but_slices(primitive: Any, *_: Any, **__: Any) -> bool:
-    """The policy of "none": all is kept but the layer's weights, sliced and gathered, and what merely reshapes."""
+def _scan_layers(
+    run: Callable[..., tuple[Array, Any]],
+    trainable: Any,
+    count: int,
+    x: Array,
+    cache: Cache | None,
+) -> tuple[Array, Cache | None, Any]:
+    """The first `count` layers: the states, the cache, and what else each layer returns."""
+
+    def body(carry: tuple[Array, Cache | None], inputs: tuple[Array, Any]) -> tuple[Any, Any]:
+        x, collected = run(*inputs, *carry, None)
+        if cache is None:
+            return (x, None), collected
+        return (x, collected), None
+
+    of_layers = jax.tree.map(lambda w: w[:count], trainable)
+    inputs = jnp.arange(count), of_layers
+    (x, cache), collected = jax.lax.scan(body, (x, cache), inputs)
+    return x, cache, collected
+
+
+def _remat_policy(name: str) -> Callable[..., bool]:
+    """What the checkpoint around a layer stores; see `REMAT_POLICIES`."""
+    names = REMAT_POLICIES[name]
+    if names is None:
+        return _stores_results
+    return jax.checkpoint_policies.save_only_these_names(*names)
+
+
+def _stores_results(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Store all but the layer's weights, indexed and gathered, and what only reshapes."""
     return primitive.name not in ("dynamic_slice", "squeeze", "reshape", "sharding_constraint")
 
 
-def place_media(x: Array, media_slots: Array, media: Array) -> Array:
+def _new_cache(stored: Any, last: Any, tokens: PackedTokens) -> Cache:
+    """The cache of rows of one width, from what all layers but the last store, and the last."""
+    [keys], [values] = stored
+    [last_keys], [last_values] = last
+    keys = jnp.concatenate([keys, last_keys[None]])
+    values = jnp.concatenate([values, last_values[None]])
+    lengths = jnp.sum(tokens.rows[0] >= 0, axis=-1, dtype=jnp.int32)
+    return Cache(keys, values, lengths, generated=jnp.int32(0), width=keys.shape[4])
+
+
+def _insert_media(x: Array, media_slots: Array, media: Array) -> Array:
     """x [R, T, D] with media tokens in the place of those embeddings whose slot is not -1.
 
-    media_slots: int [R, T]; media: [P, M, D]. The streams of shard p, which lie side by side, look into media[p] only,
-    so no device needs another's media.
+    media_slots: int [R, T]; media: [P, M, D]. The streams of shard p, which lie side by side, look
+    into media[p] only, so that no device needs another's media.
     """
-    slots = rearrange(media_slots, "(p r) t -> p (r t)", p=media.shape[0])
-    tokens = take(media, jnp.maximum(slots, 0)).reshape(x.shape)
-    return constrain(jnp.where((media_slots >= 0)[..., None], tokens.astype(x.dtype), x), ROWS)
+    slots = rearrange(media_slots, "(p r) t -> p (r t)", p=len(media))
+    media_tokens = take(media, jnp.maximum(slots, 0)).reshape(x.shape)
+    is_media = (media_slots >= 0)[..., None]
+    return constrain(jnp.where(is_media, media_tokens.astype(x.dtype), x), ROWS)
+
+
+# ---- embeddings
 
 
 def pool(
@@ -326,20 +394,24 @@ def pool(
 ) -> Array:
     """The hidden state at each sequence's last token, after the final norm: float32 [R, S, D].
 
-    media, of: as `Decoder` takes them. Empty rows hold the state of their stream's first token; whoever reads the
-    result knows which hold a sequence.
+    media, of: as `Decoder` takes them. Empty rows have the state of their stream's first token; the
+    caller knows which rows have a sequence.
     """
     return decoder.apply({"params": params}, tokens, media, of).astype(jnp.float32)
 
 
 def project(pooled: Array, params: dict[str, Any]) -> Array:
-    """Pooled states [..., D] through the model's projection (`params["projection"]`), if it has one."""
+    """Pooled states [..., D] times the model's projection, if it has one."""
     return dot(pooled, params["projection"]["weight"]) if "projection" in params else pooled
 
 
 def embed(
     decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, media: Array | None = None
 ) -> Array:
-    """`pool`, projected, L2-normalised: the embeddings. params: the model's, {"decoder": tree, …}."""
+    """`pool`, projected, of unit length: the embeddings [R, S, D].
+
+    params: the model's, {"decoder": tree, …}.
+    """
     pooled = project(pool(decoder, params["decoder"], tokens, media), params)
-    return pooled / jnp.maximum(jnp.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12)
+    norm = jnp.linalg.norm(pooled, axis=-1, keepdims=True)
+    return pooled / jnp.maximum(norm, 1e-12)

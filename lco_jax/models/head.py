@@ -1,9 +1,12 @@
-"""The vocabulary head, for whoever asks a checkpoint what it would say: a loss of tokens, never all their logits, and
-the token that comes next.
+"""The vocabulary head: the loss of given tokens, and the token that comes next.
 
-Dimensions: R streams, A answer tokens of a stream, D hidden, V vocabulary, n parts of a tokens each (A = n · a).
+The logits of all tokens are never in memory at once.
+
+Dimensions: R streams, A answer tokens of a stream, D hidden, V vocabulary, n parts of a tokens each
+(A = n · a).
 """
 
+import math
 from typing import Any
 
 import jax
@@ -18,43 +21,62 @@ LOGITS = 2**26  # that exist at once on a device (256 MiB of float32)
 
 
 def head_of(params: dict[str, Any]) -> Array:
-    """The head's matrix [V, D]: its own, or the embeddings' where they are tied."""
+    """The head's matrix [V, D], or that of the embeddings where they are tied."""
     return params.get("head", params["decoder"]["embed_tokens"])["weight"]
 
 
 def token_losses(states: Array, weight: Array, targets: Array) -> Array:
-    """-log p of each target under softmax(weight · state): float32 [R, A], in nats; 0 where the target is -1.
+    """-log p of each target under softmax(weight · state): float32 [R, A], in nats.
 
-    states [R, A, D], after the final norm, split over the rows of the mesh; weight [V, D]; targets int [R, A]. Some
-    tokens of each stream at a time, so many that a device holds `LOGITS` of them; the backward pass makes them again.
+    It is 0 where the target is -1. A part of each stream's tokens goes through at a time, so that a
+    device has about `LOGITS` logits. The backward pass computes them again.
+    states: [R, A, D], after the final norm, split over the rows of the mesh. weight: [V, D].
+    targets: int [R, A].
     """
     streams, count = targets.shape
-    at_once = max(LOGITS // (weight.shape[0] * -(-streams // current_row_shards())), 1)
-    parts = -(-count // at_once)
-    room = parts * -(-count // parts) - count
+    streams_here = math.ceil(streams / current_row_shards())
+    most = max(LOGITS // (len(weight) * streams_here), 1)
+    parts = math.ceil(count / most)
+    room = -count % parts
+    states = jnp.pad(states, ((0, 0), (0, room), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, room)), constant_values=-1)
 
-    def split(x: Array, fill: int) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, room), *[(0, 0)] * (x.ndim - 2)), constant_values=fill)
-        return rearrange(x, "r (n a) ... -> n r a ...", n=parts)
+    states = rearrange(states, "r (n a) d -> n r a d", n=parts)
+    targets = rearrange(targets, "r (n a) -> n r a", n=parts)
 
-    def one(part: tuple[Array, Array]) -> Array:
-        states, targets = part
-        precision, weights = matmul_precision(states), weight.astype(states.dtype)
-        scores = jnp.einsum(
-            "rad,vd->rav", states, weights, precision=precision, preferred_element_type=jnp.float32
-        )
-        scores = constrain(scores, ROWS, None, "tensor")
-        said = jnp.take_along_axis(scores, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
-        return jnp.where(targets >= 0, jax.nn.logsumexp(scores, axis=-1) - said, 0.0)
+    @jax.checkpoint
+    def losses_of(part: tuple[Array, Array]) -> Array:
+        return _losses(*part, weight)
 
-    losses = jax.lax.map(jax.checkpoint(one), (split(states, 0), split(targets, -1)))
-    return rearrange(losses, "n r a -> r (n a)")[:, :count]
+    losses = jax.lax.map(losses_of, (states, targets))
+    losses = rearrange(losses, "n r a -> r (n a)")
+    return losses[:, :count]
+
+
+def _losses(states: Array, targets: Array, weight: Array) -> Array:
+    """`token_losses` of a part: states [R, a, D], targets [R, a] -> [R, a]."""
+    logits = _logits(states, weight.astype(states.dtype))
+    logits = constrain(logits, ROWS, None, "tensor")
+    indices = jnp.maximum(targets, 0)[..., None]
+    of_target = jnp.take_along_axis(logits, indices, axis=-1)[..., 0]
+    losses = jax.nn.logsumexp(logits, axis=-1) - of_target
+    return jnp.where(targets >= 0, losses, 0.0)
 
 
 def greedy(states: Array, weight: Array) -> Array:
-    """The token that is likeliest next: int32 [...]. states [..., D], after the final norm; weight [V, D]."""
-    precision = matmul_precision(states)
-    logits = jnp.einsum(
-        "...d,vd->...v", states, weight, precision=precision, preferred_element_type=jnp.float32
+    """The likeliest next token: int32 [...].
+
+    states [..., D], after the final norm; weight [V, D].
+    """
+    return jnp.argmax(_logits(states, weight), axis=-1).astype(jnp.int32)
+
+
+def _logits(states: Array, weight: Array) -> Array:
+    """states [..., D] times weight [V, D]: float32 [..., V]."""
+    return jnp.einsum(
+        "...d,vd->...v",
+        states,
+        weight,
+        precision=matmul_precision(states),
+        preferred_element_type=jnp.float32,
     )
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)

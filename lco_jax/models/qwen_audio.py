@@ -1,10 +1,11 @@
 """The audio tower of Qwen2.5-Omni (upstream: modeling_qwen2_5_omni.py).
 
-Dimensions: B chunks, N mel frames in a chunk (2 · n_window), T tokens in a chunk before pooling (n_window), C mel
-channels, D hidden, K heads, H head_dim, F MLP width, M = T / 2 tokens of the decoder, O its hidden size.
+Dimensions: B chunks, N mel frames of a chunk (2 · n_window), T tokens of a chunk before pooling
+(n_window), C mel channels, D hidden, K heads, H head_dim, F MLP width, M = T / 2 tokens of the
+decoder, O its hidden size.
 
-A clip is cut into chunks which never see each other, so every chunk is a row of its own, and an hour of clips costs an
-hour.
+A clip is cut into chunks that never see each other. So every chunk is a row, and the cost is linear
+in the length of the clips.
 """
 
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ NORM_EPS = 1e-5
 
 @dataclass(frozen=True)
 class AudioConfig:
-    """Geometry of the tower. n_window: half the mel frames of a chunk."""
+    """The sizes of the tower. n_window: half the mel frames of a chunk."""
 
     num_layers: int
     hidden_size: int
@@ -41,16 +42,17 @@ class AudioConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], where: str) -> "AudioConfig":
-        """Read `audio_config`. Raises, by key, for what is missing or not implemented."""
+        """Read `audio_config`. Raises, by key, for what is missing or not supported."""
         audio = section(config, "audio_config", where)
         if audio.get("activation_function", "gelu") != "gelu" or audio.get("scale_embedding"):
             raise LcoError(
                 f"{where}: audio_config has an activation or scale_embedding that is not supported"
             )
         need = partial(positive, audio, where=f"{where}: audio_config")
-        if need("n_window") % 2:  # pairs of pooled tokens would reach across chunks
+        n_window = need("n_window")
+        if n_window % 2:  # pairs of pooled tokens would reach across chunks
             raise LcoError(
-                f"{where}: audio_config.n_window is {audio['n_window']}; only even windows are supported"
+                f"{where}: audio_config.n_window is {n_window}; only even windows are supported"
             )
         return cls(
             num_layers=need("encoder_layers"),
@@ -58,30 +60,24 @@ class AudioConfig:
             intermediate_size=need("encoder_ffn_dim"),
             num_heads=need("encoder_attention_heads"),
             num_mel_bins=need("num_mel_bins"),
-            n_window=need("n_window"),
+            n_window=n_window,
             out_hidden_size=need("output_dim"),
         )
 
 
-class Convolution(nn.Module):
+class AudioConvolution(nn.Module):
     """A convolution over time, kernel 3 and padding 1."""
 
     features: int
     stride: int
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x [B, N, C] -> [B, N / stride, D]."""
-        shape = (self.features, x.shape[-1], 3)  # [D, C, 3], as the checkpoints have it
-        weight = leaf(
-            self,
-            "weight",
-            shape,
-            nn.initializers.normal((3 * x.shape[-1]) ** -0.5),
-            self.param_dtype,
-        )
-        bias = leaf(self, "bias", shape[:1], nn.initializers.zeros, self.param_dtype)
+        channels = x.shape[-1]
+        init = nn.initializers.normal((3 * channels) ** -0.5)
+        weight = leaf(self, "weight", (self.features, channels, 3), init)
+        bias = leaf(self, "bias", (self.features,), nn.initializers.zeros)
         y = jax.lax.conv_general_dilated(
             x,
             weight.astype(x.dtype),
@@ -93,26 +89,21 @@ class Convolution(nn.Module):
         return y + bias.astype(x.dtype)
 
 
-class Layer(nn.Module):
+class AudioLayer(nn.Module):
     """Pre-norm attention and MLP, each with its residual."""
 
     config: AudioConfig
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, x: Array, valid: Array) -> tuple[Array, None]:
         """x [B, T, D] -> ([B, T, D], nothing to collect)."""
-        norm = partial(LayerNorm, NORM_EPS, self.param_dtype)
-        attention = TowerAttention(
-            self.config.num_heads, key_bias=False, param_dtype=self.param_dtype, name="self_attn"
-        )
-        x += attention(norm(name="self_attn_layer_norm")(x), valid)
-        y = Linear(self.config.intermediate_size, True, self.param_dtype, name="fc1")(
-            norm(name="final_layer_norm")(x)
-        )
-        x += Linear(self.config.hidden_size, True, self.param_dtype, name="fc2")(
-            nn.gelu(y, approximate=False)
-        )
+        c = self.config
+        y = LayerNorm(NORM_EPS, name="self_attn_layer_norm")(x)
+        x += TowerAttention(c.num_heads, key_bias=False, name="self_attn")(y, valid)
+        y = LayerNorm(NORM_EPS, name="final_layer_norm")(x)
+        y = Linear(c.intermediate_size, use_bias=True, name="fc1")(y)
+        y = nn.gelu(y, approximate=False)
+        x += Linear(c.hidden_size, use_bias=True, name="fc2")(y)
         return x, None
 
 
@@ -121,40 +112,54 @@ class QwenAudio(nn.Module):
 
     config: AudioConfig
     dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
 
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The least input, as shapes."""
-        mel = jax.ShapeDtypeStruct(
-            (1, 2 * self.config.n_window, self.config.num_mel_bins), jnp.float32
-        )
-        return {"mel": mel, "frames": jax.ShapeDtypeStruct((1,), jnp.int32)}
+        """The smallest input, as shapes."""
+        chunk = (1, 2 * self.config.n_window, self.config.num_mel_bins)
+        return {
+            "mel": jax.ShapeDtypeStruct(chunk, jnp.float32),
+            "frames": jax.ShapeDtypeStruct((1,), jnp.int32),
+        }
 
     def row_size(self, arguments: dict[str, Array]) -> int:
-        """Mel frames in a row."""
+        """Mel frames of a chunk."""
         return arguments["mel"].shape[1]
 
     @nn.compact
     def __call__(self, mel: Array, frames: Array) -> Array:
-        """mel: [B, N, C]; frames: int [B], how many of N there are -> [B, M, O], those of whole pairs meaningful."""
+        """mel [B, N, C] -> [B, M, O].
+
+        frames: int [B], how many of the N there are. Tokens of less than a pair mean nothing.
+        """
         c = self.config
-        convolution = partial(Convolution, c.hidden_size, param_dtype=self.param_dtype)
-        x = nn.gelu(convolution(stride=1, name="conv1")(mel.astype(self.dtype)), approximate=False)
-        x *= (jnp.arange(x.shape[1]) < frames[:, None])[
-            ..., None
-        ]  # the next layer pads with zeros, not with a bias
-        x = nn.gelu(convolution(stride=2, name="conv2")(x), approximate=False)
-        x += _sinusoids(x.shape[1], c.hidden_size).astype(x.dtype)
-        valid = (jnp.arange(x.shape[1]) < ((frames + 1) // 2)[:, None]).astype(jnp.int32)
-        x, _ = stacked(Layer, c.num_layers)(c, self.param_dtype, name="layers")(x, valid)
-        x = rearrange(x, "b (m pair) d -> b m pair d", pair=2).mean(axis=2)
-        x = LayerNorm(NORM_EPS, self.param_dtype, name="ln_post")(x)
-        return Linear(c.out_hidden_size, True, self.param_dtype, name="proj")(x)
+        x = AudioConvolution(c.hidden_size, stride=1, name="conv1")(mel.astype(self.dtype))
+        x = nn.gelu(x, approximate=False)
+        is_frame = _is_before(frames, x.shape[1])
+        x *= is_frame[..., None]  # the next convolution pads with zeros, not with biases
+        x = AudioConvolution(c.hidden_size, stride=2, name="conv2")(x)
+        x = nn.gelu(x, approximate=False)
+        positions = _sinusoids(x.shape[1], c.hidden_size)
+        x += positions.astype(x.dtype)
+
+        layers = stacked(AudioLayer, c.num_layers)
+        tokens = (frames + 1) // 2
+        valid = _is_before(tokens, x.shape[1]).astype(jnp.int32)
+        x, _ = layers(c, name="layers")(x, valid)
+        x = rearrange(x, "b (m pair) d -> b m pair d", pair=2)
+        x = x.mean(axis=2)
+        x = LayerNorm(NORM_EPS, name="ln_post")(x)
+        return Linear(c.out_hidden_size, use_bias=True, name="proj")(x)
+
+
+def _is_before(counts: Array, length: int) -> Array:
+    """Which of `length` positions are before each row's count: bool [B, length]."""
+    return jnp.arange(length) < counts[:, None]
 
 
 def _sinusoids(length: int, channels: int) -> np.ndarray:
     """[T, D]: sines, then cosines, of wavelengths up to 10,000 · 2π."""
-    step = np.log(10_000.0) / (channels // 2 - 1)
-    rates = np.exp((-step * np.arange(channels // 2)).astype(np.float32))
+    half = channels // 2
+    step = np.log(10_000.0) / (half - 1)
+    rates = np.exp((-step * np.arange(half)).astype(np.float32))
     angles = np.arange(length, dtype=np.float32)[:, None] * rates
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)

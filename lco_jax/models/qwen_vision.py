@@ -1,15 +1,16 @@
-"""The vision tower of Qwen2.5-VL and Qwen2.5-Omni (upstream: modeling_qwen2_5_vl.py, modeling_qwen2_5_omni.py).
+"""The vision tower of Qwen2.5-VL and Qwen2.5-Omni.
 
-Dimensions: B rows, T patches in a row, W sub-rows of whole windows in a row, V values of a patch (of one picture or of
-as many as the convolution spans), C channels, D hidden, K heads, H head_dim, F MLP width, M merged patches (4 to a
-token), O the decoder's hidden size.
+Upstream: modeling_qwen2_5_vl.py, modeling_qwen2_5_omni.py.
 
-Patches arrive in window order (`data/tower_rows.py` lays them out): most blocks attend within a window and so reshape
-rows to short sub-rows; the others attend within a frame. Neither ever looks across, so cost grows with Σ n², and since
-order is the host's business nothing is permuted here.
+Dimensions: B rows, T patches of a row, W windows of a row, V values of a patch (of one picture or
+of as many as the convolution spans), C channels, D hidden, K heads, H head_dim, F MLP width, M
+merged patches (4 to a token), O the decoder's hidden size.
+
+Patches arrive in window order (`data/tower_rows.py` packs them). Most blocks attend within a
+window, and reshape rows to short rows of windows. The others attend within a frame. No block looks
+across, so the cost grows with Σ n². The host orders the patches, and nothing is permuted here.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,6 +33,7 @@ from lco_jax.models.layers import (
     apply_rotary,
     leaf,
     normalised,
+    rotary_frequencies,
     rotation_of,
     stacked,
 )
@@ -42,7 +44,10 @@ NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Geometry. full_blocks: the blocks that attend to whole frames. fused: VL keeps q, k and v in one matrix."""
+    """The sizes of the tower.
+
+    full_blocks: the blocks that attend to frames. fused: VL's q, k and v are one matrix.
+    """
 
     depth: int
     hidden_size: int
@@ -59,143 +64,169 @@ class VisionConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], where: str, fused: bool) -> "VisionConfig":
-        """Read `vision_config`. Raises, by key, for what is missing or not implemented."""
+        """Read `vision_config`. Raises, by key, for what is missing or not supported."""
         vision = section(config, "vision_config", where)
-        if vision.get("hidden_act", "silu") != "silu":
+        activation = vision.get("hidden_act", "silu")
+        if activation != "silu":
             raise LcoError(
-                f"{where}: vision_config.hidden_act {vision['hidden_act']!r} is not supported (silu is)"
+                f"{where}: vision_config.hidden_act {activation!r} is not supported (silu is)"
             )
         need = partial(positive, vision, where=f"{where}: vision_config")
         return cls(
+            depth=need("depth"),
+            hidden_size=need("hidden_size"),
+            intermediate_size=need("intermediate_size"),
+            num_heads=need("num_heads"),
             in_channels=vision.get("in_channels") or vision.get("in_chans") or 3,
+            patch_size=need("patch_size"),
+            temporal_patch_size=need("temporal_patch_size"),
+            spatial_merge_size=need("spatial_merge_size"),
+            window_size=need("window_size"),
             full_blocks=tuple(vision.get("fullatt_block_indexes", (7, 15, 23, 31))),
+            out_hidden_size=need("out_hidden_size"),
             fused=fused,
-            **{
-                key: need(key)
-                for key in (
-                    "depth", "hidden_size", "intermediate_size", "num_heads", "patch_size", "temporal_patch_size",
-                    "spatial_merge_size", "window_size", "out_hidden_size",
-                )
-            },
-        )  # fmt: skip
+        )
 
 
-class Attention(nn.Module):
-    """Two-way attention within windows or frames, with 2-D rotary positions."""
+class VisionAttention(nn.Module):
+    """Attention both ways within windows or frames, with 2-D rotary positions."""
 
     config: VisionConfig
-    param_dtype: Any
 
     @nn.compact
     def __call__(
-        self, x: Array, rotation: Array, frame_ids: Array, window_ids: Array, full: Array
+        self,
+        x: Array,
+        rotation: Array,
+        frame_ids: Array,
+        window_ids: Array,
+        full: Array,
     ) -> Array:
-        """x [B, T, D]; window_ids [B, W, T / W]; full: whether to attend to frames -> [B, T, D]."""
-        size, heads = self.config.hidden_size, self.config.num_heads
-        if self.config.fused:
-            qkv = jnp.split(
-                Linear(3 * size, use_bias=True, param_dtype=self.param_dtype, name="qkv")(x),
-                3,
-                axis=-1,
-            )
-        else:
-            qkv = [
-                Linear(size, use_bias=True, param_dtype=self.param_dtype, name=name)(x)
-                for name in "qkv"
-            ]
-        q, k, v = (rearrange(y, "b t (k h) -> b t k 1 h", k=heads) for y in qkv)
-        q, k = (apply_rotary(y.astype(jnp.float32), rotation).astype(x.dtype) for y in (q, k))
+        """x [B, T, D] -> [B, T, D].
+
+        frame_ids: [B, T]. window_ids: [B, W, T / W]. full: whether to attend to frames.
+        """
+        c = self.config
+        q, k, v = self._project(x)
+        q = _rotate(q, rotation)
+        k = _rotate(k, rotation)
 
         def in_frames(q: Array, k: Array, v: Array) -> Array:
-            return attention(q, k[..., 0, :], v[..., 0, :], frame_ids, causal=False)
+            return _attend(q, k, v, frame_ids)
 
         def in_windows(q: Array, k: Array, v: Array) -> Array:
-            w = window_ids.shape[1]
-            q, k, v = (rearrange(y, "b (w t) k 1 h -> (b w) t k 1 h", w=w) for y in (q, k, v))
+            windows = window_ids.shape[1]
+            qkv = [rearrange(y, "b (w t) k h -> (b w) t k h", w=windows) for y in (q, k, v)]
             ids = rearrange(window_ids, "b w t -> (b w) t")
-            mixed = attention(q, k[..., 0, :], v[..., 0, :], ids, causal=False)
-            return rearrange(mixed, "(b w) t k 1 h -> b (w t) k 1 h", w=w)
+            mixed = _attend(*qkv, ids)
+            return rearrange(mixed, "(b w) t k h -> b (w t) k h", w=windows)
 
-        mixed = rearrange(
-            jax.lax.cond(full, in_frames, in_windows, q, k, v), "b t k 1 h -> b t (k h)"
-        )
-        return Linear(size, use_bias=True, param_dtype=self.param_dtype, name="proj")(mixed)
+        mixed = jax.lax.cond(full, in_frames, in_windows, q, k, v)
+        mixed = rearrange(mixed, "b t k h -> b t (k h)")
+        return Linear(c.hidden_size, use_bias=True, name="proj")(mixed)
+
+    def _project(self, x: Array) -> list[Array]:
+        """Queries, keys and values: [B, T, K, H]."""
+        c = self.config
+        if c.fused:
+            qkv = Linear(3 * c.hidden_size, use_bias=True, name="qkv")(x)
+            outputs = jnp.split(qkv, 3, axis=-1)
+        else:
+            linear = partial(Linear, c.hidden_size, use_bias=True)
+            outputs = [linear(name=name)(x) for name in ("q", "k", "v")]
+        return [rearrange(y, "b t (k h) -> b t k h", k=c.num_heads) for y in outputs]
 
 
-class MLP(nn.Module):
+def _rotate(x: Array, rotation: Array) -> Array:
+    """`apply_rotary` in float32."""
+    return apply_rotary(x.astype(jnp.float32), rotation).astype(x.dtype)
+
+
+def _attend(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+    """Attention both ways, of one query head per key-value head: [B, T, K, H]."""
+    query = rearrange(q, "b t k h -> b t k 1 h")
+    mixed = attention(query, k, v, segment_ids, causal=False)
+    return rearrange(mixed, "b t k 1 h -> b t k h")
+
+
+class VisionMLP(nn.Module):
     """SwiGLU with biases."""
 
     config: VisionConfig
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x [B, T, D] -> [B, T, D]."""
-        gate = Linear(self.config.intermediate_size, True, self.param_dtype, name="gate_proj")(x)
-        up = Linear(self.config.intermediate_size, True, self.param_dtype, name="up_proj")(x)
-        return Linear(self.config.hidden_size, True, self.param_dtype, name="down_proj")(
-            nn.silu(gate) * up
-        )
+        c = self.config
+        gate = Linear(c.intermediate_size, use_bias=True, name="gate_proj")(x)
+        up = Linear(c.intermediate_size, use_bias=True, name="up_proj")(x)
+        return Linear(c.hidden_size, use_bias=True, name="down_proj")(nn.silu(gate) * up)
 
 
-class Block(nn.Module):
+class VisionBlock(nn.Module):
     """Pre-norm attention and MLP, each with its residual."""
 
     config: VisionConfig
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, x: Array, full: Array, *where: Array) -> tuple[Array, None]:
-        """x [B, T, D]; full: whether this block attends to frames; where: rotation, frame_ids and window_ids.
+        """x [B, T, D] -> ([B, T, D], nothing to collect).
 
-        Returns [B, T, D], and nothing to collect.
+        full: whether this block attends to frames. where: rotation, frame_ids and window_ids.
         """
-        y = RMSNorm(NORM_EPS, self.param_dtype, name="norm1")(x)
-        x += Attention(self.config, self.param_dtype, name="attn")(y, *where, full)
-        x += MLP(self.config, self.param_dtype, name="mlp")(
-            RMSNorm(NORM_EPS, self.param_dtype, name="norm2")(x)
-        )
+        y = RMSNorm(NORM_EPS, name="norm1")(x)
+        x += VisionAttention(self.config, name="attn")(y, *where, full)
+        y = RMSNorm(NORM_EPS, name="norm2")(x)
+        x += VisionMLP(self.config, name="mlp")(y)
         return x, None
 
 
-class PatchEmbed(nn.Module):
+class VisionPatchEmbed(nn.Module):
     """Patches -> vectors: a convolution whose stride is its kernel, which is a matrix."""
 
     config: VisionConfig
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, patches: Array, scale: Array, dtype: Any) -> Array:
-        """patches uint8 [B, T, V], their values in the order (channel, time, height, width) -> [B, T, D] of `dtype`.
+        """patches uint8 [B, T, V] -> [B, T, D] of `dtype`.
 
-        A still has one picture, which the convolution sees at each time.
+        Their values are in the order (channel, time, height, width). A still has one picture, which
+        the convolution sees at each time.
         """
         c = self.config
-        patches = rearrange(patches, "b t (c p v) -> b t c p v", c=c.in_channels, v=c.patch_size**2)
-        x = normalised(patches, scale).astype(dtype)
-        x = jnp.repeat(x, c.temporal_patch_size // x.shape[3], axis=3)
-        shape = (c.hidden_size, c.in_channels, c.temporal_patch_size, c.patch_size, c.patch_size)
-        init = nn.initializers.normal(math.prod(shape[1:]) ** -0.5)
+        pixels = c.patch_size**2
+        patches = rearrange(patches, "b t (c p v) -> b t c p v", c=c.in_channels, v=pixels)
+        x = normalised(patches, scale)
+        x = x.astype(dtype)
+        pictures = x.shape[3]
+        x = jnp.repeat(x, c.temporal_patch_size // pictures, axis=3)
         x = rearrange(x, "b t c p v -> b t (c p v)")
-        return dot(
-            x, leaf(self, "weight", shape, init, self.param_dtype).reshape(c.hidden_size, -1)
+
+        init = nn.initializers.normal(x.shape[-1] ** -0.5)
+        shape = (
+            c.hidden_size,
+            c.in_channels,
+            c.temporal_patch_size,
+            c.patch_size,
+            c.patch_size,
         )
+        weight = leaf(self, "weight", shape, init)
+        weight = rearrange(weight, "d c p h w -> d (c p h w)")
+        return dot(x, weight)
 
 
-class Merger(nn.Module):
+class VisionMerger(nn.Module):
     """Four patches of a square -> one of the decoder's tokens."""
 
     config: VisionConfig
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x [B, T, D], the patches of a square side by side -> [B, M, O]."""
-        merge = self.config.spatial_merge_size**2
-        x = rearrange(
-            RMSNorm(NORM_EPS, self.param_dtype, name="ln_q")(x), "b (m u) d -> b m (u d)", u=merge
-        )
-        return Projector(x.shape[-1], self.config.out_hidden_size, self.param_dtype, name="mlp")(x)
+        c = self.config
+        x = RMSNorm(NORM_EPS, name="ln_q")(x)
+        x = rearrange(x, "b (m square) d -> b m (square d)", square=c.spatial_merge_size**2)
+        return Projector(x.shape[-1], c.out_hidden_size, name="mlp")(x)
 
 
 class QwenVision(nn.Module):
@@ -203,51 +234,58 @@ class QwenVision(nn.Module):
 
     config: VisionConfig
     dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
 
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The least input, as shapes."""
+        """The smallest input, as shapes."""
         c = self.config
-        values, unit = (
-            c.in_channels * c.temporal_patch_size * c.patch_size**2,
-            c.spatial_merge_size**2,
-        )
-        ids = jax.ShapeDtypeStruct((1, unit), jnp.int32)
+        square = c.spatial_merge_size**2
+        values = c.in_channels * c.temporal_patch_size * c.patch_size**2
         return {
-            "patches": jax.ShapeDtypeStruct((1, unit, values), jnp.uint8),
+            "patches": jax.ShapeDtypeStruct((1, square, values), jnp.uint8),
             "scale": jax.ShapeDtypeStruct((1, c.in_channels, 3), jnp.float32),
-            "coordinates": jax.ShapeDtypeStruct((1, unit, 2), jnp.int32),
-            "frame_ids": ids,
-            "window_ids": jax.ShapeDtypeStruct((1, 1, unit), jnp.int32),
+            "coordinates": jax.ShapeDtypeStruct((1, square, 2), jnp.int32),
+            "frame_ids": jax.ShapeDtypeStruct((1, square), jnp.int32),
+            "window_ids": jax.ShapeDtypeStruct((1, 1, square), jnp.int32),
         }
 
     def row_size(self, arguments: dict[str, Array]) -> int:
-        """Patches in a row."""
+        """Patches of a row."""
         return arguments["patches"].shape[1]
 
     @nn.compact
     def __call__(
-        self, patches: Array, scale: Array, coordinates: Array, frame_ids: Array, window_ids: Array
+        self,
+        patches: Array,
+        scale: Array,
+        coordinates: Array,
+        frame_ids: Array,
+        window_ids: Array,
     ) -> Array:
         """Rows in window order -> [B, M, O], M = T / 4.
 
-        patches: uint8 [B, T, V]. scale: float32 [B, C, 3], how the levels of each of C channels are normalised.
-        coordinates: int [B, T, 2], row and column of each patch in its frame.
+        patches: uint8 [B, T, V]. scale: float32 [B, C, 3], how the levels of each channel are
+        normalised. coordinates: int [B, T, 2], row and column of each patch in its frame.
         frame_ids: int [B, T], 0 for padding. window_ids: int [B, W, T / W], 0 for padding.
         """
         c = self.config
-        x = PatchEmbed(c, self.param_dtype, name="patch_embed")(patches, scale, self.dtype)
-        rotation = rotation_of(_angles(coordinates, c.hidden_size // c.num_heads))
-        blocks = stacked(Block, c.depth, (0, nn.broadcast, nn.broadcast, nn.broadcast))
-        full = jnp.isin(jnp.arange(c.depth), np.array(c.full_blocks, np.int32))
-        x, _ = blocks(c, self.param_dtype, name="blocks")(x, full, rotation, frame_ids, window_ids)
-        return Merger(c, self.param_dtype, name="merger")(x)
+        x = VisionPatchEmbed(c, name="patch_embed")(patches, scale, self.dtype)
+        angles = _angles(coordinates, c.hidden_size // c.num_heads)
+        rotation = rotation_of(angles)
+        full_blocks = np.array(c.full_blocks, np.int32)
+        full = jnp.isin(jnp.arange(c.depth), full_blocks)
+
+        of_block, shared = 0, nn.broadcast
+        in_axes = (of_block, shared, shared, shared)
+        stack = stacked(VisionBlock, c.depth, in_axes)
+        x, _ = stack(c, name="blocks")(x, full, rotation, frame_ids, window_ids)
+        return VisionMerger(c, name="merger")(x)
 
 
 def _angles(coordinates: Array, head_dim: int) -> Array:
-    """Rotation angles [B, T, H / 2]: the first half turns with the row, the second with the column."""
-    frequencies = 1.0 / ROPE_THETA ** (
-        np.arange(0, head_dim // 2, 2, dtype=np.float32) / np.float32(head_dim // 2)
-    )
-    angles = coordinates[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
+    """Rotation angles [B, T, H / 2]: the first half turns with the row, the second with the column.
+
+    coordinates: int [B, T, 2].
+    """
+    frequencies = rotary_frequencies(head_dim // 2, ROPE_THETA)
+    angles = coordinates[..., None].astype(jnp.float32) * frequencies
     return rearrange(angles, "b t a f -> b t (a f)")
