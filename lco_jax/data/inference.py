@@ -28,7 +28,7 @@ from lco_jax.core.packing import (
     width_of,
 )
 from lco_jax.core.sharding import ROWS
-from lco_jax.data.processor import MediaRows, pack_media
+from lco_jax.data.packed_media import MediaRows, pack_media
 from lco_jax.data.tower_rows import Processed, TowerRows
 
 MAX_TOKENS = 16_384  # of a device in one forward pass, unless a single input has more
@@ -72,7 +72,7 @@ def blocks_of(
         left -= 1
         ready.append(one)
         if not isinstance(one, LcoError):
-            held += sum(placed.item.values.nbytes for placed in one.media)
+            held += sum(tokens.medium.nbytes for tokens in one.media)
         if len(ready) >= block_inputs or held >= BLOCK_BYTES * shards or left == 0:
             yield ready
             ready, held = [], 0
@@ -229,7 +229,7 @@ def pack(
     ready: Sequence[Processed], members: list[list[int]], rows: dict[str, TowerRows]
 ) -> PackedBlock:
     """Lay each shard's inputs into its stream, what they have in common packed once. rows: of each tower."""
-    media, packed, _ = pack_media(rows, [[ready[i] for i in mine] for mine in members])
+    media, packed = pack_media(rows, [[ready[i] for i in mine] for mine in members])
     streams = [pack_stream(sequences, prefix=None) for sequences in packed]
     shape = _shape(streams)
     tokens, became = fill(streams, members, shape, prefix=None)

@@ -174,7 +174,7 @@ def answered(
             except LcoError as error:
                 found[i] = error
     for i, ids in zip(texts, processor.tokenizer.answers(list(texts.values())), strict=True):
-        found[i] = processor.fitting(found[i].answered(ids), records[i].where)
+        found[i] = processor.checked_length(found[i].answered(ids), records[i].where)
     return found
 
 

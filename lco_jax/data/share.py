@@ -19,7 +19,13 @@ from lco_jax.core.packing import (
     pack_stream,
     spread,
 )
-from lco_jax.data.processor import MediaRows, MediaShape, PackedMedia, widest, with_room
+from lco_jax.data.packed_media import (
+    MediaRows,
+    MediaShape,
+    PackedMedia,
+    padded_media_shape,
+    row_widths,
+)
 from lco_jax.data.tower_rows import Processed, TowerRows
 
 
@@ -97,7 +103,7 @@ class Share:
         self.own = [max(len(one) - len(layout.prefix), 1) for one in local.inputs]
         most = shards * layout.chunk_tokens
         chunks = -(-sum(self.own) // most) if most else 1
-        widths = widest(layouts, local.inputs)
+        widths = row_widths(layouts, local.inputs)
         self.first = np.array([chunks, *(widths[tower] for tower in self.towers)], np.int64)
 
     def pack(self, agreed: np.ndarray) -> None:
@@ -131,7 +137,7 @@ class Share:
         media_need = {
             tower: (width, counts[tower]) for tower, (width, _) in self.media.need.items()
         }
-        shape = with_room(media_need, self.layout.media_floor)
+        shape = padded_media_shape(media_need, self.layout.media_floor)
         streams = [
             stream._replace(
                 sequences=ones
