@@ -44,10 +44,10 @@ def audio_tokens(samples: int) -> int:
 
 
 class _Sound(NamedTuple):
-    """Sound as it was given, at its own rate.
+    """Sound as it was given, at the rate that it was given at.
 
     mono: float32 [samples], at most one more than `max_audio_seconds` allows. rate: in Hz.
-    seconds: of all of it, as the file's header says. label: how errors begin.
+    seconds: of all of it, by the file's header. label: how errors begin.
     """
 
     mono: np.ndarray
@@ -105,7 +105,7 @@ def _cut(sound: _Sound, config: MediaConfig) -> np.ndarray:
     limit = _limit(sound.rate, config)
     if len(sound.mono) > limit:
         kept = limit / sound.rate
-        known = sound.seconds > kept  # some headers say less than there is
+        known = sound.seconds > kept  # some headers give less than there is
         length = f"{sound.seconds:.1f}" if known else f"more than {kept:.1f}"
         logger.warning(
             "%s: cut from %s to %.1f seconds (max_audio_seconds)", sound.label, length, kept
@@ -170,7 +170,8 @@ def _samples_first(array: np.ndarray, label: str) -> np.ndarray:
 def _as_float32(array: np.ndarray, label: str) -> np.ndarray:
     """Integers become floats in [-1, 1]."""
     if array.dtype == np.uint8:
-        return (array.astype(np.float32) - 128) / 128
+        levels = array.astype(np.float32)
+        return (levels - 128) / 128
     if array.dtype in (np.int16, np.int32):
         full_scale = -float(np.iinfo(array.dtype).min)
         return (array / full_scale).astype(np.float32)
@@ -210,7 +211,7 @@ class _SoundFile(soundfile.SoundFile):
 
 
 def _blocks(sound: soundfile.SoundFile, label: str) -> Iterator[np.ndarray]:
-    """float32 [samples, channels] until the file ends, whatever its header says."""
+    """float32 [samples, channels] until the file ends, whatever its header has."""
     size = BLOCK_SECONDS * sound.samplerate // sound.channels + 1
     while True:
         with decoding(label):
@@ -231,19 +232,22 @@ def _through_av(file: MediaFile, deadline: Deadline, config: MediaConfig) -> _So
         if first is None:
             raise LcoError(f"{file.label} has a sound track of which nothing can be decoded")
         rate = _check_rate(first.sample_rate, file.label)  # decoders may double the header's
-        blocks = _planes(itertools.chain([first], frames), file.label)
+        blocks = _samples_of(itertools.chain([first], frames), file.label)
         mono = _gather(blocks, _limit(rate, config), deadline)
         seconds = (container.duration or 0) / av.time_base
         return _Sound(mono, rate, seconds, file.label)
 
 
-def _planes(frames: Iterable[av.AudioFrame], label: str) -> Iterator[np.ndarray]:
+def _samples_of(frames: Iterable[av.AudioFrame], label: str) -> Iterator[np.ndarray]:
     """Frames of any sample type and layout as float32 [samples, channels], at their rate."""
-    resampler = av.AudioResampler(format="fltp")
+    resampler = av.AudioResampler(format="flt")  # PyAV crashes on more than 8 planes ("fltp")
     for frame in frames:
         with decoding(label):
-            blocks = [block.to_ndarray().T for block in resampler.resample(frame)]
-        yield from blocks
+            blocks = resampler.resample(frame)
+        for block in blocks:
+            with decoding(label):
+                samples = block.to_ndarray().reshape(-1, block.layout.nb_channels)
+            yield np.asfortranarray(samples)  # whose mean adds channel by channel
 
 
 def _gather(blocks: Iterator[np.ndarray], limit: int, deadline: Deadline) -> np.ndarray:

@@ -84,10 +84,9 @@ class MediaCodec(ABC):
 
         media: (kind, medium) of each, in the order of the placeholders. where: how errors begin.
         """
-        kinds = {token: kind for kind, token in self.placeholders.items()}
-        places = np.flatnonzero(np.isin(ids, list(kinds)))
-        expected = [kinds[token] for token in ids[places].tolist()]
-        if expected != [kind for kind, _ in media]:
+        places = np.flatnonzero(np.isin(ids, list(self.placeholders.values())))
+        expected = [self.placeholders.get(kind) for kind, _ in media]
+        if ids[places].tolist() != expected:
             raise LcoError(
                 f"{where}: its {len(media)} media do not match the {len(places)} placeholders in "
                 "its text; does the text name a special token?"

@@ -73,8 +73,7 @@ def check_size(width: int, height: int, label: str, config: MediaConfig) -> None
 def _open(stream: BinaryIO, label: str) -> Image.Image:
     """The image with its header read and nothing decoded.
 
-    `Image.open` would warn and refuse by a limit of Pillow's, which can only be changed for the
-    whole process.
+    `Image.open` would warn and refuse by a limit of Pillow's, which holds for the entire process.
     """
     Image.init()
     prefix = stream.read(16)

@@ -73,7 +73,7 @@ class MediaConfig:
     allow_remote: bool = _cap(
         False, "fetch http and https addresses; only for inputs that you trust with your network"
     )
-    use_audio_in_video: bool = _cap(False, "embed a video file's own sound with it")
+    use_audio_in_video: bool = _cap(False, "embed the sound of a video file with it")
 
     def __post_init__(self):
         for cap in fields(self):
@@ -183,7 +183,7 @@ def _shown(name: str) -> str:
         try:
             parts = urlsplit(name)
             name = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
-        except ValueError:  # an invalid URL has no secrets; fetching it says what is wrong
+        except ValueError:  # an invalid URL has no secrets; fetching it shows what is wrong
             pass
     name = name if len(name) <= 200 else f"{name[:200]}…"
     return name if name.isprintable() else ascii(name)
@@ -316,7 +316,7 @@ def open_container(
 
     Playlists and the like name other files and addresses, which an input must not reach. Two
     options together keep FFmpeg to this one stream: some formats ask `io_open`, others open with a
-    context of their own, which inherits the whitelist.
+    new context, which inherits the whitelist.
     """
     with file.open() as stream:
         with decoding(file.label):
@@ -343,7 +343,7 @@ def packets(container: InputContainer, stream: Any, deadline: Deadline) -> Itera
         except av.FFmpegError:
             packet = None
         if packet is None:
-            deadline.check()  # which FFmpeg may have reported as an error of its own
+            deadline.check()  # FFmpeg may have reported it as another error
             return
         if packet.size:  # a decoder would take an empty one for the end
             yield packet

@@ -61,13 +61,10 @@ class PackedMedia:
         slots: list[dict[str, list[np.ndarray]]] = [{} for _ in self.shards]
         offset = 0
         for tower, (width, count) in shape.items():
-            for of_shard, (_, assigned) in zip(slots, self.packed[tower], strict=True):
-                of_shard[tower] = [offset + tokens for tokens in assigned.tokens]
+            for i, (_, assigned) in enumerate(self.packed[tower]):
+                slots[i][tower] = [offset + tokens for tokens in assigned.tokens]
             offset += count * self.rows[tower].tokens_per_row(width)
-        return [
-            _with_slots(inputs, of_shard)
-            for inputs, of_shard in zip(self.shards, slots, strict=True)
-        ]
+        return [_with_slots(inputs, slots[i]) for i, inputs in enumerate(self.shards)]
 
     def fill(self, shape: MediaShape) -> MediaRows:
         """Each tower's rows, P times as many as a shard has."""

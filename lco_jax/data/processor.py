@@ -62,7 +62,8 @@ class Processor:
 
         Raises for the first bad input.
         """
-        names = names or [f"input {i}" for i in range(len(conversations))]
+        if names is None:
+            names = [f"input {i}" for i in range(len(conversations))]
         results = []
         for result in self.attempt(conversations, names):
             if isinstance(result, LcoError):

@@ -32,8 +32,8 @@ ASSUMED_FPS = 2.0  # what processors assume of a clip; the reference never tells
 # the fewest and most pixels of an image, and of a clip's picture, by default
 IMAGE_PIXELS = (3_136, 1_003_520)
 VIDEO_PIXELS = (100_352, 602_112)
-# Stills have one picture a patch, clips as many as the tower takes together. Each have rows of
-# their own, so that a still travels to the device once, whatever travels with it.
+# Stills have one picture a patch, clips as many as the tower takes together. They have separate
+# rows, so that a still travels to the device once, whatever travels with it.
 STILLS = "visual"
 CLIPS = "visual/clips"
 SOUNDS = "audio_tower"
@@ -93,7 +93,7 @@ class QwenMedia(MediaCodec):
 
     @cached_property
     def feature_extractor(self) -> WhisperFeatureExtractor:
-        """transformers' own. Raises if the caps let through longer sound than it takes."""
+        """transformers' extractor. Raises if the caps let through longer sound than it takes."""
         config, file = processor_config(self.folder, "feature_extractor")
         extractor = WhisperFeatureExtractor.from_dict(config)
         given = self.media.max_audio_seconds

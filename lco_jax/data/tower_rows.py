@@ -46,7 +46,7 @@ class Patches:
 
 @dataclass(frozen=True)
 class Segments:
-    """A medium in rows of its own: the chunks of a sound, or the tiles of an image.
+    """A medium that shares no row: the chunks of a sound, or the tiles of an image.
 
     rows: the tower's arguments for it: [rows, …]. order: which tokens of its rows the decoder
     reads, as indices into rows × K.
@@ -70,8 +70,8 @@ TowerInput = Patches | Segments
 class MediaTokens(NamedTuple):
     """The tokens of a medium in a sequence.
 
-    tower: the name of the tower that makes them. Media of one tower that are packed into rows of
-    their own have a suffix after a slash. medium: what the tower reads.
+    tower: the name of the tower that makes them. Media of one tower that are packed into
+    separate rows have a suffix after a slash. medium: what the tower reads.
     at: the index in the sequence of each of its tokens, in their order: int [tokens].
     """
 
@@ -145,15 +145,20 @@ def arrange_frame(grid: tuple[int, int], window: int, merge: int, sub_row: int) 
     grid: patches down and across. window, merge: patches of a window's and of a token's side.
     sub_row: patches of a sub-row.
     """
-    pattern = "coordinate (y a) (x b) -> coordinate (y x a b)"  # patches come token by token
-    coordinates = rearrange(np.indices(grid), pattern, a=merge, b=merge)
-    row, column = coordinates // window
-    windows = row * (column.max() + 1) + column
-    coordinates = coordinates.T.astype(np.int32)
-    if len(windows) <= sub_row:
-        return Frame(np.arange(len(windows)), windows, coordinates, 0)
-    slots, sub_rows = _pack_windows(windows, sub_row)
-    return Frame(slots, windows, coordinates, sub_rows)
+    coordinates = rearrange(  # patches come token by token
+        np.indices(grid),
+        "coordinate (y a) (x b) -> (y x a b) coordinate",
+        a=merge,
+        b=merge,
+    )
+    row, column = coordinates.T // window
+    windows_across = column.max() + 1
+    windows = row * windows_across + column
+    slots = np.arange(len(windows))
+    sub_rows = 0
+    if len(windows) > sub_row:
+        slots, sub_rows = _pack_windows(windows, sub_row)
+    return Frame(slots, windows, coordinates.astype(np.int32), sub_rows)
 
 
 def _pack_windows(windows: np.ndarray, sub_row: int) -> tuple[np.ndarray, int]:
@@ -161,12 +166,12 @@ def _pack_windows(windows: np.ndarray, sub_row: int) -> tuple[np.ndarray, int]:
     sizes = np.bincount(windows)
     assigned = assign_rows(sizes, sub_row)
     begins = assigned.row * sub_row + assigned.start
-    # sorted by window, the patches of each are in one run; it moves to where its window begins
+    # sorted by window, the patches of each are in one run, which moves to where its window begins
+    by_window = np.argsort(windows, kind="stable")
     runs = np.cumsum(sizes) - sizes
     moves = np.repeat(begins - runs, sizes)
-    count = len(windows)
-    slots = np.empty(count, np.int64)
-    slots[np.argsort(windows, kind="stable")] = np.arange(count) + moves
+    slots = np.empty(len(windows), np.int64)
+    slots[by_window] = np.arange(len(windows)) + moves
     return slots, assigned.num_rows
 
 
@@ -201,15 +206,17 @@ class PatchRows:
         return arrange_frame(medium.grid[1:], self.window, self.merge, self.sub_row)
 
     def assign(self, media: Sequence[Patches], width: int) -> MediaAssignment:
-        """Small frames share sub-rows, larger ones have sub-rows of their own."""
+        """Small frames share sub-rows, larger ones do not."""
         frames = [self._frame(medium) for medium in media for _ in range(medium.grid[0])]
         starts, num_rows = self._starts(frames, width)
+        area = self.merge**2
         slots, tokens = [], []
         for medium in media:
             frame = self._frame(medium)
-            of_medium = [next(starts) + frame.slots for _ in range(medium.grid[0])]
-            slots.append(np.concatenate(of_medium))
-            tokens.append(slots[-1][:: self.merge**2] // self.merge**2)
+            begins = [next(starts) for _ in range(medium.grid[0])]
+            of_medium = np.add.outer(begins, frame.slots).reshape(-1)
+            slots.append(of_medium)
+            tokens.append(of_medium[::area] // area)
         return MediaAssignment(num_rows, slots, tokens)
 
     def _starts(self, frames: Sequence[Frame], width: int) -> tuple[Iterator[int], int]:
@@ -223,8 +230,8 @@ class PatchRows:
         begins = sub_rows * self.sub_row  # of each shared sub-row, then of each large frame
         of_small = iter(begins[shared.row] + shared.start)
         of_large = iter(begins[shared.num_rows :])
-        starts = (next(of_large if frame.sub_rows else of_small) for frame in frames)
-        return starts, assigned.num_rows
+        sides = (of_large if frame.sub_rows else of_small for frame in frames)
+        return map(next, sides), assigned.num_rows
 
     def empty(self, rows: int, width: int) -> Arrays:
         """patches uint8 [rows, T, V]; scale [rows, 3, 3]; coordinates [rows, T, 2]; frame_ids
@@ -240,12 +247,12 @@ class PatchRows:
 
     def write(self, arrays: Arrays, media: Sequence[Patches], assigned: MediaAssignment) -> None:
         """Write one shard's media into its arrays. Ids of frames and windows differ within it."""
+        width = arrays["frame_ids"].shape[1]
         scale = arrays["scale"]
         patches = arrays["patches"].reshape(-1, *self.patch_shape)
         coordinates = arrays["coordinates"].reshape(-1, 2)
         frame_ids = arrays["frame_ids"].reshape(-1)
         window_ids = arrays["window_ids"].reshape(-1)
-        width = len(frame_ids) // max(len(scale), 1)
         next_frame = next_window = 1
         for medium, slots in zip(media, assigned.inputs, strict=True):
             frame = self._frame(medium)
@@ -304,18 +311,18 @@ def mel_tokens(frames: int) -> int:
 def chunk_rows(n_window: int, channels: int) -> SegmentRows:
     """Rows of Qwen2.5-Omni's audio tower: chunks of 2 · n_window mel frames. channels: C."""
     mel = np.zeros((2 * n_window, channels), np.float32)
-    return SegmentRows(n_window // 2, {"mel": mel, "frames": np.array(0, np.int32)})
+    frames = np.zeros((), np.int32)
+    return SegmentRows(n_window // 2, {"mel": mel, "frames": frames})
 
 
 def chunks_of(mel: np.ndarray, n_window: int) -> Segments:
     """A sound for the audio tower. mel: float32 [frames, C]; zeros fill the last chunk."""
     width = 2 * n_window
     left = np.arange(len(mel), 0, -width)  # frames from each chunk's first to the end
-    padded = np.pad(mel, ((0, len(left) * width - len(mel)), (0, 0)))
-    rows = {
-        "mel": padded.reshape(len(left), width, -1),
-        "frames": np.minimum(left, width).astype(np.int32),
-    }
+    missing = len(left) * width - len(mel)
+    padded = np.pad(mel, ((0, missing), (0, 0)))
+    frames = np.minimum(left, width).astype(np.int32)
+    rows = {"mel": padded.reshape(len(left), width, -1), "frames": frames}
     return Segments(rows, np.arange(mel_tokens(len(mel))))
 
 

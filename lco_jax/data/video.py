@@ -92,9 +92,10 @@ def sampled_indices(total: int, kept: int) -> np.ndarray:
     """
     if kept == 1:
         return np.zeros(1, np.int64)
+    steps = np.float32(kept - 1)
     index = np.arange(kept, dtype=np.float32)
     last = np.float32(total - 1)
-    step = last / np.float32(kept - 1)
+    step = last / steps
     from_start = step * index
     from_end = last - step * index[::-1]
     values = np.where(index < kept // 2, from_start, from_end)
@@ -109,7 +110,7 @@ def frames_to_keep(total: int, rate: float, config: MediaConfig) -> int:
 
 
 def _from_file(file: MediaFile, config: MediaConfig, size_rule: SizeRule | None) -> np.ndarray:
-    """Decoded once, and again if the number of frames is not what the header says."""
+    """Decoded once, and again if the file has more or fewer frames than its header."""
     reader = _Reader(file, config, size_rule, Deadline(config.decode_seconds, file.label))
     total, rate = reader.header()
     frames, found = reader.sample(total, rate)
@@ -187,24 +188,28 @@ def _from_array(
         raise LcoError(f"{where}: video array is a {type(array).__name__}; give a numpy array")
     label = f"{where}: video array of shape {array.shape}"
     array = _frames_first_channels_last(array, label)
-    total = len(array)
-    if not total:
+    if not len(array):
         raise LcoError(f"{label} has no frames")
-    kept = min(total, config.max_frames)
-    fps = source.get("fps")
-    if fps is not None:
-        if not is_number(fps, Real) or not 0 < fps < math.inf:
-            raise LcoError(f"{label} has an fps of {fps!r:.40}; it must be a number above 0")
-        if fps > config.fps or total > config.max_frames:
-            kept = frames_to_keep(total, fps, config)
-        fps = float(fps)
-        if kept < total:
-            fps = fps * kept / total
+    kept, fps = _sampling(len(array), source.get("fps"), label, config)
     frames = _sample(array, kept, where, config, size_rule)
     audio = source.get("audio")
     if audio is not None:
         audio = load_audio(audio, where, config)
     return Video(frames, fps, audio)
+
+
+def _sampling(total: int, fps: Any, label: str, config: MediaConfig) -> tuple[int, float | None]:
+    """(how many frames of an array are kept, their frames a second)."""
+    if fps is None:
+        return min(total, config.max_frames), None
+    if not is_number(fps, Real) or not 0 < fps < math.inf:
+        raise LcoError(f"{label} has an fps of {fps!r:.40}; it must be a number above 0")
+    kept = total
+    if fps > config.fps or total > config.max_frames:
+        kept = frames_to_keep(total, fps, config)
+    if kept == total:
+        return kept, float(fps)
+    return kept, float(fps) * kept / total
 
 
 def _frames_first_channels_last(array: np.ndarray, label: str) -> np.ndarray:
