@@ -120,7 +120,7 @@ class MediaAssignment(NamedTuple):
     """
 
     num_rows: int
-    inputs: list[np.ndarray]
+    inputs: list[Any]
     tokens: list[np.ndarray]
 
 
