@@ -1,5 +1,5 @@
-"""What `encode` feeds to devices: how much of it is padding, how large a picture is, and what it costs the thread that
-dispatches (its CPU time). Nothing runs on a device, so that any number of them can be asked about."""
+"""What `encode` feeds to devices: its padding, the bytes of a picture, and the CPU time of the
+thread that dispatches. Nothing runs on a device, so that the number of devices is free."""
 
 import argparse
 import io
@@ -72,12 +72,12 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def _sentences(rng: np.random.Generator, count: int) -> list[Processed]:
     """As long as SNLI's, in its prompt."""
-    said = json.loads(SNLI.read_text(encoding="utf-8"))
-    lengths = rng.choice(np.ravel(said["lengths"]), count)
-    return [
-        _text(np.concatenate([said["prefix"], rng.zipf(1.3, n) % 8000, said["suffix"]]))
-        for n in lengths
-    ]
+    snli = json.loads(SNLI.read_text(encoding="utf-8"))
+    sentences = []
+    for length in rng.choice(np.ravel(snli["lengths"]), count):
+        words = rng.zipf(1.3, length) % 8000
+        sentences.append(_text(np.concatenate([snli["prefix"], words, snli["suffix"]])))
+    return sentences
 
 
 def _text(ids: np.ndarray) -> Processed:
@@ -101,28 +101,35 @@ def _packed(processor: Processor, ready: Sequence[Any], devices: int) -> Iterato
 
 
 def _padding(processor: Processor, ready: Sequence[Processed], devices: int) -> dict[str, Any]:
-    """What products run over, over what is real of it: tokens of streams, slots of attention rows, patches."""
-    tokens, slots, patches, programs, passes = np.zeros(2), np.zeros(2), np.zeros(2), set(), 0
+    """All over real ones: tokens of streams, slots of attention rows, patches."""
+    tokens, slots, patches = np.zeros(2), np.zeros(2), np.zeros(2)  # [all, real ones]
+    programs = set()
+    passes = 0
     for packed in _packed(processor, ready, devices):
-        rows, passes = packed.tokens.rows, passes + 1
-        tokens += packed.tokens.input_ids.size, sum(stream.length for stream in packed.streams)
-        slots += sum(x.size for x in rows), sum((x >= 0).sum() for x in rows)
+        passes += 1
+        ids, rows = packed.tokens.input_ids, packed.tokens.rows
+        tokens += ids.size, sum(stream.length for stream in packed.streams)
+        for group in rows:
+            slots += group.size, (group >= 0).sum()
         for filled in packed.media().values():
-            patches += filled["frame_ids"].size, (filled["frame_ids"] > 0).sum()
-        programs.add((packed.tokens.input_ids.shape, *(x.shape for x in rows)))
+            frame_ids = filled["frame_ids"]
+            patches += frame_ids.size, (frame_ids > 0).sum()
+        programs.add((ids.shape, *(group.shape for group in rows)))
     result = {
         "passes": passes,
         "programs": len(programs),
         "tokens": tokens[0] / tokens[1],
         "slots": slots[0] / slots[1],
     }
-    return {**result, "patches": patches[0] / patches[1]} if patches[1] else result
+    if patches[1]:
+        result["patches"] = patches[0] / patches[1]
+    return result
 
 
 def _image(
     processor: Processor, rng: np.random.Generator, args: argparse.Namespace
 ) -> dict[str, float]:
-    """Of a picture of a megapixel: bytes that its tower's inputs have, and what the dispatching thread does for it."""
+    """Of a picture of a megapixel: the bytes that travel, and the dispatching thread's time."""
     (one,) = _prepared(processor, [_picture(rng, SIDE, SIDE)], 0)
     (alone,) = _packed(processor, [one], 1)
     sent = sum(x.nbytes for filled in alone.media().values() for x in filled.values())
@@ -137,16 +144,16 @@ def _image(
         seconds["fill"].append(filling / 12)
         seconds["all"].append((time.thread_time() - start) / 12)
     size = SIDE**2 / 1e6
-    return {
-        "bytes": sent,
-        **{f"{name}_ms": 1e3 * float(np.median(x)) / size for name, x in seconds.items()},
-    }
+    result = {"bytes": sent}
+    for name, times in seconds.items():
+        result[f"{name}_ms"] = 1e3 * float(np.median(times)) / size
+    return result
 
 
 def _workers(
     processor: Processor, rng: np.random.Generator, args: argparse.Namespace
 ) -> dict[int, dict[str, float]]:
-    """Pictures a second from JPEG to what travels, and the dispatching thread's part of it, by workers."""
+    """Workers -> pictures a second from JPEG to what travels, and the dispatching thread's part."""
     buffer = io.BytesIO()
     Image.fromarray(_picture(rng, SIDE, SIDE)).save(buffer, "JPEG", quality=90)
     result = {}
@@ -155,7 +162,8 @@ def _workers(
         ready = prepare_ahead(Preparation(processor), named(items, None), workers)
         for _ in range(8):  # processes start
             next(ready)
-        start, packing = time.perf_counter(), 0.0
+        start = time.perf_counter()
+        packing = 0.0
         for block in blocks_of(ready, 8, raises=True):
             before = time.thread_time()
             for packed in _packed(processor, block, 1):
@@ -177,19 +185,16 @@ def table(result: dict[str, Any]) -> str:
     ]
     for name, by_devices in result["padding"].items():
         for devices, one in by_devices.items():
-            ratios = [
-                f"{one[key]:.2f}" if key in one else "" for key in ("tokens", "slots", "patches")
-            ]
-            counts = [name, devices, one["passes"], one["programs"]]
-            lines.append(f"| {' | '.join(map(str, [*counts, *ratios]))} |")
+            cells = [name, str(devices), str(one["passes"]), str(one["programs"])]
+            for key in ("tokens", "slots", "patches"):
+                cells.append(f"{one[key]:.2f}" if key in one else "")
+            lines.append(f"| {' | '.join(cells)} |")
     image = result["image"]
     lines.append(f"a picture of a megapixel: {image['bytes'] / 1e6:.2f} MB to the device")
-    lines.append(
-        f"the dispatching thread: {image['fill_ms']:.2f} ms to fill its rows, {image['all_ms']:.2f} in all"
-    )
+    fill, total = image["fill_ms"], image["all_ms"]
+    lines.append(f"the dispatching thread: {fill:.2f} ms to fill its rows, {total:.2f} in all")
     for workers, one in result["workers"].items():
+        speed = f"{one['per_second']:.1f} JPEGs of a megapixel a second"
         thread = f"{one['thread_ms']:.2f} ms of each on the dispatching thread"
-        lines.append(
-            f"{workers} workers: {one['per_second']:.1f} JPEGs of a megapixel a second, {thread}"
-        )
+        lines.append(f"{workers} workers: {speed}, {thread}")
     return "\n".join(lines)

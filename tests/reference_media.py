@@ -1,9 +1,11 @@
 """Raw media drawn from a seed, and the golden embeddings of conversations that carry them.
 
-`golden` runs each conversation alone, so nothing is padded, through the checkpoint's own processor and model in
-transformers, in float32. Pixels are resized by PIL, as in the runtime; torchvision's resizing differs by a grey level.
+`golden` runs each conversation alone, so nothing is padded, through the checkpoint's processor and
+model in transformers, in float32. PIL resizes pixels, as in the runtime; torchvision's resizing
+differs by a grey level.
 
-Dimensions: N conversations, D hidden, n tokens of one conversation, T frames, H, W pixels, C channels.
+Dimensions: N conversations, D hidden, n tokens of one conversation, T frames, H, W pixels, C
+channels.
 """
 
 from functools import lru_cache
@@ -46,7 +48,7 @@ def clip(seed: int, frames: int, height: int, width: int) -> np.ndarray:
 
 
 def chirp(seed: int, seconds: float) -> np.ndarray:
-    """float32 mono in [-1, 1]: rising tones under a slow beat, and noise; never a whole number of hops."""
+    """float32 mono in [-1, 1]: rising tones under a slow beat, and noise; the last hop is short."""
     rng = np.random.default_rng([seed, 2])
     t = np.arange(int(seconds * RATE) + 53) / RATE
     wave = rng.normal(0, 0.02, t.shape)
@@ -88,7 +90,10 @@ def video(
 
 
 class Golden(NamedTuple):
-    """input_ids: of each conversation, [n]. position_ids: of each, [3, n]. embeddings: [N, D], of unit length."""
+    """input_ids: of each conversation, [n]. position_ids: of each, [3, n].
+
+    embeddings: unit vectors, [N, D].
+    """
 
     input_ids: list[np.ndarray]
     position_ids: list[np.ndarray]
@@ -108,7 +113,8 @@ def golden(
     """What transformers makes of conversations whose parts hold raw media.
 
     use_audio_in_video: interleave the audio of videos that have some with their frames (Omni).
-    video_positions: of Qwen2.5-VL: "4.57", which LCO was trained with, or "5", the installed release's own.
+    video_positions: of Qwen2.5-VL: "4.57", which LCO was trained with, or "5", the installed
+    release's.
     video_limits: smallest and largest number of pixels of a frame, instead of the checkpoint's.
     together: run one left-padded batch instead of one conversation at a time.
     """
@@ -132,8 +138,8 @@ def golden(
 def answer_losses(
     model: torch.nn.Module, folder: Path, conversation: list[dict[str, Any]], answer: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of each token of an answer with the end of its turn, [tokens]; and of the conversation alone, the hidden
-    state of its last token at every layer, [L + 1, D]."""
+    """(the loss of each token of an answer and the end of its turn, [tokens]; of the conversation
+    alone, the hidden state of its last token at every layer, [L + 1, D])."""
     processor = _processor(str(folder))
     inputs = _inputs(processor, [conversation], False, None)
     model.model.rope_deltas = None  # of an earlier input
@@ -170,7 +176,7 @@ def generated(
     new: int,
     ends: list[int],
 ) -> list[int]:
-    """The `new` tokens at most that transformers generates greedily, with 5.x's positions of video."""
+    """At most `new` tokens that transformers generates greedily, with 5.x's video positions."""
     inputs = _inputs(_processor(str(folder)), [conversation], False, None)
     model.model.rope_deltas = None  # of an earlier input
     out = model.generate(
@@ -195,7 +201,7 @@ def _inputs(
     use_audio_in_video: bool,
     video_limits: tuple[int, int] | None,
 ) -> dict[str, torch.Tensor]:
-    """The model's inputs as the checkpoint's processor makes them, but for the frames of videos (`_frame_patches`)."""
+    """The model's inputs from the checkpoint's processor; frames of videos: `_frame_patches`."""
     messages = [message for conversation in conversations for message in conversation]
     parts = [part for m in messages if not isinstance(m["content"], str) for part in m["content"]]
     images = [part for part in parts if part["type"] == "image"]
@@ -273,9 +279,9 @@ def _videos_kwargs(
 
 
 def _frame_patches(image_processor: Any, frames: np.ndarray, grid: list[int]) -> torch.Tensor:
-    """pixel_values_videos of one video with PIL resizing: transformers' video processors have no such backend.
+    """pixel_values_videos of one video with PIL resizing, which no video processor does.
 
-    Frames go through the image processor, which repeats each in time; of every pair of frames, take turns.
+    The image processor repeats each frame in time. Of its output, one of each pair is taken.
     """
     t, h, w = grid
     size = image_processor.patch_size
@@ -315,8 +321,8 @@ def _run(
 def _positions_of_4_57(inputs: dict[str, torch.Tensor], config: Any) -> torch.Tensor:
     """Qwen2.5-VL's positions as transformers 4.57 computed them, [3, N, n], 0 at padding.
 
-    The seconds of a pair of frames are truncated to a whole number, and what follows starts after the largest position
-    of any axis.
+    The seconds of a pair of frames are truncated to an integer, and what follows starts after the
+    largest position of any axis.
     """
     merge, rate = config.vision_config.spatial_merge_size, config.vision_config.tokens_per_second
     images = iter(inputs["image_grid_thw"].tolist() if "image_grid_thw" in inputs else ())

@@ -51,7 +51,7 @@ def test_it_embeds_what_a_world_holds(folders):
     assert (vectors @ vectors.T - np.eye(5)).max() < 0.999
     processed = model.processor([as_messages(one, "input") for one in inputs])
     counts = [sum(len(placed.at) for placed in one.media) for one in processed]
-    frames = np.ceil(len(processed[2].media[0].item.values) / 2) // 2
+    frames = np.ceil(processed[2].media[0].medium.rows["frames"].sum() / 2) // 2
     assert counts[:3] == [16, 32, frames]  # 56 x 56 pixels, twice that, 25 a second
     assert counts[3] in (32, 48)
     assert counts[4] == 0

@@ -1,4 +1,4 @@
-"""Images, audio and video embed as in transformers, and no embedding depends on what else is in the batch."""
+"""Images, audio and video embed as in transformers, whatever else is in the batch."""
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ def prompt(kind):
 IMAGES = {
     "image": [
         user(image(1, 140, 196), prompt("image"))
-    ],  # whole patches and windows: nothing is resized
+    ],  # full patches and windows: nothing is resized
     "resized": [user(image(2, 97, 181), prompt("image")), user(image(3, 25, 19), prompt("image"))],
     "square_and_long": [
         user(image(4, 113, 112), prompt("image")),
@@ -54,7 +54,7 @@ VIDEOS = {
     "video_long_then_text": [
         user(video(3, 26, 56, 84, fps=1.0), " and then a few words after it." + prompt("video"))
     ],
-    # time in thirds, and in steps whose multiples float32 rounds to the other side of a whole number
+    # time in thirds, and in steps whose multiples float32 rounds across an integer
     "video_rates": [
         user(video(4, 14, 56, 56, fps=3.0), ONE),
         user(video(5, 24, 56, 56, fps=25.0), ONE),
@@ -85,7 +85,7 @@ FILMS = {  # videos with their audio
     "film_long_pictures": [
         user(video(11, 17, 56, 56, fps=1.0, sound=9.1), " and a text" + prompt("video"))
     ],
-    # within the last two seconds, and so in one chunk: what follows starts after the sound, not after the pictures
+    # within the last two seconds, and so in one chunk: what follows starts after the sound
     "film_sound_ends_early": [
         user("Watch: ", video(16, 12, 56, 56, fps=2.0, sound=4.6), prompt("video"))
     ],
@@ -188,7 +188,7 @@ def test_embeddings_equal_transformers(vectors, goldens, family, name):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_golden_embeddings_can_tell(cases, goldens, family):
-    """Different inputs are far from parallel, media matter, and transformers' own padded batch agrees."""
+    """Inputs are far from parallel, media matter, and transformers' padded batch agrees."""
     every = np.concatenate([golden.embeddings for golden in goldens[family].values()])
     assert (every @ every.T - 2 * np.eye(len(every))).max() < 0.99
     _, path, model = cases[family]
@@ -263,9 +263,13 @@ def test_inputs_in_every_form(embedders, family, tmp_path):
     Image.fromarray(pixels).save(file)
     chat = user({"type": "image", "image": pixels}, prompt("image"))
     forms = [
-        {"image": pixels}, {"image": Image.fromarray(pixels)}, {"image": file}, {"image": str(file)},
-        Image.fromarray(pixels), user({"type": "image", "image": str(file)}, prompt("image")),
-    ]  # fmt: skip
+        {"image": pixels},
+        {"image": Image.fromarray(pixels)},
+        {"image": file},
+        {"image": str(file)},
+        Image.fromarray(pixels),
+        user({"type": "image", "image": str(file)}, prompt("image")),
+    ]
     got = embedders[family].encode([chat, *forms])
     np.testing.assert_allclose(got[1:], np.repeat(got[:1], len(forms), axis=0), atol=1e-6)
     assert embedders[family].encode(Image.fromarray(pixels)).shape == got[0].shape

@@ -22,7 +22,7 @@ from lco_jax.data.media import MediaConfig
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import MEDIA
 from lco_jax.data.records import Record
-from lco_jax.data.tower_rows import _frame
+from lco_jax.data.tower_rows import arrange_frame, fill
 from lco_jax.models.config import DecoderConfig
 from lco_jax.models.layers import normalised
 from lco_jax.models.qwen_vision import VisionConfig
@@ -85,14 +85,12 @@ def assert_same(got, want):
         for x, y in zip(a.media, b.media, strict=True):
             assert x.tower == y.tower
             np.testing.assert_array_equal(x.at, y.at)
-            assert vars(x.item).keys() == vars(y.item).keys()
-            for key, value in vars(x.item).items():
-                np.testing.assert_array_equal(value, vars(y.item)[key])
+            np.testing.assert_equal(vars(x.medium), vars(y.medium))
 
 
 def grid(processed):
     """(pairs of frames, patches down, patches across) of the first medium."""
-    return processed.media[0].item.grid
+    return processed.media[0].medium.grid
 
 
 def same_decoder_and_towers(a, b):
@@ -501,17 +499,17 @@ def test_pixels_stay_bytes_and_normalise_as_transformers(cases, family, size):
     folder, pixels = cases[family].path, picture(1, *size)
     processor = Processor(folder)
     (placed,) = processor([user({"type": "image", "image": pixels}, "x")])[0].media
-    item = placed.item
-    assert item.values.dtype == np.uint8
+    medium = placed.medium
     rows = processor.rows[placed.tower]
-    width = rows.width([item])
-    packed = rows.assign([item], width)
-    filled = rows.fill([([item], packed)], packed.rows, width)
+    width = rows.width([medium])
+    packed = rows.assign([medium], width)
+    filled = fill(rows, [([medium], packed)], packed.num_rows, width)
     theirs = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
     want = theirs(Image.fromarray(pixels), return_tensors="np")["pixel_values"]
     if family == "vl":
         assert filled["patches"].dtype == np.uint8
-        values = filled["patches"].reshape(packed.rows, width, 3, 1, -1)  # of which a still has one
+        # of which a still has one picture
+        values = filled["patches"].reshape(packed.num_rows, width, 3, 1, -1)
         got = np.asarray(jax.jit(normalised)(values, filled["scale"]))
         got = np.repeat(got, 2, axis=3).reshape(-1, want.shape[-1])[packed.inputs[0]]
     else:
@@ -523,7 +521,7 @@ def test_pixels_stay_bytes_and_normalise_as_transformers(cases, family, size):
 
 
 def test_layouts_of_frames_are_remembered_in_bounds():
-    assert 0 < _frame.cache_info().maxsize <= 256
+    assert 0 < arrange_frame.cache_info().maxsize <= 256
 
 
 # ---- training

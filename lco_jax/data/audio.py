@@ -3,7 +3,7 @@
 import itertools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -16,9 +16,10 @@ from lco_jax.core.errors import LcoError, check_keys
 from lco_jax.data.media import (
     Deadline,
     MediaConfig,
-    Medium,
+    MediaFile,
     decoded,
     decoding,
+    is_number,
     open_container,
     resolve,
 )
@@ -26,12 +27,13 @@ from lco_jax.data.tower_rows import mel_tokens
 
 RATE = 16_000  # Hz, the model's
 HOP = 160  # samples a mel frame
-MIN_RATE, MAX_RATE = (
-    1,
-    768_000,
-)  # Hz; the highest that is in use, and a lowest that keeps the result finite
+MIN_SAMPLES = 321  # the fewest that make a token, 20 ms
+# in Hz: the highest in use, and a lowest that keeps the result finite
+MIN_RATE = 1
+MAX_RATE = 768_000
 MAX_CHANNELS = 8  # of an array; an axis longer than this is time
-LOUDEST = 1e6  # 1 is full scale; samples that are torn reach 1e38, of which no spectrum is finite
+# 1 is full scale. Samples of torn files reach 1e38, and spectra of those are not finite.
+LOUDEST = 1e6
 BLOCK_SECONDS = 10  # decoded at once
 logger = logging.getLogger(__name__)
 
@@ -41,179 +43,217 @@ def audio_tokens(samples: int) -> int:
     return mel_tokens(-(-samples // HOP))
 
 
-MIN_SAMPLES = next(n for n in itertools.count(1) if audio_tokens(n) >= 1)  # 321, or 20 ms
-
-
 class _Sound(NamedTuple):
-    """mono: float32 [samples], at most one more than max_audio_seconds. seconds: of the whole, as the header has it."""
+    """Sound as it was given, at the rate that it was given at.
+
+    mono: float32 [samples], at most one more than `max_audio_seconds` allows. rate: in Hz.
+    seconds: of all of it, by the file's header. label: how errors begin.
+    """
 
     mono: np.ndarray
     rate: float
     seconds: float
+    label: str
 
 
 def load_audio(source: Any, where: str, config: MediaConfig) -> np.ndarray:
     """Sound as float32 [samples], mono, 16 kHz.
 
-    source: a path, bytes, a data: URI, a URL (see `media.resolve`); {"array": …, "sampling_rate": Hz}, or the two as a
-    tuple. Arrays are [samples], [channels, samples] or [samples, channels]; int16, int32 and uint8 are scaled to
-    [-1, 1], floats are kept as they are. where: how errors begin, for example "input 3".
+    source: a path, bytes, a data: URI, a URL (see `media.resolve`); {"array": …, "sampling_rate":
+    Hz}, or the two as a tuple. Arrays are [samples], [channels, samples] or [samples, channels].
+    int16, int32 and uint8 are scaled to [-1, 1]; floats are taken as they are.
+    where: how errors begin, for example "input 3".
 
-    Channels are averaged and then resampled as the reference's loader does it (soxr, HQ). What is longer than
-    `max_audio_seconds` is cut, with a warning, and not decoded beyond. Silence is valid. Raises for anything else, and
-    for what is too short to make a token.
+    Channels are averaged and then resampled as in the reference's loader (soxr, HQ). Sound longer
+    than `max_audio_seconds` is cut, with a warning; the rest is not decoded. Silence is valid.
+    Raises for anything else, and for sound too short to make a token.
     """
+    sound = _read(source, where, config)
+    _check_samples(sound.mono, sound.label)
+    mono = _resampled(_cut(sound, config), sound.rate, sound.label)
+    if len(mono) < MIN_SAMPLES:
+        raise LcoError(
+            f"{sound.label} is too short: {len(mono)} samples at 16 kHz "
+            f"({len(mono) / RATE:.4f} seconds), and the model needs {MIN_SAMPLES}"
+        )
+    return mono
+
+
+def _read(source: Any, where: str, config: MediaConfig) -> _Sound:
     if isinstance(source, dict):
         check_keys(source, ("array", "sampling_rate", "sample_rate", "path"), f"{where}: audio")
-        source = source.get("array"), source.get("sampling_rate", source.get("sample_rate"))
+        rate = source.get("sampling_rate", source.get("sample_rate"))
+        source = (source.get("array"), rate)
     if isinstance(source, tuple) and len(source) == 2:
-        if not isinstance(source[0], np.ndarray):
-            raise LcoError(
-                f"{where}: audio array is a {type(source[0]).__name__}; give a numpy array"
-            )
-        label = f"{where}: audio array of shape {source[0].shape}"
-        mono, rate, seconds = _from_array(*source, label, config)
-    else:
-        medium = resolve(
-            source, "audio", where, config, ' or {"array": numpy array, "sampling_rate": Hz}'
-        )
-        label, (mono, rate, seconds) = medium.label, _from_file(medium, config)
+        return _from_array(*source, where, config)
+    or_else = ' or {"array": numpy array, "sampling_rate": Hz}'
+    return _from_file(resolve(source, "audio", where, config, or_else), config)
+
+
+def _check_samples(mono: np.ndarray, label: str) -> None:
     if not len(mono):
         raise LcoError(f"{label} is empty")
     if not np.isfinite(mono).all():
         raise LcoError(f"{label} holds NaN or infinity")
-    if (peak := np.abs(mono).max()) > LOUDEST:
+    peak = np.abs(mono).max()
+    if peak > LOUDEST:
         raise LcoError(f"{label} is torn: its samples reach {peak:.3g}, and 1 is full scale")
-    if len(mono) > (limit := _limit(rate, config)):
-        length = f"{seconds:.1f}" if seconds * rate > limit else f"more than {limit / rate:.1f}"
+
+
+def _cut(sound: _Sound, config: MediaConfig) -> np.ndarray:
+    """The samples that `max_audio_seconds` allows."""
+    limit = _limit(sound.rate, config)
+    if len(sound.mono) > limit:
+        kept = limit / sound.rate
+        known = sound.seconds > kept  # some headers give less than there is
+        length = f"{sound.seconds:.1f}" if known else f"more than {kept:.1f}"
         logger.warning(
-            "%s: cut from %s to %.1f seconds (max_audio_seconds)", label, length, limit / rate
+            "%s: cut from %s to %.1f seconds (max_audio_seconds)", sound.label, length, kept
         )
-        mono = mono[:limit]
-    if rate != RATE:
-        samples = math.ceil(len(mono) * (RATE / rate))
-        with decoding(label):
-            mono = soxr.resample(mono, rate, RATE, quality="HQ")
-        # librosa, which the reference loads with, cuts or fills up to exactly this length
-        mono = np.pad(mono[:samples], (0, max(0, samples - len(mono))))
-    if audio_tokens(len(mono)) < 1:
-        raise LcoError(
-            f"{label} is too short: {len(mono)} samples at 16 kHz ({len(mono) / RATE:.4f} seconds), and the model "
-            f"needs {MIN_SAMPLES}"
-        )
-    return mono
+    return sound.mono[:limit]
 
 
 def _limit(rate: float, config: MediaConfig) -> int:
     return max(1, int(config.max_audio_seconds * rate))
 
 
+def _resampled(mono: np.ndarray, rate: float, label: str) -> np.ndarray:
+    """float32 [samples] at 16 kHz, as many as the reference's loader, librosa, would give."""
+    if rate == RATE:
+        return mono
+    samples = math.ceil(len(mono) * (RATE / rate))
+    with decoding(label):
+        mono = soxr.resample(mono, rate, RATE, quality="HQ")
+    missing = max(0, samples - len(mono))
+    return np.pad(mono[:samples], (0, missing))
+
+
 def _check_rate(rate: Any, label: str) -> float:
-    if not isinstance(rate, Real) or isinstance(rate, bool) or not MIN_RATE <= rate <= MAX_RATE:
+    if not is_number(rate, Real) or not MIN_RATE <= rate <= MAX_RATE:
         raise LcoError(
             f"{label} has a sampling rate of {rate!r:.40}; it must be {MIN_RATE} to {MAX_RATE} Hz"
         )
     return float(rate)
 
 
-def _from_array(array: np.ndarray, rate: Any, label: str, config: MediaConfig) -> _Sound:
+def _from_array(array: Any, rate: Any, where: str, config: MediaConfig) -> _Sound:
+    if not isinstance(array, np.ndarray):
+        raise LcoError(f"{where}: audio array is a {type(array).__name__}; give a numpy array")
+    label = f"{where}: audio array of shape {array.shape}"
     if rate is None:
         raise LcoError(f'{label} has no "sampling_rate"; give it, in Hz')
     rate = _check_rate(rate, label)
+    array = _samples_first(array, label)
+    seconds = len(array) / rate
+    frames = _as_float32(array[: _limit(rate, config) + 1], label)
+    mono = frames if frames.ndim == 1 else _mono(frames)
+    return _Sound(mono, rate, seconds, label)
+
+
+def _samples_first(array: np.ndarray, label: str) -> np.ndarray:
+    """[samples] or [samples, channels]."""
     if not array.size:
         raise LcoError(f"{label} is empty")
-    if array.ndim == 2:
-        if min(array.shape) > MAX_CHANNELS or array.shape[0] == array.shape[1]:
-            raise LcoError(
-                f"{label} is in no known layout; give [samples], or [channels, samples] or [samples, channels] with "
-                f"more samples than channels and at most {MAX_CHANNELS} channels"
-            )
-        array = array.T if array.shape[0] < array.shape[1] else array
-    elif array.ndim != 1:
+    if array.ndim == 1:
+        return array
+    if array.ndim != 2:
         raise LcoError(f"{label} must have one axis, or two of which one is channels")
-    seconds = len(array) / rate
-    array = array[: _limit(rate, config) + 1]
+    first, second = array.shape
+    if min(first, second) > MAX_CHANNELS or first == second:
+        raise LcoError(
+            f"{label} is in no known layout; give [samples], or [channels, samples] or [samples, "
+            f"channels] with more samples than channels and at most {MAX_CHANNELS} channels"
+        )
+    return array.T if first < second else array
+
+
+def _as_float32(array: np.ndarray, label: str) -> np.ndarray:
+    """Integers become floats in [-1, 1]."""
     if array.dtype == np.uint8:
-        array = (array.astype(np.float32) - 128) / 128
-    elif array.dtype in (np.int16, np.int32):
-        array = (array / -float(np.iinfo(array.dtype).min)).astype(np.float32)
-    elif np.issubdtype(array.dtype, np.floating):
-        with np.errstate(over="ignore"):  # a float64 that becomes infinite is found later
-            array = array.astype(np.float32)
-    else:
+        levels = array.astype(np.float32)
+        return (levels - 128) / 128
+    if array.dtype in (np.int16, np.int32):
+        full_scale = -float(np.iinfo(array.dtype).min)
+        return (array / full_scale).astype(np.float32)
+    if not np.issubdtype(array.dtype, np.floating):
         raise LcoError(f"{label} holds {array.dtype}; give floats, int16, int32 or uint8")
-    return _Sound(array if array.ndim == 1 else _mono(array), rate, seconds)
+    with np.errstate(over="ignore"):  # `_check_samples` finds a float64 that becomes infinite
+        return array.astype(np.float32)
 
 
 def _mono(frames: np.ndarray) -> np.ndarray:
     """float32 [samples, channels] -> [samples]."""
-    with np.errstate(all="ignore"):  # infinities are found later
+    with np.errstate(all="ignore"):  # `_check_samples` finds infinities
         return np.mean(frames, axis=1)
 
 
-def _from_file(medium: Medium, config: MediaConfig) -> _Sound:
-    """libsndfile first, as the reference; PyAV for what it does not know (m4a, the sound of videos)."""
-    deadline = Deadline(config.decode_seconds, medium.label)
-    with decoding(medium.label), medium.open() as stream:
-        try:  # by descriptor, for it would believe a name that ends in .raw
-            file = _SoundFile(
-                stream if isinstance(medium.content, bytes) else stream.fileno(), closefd=False
-            )
+def _from_file(file: MediaFile, config: MediaConfig) -> _Sound:
+    """Read with libsndfile, as in the reference, or with PyAV what that cannot (m4a, videos)."""
+    deadline = Deadline(config.decode_seconds, file.label)
+    with file.open() as stream:
+        # a descriptor, since libsndfile would believe a name that ends in .raw
+        content = stream if isinstance(file.content, bytes) else stream.fileno()
+        try:
+            sound = _SoundFile(content, closefd=False)
         except soundfile.SoundFileError:
-            return _through_av(medium, deadline, config)
-        with file:
-            rate = _check_rate(file.samplerate, medium.label)
-            mono = _gather(_blocks(file), _limit(rate, config), deadline)
-            return _Sound(mono, rate, file.frames / rate)
+            return _through_av(file, deadline, config)
+        with sound:
+            rate = _check_rate(sound.samplerate, file.label)
+            mono = _gather(_blocks(sound, file.label), _limit(rate, config), deadline)
+            return _Sound(mono, rate, sound.frames / rate, file.label)
 
 
 class _SoundFile(soundfile.SoundFile):
-    """Read from front to end. Its base class seeks to where it is after each read, and in MP3 that loses samples."""
+    """Read from front to end. The base class seeks after each read, and loses samples of MP3."""
 
     def seekable(self) -> bool:
         return False
 
 
-def _blocks(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
-    """float32 [samples, channels] until the file ends, whatever its header says."""
-    size = BLOCK_SECONDS * file.samplerate // file.channels + 1
-    while len(block := file.read(size, dtype="float32", always_2d=True)):
+def _blocks(sound: soundfile.SoundFile, label: str) -> Iterator[np.ndarray]:
+    """float32 [samples, channels] until the file ends, whatever its header has."""
+    size = BLOCK_SECONDS * sound.samplerate // sound.channels + 1
+    while True:
+        with decoding(label):
+            block = sound.read(size, dtype="float32", always_2d=True)
+        if not len(block):
+            return
         yield block
 
 
-def _through_av(medium: Medium, deadline: Deadline, config: MediaConfig) -> _Sound:
-    with open_container(medium, deadline, config.max_image_pixels) as container:
-        stream = next(
-            (track for track in container.streams.audio if track.codec_context is not None), None
-        )
-        if stream is None:
-            raise LcoError(f"{medium.label} has no sound track that can be decoded")
-        frames = decoded(container, stream, deadline)
-        if (first := next(frames, None)) is None:
-            raise LcoError(f"{medium.label} has a sound track of which nothing can be decoded")
-        rate = _check_rate(
-            first.sample_rate, medium.label
-        )  # not the header's: decoders may double it
-        planar = av.AudioResampler(
-            format="fltp"
-        )  # of any sample type float32 [channels, samples]; rate unchanged
-        parts = (
-            part.to_ndarray().T
-            for frame in itertools.chain([first], frames)
-            for part in planar.resample(frame)
-        )
-        mono = _gather(parts, _limit(rate, config), deadline)
-        seconds = (
-            stream.duration * stream.time_base
-            if stream.duration
-            else (container.duration or 0) / av.time_base
-        )
-        return _Sound(mono, rate, float(seconds))
+def _through_av(file: MediaFile, deadline: Deadline, config: MediaConfig) -> _Sound:
+    with open_container(file, deadline, config) as container:
+        tracks = (one for one in container.streams.audio if one.codec_context is not None)
+        track = next(tracks, None)
+        if track is None:
+            raise LcoError(f"{file.label} has no sound track that can be decoded")
+        frames = decoded(container, track, deadline)
+        first = next(frames, None)
+        if first is None:
+            raise LcoError(f"{file.label} has a sound track of which nothing can be decoded")
+        rate = _check_rate(first.sample_rate, file.label)  # decoders may double the header's
+        blocks = _samples_of(itertools.chain([first], frames), file.label)
+        mono = _gather(blocks, _limit(rate, config), deadline)
+        seconds = (container.duration or 0) / av.time_base
+        return _Sound(mono, rate, seconds, file.label)
+
+
+def _samples_of(frames: Iterable[av.AudioFrame], label: str) -> Iterator[np.ndarray]:
+    """Frames of any sample type and layout as float32 [samples, channels], at their rate."""
+    resampler = av.AudioResampler(format="flt")  # PyAV crashes on more than 8 planes ("fltp")
+    for frame in frames:
+        with decoding(label):
+            blocks = resampler.resample(frame)
+        for block in blocks:
+            with decoding(label):
+                samples = block.to_ndarray().reshape(-1, block.layout.nb_channels)
+            yield np.asfortranarray(samples)  # whose mean adds channel by channel
 
 
 def _gather(blocks: Iterator[np.ndarray], limit: int, deadline: Deadline) -> np.ndarray:
-    """Blocks of [samples, channels] as one mono array, of one sample more than `limit` if there are that many."""
-    parts, samples = [np.zeros(0, np.float32)], 0
+    """Blocks of [samples, channels] as one mono array: at most one sample more than `limit`."""
+    parts = [np.zeros(0, np.float32)]
+    samples = 0
     for block in blocks:
         deadline.check()
         parts.append(_mono(block))

@@ -29,7 +29,7 @@ from lco_jax.core.packing import (
     width_of,
 )
 from lco_jax.core.sharding import ROWS
-from lco_jax.data.processor import MediaRows, pack_media
+from lco_jax.data.packed_media import MediaRows, pack_media
 from lco_jax.data.tower_rows import Processed, TowerRows
 
 MAX_TOKENS = 16_384  # of a device in a forward pass, unless one input has more
@@ -108,7 +108,7 @@ def blocks_of(
 def _media_bytes(one: Processed | LcoError) -> int:
     if isinstance(one, LcoError):
         return 0
-    return sum(medium.item.values.nbytes for medium in one.media)
+    return sum(tokens.medium.nbytes for tokens in one.media)
 
 
 # ---- a block -> the inputs of each batch
@@ -259,7 +259,7 @@ def pack(
 ) -> HostBatch:
     """Pack each shard's inputs into its stream. members: of each shard, as of `batches_of`."""
     inputs = [[ready[i] for i in chosen] for chosen in members]
-    media, sequences, _ = pack_media(tower_rows, inputs)
+    media, sequences = pack_media(tower_rows, inputs)
     streams = [pack_stream(one, prefix=None) for one in sequences]
     tokens, slots = fill(streams, members, _shape(streams), prefix=None)
     return HostBatch(tokens, media, streams, slots)

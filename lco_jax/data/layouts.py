@@ -25,7 +25,8 @@ from lco_jax.core.packing import (
     width_of,
 )
 from lco_jax.core.sharding import row_shards
-from lco_jax.data.processor import MediaShape, Processor
+from lco_jax.data.packed_media import MediaShape
+from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import as_messages
 from lco_jax.data.share import Layout, LocalBatch, Share, agree_shape, pack_batch
 from lco_jax.data.tower_rows import Processed

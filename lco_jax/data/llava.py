@@ -1,12 +1,11 @@
-"""LLaVA-NeXT's processor, without torch: an image -> tiles and the order in which their tokens reach the decoder.
+"""LLaVA-NeXT's processor, without torch: an image -> tiles, and the order of their tokens.
 
-Dimensions: N tokens a side of a tile, X height and width of a tile.
+Dimensions: N tokens of a tile's side, X height and width of a tile.
 Sources: image_processing_llava_next.py, and `pack_image_features` and `unpad_image` of
 modeling_llava_next.py, which are an order of tokens and nothing else.
 """
 
 import math
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,104 +13,102 @@ import numpy as np
 from einops import rearrange
 
 from lco_jax.core.errors import LcoError
+from lco_jax.data.codec import Expansion, MediaCodec, of_medium
 from lco_jax.data.images import load_image
 from lco_jax.data.media import MediaConfig
-from lco_jax.data.pixels import read_scale, resize
+from lco_jax.data.pixels import resize
 from lco_jax.data.positions import line_positions
-from lco_jax.data.tower_rows import MediaTokens, Processed, TileRows, Tiles, TowerRows
+from lco_jax.data.tower_rows import Segments, tile_rows, tiles_of
+
+TOWER = "vision_tower"
+Size = tuple[int, int]  # height, width
 
 
-class LlavaMedia:
+class LlavaMedia(MediaCodec):
     """Images of one checkpoint."""
 
     def __init__(self, folder: Path, config: dict[str, Any], media: MediaConfig):
-        self.folder, self.media = folder, media
+        super().__init__(folder, config, media)
         vision = config["vision_config"]
-        self.image_size, self.side = (
-            vision["image_size"],
-            vision["image_size"] // vision["patch_size"],
-        )
-        self.pinpoints = [tuple(size) for size in config["image_grid_pinpoints"]]
-        self.rows: dict[str, TowerRows] = {
-            "vision_tower": TileRows(self.side**2 + 1, self.image_size)
-        }
-        self.placeholder = config.get("image_token_index", config.get("image_token_id"))
+        self.tile = vision["image_size"]
+        self.side = self.tile // vision["patch_size"]
+        self.canvases = [tuple(size) for size in config["image_grid_pinpoints"]]
+        newline = 1
+        self.rows[TOWER] = tile_rows(self.side**2 + newline, self.tile)
 
-    @cached_property
-    def scale(self) -> np.ndarray:
-        """How pictures are normalised: float32 [3, 3], as of `read_scale`."""
-        return read_scale(self.folder)
-
-    def load(self, part: dict[str, Any], where: str) -> Tiles:
+    def load(self, part: dict[str, Any], where: str) -> Segments:
         """The image of a chat part."""
         if part["type"] != "image":
             raise LcoError(f"{where} has {part['type']}, which this checkpoint does not take")
-        if options := sorted(part.keys() - {"type", "image"}):
+        options = sorted(part.keys() - {"type", "image"})
+        if options:
             raise LcoError(
-                f"{where}: an image has {options[0]}, and LLaVA-NeXT's tiles have sizes of their own"
+                f"{where}: an image has {options[0]}, and the sizes of LLaVA-NeXT's tiles are fixed"
             )
         image = np.asarray(load_image(part["image"], where, self.media))
-        height, width = image.shape[:2]
-        best = self._best_resolution(height, width)
-        tiles = np.stack(
-            [resize(image, self.image_size, self.image_size), *self._tiles(image, best)]
-        )
-        return Tiles(tiles.transpose(0, 3, 1, 2), self._order(height, width, best), self.scale)
+        size = image.shape[:2]
+        canvas = self._best_canvas(size)
+        overview = resize(image, self.tile, self.tile)
+        tiles = np.stack([overview, *self._tiles(image, canvas)])
+        return tiles_of(tiles.transpose(0, 3, 1, 2), self._order(size, canvas), self.scale)
 
-    def _tiles(self, image: np.ndarray, best: tuple[int, int]) -> np.ndarray:
-        """uint8 [X, X, 3] each: the image, fitted into `best` and padded with black, cut row by row."""
-        height, width = image.shape[:2]
-        if best[1] / width < best[0] / height:
-            fitted = min(math.ceil(height * (best[1] / width)), best[0]), best[1]
-        else:
-            fitted = best[0], min(math.ceil(width * (best[0] / height)), best[1])
-        top, left = (best[0] - fitted[0]) // 2, (best[1] - fitted[1]) // 2
-        canvas = np.zeros((*best, 3), np.uint8)
-        canvas[top : top + fitted[0], left : left + fitted[1]] = resize(image, *fitted)
-        size = self.image_size
-        return rearrange(canvas, "(down x) (across y) c -> (down across) x y c", x=size, y=size)
+    def _best_canvas(self, size: Size) -> Size:
+        """The canvas that keeps most of the image's pixels, and of those the smallest."""
 
-    def _order(self, height: int, width: int, best: tuple[int, int]) -> np.ndarray:
-        """The base tile's tokens; then those of the tiled image without its padding, a newline after each row."""
-        down, across = best[0] // self.image_size, best[1] // self.image_size
-        n = self.side
-        tile, token = np.arange(down * across).reshape(down, across), np.arange(n * n).reshape(n, n)
-        # grid[i, j]: the token at row i and column j of the whole image; tile 0 is the base
-        grid = (1 + tile)[:, None, :, None] * (n * n + 1) + token[None, :, None, :]
-        grid = grid.reshape(down * n, across * n)
-        if width / height > grid.shape[1] / grid.shape[0]:
-            padding = (grid.shape[0] - int(round(height * (grid.shape[1] / width), 7))) // 2
-            grid = grid[padding : grid.shape[0] - padding]
-        else:
-            padding = (grid.shape[1] - int(round(width * (grid.shape[0] / height), 7))) // 2
-            grid = grid[:, padding : grid.shape[1] - padding]
-        newlines = np.full((len(grid), 1), n * n)  # every tile's last token is the same newline
-        return np.concatenate(
-            [token.reshape(-1), np.concatenate([grid, newlines], axis=1).reshape(-1)]
+        def fitness(canvas: Size) -> tuple[int, int]:
+            scale = _scale(size, canvas)
+            kept = min(int(size[1] * scale) * int(size[0] * scale), math.prod(size))
+            return kept, -math.prod(canvas)
+
+        return max(self.canvases, key=fitness)  # the first of equals, as upstream
+
+    def _tiles(self, image: np.ndarray, canvas: Size) -> np.ndarray:
+        """uint8 [tiles, X, X, 3]: the image in the middle of a black canvas, cut row by row."""
+        scale = _scale(image.shape[:2], canvas)
+        height = min(math.ceil(image.shape[0] * scale), canvas[0])
+        width = min(math.ceil(image.shape[1] * scale), canvas[1])
+        top = (canvas[0] - height) // 2
+        left = (canvas[1] - width) // 2
+        pixels = np.zeros((*canvas, 3), np.uint8)
+        pixels[top : top + height, left : left + width] = resize(image, height, width)
+        return rearrange(
+            pixels,
+            "(down x) (across y) c -> (down across) x y c",
+            x=self.tile,
+            y=self.tile,
         )
 
-    def _best_resolution(self, height: int, width: int) -> tuple[int, int]:
-        """The tiling in which most of the image's pixels survive, and of those the one that wastes the least."""
+    def _order(self, size: Size, canvas: Size) -> np.ndarray:
+        """Which tokens the decoder reads, as in `Segments`.
 
-        def fitness(size: tuple[int, int]) -> tuple[int, int]:
-            scale = min(size[1] / width, size[0] / height)
-            kept = min(int(width * scale) * int(height * scale), width * height)
-            return kept, kept - size[0] * size[1]
+        Those of the overview, then the rows of the canvas without its padding, each followed by a
+        newline.
+        """
+        down = canvas[0] // self.tile
+        across = canvas[1] // self.tile
+        newline = self.side**2  # its index among a tile's tokens, the last
+        tokens = np.arange((1 + down * across) * (newline + 1))
+        by_tile = tokens.reshape(-1, newline + 1)[:, :newline]
+        grid = rearrange(
+            by_tile[1:],
+            "(down across) (y x) -> (down y) (across x)",
+            down=down,
+            y=self.side,
+        )
+        scale = _scale(size, grid.shape)
+        for axis, length in enumerate(grid.shape):
+            real = int(round(size[axis] * scale, 7))
+            padding = (length - real) // 2
+            grid = grid.take(range(padding, length - padding), axis)
+        rows = np.pad(grid, ((0, 0), (0, 1)), constant_values=newline)  # all newlines are alike
+        return np.concatenate([by_tile[0], rows.reshape(-1)])
 
-        return max(self.pinpoints, key=fitness)  # the first of equals, as upstream
+    def expansion(self, medium: Segments, start: int) -> Expansion:
+        """An image's tokens, at positions as those of a text."""
+        positions = line_positions(start, len(medium.order))
+        return of_medium(self.placeholders["image"], positions, TOWER, medium)
 
-    def expand(self, ids: np.ndarray, media: list[tuple[str, Tiles]], where: str) -> Processed:
-        """Token ids with one placeholder an image -> the tokens and positions of the whole."""
-        found = np.flatnonzero(ids == self.placeholder)
-        if len(found) != len(media):
-            raise LcoError(
-                f"{where}: {len(media)} images and {len(found)} placeholders; does its text hold <image>?"
-            )
-        counts = np.ones(len(ids), np.int64)
-        counts[found] = [len(tiles.order) for _, tiles in media]
-        ends = np.cumsum(counts)
-        placed = [
-            MediaTokens("vision_tower", tiles, np.arange(ends[i] - counts[i], ends[i]))
-            for i, (_, tiles) in zip(found, media, strict=True)
-        ]
-        return Processed(np.repeat(ids, counts), line_positions(0, int(ends[-1])), tuple(placed))
+
+def _scale(size: Size, room: Size) -> float:
+    """By how much an image is scaled to fill as much of a room as it can."""
+    return min(room[0] / size[0], room[1] / size[1])

@@ -1,4 +1,4 @@
-"""What images, sound and video share: the caps, where their bytes come from, and a fence around decoders."""
+"""What images, sound and video share: caps, where bytes come from, calls of decoders."""
 
 import base64
 import binascii
@@ -20,23 +20,32 @@ from typing import Any, BinaryIO
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import av
-import numpy as np
 from av.container import InputContainer
 
 from lco_jax.core.errors import LcoError, explained, reason
 
-SOCKET_SECONDS = 30.0  # how long a server may say nothing
+SOCKET_SECONDS = 30.0  # how long a server may be silent
 CHUNK = 1 << 20  # bytes read from a server at once
+# of urllib; those of ftp:, file: and data:, which a redirect may name, are left out
+URL_HANDLERS = (
+    urllib.request.ProxyHandler,
+    urllib.request.UnknownHandler,
+    urllib.request.HTTPHandler,
+    urllib.request.HTTPSHandler,
+    urllib.request.HTTPDefaultErrorHandler,
+    urllib.request.HTTPRedirectHandler,
+    urllib.request.HTTPErrorProcessor,
+)
 
 
 def _cap(default: Any, meaning: str) -> Any:
-    """A field of `MediaConfig`; `meaning` also stands in the help of `lco_jax.embed`."""
+    """A field of `MediaConfig`. The commands' help shows its `meaning`."""
     return field(default=default, metadata={"meaning": meaning})
 
 
 @dataclass(frozen=True)
 class MediaConfig:
-    """Every cap on what users give. Raises for a value that makes no sense, naming the field."""
+    """Every cap on the media that users give. Raises for a value out of range, with its name."""
 
     fps: float = _cap(2.0, "frames a second that are taken of a video (as the reference)")
     max_frames: int = _cap(64, "the most frames that are taken of a video; at least 2")
@@ -64,164 +73,190 @@ class MediaConfig:
     allow_remote: bool = _cap(
         False, "fetch http and https addresses; only for inputs that you trust with your network"
     )
-    use_audio_in_video: bool = _cap(False, "embed a video file's own sound with it")
+    use_audio_in_video: bool = _cap(False, "embed the sound of a video file with it")
 
     def __post_init__(self):
         for cap in fields(self):
-            value = getattr(self, cap.name)
-            if cap.type is bool:
-                good, rule = isinstance(value, bool), "True or False"
-            elif cap.type is float:
-                good = _is(value, Real) and math.isfinite(value) and value > 0
-                rule = "a number greater than 0"
-            else:
-                least = 2 if cap.name == "max_frames" else 1
-                rule = f"a whole number of at least {least}" + (
-                    " or None" if cap.type is not int else ""
-                )
-                good = (value is None and cap.type is not int) or (
-                    _is(value, Integral) and value >= least
-                )
-            if not good:
-                raise LcoError(f"media.{cap.name} is {value!r:.60}; it must be {rule}")
-        for kind in ("image", "video"):
-            least, most = getattr(self, f"{kind}_min_pixels"), getattr(self, f"{kind}_max_pixels")
-            if least is not None and most is not None and least > most:
-                raise LcoError(
-                    f"media.{kind}_min_pixels is {least}, and {kind}_max_pixels only {most}"
-                )
+            self._check_value(cap.name, cap.type)
+        self._check_order("image_min_pixels", "image_max_pixels")
+        self._check_order("video_min_pixels", "video_max_pixels")
+
+    def _check_value(self, name: str, kind: Any) -> None:
+        value = getattr(self, name)
+        least = 2 if name == "max_frames" else 1
+        if kind is bool:
+            valid = isinstance(value, bool)
+            rule = "True or False"
+        elif kind is float:
+            valid = is_number(value, Real) and 0 < value < math.inf
+            rule = "a number greater than 0"
+        else:
+            valid = is_number(value, Integral) and value >= least
+            rule = f"a whole number of at least {least}"
+        if kind == int | None:
+            valid = valid or value is None
+            rule = f"{rule} or None"
+        if not valid:
+            raise LcoError(f"media.{name} is {value!r:.60}; it must be {rule}")
+
+    def _check_order(self, lower: str, upper: str) -> None:
+        least, most = getattr(self, lower), getattr(self, upper)
+        if least is not None and most is not None and least > most:
+            raise LcoError(f"media.{lower} is {least}, and {upper} only {most}")
 
 
-def _is(value: Any, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)  # True is an int in Python
+def is_number(value: Any, kind: type) -> bool:
+    """Whether a value is a number of this abstract class. True and False are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
-class Medium:
-    """A source that was found and is within the caps.
+class MediaFile:
+    """The encoded bytes of a medium, within the caps.
 
-    label: how errors begin, for example "input 3: image cat.png". content: the bytes, or the path of a regular file.
+    label: how errors begin, for example "input 3: image cat.png". content: the bytes, or the path
+    of a regular file.
     """
 
     label: str
     content: bytes | Path
 
     def open(self) -> BinaryIO:
-        """A fresh stream over the content, at its beginning."""
-        return (
-            io.BytesIO(self.content)
-            if isinstance(self.content, bytes)
-            else open(self.content, "rb")
-        )
+        """A new stream of the bytes, at their beginning."""
+        if isinstance(self.content, bytes):
+            return io.BytesIO(self.content)
+        with _reading(self.label):
+            return self.content.open("rb")
 
 
-def resolve(source: Any, kind: str, where: str, config: MediaConfig, or_else: str = "") -> Medium:
-    """Find what a path, file:// or data: URI, http(s) URL or bytes stand for; a Medium is returned as it is.
+def resolve(
+    source: Any, kind: str, where: str, config: MediaConfig, or_else: str = ""
+) -> MediaFile:
+    """The file that a path, a file:// or data: URI, an http(s) URL or bytes stand for.
 
-    kind: "image", "audio" or "video", for errors. or_else: what else a caller takes, for errors. Raises for what is
-    neither, if there is nothing to read, and for more than the caps allow.
-    URLs are fetched here, into memory; files are only looked at, and never opened if they are not regular ones.
+    A MediaFile is returned as it is. URLs are fetched here, into memory. Files are opened only if
+    they are regular ones, and are not read yet.
+
+    kind: "image", "audio" or "video", for errors. or_else: what else a caller takes, for errors.
+    Raises for other types, where there is nothing to read, and for more bytes than the caps allow.
     """
-    if isinstance(source, Medium):
+    if isinstance(source, MediaFile):
         return source
-    if not isinstance(source, str | os.PathLike | bytes | bytearray):
-        given = (
-            "numpy array without its rate"
-            if isinstance(source, np.ndarray)
-            else type(source).__name__
-        )  # of sound
-        what = {"image": "an image", "video": "a video"}.get(kind, kind)
-        raise LcoError(
-            f"{where}: {what} cannot be a {given}; give a path, bytes, a data: URI, a URL{or_else}"
-        )
     if isinstance(source, bytes | bytearray):
         return _in_memory(bytes(source), f"{where}: {kind} of {len(source)} bytes", config)
+    if not isinstance(source, str | os.PathLike):
+        raise LcoError(
+            f"{where}: {kind} cannot be a {type(source).__name__}; give a path, bytes, "
+            f"a data: URI, a URL{or_else}"
+        )
     name = os.fsdecode(source)
-    found = re.match("data(?=:)|[a-z][a-z0-9+.-]+(?=://)", name, re.IGNORECASE)
-    scheme = found[0].lower() if found else ""
+    scheme = _scheme(name)
     if scheme == "data":
         return _from_data_uri(name, f"{where}: {kind} in a data: URI", config)
+    label = f"{where}: {kind} {_shown(name)}"
     if scheme in ("http", "https"):
-        return _from_url(name, f"{where}: {kind} {_shown(name)}", config)
+        return _from_url(name, label, config)
     if scheme == "file":
-        name = name[len("file://") :].removeprefix("localhost")
-        name = name if os.path.exists(name) else unquote(name)
-    elif scheme:
+        return _from_path(_path_of(name), label, config)
+    if scheme:
         raise LcoError(
-            f"{where}: {kind} {_shown(name)} cannot be fetched; give a path, or a data:, file:, http: or https: address"
+            f"{label} cannot be fetched; give a path, or a data:, file:, http: or https: address"
         )
-    return _from_path(name, f"{where}: {kind} {_shown(name)}", config)
+    return _from_path(name, label, config)
 
 
-def _from_path(name: str, label: str, config: MediaConfig) -> Medium:
-    try:
+def _scheme(name: str) -> str:
+    """The scheme of an address in lower case, or "" for a path."""
+    found = re.match("data(?=:)|[a-z][a-z0-9+.-]+(?=://)", name, re.IGNORECASE)
+    return found[0].lower() if found else ""
+
+
+def _path_of(uri: str) -> str:
+    """The path in a file:// URI. It may be percent-encoded."""
+    path = uri[len("file://") :].removeprefix("localhost")
+    return path if os.path.exists(path) else unquote(path)
+
+
+def _shown(name: str) -> str:
+    """A path or URL for errors: on one line, not too long, and without the secrets in a URL."""
+    if _scheme(name) in ("http", "https"):
+        try:
+            parts = urlsplit(name)
+            name = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
+        except ValueError:  # an invalid URL has no secrets; fetching it shows what is wrong
+            pass
+    name = name if len(name) <= 200 else f"{name[:200]}…"
+    return name if name.isprintable() else ascii(name)
+
+
+def _from_path(name: str, label: str, config: MediaConfig) -> MediaFile:
+    with _reading(label):
         path = Path(name).expanduser()
-        found = path.stat()
-        if stat.S_ISDIR(found.st_mode):
-            raise LcoError(f"{label} is a folder; give a file")
-        if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for someone to write to it
-            raise LcoError(f"{label} is a pipe or a device; give a regular file")
-        if found.st_size == 0:
-            raise LcoError(f"{label} is empty")
-        _check_bytes(found.st_size, label, config)
+        status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise LcoError(f"{label} is a folder; give a file")
+    if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for someone to write to it
+        raise LcoError(f"{label} is a pipe or a device; give a regular file")
+    _check_bytes(status.st_size, label, config)
+    with _reading(label):
         path.open("rb").close()
-    except FileNotFoundError:
-        raise LcoError(f"{label} does not exist") from None
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # ValueError: a NUL; RuntimeError: nobody's home
-        raise LcoError(f"{label} cannot be read: {reason(error)}") from None
-    return Medium(label, path)
+    return MediaFile(label, path)
 
 
-def _from_data_uri(uri: str, label: str, config: MediaConfig) -> Medium:
+@contextmanager
+def _reading(label: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise LcoError(f"{label} does not exist") from error
+    # ValueError: the name has a NUL; RuntimeError: there is no such user
+    except (OSError, ValueError, RuntimeError) as error:
+        raise LcoError(f"{label} cannot be read: {reason(error)}") from error
+
+
+def _from_data_uri(uri: str, label: str, config: MediaConfig) -> MediaFile:
     header, comma, payload = uri.partition(",")
     if not comma:
         raise LcoError(f"{label} has no comma, after which its data would follow")
-    _check_bytes(len(payload) // 4 * 3, label, config)
     content = unquote_to_bytes(payload)
     if header.lower().endswith(";base64"):
+        compact = b"".join(content.split())
         with explained(f"{label} is not valid base64", binascii.Error):
-            content = base64.b64decode(b"".join(content.split()), validate=True)
+            content = base64.b64decode(compact, validate=True)
     return _in_memory(content, label, config)
 
 
-def _in_memory(content: bytes, label: str, config: MediaConfig) -> Medium:
-    if not content:
-        raise LcoError(f"{label} is empty")
+def _in_memory(content: bytes, label: str, config: MediaConfig) -> MediaFile:
     _check_bytes(len(content), label, config)
-    return Medium(label, content)
+    return MediaFile(label, content)
 
 
-def _from_url(url: str, label: str, config: MediaConfig) -> Medium:
+def _check_bytes(size: int, label: str, config: MediaConfig) -> None:
+    if size == 0:
+        raise LcoError(f"{label} is empty")
+    if size > config.max_file_bytes:
+        raise LcoError(
+            f"{label} has {size} bytes or more, and max_file_bytes is {config.max_file_bytes}"
+        )
+
+
+def _from_url(url: str, label: str, config: MediaConfig) -> MediaFile:
     if not config.allow_remote:
         raise LcoError(f"{label} is remote, and nothing is fetched unless you set allow_remote")
     deadline = Deadline(config.decode_seconds, label)
-    # no handler for ftp:, file: or data:, which a redirect may ask for
     opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler,
-        urllib.request.UnknownHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPRedirectHandler,
-        urllib.request.HTTPErrorProcessor,
-    ):
+    for handler in URL_HANDLERS:
         opener.add_handler(handler())
     content = bytearray()
     with explained(f"{label} cannot be fetched", OSError, http.client.HTTPException, ValueError):
         request = urllib.request.Request(url, headers={"User-Agent": "lco-jax"})
-        with opener.open(request, timeout=min(SOCKET_SECONDS, config.decode_seconds)) as response:
-            promised = int(response.headers.get("Content-Length") or 0)
-            _check_bytes(promised, label, config)
-            while chunk := response.read1(
-                CHUNK
-            ):  # what has come, so that a slow server cannot outlast the deadline
+        timeout = min(SOCKET_SECONDS, config.decode_seconds)
+        with opener.open(request, timeout=timeout) as response:
+            promised = response.length or 0
+            # read1 returns what has come, so that a slow server cannot outlast the deadline
+            while chunk := response.read1(CHUNK):
                 content += chunk
-                _check_bytes(len(content), label, config)
+                _check_bytes(max(len(content), promised), label, config)
                 deadline.check()
     if len(content) < promised:
         raise LcoError(
@@ -230,30 +265,13 @@ def _from_url(url: str, label: str, config: MediaConfig) -> Medium:
     return _in_memory(bytes(content), label, config)
 
 
-def _check_bytes(size: int, label: str, config: MediaConfig) -> None:
-    if size > config.max_file_bytes:
-        raise LcoError(
-            f"{label} has {size} bytes or more, and max_file_bytes is {config.max_file_bytes}"
-        )
-
-
-def _shown(name: str) -> str:
-    """A path or URL for errors: on one line, not too long, and without the secrets that URLs carry."""
-    if re.match("https?://", name, re.IGNORECASE):
-        try:
-            parts = urlsplit(name)
-            name = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
-        except ValueError:  # no valid URL: it carries nothing, and fetching it says what is wrong
-            pass
-    name = name if len(name) <= 200 else f"{name[:200]}…"
-    return name if name.isprintable() else ascii(name)
-
-
 class Deadline:
-    """The wall clock that one item may take."""
+    """The time that one medium may take. seconds: from now on; label: how errors begin."""
 
     def __init__(self, seconds: float, label: str):
-        self.seconds, self.label, self.end = seconds, label, time.monotonic() + seconds
+        self.seconds = seconds
+        self.label = label
+        self.end = time.monotonic() + seconds
 
     def check(self) -> None:
         """Raise if the time is over."""
@@ -264,18 +282,22 @@ class Deadline:
 
 
 def decoding(label: str) -> AbstractContextManager[None]:
-    """Around calls of a decoder: whatever it raises becomes an LcoError that begins with `label`."""
-    # on torn data decoders raise nearly anything: OSError, SyntaxError, ValueError, struct.error, IndexError,
-    # ZeroDivisionError, MemoryError, UnicodeDecodeError, av.FFmpegError, …
+    """Around calls of a decoder: whatever it raises becomes an LcoError that begins with `label`.
+
+    On torn data decoders raise nearly anything: OSError, SyntaxError, ValueError, struct.error,
+    IndexError, ZeroDivisionError, MemoryError, UnicodeDecodeError, av.FFmpegError, …
+    """
     return explained(f"{label} cannot be decoded", Exception)
 
 
 class _TimedStream:
-    """A binary stream whose reads raise after the deadline, which ends any search through a file."""
+    """A binary stream whose reads raise after the deadline. That ends any search through a file."""
 
     def __init__(self, stream: BinaryIO, deadline: Deadline):
-        self.stream, self.deadline = stream, deadline
-        self.seek, self.tell = stream.seek, stream.tell
+        self.stream = stream
+        self.deadline = deadline
+        self.seek = stream.seek
+        self.tell = stream.tell
 
     def read(self, size: int) -> bytes:
         self.deadline.check()
@@ -287,48 +309,50 @@ def _no_other_file(*_: Any) -> None:
 
 
 @contextmanager
-def open_container(medium: Medium, deadline: Deadline, max_pixels: int) -> Iterator[InputContainer]:
-    """A file opened with PyAV. Frames of more than `max_pixels` are not decoded.
+def open_container(
+    file: MediaFile, deadline: Deadline, config: MediaConfig
+) -> Iterator[InputContainer]:
+    """A file opened with PyAV. It does not decode frames of more than `config.max_image_pixels`.
 
-    Playlists and the like name other files and addresses, which an input must not reach. It takes both to hold FFmpeg
-    to this one stream: some formats ask `io_open`, others open with a context of their own, which inherits the list.
+    Playlists and the like name other files and addresses, which an input must not reach. Two
+    options together keep FFmpeg to this one stream: some formats ask `io_open`, others open with a
+    new context, which inherits the whitelist.
     """
-    with (
-        medium.open() as stream,
-        av.open(
-            _TimedStream(stream, deadline),
-            options={"protocol_whitelist": "none"},
-            io_open=_no_other_file,
-            metadata_errors="replace",
-        ) as container,
-    ):
-        for track in container.streams.video:
-            if track.codec_context is not None:
-                track.codec_context.options = {"max_pixels": str(max_pixels)}
-        yield container
+    with file.open() as stream:
+        with decoding(file.label):
+            container = av.open(
+                _TimedStream(stream, deadline),
+                options={"protocol_whitelist": "none"},
+                io_open=_no_other_file,
+                metadata_errors="replace",
+            )
+        with container:
+            for track in container.streams.video:
+                if track.codec_context is not None:
+                    track.codec_context.options = {"max_pixels": str(config.max_image_pixels)}
+            yield container
 
 
 def packets(container: InputContainer, stream: Any, deadline: Deadline) -> Iterator[av.Packet]:
-    """The packets of a stream that hold something. A torn end is an end."""
+    """The packets of a stream that have data. A torn file ends where it is torn."""
     demuxed = container.demux(stream)
     while True:
         deadline.check()
         try:
             packet = next(demuxed, None)
         except av.FFmpegError:
-            deadline.check()
-            return
+            packet = None
         if packet is None:
+            deadline.check()  # FFmpeg may have reported it as another error
             return
-        if packet.size:  # a decoder would take an empty one as the end
+        if packet.size:  # a decoder would take an empty one for the end
             yield packet
 
 
 def decoded(container: InputContainer, stream: Any, deadline: Deadline) -> Iterator[Any]:
     """The frames of a stream, in order. Torn packets are skipped."""
-    for packet in itertools.chain(
-        packets(container, stream, deadline), [None]
-    ):  # None: what the decoder still holds
+    end = [None]  # asks the decoder for the frames that it still has
+    for packet in itertools.chain(packets(container, stream, deadline), end):
         try:
             yield from stream.decode(packet)
         except av.FFmpegError:

@@ -18,7 +18,13 @@ from lco_jax.core.packing import (
     pack_stream,
     spread,
 )
-from lco_jax.data.processor import MediaRows, MediaShape, PackedMedia, widest, with_room
+from lco_jax.data.packed_media import (
+    MediaRows,
+    MediaShape,
+    PackedMedia,
+    padded_media_shape,
+    row_widths,
+)
 from lco_jax.data.tower_rows import Processed, TowerRows
 
 
@@ -99,7 +105,7 @@ class Share:
         self.chunks = 1
         if layout.chunk_tokens:
             self.chunks = -(-sum(self._lengths) // (shards * layout.chunk_tokens))
-        widths = widest(tower_rows, local.inputs)
+        widths = row_widths(tower_rows, local.inputs)
         self.to_pack = np.array([self.chunks, *(widths[tower] for tower in self._towers)], np.int64)
 
     def pack(self, agreed: np.ndarray) -> None:
@@ -136,7 +142,7 @@ class Share:
         self.media_need = {
             tower: (width, rows[tower]) for tower, (width, _) in self._media.need.items()
         }
-        self._media_shape = with_room(self.media_need, self.layout.media_floor)
+        self._media_shape = padded_media_shape(self.media_need, self.layout.media_floor)
         all_sequences = self._sequences(self._media_shape)
         self.streams = [
             stream._replace(sequences=sequences)

@@ -1,76 +1,91 @@
-"""Media -> the rows that towers read, and where each medium's tokens come out.
+"""Media -> the rows that towers read, and which tokens of those rows belong to each medium.
 
-Dimensions: P shards of the rows, N rows of a shard, T inputs in a row (patches), W sub-rows in it, V values of a patch,
-C mel channels, X height and width of a tile, K tokens that a row gives.
+Dimensions: P shards, N rows of a shard, T patches of a row, W sub-rows of a row, V values of a
+patch, C mel channels, X height and width of a tile, K tokens that a row gives.
 
-A tower turns rows into rows of tokens. What a medium is made of (frames, chunks, tiles) never sees the rest, so the
-parts are laid into rows like texts into the decoder's: side by side, each whole in one row, all rows of one length.
+A tower turns rows into rows of tokens. The parts of a medium (frames, chunks, tiles) do not see one
+another, so they are packed into rows as texts are for the decoder: side by side, each within one
+row, all rows of one width.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
+from einops import rearrange
 
 from lco_jax.core.packing import assign_rows, bucket
 from lco_jax.data.positions import line_positions
 
-WINDOWED = 128  # patches in the sub-rows in which windows are attended: whole tiles of a matrix unit, little waste
+# Patches of a sub-row, in which windows are attended: full tiles of a matrix unit, little padding.
+WINDOWED = 128
+Arrays = dict[str, np.ndarray]  # a tower's arguments
 
 
 @dataclass(frozen=True)
 class Patches:
-    """An image or a clip. values: uint8 [frames · height · width, 3, pictures, pixels], squares side by side.
+    """An image or a clip.
 
-    pictures: of a patch; an image has one, which stands for all. grid: frames (of so many pictures), and patches down
-    and across. scale: float32 [3, 3], how the levels of each channel are normalised (`pixels.read_scale`).
+    values: uint8 [frames · height · width, 3, pictures, pixels], the patches of a token side by
+    side. A patch of an image has one picture, which stands for as many as the tower takes.
+    grid: (frames of so many pictures, patches down, patches across).
+    scale: float32 [3, 3], how the levels of each channel are normalised (`pixels.read_scale`).
     """
 
     values: np.ndarray
     grid: tuple[int, int, int]
     scale: np.ndarray
 
-
-@dataclass(frozen=True)
-class Mel:
-    """A sound. values: float32 [mel frames, C]."""
-
-    values: np.ndarray
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """An image cut into tiles. values: uint8 [tiles, 3, X, X]; scale: as of `Patches`.
+class Segments:
+    """A medium that shares no row: the chunks of a sound, or the tiles of an image.
 
-    order: which of its tiles' tokens it gives the decoder: indices into tiles × K (a tile's last is the newline).
+    rows: the tower's arguments for it: [rows, …]. order: which tokens of its rows the decoder
+    reads, as indices into rows × K.
     """
 
-    values: np.ndarray
+    rows: Arrays
     order: np.ndarray
-    scale: np.ndarray
+
+    def __len__(self) -> int:
+        """How many rows."""
+        return len(next(iter(self.rows.values())))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(values.nbytes for values in self.rows.values())
 
 
-TowerInput = Patches | Mel | Tiles
+TowerInput = Patches | Segments
 
 
 class MediaTokens(NamedTuple):
-    """A medium in a sequence. at: the index in the sequence of each of its tokens, in their order: int [tokens].
+    """The tokens of a medium in a sequence.
 
-    tower: the tower's name; media of one tower that are laid into rows of their own have it with a part after a slash.
+    tower: the name of the tower that makes them. Media of one tower that are packed into
+    separate rows have a suffix after a slash. medium: what the tower reads.
+    at: the index in the sequence of each of its tokens, in their order: int [tokens].
     """
 
     tower: str
-    item: TowerInput
+    medium: TowerInput
     at: np.ndarray
 
 
 @dataclass(frozen=True)
 class Processed:
-    """One input, ready for the model. input_ids: int32 [n]; position_ids: int32 [n, 3]; media: in any order.
+    """One input, ready for the model.
 
-    answer: int32 [m], what the last m tokens are each to be followed by (`answered`), if anything.
+    input_ids: int32 [n]. position_ids: int32 [n, 3]. media: in any order.
+    answer: int32 [m], the token that should follow each of the last m (`answered`), or None.
     """
 
     input_ids: np.ndarray
@@ -82,8 +97,9 @@ class Processed:
         return len(self.input_ids)
 
     def followed_by(self, ids: np.ndarray) -> "Processed":
-        """With text of these token ids after it, which goes on from the last token's position, as upstream's does."""
-        positions = line_positions(int(self.position_ids[-1].max()) + 1, len(ids))
+        """With these token ids of a text after it, at the positions upstream gives them."""
+        start = int(self.position_ids[-1].max()) + 1
+        positions = line_positions(start, len(ids))
         return Processed(
             np.append(self.input_ids, ids),
             np.concatenate([self.position_ids, positions]),
@@ -91,43 +107,30 @@ class Processed:
         )
 
     def answered(self, ids: np.ndarray) -> "Processed":
-        """As it stands before the last token of an answer of these ids, and what is to follow each."""
+        """With an answer of these token ids after it, all but the last, and what follows each."""
         return replace(self.followed_by(ids[:-1]), answer=ids)
 
 
-class RowLayout(NamedTuple):
-    """Where the parts of one shard's media went. rows: how many it took.
+class MediaAssignment(NamedTuple):
+    """Where one shard's media go in the rows of a tower.
 
-    inputs: of each item, where its inputs lie among the rows' (in whatever unit the tower's `fill` takes).
-    tokens: of each item, which of the N · K tokens are its own: int [tokens].
+    num_rows: how many rows they take. inputs: of each medium, where its parts go: the slot of each
+    patch, or the first of its rows. tokens: of each medium, which of the N · K tokens are its:
+    int [tokens].
     """
 
-    rows: int
-    inputs: list[np.ndarray]
+    num_rows: int
+    inputs: list[Any]
     tokens: list[np.ndarray]
 
 
-class TowerRows(Protocol):
-    """How the rows of one tower are laid out."""
+class Frame(NamedTuple):
+    """Where the patches of a frame go, in the order in which they come.
 
-    def width(self, items: Iterable[Any]) -> int:
-        """The least row length that holds each part of `items`; it takes few values."""
-
-    def assign(self, items: Sequence[Any], width: int) -> RowLayout:
-        """Lay one shard's items into rows of `width`."""
-
-    def fill(
-        self, shards: Sequence[tuple[Sequence[Any], RowLayout]], rows: int, width: int
-    ) -> dict[str, np.ndarray]:
-        """The tower's arguments, P · `rows` rows each."""
-
-    def tokens_per_row(self, width: int) -> int:
-        """K."""
-
-
-class _Frame(NamedTuple):
-    """A frame's patches: `slots` [n], where each lies in the frame's own sub-rows; `windows` [n], the window of each,
-    from 0; `coordinates` [n, 2], its row and column. sub_rows: how many they fill, 0 if less than one."""
+    slots: int [n], within the frame's sub-rows. windows: int [n], the window of each, from 0.
+    coordinates: int32 [n, 2], its row and column. sub_rows: how many the frame fills; 0 for a frame
+    that shares a sub-row with others.
+    """
 
     slots: np.ndarray
     windows: np.ndarray
@@ -135,198 +138,218 @@ class _Frame(NamedTuple):
     sub_rows: int
 
 
+@lru_cache(maxsize=256)  # the sizes of a batch
+def arrange_frame(grid: tuple[int, int], window: int, merge: int, sub_row: int) -> Frame:
+    """Give the patches of a frame their slots, each window within one sub-row.
+
+    grid: patches down and across. window, merge: patches of a window's and of a token's side.
+    sub_row: patches of a sub-row.
+    """
+    coordinates = rearrange(  # patches come token by token
+        np.indices(grid),
+        "coordinate (y a) (x b) -> (y x a b) coordinate",
+        a=merge,
+        b=merge,
+    )
+    row, column = coordinates.T // window
+    windows_across = column.max() + 1
+    windows = row * windows_across + column
+    slots = np.arange(len(windows))
+    sub_rows = 0
+    if len(windows) > sub_row:
+        slots, sub_rows = _pack_windows(windows, sub_row)
+    return Frame(slots, windows, coordinates.astype(np.int32), sub_rows)
+
+
+def _pack_windows(windows: np.ndarray, sub_row: int) -> tuple[np.ndarray, int]:
+    """(the slot of each patch, the number of sub-rows), from the window of each patch."""
+    sizes = np.bincount(windows)
+    assigned = assign_rows(sizes, sub_row)
+    begins = assigned.row * sub_row + assigned.start
+    # sorted by window, the patches of each are in one run, which moves to where its window begins
+    by_window = np.argsort(windows, kind="stable")
+    runs = np.cumsum(sizes) - sizes
+    moves = np.repeat(begins - runs, sizes)
+    slots = np.empty(len(windows), np.int64)
+    slots[by_window] = np.arange(len(windows)) + moves
+    return slots, assigned.num_rows
+
+
 @dataclass(frozen=True)
 class PatchRows:
-    """Qwen2.5's vision tower. window: patches of a window's side; merge: of a token's side.
+    """Rows of Qwen2.5's vision tower.
 
-    shape: of a patch, (channels, pictures, pixels); V is their product.
+    window: patches of a window's side. merge: patches of a token's side. patch_shape: (channels,
+    pictures, pixels); V is their product.
     """
 
     window: int
     merge: int
-    shape: tuple[int, int, int]
+    patch_shape: tuple[int, int, int]
 
     @property
     def sub_row(self) -> int:
-        """Patches of a sub-row: as many whole windows as `WINDOWED` holds."""
-        return self.window**2 * max(WINDOWED // self.window**2, 1)
+        """Patches of a sub-row: as many full windows as `WINDOWED` holds, and at least one."""
+        full_window = self.window**2
+        return full_window * max(WINDOWED // full_window, 1)
 
-    def width(self, items: Iterable[Patches]) -> int:
-        """Sub-rows of the largest frame, rounded up to one of a few sizes, in patches."""
-        return self.sub_row * bucket(
-            max((self._frame(item).sub_rows for item in items), default=1) or 1, 3
-        )
-
-    def _frame(self, item: Patches) -> _Frame:
-        return _frame(item.grid[1:], self.window // self.merge, self.merge, self.sub_row)
-
-    def assign(self, items: Sequence[Patches], width: int) -> RowLayout:
-        """Small frames share sub-rows, larger ones have their own; sub-rows share rows."""
-        frames = [
-            (self._frame(item), i) for i, item in enumerate(items) for _ in range(item.grid[0])
-        ]
-        small = [len(frame.slots) for frame, _ in frames if not frame.sub_rows]
-        shared = assign_rows(small, self.sub_row)
-        large = [frame.sub_rows for frame, _ in frames if frame.sub_rows]
-        spread = assign_rows([1] * shared.num_rows + large, width // self.sub_row)
-        begin = (
-            spread.row * (width // self.sub_row) + spread.start
-        ) * self.sub_row  # of each shared sub-row or frame
-        starts_small = iter(begin[shared.row] + shared.start)
-        starts_large = iter(begin[shared.num_rows :])
-        slots: list[list[np.ndarray]] = [[] for _ in items]
-        for frame, i in frames:
-            slots[i].append(
-                int(next(starts_large if frame.sub_rows else starts_small)) + frame.slots
-            )
-        inputs = [np.concatenate(parts) for parts in slots]
-        return RowLayout(
-            spread.num_rows, inputs, [x[:: self.merge**2] // self.merge**2 for x in inputs]
-        )
+    def width(self, media: Sequence[Patches]) -> int:
+        """In patches: the sub-rows of the largest frame, rounded up to one of few sizes."""
+        most = max((self._frame(medium).sub_rows for medium in media), default=1)
+        return self.sub_row * bucket(max(most, 1), 3)
 
     def tokens_per_row(self, width: int) -> int:
-        """A token a square of merge × merge patches."""
+        """A token is a square of merge × merge patches."""
         return width // self.merge**2
 
-    def fill(
-        self, shards: Sequence[tuple[Sequence[Patches], RowLayout]], rows: int, width: int
-    ) -> dict[str, np.ndarray]:
-        """patches uint8 [P · N, T, V], scale [P · N, 3, 3], coordinates [P · N, T, 2], frame_ids [P · N, T],
-        window_ids [P · N, W, T / W]."""
-        room = len(shards) * rows * width
-        patches, coordinates = (
-            np.zeros((room, *self.shape), np.uint8),
-            np.zeros((room, 2), np.int32),
-        )
-        frame_ids, window_ids = np.zeros(room, np.int32), np.zeros(room, np.int32)
-        scale = np.ones((len(shards) * rows, 3, 3), np.float32)
-        for shard, (items, packed) in enumerate(shards):
-            frames = windows = 0  # so far in this shard: ids need only differ within it
-            for item, slots in zip(items, packed.inputs, strict=True):
-                frame, count = self._frame(item), item.grid[0]
-                slots = slots + shard * rows * width
-                patches[slots] = item.values
-                scale[np.unique(slots // width)] = item.scale
-                coordinates[slots] = np.tile(frame.coordinates, (count, 1))
-                which = np.repeat(np.arange(count), len(frame.slots))
-                each = int(frame.windows.max()) + 1
-                frame_ids[slots] = frames + 1 + which
-                window_ids[slots] = windows + 1 + which * each + np.tile(frame.windows, count)
-                frames, windows = frames + count, windows + count * each
-        shape = (len(shards) * rows, width)
+    def _frame(self, medium: Patches) -> Frame:
+        return arrange_frame(medium.grid[1:], self.window, self.merge, self.sub_row)
+
+    def assign(self, media: Sequence[Patches], width: int) -> MediaAssignment:
+        """Small frames share sub-rows, larger ones do not."""
+        frames = [self._frame(medium) for medium in media for _ in range(medium.grid[0])]
+        starts, num_rows = self._starts(frames, width)
+        area = self.merge**2
+        slots, tokens = [], []
+        for medium in media:
+            frame = self._frame(medium)
+            begins = [next(starts) for _ in range(medium.grid[0])]
+            of_medium = np.add.outer(begins, frame.slots).reshape(-1)
+            slots.append(of_medium)
+            tokens.append(of_medium[::area] // area)
+        return MediaAssignment(num_rows, slots, tokens)
+
+    def _starts(self, frames: Sequence[Frame], width: int) -> tuple[Iterator[int], int]:
+        """(the slot at which each frame begins, the number of rows)."""
+        small = [len(frame.slots) for frame in frames if not frame.sub_rows]
+        large = [frame.sub_rows for frame in frames if frame.sub_rows]
+        shared = assign_rows(small, self.sub_row)
+        per_row = width // self.sub_row
+        assigned = assign_rows([1] * shared.num_rows + large, per_row)
+        sub_rows = assigned.row * per_row + assigned.start
+        begins = sub_rows * self.sub_row  # of each shared sub-row, then of each large frame
+        of_small = iter(begins[shared.row] + shared.start)
+        of_large = iter(begins[shared.num_rows :])
+        sides = (of_large if frame.sub_rows else of_small for frame in frames)
+        return map(next, sides), assigned.num_rows
+
+    def empty(self, rows: int, width: int) -> Arrays:
+        """patches uint8 [rows, T, V]; scale [rows, 3, 3]; coordinates [rows, T, 2]; frame_ids
+        [rows, T]; window_ids [rows, W, T / W]. Ids are 0 for padding."""
+        windowed = (rows, width // self.sub_row, self.sub_row)
         return {
-            "patches": patches.reshape(*shape, -1),
-            "scale": scale,
-            "coordinates": coordinates.reshape(*shape, 2),
-            "frame_ids": frame_ids.reshape(shape),
-            "window_ids": window_ids.reshape(shape[0], width // self.sub_row, self.sub_row),
+            "patches": np.zeros((rows, width, math.prod(self.patch_shape)), np.uint8),
+            "scale": np.ones((rows, 3, 3), np.float32),
+            "coordinates": np.zeros((rows, width, 2), np.int32),
+            "frame_ids": np.zeros((rows, width), np.int32),
+            "window_ids": np.zeros(windowed, np.int32),
         }
 
+    def write(self, arrays: Arrays, media: Sequence[Patches], assigned: MediaAssignment) -> None:
+        """Write one shard's media into its arrays. Ids of frames and windows differ within it."""
+        width = arrays["frame_ids"].shape[1]
+        scale = arrays["scale"]
+        patches = arrays["patches"].reshape(-1, *self.patch_shape)
+        coordinates = arrays["coordinates"].reshape(-1, 2)
+        frame_ids = arrays["frame_ids"].reshape(-1)
+        window_ids = arrays["window_ids"].reshape(-1)
+        next_frame = next_window = 1
+        for medium, slots in zip(media, assigned.inputs, strict=True):
+            frame = self._frame(medium)
+            windows = int(frame.windows.max()) + 1
+            patches[slots] = medium.values
+            scale[np.unique(slots // width)] = medium.scale
+            for of_frame in slots.reshape(medium.grid[0], -1):
+                coordinates[of_frame] = frame.coordinates
+                frame_ids[of_frame] = next_frame
+                window_ids[of_frame] = next_window + frame.windows
+                next_frame += 1
+                next_window += windows
 
-@lru_cache(maxsize=256)  # the sizes of a batch
-def _frame(grid: tuple[int, int], window: int, merge: int, sub_row: int) -> _Frame:
-    """Lay out one frame. grid: patches down and across; window: squares of merge × merge patches on a window's side."""
-    height, width = grid[0] // merge, grid[1] // merge
-    i, j, a, b = (
-        x.reshape(-1) for x in np.indices((height, width, merge, merge))
-    )  # the order patches come in
-    coordinates = np.stack([i * merge + a, j * merge + b], axis=1).astype(np.int32)
-    windows = ((i // window) * -(-width // window) + j // window).astype(np.int32)
-    if len(windows) <= sub_row:
-        return _Frame(np.arange(len(windows), dtype=np.int32), windows, coordinates, 0)
-    sizes = np.bincount(windows)
-    placed = assign_rows(sizes, sub_row)
-    order = np.argsort(windows, kind="stable")
-    within = np.empty(len(windows), np.int32)  # the place of each patch among its window's
-    within[order] = np.arange(len(windows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    slots = placed.row[windows] * sub_row + placed.start[windows] + within
-    return _Frame(slots, windows, coordinates, placed.num_rows)
+
+@dataclass(frozen=True)
+class SegmentRows:
+    """Rows of one segment each. tokens: K. blank: the tower's arguments for an empty row."""
+
+    tokens: int
+    blank: Arrays
+
+    def width(self, media: Sequence[Segments]) -> int:
+        """In segments."""
+        return 1
+
+    def tokens_per_row(self, width: int) -> int:
+        """K."""
+        return self.tokens
+
+    def assign(self, media: Sequence[Segments], width: int) -> MediaAssignment:
+        """A medium's segments in consecutive rows; `inputs` are the first."""
+        begins, tokens = [], []
+        end = 0
+        for medium in media:
+            begins.append(end)
+            tokens.append(end * self.tokens + medium.order)
+            end += len(medium)
+        return MediaAssignment(end, begins, tokens)
+
+    def empty(self, rows: int, width: int) -> Arrays:
+        """The tower's arguments for so many rows without media."""
+        return {key: np.repeat(x[None], rows, axis=0) for key, x in self.blank.items()}
+
+    def write(self, arrays: Arrays, media: Sequence[Segments], assigned: MediaAssignment) -> None:
+        """Write one shard's media into its arrays."""
+        for medium, first in zip(media, assigned.inputs, strict=True):
+            for key, values in medium.rows.items():
+                arrays[key][first : first + len(medium)] = values
 
 
 def mel_tokens(frames: int) -> int:
-    """How many tokens Qwen2.5-Omni's tower makes of so many mel frames: a convolution of stride 2, then pairs."""
+    """Tokens that Qwen2.5-Omni's tower makes of so many mel frames: it halves them twice."""
     return (frames + 1) // 2 // 2
 
 
-@dataclass(frozen=True)
-class ChunkRows:
-    """Qwen2.5-Omni's audio tower: a row is a chunk of 2 · n_window mel frames and gives n_window / 2 tokens.
-
-    channels: C.
-    """
-
-    n_window: int
-    channels: int
-
-    def width(self, items: Iterable[Mel]) -> int:
-        """Every row is as long as a chunk."""
-        return 2 * self.n_window
-
-    def assign(self, items: Sequence[Mel], width: int) -> RowLayout:
-        """A clip's chunks in consecutive rows; `inputs` holds the first."""
-        chunks = [-(-len(item.values) // width) for item in items]
-        first = np.cumsum([0, *chunks])
-        tokens = [np.arange(mel_tokens(len(item.values))) for item in items]
-        starts = [x * (self.n_window // 2) for x in first]
-        return RowLayout(
-            int(first[-1]),
-            list(first[:-1]),
-            [x + start for x, start in zip(tokens, starts, strict=False)],
-        )
-
-    def tokens_per_row(self, width: int) -> int:
-        """A token every four frames."""
-        return width // 4
-
-    def fill(
-        self, shards: Sequence[tuple[Sequence[Mel], RowLayout]], rows: int, width: int
-    ) -> dict[str, np.ndarray]:
-        """mel [P · N, 2 · n_window, C], frames [P · N]."""
-        mel = np.zeros((len(shards) * rows * width, self.channels), np.float32)
-        frames = np.zeros(len(shards) * rows, np.int32)
-        for shard, (items, packed) in enumerate(shards):
-            for item, first in zip(items, packed.inputs, strict=True):
-                row, length = shard * rows + int(first), len(item.values)
-                mel[row * width : row * width + length] = item.values
-                full, rest = divmod(length, width)
-                frames[row : row + full] = width
-                if rest:
-                    frames[row + full] = rest
-        return {"mel": mel.reshape(-1, width, self.channels), "frames": frames}
+def chunk_rows(n_window: int, channels: int) -> SegmentRows:
+    """Rows of Qwen2.5-Omni's audio tower: chunks of 2 · n_window mel frames. channels: C."""
+    mel = np.zeros((2 * n_window, channels), np.float32)
+    frames = np.zeros((), np.int32)
+    return SegmentRows(n_window // 2, {"mel": mel, "frames": frames})
 
 
-@dataclass(frozen=True)
-class TileRows:
-    """LLaVA-NeXT's tower: a row is a tile. tokens: K, the newline included; size: X."""
+def chunks_of(mel: np.ndarray, n_window: int) -> Segments:
+    """A sound for the audio tower. mel: float32 [frames, C]; zeros fill the last chunk."""
+    width = 2 * n_window
+    left = np.arange(len(mel), 0, -width)  # frames from each chunk's first to the end
+    missing = len(left) * width - len(mel)
+    padded = np.pad(mel, ((0, missing), (0, 0)))
+    frames = np.minimum(left, width).astype(np.int32)
+    rows = {"mel": padded.reshape(len(left), width, -1), "frames": frames}
+    return Segments(rows, np.arange(mel_tokens(len(mel))))
 
-    tokens: int
-    size: int
 
-    def width(self, items: Iterable[Tiles]) -> int:
-        """Every row is one tile."""
-        return 1
+def tile_rows(tokens: int, size: int) -> SegmentRows:
+    """Rows of LLaVA-NeXT's tower: tiles. tokens: K, the last of which is the newline; size: X."""
+    pixels = np.zeros((3, size, size), np.uint8)
+    return SegmentRows(tokens, {"pixels": pixels, "scale": np.ones((3, 3), np.float32)})
 
-    def assign(self, items: Sequence[Tiles], width: int) -> RowLayout:
-        """An image's tiles in consecutive rows; `inputs` holds the first."""
-        first = np.cumsum([0, *(len(item.values) for item in items)])
-        tokens = [
-            start * self.tokens + item.order for start, item in zip(first, items, strict=False)
-        ]
-        return RowLayout(int(first[-1]), list(first[:-1]), tokens)
 
-    def tokens_per_row(self, width: int) -> int:
-        """A token a patch, and the newline."""
-        return self.tokens
+def tiles_of(pixels: np.ndarray, order: np.ndarray, scale: np.ndarray) -> Segments:
+    """An image for LLaVA-NeXT's tower. pixels: uint8 [tiles, 3, X, X]; order: as in `Segments`;
+    scale: as in `Patches`."""
+    return Segments({"pixels": pixels, "scale": np.stack([scale] * len(pixels))}, order)
 
-    def fill(
-        self, shards: Sequence[tuple[Sequence[Tiles], RowLayout]], rows: int, width: int
-    ) -> dict[str, np.ndarray]:
-        """pixels uint8 [P · N, 3, X, X], scale [P · N, 3, 3]."""
-        pixels = np.zeros((len(shards) * rows, 3, self.size, self.size), np.uint8)
-        scale = np.ones((len(pixels), 3, 3), np.float32)
-        for shard, (items, packed) in enumerate(shards):
-            for item, first in zip(items, packed.inputs, strict=True):
-                row = shard * rows + int(first)
-                pixels[row : row + len(item.values)] = item.values
-                scale[row : row + len(item.values)] = item.scale
-        return {"pixels": pixels, "scale": scale}
+
+TowerRows = PatchRows | SegmentRows  # how media are packed into the rows of one tower
+
+
+def fill(
+    tower_rows: TowerRows,
+    shards: Sequence[tuple[Sequence[Any], MediaAssignment]],
+    rows: int,
+    width: int,
+) -> Arrays:
+    """The tower's arguments, so many `rows` of each shard: [P · N, …]."""
+    arrays = tower_rows.empty(len(shards) * rows, width)
+    for i, (media, assigned) in enumerate(shards):
+        of_shard = slice(i * rows, (i + 1) * rows)
+        tower_rows.write({key: x[of_shard] for key, x in arrays.items()}, media, assigned)
+    return arrays

@@ -152,8 +152,7 @@ def abstract_media(
 
     found = {}
     for tower, (width, count) in floor.items():
-        empty = layouts[tower].fill([([], layouts[tower].assign([], width))], count, width)
-        found[tower] = jax.tree.map(global_shape, empty)
+        found[tower] = jax.tree.map(global_shape, layouts[tower].empty(count, width))
     return found
 
 
