@@ -23,7 +23,6 @@ from typing import Any
 from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
-from lco_jax.core.buckets import on_disk
 from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.media import MediaConfig
@@ -47,33 +46,18 @@ MAX_LENGTH = 300  # tokens of a text, as in the reference's evaluation
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = new_parser("evaluate", __doc__)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
+    parser.add_argument(
         "--benchmark",
         help='of mteb: "MIEB(lite)", "MAEB", "ViDoRe(v2)", "MTEB(eng, v2)", …',
     )
-    what.add_argument("--tasks", help="of mteb, between commas")
-    what.add_argument(
+    parser.add_argument("--tasks", help="of mteb, between commas")
+    parser.add_argument(
         "--seadoc",
         help="a folder with corpus/, query/ and qrels/ in parquet, or a hub data set",
     )
-    what.add_argument(
-        "--input",
-        type=on_disk,
-        help="your own records or folder; needs no mteb",
-    )
-    what.add_argument(
-        "--data",
-        dest="input",
-        type=on_disk,
-        help=argparse.SUPPRESS,
-    )
-    add_path(
-        parser,
-        "--output",
-        "the folder for results and vectors",
-        earlier=["--out"],
-    )
+    files = "your own records or folder; needs no mteb"
+    add_path(parser, "--input", files, earlier=["--data"], required=False)
+    add_path(parser, "--output", "the folder for results and vectors", earlier=["--out"])
     add_corpus_flags(parser, on_error="raise")
     add_flags(parser, "--input")
     parser.set_defaults(max_length=MAX_LENGTH, part_size=PART_INPUTS)
@@ -83,6 +67,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     """Evaluate; 1 if a task failed."""
     args = parse_args()
+    given = [args.benchmark, args.tasks, args.seadoc, args.input]
+    if given.count(None) != len(given) - 1:
+        raise LcoError("give one of --benchmark, --tasks, --seadoc and --input")
     if (args.input is None) != (args.kind is None):
         raise LcoError(f"--input and --kind go together; --kind is one of: {', '.join(KINDS)}")
     media = media_config(args)
