@@ -73,12 +73,7 @@ def read_beir(folder: Path, media_root: Path | None) -> Queries:
     queries = _by_id(folder / "queries.jsonl", media_root)
     documents = _by_id(folder / "corpus.jsonl", media_root)
     index_of = {name: index for index, name in enumerate(documents)}
-    file = next(
-        (folder / name for name in QRELS if (folder / name).exists()),
-        None,
-    )
-    if file is None:
-        raise LcoError(f"{folder} has none of {', '.join(QRELS)}")
+    file = _qrels(folder)
     relevance: dict[str, dict[int, float]] = {}
     for cells, where in read_columns(file, ("query-id", "corpus-id", "score")):
         query, document = str(cells[0]), str(cells[1])
@@ -97,6 +92,13 @@ def read_beir(folder: Path, media_root: Path | None) -> Queries:
         list(documents.values()),
         list(relevance.values()),
     )
+
+
+def _qrels(folder: Path) -> Path:
+    for name in QRELS:
+        if (folder / name).exists():
+            return folder / name
+    raise LcoError(f"{folder} has none of {', '.join(QRELS)}")
 
 
 def _by_id(path: Path, media_root: Path | None) -> dict[str, Any]:
