@@ -1,10 +1,11 @@
 """The laboratory, in one command.
 
     python -m laboratory --config=configs/lab.py [--workdir=runs/lab] [--config.KEY=VALUE …]
-    python -m laboratory --config=configs/lab.py:short                      # three minutes, decides nothing
-    python -m laboratory --config=configs/lab.py:real --config.data_dir=DIR  # photos, written and spoken digits
+    python -m laboratory --config=configs/lab.py:short        # three minutes; decides nothing
+    python -m laboratory --config=configs/lab.py:real --config.data_dir=DIR
+                                                              # photos, written and spoken digits
 
-It leaves report.md, its pictures and results.json in the workdir; started again there, it goes on.
+It leaves report.md, its pictures and results.json in the workdir. Started again, it goes on.
 """
 
 import os

@@ -1,12 +1,15 @@
-"""A tiny omnimodal model that has learned nothing: a thinker-only Qwen2.5-Omni in real Hugging Face layout.
+"""A tiny omnimodal model that has learned nothing: a thinker-only Qwen2.5-Omni in real Hugging Face
+layout.
 
-Its weights are drawn so that it can be trained from scratch. A state after the final norm has root mean square 1, so
-the logits of its tied head have the deviation `EMBEDDING · sqrt(hidden)`, 0.55 by default: the loss begins near
-log(vocabulary). Matrices have the variance 1 / fan-in, and those that write to the residual stream 1 / (2 · layers) of
-it (GPT-2's rule): its size does not grow with depth.
+Its weights are drawn so that it can be trained from scratch. A state after the final norm has root
+mean square 1, so the logits of its tied head have the deviation `EMBEDDING · sqrt(hidden)`, 0.55 by
+default: the loss begins near log(vocabulary). Matrices have the variance 1 / fan-in, and those that
+write to the residual stream 1 / (2 · layers) of it (GPT-2's rule): its size does not grow with
+depth.
 
-What made it look at pictures within minutes was their share of a prompt: attention is even at first, so there is no
-system turn (a system prompt of twenty tokens hid four of a picture), and patches are of 7 pixels (16 tokens a picture).
+What made it look at pictures within minutes was their share of a prompt: attention is even at
+first, so there is no system turn (a system prompt of twenty tokens hid four of a picture), and
+patches are of 7 pixels (16 tokens a picture).
 """
 
 import math
@@ -34,10 +37,14 @@ EMBEDDING = (
     0.04  # deviation of the token embeddings, and about that of what the towers put in their place
 )
 NAMES = {  # what Omni's processor asks its tokenizer for
-    "image_token": "<|IMAGE|>", "audio_token": "<|AUDIO|>", "video_token": "<|VIDEO|>",
-    "vision_bos_token": "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>",
-    "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>",
-}  # fmt: skip
+    "image_token": "<|IMAGE|>",
+    "audio_token": "<|AUDIO|>",
+    "video_token": "<|VIDEO|>",
+    "vision_bos_token": "<|vision_bos|>",
+    "vision_eos_token": "<|vision_eos|>",
+    "audio_bos_token": "<|audio_bos|>",
+    "audio_eos_token": "<|audio_eos|>",
+}
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *NAMES.values())
 TEMPLATE = chat_template(
     {
@@ -48,10 +55,19 @@ TEMPLATE = chat_template(
     system="",
 )
 WHISPER = {  # as in the hub's preprocessor_config.json
-    "feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 128, "sampling_rate": 16000,
-    "hop_length": 160, "chunk_length": 300, "n_fft": 400, "n_samples": 4800000, "nb_max_frames": 30000,
-    "padding_side": "right", "padding_value": 0.0, "dither": 0.0, "return_attention_mask": True,
-}  # fmt: skip
+    "feature_extractor_type": "WhisperFeatureExtractor",
+    "feature_size": 128,
+    "sampling_rate": 16000,
+    "hop_length": 160,
+    "chunk_length": 300,
+    "n_fft": 400,
+    "n_samples": 4800000,
+    "nb_max_frames": 30000,
+    "padding_side": "right",
+    "padding_value": 0.0,
+    "dither": 0.0,
+    "return_attention_mask": True,
+}
 HUB = (  # our names of parameters -> the hub's keys
     (r"decoder\.", "model."),
     (r"visual\.patch_embed\.", "visual.patch_embed.proj."),
@@ -62,7 +78,9 @@ HUB = (  # our names of parameters -> the hub's keys
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes. vocabulary: of the BPE, its 256 bytes among it; window: mel frames that the audio tower sees at once."""
+    """Sizes. vocabulary: of the BPE, its 256 bytes among it; window: mel frames that the audio
+    tower sees at once.
+    """
 
     vocabulary: int = 600
     hidden: int = 192
@@ -83,7 +101,8 @@ class Geometry:
 
 
 def write(folder: Path, texts: Iterable[str], seed: int, geometry: Geometry | None = None) -> None:
-    """Make a checkpoint in `folder`, its tokenizer trained on `texts` and our prompts; the same input, the same bytes.
+    """Make a checkpoint in `folder`, its tokenizer trained on `texts` and our prompts; the same
+    input, the same bytes.
 
     Raises for a folder that holds something else.
     """
@@ -116,34 +135,71 @@ def _config(g: Geometry, ids: dict[str, int], tokens: int) -> dict[str, Any]:
         "type": "default",
     }
     return {
-        "architectures": ["Qwen2_5OmniThinkerForConditionalGeneration"], "model_type": "qwen2_5_omni_thinker",
-        "torch_dtype": "float32", "audio_token_index": ids["<|AUDIO|>"], "image_token_index": ids["<|IMAGE|>"],
-        "video_token_index": ids["<|VIDEO|>"], "audio_start_token_id": ids["<|audio_bos|>"],
-        "audio_end_token_id": ids["<|audio_eos|>"], "vision_start_token_id": ids["<|vision_bos|>"],
-        "vision_end_token_id": ids["<|vision_eos|>"], "bos_token_id": ids["<|im_start|>"],
-        "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"], "position_id_per_seconds": 25,
-        "seconds_per_chunk": 2, "tie_word_embeddings": True,
+        "architectures": ["Qwen2_5OmniThinkerForConditionalGeneration"],
+        "model_type": "qwen2_5_omni_thinker",
+        "torch_dtype": "float32",
+        "audio_token_index": ids["<|AUDIO|>"],
+        "image_token_index": ids["<|IMAGE|>"],
+        "video_token_index": ids["<|VIDEO|>"],
+        "audio_start_token_id": ids["<|audio_bos|>"],
+        "audio_end_token_id": ids["<|audio_eos|>"],
+        "vision_start_token_id": ids["<|vision_bos|>"],
+        "vision_end_token_id": ids["<|vision_eos|>"],
+        "bos_token_id": ids["<|im_start|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+        "position_id_per_seconds": 25,
+        "seconds_per_chunk": 2,
+        "tie_word_embeddings": True,
         "text_config": {
-            "model_type": "qwen2_5_omni_text", "vocab_size": tokens, "hidden_size": g.hidden, "head_dim": head_dim,
-            "intermediate_size": g.mlp, "num_hidden_layers": g.layers, "num_attention_heads": g.heads,
-            "num_key_value_heads": g.kv_heads, "hidden_act": "silu", "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-6, "use_sliding_window": False, "rope_theta": 1e6, "tie_word_embeddings": True,
+            "model_type": "qwen2_5_omni_text",
+            "vocab_size": tokens,
+            "hidden_size": g.hidden,
+            "head_dim": head_dim,
+            "intermediate_size": g.mlp,
+            "num_hidden_layers": g.layers,
+            "num_attention_heads": g.heads,
+            "num_key_value_heads": g.kv_heads,
+            "hidden_act": "silu",
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-6,
+            "use_sliding_window": False,
+            "rope_theta": 1e6,
+            "tie_word_embeddings": True,
             "rope_scaling": {**rope, "rope_type": "default"},
         },
         "vision_config": {
-            "model_type": "qwen2_5_omni_vision_encoder", "depth": g.vision_depth, "hidden_act": "silu",
-            "hidden_size": g.vision_hidden, "intermediate_size": g.vision_mlp, "num_heads": g.vision_heads,
-            "in_channels": 3, "out_hidden_size": g.hidden, "patch_size": g.patch, "spatial_merge_size": 2,
-            "spatial_patch_size": g.patch, "temporal_patch_size": 2,
-            "tokens_per_second": 25, "window_size": 112, "fullatt_block_indexes": [g.vision_depth - 1],
+            "model_type": "qwen2_5_omni_vision_encoder",
+            "depth": g.vision_depth,
+            "hidden_act": "silu",
+            "hidden_size": g.vision_hidden,
+            "intermediate_size": g.vision_mlp,
+            "num_heads": g.vision_heads,
+            "in_channels": 3,
+            "out_hidden_size": g.hidden,
+            "patch_size": g.patch,
+            "spatial_merge_size": 2,
+            "spatial_patch_size": g.patch,
+            "temporal_patch_size": 2,
+            "tokens_per_second": 25,
+            "window_size": 112,
+            "fullatt_block_indexes": [g.vision_depth - 1],
         },
         "audio_config": {
-            "model_type": "qwen2_5_omni_audio_encoder", "d_model": g.audio_hidden, "encoder_layers": g.audio_layers,
-            "num_hidden_layers": g.audio_layers, "encoder_attention_heads": g.audio_heads,
-            "encoder_ffn_dim": g.audio_mlp, "num_mel_bins": WHISPER["feature_size"], "max_source_positions": 1500,
-            "n_window": g.window // 2, "output_dim": g.hidden, "activation_function": "gelu", "scale_embedding": False,
+            "model_type": "qwen2_5_omni_audio_encoder",
+            "d_model": g.audio_hidden,
+            "encoder_layers": g.audio_layers,
+            "num_hidden_layers": g.audio_layers,
+            "encoder_attention_heads": g.audio_heads,
+            "encoder_ffn_dim": g.audio_mlp,
+            "num_mel_bins": WHISPER["feature_size"],
+            "max_source_positions": 1500,
+            "n_window": g.window // 2,
+            "output_dim": g.hidden,
+            "activation_function": "gelu",
+            "scale_embedding": False,
         },
-    }  # fmt: skip
+    }
 
 
 def _shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:

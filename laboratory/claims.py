@@ -11,11 +11,12 @@ AS_GOOD = -0.02  # "at least as good": not worse by two points of recall@1
 AT_CHANCE = -0.05  # "at chance": not above it by five points of recall@1
 VERDICTS = HELD, FAILED, UNDECIDED = "held", "did not hold", "undecided"
 RULE = (
-    "One rule decides all: a claim held where the 95 % interval of its quantity lies wholly above the edge, it did",
-    "not hold where it lies wholly below, and it is undecided otherwise, and where there is no interval (one seed).",
-    'Quantities are written so that the claim says they are high; the edge is 0, but for "at least as good" (at most',
-    'two points of recall@1 worse) and "at chance" (at most five above). Intervals of differences are Student\'s over',
-    "seeds, paired by seed; of correlations, a bootstrap's with seeds as clusters. Nothing is corrected for number.",
+    "One rule decides all: a claim held where the 95 % interval of its quantity is above the edge,",
+    "it did not hold where the interval is below, and it is undecided otherwise, or where there is",
+    "no interval (one seed). Quantities are such that the claim says they are high. The edge is 0,",
+    'except for "at least as good" (at most two points of recall@1 worse) and "at chance" (at most',
+    "five above). Intervals of differences are Student's over seeds, paired by seed; intervals of",
+    "correlations are a bootstrap's with seeds as clusters. Nothing is corrected for number.",
 )
 
 
@@ -47,7 +48,9 @@ def decide(results: dict[str, Any]) -> list[Claim]:
 def _claims(
     runs: Sequence[Run], worlds: Sequence[dict[str, Any]]
 ) -> Iterator[tuple[str, str, Estimate | None, float]]:
-    """All claims, with None where a number is missing. "Best" is the generator that was trained longest."""
+    """All claims, with None where a number is missing. "Best" is the generator that was trained
+    longest.
+    """
     best, least = stats.qualities(runs)[-1], stats.qualities(runs)[0]
     change = partial(_change, runs, best)
     for kind in MODALITIES:
@@ -61,8 +64,7 @@ def _claims(
     never = "recall@1 after less before, mean of both directions, best generator"
     yield "it lifts image ↔ audio retrieval, which nothing ever paired", never, change(crossed), 0
     for kind in MODALITIES:
-        after = lambda run, m=kind: retrieval_of(run, m)  # noqa: E731
-        points = stats.scaling(runs, stats.exact(kind), after, 1)
+        points = stats.scaling(runs, stats.exact(kind), stats.retrieval(kind), 1)
         what = (
             "Pearson, exact match before with recall@1 after, generators that were trained at all"
         )
@@ -73,7 +75,7 @@ def _claims(
             0,
         )
     if least == 0 < best:
-        everything = lambda run: retrieval_of(run, *MODALITIES)  # noqa: E731
+        everything = stats.retrieval(*MODALITIES)
         need = _between(runs, (best, METHOD), (0, METHOD), everything)
         yield (
             "generative training is needed",
@@ -113,9 +115,15 @@ def _claims(
             what = f"{name}, last layer, after less before, best generator"
             yield f"the kernels of text and {kind} align", what, rise, 0
     for kind in MODALITIES:
-        bound = lambda run, m=kind: number(run, "theory", "mi_bound", m)  # noqa: E731
+
+        def bound(run: stats.Run, kind: str = kind) -> float | None:
+            return number(run, "theory", "mi_bound", kind)
+
         shared = stats.correlation(stats.scaling(runs, stats.negative_loss(kind), bound, 1))
-        what = "Pearson, minus the generative loss before with the bound after, generators that were trained at all"
+        what = (
+            "Pearson, minus the generative loss before with the bound after, "
+            "generators that were trained at all"
+        )
         yield (
             f"the better it generates, the more text and {kind} are known to share",
             what,
@@ -141,8 +149,12 @@ def _between(
     value: Callable[[Run | None], float | None],
 ) -> Estimate | None:
     """The difference of two ways (steps, tune) of the same seed, over seeds."""
-    one_of = lambda seed, way: value(stats.find(runs, seed, *way))  # noqa: E731
-    return stats.over_seeds(runs, lambda seed: _less(one_of(seed, one), one_of(seed, other)))
+
+    def difference(seed: int) -> float | None:
+        first, second = stats.find(runs, seed, *one), stats.find(runs, seed, *other)
+        return _less(value(first), value(second))
+
+    return stats.over_seeds(runs, difference)
 
 
 def _change(

@@ -29,10 +29,11 @@ def represent(
     """Every number that the world's tests/ give, in [0, 1]; a file that is absent gives none.
 
     `text_to_image`, `image_to_text` and so on (retrieval_*.jsonl): recall@1; of pages nDCG@10, too.
-    `image_to_audio`, `audio_to_image` (cross.jsonl): the first found is of the same concept; with `_mrr`, and
-    `.held_out` and `.seen`: of queries whose concept is, or is not, held out.
+    `image_to_audio`, `audio_to_image` (cross.jsonl): the first found is of the same concept; with
+    `_mrr`, and `.held_out` and `.seen`: of queries whose concept is, or is not, held out.
     `text_to_text` (text.jsonl): a text finds its paraphrase among all paraphrases and foils.
-    `minimal`, and `minimal.colour` and so on: the right text is nearer than the wrong. `zeroshot_*`: accuracy.
+    `minimal`, and `minimal.colour` and so on: the right text is nearer than the wrong.
+    `zeroshot_*`: accuracy.
 
     templates: of the texts whose mean vector stands for a zero-shot class; {} is its label.
     `encode` is called once, with distinct inputs.
@@ -65,7 +66,9 @@ def once(encode: Encode) -> Encode:
 
 
 def pairs(world: Path) -> dict[str, tuple[list[Any], list[Any]]]:
-    """{kind: (media, their captions)} of every tests/retrieval_KIND.jsonl, row i of one with row i of the other."""
+    """{kind: (media, their captions)} of every tests/retrieval_KIND.jsonl, row i of one with row i
+    of the other.
+    """
     found = {}
     for file, kind in files(world, "retrieval"):
         rows = [
@@ -77,11 +80,13 @@ def pairs(world: Path) -> dict[str, tuple[list[Any], list[Any]]]:
 
 
 def by_layer(embedder: OmniEmbedder, world: Path, k: int = NEIGHBOURS) -> dict[str, dict[str, Any]]:
-    """{"anisotropy", "mutual_knn", "cka" (unbiased): {kind: a number a layer, before the first and after each}}.
+    """{"anisotropy", "mutual_knn", "cka" (unbiased): {kind: a number a layer, before the first and
+    after each}}.
 
-    The last is the embedding's; None where a measure is not defined. The alignment is that of media with their captions
-    (retrieval_*.jsonl); anisotropy is also of "text", all captions together. k: neighbours of mutual kNN, and no more
-    than a quarter of the pairs. "chance": {kind: what mutual kNN is of sides that have nothing in common}.
+    The last is the embedding's; None where a measure is not defined. The alignment is that of media
+    with their captions (retrieval_*.jsonl); anisotropy is also of "text", all captions together. k:
+    neighbours of mutual kNN, and no more than a quarter of the pairs. "chance": {kind: what mutual
+    kNN is of sides that have nothing in common}.
     """
     found: dict[str, dict[str, Any]] = {"anisotropy": {}, "mutual_knn": {}, "cka": {}, "chance": {}}
     texts: list[np.ndarray] = []
@@ -105,12 +110,12 @@ def by_layer(embedder: OmniEmbedder, world: Path, k: int = NEIGHBOURS) -> dict[s
 def generate_quality(
     generator: Any, world: Path, limit: int = 64, max_new_tokens: int = 32
 ) -> dict[str, dict[str, float]]:
-    """{kind: {"loss": nats a token, "exact": share of answers met, "cer": of all characters}} of heldout/*.jsonl.
+    """{kind: {"loss": nats a token, "exact": share of answers met, "cer": of all characters}} of
+    heldout/*.jsonl.
 
-    generator: a `lco_jax.generator.OmniGenerator`.
-    limit: records of each file, evenly spaced (a file may be in order of classes). The loss is of the answer's tokens,
-    the end of its turn included.
-    max_new_tokens: where generation stops at the latest; make it longer than any answer.
+    generator: a `lco_jax.generator.OmniGenerator`. limit: records of each file, evenly spaced (a
+    file may be in order of classes). The loss is of the answer's tokens, the end of its turn
+    included. max_new_tokens: where generation stops at the latest; make it longer than any answer.
     """
     found = {}
     for file in sorted((world / "heldout").glob("*.jsonl")):

@@ -36,10 +36,11 @@ class Inputs:
 
 @dataclass
 class Finding:
-    """Queries and documents (places among the inputs) and, of each query, its relevant documents' numbers.
+    """Queries and documents (places among the inputs) and, of each query, its relevant documents'
+    numbers.
 
-    name: of the numbers. mrr, ndcg: whether these stand beside recall@1 (nDCG: one relevant document each).
-    parts: name -> the queries of a part.
+    name: of the numbers. mrr, ndcg: whether these stand beside recall@1 (nDCG: one relevant
+    document each). parts: name -> the queries of a part.
     """
 
     name: str
@@ -51,7 +52,9 @@ class Finding:
     parts: Mapping[str, list[int]] = field(default_factory=dict)
 
     def score(self, vectors: np.ndarray) -> dict[str, float]:
-        """The share of queries whose first document is relevant, and what else is asked for; vectors [N, D]."""
+        """The share of queries whose first document is relevant, and what else is asked for;
+        vectors [N, D].
+        """
         ranked = ranks(vectors[self.queries], vectors[self.documents], self.relevant)
         best = np.array([found.min() for found, _ in ranked])
         numbers = {self.name: np.mean(best == 1)}
@@ -71,19 +74,25 @@ class Finding:
         numbers |= {
             f"{self.name}.{part}": np.mean(many[which] / m) for part, which in self.parts.items()
         }
-        if (
-            self.mrr
-        ):  # the best of r random ranks is k with probability comb(m - k, r - 1) / comb(m, r)
-            best = lambda r: sum(comb(m - k, r - 1) / k for k in range(1, m + 1)) / comb(m, r)  # noqa: E731
-            numbers[f"{self.name}_mrr"] = np.mean([best(int(r)) for r in many])
+        if self.mrr:
+            numbers[f"{self.name}_mrr"] = np.mean([_chance_of_mrr(m, int(r)) for r in many])
         if self.ndcg:  # of one relevant document, whose every rank is as likely
             numbers[f"{self.name}_ndcg_at_10"] = (1 / np.log2(np.arange(2, 12)[:m])).sum() / m
         return {name: float(value) for name, value in numbers.items()}
 
 
+def _chance_of_mrr(m: int, r: int) -> float:
+    """The expected 1 / rank of the first of r relevant documents among m in random order.
+
+    The best of r random ranks is k with probability comb(m - k, r - 1) / comb(m, r).
+    """
+    return sum(comb(m - k, r - 1) / k for k in range(1, m + 1)) / comb(m, r)
+
+
 @dataclass
 class Choosing:
-    """Queries that each choose one of their own options; the first option is the right one, and a tie is wrong.
+    """Queries that each choose one of their own options; the first option is the right one, and a
+    tie is wrong.
 
     options: of each query a list of choices, each a list of places whose mean vector stands for it.
     """
@@ -187,7 +196,9 @@ def _cross(file: Path, inputs: Inputs) -> list[Finding]:
 
 
 def _triplets(file: Path, inputs: Inputs) -> Finding:
-    """Anchors find their positives among all positives and negatives, equal texts being one document."""
+    """Anchors find their positives among all positives and negatives, equal texts being one
+    document.
+    """
     documents: dict[int, int] = {}
     queries, relevant = [], []
     for row, reader in rows_of(file, "anchor", "positive"):

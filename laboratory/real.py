@@ -1,15 +1,17 @@
-"""A world folder of real things: CIFAR-10's photos, MNIST's written digits and the spoken digits of FSDD.
+"""A world folder of real things: photos (CIFAR-10), written digits (MNIST), spoken digits (FSDD).
 
 What is held out, and where:
 
-- two *speakers* of those in FSDD: only in heldout/ and tests/;
-- two *digits* and two *photo classes*: in generative/, but nowhere in contrast/, which so never mentions them;
+- two *speakers* of FSDD: only in heldout/ and tests/;
+- two *digits* and two *photo classes*: in generative/, and nowhere in contrast/;
 - one *wording* of each kind: only in tests/text.jsonl;
 - test images come from the datasets' test splits.
 
-No record pairs an image with a sound: whether a written and a spoken seven are one concept, tests/cross.jsonl asks.
+No record pairs an image with a sound. tests/cross.jsonl asks whether a written and a spoken seven
+are one concept.
 
-Sources: Krizhevsky 2009 (CIFAR-10); LeCun, Cortes and Burges (MNIST); Jackson et al., Free Spoken Digit Dataset.
+Sources: Krizhevsky 2009 (CIFAR-10); LeCun, Cortes and Burges (MNIST); Jackson et al., Free Spoken
+Digit Dataset.
 """
 
 import io
@@ -29,7 +31,8 @@ from lco_jax.data.captions import FilesSource
 from lco_jax.data.prompts import PROMPTS
 from lco_jax.data.tfds import CaptionedSource
 
-SIDE = 56  # pixels of a written image's side: four tokens of a tower with patches of 14 that merges 2 x 2
+# pixels of a written image's side: four tokens of a tower with patches of 14 that merges 2 x 2
+SIDE = 56
 QUESTION = "\nSay it in other words."  # asked of a text
 
 Media = dict[str, str]  # a side, such as {"image_path": "../media/photo_test_00001.png"}
@@ -57,7 +60,9 @@ def small() -> Sizes:
 
 @dataclass(frozen=True)
 class Kind:
-    """What there are captions of. wordings: the first is canonical, the last is for tests/text.jsonl alone."""
+    """What there are captions of. wordings: the first is canonical, the last is for
+    tests/text.jsonl alone.
+    """
 
     medium: str
     test: str  # what its zero-shot test is called
@@ -135,9 +140,10 @@ KINDS = {
 def write(folder: Path, data_dir: Path, seed: int = 0, sizes: Sizes | None = None) -> None:
     """Make `folder` a world of real things; the layout is the laboratory's (docs/laboratory.md).
 
-    data_dir: holds tfds/cifar10 and tfds/mnist as array_record files, and fsdd/{digit}_{speaker}_{n}.wav; sounds are
-    used where they lie. seed: draws what is held out, which media are taken and all wordings; equal seeds give equal
-    bytes. Raises `LcoError` where data is missing or too little.
+    data_dir: holds tfds/cifar10 and tfds/mnist as array_record files, and
+    fsdd/{digit}_{speaker}_{n}.wav; sounds are used where they are. seed: draws what is held out,
+    which media are taken and all wordings; equal seeds give equal bytes. Raises `LcoError` where
+    data is missing or too little.
     """
     sizes, rng = sizes or Sizes(), np.random.default_rng(seed)
     clips = _clips(data_dir / "fsdd")
@@ -173,7 +179,7 @@ def write(folder: Path, data_dir: Path, seed: int = 0, sizes: Sizes | None = Non
         world["held_out"] = {
             "classes": held,
             "speakers": speakers[:2],
-            "meaning": "classes are in generative/ and tests/, and nowhere in contrast/; speakers are in tests/ alone",
+            "meaning": "classes are nowhere in contrast/; speakers are in tests/ alone",
         }
         write_json(aside / "world.json", world)
 
@@ -181,7 +187,9 @@ def write(folder: Path, data_dir: Path, seed: int = 0, sizes: Sizes | None = Non
 def _images(
     folder: Path, kind: str, data_dir: Path, split: str, count: int, rng: np.random.Generator
 ) -> Pool:
-    """`count` images of each class, drawn from a TFDS split and written to media/ as png of SIDE x SIDE pixels."""
+    """`count` images of each class, drawn from a TFDS split and written to media/ as png of SIDE x
+    SIDE pixels.
+    """
     name, labels = {"photo": ("cifar10", LABELS), "written": ("mnist", DIGITS)}[kind]
     # copies of the sets without label.labels.txt have numbers for names
     values = {"label": {key: label for i, label in enumerate(labels) for key in (str(i), label)}}
@@ -202,7 +210,7 @@ def _images(
 
 
 def _clips(folder: Path) -> dict[str, Pool]:
-    """speaker -> digit -> clips, as they lie in FSDD's folder."""
+    """speaker -> digit -> clips, as they are in FSDD's folder."""
     digits = {str(i): word for i, word in enumerate(DIGITS)}
     source = FilesSource(
         str(folder / "*.wav"),
@@ -239,7 +247,8 @@ def _enough(pool: Pool, count: int, where: str) -> Pool:
     for label, media in pool.items():
         if len(media) < count:
             raise LcoError(
-                f"{where} has {len(media)} of class {label!r}, and the world's sizes ask for {count}"
+                f"{where} has {len(media)} of class {label!r}, "
+                f"and the world's sizes ask for {count}"
             )
     return pool
 
@@ -247,8 +256,12 @@ def _enough(pool: Pool, count: int, where: str) -> Pool:
 def _generative(
     train: dict[str, Pool], sizes: Sizes, rng: np.random.Generator
 ) -> dict[str, list[dict[str, Any]]]:
-    """Media and what they show: half of the answers canonical, half in any wording. Texts, said in other words. Media
-    and texts in turn, asked as they will be to be embedded; the answer is the class in one word."""
+    """The records of generative training.
+
+    Media and what they show: half of the answers are canonical, half are in any wording. Texts, and
+    the same in other words. Media and texts in turn, with the prompt for embedding; the answer is
+    the class in one word.
+    """
     files: dict[str, list[dict[str, Any]]] = {}
     for kind, pool in train.items():
         records = files.setdefault(f"generative/{KINDS[kind].medium}.jsonl", [])
@@ -281,7 +294,9 @@ def _contrast(
     sizes: Sizes,
     rng: np.random.Generator,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Both files have equally many records of each meaning: kinds in turn, classes (none held out) at random."""
+    """Both files have equally many records of each meaning: kinds in turn, classes (none held out)
+    at random.
+    """
     texts, media = [], []
     for i in range(sizes.contrast):
         name = list(KINDS)[i % len(KINDS)]
@@ -303,7 +318,9 @@ def _tests(
     sizes: Sizes,
     rng: np.random.Generator,
 ) -> dict[str, list[dict[str, Any]]]:
-    """heldout/ and tests/. Labels are whole captions, so that a text encoder meets what it was tuned on."""
+    """heldout/ and tests/. Labels are whole captions, so that a text encoder meets what it was
+    tuned on.
+    """
     files: dict[str, list[dict[str, Any]]] = {"tests/text.jsonl": []}
     for name, pool in tests.items():
         kind = KINDS[name]

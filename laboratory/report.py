@@ -1,7 +1,8 @@
-"""results.json of the laboratory's runs -> report.md: the paper's tables and figures in small, and what held.
+"""results.json of the laboratory's runs -> report.md: the paper's tables and figures in small, and
+what held.
 
-A number that a run does not have leaves its row or cell out. docs/laboratory.md says what each number means, and how
-results.json is laid out.
+A number that a run does not have leaves its row or cell out. docs/laboratory.md says what each
+number means, and how results.json is laid out.
 """
 
 import math
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from laboratory import claims, plots
+from laboratory import claims, report_plots
 from laboratory import statistics as stats
 from laboratory.statistics import METHOD, MODALITIES, Run, number
 from lco_jax.core.errors import LcoError
@@ -41,15 +42,18 @@ def write(results: dict[str, Any], folder: Path) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     guess = partial(_guess, results.get("worlds") or [])
-    kind_guess = lambda kind: stats.mean_of([guess(f"text_to_{kind}"), guess(f"{kind}_to_text")])  # noqa: E731
+
+    def kind_guess(kind: str) -> float | None:
+        return stats.mean_of([guess(f"text_to_{kind}"), guess(f"{kind}_to_text")])
+
     minimal = guess("minimal")
     drawn = {
-        "headline": plots.plot_headline(folder / "headline.png", runs, kind_guess),
-        "quality": plots.plot_quality(folder / "quality.png", runs, kind_guess),
-        "scaling": plots.plot_scaling(folder / "scaling.png", runs),
-        "tuning": plots.plot_tuning(folder / "tuning.png", runs),
-        "layers": plots.plot_layers(folder / "layers.png", runs),
-        "minimal": plots.plot_minimal(folder / "minimal.png", runs, minimal),
+        "headline": report_plots.plot_headline(folder / "headline.png", runs, kind_guess),
+        "quality": report_plots.plot_quality(folder / "quality.png", runs, kind_guess),
+        "scaling": report_plots.plot_scaling(folder / "scaling.png", runs),
+        "tuning": report_plots.plot_tuning(folder / "tuning.png", runs),
+        "layers": report_plots.plot_layers(folder / "layers.png", runs),
+        "minimal": report_plots.plot_minimal(folder / "minimal.png", runs, minimal),
     }
     sections = [
         ("", "headline", _head(results)),
@@ -84,7 +88,7 @@ def _head(results: dict[str, Any]) -> list[str]:
     minutes = number(results, "minutes")
     lines = [facts + ("." if minutes is None else f"; {minutes:.1f} minutes.")]
     lines += [
-        "Numbers are means over seeds ± the standard deviation between them; in brackets, 95 % intervals.",
+        "Numbers are means over seeds ± their standard deviation; in brackets, 95 % intervals.",
         "",
     ]
     return lines + (["```sh", str(results["command"]), "```", ""] if results.get("command") else [])
@@ -142,7 +146,9 @@ def _generation(runs: Sequence[Run]) -> list[str]:
 
 
 def _scaling(runs: Sequence[Run]) -> list[str]:
-    """The line and the correlations of every modality, by both measures of quality; the picture shows them."""
+    """The line and the correlations of every modality, by both measures of quality; the picture
+    shows them.
+    """
     rows = []
     for kind in MODALITIES:
         for quality, label in ((stats.exact, "exact answers"), (stats.negative_loss, "−loss")):
@@ -165,7 +171,7 @@ def _tuning(runs: Sequence[Run]) -> list[str]:
     values = {f"text ↔ {kind}": stats.retrieval(kind) for kind in MODALITIES}
     values |= {"image ↔ audio": claims.crossed, "KL, nats": _at("theory", "kl")}
     values |= {"parameters": _at("trained_parameters"), "seconds": _at("seconds", "tune")}
-    for way, name in plots.WAYS.items():
+    for way, name in report_plots.WAYS.items():
         cells = [_over(runs, best, way, value) for value in values.values()]
         rows += [[name, *cells]] if any(cells) else []
     return _table(["tuned", *values], rows)
@@ -202,7 +208,9 @@ def _minimal(runs: Sequence[Run], guess: Guess) -> list[str]:
 
 
 def _theory(runs: Sequence[Run]) -> list[str]:
-    """A row a generator and modality; the KL term is of the generator's text-only tuning, whatever the modality."""
+    """A row a generator and modality; the KL term is of the generator's text-only tuning, whatever
+    the modality.
+    """
     rows = []
     for count in stats.qualities(runs):
         kl = _over(runs, count, METHOD, _at("theory", "kl"))
@@ -240,8 +248,9 @@ def _over(runs: Sequence[Run], steps: int, tune: str, value: Value) -> str:
     there = [one for one in each if one is not None]
     if not there:
         return ""
-    spelt = lambda x: f"{x:,.0f}" if max(map(abs, there)) >= 100 else f"{x:.3f}"  # noqa: E731
-    return spelt(np.mean(there)) + (f" ± {spelt(np.std(there, ddof=1))}" if len(there) > 1 else "")
+    form = ",.0f" if max(map(abs, there)) >= 100 else ".3f"
+    mean = f"{np.mean(there):{form}}"
+    return f"{mean} ± {np.std(there, ddof=1):{form}}" if len(there) > 1 else mean
 
 
 def _guess(worlds: Sequence[dict[str, Any]], name: str) -> float | None:
@@ -286,7 +295,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _finite(value: Any) -> Any:
-    """The same with None in the place of what is not finite, and arrays' numbers as Python's: what JSON can hold."""
+    """The same with None in the place of what is not finite, and arrays' numbers as Python's: what
+    JSON can hold.
+    """
     if isinstance(value, dict):
         return {str(key): _finite(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

@@ -1,7 +1,8 @@
-"""The experiment: a world, a generator trained from nothing, its checkpoints tuned, and each of them measured.
+"""The experiment: make a world, train a generator, tune its checkpoints, measure each of them.
 
-Everything is done through the doors that users have: `lco_jax.pretrain`, `lco_jax.train`, checkpoints on disk. What is
-measured stands in a file a run, and a laboratory that is started again measures only what is missing.
+Everything goes through what users have: `lco_jax.pretrain`, `lco_jax.train`, checkpoints on disk.
+Each run's numbers are in a file of their own, and a laboratory that is started again measures only
+what is missing.
 """
 
 import json
@@ -59,11 +60,13 @@ class Bench(NamedTuple):
 
 
 def experiment(config: ConfigDict, workdir: Path, command: str) -> dict[str, Any]:
-    """Run or go on; writes report.md with its pictures and results.json into `workdir`, and returns the latter."""
+    """Run or go on; writes report.md with its pictures and results.json into `workdir`, and returns
+    the latter.
+    """
     _check(config)
     if on_bucket(workdir):
         raise LcoError(
-            f"--workdir={workdir}: the laboratory works in a folder, which can be copied to a bucket"
+            f"--workdir={workdir}: the laboratory works in a folder; copy it to a bucket at the end"
         )
     content = json.loads(config.to_json())
     if (workdir / "config.json").exists() and read_json(workdir / "config.json") != content:
@@ -94,19 +97,21 @@ def _check(config: ConfigDict) -> None:
     stages, every = list(config.stages), config.pretrain.checkpoint.every
     if not stages or stages != sorted(set(stages)) or stages[0] < 0 or stages[-1] == 0:
         raise LcoError(
-            f"config.stages is {stages}; name steps of generative training, each more than the one before"
+            f"config.stages is {stages}; name steps of generative training, in ascending order"
         )
     if strange := [way for way in config.ways if way not in WAYS]:
         raise LcoError(f"config.ways has {strange[0]!r}; these are: {', '.join(WAYS)}")
     if uneven := [steps for steps in stages if steps % every]:
         raise LcoError(
-            f"config.stages has {uneven[0]}, and config.pretrain.checkpoint.every is {every}: none is saved"
+            f"config.stages has {uneven[0]}, which is no multiple of "
+            f"config.pretrain.checkpoint.every={every}: there is no checkpoint of it"
         )
     if config.world not in ("made", "real"):
         raise LcoError(f"config.world is {config.world!r}; it is one of: made, real")
     if config.world == "real" and not config.data_dir:
         raise LcoError(
-            "config.data_dir is missing: the folder with tfds/ (cifar10, mnist as array_record) and fsdd/"
+            "config.data_dir is missing: the folder with tfds/ (cifar10, mnist as array_record) "
+            "and fsdd/"
         )
 
 
@@ -138,7 +143,9 @@ def _make_world(bench: Bench) -> dict[str, Any]:
 
 
 def _runs(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Every run of a seed: each generator before and after LoRA, and the best one after the other ways."""
+    """Every run of a seed: each generator before and after LoRA, and the best one after the other
+    ways.
+    """
     config, best = bench.config, bench.config.stages[-1]
     generated = _once(bench.folder / "pretrained.json", partial(_generate, bench))
     generator: list[OmniGenerator] = []

@@ -1,8 +1,9 @@
-"""Runs of the laboratory, looked up, and what can be said of them: means, intervals, a straight line.
+"""Looks up runs of the laboratory, and computes means, intervals and a straight line.
 
 Dimensions: S seeds, n points, B resamples.
 
-A run is an object of results.json ("runs"); a missing number, and one that is not finite, is None and is left out.
+A run is an object of results.json ("runs"); a missing number, and one that is not finite, is None
+and is left out.
 """
 
 import math
@@ -20,7 +21,9 @@ Run = dict[str, Any]
 
 
 class Estimate(NamedTuple):
-    """A mean over n seeds, or a correlation of n points, and its 95 % interval; None where there is none to be had."""
+    """A mean over n seeds, or a correlation of n points, and its 95 % interval; None where there is
+    no such value.
+    """
 
     mean: float | None
     low: float | None
@@ -52,7 +55,7 @@ def mean_of(values: Sequence[float | None]) -> float | None:
 
 
 def retrieval_of(run: Run | None, *modalities: str) -> float | None:
-    """Recall@1, the mean of text to media and media to text, and of all modalities that the run has."""
+    """Recall@1: the mean of text to media and media to text, over the modalities of the run."""
     each = [
         (
             number(run, "representation", f"text_to_{m}"),
@@ -63,9 +66,9 @@ def retrieval_of(run: Run | None, *modalities: str) -> float | None:
     return mean_of([None if None in both else sum(both) / 2 for both in each])
 
 
-def retrieval(kind: str) -> Callable[[Run], float | None]:
-    """`retrieval_of` one modality."""
-    return lambda run: retrieval_of(run, kind)
+def retrieval(*modalities: str) -> Callable[[Run | None], float | None]:
+    """`retrieval_of` these modalities."""
+    return lambda run: retrieval_of(run, *modalities)
 
 
 def exact(kind: str) -> Callable[[Run], float | None]:
@@ -75,8 +78,12 @@ def exact(kind: str) -> Callable[[Run], float | None]:
 
 def negative_loss(kind: str) -> Callable[[Run], float | None]:
     """Generative quality: minus the held-out loss, in nats a token."""
-    loss = lambda run: number(run, "generative", kind, "loss")  # noqa: E731
-    return lambda run: None if loss(run) is None else -loss(run)
+
+    def quality(run: Run) -> float | None:
+        loss = number(run, "generative", kind, "loss")
+        return None if loss is None else -loss
+
+    return quality
 
 
 def last_layer(run: Run | None, measure: str, kind: str) -> float | None:
@@ -106,7 +113,9 @@ def seeds_of(runs: Sequence[Run]) -> list[int]:
 
 
 def over_seeds(runs: Sequence[Run], value: Callable[[int], float | None]) -> Estimate | None:
-    """The mean of `value` (of a seed) with Student's interval over seeds; without two seeds there is no interval."""
+    """The mean of `value` (of a seed) with Student's interval over seeds; without two seeds there
+    is no interval.
+    """
     found = np.array([one for one in map(value, seeds_of(runs)) if one is not None])
     if not found.size:
         return None
@@ -124,7 +133,8 @@ def scaling(
     y: Callable[[Run], float | None],
     least_steps: int = 0,
 ) -> Points:
-    """A point for every seed and generator: x of it before contrastive learning, y after text-only LoRA.
+    """A point for every seed and generator: x of it before contrastive learning, y after text-only
+    LoRA.
 
     least_steps: leaves out generators that were trained less.
     """
@@ -144,18 +154,22 @@ def pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Spearman's correlation along the last axis, tied ranks sharing their mean; NaN where a side does not vary."""
+    """Spearman's correlation along the last axis, tied ranks sharing their mean; NaN where a side
+    does not vary.
+    """
     return pearson(rankdata(x, axis=-1), rankdata(y, axis=-1))
 
 
 def correlation(
     points: Points, measure: Callable[[np.ndarray, np.ndarray], np.ndarray] = pearson, seed: int = 0
 ) -> Estimate | None:
-    """A correlation of three points or more, and its bootstrap interval (Efron 1979), seeds as clusters.
+    """A correlation of three points or more, and its bootstrap interval (Efron 1979), seeds as
+    clusters.
 
-    A resample puts a seed drawn with replacement in the place of each seed, and for each of its points one of the
-    drawn seed's; one in which nothing varies is passed over. Without two seeds, or where most are passed over, there
-    is no interval; where nothing varies at all, there is no number either. None of fewer points.
+    A resample puts a seed drawn with replacement in the place of each seed, and for each of its
+    points one of the drawn seed's; one in which nothing varies is passed over. Without two seeds,
+    or where most are passed over, there is no interval; where nothing varies at all, there is no
+    number either. None of fewer points.
     """
     n, rng = len(points.x), np.random.default_rng(seed)
     if n < 3:

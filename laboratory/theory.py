@@ -1,10 +1,12 @@
-"""The quantities of the paper's bound, estimated: what media and text share, and how far tuning moved the decoder.
+"""The quantities of the paper's bound, estimated: what media and text share, and how far tuning
+moved the decoder.
 
 Dimensions: N pairs, D hidden.
 
-The paper bounds the risk of a representation by what the generative prior already knows (the mutual information of
-modality and text, less the generative loss) and by KL(Q ‖ P), what tuning departs from that prior (section on GRSL).
-docs/laboratory.md says what these estimates are, and what they are not.
+The paper bounds the risk of a representation by what the generative prior already knows (the mutual
+information of modality and text, less the generative loss) and by KL(Q ‖ P), what tuning departs
+from that prior (section on GRSL). docs/laboratory.md says what these estimates are, and what they
+are not.
 """
 
 import math
@@ -25,7 +27,9 @@ TEMPERATURE = (
 
 
 def info_nce(media: np.ndarray, texts: np.ndarray, temperature: float = TEMPERATURE) -> float:
-    """The loss in nats of finding each row's own text among all N; both sides unit vectors [N, D] (paper, eq. 1)."""
+    """The loss in nats of finding each row's own text among all N; both sides unit vectors [N, D]
+    (paper, eq. 1).
+    """
     logits = media.astype(np.float64) @ texts.astype(np.float64).T / temperature  # [N, N]
     return float((logsumexp(logits, axis=1) - logits.diagonal()).mean())
 
@@ -33,10 +37,11 @@ def info_nce(media: np.ndarray, texts: np.ndarray, temperature: float = TEMPERAT
 def information(
     encode: Callable[[list[Any]], np.ndarray], world: Path, temperature: float = TEMPERATURE
 ) -> dict[str, dict[str, float]]:
-    """{"infonce", "mi_bound", "ceiling"}: {kind: nats} of every tests/retrieval_KIND.jsonl, media finding their texts.
+    """{"infonce", "mi_bound", "ceiling"}: {kind: nats} of every tests/retrieval_KIND.jsonl, media
+    finding their texts.
 
-    mi_bound: I(medium; text) >= log N - loss for any critic (van den Oord et al. 2018, arXiv 1807.03748, section 2.3);
-    it cannot exceed its ceiling, log N, and below 0 says nothing.
+    mi_bound: I(medium; text) >= log N - loss for any critic (van den Oord et al. 2018, arXiv
+    1807.03748, section 2.3); it cannot exceed its ceiling, log N, and below 0 says nothing.
     """
     found: dict[str, dict[str, float]] = {"infonce": {}, "mi_bound": {}, "ceiling": {}}
     for kind, (media, texts) in pairs(world).items():
@@ -56,7 +61,8 @@ def information(
 def gaussian_kl(base: np.ndarray, tuned: np.ndarray, variance: float | None = None) -> float:
     """KL(N(tuned, s² I) ‖ N(base, s² I)) = ‖tuned - base‖² / 2 s², in nats.
 
-    variance: s², by default that of the base's own entries: a departure counts by the scale of what it departs from.
+    variance: s², by default that of the base's own entries: a departure counts by the scale of what
+    it departs from.
     """
     base, tuned = base.astype(np.float64), tuned.astype(np.float64)
     scale = float(base.var()) if variance is None else variance
@@ -69,15 +75,18 @@ def gaussian_kl(base: np.ndarray, tuned: np.ndarray, variance: float | None = No
 
 
 def decoder_kl(base: Checkpoint, tuned: Checkpoint) -> float:
-    """KL(Q ‖ P) in nats of two checkpoints of one geometry, summed over the decoder's tensors; one is read at a time.
+    """KL(Q ‖ P) in nats of two checkpoints of one geometry, summed over the decoder's tensors; one
+    is read at a time.
 
-    A matrix's variance is its own in the base. A bias or norm, whose entries may all be equal, takes that of all
-    entries of the base's matrices. Whatever tuned them (LoRA, merged; all weights), what is compared is the weights.
+    A matrix's variance is its own in the base. A bias or norm, whose entries may all be equal,
+    takes that of all entries of the base's matrices. Whatever tuned them (LoRA, merged; all
+    weights), what is compared is the weights.
     """
     names, others = (checkpoint.keys["decoder"] for checkpoint in (base, tuned))
     if names.keys() != others.keys():
         raise LcoError(
-            f"the decoders of {base.folder} and {tuned.folder} have other tensors; compare two of one base"
+            f"the decoders of {base.folder} and {tuned.folder} differ in their tensors; "
+            "compare two of one base"
         )
     total, moved, count, square, plain = 0.0, 0.0, 0, 0.0, 0.0
     for name, key in names.items():
@@ -98,5 +107,7 @@ def decoder_kl(base: Checkpoint, tuned: Checkpoint) -> float:
 
 
 def projection_kl(matrix: np.ndarray) -> float:
-    """The same, of a linear projection [D, D] that was tuned from the identity while the decoder stood still."""
+    """The same, of a linear projection [D, D] that was tuned from the identity while the decoder
+    stood still.
+    """
     return gaussian_kl(np.eye(len(matrix)), matrix)

@@ -1,209 +1,327 @@
 """Analyse how a model aligns two modalities, layer by layer, before and after contrastive learning.
 
-    python -m lco_jax.analyze --model=builtin:lab --adapter=runs/base/adapter --data=pairs.jsonl --out=analysis
-    python -m lco_jax.analyze --model=Qwen/Qwen2.5-VL-3B-Instruct --after-model=exports/vl3b --dtype=bfloat16 \\
-        --data=photos.json --a=image --b=text --limit=2000 --out=analysis
+    python -m lco_jax.analyze --model=builtin:lab --adapter=runs/base/adapter \\
+        --input=pairs.jsonl --output=analysis
+    python -m lco_jax.analyze --model=Qwen/Qwen2.5-VL-3B-Instruct --after-model=exports/vl3b \\
+        --dtype=bfloat16 --input=photos.json --a=image --b=text --limit=2000 --output=analysis
 
---data: pairs (anchor and positive of a record), as .jsonl or .parquet in the format of training data, or a .json that
-holds one source of a configuration, such as {"kind": "files", "glob": …, "pattern": …, "caption": …}.
+--input: pairs (anchor and positive of a record), as .jsonl or .parquet in the format of training
+data, or a .json that holds one source of a configuration, such as {"kind": "files", "glob": …,
+"pattern": …, "caption": …}.
 
-What it leaves in --out: analysis.json (every number, with its definition), analysis.md (a summary), anisotropy.png,
-alignment.png and gap.png (over layers), space.png (the last layer in two dimensions), and, where there are captions,
-generator.png (what contrastive learning costs the generator). docs/analysis.md says how to read them.
+Writes into --output: analysis.json (every number, with its definition), analysis.md (a summary),
+anisotropy.png, alignment.png and gap.png (over layers), space.png (the last layer in two
+dimensions), and, where there are captions, generator.png (what contrastive learning costs the
+generator). docs/analysis.md explains how to read them.
 """
 
 import argparse
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from lco_jax.analysis import measures, plots
-from lco_jax.analysis.generator import Losses, token_cost
-from lco_jax.analysis.pairs import Pairs, draw_pairs
+from lco_jax.analysis.layer_plots import plot_generator, plot_layers, plot_space
+from lco_jax.analysis.measures import ALIGNMENT, CCA_DIMENSIONS, DEFINITIONS, Side, measure_layers
+from lco_jax.analysis.pairs import Captions, Pairs, draw_pairs
+from lco_jax.analysis.token_cost import Losses, token_cost
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.checkpoint.peft import read_peft
-from lco_jax.core.buckets import on_disk
 from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.files import write_json, write_text, written_aside
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.sources import open_file
 from lco_jax.embedder import OmniEmbedder
+from lco_jax.flags import add_path, new_parser
 from lco_jax.generator import OmniGenerator
+
+Models = dict[str, tuple[str, str | None]]  # "before", "after" -> a checkpoint and an adapter
+
+
+class Findings(NamedTuple):
+    """What was found in each model, "before" and "after".
+
+    layers: as of `measure_layers`; last: both sides' unit vectors of the last layer; losses: of the
+    captions, if there are any.
+    """
+
+    layers: dict[str, dict[str, Any]]
+    last: dict[str, tuple[np.ndarray, np.ndarray]]
+    losses: dict[str, Losses]
 
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lco_jax.analyze",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", required=True, help="a checkpoint folder or hub id: before")
-    parser.add_argument("--adapter", help="a PEFT adapter folder or hub id: the same model after")
-    parser.add_argument(
-        "--after-model", help="a checkpoint folder or hub id: after, where there is no adapter"
-    )
-    parser.add_argument(
-        "--data", type=on_disk, required=True, help="pairs: .jsonl, .parquet, or a source in .json"
-    )
-    parser.add_argument(
-        "--a", default="", help="modality of one side (default: as in the first record)"
-    )
-    parser.add_argument("--b", default="", help="modality of the other")
-    parser.add_argument(
-        "--captions", type=on_disk, help="pairs with a text to tell the generator (default: --data)"
-    )
-    parser.add_argument("--out", type=on_disk, required=True, help="the folder to write")
-    parser.add_argument("--k", type=int, default=10, help="nearest neighbours (default: 10)")
-    parser.add_argument(
-        "--limit", type=int, default=1000, help="the most pairs, drawn by --seed (default: 1000)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the drawing and the bootstrap (default: 0)"
-    )
-    parser.add_argument("--max-length", type=int, help="cut texts to so many tokens")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser = new_parser("analyze", __doc__)
+    add = parser.add_argument
+    add("--model", required=True, help="a checkpoint folder or hub id: before")
+    add("--adapter", help="a PEFT adapter folder or hub id: the same model after")
+    add("--after-model", help="a checkpoint folder or hub id: after, where there is no adapter")
+    add_path(parser, "--input", "pairs: .jsonl, .parquet, or a source in .json", ["--data"])
+    add("--a", default="", help="modality of one side (default: as in the first record)")
+    add("--b", default="", help="modality of the other")
+    captions = "pairs with a text that the generator is to write (default: --input)"
+    add_path(parser, "--captions", captions, required=False)
+    add_path(parser, "--output", "the folder to write", ["--out"])
+    add("--k", type=int, default=10, help="nearest neighbours (default: 10)")
+    add("--limit", type=int, default=1000, help="draw at most so many pairs (default: 1000)")
+    add("--seed", type=int, default=0, help="of the draw and of the bootstrap (default: 0)")
+    add("--max-length", type=int, help="cut texts to so many tokens")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32")
     return parser.parse_args()
 
 
-def main() -> int:
-    """Draw pairs, look at one model, then at the other; numbers and pictures appear when all are there."""
+def main() -> None:
+    """Draw pairs, look at one model, then at the other, then write everything at once."""
     args = parse_args()
-    for flag, value, least in (("k", args.k, 2), ("limit", args.limit, args.k + 2)):
+    models = _models(args)
+    pairs = _draw(args)
+    captioned = _draw_captions(args) if args.captions else pairs
+    drawn = {
+        f"--input={args.input}": pairs,
+        f"--captions={args.captions}": captioned,
+    }
+    _check_models(models, drawn)
+    print(f"{_counted(pairs)}, drawn with seed {args.seed} ({_left_out(pairs)})")
+    keep_compiled()
+    findings = Findings({}, {}, {})
+    with written_aside(args.output) as folder:
+        for run in models:
+            _look(run, models[run], pairs, captioned, args, findings)
+        facts = _facts(args, pairs)
+        facts["generator"] = token_cost(findings.losses, args.seed) if findings.losses else None
+        _write(folder, facts, findings)
+    print((args.output / "analysis.md").read_text(encoding="utf-8"))
+
+
+def _models(args: argparse.Namespace) -> Models:
+    for flag, value, least in (
+        ("k", args.k, 2),
+        ("limit", args.limit, args.k + 2),
+    ):
         if value < least:
             raise LcoError(f"--{flag}={value}: it must be at least {least}")
     if args.adapter and args.after_model:
-        raise LcoError("--adapter and --after-model both say what came after; give one of them")
-    pairs = draw_pairs(open_file(args.data), args.a, args.b, args.limit, args.seed)
-    found = f"{len(pairs.a):,} pairs of {' and '.join(pairs.kinds)}"
-    left_out = f"{pairs.duplicates:,} repeat a side, {pairs.others:,} are of other modalities"
+        raise LcoError("--adapter and --after-model both name what came after; give one of them")
+    models: Models = {"before": (args.model, None)}
+    if args.adapter or args.after_model:
+        models["after"] = (
+            args.after_model or args.model,
+            args.adapter,
+        )
+    return models
+
+
+def _draw(args: argparse.Namespace) -> Pairs:
+    """The pairs of --input."""
+    pairs = draw_pairs(
+        open_file(args.input),
+        args.a,
+        args.b,
+        args.limit,
+        args.seed,
+    )
     if len(pairs.a) < args.k + 2:
         raise LcoError(
-            f"--data={args.data} has {found} ({left_out}); --k={args.k} takes at least {args.k + 2}"
+            f"--input={args.input} has {_counted(pairs)} ({_left_out(pairs)}); "
+            f"--k={args.k} takes at least {args.k + 2}"
         )
-    told = pairs  # whose captions the generator is to say
-    if args.captions:
-        told = draw_pairs(open_file(args.captions), "", "", args.limit, args.seed, distinct=False)
-        if told.captions() is None:
-            raise LcoError(f"--captions={args.captions} has no text on either side")
-    models = {"before": (args.model, None)}
-    if args.adapter or args.after_model:
-        models["after"] = (args.after_model or args.model, args.adapter)
-    for path, adapter in models.values():  # what is wrong is found now, and not after an hour
+    return pairs
+
+
+def _draw_captions(args: argparse.Namespace) -> Pairs:
+    """The pairs of --captions."""
+    pairs = draw_pairs(
+        open_file(args.captions),
+        "",
+        "",
+        args.limit,
+        args.seed,
+        distinct=False,
+    )
+    if pairs.captions() is None:
+        raise LcoError(f"--captions={args.captions} has no text on either side")
+    return pairs
+
+
+def _counted(pairs: Pairs) -> str:
+    return f"{len(pairs.a):,} pairs of {' and '.join(pairs.kinds)}"
+
+
+def _left_out(pairs: Pairs) -> str:
+    return f"{pairs.duplicates:,} repeat a side, {pairs.others:,} are of other modalities"
+
+
+def _check_models(models: Models, drawn: Mapping[str, Pairs]) -> None:
+    """Raise now, and not after an hour, for what no model takes. drawn: by flag."""
+    for path, adapter in models.values():
         known = open_checkpoint(path).backbone.modalities
-        for flag, drawn in ((f"--data={args.data}", pairs), (f"--captions={args.captions}", told)):
-            if closed := drawn.modalities - set(known):
-                raise LcoError(f"{flag} holds {min(closed)}, and {path} takes {', '.join(known)}")
+        for flag, pairs in drawn.items():
+            if unknown := pairs.modalities - set(known):
+                raise LcoError(f"{flag} holds {min(unknown)}, and {path} takes {', '.join(known)}")
         if adapter:
             read_peft(adapter)
-    print(f"{found}, drawn with seed {args.seed} ({left_out})")
-
-    with written_aside(args.out) as folder:
-        keep_compiled()
-        runs, last, losses = {}, {}, {}
-        for run, (path, adapter) in models.items():
-            states, losses[run] = _look(run, path, adapter, pairs, told, args)
-            runs[run] = measures.measure_layers(*states, pairs.names, args.k)
-            last[run] = [
-                measures.Side(x[-1], name, args.k).unit
-                for x, name in zip(states, pairs.names, strict=True)
-            ]
-            del states  # before the next model's come
-        facts = {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in vars(args).items()
-        }
-        facts |= {
-            "sides": pairs.names,
-            "pairs": len(pairs.a),
-            "duplicates": pairs.duplicates,
-            "others": pairs.others,
-        }
-        facts["cca_dimensions"] = measures.CCA_DIMENSIONS
-        facts["generator"] = token_cost(losses, args.seed) if told.captions() else None
-        facts["definitions"] = {
-            name: measure.__doc__.split("\n")[0] for name, measure in measures.MEASURES.items()
-        }
-        write_json(folder / "analysis.json", facts | runs)
-        write_text(folder / "analysis.md", _summary(facts, runs))
-        plots.plot_layers(folder / "anisotropy.png", runs, ["anisotropy"])
-        alignment, chance = (
-            [measure.__name__ for measure in measures.ALIGNMENT],
-            args.k / (len(pairs.a) - 1),
-        )
-        plots.plot_layers(folder / "alignment.png", runs, alignment, chance)
-        plots.plot_layers(folder / "gap.png", runs, ["modality_gap"])
-        plots.plot_space(folder / "space.png", last, pairs.names)
-        if facts["generator"] and "after" in losses:
-            plots.plot_generator(folder / "generator.png", losses, facts["generator"]["difference"])
-    print((args.out / "analysis.md").read_text(encoding="utf-8"))
-    return 0
 
 
 def _look(
-    run: str, path: str, adapter: str | None, pairs: Pairs, told: Pairs, args: argparse.Namespace
-) -> tuple[list[np.ndarray], Losses | None]:
-    """One model's states of both sides, each [L + 1, N, D], and its losses of the captions, if there are any."""
-    captions, kinds = told.captions(), pairs.modalities | told.modalities
+    run: str,
+    checkpoint: tuple[str, str | None],
+    pairs: Pairs,
+    captioned: Pairs,
+    args: argparse.Namespace,
+    findings: Findings,
+) -> None:
+    """Load one model, and add to the findings what it makes of the pairs and the captions."""
+    path, adapter = checkpoint
+    captions = captioned.captions()
     kind = OmniEmbedder if captions is None else OmniGenerator
-    embedder = kind.from_pretrained(path, adapter, args.dtype, modalities=kinds)
-    states = []
-    for inputs, name in zip((pairs.a, pairs.b), pairs.names, strict=True):
-        with tqdm(total=len(inputs), desc=f"{run}: {name}", unit="input") as bar:
-            states.append(embedder.encode_layers(inputs, max_length=args.max_length, progress=bar))
-        if not np.isfinite(states[-1]).all():
-            raise LcoError(f"{path} has states of {name} that are not finite; try --dtype=float32")
-    if captions is None:
-        return states, None
+    kinds = pairs.modalities | captioned.modalities
+    model = kind.from_pretrained(path, adapter, args.dtype, modalities=kinds)
+    states_a = _states(
+        model,
+        pairs.a,
+        f"{run}: {pairs.names[0]}",
+        path,
+        args.max_length,
+    )
+    states_b = _states(
+        model,
+        pairs.b,
+        f"{run}: {pairs.names[1]}",
+        path,
+        args.max_length,
+    )
+    findings.layers[run] = measure_layers(states_a, states_b, pairs.names, args.k)
+    sides = [Side(states[-1], "last", args.k) for states in (states_a, states_b)]
+    findings.last[run] = (sides[0].unit, sides[1].unit)
+    if captions is not None:
+        findings.losses[run] = _losses(model, captions, f"{run}: captions", args.max_length)
+
+
+def _losses(model: OmniGenerator, captions: Captions, name: str, max_length: int | None) -> Losses:
+    """The losses of the captions' tokens."""
     inputs, answers, prompt = captions
-    with tqdm(total=len(inputs), desc=f"{run}: captions", unit="input") as bar:
-        return states, embedder.token_losses(
-            inputs, answers, prompt=prompt, max_length=args.max_length, progress=bar
+    with tqdm(total=len(inputs), desc=name, unit="input") as bar:
+        return model.token_losses(
+            inputs, answers, prompt=prompt, max_length=max_length, progress=bar
         )
 
 
-def _summary(facts: dict[str, Any], runs: dict[str, dict[str, Any]]) -> str:
-    """analysis.md: a table of the last layer and the mean over layers, the gaps, and what the generator pays."""
-    heads = [f"{run}, {what}" for what in ("last layer", "mean of layers") for run in runs]
+def _states(
+    model: OmniEmbedder,
+    inputs: list[Any],
+    name: str,
+    path: str,
+    max_length: int | None,
+) -> np.ndarray:
+    """The states of one side's inputs, [L + 1, N, D]. path: of the model."""
+    with tqdm(total=len(inputs), desc=name, unit="input") as bar:
+        states = model.encode_layers(inputs, max_length=max_length, progress=bar)
+    if not np.isfinite(states).all():
+        raise LcoError(f"{path} has states that are not finite ({name}); try --dtype=float32")
+    return states
+
+
+def _facts(args: argparse.Namespace, pairs: Pairs) -> dict[str, Any]:
+    """What analysis.json has beside the numbers."""
+    facts = {}
+    for name, value in vars(args).items():
+        facts[name] = str(value) if isinstance(value, Path) else value
+    return {
+        **facts,
+        "sides": pairs.names,
+        "pairs": len(pairs.a),
+        "duplicates": pairs.duplicates,
+        "others": pairs.others,
+        "cca_dimensions": CCA_DIMENSIONS,
+        "definitions": DEFINITIONS,
+    }
+
+
+def _write(folder: Path, facts: dict[str, Any], findings: Findings) -> None:
+    """Write the numbers, the summary and the pictures."""
+    layers, cost = findings.layers, facts["generator"]
+    write_json(folder / "analysis.json", facts | layers)
+    write_text(folder / "analysis.md", _summary(facts, layers))
+    plot_layers(folder / "anisotropy.png", layers, ["anisotropy"])
+    alignment = [measure.__name__ for measure in ALIGNMENT]
+    chance = facts["k"] / (facts["pairs"] - 1)
+    plot_layers(folder / "alignment.png", layers, alignment, chance)
+    plot_layers(folder / "gap.png", layers, ["modality_gap"])
+    plot_space(folder / "space.png", findings.last, facts["sides"])
+    if cost and "difference" in cost:
+        plot_generator(
+            folder / "generator.png",
+            findings.losses,
+            cost["difference"],
+        )
+
+
+def _summary(
+    facts: Mapping[str, Any],
+    runs: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """The last layer and the mean over layers, what is not defined, and the generator's cost."""
+    sides = " and ".join(facts["sides"])
+    titles = [f"{run}, {what}" for what in ("last layer", "mean of layers") for run in runs]
     lines = [
-        f"{facts['pairs']:,} pairs of {' and '.join(facts['sides'])} from {facts['data']}, k = {facts['k']}.",
+        f"{facts['pairs']:,} pairs of {sides} from {facts['input']}, k = {facts['k']}.",
         "",
+        f"| measure | {' | '.join(titles)} |",
+        "|---" * (len(titles) + 1) + "|",
     ]
-    lines += [f"| measure | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    for name in measures.MEASURES:
-        for side in facts["sides"] if name == "anisotropy" else [""]:
-            columns = [found[name][side] if side else found[name] for found in runs.values()]
-            known = [[value for value in values if value is not None] for values in columns]
-            cells = [values[-1] for values in columns] + [
-                sum(x) / len(x) if x else None for x in known
-            ]
-            shown = ["—" if value is None else f"{value:.3f}" for value in cells]
-            lines.append(f"| {name}{side and f', {side}'} | {' | '.join(shown)} |")
+    for name in DEFINITIONS:
+        if name == "anisotropy":
+            for side in facts["sides"]:
+                values = [found[name][side] for found in runs.values()]
+                lines.append(_row(f"{name}, {side}", values))
+        else:
+            lines.append(_row(name, [found[name] for found in runs.values()]))
     for run, found in runs.items():
-        gaps: dict[str, list[str]] = {}
-        for gap in found["undefined"]:
-            gaps.setdefault(gap["reason"], []).append(f"{gap['measure']} at layer {gap['layer']}")
-        lines += [
-            f"\nNot defined {run}, as {reason}: {', '.join(dict.fromkeys(where))}."
-            for reason, where in gaps.items()
-        ]
-    if cost := facts["generator"]:
-        costs = {
-            run: (cost[run]["nats_per_token"], cost[run]["perplexity"] or np.inf) for run in runs
-        }
-        means = [
-            f"{nats:.3f} nats (perplexity {perplexity:.4g}) {run}"
-            for run, (nats, perplexity) in costs.items()
-        ]
-        lines += [f"\nA token of {cost['captions']:,} captions costs {', '.join(means)}."]
-        if change := cost.get("difference"):
-            interval = f"[{change['low']:+.4f}, {change['high']:+.4f}]"
-            lines[-1] += (
-                f" The difference is {change['nats_per_token']:+.4f}, its 95 % interval {interval}."
-            )
+        lines += _undefined(run, found["undefined"])
+    if facts["generator"]:
+        lines.append(_cost(facts["generator"], runs))
     return "\n".join(lines) + "\n"
+
+
+def _row(name: str, columns: list[list[float | None]]) -> str:
+    """columns: of each run the values over layers."""
+    known = [[value for value in values if value is not None] for values in columns]
+    cells = [values[-1] for values in columns]
+    cells += [sum(values) / len(values) if values else None for values in known]
+    shown = ["—" if cell is None else f"{cell:.3f}" for cell in cells]
+    return f"| {name} | {' | '.join(shown)} |"
+
+
+def _undefined(run: str, gaps: list[dict[str, Any]]) -> list[str]:
+    """A sentence for each reason."""
+    where: dict[str, list[str]] = defaultdict(list)
+    for gap in gaps:
+        place = f"{gap['measure']} at layer {gap['layer']}"
+        if place not in where[gap["reason"]]:
+            where[gap["reason"]].append(place)
+    return [
+        f"\nNot defined {run}, as {reason}: {', '.join(places)}."
+        for reason, places in where.items()
+    ]
+
+
+def _cost(cost: Mapping[str, Any], runs: Mapping[str, Any]) -> str:
+    """What a token of the captions costs the generator."""
+    means = []
+    for run in runs:
+        perplexity = cost[run]["perplexity"] or np.inf
+        nats = cost[run]["nats_per_token"]
+        means.append(f"{nats:.3f} nats (perplexity {perplexity:.4g}) {run}")
+    text = f"\nA token of {cost['captions']:,} captions costs {', '.join(means)}."
+    if change := cost.get("difference"):
+        interval = f"[{change['low']:+.4f}, {change['high']:+.4f}]"
+        difference = f"{change['nats_per_token']:+.4f}"
+        text += f" The difference is {difference}, its 95 % interval {interval}."
+    return text
 
 
 if __name__ == "__main__":

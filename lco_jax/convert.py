@@ -27,7 +27,7 @@ from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.files import write_json
 from lco_jax.core.sharding import replicated
 from lco_jax.embedder import OmniEmbedder
-from lco_jax.evaluation import own
+from lco_jax.evaluation import local_tasks
 from lco_jax.evaluation.plots import plot_spectrum
 from lco_jax.training.run import tuned_of_run
 
@@ -103,7 +103,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         "--media-root", type=on_disk, help="where relative paths of media in --validate start"
     )
-    own.add_flags(parser, "--validate")
+    local_tasks.add_flags(parser, "--validate")
     return parser.parse_args()
 
 
@@ -198,7 +198,7 @@ def _greedy(
 ) -> tuple[list[int], list[dict[str, Any]]]:
     """Which adapters the greedy soup keeps, and its steps. The base is loaded once, and one program serves all."""
     embedder = OmniEmbedder.from_pretrained(args.model, dtype=args.dtype)
-    base, (_, _, main_number) = embedder.params["decoder"], own.KINDS[args.kind]
+    base, (_, _, main_number) = embedder.params["decoder"], local_tasks.KINDS[args.kind]
 
     def score(chosen: list[int]) -> float:
         weights = [
@@ -208,9 +208,9 @@ def _greedy(
         tree = jax.device_put(tree, replicated(embedder.mesh))
         embedder.params = {**embedder.params, "decoder": lora.attach(base, tree, config)}
         encode = lambda inputs: embedder.encode(inputs, show_progress=True)
-        value = own.evaluate(encode, args.kind, args.validate, **own.options_of(args)).numbers[
-            main_number
-        ]
+        value = local_tasks.evaluate(
+            encode, args.kind, args.validate, **local_tasks.options_of(args)
+        ).numbers[main_number]
         print(
             f"{main_number} {value:.4f}: {' + '.join(args.adapters[i] for i in chosen)}", flush=True
         )

@@ -1,19 +1,20 @@
-"""Measure a model on a benchmark of mteb, on tasks of it, on SeaDoc, or on files of your own.
+"""Evaluate a model on a benchmark of mteb, on its tasks, on SeaDoc, or on your own files.
 
-    python -m lco_jax.evaluate --model=exports/vl7b --benchmark="MIEB(lite)" --out=results/vl7b
-    python -m lco_jax.evaluate --model=Qwen/Qwen2.5-Omni-3B --adapter=my/adapter --tasks=STSBenchmark,CIFAR10 --out=DIR
-    python -m lco_jax.evaluate --model=exports/vl7b --seadoc=SeaDoc/ --out=DIR
-    python -m lco_jax.evaluate --model=exports/vl7b --data=mine.jsonl --kind=retrieval --out=DIR
+    python -m lco_jax.evaluate --model=exports/vl7b --benchmark="MIEB(lite)" --output=results/vl7b
+    python -m lco_jax.evaluate --model=Qwen/Qwen2.5-Omni-3B --adapter=my/adapter \\
+        --tasks=STSBenchmark,CIFAR10 --output=DIR
+    python -m lco_jax.evaluate --model=exports/vl7b --seadoc=SeaDoc/ --output=DIR
+    python -m lco_jax.evaluate --model=exports/vl7b --input=mine.jsonl --kind=retrieval --output=DIR
 
-Writes OUT/results.md and results.png (published numbers beside ours), OUT/results/MODEL/REVISION/… (JSON as mteb has
-it, with model_meta.json, whose experiment_kwargs tell every cap) and OUT/embeddings (a vector of every input). The same
-command goes on where it was stopped: tasks that are done are not measured again, inputs that are done not embedded.
-With --data: OUT/results.json and a picture.
+Writes OUTPUT/results.md and results.png (published numbers beside ours), OUTPUT/results/MODEL/
+REVISION/… (mteb's own JSON, with model_meta.json, whose experiment_kwargs name every cap) and
+OUTPUT/embeddings (a vector of every input). After a kill the same command goes on: it repeats no
+task and embeds no input a second time. With --input it writes OUTPUT/results.json and a picture.
 """
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,140 +22,205 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lco_jax.checkpoint.hf import open_checkpoint
-from lco_jax.core.buckets import on_disk
+from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.shapes import keep_compiled
+from lco_jax.data.media import MediaConfig
 from lco_jax.embedder import EmbeddedBlock, OmniEmbedder
-from lco_jax.evaluation import own
-from lco_jax.flags import add_corpus_flags, embedding_settings, load_embedder, media_config, workers
+from lco_jax.evaluation.local_tasks import KINDS, add_flags, evaluate_and_write, options_of
+from lco_jax.flags import (
+    add_corpus_flags,
+    add_path,
+    embedding_settings,
+    load_embedder,
+    media_config,
+    new_parser,
+    workers,
+)
 
-PART_INPUTS = 2048  # embedded between two writes: what a kill can cost
-MANY = 256  # inputs for which it pays to start processes
-MAX_LENGTH = 300  # tokens of a text, as the reference's evaluation cuts
+PART_INPUTS = 2048  # inputs that are embedded between two writes: what a kill can cost
+MANY = 256  # from so many inputs on, it pays to start processes that prepare media
+MAX_LENGTH = 300  # tokens of a text, as in the reference's evaluation
 
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lco_jax.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--benchmark", help='of mteb: "MIEB(lite)", "MAEB", "ViDoRe(v2)", "MTEB(eng, v2)", …'
-    )
-    what.add_argument("--tasks", help="of mteb, between commas")
-    what.add_argument(
-        "--seadoc",
-        help="a folder with corpus/, query/ and qrels/ in parquet, or a data set of the hub",
-    )
-    what.add_argument("--data", type=on_disk, help="your own records or folder; needs no mteb")
+    parser = new_parser("evaluate", __doc__)
     parser.add_argument(
-        "--out", type=on_disk, required=True, help="the folder for results and vectors"
+        "--benchmark",
+        help='of mteb: "MIEB(lite)", "MAEB", "ViDoRe(v2)", "MTEB(eng, v2)", …',
     )
+    parser.add_argument("--tasks", help="of mteb, between commas")
+    parser.add_argument(
+        "--seadoc",
+        help="a folder with corpus/, query/ and qrels/ in parquet, or a hub data set",
+    )
+    files = "your own records or folder; needs no mteb"
+    add_path(parser, "--input", files, earlier=["--data"], required=False)
+    add_path(parser, "--output", "the folder for results and vectors", earlier=["--out"])
     add_corpus_flags(parser, on_error="raise")
-    own.add_flags(parser, "--data")
+    add_flags(parser, "--input")
     parser.set_defaults(max_length=MAX_LENGTH, part_size=PART_INPUTS)
     return parser.parse_args()
 
 
 def main() -> int:
-    """Measure; 1 if a task could not be."""
+    """Evaluate; 1 if a task failed."""
     args = parse_args()
-    if (args.data is None) != (args.kind is None):
-        raise LcoError(f"--data and --kind go together; --kind is one of: {', '.join(own.KINDS)}")
+    given = [args.benchmark, args.tasks, args.seadoc, args.input]
+    if given.count(None) != len(given) - 1:
+        raise LcoError("give one of --benchmark, --tasks, --seadoc and --input")
+    if (args.input is None) != (args.kind is None):
+        raise LcoError(f"--input and --kind go together; --kind is one of: {', '.join(KINDS)}")
     media = media_config(args)
     keep_compiled()
-    if args.data is not None:  # files of the user's own, without mteb
-        embedder = load_embedder(args, open_checkpoint(args.model), media, None)
-        encode = partial(
-            embedder.encode, prompt=args.prompt, max_length=args.max_length, show_progress=True
-        )
-        numbers = own.measure(encode, args.kind, args.data, args.out, **own.options_of(args))
-        print("\n".join(f"{name:>20} {number:,.4g}" for name, number in numbers.items()))
-        print(f"written: {args.out / 'results.json'} and {args.kind}.png")
-        return 0
+    if args.input is None:
+        return evaluate_tasks(args, media)
+    evaluate_files(args, media)
+    return 0
+
+
+def evaluate_files(args: argparse.Namespace, media: MediaConfig) -> None:
+    """The user's own files, without mteb."""
+    embedder = load_embedder(args, open_checkpoint(args.model), media, None)
+    encode = partial(
+        embedder.encode,
+        prompt=args.prompt,
+        max_length=args.max_length,
+        show_progress=True,
+    )
+    options = options_of(args)
+    numbers = evaluate_and_write(encode, args.kind, args.input, args.output, **options)
+    for name, number in numbers.items():
+        print(f"{name:>20} {number:,.4g}")
+    print(f"written: {args.output / 'results.json'} and {args.kind}.png")
+
+
+def evaluate_tasks(args: argparse.Namespace, media: MediaConfig) -> int:
+    """mteb's tasks, and SeaDoc; 1 if a task failed."""
     if find_spec("mteb") is None:
         raise LcoError("benchmarks need mteb, which is not installed: pip install 'lco-jax[eval]'")
-    from lco_jax.evaluation.adapter import MTEB_VERSION, Encoder, find_tasks, measure, model_meta
-    from lco_jax.evaluation.cache import VectorCache
-    from lco_jax.evaluation.report import write_report
+    from lco_jax.evaluation.adapter import Encoder, find_tasks, model_meta
+    from lco_jax.evaluation.stored_vectors import StoredVectors
 
-    tasks, checkpoint = (
-        find_tasks(args.benchmark, args.tasks, args.seadoc),
-        open_checkpoint(args.model),
-    )
-    known, dimension = checkpoint.backbone.modalities, checkpoint.config.hidden_size
-    asked = {kind for task in tasks for kind in task.metadata.modalities}
-    asked |= {"audio"} if media.use_audio_in_video else set()  # a video's own
-    modalities = tuple(kind for kind in known if kind in {"text", *asked})
+    tasks = find_tasks(args.benchmark, args.tasks, args.seadoc)
+    checkpoint = open_checkpoint(args.model)
     settings = embedding_settings(args, media, checkpoint)
-    name, revision = _identity(args, settings)
-    caps = {
-        key.strip("-").replace("-", "_"): settings[key] for key in settings if key.startswith("--")
-    }
-    caps = {key: value for key, value in caps.items() if value not in (None, "") and key != "model"}
-    meta = model_meta(name, revision, caps, modalities=list(known), embed_dim=dimension)
-
-    @cache
-    def embedder() -> OmniEmbedder:  # when an input has no vector yet
-        return load_embedder(args, checkpoint, media, modalities)
-
-    def encode_blocks(
-        contents: Iterable[Any], progress: tqdm, names: Iterable[str]
-    ) -> Iterator[EmbeddedBlock]:
-        many = progress.total >= MANY and modalities != ("text",)
-        options = {"prompt": args.prompt, "max_length": args.max_length, "on_error": args.on_error}
-        options |= {"workers": workers(args, many), "block_inputs": args.part_size}
-        return embedder().encode_blocks(
-            contents, args.batch_size, progress=progress, names=names, **options
-        )
-
-    found = []
-    with VectorCache(
-        args.out / "embeddings", {**settings, "--on-error": args.on_error}, dimension
-    ) as vectors:
-        encoder = Encoder(encode_blocks, meta, vectors, media)
-        for task in (progress := tqdm(tasks, desc="tasks", unit="task")):
-            progress.set_postfix_str(task.metadata.name)
-            found.append(measure(encoder, task, args.out))
-            empty = (
-                {"skipped, with a vector of zeros": vectors.empty()}
-                if args.on_error == "skip"
-                else {}
-            )
-            write_report(
-                args.out,
-                name,
-                args.benchmark or "tasks",
-                found,
-                {**caps, "mteb": MTEB_VERSION, **empty},
-            )
-    failed = [one for one in found if one.score is None]
-    for one in failed:
-        print(f"{one.task}: {one.reason}", file=sys.stderr)
-    print(
-        f"{encoder.embedded:,} inputs embedded, {encoder.held:,} held already by {vectors.folder}"
+    meta = model_meta(
+        _name(args),
+        _revision(settings),
+        _caps(settings),
+        modalities=list(checkpoint.backbone.modalities),
+        embed_dim=checkpoint.config.hidden_size,
     )
-    print(f"{len(found) - len(failed)} of {len(found)} tasks measured: {args.out / 'results.md'}")
+    encode_blocks = _lazy_encoder(
+        args,
+        checkpoint,
+        media,
+        _modalities(tasks, checkpoint, media),
+    )
+    stored = StoredVectors(
+        args.output / "embeddings",
+        {**settings, "--on-error": args.on_error},
+    )
+    encoder = Encoder(encode_blocks, meta, stored, media)
+    failed = _run_tasks(tasks, encoder, args, _caps(settings))
+    print(
+        f"{encoder.embedded:,} inputs embedded, {encoder.found:,} found in {stored.folder}\n"
+        f"{len(tasks) - failed} of {len(tasks)} tasks measured: {args.output / 'results.md'}"
+    )
+    stored.close()
     return 1 if failed else 0
 
 
-def _identity(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[str, str]:
-    """Name (owner/name) and revision of what is measured: a commit of the hub, or a digest of files."""
+def _run_tasks(
+    tasks: list[Any],
+    encoder: Any,
+    args: argparse.Namespace,
+    caps: Mapping[str, Any],
+) -> int:
+    """Run each task, and write the report after each -> how many failed."""
+    from lco_jax.evaluation.adapter import MTEB_VERSION, run_task
+    from lco_jax.evaluation.report import write_report
+
+    benchmark = args.benchmark or "tasks"
+    notes = {**caps, "mteb": MTEB_VERSION}
+    found = []
+    for task in (progress := tqdm(tasks, desc="tasks", unit="task")):
+        progress.set_postfix_str(task.metadata.name)
+        found.append(run_task(encoder, task, args.output))
+        if args.on_error == "skip":
+            notes["skipped, with a vector of zeros"] = encoder.stored.zeros()
+        write_report(args.output, _name(args), benchmark, found, notes)
+    failed = [one for one in found if one.score is None]
+    for one in failed:
+        print(f"{one.task}: {one.reason}", file=sys.stderr)
+    return len(failed)
+
+
+def _lazy_encoder(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    media: MediaConfig,
+    modalities: tuple[str, ...],
+) -> Callable[..., Iterator[EmbeddedBlock]]:
+    """`OmniEmbedder.encode_blocks` with the flags' options; the first call loads the model."""
+
+    @cache
+    def embedder() -> OmniEmbedder:
+        return load_embedder(args, checkpoint, media, modalities)
+
+    def encode_blocks(
+        contents: Iterable[Any],
+        progress: tqdm,
+        names: Iterable[str],
+    ) -> Iterator[EmbeddedBlock]:
+        many_media = progress.total >= MANY and modalities != ("text",)
+        return embedder().encode_blocks(
+            contents,
+            args.batch_size,
+            prompt=args.prompt,
+            max_length=args.max_length,
+            on_error=args.on_error,
+            workers=workers(args, many_media),
+            block_inputs=args.part_size,
+            progress=progress,
+            names=names,
+        )
+
+    return encode_blocks
+
+
+def _modalities(tasks: list[Any], checkpoint: Checkpoint, media: MediaConfig) -> tuple[str, ...]:
+    """What the tasks hold and the checkpoint takes."""
+    asked = {"text"}
+    for task in tasks:
+        asked |= set(task.metadata.modalities)
+    if media.use_audio_in_video:
+        asked.add("audio")
+    return tuple(kind for kind in checkpoint.backbone.modalities if kind in asked)
+
+
+def _name(args: argparse.Namespace) -> str:
+    """The model's name in results: owner/name, and the adapter's name."""
     local = Path(args.model).expanduser().is_dir() or "/" not in args.model
     name = f"local/{Path(args.model).absolute().name}" if local else args.model
-    held = [
-        value.split()[-1].replace("/", "__")
-        for key, value in settings.items()
-        if key.startswith("what")
-    ]
-    return (
-        name if args.adapter is None else f"{name}+{Path(args.adapter).absolute().name}",
-        "-".join(held),
-    )
+    return name if args.adapter is None else f"{name}+{Path(args.adapter).absolute().name}"
+
+
+def _revision(settings: Mapping[str, Any]) -> str:
+    """The commits of the hub, or the digests of the files, of the model and its adapter."""
+    files = [value for key, value in settings.items() if key.startswith("what")]
+    return "-".join(value.split()[-1].replace("/", "__") for value in files)
+
+
+def _caps(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that were set, but for the model, named as mteb names options."""
+    caps = {}
+    for flag, value in settings.items():
+        if flag.startswith("--") and flag != "--model" and value not in (None, ""):
+            caps[flag.strip("-").replace("-", "_")] = value
+    return caps
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ FLAGS = [
 
 
 def find():
-    """The path of a Chromium: $CHROMIUM, one on the PATH or Playwright's own; None if there is none."""
+    """The path of a Chromium: $CHROMIUM, one on the PATH or Playwright's own; None if there is
+    none.
+    """
     with sync_playwright() as playwright:
         own = playwright.chromium.executable_path
     found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
@@ -38,7 +40,9 @@ def install():
 
 @contextmanager
 def page(**options):
-    """A page of a fresh browser. options: of Playwright's `new_page`. What goes wrong in it fails the test."""
+    """A page of a fresh browser. options: of Playwright's `new_page`. What goes wrong in it fails
+    the test.
+    """
     path = find() or (install(), find())[1]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)

@@ -1,4 +1,4 @@
-"""Measures of alignment equal independent computations of their definitions; what is not defined is told."""
+"""Measures of alignment equal independent computations; what is not defined is named."""
 
 import json
 import re
@@ -12,9 +12,9 @@ from sklearn.neighbors import NearestNeighbors
 
 from lco_jax import LcoError, OmniEmbedder, analyze
 from lco_jax.analysis import measures
-from lco_jax.analysis.generator import token_cost
 from lco_jax.analysis.measures import Side, measure_layers
 from lco_jax.analysis.pairs import draw_pairs
+from lco_jax.analysis.token_cost import token_cost
 from lco_jax.checkpoint.hf import abstract_params, open_checkpoint
 from lco_jax.checkpoint.peft import write_peft
 from lco_jax.core import lora
@@ -202,7 +202,7 @@ def adapter(tmp_path, cache):
 def test_from_pairs_to_pictures(tmp_path, run_command, adapter):
     """Before and after; every number is that of the model's own states."""
     data = write_pairs(tmp_path, 16)
-    where = (f"--data={data}", f"--adapter={adapter}", f"--out={tmp_path / 'out'}")
+    where = (f"--input={data}", f"--adapter={adapter}", f"--output={tmp_path / 'out'}")
     code, out, err = run_command(analyze, "--k=3", *where)
     assert code == 0, err
     assert "16 pairs of image and text" in out
@@ -235,9 +235,9 @@ def test_what_no_model_hears_is_told_before_it_is_loaded(tmp_path, run_command):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     flags = [
         f"--{flag}={tmp_path / name}.jsonl"
-        for flag, name in (("data", "pairs"), ("captions", "captions"))
+        for flag, name in (("input", "pairs"), ("captions", "captions"))
     ]
-    code, _, err = run_command(analyze, *flags, f"--out={tmp_path / 'out'}")
+    code, _, err = run_command(analyze, *flags, f"--output={tmp_path / 'out'}")
     assert code == 2
     assert re.search("--captions=.* holds audio, and builtin:tiny takes text, image, video", err), (
         err
@@ -255,7 +255,7 @@ def test_what_no_model_hears_is_told_before_it_is_loaded(tmp_path, run_command):
 )
 def test_mistakes_are_told_in_a_sentence(tmp_path, run_command, args, says):
     code, _, err = run_command(
-        analyze, f"--data={write_pairs(tmp_path, 3)}", *args, f"--out={tmp_path / 'out'}"
+        analyze, f"--input={write_pairs(tmp_path, 3)}", *args, f"--output={tmp_path / 'out'}"
     )
     assert code == 2
     assert re.search(says, err), err

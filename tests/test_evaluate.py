@@ -1,4 +1,4 @@
-"""`python -m lco_jax.evaluate`: SeaDoc, benchmarks, resuming; the cache of vectors and the report."""
+"""`python -m lco_jax.evaluate`: SeaDoc, benchmarks, resuming; stored vectors and the report."""
 
 import functools
 import io
@@ -21,8 +21,8 @@ from PIL import Image, ImageDraw, ImageFont
 from lco_jax import OmniEmbedder, evaluate
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import ASSETS, read_json
-from lco_jax.evaluation.cache import VectorCache, digest
-from lco_jax.evaluation.report import Measured, write_report
+from lco_jax.evaluation.report import TaskScore, write_report
+from lco_jax.evaluation.stored_vectors import StoredVectors, digest
 
 ROOT = Path(__file__).parent.parent
 LINES = {  # "the newspaper reports", in the scripts of SeaDoc
@@ -60,7 +60,7 @@ def write_tables(folder, corpus, query, qrels):
 
 @pytest.fixture(autouse=True)
 def tables_elsewhere(tmp_path_factory, monkeypatch):
-    """`datasets` keeps a copy of what it reads; not of the tests' in the user's folder."""
+    """`datasets` stores a copy of what it reads; the tests' copies go to a folder of their own."""
     monkeypatch.setattr(
         datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets"))
     )
@@ -68,7 +68,10 @@ def tables_elsewhere(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="module")
 def seadoc(tmp_path_factory):
-    """A folder as SeaDoc is published. One query has two pages, one of them less relevant, and one query has none."""
+    """A folder as SeaDoc is published.
+
+    One query has two pages, one of them less relevant, and one query has none.
+    """
     names = [(language, number) for language in LINES for number in range(PAGES)]
     corpus = [
         {
@@ -120,9 +123,9 @@ def ndcg_at_10(similarity, gains):
 
 @pytest.mark.slow
 def test_seadoc(run, tiny, seadoc, tmp_path):
-    status, out, _ = run(f"--seadoc={seadoc}", f"--out={tmp_path}", "--part-size=7")
+    status, out, _ = run(f"--seadoc={seadoc}", f"--output={tmp_path}", "--part-size=7")
     assert status == 0
-    assert "31 inputs embedded, 0 held already" in out  # a query without an answer is not asked
+    assert "31 inputs embedded, 0 found in" in out  # a query without an answer is not asked
     corpus, query, qrels = (
         pa.parquet.read_table(seadoc / name).to_pylist() for name in ("corpus", "query", "qrels")
     )
@@ -153,13 +156,13 @@ def test_seadoc(run, tiny, seadoc, tmp_path):
     # what is done is not done again; a torn result, or data that changed, is
     (file,) = tmp_path.glob("results/*/*/experiments/*/SeaDoc.json")
     made = file.stat().st_mtime_ns
-    assert "0 inputs embedded, 0 held" in run(f"--seadoc={seadoc}", f"--out={tmp_path}")[1]
+    assert "0 inputs embedded, 0 found" in run(f"--seadoc={seadoc}", f"--output={tmp_path}")[1]
     assert file.stat().st_mtime_ns == made
     file.write_text(file.read_text()[:300])
-    assert "0 inputs embedded, 31 held" in run(f"--seadoc={seadoc}", f"--out={tmp_path}")[1]
+    assert "0 inputs embedded, 31 found" in run(f"--seadoc={seadoc}", f"--output={tmp_path}")[1]
     assert scores_of(tmp_path) == got
     other = write_tables(tmp_path / "other", corpus, query, qrels[:1])
-    assert "0 inputs embedded, 17 held" in run(f"--seadoc={other}", f"--out={tmp_path}")[1]
+    assert "0 inputs embedded, 17 found" in run(f"--seadoc={other}", f"--output={tmp_path}")[1]
     assert scores_of(tmp_path)["ndcg_at_10"] == pytest.approx(want[0], abs=1e-5)
 
 
@@ -169,15 +172,16 @@ from benchmarks.peer import import_torchvision
 import_torchvision()
 from lco_jax import evaluate
 from lco_jax.core.errors import run_main
-from lco_jax.evaluation.cache import VectorCache
+from lco_jax.evaluation.stored_vectors import StoredVectors
 
-add = VectorCache.add
+stored, add = [], StoredVectors.add
 def add_and_die(self, keys, vectors):
-    add(self, keys, vectors)
-    if self._count >= 18:
-        os.write(self._file.fileno(), b"half a record")
+    if len(stored) >= 18:  # amid the next addition
+        self._file.execute("INSERT INTO vectors VALUES (?, ?)", (keys[0], b"torn"))
         os.kill(os.getpid(), signal.SIGKILL)
-VectorCache.add = add_and_die
+    add(self, keys, vectors)
+    stored.extend(keys)
+StoredVectors.add = add_and_die
 run_main(evaluate.main)
 """
 
@@ -191,7 +195,7 @@ def test_a_killed_evaluation_resumes(run, seadoc, tmp_path):
         CHILD,
         "--model=builtin:tiny",
         *flags,
-        f"--out={tmp_path / 'killed'}",
+        f"--output={tmp_path / 'killed'}",
     ]
     environment = {
         **os.environ,
@@ -201,11 +205,11 @@ def test_a_killed_evaluation_resumes(run, seadoc, tmp_path):
     child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()[-2000:]
     assert not list((tmp_path / "killed").rglob("SeaDoc.json"))
-    status, out, _ = run(*flags, f"--out={tmp_path / 'killed'}")
+    status, out, _ = run(*flags, f"--output={tmp_path / 'killed'}")
     assert status == 0
-    held = 15 + 6  # the queries, and the pages up to the kill
-    assert f"{31 - held} inputs embedded, {held} held already" in out
-    assert run(*flags, f"--out={tmp_path / 'whole'}")[0] == 0
+    stored = 15 + 6  # the queries, and the pages up to the kill
+    assert f"{31 - stored} inputs embedded, {stored} found in" in out
+    assert run(*flags, f"--output={tmp_path / 'whole'}")[0] == 0
     assert scores_of(tmp_path / "killed") == scores_of(tmp_path / "whole")
 
 
@@ -221,7 +225,7 @@ def test_a_benchmark_goes_on_where_a_task_cannot(run, tmp_path, monkeypatch):
     )
     benchmark = mteb.Benchmark(name="MIEB(lite)", tasks=tasks, description="")
     monkeypatch.setattr(mteb, "get_benchmark", {"MIEB(lite)": benchmark}.__getitem__)
-    status, out, err = run("--benchmark=MIEB(lite)", f"--out={tmp_path}")
+    status, out, err = run("--benchmark=MIEB(lite)", f"--output={tmp_path}")
     assert status == 1
     assert "MockAudioReranking: not measured: " in err
     assert "'audio'" in err
@@ -240,7 +244,7 @@ def test_a_torn_page(run, tmp_path):
     qrels = [{"query-id": f"q{i}", "corpus-id": f"p{i}", "score": 1} for i in range(3)]
     flags = [
         f"--seadoc={write_tables(tmp_path / 'data', corpus, query, qrels)}",
-        f"--out={tmp_path / 'out'}",
+        f"--output={tmp_path / 'out'}",
     ]
     status, _, err = run(*flags)
     assert status == 1
@@ -254,12 +258,12 @@ def test_a_torn_page(run, tmp_path):
 
 
 def test_names_of_tasks_and_benchmarks(run, tmp_path):
-    status, _, err = run("--benchmark=MIEB(lit)", f"--out={tmp_path}")
+    status, _, err = run("--benchmark=MIEB(lit)", f"--output={tmp_path}")
     assert (status, err) == (
         2,
         "error: --benchmark: 'MIEB(lit)' not found. Did you mean: MIEB(lite)?\n",
     )
-    status, _, err = run("--tasks=STS12,STSBenchmarc", f"--out={tmp_path}")
+    status, _, err = run("--tasks=STS12,STSBenchmarc", f"--output={tmp_path}")
     assert (status, err) == (
         2,
         "error: --tasks: 'STSBenchmarc' not found. Did you mean: 'STSBenchmark'?\n",
@@ -268,7 +272,7 @@ def test_names_of_tasks_and_benchmarks(run, tmp_path):
 
 def test_without_mteb(run, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
-    status, _, err = run("--tasks=STS12", f"--out={tmp_path}")
+    status, _, err = run("--tasks=STS12", f"--output={tmp_path}")
     assert status == 2
     assert "pip install 'lco-jax[eval]'" in err
 
@@ -313,54 +317,48 @@ def test_languages_of_seadoc(tmp_path, caplog):
     from lco_jax.evaluation.seadoc import SeaDoc
 
     qrels = [{"query-id": f"q{i}", "corpus-id": f"p{i}", "score": 1} for i in (1, 2)]
-    told = SeaDoc(str(write_tables(tmp_path / "told", CORPUS, QUERY, qrels)))
-    told.load_data()
-    assert told.language_of == {"q1": "lao", "q2": ""}
-    assert told.task_specific_scores({q: {"ndcg_cut_10": 0.5} for q in ("q1", "q2")}) == {
+    named = SeaDoc(str(write_tables(tmp_path / "named", CORPUS, QUERY, qrels)))
+    named.load_data()
+    assert named.language_of == {"q1": "lao", "q2": ""}
+    assert named.task_specific_scores({q: {"ndcg_cut_10": 0.5} for q in ("q1", "q2")}) == {
         "ndcg_at_10_lao": 0.5
     }
     plain = [{"id": row["id"], "image": row["image"]} for row in CORPUS]
-    untold = SeaDoc(str(write_tables(tmp_path / "untold", plain, QUERY, qrels)))
-    untold.load_data()
-    assert not any(untold.language_of.values())
+    unnamed = SeaDoc(str(write_tables(tmp_path / "unnamed", plain, QUERY, qrels)))
+    unnamed.load_data()
+    assert not any(unnamed.language_of.values())
     assert "one score is over all" in caplog.text
-    (tmp_path / "told" / "data").mkdir()
+    (tmp_path / "named" / "data").mkdir()
     configs = []
     for name in ("corpus", "query", "qrels"):  # as a clone of the hub's may have them
-        (tmp_path / "told" / name).rename(tmp_path / "told" / "data" / name)
+        (tmp_path / "named" / name).rename(tmp_path / "named" / "data" / name)
         configs.append(f"- config_name: {name}\n  data_files: data/{name}/*.parquet\n")
-    (tmp_path / "told" / "README.md").write_text(f"---\nconfigs:\n{''.join(configs)}---\n")
-    moved = SeaDoc(str(tmp_path / "told"))
+    (tmp_path / "named" / "README.md").write_text(f"---\nconfigs:\n{''.join(configs)}---\n")
+    moved = SeaDoc(str(tmp_path / "named"))
     moved.load_data()
     assert (
         moved.dataset["default"]["test"]["corpus"]["id"]
-        == told.dataset["default"]["test"]["corpus"]["id"]
+        == named.dataset["default"]["test"]["corpus"]["id"]
     )
-    (tmp_path / "untold" / "qrels" / "test-00000-of-00001.parquet").unlink()
+    (tmp_path / "unnamed" / "qrels" / "test-00000-of-00001.parquet").unlink()
     with pytest.raises(LcoError, match="has no folder qrels with parquet files"):
-        SeaDoc(str(tmp_path / "untold")).load_data()
+        SeaDoc(str(tmp_path / "unnamed")).load_data()
 
 
-def test_the_cache_keeps_what_was_added(tmp_path):
-    rng, keys = np.random.default_rng(0), [digest(i) for i in range(5)]
-    vectors = rng.normal(size=(5, 8)).astype(np.float32)
-    with VectorCache(tmp_path, {"fps": 2}, 8) as cache:
-        cache.add(keys[:2], vectors[:2])
-        cache.add(keys[2:3], vectors[2:3])
-        np.testing.assert_array_equal(cache.vectors(keys[1::-1]), vectors[1::-1])
-        with (
-            pytest.raises(LcoError, match="another process writes"),
-            VectorCache(tmp_path, {"fps": 2}, 8),
-        ):
-            pass
-    with open(cache.folder / "vectors.bin", "ab") as file:
-        file.write(bytes(19))  # a record that a kill cut short
-    with VectorCache(tmp_path, {"fps": 2}, 8) as cache:
-        assert [key in cache for key in keys] == [True, True, True, False, False]
-        cache.add(keys[3:], vectors[3:])
-        np.testing.assert_array_equal(cache.vectors([*keys, keys[0]]), vectors[[0, 1, 2, 3, 4, 0]])
-    with VectorCache(tmp_path, {"fps": 1}, 8) as other:
-        assert keys[0] not in other
+def test_vectors_are_stored_under_their_settings(tmp_path):
+    keys = [digest({"text": str(i)}) for i in range(5)]
+    vectors = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
+    stored = StoredVectors(tmp_path, {"fps": 2})
+    stored.add(keys[:2], vectors[:2])
+    again = StoredVectors(tmp_path, {"fps": 2})  # of another process, say
+    again.add(keys[1:3], vectors[1:3])
+    assert [key in stored for key in keys] == [True, True, True, False, False]
+    stored.close()
+    np.testing.assert_array_equal(again.vectors([keys[2], keys[0], keys[2]]), vectors[[2, 0, 2]])
+    assert again.zeros() == 0
+    again.add(keys[3:], np.zeros((2, 8), np.float32))
+    assert again.zeros() == 2
+    assert keys[0] not in StoredVectors(tmp_path, {"fps": 1})
 
 
 def test_digests_tell_contents_apart(tmp_path):
@@ -368,26 +366,28 @@ def test_digests_tell_contents_apart(tmp_path):
     file.write_bytes(b"sound")
     grey, array = Image.new("L", (2, 3)), np.zeros((2, 3), np.uint8)
     contents = [
-        {"text": "a"}, {"text": "ab"}, {"text": "a", "image": b"b"}, {"image": b"ab"}, {"audio": b"ab"}, {"text": ""},
-        {"image": grey}, {"image": Image.new("L", (3, 2))}, {"image": grey.convert("RGB")}, {"image": array},
-        {"image": array.T}, {"image": array.astype(np.int8)}, {"image": [b"a", b"b"]}, {"image": [[b"a"], b"b"]},
-        {"audio": {"array": array, "sampling_rate": 8000}}, {"audio": {"array": array, "sampling_rate": 16000}},
-        {"audio": file},
+        {"text": "a"}, {"text": "ab"}, {"text": ""}, {"text": "a", "image": b"b"},
+        {"image": b"ab"}, {"image": [b"a", b"b"]}, {"image": [[b"a"], b"b"]},
+        {"image": grey}, {"image": Image.new("L", (3, 2))}, {"image": grey.convert("RGB")},
+        {"image": array}, {"image": array.T}, {"image": array.astype(np.int8)},
+        {"audio": b"ab"}, {"audio": file},
+        {"audio": {"array": array, "sampling_rate": 8000}},
+        {"audio": {"array": array, "sampling_rate": 16000}},
     ]  # fmt: skip
     assert len({digest(content) for content in contents}) == len(contents)
     assert digest({"audio": file}) == digest({"audio": b"sound"})
     assert digest({"text": "a", "image": b"b"}) == digest({"image": b"b", "text": "a"})
 
 
-def test_the_report_stands_ours_beside_the_published(tmp_path):
+def test_the_report_has_ours_beside_the_published(tmp_path):
     published = read_json(ASSETS / "published.json")["MIEB(lite)"]
     assert published["models"]["E5-V"] == 51.9
-    found = [Measured(f"task {i}", "STS", 50.0 + i % 3) for i in range(published["tasks"])]
+    found = [TaskScore(f"task {i}", "STS", 50.0 + i % 3) for i in range(published["tasks"])]
     write_report(tmp_path, "local/ours", "MIEB(lite)", found, {"fps": 2.0})
     lines = (tmp_path / "results.md").read_text().splitlines()
     ranked = [line.split("|")[1].strip() for line in lines[4 : lines.index("", 4)]]
     assert ranked[-2:] == ["E5-V", "**local/ours**"]  # 51.9 and 51.0
     assert "- fps: 2.0" in lines
     assert Image.open(tmp_path / "results.png").width > 500
-    write_report(tmp_path, "local/ours", "tasks", [Measured("a", "STS", reason="gone")], {})
+    write_report(tmp_path, "local/ours", "tasks", [TaskScore("a", "STS", reason="gone")], {})
     assert "| a | STS | gone |" in (tmp_path / "results.md").read_text()

@@ -212,9 +212,10 @@ def test_equal_seeds_give_equal_bytes_and_others_do_not(world, data_dir, tmp_pat
     seed = json.loads((world / "world.json").read_text())["seed"]
     for given in (0, 1):
         write(tmp_path / str(given), data_dir, given, small())
-    content = lambda folder: {
-        p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()
-    }
+
+    def content(folder):
+        return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
     assert content(world) == content(tmp_path / str(seed))
     assert content(world) != content(tmp_path / str(1 - seed))
 

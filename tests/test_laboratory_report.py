@@ -72,7 +72,9 @@ def unit(x):
 
 
 def knowing(seen, vector=None):
-    """An encoder that gives a thing's pictures, sounds, and wordings one direction; what is wrong, the opposite."""
+    """An encoder that gives a thing's pictures, sounds, and wordings one direction; what is wrong,
+    the opposite.
+    """
     basis = np.eye(D)
 
     def one(side):
@@ -262,7 +264,10 @@ def test_kl_of_checkpoints_counts_what_moved(tmp_path):
 def made_up(seeds=3, law=1.0, noise=0.02):
     """Plausible runs, in which what is known before tuning carries over by `law`."""
     rng, runs = np.random.default_rng(5), []
-    noisy = lambda x: float(np.clip(x + noise * rng.normal(), 0, 1))
+
+    def noisy(x):
+        return float(np.clip(x + noise * rng.normal(), 0, 1))
+
     for seed in range(seeds):
         for steps, known in ((0, 0.0), (60, 0.25), (120, 0.5), (240, 0.85)):
             known = {
@@ -334,7 +339,9 @@ def made_up(seeds=3, law=1.0, noise=0.02):
 @pytest.fixture
 def undrawn(monkeypatch):
     for name in PICTURES:
-        monkeypatch.setattr(report.plots, f"plot_{name.removesuffix('.png')}", lambda *_: False)
+        monkeypatch.setattr(
+            report.report_plots, f"plot_{name.removesuffix('.png')}", lambda *_: False
+        )
 
 
 PICTURES = {

@@ -1,7 +1,8 @@
-"""mteb's own mock tasks through our adapter: every score is that of a torch wrapper around the same checkpoint.
+"""mteb's mock tasks through our adapter: every score is that of a torch wrapper of one checkpoint.
 
-The wrapper goes the way of mteb's own ones: it walks the loader, whose media come as decoders. PyAV and soundfile
-decode here, since torchcodec's wheels need CUDA's libraries. The adapter reads the files, and must see the same.
+The wrapper does what mteb's wrappers do: it walks the loader, whose media come as decoders. PyAV
+and soundfile decode here, since torchcodec's wheels need CUDA's libraries. The adapter reads the
+files, and must see the same.
 """
 
 import io
@@ -26,7 +27,7 @@ from threadpoolctl import threadpool_limits
 from lco_jax import MediaConfig, OmniEmbedder, make_mesh
 from lco_jax.data.prompts import PROMPTS
 from lco_jax.evaluation.adapter import Encoder, model_meta
-from lco_jax.evaluation.cache import VectorCache
+from lco_jax.evaluation.stored_vectors import StoredVectors
 
 pytestmark = pytest.mark.slow
 GRIDS = {
@@ -36,7 +37,7 @@ GRIDS = {
     "video": mocks.MOCK_MVEB_TASK_GRID,
     "mixed": mocks.MOCK_MULTIMODAL_TASKS,
 }
-# their pairs are of a clip and itself, one of them labelled 1 and one 0: rounding decides their scores
+# their pairs are a clip and itself, once labelled 1 and once 0: rounding decides their scores
 TIED = (
     "AbsTaskAudioPairClassification",
     "MockVideoPairClassification",
@@ -139,8 +140,8 @@ def encoders(cases, tmp_path_factory):
     meta = model_meta(
         "local/omni", "0", {"max_frames": 64}, modalities=list(embedder.modalities), embed_dim=80
     )
+    stored = StoredVectors(tmp_path_factory.mktemp("stored"), {})
     with (
-        VectorCache(tmp_path_factory.mktemp("cache"), {}, 80) as cache,
         pytest.MonkeyPatch.context() as patch,
         threadpool_limits(
             1
@@ -149,7 +150,7 @@ def encoders(cases, tmp_path_factory):
         patch.setattr(datasets.Audio, "encode_example", encode_sound)
         patch.setattr(datasets.Audio, "decode_example", sound)
         patch.setattr(datasets.Video, "decode_example", film)
-        yield Spy(embedder.encode_blocks, meta, cache, MediaConfig()), TorchEncoder(case, meta)
+        yield Spy(embedder.encode_blocks, meta, stored, MediaConfig()), TorchEncoder(case, meta)
 
 
 def scores_of(encoder, task):

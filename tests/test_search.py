@@ -1,4 +1,6 @@
-"""`python -m lco_jax.search`: the index, the server and what it refuses, and the page in a real browser."""
+"""`python -m lco_jax.search`: the index, the server and what it refuses, and the page in a real
+browser.
+"""
 
 import json
 import os
@@ -229,7 +231,8 @@ def test_only_what_was_indexed_is_served_and_nothing_runs(client, tmp_path):
     assert Image.open(tmp_path / "thumbnail.webp").size == (480, 5)
     key = red.split("/")[0]
     for path in (
-        "/media/secret.png/0", "/media/..%2fsecret.png/0", f"/media/{key}/1", f"/media/{key}/..%2f..%2fsecret.png",
+        "/media/secret.png/0", "/media/..%2fsecret.png/0",
+        f"/media/{key}/1", f"/media/{key}/..%2f..%2fsecret.png",
         "/..%2f..%2fembed.py", "/%2e%2e/%2e%2e/embed.py", "//etc/passwd", f"/{tmp_path}/secret.png",
         f"/thumbnail/{key}/7",
     ):  # fmt: skip
@@ -507,7 +510,8 @@ def test_the_page_in_a_browser(cases, tmp_path):
         handle = page.evaluate_handle(
             """bytes => {
                 const transfer = new DataTransfer();
-                transfer.items.add(new File([new Uint8Array(bytes)], "almost.png", {type: "image/png"}));
+                const content = [new Uint8Array(bytes)];
+                transfer.items.add(new File(content, "almost.png", {type: "image/png"}));
                 return transfer;
             }""",
             list(almost.read_bytes()),

@@ -20,7 +20,7 @@ from lco_jax.checkpoint.export import export_merged
 from lco_jax.checkpoint.hf import abstract_params, open_checkpoint
 from lco_jax.checkpoint.peft import read_peft, write_peft
 from lco_jax.core import lora
-from lco_jax.evaluation import own
+from lco_jax.evaluation import local_tasks
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = [0.5, 0.2, 0.3]
@@ -239,7 +239,9 @@ def test_a_greedy_soup_from_the_command_line(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "relative error of the delta" in out
     alone = OmniEmbedder.from_pretrained("builtin:tiny", adapter=adapters[0])
-    again = own.evaluate(alone.encode, "retrieval", tmp_path / "dev.jsonl").numbers["ndcg_at_10"]
+    again = local_tasks.evaluate(alone.encode, "retrieval", tmp_path / "dev.jsonl").numbers[
+        "ndcg_at_10"
+    ]
     # scored as the adapter is when loaded as any other
     assert abs(again - steps[adapters[0]]["alone"]) < 1e-6
 

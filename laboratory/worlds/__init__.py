@@ -1,4 +1,6 @@
-"""Worlds made by rule: pictures, clips, sounds and pages that show known meanings, and texts that say them."""
+"""Worlds made by rule: pictures, clips, sounds and pages that show known meanings, and texts that
+say them.
+"""
 
 from laboratory.worlds.world import Sizes, texts, write
 

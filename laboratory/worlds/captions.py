@@ -1,22 +1,41 @@
-"""Meanings in words: one canonical wording each, and a handful of others that say the same and no more."""
+"""Meanings in words: one canonical wording each, and a handful of others that say the same and no
+more.
+"""
 
 import numpy as np
 
 from laboratory.worlds.concepts import Group, Meaning, Motion, Page, Pair, Things, pick
 
 SYNONYMS = {  # the canonical word first; what is not here has one word
-    "circle": ("circle", "disc"), "cross": ("cross", "plus"), "horn": ("horn", "trumpet"),
-    "red": ("red", "scarlet"), "yellow": ("yellow", "golden"), "purple": ("purple", "violet"),
-    "small": ("small", "little", "tiny"), "large": ("large", "big", "huge"), "fast": ("fast", "quick"),
-    1: ("a", "one", "1"), 2: ("two", "2", "a pair of"), 3: ("three", "3"), 4: ("four", "4"),
-    "left": ("left", "to the left"), "right": ("right", "to the right"), "up": ("up", "upwards"),
-    "down": ("down", "downwards"), "left of": ("left of", "to the left of"), "above": ("above", "over"),
-    "right of": ("right of", "to the right of"), "below": ("below", "under"), "then": (", then ", ", and then "),
-}  # fmt: skip
+    "circle": ("circle", "disc"),
+    "cross": ("cross", "plus"),
+    "horn": ("horn", "trumpet"),
+    "red": ("red", "scarlet"),
+    "yellow": ("yellow", "golden"),
+    "purple": ("purple", "violet"),
+    "small": ("small", "little", "tiny"),
+    "large": ("large", "big", "huge"),
+    "fast": ("fast", "quick"),
+    1: ("a", "one", "1"),
+    2: ("two", "2", "a pair of"),
+    3: ("three", "3"),
+    4: ("four", "4"),
+    "left": ("left", "to the left"),
+    "right": ("right", "to the right"),
+    "up": ("up", "upwards"),
+    "down": ("down", "downwards"),
+    "left of": ("left of", "to the left of"),
+    "above": ("above", "over"),
+    "right of": ("right of", "to the right of"),
+    "below": ("below", "under"),
+    "then": (", then ", ", and then "),
+}
 OPPOSITE = {"left of": "right of", "above": "below"}
 THINGS = (
-    "{n} {size} {colour} {thing}", "a picture of {n} {size} {colour} {thing}", "{n} {colour} {thing}, {size}",
-)  # fmt: skip
+    "{n} {size} {colour} {thing}",
+    "a picture of {n} {size} {colour} {thing}",
+    "{n} {colour} {thing}, {size}",
+)
 PAIR = ("{first} {way} {second}", "a picture of {first} {way} {second}", "{second} {back} {first}")
 MOTION = ("{one} moves {direction}", "{one} goes {direction}", "a clip of {one} moving {direction}")
 SOUND = ("{sound}", "the sound of {sound}", "you hear {sound}")

@@ -1,7 +1,9 @@
-"""What there is in a world, which combinations are held out, and how a meaning is changed by one atom.
+"""What there is in a world, which combinations are held out, and how a meaning is changed by one
+atom.
 
-A meaning is a frozen dataclass of atoms (words and numbers); media show it and captions say it. Every atom occurs in
-training; about a fifth of the pairs of atoms named in `held_out` occur in held-out records alone.
+A meaning is a frozen dataclass of atoms (words and numbers); media show it and captions say it.
+Every atom occurs in training; about a fifth of the pairs of atoms named in `held_out` occur in
+held-out records alone.
 """
 
 from dataclasses import dataclass, replace
@@ -20,8 +22,11 @@ DIRECTIONS = ("left", "right", "up", "down")
 PITCHES = ("high", "low")
 TEMPI = ("fast", "slow")
 SCRIPTS = {  # (consonants, vowels): letters that nobody takes for one of another script
-    "latin": ("dkmst", "aou"), "cyrillic": ("джшц", "июя"), "greek": ("βθλψ", "ιωε"), "georgian": ("ბმლკ", "აიე"),
-}  # fmt: skip
+    "latin": ("dkmst", "aou"),
+    "cyrillic": ("джшц", "июя"),
+    "greek": ("βθλψ", "ιωε"),
+    "georgian": ("ბმლკ", "აიე"),
+}
 KINDS = ("image", "video", "audio", "page")
 _ALL = SHAPES + SOUNDING + TONES
 
@@ -74,7 +79,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Sound:
-    """One group, or two of different things, one after the other. tempo: of a group of several that is alone."""
+    """One group, or two of different things, one after the other. tempo: of a group of several that
+    is alone.
+    """
 
     groups: tuple[Group, ...]
     tempo: str | None
@@ -91,7 +98,7 @@ Meaning = Things | Pair | Motion | Sound | Page
 
 
 def held_out(meaning: Meaning) -> bool:
-    """Whether it has a combination that training never shows nor names. A rule; no seed changes it."""
+    """Whether it has a combination that training never shows or names; the same for all seeds."""
     if isinstance(meaning, Things):
         return _colour_held(meaning) or count_held(meaning.thing, meaning.count)
     if isinstance(meaning, Pair):
@@ -115,7 +122,9 @@ def held_out(meaning: Meaning) -> bool:
 
 
 def count_held(thing: str, count: int) -> bool:
-    """Whether so many of a thing are held out, seen or heard. One never is: pairs and clips show one of everything."""
+    """Whether so many of a thing are held out, seen or heard. One never is: pairs and clips show
+    one of everything.
+    """
     return count > 1 and (_ALL.index(thing) + count) % 5 == 0
 
 
@@ -157,7 +166,9 @@ def _draw(kind: str, rng: np.random.Generator, held: bool) -> Meaning:
 
 
 def word(rng: np.random.Generator, held: bool, short: bool) -> str:
-    """A pseudo-word of 3 or 4 (short) or else 4 or 5 letters in one of the scripts, held out or not."""
+    """A pseudo-word of 3 or 4 (short) or else 4 or 5 letters in one of the scripts, held out or
+    not.
+    """
     consonants, vowels = pick(rng, tuple(SCRIPTS.values()))
     pattern = pick(rng, ("cvc", "cvcv") if short else ("cvcv", "cvcvc"))
     while True:
@@ -201,9 +212,12 @@ def changed(meaning: Meaning, attribute: str, rng: np.random.Generator) -> Meani
             )
         return replace(meaning, second=replace(b, thing=_other(rng, SEEN, a.thing, b.thing)))
     field, values = {
-        "object": ("thing", SEEN), "colour": ("colour", COLOURS), "count": ("count", COUNTS), "size": ("size", SIZES),
+        "object": ("thing", SEEN),
+        "colour": ("colour", COLOURS),
+        "count": ("count", COUNTS),
+        "size": ("size", SIZES),
         "motion": ("direction", DIRECTIONS),
-    }[attribute]  # fmt: skip
+    }[attribute]
     return replace(meaning, **{field: _other(rng, values, getattr(meaning, field))})
 
 

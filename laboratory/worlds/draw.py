@@ -1,8 +1,8 @@
 """Pictures and clips of meanings.
 
-Dimensions: S = 56 pixels a side, a grid of GRID pixels. Things are drawn four times as large and shrunk, at most 26
-pixels wide, so four fit; corners lie on the grid, which the model's patches share, so that what a thing looks like is
-learned within minutes.
+Dimensions: S = 56 pixels a side, a grid of GRID pixels. Things are drawn four times as large and
+shrunk, at most 26 pixels wide, so four fit; corners lie on the grid, which the model's patches
+share, so that what a thing looks like is learned within minutes.
 """
 
 from functools import cache
@@ -20,35 +20,54 @@ PIXELS = {
     "large": 28,
 }  # the width of a thing with the pixel around it that keeps it from the next
 RGB = {
-    "red": (214, 40, 40), "green": (46, 150, 60), "blue": (40, 80, 210), "yellow": (240, 200, 20),
-    "purple": (140, 50, 170), "black": (25, 25, 25),
-}  # fmt: skip
+    "red": (214, 40, 40),
+    "green": (46, 150, 60),
+    "blue": (40, 80, 210),
+    "yellow": (240, 200, 20),
+    "purple": (140, 50, 170),
+    "black": (25, 25, 25),
+}
 # how each thing is drawn in the unit square: (what of PIL's, where, ink or paper)
 PARTS = {
     "circle": [("ellipse", (0.02, 0.02, 0.98, 0.98), 1)],
     "square": [("rectangle", (0.08, 0.08, 0.92, 0.92), 1)],
     "triangle": [("polygon", ((0.5, 0.02), (0.99, 0.93), (0.01, 0.93)), 1)],
-    "cross": [("rectangle", (0.36, 0.02, 0.64, 0.98), 1), ("rectangle", (0.02, 0.36, 0.98, 0.64), 1)],
+    "cross": [
+        ("rectangle", (0.36, 0.02, 0.64, 0.98), 1),
+        ("rectangle", (0.02, 0.36, 0.98, 0.64), 1),
+    ],
     "bell": [
-        ("ellipse", (0.24, 0.04, 0.76, 0.6), 1), ("polygon", ((0.24, 0.3), (0.76, 0.3), (0.97, 0.76), (0.03, 0.76)), 1),
-        ("rectangle", (0.46, 0.7, 0.54, 0.84), 1), ("ellipse", (0.39, 0.8, 0.61, 0.99), 1),
+        ("ellipse", (0.24, 0.04, 0.76, 0.6), 1),
+        ("polygon", ((0.24, 0.3), (0.76, 0.3), (0.97, 0.76), (0.03, 0.76)), 1),
+        ("rectangle", (0.46, 0.7, 0.54, 0.84), 1),
+        ("ellipse", (0.39, 0.8, 0.61, 0.99), 1),
     ],
     "drum": [
-        ("rectangle", (0.08, 0.36, 0.92, 0.8), 1), ("ellipse", (0.08, 0.64, 0.92, 0.96), 1),
-        ("ellipse", (0.08, 0.2, 0.92, 0.52), 1), ("ellipse", (0.19, 0.27, 0.81, 0.45), 0),
+        ("rectangle", (0.08, 0.36, 0.92, 0.8), 1),
+        ("ellipse", (0.08, 0.64, 0.92, 0.96), 1),
+        ("ellipse", (0.08, 0.2, 0.92, 0.52), 1),
+        ("ellipse", (0.19, 0.27, 0.81, 0.45), 0),
         ("polygon", ((0.4, 0.36), (0.9, 0.0), (0.98, 0.08), (0.46, 0.42)), 1),
     ],
     "horn": [
-        ("polygon", ((0.02, 0.42), (0.5, 0.4), (0.9, 0.1), (0.9, 0.9), (0.5, 0.6), (0.02, 0.58)), 1),
-        ("ellipse", (0.8, 0.06, 0.99, 0.94), 1), ("ellipse", (0.86, 0.24, 0.94, 0.76), 0),
+        (
+            "polygon",
+            ((0.02, 0.42), (0.5, 0.4), (0.9, 0.1), (0.9, 0.9), (0.5, 0.6), (0.02, 0.58)),
+            1,
+        ),
+        ("ellipse", (0.8, 0.06, 0.99, 0.94), 1),
+        ("ellipse", (0.86, 0.24, 0.94, 0.76), 0),
     ],
     "bird": [
-        ("ellipse", (0.18, 0.32, 0.8, 0.84), 1), ("ellipse", (0.54, 0.08, 0.9, 0.46), 1),
-        ("polygon", ((0.84, 0.2), (1.0, 0.3), (0.84, 0.36)), 1), ("polygon", ((0.0, 0.3), (0.32, 0.5), (0.2, 0.72)), 1),
-        ("ellipse", (0.7, 0.18, 0.78, 0.26), 0), ("rectangle", (0.42, 0.8, 0.48, 0.99), 1),
+        ("ellipse", (0.18, 0.32, 0.8, 0.84), 1),
+        ("ellipse", (0.54, 0.08, 0.9, 0.46), 1),
+        ("polygon", ((0.84, 0.2), (1.0, 0.3), (0.84, 0.36)), 1),
+        ("polygon", ((0.0, 0.3), (0.32, 0.5), (0.2, 0.72)), 1),
+        ("ellipse", (0.7, 0.18, 0.78, 0.26), 0),
+        ("rectangle", (0.42, 0.8, 0.48, 0.99), 1),
         ("rectangle", (0.56, 0.8, 0.62, 0.99), 1),
     ],
-}  # fmt: skip
+}
 
 
 def picture(meaning: Things | Pair, rng: np.random.Generator) -> Image.Image:

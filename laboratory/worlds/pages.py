@@ -1,4 +1,6 @@
-"""Pages: rendered words. Dimensions: one word on 112 x 56 pixels, two or three lines on 112 x 84, 28 pixels a line."""
+"""Pages: rendered words. Dimensions: one word on 112 x 56 pixels, two or three lines on 112 x 84,
+28 pixels a line.
+"""
 
 from functools import cache
 from pathlib import Path

@@ -10,13 +10,19 @@ GAPS = {"fast": 0.15, "slow": 0.3, None: 0.2}  # seconds from one onset to the n
 HELD = 0.7  # of a gap, at most that what is sustained takes: a silence tells one from the next
 PAUSE = 0.31  # from the last onset of a group to the first of the next
 PITCH = {  # Hz: where the thing is high, and where it is low
-    "bell": (1500.0, 520.0), "drum": (230.0, 75.0), "horn": (620.0, 190.0), "bird": (4200.0, 2000.0),
-    "rising tone": (900.0, 280.0), "falling tone": (900.0, 280.0),
-}  # fmt: skip
+    "bell": (1500.0, 520.0),
+    "drum": (230.0, 75.0),
+    "horn": (620.0, 190.0),
+    "bird": (4200.0, 2000.0),
+    "rising tone": (900.0, 280.0),
+    "falling tone": (900.0, 280.0),
+}
 
 
 def sound(meaning: Sound, rng: np.random.Generator) -> np.ndarray:
-    """Float32 [N] within ±1, ending with its last event; onsets, pitch and loudness jittered, a little noise."""
+    """Float32 [N] within ±1, ending with its last event; onsets, pitch and loudness jittered, a
+    little noise.
+    """
     onsets, at, gap = [], 0.02, GAPS[meaning.tempo]
     for group in meaning.groups:
         onsets.append([at + i * gap + rng.uniform(0, 0.012) for i in range(group.count)])

@@ -1,7 +1,8 @@
-"""A world's folder: media, and the records of generative training, contrastive tuning and the tests.
+"""A world's folder: media, and records for generative training, contrastive tuning and tests.
 
-Training records (generative/, contrast/) hold no combination that is held out; heldout/ and tests/ hold nothing but
-those (cross.jsonl has both, and says which). Nothing pairs a picture with a sound, but cross.jsonl.
+Training records (generative/, contrast/) hold no combination that is held out; heldout/ and tests/
+hold only such combinations (cross.jsonl has both, and names which). Only cross.jsonl pairs a
+picture with a sound.
 """
 
 import json
@@ -46,7 +47,9 @@ MINIMAL = [
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many records: of generative training by kind, of contrastive tuning, and of each test's file."""
+    """How many records: of generative training by kind, of contrastive tuning, and of each test's
+    file.
+    """
 
     image: int = 6000
     video: int = 2000
@@ -75,7 +78,8 @@ class Sizes:
 def write(folder: Path, seed: int, sizes: Sizes | None = None) -> None:
     """Make a world in `folder`; the same seed and sizes give the same bytes.
 
-    Raises for a folder that holds something else, and where more different meanings are asked for than there are.
+    Raises for a folder that holds something else, and where more different meanings are asked for
+    than there are.
     """
     sizes = Sizes() if sizes is None else sizes
     with written_aside(Path(folder)) as aside:
@@ -126,7 +130,7 @@ def texts(folder: Path) -> Iterator[str]:
 
 
 class World:
-    """Writes one world. Every file of records draws from a generator of its own, so that sizes do not meddle."""
+    """Writes one world. Each file has its own random generator, so sizes do not affect others."""
 
     def __init__(self, folder: Path, seed: int):
         self.folder, self.seed = folder, seed
@@ -183,7 +187,8 @@ class World:
             draws = (self.draw(kind, held=True) for _ in range(TRIES))
             if (meaning := next((x for x in draws if x not in seen), None)) is None:
                 raise LcoError(
-                    f"a world has fewer than {count} held-out meanings of {kind}; ask for {len(seen)}"
+                    f"a world has fewer than {count} held-out meanings of {kind}; "
+                    f"ask for {len(seen)}"
                 )
             seen.add(meaning)
             yield meaning
@@ -191,7 +196,9 @@ class World:
     # ---- the files
 
     def answers(self, kind: str, count: int, held: bool) -> Iterator[dict[str, Any]]:
-        """Media and what to say of them: held out, and every other time in training, in the canonical wording."""
+        """Media and what to say of them: held out, and every other time in training, in the
+        canonical wording.
+        """
         for i in range(count):
             meaning = self.draw(kind, held)
             side = self.side(kind, meaning)
@@ -201,7 +208,9 @@ class World:
                 yield {"anchor": side, "positive": self.say(meaning, canonical=held or i % 2 == 0)}
 
     def summed_up(self, count: int) -> Iterator[dict[str, Any]]:
-        """Media and texts in turn, asked as they will be to be embedded; the answer is one word of what they mean."""
+        """Media and texts in turn, asked as they will be to be embedded; the answer is one word of
+        what they mean.
+        """
         for i in range(count):
             kind = TEXTS[i // 2 % len(TEXTS)]
             meaning = self.draw(kind, held=False)
@@ -221,7 +230,9 @@ class World:
             }
 
     def triplets(self, count: int, held: bool) -> Iterator[dict[str, Any]]:
-        """Wordings, others of the same, and of what differs in one atom. Without `held`, nothing here is held out."""
+        """Wordings, others of the same, and of what differs in one atom. Without `held`, nothing
+        here is held out.
+        """
         for i in range(count):
             meaning = self.draw(TEXTS[i % len(TEXTS)], held)
             foil = self.foil(meaning, concepts.pick(self.rng, concepts.attributes(meaning)), held)
@@ -234,7 +245,9 @@ class World:
             }
 
     def foil(self, meaning: Meaning, attribute: str, held: bool) -> Meaning:
-        """One atom changed; without `held`, so that nothing is held out (another atom where this one cannot be)."""
+        """One atom changed; without `held`, so that nothing is held out (another atom where this
+        one cannot be).
+        """
         for _ in range(TRIES):
             foil = concepts.changed(meaning, attribute, self.rng)
             if held or not concepts.held_out(foil):
@@ -255,7 +268,7 @@ class World:
             yield {"media": self.side(kind, meaning), "text": self.say(meaning)}
 
     def minimal(self, count: int) -> Iterator[dict[str, Any]]:
-        """Media, their captions, and the same with one atom changed, both in the canonical wording."""
+        """Media, their captions, and these with one atom changed, in the canonical wording."""
         for i in range(count):
             kind, attribute = MINIMAL[i % len(MINIMAL)]
             shown = "page" if attribute == "letter" else kind

@@ -9,17 +9,18 @@ import numpy as np
 from lco_jax.data.prompts import KINDS
 from lco_jax.data.records import Content, Record, as_input, content_key
 
-PROMPT = "\nDescribe the above {} in one sentence:"  # shaped like the reference's for embeddings
-Captions = tuple[
-    list[Any], list[str], str
-]  # inputs, what the generator is to say of each, and the prompt
+# shaped like the reference's prompt for embeddings
+PROMPT = "\nDescribe the above {} in one sentence:"
+# inputs, the answer that the generator is to give for each, and the prompt
+Captions = tuple[list[Any], list[str], str]
 
 
 @dataclass
 class Pairs:
-    """a, b: N inputs each, as `encode` takes them; kinds: the modality of a's and of b's, or several joined by "+".
+    """a, b: N inputs each, as `encode` takes them.
 
-    duplicates, others: records passed over because a side had been there, or was of another modality.
+    kinds: the modality of a's inputs and of b's, several joined by "+". duplicates: records left
+    out because one of their sides had occurred. others: records left out for other modalities.
     """
 
     kinds: tuple[str, str]
@@ -36,51 +37,61 @@ class Pairs:
 
     @property
     def modalities(self) -> set[str]:
-        """What its sides hold."""
-        return {kind for side in self.kinds for kind in side.split("+")}
+        """What the sides hold."""
+        return set("+".join(self.kinds).split("+"))
 
     def captions(self) -> Captions | None:
-        """What the generator is to say: b of a, or a of b where a alone is text; None where neither is."""
-        if "text" not in self.kinds:
+        """b as answers to a; a as answers to b where a alone is text; None where neither is."""
+        if self.kinds[1] == "text":
+            kind, inputs, answers = (self.kinds[0], self.a, self.b)
+        elif self.kinds[0] == "text":
+            kind, inputs, answers = (self.kinds[1], self.b, self.a)
+        else:
             return None
-        turned = self.kinds[1] != "text"
-        shown, said = (self.b, self.a) if turned else (self.a, self.b)
+        texts = [answer["text"] for answer in answers]
         return (
-            shown,
-            [one["text"] for one in said],
-            PROMPT.format(self.kinds[turned].replace("+", " and ")),
+            inputs,
+            texts,
+            PROMPT.format(kind.replace("+", " and ")),
         )
 
 
 def draw_pairs(
-    source: Sequence[Record], a: str, b: str, limit: int, seed: int, distinct: bool = True
+    source: Sequence[Record],
+    a: str,
+    b: str,
+    limit: int,
+    seed: int,
+    distinct: bool = True,
 ) -> Pairs:
     """At most `limit` pairs, in an order drawn by `seed`.
 
-    a, b: the sides' modalities, "": as in the first record; a record that has them the other way round is turned.
-    distinct: no side occurs twice, since of two that are the same neither is the nearer neighbour.
+    a, b: the sides' modalities; "" means those of the first record. A record that has them the
+    other way round is turned. distinct: no content occurs twice on a side, since neither of two
+    equal ones is the nearer neighbour.
     """
-    pairs, seen = Pairs((a or _kind(source[0].anchor), b or _kind(source[0].positive))), set()
+    first = source[0]
+    pairs = Pairs((a or _kind(first.anchor), b or _kind(first.positive)))
+    seen: set[Any] = set()
     for index in np.random.default_rng(seed).permutation(len(source)).tolist():
-        record = source[index]
-        pair = record.anchor, record.positive
-        if (_kind(pair[0]), _kind(pair[1])) != pairs.kinds:
-            pair = pair[::-1]
-        if (_kind(pair[0]), _kind(pair[1])) != pairs.kinds:
+        one, other = (source[index].anchor, source[index].positive)
+        if (_kind(other), _kind(one)) == pairs.kinds != (_kind(one), _kind(other)):
+            one, other = other, one
+        if (_kind(one), _kind(other)) != pairs.kinds:
             pairs.others += 1
             continue
-        keys = {(place, content_key(side)) for place, side in enumerate(pair)}
+        keys = {("a", content_key(one)), ("b", content_key(other))}
         if distinct and keys & seen:
             pairs.duplicates += 1
             continue
         seen |= keys
-        for side, inputs in zip(pair, (pairs.a, pairs.b), strict=True):
-            inputs.append(as_input(side))
+        pairs.a.append(as_input(one))
+        pairs.b.append(as_input(other))
         if len(pairs.a) == limit:
             break
     return pairs
 
 
-def _kind(side: Content) -> str:
-    found = {"text"} if isinstance(side, str) else {part["type"] for part in side}
+def _kind(content: Content) -> str:
+    found = {"text"} if isinstance(content, str) else {part["type"] for part in content}
     return "+".join(kind for kind in KINDS if kind in found)

@@ -1,8 +1,9 @@
-"""How far answers are from what they should be: exact match, and the error rates of characters and words.
+"""How far answers are from their references: exact match, and error rates of characters and words.
 
-An error rate is the edits (insertions, deletions, substitutions: Levenshtein 1966) that turn the reference into the
-answer, over the reference's length, so it may exceed 1. Counted by jiwer, case sensitive, Unicode as it is; white space
-at the ends is stripped, and between words any amount of it is one space for the rate of words alone.
+An error rate is the number of edits (insertions, deletions, substitutions: Levenshtein 1966) that
+turn the reference into the answer, over the reference's length. It may exceed 1. jiwer counts the
+edits: case matters, Unicode is not normalised, white space at the ends is stripped. For the word
+error rate, any amount of white space between words is one space.
 """
 
 from collections.abc import Sequence
@@ -13,22 +14,30 @@ from lco_jax.core.errors import LcoError
 
 
 def score(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """The scores of N answers, as fractions: "exact_match"; "cer" and "wer", the mean of the records' rates, and
-    "corpus_cer" and "corpus_wer", all edits over the length of all references; and "records", N.
+    """The scores of N answers, as fractions.
 
-    Raises for no records, and for a reference of white space alone, which has no rate.
+    "records": N. "exact_match". "cer" and "wer": means of the records' error rates. "corpus_cer"
+    and "corpus_wer": all edits over the length of all references. Raises where there are no
+    records, and for a reference of white space alone, which has no error rate.
     """
-    answers, references = ([text.strip() for text in texts] for texts in (answers, references))
-    if not references or not all(references):
-        where = (
-            f"reference {references.index('')} is white space alone"
-            if references
-            else "there are no references"
-        )
-        raise LcoError(f"{where}; an error rate needs something to be measured against")
+    answers = [text.strip() for text in answers]
+    references = [text.strip() for text in references]
+    if not references:
+        raise LcoError("there are no references; an error rate needs something to compare with")
+    if "" in references:
+        where = f"reference {references.index('')}"
+        raise LcoError(f"{where} is white space alone; an error rate needs a text to compare with")
     pairs = list(zip(references, answers, strict=True))
-    scores = {"records": len(pairs), "exact_match": sum(a == b for a, b in pairs) / len(pairs)}
-    for name, rate in (("cer", jiwer.cer), ("wer", jiwer.wer)):
-        scores[name] = sum(rate(*pair) for pair in pairs) / len(pairs)
-        scores[f"corpus_{name}"] = rate(references, answers)
+    equal = sum(reference == answer for reference, answer in pairs)
+    scores = {
+        "records": len(pairs),
+        "exact_match": equal / len(pairs),
+    }
+    for name, error_rate in (
+        ("cer", jiwer.cer),
+        ("wer", jiwer.wer),
+    ):
+        rates = [error_rate(reference, answer) for reference, answer in pairs]
+        scores[name] = sum(rates) / len(rates)
+        scores[f"corpus_{name}"] = error_rate(references, answers)
     return scores

@@ -1,4 +1,4 @@
-"""What an evaluation found, for people: a table in markdown and a picture, the published numbers beside ours."""
+"""What an evaluation found, for people: a table in markdown and a picture."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,8 @@ from lco_jax.core.files import ASSETS, read_json, write_text
 from lco_jax.evaluation.plots import plot_bars
 
 
-class Measured(NamedTuple):
-    """One task. score: its main score, in percent, or None and the reason why. parts: a part's name -> its score."""
+class TaskScore(NamedTuple):
+    """score: a task's main score in percent, or None with a reason. parts: part -> its score."""
 
     task: str
     type: str
@@ -22,43 +22,73 @@ class Measured(NamedTuple):
 
 
 def write_report(
-    out: Path, model: str, benchmark: str, found: Sequence[Measured], notes: Mapping[str, Any]
+    out: Path,
+    model: str,
+    benchmark: str,
+    found: Sequence[TaskScore],
+    notes: Mapping[str, Any],
 ) -> None:
     """Write `results.md` and `results.png` into `out`.
 
-    benchmark: a name in assets/published.json, or any other. A mean of fewer tasks than the published ones says so.
-    notes: what a reader must know of how it was measured.
+    benchmark: a name in assets/published.json, or any other. Where our mean is of fewer tasks than
+    the published means, its name says so. notes: what a reader must know about the measurement.
     """
-    kinds = defaultdict(list)
+    lines = [f"# {benchmark}: {model}", ""]
+    scores = {one.task: one.score for one in found if one.score is not None}
+    published = read_json(ASSETS / "published.json").get(benchmark)
+    if scores and published:
+        complete = len(scores) == len(found) == published["tasks"]
+        ours = model if complete else f"{model}, {len(scores)} tasks only"
+        means = {
+            **published["models"],
+            ours: np.mean(list(scores.values())),
+        }
+        lines += _ranking(means, ours, published)
+        plot_bars(out / "results.png", means, [ours], published["what"])
+    elif scores:
+        plot_bars(out / "results.png", scores, scores.keys(), "score")
+    lines += [*_task_rows(found), *_mean_rows(found), ""]
+    lines += [f"- {name}: {note}" for name, note in notes.items()]
+    write_text(out / "results.md", "\n".join([*lines, ""]))
+
+
+def _ranking(
+    means: Mapping[str, float],
+    ours: str,
+    published: Mapping[str, Any],
+) -> list[str]:
+    """Models by their means, the highest first; ours in bold."""
+    lines = [f"| model | {published['what']} |", "|---|---|"]
+    for name in sorted(means, key=means.__getitem__, reverse=True):
+        bold = "**" if name == ours else ""
+        lines.append(f"| {bold}{name}{bold} | {bold}{means[name]:.1f}{bold} |")
+    return [
+        *lines,
+        "",
+        f"Published numbers: {published['source']}.",
+        "",
+    ]
+
+
+def _task_rows(found: Sequence[TaskScore]) -> list[str]:
     rows = ["| task | type | score |", "|---|---|---|"]
     for one in found:
-        rows.append(
-            f"| {one.task} | {one.type} | {one.reason if one.score is None else f'{one.score:.1f}'} |"
-        )
-        rows += [f"| {one.task}, {part} | | {score:.1f} |" for part, score in one.parts.items()]
-        kinds[one.type] += [] if one.score is None else [one.score]
-    scores = {one.task: one.score for one in found if one.score is not None}
-    if scores:
-        kinds["**all**"] = [*scores.values()]
-        rows += [
-            f"| mean of {len(some)} | {kind} | {np.mean(some):.1f} |"
-            for kind, some in kinds.items()
-            if some
-        ]
-    bars, ours, label, lines = scores, scores.keys(), "score", [f"# {benchmark}: {model}", ""]
-    if scores and (published := read_json(ASSETS / "published.json").get(benchmark)):
-        whole = len(scores) == len(found) == published["tasks"]
-        ours, label = [model if whole else f"{model}, {len(scores)} tasks only"], published["what"]
-        bars = {**published["models"], ours[0]: np.mean(kinds["**all**"])}
-        lines += [f"| model | {label} |", "|---|---|"]
-        for name in sorted(bars, key=bars.get)[::-1]:
-            lines.append(
-                f"| **{name}** | **{bars[name]:.1f}** |"
-                if name in ours
-                else f"| {name} | {bars[name]:.1f} |"
-            )
-        lines += ["", f"Published numbers: {published['source']}.", ""]
-    lines += [*rows, "", *(f"- {name}: {note}" for name, note in notes.items()), ""]
-    write_text(out / "results.md", "\n".join(lines))
-    if bars:
-        plot_bars(out / "results.png", bars, ours, label)
+        score = one.reason if one.score is None else f"{one.score:.1f}"
+        rows.append(f"| {one.task} | {one.type} | {score} |")
+        rows += [f"| {one.task}, {part} | | {value:.1f} |" for part, value in one.parts.items()]
+    return rows
+
+
+def _mean_rows(found: Sequence[TaskScore]) -> list[str]:
+    """Means over the tasks of each type, then over all tasks."""
+    scores = defaultdict(list)
+    everything = []
+    for one in found:
+        if one.score is not None:
+            scores[one.type].append(one.score)
+            everything.append(one.score)
+    if everything:
+        scores["**all**"] = everything
+    return [
+        f"| mean of {len(some)} | {kind} | {np.mean(some):.1f} |" for kind, some in scores.items()
+    ]

@@ -1,6 +1,7 @@
-"""SeaDoc as a task of mteb: pages in Lao, Thai, Vietnamese and Malay, found by English queries.
+"""SeaDoc as a task of mteb: pages in Lao, Thai, Vietnamese and Malay, and English queries.
 
-Xiao et al. 2025 (arXiv 2510.11693): 5,091 pages, 1,001 queries, each answered by one page. Published as three tables.
+Xiao et al. 2025 (arXiv 2510.11693): 5,091 pages and 1,001 queries, each answered by one page.
+Published as three tables.
 """
 
 import logging
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 from datasets import Dataset, Value, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetsError
 from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 
@@ -34,80 +37,95 @@ logger = logging.getLogger(__name__)
 
 
 class SeaDoc(AbsTaskRetrieval):
-    """path: a folder with parquet files in a folder for each of `COLUMNS`, or a hub id with a config for each.
+    """Every query is asked of all pages.
 
-    Scores hold ndcg_at_10 over all queries and ndcg_at_10_lao and so on over those whose page is in that language, each
-    among all pages. The language is the column `language` of the page, else what its id begins with (lo_12, thai-3),
-    else the same of the query. Raises naming the table, row and id where tables are missing or do not match.
+    path: a folder that has parquet files in a folder for each of `COLUMNS`, or a hub id that has a
+    config for each. Raises naming the table, row and id where tables are missing or do not match.
+
+    Scores are ndcg_at_10 over all queries, and ndcg_at_10_lao and so on over the queries whose page
+    is in that language. The language is the page's column `language`, else the beginning of its id
+    (lo_12, thai-3), else the same of the query.
     """
 
     metadata = TaskMetadata(
         name="SeaDoc",
-        description="Retrieve the page of a Southeast Asian document that answers an English query.",
+        description="Retrieve the page of a Southeast Asian document that answers a query.",
         type="DocumentUnderstanding",
         category="t2i",
         modalities=["text", "image"],
         dataset={"path": "SeaDoc", "revision": "hub"},
         reference="https://arxiv.org/abs/2510.11693",
         eval_splits=["test"],
-        eval_langs=["eng-Latn", "lao-Laoo", "tha-Thai", "vie-Latn", "zsm-Latn"],
+        eval_langs=[
+            "eng-Latn",
+            "lao-Laoo",
+            "tha-Thai",
+            "vie-Latn",
+            "zsm-Latn",
+        ],
         main_score="ndcg_at_10",
     )
 
     def __init__(self, path: str):
         super().__init__()
         files = sorted(Path(path).expanduser().rglob("*.parquet"))
-        revision = (
-            fingerprint((file.name, file.stat()) for file in files).split()[-1] if files else "hub"
-        )
-        self.metadata = self.metadata.model_copy(
-            update={"dataset": {"path": path, "revision": revision}}
-        )
-        self.language_of: dict[str, str] = {}  # query -> its page's
+        revision = "hub"
+        if files:
+            revision = fingerprint((file.name, file.stat()) for file in files).split()[-1]
+        dataset = {"path": path, "revision": revision}
+        self.metadata = self.metadata.model_copy(update={"dataset": dataset})
+        self.language_of: dict[str, str] = {}  # query -> its page's, of the queries with a page
 
     def load_data(self, **_: Any) -> None:
         """Read the tables, and check that they belong together."""
-        path, relevant = self.metadata.dataset["path"], defaultdict(dict)
+        path = self.metadata.dataset["path"]
         tables = {name: _table(path, name) for name in COLUMNS}
-        spoken = {
-            name: _languages(tables[name], f"--seadoc={path}: {name}")
-            for name in ("corpus", "query")
+        relevant = self._judgements(tables)
+        if not any(self.language_of.values()):
+            logger.warning(
+                "SeaDoc: neither a column `language` nor ids name languages; one score is over all"
+            )
+        corpus = tables["corpus"].select_columns(list(COLUMNS["corpus"]))
+        queries = tables["query"].select_columns(list(COLUMNS["query"]))
+        asked = [row for row, query in enumerate(queries["id"]) if query in self.language_of]
+        split = {
+            "corpus": corpus,
+            "queries": queries.select(asked),
+            "relevant_docs": relevant,
+            "top_ranked": None,
         }
-        for row, (query, page, score) in enumerate(
-            zip(*(tables["qrels"][x] for x in COLUMNS["qrels"]), strict=True)
-        ):
-            for table, value in (("query", query), ("corpus", page)):
-                if value not in spoken[table]:
+        self.dataset = {"default": {"test": split}}
+        self.data_loaded = True
+
+    def _judgements(self, tables: Mapping[str, Dataset]) -> dict[str, dict[str, int]]:
+        """Query -> {page: score} of qrels; fills `language_of`."""
+        where = f"--seadoc={self.metadata.dataset['path']}"
+        languages = {
+            name: _languages(tables[name], f"{where}: {name}") for name in ("corpus", "query")
+        }
+        relevant: dict[str, dict[str, int]] = defaultdict(dict)
+        columns = [tables["qrels"][name] for name in COLUMNS["qrels"]]
+        for row, (query, page, score) in enumerate(zip(*columns, strict=True)):
+            for table, value in (
+                ("query", query),
+                ("corpus", page),
+            ):
+                if value not in languages[table]:
                     raise LcoError(
-                        f"--seadoc={path}: qrels, row {row}: its {table}-id {value!r} is not in {table}"
+                        f"{where}: qrels, row {row}: its {table}-id {value!r} is not in {table}"
                     )
             relevant[query][page] = int(score)
             if score > 0:
-                self.language_of[query] = spoken["corpus"][page] or spoken["query"][query]
+                self.language_of[query] = languages["corpus"][page] or languages["query"][query]
         if not self.language_of:
-            raise LcoError(
-                f"--seadoc={path}: qrels has no score above 0, so no query has an answer"
-            )
-        if not any(self.language_of.values()):
-            logger.warning(
-                "SeaDoc: neither a column `language` nor the ids tell languages; one score is over all"
-            )
-        corpus, queries = (
-            tables[name].select_columns(list(COLUMNS[name])) for name in ("corpus", "query")
-        )
-        queries = queries.select(
-            [row for row, query in enumerate(queries["id"]) if query in self.language_of]
-        )
-        data = {
-            "corpus": corpus,
-            "queries": queries,
-            "relevant_docs": dict(relevant),
-            "top_ranked": None,
-        }
-        self.dataset, self.data_loaded = {"default": {"test": data}}, True
+            raise LcoError(f"{where}: qrels has no score above 0, so no query has an answer")
+        return dict(relevant)
 
     def task_specific_scores(
-        self, scores: Mapping[str, Mapping[str, float]], *_: Any, **__: Any
+        self,
+        scores: Mapping[str, Mapping[str, float]],
+        *_: Any,
+        **__: Any,
     ) -> dict[str, float]:
         """nDCG@10 by language."""
         found = defaultdict(list)
@@ -118,37 +136,41 @@ class SeaDoc(AbsTaskRetrieval):
 
 
 def _table(path: str, name: str) -> Dataset:
-    """A table with the columns it needs, ids as strings."""
+    """A table with the columns that it needs; ids are strings."""
+    where = f"--seadoc={path}"
     folder = Path(path).expanduser()
-    files = sorted(map(str, (folder / name).rglob("*.parquet")))
-    if (
-        folder.is_dir() and not files and not (folder / "README.md").exists()
-    ):  # which would name them
-        raise LcoError(
-            f"--seadoc={path} has no folder {name} with parquet files; it needs {', '.join(COLUMNS)}"
-        )
-    with explained(f"--seadoc={path}: {name} cannot be read", Exception):  # of many kinds
-        table = (
-            Dataset.from_parquet(files)
-            if files
-            else concatenate_datasets([*load_dataset(path, name).values()])
-        )
-    if missing := [column for column in COLUMNS[name] if column not in table.column_names]:
-        raise LcoError(
-            f"--seadoc={path}: {name} has no column {missing[0]!r}; it has {', '.join(table.column_names)}"
-        )
-    for column in (column for column in COLUMNS[name] if column.endswith("id")):
-        table = table.cast_column(column, Value("string"))
+    files = [str(file) for file in sorted((folder / name).rglob("*.parquet"))]
+    # a README.md says where the files of each config are
+    if folder.is_dir() and not files and not (folder / "README.md").exists():
+        needed = ", ".join(COLUMNS)
+        raise LcoError(f"{where} has no folder {name} with parquet files; it needs {needed}")
+    raised = (
+        OSError,
+        ValueError,
+        DatasetsError,
+        pyarrow.ArrowException,
+    )
+    with explained(f"{where}: {name} cannot be read", *raised):
+        if files:
+            table = Dataset.from_parquet(files)
+        else:
+            table = concatenate_datasets(list(load_dataset(path, name).values()))
+    for column in COLUMNS[name]:
+        if column not in table.column_names:
+            given = ", ".join(table.column_names)
+            raise LcoError(f"{where}: {name} has no column {column!r}; it has {given}")
+        if column.endswith("id"):
+            table = table.cast_column(column, Value("string"))
     return table
 
 
 def _languages(table: Dataset, where: str) -> dict[str, str]:
-    """Id -> the language of its row, "" where nothing tells it. Raises for an id that is there twice."""
+    """Id -> the language of its row, "" if unknown. Raises for an id that occurs twice."""
+    column = "language" if "language" in table.column_names else "id"
     languages: dict[str, str] = {}
-    for name, said in zip(
-        table["id"], table["language" if "language" in table.column_names else "id"], strict=True
-    ):
+    for name, text in zip(table["id"], table[column], strict=True):
         if name in languages:
             raise LcoError(f"{where} has the id {name!r} twice")
-        languages[name] = LANGUAGES.get(re.split(r"[^a-z]", str(said).lower())[0], "")
+        code = re.split(r"[^a-z]", str(text).lower())[0]
+        languages[name] = LANGUAGES.get(code, "")
     return languages

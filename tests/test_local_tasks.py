@@ -1,4 +1,4 @@
-"""Retrieval, STS and zero-shot classification on one's own files: numbers against pytrec_eval, scipy and sklearn."""
+"""Retrieval, STS and zero-shot on local files: numbers equal pytrec_eval's, scipy's, sklearn's."""
 
 import json
 import zlib
@@ -11,7 +11,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix
 
 from lco_jax import LcoError
-from lco_jax.evaluation import own, retrieval
+from lco_jax.evaluation import local_files, local_tasks, retrieval
 
 
 def unit(x):
@@ -19,7 +19,7 @@ def unit(x):
 
 
 def encode(inputs):
-    """A vector of its own for every input."""
+    """Another vector for every other input."""
     assert not any(isinstance(x, str) for x in inputs)  # a bare "cat.png" would be taken for a file
     draws = [np.random.default_rng(zlib.crc32(repr(x).encode())).normal(size=8) for x in inputs]
     return unit(np.array(draws)).astype(np.float32)
@@ -88,7 +88,8 @@ def test_ties_count_against_the_query_in_whatever_order_documents_stand(monkeypa
     for order in (np.arange(7), rng.permutation(7), rng.permutation(7)):
         relevance = {int(np.flatnonzero(order == d)[0]): grade for d, grade in grades.items()}
         ((ranks, found),) = retrieval.ranks(query, vectors[order], [relevance])
-        # twins 1 and 3 are wrong and come first, then the grade of 1, then that of 3; of the far ones the right is last
+        # twins 1 and 3 are wrong and come first, then the grade of 1, then that of 3;
+        # of the far ones the right one is last
         assert sorted(zip(ranks.tolist(), found.tolist(), strict=True)) == [
             (3, 1.0),
             (4, 3.0),
@@ -108,12 +109,12 @@ def test_records_by_either_name_and_what_says_the_same_is_there_once(tmp_path):
         },
         {"query": {"text": "y"}, "document": "three"},
     )
-    queries, documents, relevance = own._records(path, None)
+    queries, documents, relevance = local_files.read_records(path, None)
     image = ({"type": "image", "image": str(tmp_path / "a.png")},)
     assert queries == [{"text": "x"}, {"text": "y"}]
     assert documents == [{"text": "one"}, {"text": "three"}, {"text": "two"}, image]
     assert relevance == [{0: 1.0, 2: 1.0, 3: 1.0}, {1: 1.0}]
-    numbers = own.measure(encode, "retrieval", path, tmp_path / "out")
+    numbers = local_tasks.evaluate_and_write(encode, "retrieval", path, tmp_path / "out")
     assert (numbers["queries"], numbers["documents"]) == (2, 4)
     assert numbers["recall_at_5"] == numbers["hit_at_10"] == 1
 
@@ -134,7 +135,7 @@ def beir(folder, qrels="q1\td1\t2\nq1\td2\t0\nq2\t7\t1\n"):
 
 
 def test_a_folder_as_beirs(tmp_path):
-    queries, documents, relevance = own._beir(beir(tmp_path), None)
+    queries, documents, relevance = local_files.read_beir(beir(tmp_path), None)
     assert queries == [{"text": "question 1"}, {"text": "question 2"}]  # nobody judged the third
     image = {"type": "image", "image": str(tmp_path / "a.png")}
     assert documents == [
@@ -147,7 +148,7 @@ def test_a_folder_as_beirs(tmp_path):
     write_lines(
         tmp_path / "qrels.jsonl", {"query-id": "q1", "corpus-id": "d1", "score": 2, "more": 1}
     )
-    assert own._beir(tmp_path, None)[2] == [{0: 2.0}]
+    assert local_files.read_beir(tmp_path, None)[2] == [{0: 2.0}]
 
 
 # ---- STS
@@ -171,7 +172,7 @@ def test_sts_is_scipys(tmp_path, layout):
         options = {"columns": "A,B,S"}
     else:
         write_lines(path, *({"a": a, "b": {"text": b}, "score": score} for a, b, score in PAIRS))
-    numbers = own.measure(encode, "sts", path, tmp_path / "out", **options)
+    numbers = local_tasks.evaluate_and_write(encode, "sts", path, tmp_path / "out", **options)
     a, b = (encode([{"text": row[i]} for row in PAIRS]).astype(np.float64) for i in (0, 1))
     cosines, scores = (a * b).sum(axis=1), [row[2] for row in PAIRS]
     assert abs(numbers["spearman"] - spearmanr(cosines, scores).statistic) < 1e-9
@@ -209,7 +210,7 @@ def test_zeroshot_is_sklearns(tmp_path, layout):
         path = write_lines(
             data / "l.jsonl", *({"label": labels[t], "image": file.name} for _, file, t in items)
         )
-    numbers = own.measure(encode, "zeroshot", path, tmp_path / "out", **options)
+    numbers = local_tasks.evaluate_and_write(encode, "zeroshot", path, tmp_path / "out", **options)
     order = sorted(items)
     target = [t for *_, t in order]
     vectors = encode([({"type": "image", "image": str(file)},) for _, file, _ in order])
@@ -231,8 +232,10 @@ def test_zeroshot_is_sklearns(tmp_path, layout):
     assert abs(numbers["balanced_accuracy"] - balanced_accuracy_score(target, top[:, 0])) < 1e-9
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(own, "plot_confusion", lambda _, counts, names: drawn.append((counts, names)))
-        own.evaluate(encode, "zeroshot", path, **options).plot(None)
+        patch.setattr(
+            local_tasks, "plot_confusion", lambda _, counts, names: drawn.append((counts, names))
+        )
+        local_tasks.evaluate(encode, "zeroshot", path, **options).plot(None)
     np.testing.assert_array_equal(drawn[0][0], confusion_matrix(target, top[:, 0]))
     assert drawn[0][1] == labels
 
@@ -241,21 +244,26 @@ def test_a_model_that_tells_nothing_apart_gets_nothing(tmp_path):
     path = write_lines(
         tmp_path / "l.jsonl", *({"label": i % 3, "text": f"text {i}"} for i in range(9))
     )
-    same = lambda inputs: np.ones((len(inputs), 4), np.float32) / 2
-    numbers = own.evaluate(same, "zeroshot", path).numbers
+
+    def same(inputs):
+        return np.ones((len(inputs), 4), np.float32) / 2
+
+    numbers = local_tasks.evaluate(same, "zeroshot", path).numbers
     assert numbers["accuracy_at_1"] == numbers["balanced_accuracy"] == 0
     pairs = write_lines(
         tmp_path / "p.jsonl", *({"a": f"{i}", "b": "x", "score": i} for i in range(3))
     )
     with pytest.raises(LcoError, match="all pairs have the same cosine"):
-        own.evaluate(same, "sts", pairs)
+        local_tasks.evaluate(same, "sts", pairs)
 
 
 def test_the_template_follows_what_the_items_hold(tmp_path):
     for i, name in enumerate(("dog/1.png", "cat/2.png")):
         picture(tmp_path / name, i)
     asked = []
-    own.evaluate(lambda inputs: asked.extend(inputs) or encode(inputs), "zeroshot", tmp_path)
+    local_tasks.evaluate(
+        lambda inputs: asked.extend(inputs) or encode(inputs), "zeroshot", tmp_path
+    )
     assert asked[2:] == [{"text": "a photo of a cat"}, {"text": "a photo of a dog"}]
 
 
@@ -307,7 +315,7 @@ def test_mistakes_are_sentences(tmp_path, kind, options, content, says):
     path = tmp_path / f"in.{'csv' if kind == 'sts' else 'jsonl'}"
     path.write_text(content)
     with pytest.raises(LcoError, match=says) as error:
-        own.measure(encode, kind, path, tmp_path / "out", **options)
+        local_tasks.evaluate_and_write(encode, kind, path, tmp_path / "out", **options)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -319,20 +327,20 @@ def test_mistakes_in_folders_are_sentences(tmp_path):
         ("q1\td1\t0\n", "no score above 0"),
     ):
         with pytest.raises(LcoError, match=says):
-            own.evaluate(encode, "retrieval", beir(tmp_path / "beir", qrels))
+            local_tasks.evaluate(encode, "retrieval", beir(tmp_path / "beir", qrels))
     with pytest.raises(LcoError, match=r"cannot be read: No such file"):
-        own.evaluate(encode, "zeroshot", tmp_path / "none")
+        local_tasks.evaluate(encode, "zeroshot", tmp_path / "none")
     picture(tmp_path / "c" / "dog" / "1.png")
     (tmp_path / "c" / "cat").mkdir()
     with pytest.raises(LcoError, match=r"the class .*cat holds no image"):
-        own.evaluate(encode, "zeroshot", tmp_path / "c")
+        local_tasks.evaluate(encode, "zeroshot", tmp_path / "c")
     with pytest.raises(LcoError, match=r"1\.png does not match the label pattern"):
-        own.evaluate(encode, "zeroshot", tmp_path / "c", label_pattern=r"(\w+)\.jpg")
+        local_tasks.evaluate(encode, "zeroshot", tmp_path / "c", label_pattern=r"(\w+)\.jpg")
     with pytest.raises(LcoError, match="no regular expression with a group"):
-        own.evaluate(encode, "zeroshot", tmp_path / "c", label_pattern=r"\w+\.png")
+        local_tasks.evaluate(encode, "zeroshot", tmp_path / "c", label_pattern=r"\w+\.png")
     picture(tmp_path / "c" / "2.png")
     with pytest.raises(LcoError, match=r"2\.png lies in no folder of a class"):
-        own.evaluate(encode, "zeroshot", tmp_path / "c")
+        local_tasks.evaluate(encode, "zeroshot", tmp_path / "c")
 
 
 @pytest.mark.slow
@@ -340,7 +348,7 @@ def test_a_model_measured_on_images_and_texts(tiny, tmp_path):
     for i in range(4):
         picture(tmp_path / f"{i}.png", i)
     pairs = [{"query": {"image": f"{i}.png"}, "document": f"picture number {i}"} for i in range(4)]
-    numbers = own.measure(
+    numbers = local_tasks.evaluate_and_write(
         tiny.encode, "retrieval", write_lines(tmp_path / "r.jsonl", *pairs), tmp_path / "out"
     )
     assert 0 < numbers["ndcg_at_10"] <= 1

@@ -1,4 +1,5 @@
-"""Pictures of the laboratory's report, written as PNG. A colour is a modality; before is pale or dashed, after is full.
+"""Pictures of the laboratory's report, written as PNG. A colour is a modality; before is pale or
+dashed, after is full.
 
 Every function says whether it found anything to draw; if not, it writes nothing.
 """
@@ -34,7 +35,8 @@ PALE = 0.35
 
 
 def plot_headline(path: Path, runs: Sequence[Run], chance: Callable[[str], float | None]) -> bool:
-    """Left: retrieval before and after text-only tuning of the best generator. Right: the scaling law, all modalities.
+    """Left: retrieval before and after text-only tuning of the best generator. Right: the scaling
+    law, all modalities.
 
     chance: of a modality's retrieval.
     """
@@ -93,7 +95,9 @@ def plot_headline(path: Path, runs: Sequence[Run], chance: Callable[[str], float
 
 
 def plot_scaling(path: Path, runs: Sequence[Run]) -> bool:
-    """Retrieval after tuning over generative quality before it: a column a modality, a row a measure of quality."""
+    """Retrieval after tuning over generative quality before it: a column a modality, a row a
+    measure of quality.
+    """
     kinds = _kinds(runs)
     rows = {
         "share of exact answers before": stats.exact,
@@ -125,7 +129,9 @@ def plot_scaling(path: Path, runs: Sequence[Run]) -> bool:
 
 
 def plot_quality(path: Path, runs: Sequence[Run], chance: Callable[[str], float | None]) -> bool:
-    """Retrieval before and after text-only tuning over the steps of generative training; points are seeds."""
+    """Retrieval before and after text-only tuning over the steps of generative training; points are
+    seeds.
+    """
     kinds, steps = _kinds(runs), stats.qualities(runs)
     if not kinds:
         return False
@@ -168,7 +174,9 @@ def plot_quality(path: Path, runs: Sequence[Run], chance: Callable[[str], float 
 
 
 def plot_tuning(path: Path, runs: Sequence[Run]) -> bool:
-    """Ways of tuning the best generator: a column a way, in it every modality's retrieval, and the mean of all."""
+    """Ways of tuning the best generator: a column a way, in it every modality's retrieval, and the
+    mean of all.
+    """
     best, kinds = stats.qualities(runs)[-1], _kinds(runs)
     ways = [way for way in WAYS if any(_of_seeds(runs, best, way, kind) for kind in kinds)]
     if len(ways) < 3:  # before and one way are in the other pictures
@@ -203,7 +211,9 @@ def plot_tuning(path: Path, runs: Sequence[Run]) -> bool:
 
 
 def plot_layers(path: Path, runs: Sequence[Run]) -> bool:
-    """Anisotropy and kernel alignment of the best generator by layer, mean over seeds: before dashed, after solid."""
+    """Anisotropy and kernel alignment of the best generator by layer, mean over seeds: before
+    dashed, after solid.
+    """
     best = stats.qualities(runs)[-1]
     titles = {
         "anisotropy": "anisotropy",
@@ -238,7 +248,7 @@ def plot_layers(path: Path, runs: Sequence[Run]) -> bool:
 
 
 def plot_minimal(path: Path, runs: Sequence[Run], chance: float | None) -> bool:
-    """Minimal pairs of the best generator by attribute: hollow before, full after, a point a seed."""
+    """Minimal pairs of the best generator by attribute: hollow is before, full after."""
     best = stats.qualities(runs)[-1]
     some = {tune: stats.of_all_seeds(runs, best, tune) for tune in ("none", METHOD)}
     names = {
