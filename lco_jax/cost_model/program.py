@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lco_jax.checkpoint.hf import Checkpoint, placed_decoder
+from lco_jax.checkpoint.hf import Checkpoint, abstract_decoder
 from lco_jax.core.packing import Shape, width_of
 from lco_jax.core.sharding import row_shards
 from lco_jax.models.decoder import Decoder
@@ -69,7 +69,7 @@ class Step:
         """The model's, placed; of towers a run on text loads none."""
         model = self.config["model"]
         return {
-            "decoder": placed_decoder(self.checkpoint, self.mesh, model["dtype"], model["quantize"])
+            "decoder": abstract_decoder(self.checkpoint, self.mesh, model["dtype"], model["quantize"])
         }
 
     @property

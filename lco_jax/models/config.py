@@ -47,16 +47,8 @@ class DecoderConfig:
 
         `where` names the file in errors. Raises for what this decoder does not implement instead of ignoring it.
         """
-        if not isinstance(config.get("text_config") or {}, dict):
-            raise LcoError(
-                f"{where}: text_config is {config['text_config']!r:.60}, and must be an object"
-            )
-        text = {**config, **(config.get("text_config") or {})}
-        kind = text.get("model_type")
-        text = {**hf_config.TEXT.get(kind, {}), **text}
-        rope = {"rope_type": "default"}
-        for key in ("rope_scaling", "rope_parameters"):  # 4.x, 5.x
-            rope |= text.get(key) or {}
+        text = hf_config.text_section(config, where)
+        kind, rope = text.get("model_type"), text["rope_parameters"]
 
         def need(key: str) -> Any:
             if text.get(key) is None:
@@ -65,11 +57,7 @@ class DecoderConfig:
                 raise LcoError(f"{where}: {key} is {text[key]!r:.60}, and must be a number above 0")
             return text[key]
 
-        rope_type = (
-            rope.get("rope_type")
-            if rope.get("rope_type") != "default"
-            else rope.get("type", "default")
-        )
+        rope_type = rope["rope_type"]
         if rope_type not in ("default", "mrope"):
             raise LcoError(
                 f"{where}: rope type {rope_type!r} is not supported (default and mrope are)"
@@ -89,9 +77,6 @@ class DecoderConfig:
             raise LcoError(
                 f"{where}: mrope_section {section} does not add up to half the head_dim, {head_dim // 2}"
             )
-        tied = config.get("tie_word_embeddings", False) or (config.get("text_config") or {}).get(
-            "tie_word_embeddings"
-        )
         return cls(
             vocab_size=need("vocab_size"),
             hidden_size=need("hidden_size"),
@@ -104,6 +89,6 @@ class DecoderConfig:
             rope_theta=float(rope.get("rope_theta") or need("rope_theta")),
             mrope_section=section,
             max_position_embeddings=need("max_position_embeddings"),
-            tie_word_embeddings=bool(tied),
+            tie_word_embeddings=text["tie_word_embeddings"],
             qkv_bias=kind not in WITHOUT_BIAS,
         )
