@@ -15,6 +15,8 @@ models is a model. Each file is read back and compared when it is written.
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -133,12 +135,22 @@ def _export(args: argparse.Namespace) -> None:
         print(f"{args.input}: step {step}, trained from {source}")
     elif args.adapter:
         tuned["decoder"], config = read_peft(args.adapter)
-    export_merged(source, args.output, tuned, config, args.dtype, _shard_bytes(args))
-    print(f"merged model ({args.dtype}): {args.output}")
+    _write_merged(args, source, args.output, tuned, config)
     if args.input is not None and has_adapters(tuned.get("decoder", {})):
         folder = args.output.with_name(f"{args.output.name}-adapter")
         write_peft(folder, tuned["decoder"], config, source)
         print(f"adapter: {folder}")
+
+
+def _write_merged(
+    args: argparse.Namespace,
+    source: str,
+    output: Path,
+    tuned: dict[str, Any],
+    config: lora.LoraConfig | None,
+) -> None:
+    export_merged(source, output, tuned, config, args.dtype, _shard_bytes(args))
+    print(f"merged model ({args.dtype}): {output}")
 
 
 def _check_export_flags(args: argparse.Namespace) -> None:
@@ -203,11 +215,9 @@ def _average_adapters(args: argparse.Namespace, weights: list[float]) -> None:
         report["relative_error"] = soup.rank_errors(spectra, args.rank)
     report["rank"] = adapter[1].rank
     _write_adapter(args, adapter, report, spectra)
-    print(f"average of {len(chosen)} adapters, of rank {report['rank']}: {args.output}")
-    if args.rank:
-        _print_error(report["relative_error"])
     if args.merge:
-        _write_merged(args, adapter)
+        folder = args.output.with_name(f"{args.output.name}-merged")
+        _write_merged(args, args.model, folder, {"decoder": adapter[0]}, adapter[1])
 
 
 def _write_adapter(
@@ -216,23 +226,16 @@ def _write_adapter(
     report: dict[str, Any],
     spectra: dict[str, np.ndarray] | None,
 ) -> None:
+    """Write an adapter with its report and, of a reduced one, a plot of the singular values."""
     write_peft(args.output, *adapter, args.model)
     write_json(args.output / "soup.json", report)
+    count = sum(1 for one in report["adapters"] if one["weight"])
+    print(f"average of {count} adapters, of rank {report['rank']}: {args.output}")
     if spectra is not None:
         plot_spectrum(args.output / "spectrum.png", spectra, args.rank)
-
-
-def _write_merged(args: argparse.Namespace, adapter: soup.Adapter) -> None:
-    tree, config = adapter
-    folder = args.output.with_name(f"{args.output.name}-merged")
-    shard_bytes = _shard_bytes(args)
-    export_merged(args.model, folder, {"decoder": tree}, config, args.dtype, shard_bytes)
-    print(f"merged model ({args.dtype}): {folder}")
-
-
-def _print_error(error: dict[str, Any]) -> None:
-    overall, worst = f"{error['overall']:.3g} overall", f"{error['max']:.3g} in the worst matrix"
-    print(f"relative error of the delta: {overall}, {worst}")
+        error = report["relative_error"]
+        worst = f"{error['max']:.3g} in the worst matrix"
+        print(f"relative error of the delta: {error['overall']:.3g} overall, {worst}")
 
 
 def _equal_weights(chosen: Sequence[int], count: int) -> list[float]:
@@ -242,34 +245,37 @@ def _equal_weights(chosen: Sequence[int], count: int) -> list[float]:
 def _greedy(
     args: argparse.Namespace, adapters: Sequence[soup.Adapter]
 ) -> tuple[list[int], list[dict[str, Any]]]:
-    """The adapters that the greedy soup keeps, and its steps.
-
-    The base is loaded once, and one program serves all: an adapter that is left out has weight 0,
-    so that shapes stay the same.
-    """
+    """The adapters that the greedy soup keeps, and its steps. The base is loaded once."""
     embedder = OmniEmbedder.from_pretrained(args.model, dtype=args.dtype)
     base = embedder.params["decoder"]
-    main_number = own.KINDS[args.kind][2]
-
-    def encode(inputs: list[Any]) -> np.ndarray:
-        return embedder.encode(inputs, show_progress=True)
-
-    def score(chosen: list[int]) -> float:
-        weights = _equal_weights(chosen, len(adapters))
-        tree, config = soup.average_adapters(adapters, weights)
-        tree = jax.device_put(tree, replicated(embedder.mesh))
-        embedder.params = {**embedder.params, "decoder": lora.attach(base, tree, config)}
-        outcome = own.evaluate(encode, args.kind, args.validate, **own.options_of(args))
-        value = outcome.numbers[main_number]
-        names = " + ".join(args.adapters[i] for i in chosen)
-        print(f"{main_number} {value:.4f}: {names}", flush=True)
-        return value
-
-    kept, steps = soup.greedy(len(adapters), score)
+    kept, steps = soup.greedy(len(adapters), partial(_score, args, adapters, embedder, base))
     for step in steps:
         step["adapter"] = args.adapters[step.pop("index")]
     _print_steps(steps)
     return kept, steps
+
+
+def _score(
+    args: argparse.Namespace,
+    adapters: Sequence[soup.Adapter],
+    embedder: OmniEmbedder,
+    base: lora.Tree,
+    chosen: list[int],
+) -> float:
+    """The main number of the average of the chosen adapters.
+
+    Adapters that are left out have weight 0: shapes stay the same, and one program serves all.
+    """
+    tree, config = soup.average_adapters(adapters, _equal_weights(chosen, len(adapters)))
+    tree = jax.device_put(tree, replicated(embedder.mesh))
+    embedder.params = {**embedder.params, "decoder": lora.attach(base, tree, config)}
+    encode = partial(embedder.encode, show_progress=True)
+    outcome = own.evaluate(encode, args.kind, args.validate, **own.options_of(args))
+    main_number = own.KINDS[args.kind][2]
+    value = outcome.numbers[main_number]
+    names = " + ".join(args.adapters[i] for i in chosen)
+    print(f"{main_number} {value:.4f}: {names}", flush=True)
+    return value
 
 
 def _print_steps(steps: list[dict[str, Any]]) -> None:

@@ -91,10 +91,9 @@ def open_geometry(path_or_id: str | Path, files: Sequence[str] = CONFIG_FILES) -
     towers = {}
     for name, (_, read_tower) in backbone.towers.items():
         towers[name] = read_tower(model_config, where, config)
-    parts = ["decoder", *towers]
+    keys: dict[str, dict[str, str]] = {part: {} for part in ("decoder", *towers)}
     if not config.tie_word_embeddings:
-        parts.append("head")
-    keys: dict[str, dict[str, str]] = {part: {} for part in parts}
+        keys["head"] = {}
     return Checkpoint(folder, backbone, config, towers, model_config, None, keys)
 
 

@@ -157,7 +157,8 @@ def _stack_layers(file: Path, found: dict[str, dict[int, np.ndarray]]) -> dict[s
     stacked = {}
     for path, layers in found.items():
         stem, half = path.rsplit(".", 1)
-        others = found.get(f"{stem}.{'b' if half == 'a' else 'a'}", {})
+        other_half = "b" if half == "a" else "a"
+        others = found.get(f"{stem}.{other_half}", {})
         if layers.keys() != others.keys():
             raise LcoError(f"{file}: {stem} has an A without its B, or a B without its A")
         shapes = sorted({value.shape for value in layers.values()})

@@ -107,17 +107,16 @@ def reduce_rank(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, np.ndar
     for layer, module, a, b in tqdm(matrices, desc="reducing", unit="matrix", delay=2):
         left, values, right = _svd_of_product(config.scale * b, a)
         spectra[f"{layer}.{module}"] = values
-        kept = min(rank, len(values))
-        root = np.sqrt(values[:kept])
-        new_a = np.zeros((rank, a.shape[1]), np.float32)
-        new_a[:kept] = root[:, None] * right[:kept]
-        new_b = np.zeros((b.shape[0], rank), np.float32)
-        new_b[:, :kept] = left[:, :kept] * root
-        factors[f"layers.{module}.weight.a"].append(new_a)
-        factors[f"layers.{module}.weight.b"].append(new_b)
-    leaves = {path: np.stack(layers) for path, layers in factors.items()}
-    reduced = unflatten_dict(leaves, sep="."), LoraConfig(rank=rank, alpha=float(rank))
-    return reduced, spectra
+        root = np.sqrt(values[:rank])
+        new_a = root[:, None] * right[:rank]
+        new_b = root * left[:, :rank]
+        missing = rank - len(root)
+        stem = f"layers.{module}.weight"
+        factors[f"{stem}.a"].append(np.pad(new_a, ((0, missing), (0, 0))))
+        factors[f"{stem}.b"].append(np.pad(new_b, ((0, 0), (0, missing))))
+    leaves = {path: np.stack(layers).astype(np.float32) for path, layers in factors.items()}
+    new_config = LoraConfig(rank=rank, alpha=float(rank))
+    return (unflatten_dict(leaves, sep="."), new_config), spectra
 
 
 def _svd_of_product(b: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -205,11 +204,11 @@ def _check_alike(one: Checkpoint, other: Checkpoint, names: str) -> None:
     """Raise for the first difference between two models that an average cannot have."""
     described = {"config.json": _geometry, "tensors": _tensors, "tokenizer": _tokens}
     for what, describe in described.items():
-        a, b = describe(one), describe(other)
-        for key in sorted(a.keys() | b.keys()):
-            if a.get(key) != b.get(key):
-                difference = f"{key} is {b.get(key)!r:.60} and {a.get(key)!r:.60}"
-                raise LcoError(f"{names} differ in {what}: {difference}")
+        first, second = describe(one), describe(other)
+        for key in sorted(first.keys() | second.keys()):
+            a, b = first.get(key), second.get(key)
+            if a != b:
+                raise LcoError(f"{names} differ in {what}: {key} is {b!r:.60} and {a!r:.60}")
 
 
 def _geometry(checkpoint: Checkpoint) -> dict[str, Any]:
