@@ -259,6 +259,7 @@ def test_copies_compute_and_send_what_shapes_make_of_it(configured):
     assert found.sent["all-gather"] == pytest.approx(embeddings, abs=12 * candidates)
 
 
+@pytest.mark.slow
 def test_what_is_split_is_gathered_in_both_passes(configured):
     """Weights are gathered; halves of products are summed.
 
