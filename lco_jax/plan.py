@@ -12,7 +12,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -192,8 +192,7 @@ def _plan_step(step: Step, device: Hardware, made: Target, quick: bool) -> dict[
     start = time.perf_counter()
 
     def need(candidate: Candidate) -> int:
-        mesh = ", ".join(f"{axis} {size}" for axis, size in step.mesh.shape.items())
-        say(f"compiling the step on mesh {mesh} with {candidate} …")
+        say(f"compiling the step on mesh {_named(step.mesh.shape.values())} with {candidate} …")
         try:
             compiled[candidate] = step.lower(*candidate).compile(made.options)
         except jax.errors.JaxRuntimeError as error:
@@ -267,11 +266,14 @@ def table(result: dict[str, Any]) -> str:
             tried = f"no mesh of {result['devices']} × {result['device']} that was tried holds it"
             lines.append(f"{tried}: take more, or quantize the model")
         return "\n".join(lines)
-    mesh = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, result["mesh"], strict=True))
     chunks = f"chunks of a device: {result['chunks']} of {result['tokens']:,} tokens"
-    lines += [f"mesh {mesh}; remat {result['remat']}; {chunks}", ""]
+    lines += [f"mesh {_named(result['mesh'])}; remat {result['remat']}; {chunks}", ""]
     lines += [*_memory_lines(result), "", *_work_lines(result), "", *_time_lines(result)]
     return "\n".join([*lines, "", "it fits"])
+
+
+def _named(sizes: Iterable[int]) -> str:
+    return ", ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
 
 
 def _memory_lines(result: dict[str, Any]) -> list[str]:

@@ -91,7 +91,7 @@ def average_adapters(adapters: Sequence[Adapter], weights: Sequence[float]) -> A
                 shape = (layers, rows, total_rank)
                 leaf = leaves.setdefault(path, np.zeros(shape, np.float32))
                 leaf[:, :, ranks] = weight * config.scale * factor
-    return unflatten_dict(leaves, sep="."), LoraConfig(rank=total_rank, alpha=float(total_rank))
+    return unflatten_dict(leaves, sep="."), _of_scale_one(total_rank)
 
 
 def reduce_rank(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, np.ndarray]]:
@@ -108,15 +108,17 @@ def reduce_rank(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, np.ndar
         left, values, right = _svd_of_product(config.scale * b, a)
         spectra[f"{layer}.{module}"] = values
         root = np.sqrt(values[:rank])
-        new_a = root[:, None] * right[:rank]
-        new_b = root * left[:, :rank]
         missing = rank - len(root)
-        stem = f"layers.{module}.weight"
-        factors[f"{stem}.a"].append(np.pad(new_a, ((0, missing), (0, 0))))
-        factors[f"{stem}.b"].append(np.pad(new_b, ((0, 0), (0, missing))))
-    leaves = {path: np.stack(layers).astype(np.float32) for path, layers in factors.items()}
-    new_config = LoraConfig(rank=rank, alpha=float(rank))
-    return (unflatten_dict(leaves, sep="."), new_config), spectra
+        new_a = np.pad(root[:, None] * right[:rank], ((0, missing), (0, 0)))
+        new_b = np.pad(root * left[:, :rank], ((0, 0), (0, missing)))
+        factors[f"layers.{module}.weight.a"].append(new_a.astype(np.float32))
+        factors[f"layers.{module}.weight.b"].append(new_b.astype(np.float32))
+    leaves = {path: np.stack(layers) for path, layers in factors.items()}
+    return (unflatten_dict(leaves, sep="."), _of_scale_one(rank)), spectra
+
+
+def _of_scale_one(rank: int) -> LoraConfig:
+    return LoraConfig(rank=rank, alpha=float(rank))
 
 
 def _svd_of_product(b: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
