@@ -108,13 +108,18 @@ def reduce_rank(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, np.ndar
         left, values, right = _svd_of_product(config.scale * b, a)
         spectra[f"{layer}.{module}"] = values
         root = np.sqrt(values[:rank])
-        missing = rank - len(root)
-        new_a = np.pad(root[:, None] * right[:rank], ((0, missing), (0, 0)))
-        new_b = np.pad(root * left[:, :rank], ((0, 0), (0, missing)))
-        factors[f"layers.{module}.weight.a"].append(new_a.astype(np.float32))
-        factors[f"layers.{module}.weight.b"].append(new_b.astype(np.float32))
+        new_a = _with_rows(root[:, None] * right[:rank], rank)
+        new_b = _with_rows(root[:, None] * left.T[:rank], rank).T
+        factors[f"layers.{module}.weight.a"].append(new_a)
+        factors[f"layers.{module}.weight.b"].append(new_b)
     leaves = {path: np.stack(layers) for path, layers in factors.items()}
     return (unflatten_dict(leaves, sep="."), _of_scale_one(rank)), spectra
+
+
+def _with_rows(matrix: np.ndarray, rows: int) -> np.ndarray:
+    """A matrix in float32, padded with rows of zeros."""
+    padding = ((0, rows - len(matrix)), (0, 0))
+    return np.pad(matrix, padding).astype(np.float32)
 
 
 def _of_scale_one(rank: int) -> LoraConfig:
