@@ -1,7 +1,8 @@
-"""All that one accelerator is asked for, in one command that ends in time: `python -m benchmarks device`.
+"""All that one accelerator is asked for, in one command that ends in time.
 
-Each part is another of these benchmarks, in a process of its own that is ended when its time is up. Its JSON is written
-as soon as it is there, and a part whose JSON is there is not run again: so the command may be killed and given again.
+Each part is another of these benchmarks, in a process that is ended when its time is up. Its JSON
+is written as soon as it is known, and a part whose JSON is there is not run again: so the command
+may be killed and given again.
 """
 
 import argparse
@@ -83,51 +84,55 @@ def measure(args: argparse.Namespace, _: Path) -> dict[str, Any]:
     """Run the parts that have no JSON yet, in order, while there is time."""
     parts = SMALL if args.small else PARTS
     asked = args.parts.split(",") if args.parts else list(parts)
-    if unknown := sorted(set(asked) - set(parts)):
-        raise LcoError(
-            f"--parts={args.parts}: there is no {unknown[0]}; there are: {', '.join(parts)}"
-        )
+    for name in asked:
+        if name not in parts:
+            known = ", ".join(parts)
+            raise LcoError(f"--parts={args.parts}: there is no {name}; there are: {known}")
     args.folder.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + args.budget
-    told = {}
-    missing = [name for name in asked if not _of(args, name).exists()]
-    for i, name in enumerate(missing):  # what one leaves of its time is the others'
-        of_rest = parts[name].share / sum(parts[other].share for other in missing[i:])
-        told[name] = run(parts[name], _of(args, name), (end - time.monotonic()) * of_rest)
-        print(f"{name}: {told[name]}", file=sys.stderr, flush=True)
-    found = {
-        name: json.loads(file.read_text(encoding="utf-8"))
-        for name in asked
-        if (file := _of(args, name)).exists()
-    }
-    return {
-        "parts": found,
-        "not_there": {name: why for name, why in told.items() if name not in found},
-    }
+    files = {name: args.folder / f"{name}.json" for name in asked}
+    missing = {name: parts[name] for name in asked if not files[name].exists()}
+    outcomes = _run_all(missing, files, args.budget)
+    found = {}
+    for name, file in files.items():
+        if file.exists():
+            found[name] = json.loads(file.read_text(encoding="utf-8"))
+    absent = {name: outcome for name, outcome in outcomes.items() if name not in found}
+    return {"parts": found, "not_there": absent}
 
 
-def _of(args: argparse.Namespace, name: str) -> Path:
-    return args.folder / f"{name}.json"
+def _run_all(parts: dict[str, Part], files: dict[str, Path], budget: float) -> dict[str, str]:
+    """Run parts in `budget` seconds. The time that a part leaves goes to those after it."""
+    end = time.monotonic() + budget
+    shares = sum(part.share for part in parts.values())
+    outcomes = {}
+    for name, part in parts.items():
+        seconds = (end - time.monotonic()) * part.share / shares
+        shares -= part.share
+        outcomes[name] = run(part, files[name], seconds)
+        print(f"{name}: {outcomes[name]}", file=sys.stderr, flush=True)
+    return outcomes
 
 
 def run(part: Part, file: Path, seconds: float) -> str:
-    """One part, ended after `seconds` with every process it started. Returns how it went."""
+    """Run a part, and end it after `seconds` with every process it started. Returns how it went."""
     if seconds < 1:
         return "no time was left"
-    command = [*part.command.split(), f"--out={file}"]
-    alone = part.duel and importlib.util.find_spec("torch") is None
-    begun = time.monotonic()
-    log = file.with_suffix(".log")
-    compiled = str(cache_folder() / "compiled")  # kept, for when it is ended and given again
+    without_peer = part.duel and importlib.util.find_spec("torch") is None
+    command = [sys.executable, "-m", "benchmarks", *part.command.split(), f"--out={file}"]
+    if without_peer:
+        command.append("--no-peer")
+    compiled = str(cache_folder() / "compiled")  # for when it is ended and given again
     environment = {"JAX_COMPILATION_CACHE_DIR": compiled, **os.environ, "BENCHMARKS_VERBOSE": "1"}
+    log = file.with_suffix(".log")
+    start = time.monotonic()
     with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks", *command, *(["--no-peer"] if alone else [])],
+            command,
             cwd=ROOT,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # so that its sides end with it
+            start_new_session=True,  # so that the processes it starts end with it
         )
         try:
             code = process.wait(timeout=seconds)
@@ -137,8 +142,8 @@ def run(part: Part, file: Path, seconds: float) -> str:
             _end(process)
     if code:
         return f"failed; see {log}"
-    note = ", without the peer: torch is not installed" if alone else ""
-    return f"done in {time.monotonic() - begun:.0f} s{note}"
+    note = ", without the peer: torch is not installed" if without_peer else ""
+    return f"done in {time.monotonic() - start:.0f} s{note}"
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -150,16 +155,16 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """A line a part."""
+    """A line for each part."""
     lines = [result["command"]]
     for name, part in result["parts"].items():
-        numbers = {
-            key: part[key] for key in ("ratio", "tflops", "ceiling_tflops", "mfu") if key in part
-        }
-        ours = part.get("ours", {})
-        numbers |= {
-            key: ours[key] for key in ("seconds", "per_second", "peak_device_gb") if key in ours
-        }
+        numbers = _chosen(part, "ratio", "tflops", "ceiling_tflops", "mfu")
+        numbers |= _chosen(part.get("ours", {}), "seconds", "per_second", "peak_device_gb")
         shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
         lines.append(f"{name:<12}{shown or 'see its JSON'}")
-    return "\n".join([*lines, *(f"{name:<12}{why}" for name, why in result["not_there"].items())])
+    lines += [f"{name:<12}{reason}" for name, reason in result["not_there"].items()]
+    return "\n".join(lines)
+
+
+def _chosen(numbers: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: numbers[key] for key in keys if key in numbers}

@@ -1,6 +1,7 @@
-"""What a step computes, counted: multiply-adds of matrix products, two FLOPs each. Norms and the like are left out.
+"""What a step computes: multiply-adds of matrix products, two FLOPs each; no norms and the like.
 
-Dimensions: D hidden, F MLP width, L layers, r LoRA rank, T tokens of all streams, S last tokens, W width of rows.
+Dimensions: D hidden, F MLP width, L layers, r LoRA rank, T tokens of all streams, S last tokens,
+W width of rows.
 """
 
 from dataclasses import dataclass
@@ -26,44 +27,59 @@ RECOMPUTED = {  # the matrix products that a layer's backward pass repeats under
 }
 
 
-def _products(c: DecoderConfig, rank: int) -> dict[str, tuple[float, float]]:
-    """FLOPs a token of each matrix product's frozen part, and of its adapter."""
-    query, key = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    sizes = {"q": (c.hidden_size, query), "k": (c.hidden_size, key), "v": (c.hidden_size, key),
-             "o": (query, c.hidden_size), "gate": (c.hidden_size, c.intermediate_size),
-             "up": (c.hidden_size, c.intermediate_size), "down": (c.intermediate_size, c.hidden_size)}  # fmt: skip
-    return {name: (2.0 * i * o, 2.0 * rank * (i + o)) for name, (i, o) in sizes.items()}
-
-
 def forward_flops(c: DecoderConfig, rank: int, work: Work) -> float:
-    """One forward pass."""
-    return sum(
-        _layer(c, rank, work, last)[0] * n for last, n in ((False, c.num_layers - 1), (True, 1))
-    )
+    """The FLOPs of one forward pass."""
+    layer = _forward(_layer(c, rank, work))
+    last_layer = _forward(_layer(c, rank, work, last=True))
+    return (c.num_layers - 1) * layer + last_layer
 
 
 def step_flops(c: DecoderConfig, rank: int, work: Work, policy: str) -> float:
-    """Forward, what is recomputed, and backward: no gradient of the frozen matrices, both of the adapters' factors."""
-    total = 0.0
-    for last, layers in ((False, c.num_layers - 1), (True, 1)):
-        forward, parts = _layer(c, rank, work, last)
-        backward = sum(base + 2 * adapter for base, adapter in parts.values())
-        again = sum(sum(parts[name]) for name in RECOMPUTED[policy])
-        total += layers * (forward + backward + again)
-    return total
+    """The FLOPs of a forward pass, of what is recomputed, and of a backward pass.
+
+    Frozen matrices have no gradient; both factors of an adapter have one.
+    """
+    layer = _step(_layer(c, rank, work), policy)
+    last_layer = _step(_layer(c, rank, work, last=True), policy)
+    return (c.num_layers - 1) * layer + last_layer
 
 
-def _layer(
-    c: DecoderConfig, rank: int, work: Work, last: bool
-) -> tuple[float, dict[str, tuple[float, float]]]:
-    """(a layer's forward pass, its parts): (frozen, adapter) of each product; attention's gradient costs it twice."""
-    few = work.last if last else work.tokens
-    tokens = dict.fromkeys(("q", "o", "gate", "up", "down"), few) | {
-        "k": work.tokens,
-        "v": work.tokens,
+Products = dict[str, tuple[float, float]]  # FLOPs of a product's frozen part and of its adapter
+
+
+def _forward(products: Products) -> float:
+    return sum(frozen + adapter for frozen, adapter in products.values())
+
+
+def _step(products: Products, policy: str) -> float:
+    backward = sum(frozen + 2 * adapter for frozen, adapter in products.values())
+    recomputed = sum(sum(products[name]) for name in RECOMPUTED[policy])
+    return _forward(products) + backward + recomputed
+
+
+def _layer(c: DecoderConfig, rank: int, work: Work, last: bool = False) -> Products:
+    """The products of a layer's forward pass. Few tokens pass all of the last one.
+
+    Attention's gradient costs twice its forward pass, as an adapter's does.
+    """
+    products: Products = {}
+    for name, (inputs, outputs) in _sizes(c).items():
+        tokens = work.last if last and name not in ("k", "v") else work.tokens
+        products[name] = 2.0 * inputs * outputs * tokens, 2.0 * rank * (inputs + outputs) * tokens
+    pairs = sum(count * width * (1 if last else width) for width, count in work.rows.items())
+    products["attention"] = 0.0, 4.0 * pairs * c.num_heads * c.head_dim
+    return products
+
+
+def _sizes(c: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of each matrix of a layer."""
+    query, key = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    return {
+        "q": (c.hidden_size, query),
+        "k": (c.hidden_size, key),
+        "v": (c.hidden_size, key),
+        "o": (query, c.hidden_size),
+        "gate": (c.hidden_size, c.intermediate_size),
+        "up": (c.hidden_size, c.intermediate_size),
+        "down": (c.intermediate_size, c.hidden_size),
     }
-    parts = {name: (base * tokens[name], adapter * tokens[name])
-             for name, (base, adapter) in _products(c, rank).items()}  # fmt: skip
-    pairs = sum(n * width * (1 if last else width) for width, n in work.rows.items())
-    parts["attention"] = (0.0, 4.0 * pairs * c.num_heads * c.head_dim)
-    return sum(base + adapter for base, adapter in parts.values()), parts

@@ -1,22 +1,23 @@
 """Model sizes to measure with, and checkpoints of them with random weights.
 
-The small ones are written to disk as Hugging Face has them, so that both sides load the same numbers; 3b and 7b have
-the text dimensions of Qwen2.5-VL and Qwen2.5-Omni, and each side draws its own on its device.
+The small ones are written to disk as Hugging Face has them, so that both sides load the same
+numbers. 3b and 7b have the text dimensions of Qwen2.5-VL and Qwen2.5-Omni; each side draws its own
+weights on its device.
 """
 
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
-from safetensors.numpy import save_file
 
 from lco_jax.checkpoint import builtin
-from lco_jax.checkpoint.hf import abstract_params, tower_module
+from lco_jax.checkpoint.hf import abstract_params, per_layer, tower_module
 from lco_jax.checkpoint.peft import write_peft
+from lco_jax.checkpoint.tensors import write_tensors
 from lco_jax.core import lora
 from lco_jax.core.files import write_json, written_aside
 from lco_jax.models.config import DecoderConfig
@@ -39,7 +40,7 @@ class Preset:
 
     @property
     def config(self) -> dict[str, Any]:
-        """config.json's content, with a vision tower that is as small as one can be: text is measured."""
+        """The content of config.json, with the smallest vision tower: text is measured."""
         half = self.hidden // self.heads // 2
         special = {
             "vision_start_token_id": 7,
@@ -48,18 +49,42 @@ class Preset:
             "video_token_id": 10,
         }
         return {
-            "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", **special,
-            "hidden_size": self.hidden, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads, "intermediate_size": self.mlp, "vocab_size": self.vocab,
-            "tie_word_embeddings": self.tied, "rms_norm_eps": 1e-6, "max_position_embeddings": 32768,
-            "hidden_act": "silu", "bos_token_id": 5, "eos_token_id": 6, "rope_theta": 1e6,
-            "rope_scaling": {"type": "mrope", "mrope_section": [half // 4, half * 3 // 8, half * 3 // 8]},
-            "vision_config": {
-                "depth": 1, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "out_hidden_size": self.hidden,
-                "patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 112,
-                "fullatt_block_indexes": [0], "in_chans": 3, "hidden_act": "silu", "tokens_per_second": 2,
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+            "model_type": "qwen2_5_vl",
+            **special,
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "intermediate_size": self.mlp,
+            "vocab_size": self.vocab,
+            "tie_word_embeddings": self.tied,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 32768,
+            "hidden_act": "silu",
+            "bos_token_id": 5,
+            "eos_token_id": 6,
+            "rope_theta": 1e6,
+            "rope_scaling": {
+                "type": "mrope",
+                "mrope_section": [half // 4, half * 3 // 8, half * 3 // 8],
             },
-        }  # fmt: skip
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_heads": 2,
+                "out_hidden_size": self.hidden,
+                "patch_size": 14,
+                "temporal_patch_size": 2,
+                "spatial_merge_size": 2,
+                "window_size": 112,
+                "fullatt_block_indexes": [0],
+                "in_chans": 3,
+                "hidden_act": "silu",
+                "tokens_per_second": 2,
+            },
+        }
 
     @property
     def decoder(self) -> DecoderConfig:
@@ -77,23 +102,13 @@ ON_DEVICE = ("3b", "7b")
 
 
 def write_checkpoint(preset: Preset, folder: Path, seed: int = 0) -> None:
-    """Every parameter drawn at random, norms and biases included; the built-in checkpoint's tokenizer beside them."""
+    """Write random parameters, norms and biases too, and the built-in checkpoint's tokenizer."""
     rng = np.random.default_rng(seed)
-    backbone, config = find_backbone(preset.config, "preset")
-    tower = tower_module(
-        backbone, "visual", backbone.towers["visual"][1](config, "preset", preset.decoder)
-    )
     tensors = {}
-    parts = {"model.": abstract_params(preset.decoder), "visual.": abstract_params(tower)}
-    for prefix, tree in parts.items():
-        for path, leaf in flatten_dict(tree, sep=".").items():
-            stack, _, rest = path.partition(".")
-            stacked = stack in ("layers", "blocks")
-            for i in range(leaf.shape[0] if stacked else 1):
-                name = f"{stack}.{i}.{rest}" if stacked else path
-                tensors[_hub_name(prefix + name)] = _draw(
-                    rng, name, leaf.shape[1:] if stacked else leaf.shape
-                )
+    for prefix, tree in _parts(preset).items():
+        for _, name, leaf, layer in per_layer(tree):
+            shape = leaf.shape if layer is None else leaf.shape[1:]
+            tensors[_hub_name(prefix + name)] = _draw(rng, name, shape)
     if not preset.tied:
         tensors["lm_head.weight"] = _draw(rng, "lm_head.weight", (preset.vocab, preset.hidden))
     source = builtin.build()
@@ -102,7 +117,15 @@ def write_checkpoint(preset: Preset, folder: Path, seed: int = 0) -> None:
             if file.suffix in (".json", ".jinja", ".txt") and "safetensors" not in file.name:
                 shutil.copy(file, aside / file.name)
         write_json(aside / "config.json", preset.config)
-        save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(aside / "model.safetensors", tensors)
+
+
+def _parts(preset: Preset) -> dict[str, Any]:
+    """The parameters of decoder and vision tower as shapes, by the prefix of their hub names."""
+    backbone, config = find_backbone(preset.config, "preset")
+    read_tower = backbone.towers["visual"][1]
+    tower = tower_module(backbone, "visual", read_tower(config, "preset", preset.decoder))
+    return {"model.": abstract_params(preset.decoder), "visual.": abstract_params(tower)}
 
 
 def _hub_name(name: str) -> str:
@@ -118,13 +141,15 @@ def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.nda
 
 
 def write_adapter(preset: Preset, folder: Path, base: str, dropout: float, seed: int = 1) -> None:
-    """A PEFT adapter both of whose factors are drawn, so that both have a gradient from the first step on.
+    """Write a PEFT adapter of random A and B, so that both have a gradient from the first step on.
 
-    dropout: PEFT makes its modules by what the adapter says of it.
+    dropout: as the adapter states it; PEFT makes its modules by it.
     """
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(
-        lambda key: lora.init(key, abstract_params(preset.decoder), LORA), jax.random.key(0)
-    )
-    draw = lambda x: (0.3 * x.shape[-1] ** -0.5 * rng.standard_normal(x.shape)).astype(np.float32)
+    params = abstract_params(preset.decoder)
+    shapes = jax.eval_shape(partial(lora.init, params=params, config=LORA), jax.random.key(0))
+
+    def draw(x: jax.ShapeDtypeStruct) -> np.ndarray:
+        return (0.3 * x.shape[-1] ** -0.5 * rng.standard_normal(x.shape)).astype(np.float32)
+
     write_peft(folder, jax.tree.map(draw, shapes), replace(LORA, dropout=dropout), base)

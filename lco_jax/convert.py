@@ -1,21 +1,26 @@
-"""Checkpoint + adapter -> merged model, a training run -> adapter and merged model, or several -> their average.
+"""Training runs and adapters → merged models; several adapters or models → their average.
 
-    python -m lco_jax.convert --workdir=runs/base --out=exports/base
-    python -m lco_jax.convert --model=Qwen/Qwen2.5-VL-3B-Instruct --adapter=my/adapter --out=merged --dtype=bfloat16
-    python -m lco_jax.convert soup --model=BASE --adapters A B C --weights 2 1 1 --out=soup [--rank=64] [--merge]
-    python -m lco_jax.convert soup --model=BASE --adapters A B C --greedy --validate=dev.csv --kind=sts --out=soup
-    python -m lco_jax.convert soup --models M1 M2 --out=averaged
+    python -m lco_jax.convert --input=runs/base --output=exports/base
+    python -m lco_jax.convert --model=Qwen/Qwen2.5-VL-3B-Instruct --adapter=A --output=merged
+    python -m lco_jax.convert soup --model=BASE --adapters A B C --weights 2 1 1 --output=soup
+    python -m lco_jax.convert soup --model=BASE --adapters A B C --rank=64 --merge --output=soup
+    python -m lco_jax.convert soup --model=BASE --adapters A B C --greedy --validate=dev.csv \\
+        --kind=sts --output=soup
+    python -m lco_jax.convert soup --models M1 M2 --output=averaged
 
-Writes OUT (merged, Hugging Face layout) and, with --workdir, OUT-adapter (PEFT). Everything written is read back and
-compared before it is called done. A soup of adapters is an adapter OUT, soup.json in it (and OUT-merged); of models, a
-model OUT.
+Writes a merged model in the hub's layout to OUTPUT and, of a run, its PEFT adapter to
+OUTPUT-adapter. A soup of adapters is an adapter with a soup.json (and OUTPUT-merged); a soup of
+models is a model. Each file is read back and compared when it is written.
 """
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from lco_jax.checkpoint import soup
 from lco_jax.checkpoint.export import export_merged, write_model
@@ -29,201 +34,256 @@ from lco_jax.core.sharding import replicated
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation import local_tasks
 from lco_jax.evaluation.plots import plot_spectrum
+from lco_jax.flags import add_path, new_parser
 from lco_jax.training.run import tuned_of_run
 
-SOUP = (
-    "adapters",
-    "models",
-    "weights",
-    "rank",
-    "merge",
-    "greedy",
-    "validate",
-    "kind",
-)  # flags of soups alone
+SOUP_FLAGS = ("adapters", "models", "weights", "rank", "merge", "greedy", "validate", "kind")
 
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lco_jax.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("convert", __doc__)
     parser.add_argument(
         "command", nargs="?", choices=["soup"], help="average instead of converting one"
     )
-    parser.add_argument(
-        "--workdir", type=place, help="a training run, one of whose checkpoints is exported"
-    )
-    parser.add_argument("--step", type=int, help="which of the --workdir's (default: the newest)")
-    parser.add_argument(
-        "--model", help="a checkpoint folder or hub id (with --workdir: the run's own)"
-    )
-    parser.add_argument(
-        "--adapter", help="a PEFT adapter folder or hub id; none: the model as it is"
-    )
-    parser.add_argument("--out", type=on_disk, required=True, help="the folder to write")
-    parser.add_argument(
-        "--dtype", choices=list(DTYPES), default="bfloat16", help="of models (default bfloat16)"
+    add_path(
+        parser,
+        "--input",
+        "a training run, one of whose checkpoints is exported",
+        earlier=["--workdir"],
+        required=False,
+        kind=place,
     )
     parser.add_argument(
-        "--max-shard-size", type=float, default=5.0, metavar="GB", help="of one file (default 5)"
+        "--step", type=int, help="which of the run's checkpoints (default: the newest)"
     )
+    parser.add_argument("--model", help="a checkpoint folder or hub id; a run knows its own")
+    parser.add_argument(
+        "--adapter", help="a PEFT adapter folder or hub id (default: the model as it is)"
+    )
+    add_path(parser, "--output", "the folder to write", earlier=["--out"])
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), default="bfloat16", help="of models (default: bfloat16)"
+    )
+    parser.add_argument(
+        "--max-shard-size", type=float, default=5.0, metavar="GB", help="of one file (default: 5)"
+    )
+    _add_soup_flags(parser)
+    return parser.parse_args()
+
+
+def _add_soup_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("soup")
     group.add_argument(
-        "--adapters",
-        nargs="+",
-        default=[],
-        help="PEFT adapters of --model, of any ranks and targets",
+        "--adapters", nargs="+", default=[], help="PEFT adapters of --model, of any rank and target"
     )
     group.add_argument(
-        "--models", nargs="+", default=[], help="checkpoints; what lies beside weights: the first's"
+        "--models",
+        nargs="+",
+        default=[],
+        help="checkpoints; files that are no weights come from the first",
     )
     group.add_argument(
         "--weights",
         nargs="+",
         type=float,
-        help="one for each, divided by their sum; default: equal",
+        help="one for each, divided by their sum (default: equal)",
     )
     group.add_argument(
-        "--rank",
-        type=int,
-        help="reduce the sum to this rank by SVD; default: exact, the ranks' sum",
+        "--rank", type=int, help="reduce the sum to this rank by SVD (default: exact)"
     )
-    group.add_argument("--merge", action="store_true", help="write OUT-merged, too")
+    group.add_argument("--merge", action="store_true", help="write OUTPUT-merged, too")
     group.add_argument(
         "--greedy",
         action="store_true",
-        help="the best, then each that does not lower the soup's score",
+        help="the best adapter, then each that does not lower the soup's score",
     )
     group.add_argument(
-        "--validate", help="what --greedy scores with: files as `lco_jax.evaluate` takes"
+        "--validate", help="what --greedy scores with: files as `lco_jax.evaluate` takes them"
     )
     group.add_argument(
         "--media-root", type=on_disk, help="where relative paths of media in --validate start"
     )
     local_tasks.add_flags(parser, "--validate")
-    return parser.parse_args()
 
 
 def main() -> int:
-    """Export, and say where."""
+    """Export or average, and print where."""
     args = parse_args()
     if args.max_shard_size <= 0:
         raise LcoError(f"--max-shard-size is {args.max_shard_size}; it must be positive")
     if args.command == "soup":
-        return _soup(args)
-    if given := [name for name in SOUP if getattr(args, name)]:
-        raise LcoError(f"--{given[0]} goes with soup: python -m lco_jax.convert soup …")
-    if args.step is not None and args.workdir is None:
-        raise LcoError("--step goes with --workdir")
-    if (args.workdir is None) == (args.model is None):
-        raise LcoError(
-            "give either --workdir (a training run) or --model (a checkpoint), and not both"
-        )
-    source, tuned, config = args.model, {}, None
-    if args.workdir is not None:
-        if args.adapter:
-            raise LcoError("--adapter goes with --model; a --workdir brings its own")
-        source, tuned, config, step = tuned_of_run(args.workdir, args.step)
-        print(f"{args.workdir}: step {step}, trained from {source}")
-    elif args.adapter:
-        tuned["decoder"], config = read_peft(args.adapter)
-    export_merged(source, args.out, tuned, config, args.dtype, int(args.max_shard_size * 1e9))
-    print(f"merged model ({args.dtype}): {args.out}")
-    if args.workdir is not None and has_adapters(tuned.get("decoder", {})):
-        write_peft(args.out.with_name(f"{args.out.name}-adapter"), tuned["decoder"], config, source)
-        print(f"adapter: {args.out}-adapter")
+        _soup(args)
+    else:
+        _export(args)
     return 0
 
 
-def _soup(args: argparse.Namespace) -> int:
-    """Average, write, and say what was kept."""
-    names, shard = args.adapters or args.models, int(args.max_shard_size * 1e9)
-    given = {
-        name
-        for name in ("workdir", "adapter", "model", "adapters", "models")
-        if getattr(args, name)
-    }
+def _shard_bytes(args: argparse.Namespace) -> int:
+    return int(args.max_shard_size * 1e9)
+
+
+# ---- exports
+
+
+def _export(args: argparse.Namespace) -> None:
+    """Write the merged model, and the adapter of a run."""
+    _check_export_flags(args)
+    source, tuned, config = args.model, {}, None
+    if args.input is not None:
+        source, tuned, config, step = tuned_of_run(args.input, args.step)
+        print(f"{args.input}: step {step}, trained from {source}")
+    elif args.adapter:
+        tuned["decoder"], config = read_peft(args.adapter)
+    _write_merged(args, source, args.output, tuned, config)
+    if args.input is not None and has_adapters(tuned.get("decoder", {})):
+        folder = args.output.with_name(f"{args.output.name}-adapter")
+        write_peft(folder, tuned["decoder"], config, source)
+        print(f"adapter: {folder}")
+
+
+def _write_merged(
+    args: argparse.Namespace,
+    source: str,
+    output: Path,
+    tuned: dict[str, Any],
+    config: lora.LoraConfig | None,
+) -> None:
+    export_merged(source, output, tuned, config, args.dtype, _shard_bytes(args))
+    print(f"merged model ({args.dtype}): {output}")
+
+
+def _check_export_flags(args: argparse.Namespace) -> None:
+    for name in SOUP_FLAGS:
+        if getattr(args, name):
+            raise LcoError(f"--{name} goes with soup: python -m lco_jax.convert soup …")
+    if args.step is not None and args.input is None:
+        raise LcoError("--step goes with --input")
+    if (args.input is None) == (args.model is None):
+        raise LcoError(
+            "give either --input (a training run) or --model (a checkpoint), and not both"
+        )
+    if args.input is not None and args.adapter:
+        raise LcoError("--adapter goes with --model; a run has its own")
+
+
+# ---- soups
+
+
+def _soup(args: argparse.Namespace) -> None:
+    """Average adapters or models."""
+    _check_soup_flags(args)
+    names = args.adapters or args.models
+    weights = soup.normalized_weights(args.weights, len(names))
+    if args.adapters:
+        _average_adapters(args, weights)
+        return
+    checkpoint, average = soup.average_models(names, weights)
+    write_model(checkpoint, args.output, average, args.dtype, _shard_bytes(args))
+    print(f"average of {len(names)} models ({args.dtype}): {args.output}")
+
+
+def _check_soup_flags(args: argparse.Namespace) -> None:
+    sources = ("input", "adapter", "model", "adapters", "models")
+    given = {name for name in sources if getattr(args, name)}
     if given not in ({"model", "adapters"}, {"models"}):
         raise LcoError("a soup is of --model and --adapters, or of --models")
     if args.models and (args.greedy or args.rank or args.merge):
         raise LcoError("--greedy, --rank and --merge go with --adapters")
     if args.rank is not None and args.rank < 1:
         raise LcoError(f"--rank is {args.rank}; it must be at least 1")
-    if args.greedy != bool(args.validate and args.kind) or (args.greedy and args.weights):
-        raise LcoError(
-            "--greedy needs --validate and --kind, which nothing else does, and sets the weights itself"
-        )
-    weights = soup.shares(args.weights, len(names))
-    if args.models:
-        checkpoint, tensor = soup.average_models(names, weights)
-        write_model(checkpoint, args.out, tensor, args.dtype, shard)
-        print(f"average of {len(names)} models ({args.dtype}): {args.out}")
-        return 0
-    adapters = soup.read_adapters(names, open_checkpoint(args.model))
+    if args.greedy != bool(args.validate and args.kind):
+        raise LcoError("--greedy needs --validate and --kind, which nothing else does")
+    if args.greedy and args.weights:
+        raise LcoError("--greedy sets the weights itself; leave out --weights")
+
+
+def _average_adapters(args: argparse.Namespace, weights: list[float]) -> None:
+    """Average, choose and reduce as the flags say; then write."""
+    adapters = soup.read_adapters(args.adapters, open_checkpoint(args.model))
     report: dict[str, Any] = {"model": args.model}
     if args.greedy:
         kept, report["greedy"] = _greedy(args, adapters)
-        weights = [1 / len(kept) if i in kept else 0.0 for i in range(len(names))]
+        weights = _equal_weights(kept, len(adapters))
+    named = zip(args.adapters, weights, strict=True)
+    report["adapters"] = [{"adapter": name, "weight": weight} for name, weight in named]
     chosen = [i for i, weight in enumerate(weights) if weight]
-    result = soup.average_adapters([adapters[i] for i in chosen], [weights[i] for i in chosen])
-    parts = [
-        {"adapter": name, "weight": weight} for name, weight in zip(names, weights, strict=True)
-    ]
-    report |= {"adapters": parts, "rank": result[1].rank}
+    adapter = soup.average_adapters([adapters[i] for i in chosen], [weights[i] for i in chosen])
     spectra = None
     if args.rank:
-        result, spectra = soup.reduce_rank(result, args.rank)
-        report |= {"rank": args.rank, "relative_error": soup.rank_errors(spectra, args.rank)}
-    write_peft(args.out, *result, args.model)
-    write_json(args.out / "soup.json", report)
-    print(f"average of {len(chosen)} adapters, of rank {report['rank']}: {args.out}")
-    if spectra:
-        plot_spectrum(args.out / "spectrum.png", spectra, args.rank)
-        error = report["relative_error"]
-        print(
-            f"relative error of the delta: {error['overall']:.3g} overall, {error['max']:.3g} in the worst matrix"
-        )
+        adapter, spectra = soup.reduce_rank(adapter, args.rank)
+        report["relative_error"] = soup.rank_errors(spectra, args.rank)
+    report["rank"] = adapter[1].rank
+    _write_adapter(args, adapter, report, spectra)
     if args.merge:
-        merged = args.out.with_name(f"{args.out.name}-merged")
-        export_merged(args.model, merged, {"decoder": result[0]}, result[1], args.dtype, shard)
-        print(f"merged model ({args.dtype}): {merged}")
-    return 0
+        folder = args.output.with_name(f"{args.output.name}-merged")
+        _write_merged(args, args.model, folder, {"decoder": adapter[0]}, adapter[1])
+
+
+def _write_adapter(
+    args: argparse.Namespace,
+    adapter: soup.Adapter,
+    report: dict[str, Any],
+    spectra: dict[str, np.ndarray] | None,
+) -> None:
+    """Write an adapter with its report and, of a reduced one, a plot of the singular values."""
+    write_peft(args.output, *adapter, args.model)
+    write_json(args.output / "soup.json", report)
+    count = sum(1 for one in report["adapters"] if one["weight"])
+    print(f"average of {count} adapters, of rank {report['rank']}: {args.output}")
+    if spectra is not None:
+        plot_spectrum(args.output / "spectrum.png", spectra, args.rank)
+        error = report["relative_error"]
+        worst = f"{error['max']:.3g} in the worst matrix"
+        print(f"relative error of the delta: {error['overall']:.3g} overall, {worst}")
+
+
+def _equal_weights(chosen: Sequence[int], count: int) -> list[float]:
+    return [1 / len(chosen) if i in chosen else 0.0 for i in range(count)]
 
 
 def _greedy(
     args: argparse.Namespace, adapters: Sequence[soup.Adapter]
 ) -> tuple[list[int], list[dict[str, Any]]]:
-    """Which adapters the greedy soup keeps, and its steps. The base is loaded once, and one program serves all."""
+    """The adapters that the greedy soup keeps, and its steps. The base is loaded once."""
     embedder = OmniEmbedder.from_pretrained(args.model, dtype=args.dtype)
-    base, (_, _, main_number) = embedder.params["decoder"], local_tasks.KINDS[args.kind]
-
-    def score(chosen: list[int]) -> float:
-        weights = [
-            1 / len(chosen) if i in chosen else 0.0 for i in range(len(adapters))
-        ]  # zeros keep the shapes
-        tree, config = soup.average_adapters(adapters, weights)
-        tree = jax.device_put(tree, replicated(embedder.mesh))
-        embedder.params = {**embedder.params, "decoder": lora.attach(base, tree, config)}
-        encode = lambda inputs: embedder.encode(inputs, show_progress=True)
-        value = local_tasks.evaluate(
-            encode, args.kind, args.validate, **local_tasks.options_of(args)
-        ).numbers[main_number]
-        print(
-            f"{main_number} {value:.4f}: {' + '.join(args.adapters[i] for i in chosen)}", flush=True
-        )
-        return value
-
-    kept, steps = soup.greedy(len(adapters), score)
-    print(f"\n{'alone':>8}{'soup':>8}  kept")
+    base = embedder.params["decoder"]
+    kept, steps = soup.greedy(len(adapters), partial(_score, args, adapters, embedder, base))
     for step in steps:
         step["adapter"] = args.adapters[step.pop("index")]
-        print(
-            f"{step['alone']:8.4f}{step['together']:8.4f}  {'yes' if step['kept'] else 'no':5}{step['adapter']}"
-        )
+    _print_steps(steps)
     return kept, steps
+
+
+def _score(
+    args: argparse.Namespace,
+    adapters: Sequence[soup.Adapter],
+    embedder: OmniEmbedder,
+    base: lora.Tree,
+    chosen: list[int],
+) -> float:
+    """The main number of the average of the chosen adapters.
+
+    Adapters that are left out have weight 0: shapes stay the same, and one program serves all.
+    """
+    tree, config = soup.average_adapters(adapters, _equal_weights(chosen, len(adapters)))
+    tree = jax.device_put(tree, replicated(embedder.mesh))
+    embedder.params = {**embedder.params, "decoder": lora.attach(base, tree, config)}
+    encode = partial(embedder.encode, show_progress=True)
+    outcome = local_tasks.evaluate(encode, args.kind, args.validate, **local_tasks.options_of(args))
+    main_number = local_tasks.KINDS[args.kind][2]
+    value = outcome.numbers[main_number]
+    names = " + ".join(args.adapters[i] for i in chosen)
+    print(f"{main_number} {value:.4f}: {names}", flush=True)
+    return value
+
+
+def _print_steps(steps: list[dict[str, Any]]) -> None:
+    print(f"\n{'alone':>8}{'soup':>8}  kept")
+    for step in steps:
+        scores = f"{step['alone']:8.4f}{step['together']:8.4f}"
+        kept = "yes" if step["kept"] else "no"
+        print(f"{scores}  {kept:5}{step['adapter']}")
 
 
 if __name__ == "__main__":

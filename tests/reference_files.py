@@ -1,7 +1,7 @@
-"""Tokenizer, chat template and processor files of the tiny checkpoints, in the layout of the hub's repositories.
+"""Tokenizer, chat template and processor files of the tiny checkpoints, as the hub has them.
 
-`builtin.build` has written those of Qwen2.5-VL; the other families rename its special tokens, as Omni's own tokenizer
-does, or bring a tokenizer of their own.
+`builtin.build` writes those of Qwen2.5-VL. The other families rename its special tokens, as Omni's
+tokenizer does, or bring their own tokenizer.
 """
 
 import json
@@ -48,20 +48,27 @@ PARTS{{- ' ' -}}
 {%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"""
 PARTS = """\
 {%- for part in message['content'] if part['type'] == 'image' -%}{{- '<image>\\n' -}}{%- endfor -%}
-{%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}"""
+{%- for part in message['content'] if part['type'] == 'text' -%}
+{{- part['text'] -}}
+{%- endfor -%}"""
 OMNI_TOKENS = {  # the same ids under other names
-    "<|object_ref_start|>": "<|AUDIO|>", "<|object_ref_end|>": "<|audio_bos|>", "<|box_start|>": "<|audio_eos|>",
-    "<|vision_start|>": "<|vision_bos|>", "<|vision_end|>": "<|vision_eos|>", "<|image_pad|>": "<|IMAGE|>",
+    "<|object_ref_start|>": "<|AUDIO|>", "<|object_ref_end|>": "<|audio_bos|>",
+    "<|box_start|>": "<|audio_eos|>",
+    "<|vision_start|>": "<|vision_bos|>", "<|vision_end|>": "<|vision_eos|>",
+    "<|image_pad|>": "<|IMAGE|>",
     "<|video_pad|>": "<|VIDEO|>",
 }  # fmt: skip
 OMNI_NAMES = {  # what Omni's processor asks its tokenizer for
     "image_token": "<|IMAGE|>", "audio_token": "<|AUDIO|>", "video_token": "<|VIDEO|>",
-    "vision_bos_token": "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>", "audio_bos_token": "<|audio_bos|>",
+    "vision_bos_token": "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>",
+    "audio_bos_token": "<|audio_bos|>",
     "audio_eos_token": "<|audio_eos|>",
 }  # fmt: skip
 WHISPER = {
-    "feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 128, "sampling_rate": 16000,
-    "hop_length": 160, "chunk_length": 300, "n_fft": 400, "n_samples": 4800000, "nb_max_frames": 30000,
+    "feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 128,
+    "sampling_rate": 16000,
+    "hop_length": 160, "chunk_length": 300, "n_fft": 400, "n_samples": 4800000,
+    "nb_max_frames": 30000,
     "padding_side": "right", "padding_value": 0.0, "dither": 0.0, "return_attention_mask": True,
 }  # fmt: skip
 
@@ -92,7 +99,7 @@ def _chatml(system: str, image: str, video: str = "", audio: str = "") -> str:
 
 
 def _write_llava(family: str, folder: Path) -> None:
-    """Three tokenizers: ChatML with no first token, sentencepiece's with `<s>`, byte-level with a first token, too."""
+    """Three tokenizers: ChatML without a first token, sentencepiece with `<s>`, bytes with one."""
     template = {
         "llava_qwen2": _chatml("false", "<image>\\n"),
         "llava_mistral": INST,
@@ -125,22 +132,26 @@ def _write_llava(family: str, folder: Path) -> None:
         tokenizer.save(str(folder / "tokenizer.json"))
     preprocessor = {
         "image_processor_type": "LlavaNextImageProcessor", "processor_class": "LlavaNextProcessor",
-        "crop_size": {"height": 56, "width": 56}, "size": {"shortest_edge": 56}, "do_center_crop": True,
-        "do_convert_rgb": True, "do_normalize": True, "do_pad": True, "do_rescale": True, "do_resize": True,
+        "crop_size": {"height": 56, "width": 56}, "size": {"shortest_edge": 56},
+        "do_center_crop": True,
+        "do_convert_rgb": True, "do_normalize": True, "do_pad": True, "do_rescale": True,
+        "do_resize": True,
         "resample": 3, "aspect_ratio_setting": "anyres", "rescale_factor": 0.00392156862745098,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258,
+        0.27577711],
         "image_grid_pinpoints": PINPOINTS,
     }  # fmt: skip
     write_json(folder / "preprocessor_config.json", preprocessor)
     processor = {
-        "processor_class": "LlavaNextProcessor", "patch_size": 14, "vision_feature_select_strategy": "default",
+        "processor_class": "LlavaNextProcessor", "patch_size": 14,
+        "vision_feature_select_strategy": "default",
         "image_token": "<image>", "num_additional_image_tokens": 1,
     }  # fmt: skip
     write_json(folder / "processor_config.json", processor)
 
 
 def _write_sentencepiece(folder: Path) -> None:
-    """A BPE that falls back to bytes and marks spaces by U+2581: what Mistral's and Vicuna's tokenizer.json hold."""
+    """A BPE that falls back to bytes and marks spaces by U+2581, as Mistral's and Vicuna's do."""
     lines = (ASSETS / "triplets_train.jsonl").read_text(encoding="utf-8").splitlines()[:200]
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
@@ -184,8 +195,10 @@ def _write_sentencepiece(folder: Path) -> None:
         for i, t in tokenizer.get_added_tokens_decoder().items()
     }
     config = {
-        "add_bos_token": True, "add_eos_token": False, "added_tokens_decoder": added, "bos_token": "<s>",
-        "clean_up_tokenization_spaces": False, "eos_token": "</s>", "legacy": True, "model_max_length": 4096,
+        "add_bos_token": True, "add_eos_token": False, "added_tokens_decoder": added,
+        "bos_token": "<s>",
+        "clean_up_tokenization_spaces": False, "eos_token": "</s>", "legacy": True,
+        "model_max_length": 4096,
         "pad_token": "<pad>", "tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>",
     }  # fmt: skip
     write_json(folder / "tokenizer_config.json", config)

@@ -1,4 +1,7 @@
-"""Damaged checkpoints and adapters are refused by name, spellings of the same model load alike, reading is frugal."""
+"""Damaged checkpoints and adapters are refused by name.
+
+Spellings of the same model load alike, and nothing is read that is not needed.
+"""
 
 import json
 import shutil
@@ -615,7 +618,8 @@ def test_the_rank_in_the_config_must_be_that_of_the_weights(adapted):
     "key",
     [
         "base_model.model.visual.blocks.0.attn.qkv.lora_A.weight",
-        "base_model.model.audio_tower.layers.0.self_attn.q_proj.lora_A.weight",  # not the decoder's layers.0
+        # not the decoder's layers.0
+        "base_model.model.audio_tower.layers.0.self_attn.q_proj.lora_A.weight",
         "base_model.model.thinker.audio_tower.layers.7.fc1.lora_A.weight",
         "base_model.model.talker.model.layers.0.mlp.up_proj.lora_A.weight",
         "base_model.model.model.embed_tokens.lora_embedding_A",
@@ -648,7 +652,7 @@ def test_an_adapter_of_what_is_no_decoder_layer_is_named(adapted, key):
     ],
 )
 def test_other_spellings_of_an_adapter_key(adapted, key):
-    """They are read; and beside the spelling of transformers 5 they are the same parameter twice."""
+    """They are read. Beside the spelling of transformers 5 they are the same parameter twice."""
     folder, adapters, _ = adapted
     halves = {half: np.full((4, 96) if half == "A" else (96, 4), 0.5, np.float32) for half in "AB"}
 

@@ -199,7 +199,7 @@ def test_the_prompt_by_modality_in_the_sentence_transformers_template(adapted):
 
 
 def test_peft_says_so_where_modules_have_other_names(adapted):
-    """Omni in transformers 4.x has `model.layers`: an adapter that silently loads nothing would be worse."""
+    """Omni in transformers 4 has `model.layers`: PEFT must not silently load nothing."""
 
     class Layer(torch.nn.Module):
         def __init__(self):

@@ -98,16 +98,16 @@ def test_a_lower_rank_is_numpys_svd_of_the_dense_delta(cases, ingredients, rank)
 
 
 def test_weights():
-    assert soup.shares(None, 4) == [0.25] * 4
-    assert soup.shares([0.5, 0.25, 0.25], 3) == [0.5, 0.25, 0.25]
-    assert soup.shares([2, 1, 1], 3) == [0.5, 0.25, 0.25]  # divided by their sum
+    assert soup.normalized_weights(None, 4) == [0.25] * 4
+    assert soup.normalized_weights([0.5, 0.25, 0.25], 3) == [0.5, 0.25, 0.25]
+    assert soup.normalized_weights([2, 1, 1], 3) == [0.5, 0.25, 0.25]  # divided by their sum
     for weights, says in (
         ([1], "1 numbers for 2"),
         ([1, -1], "none may be negative"),
         ([0, 0], "not all zero"),
     ):
         with pytest.raises(LcoError, match=says):
-            soup.shares(weights, 2)
+            soup.normalized_weights(weights, 2)
 
 
 def test_the_greedy_soup_keeps_what_does_not_lower_the_score():
@@ -199,7 +199,7 @@ def test_a_soup_of_adapters_is_the_soup_of_their_merged_models(
 
 @pytest.mark.slow
 def test_a_greedy_soup_from_the_command_line(tmp_path, monkeypatch, capsys):
-    """An adapter, one that ruins the model, which the soup leaves out, and the first again, which it keeps."""
+    """The soup leaves out an adapter that ruins the model and keeps a good one that comes twice."""
     for i, size in enumerate((0.02, 0.5, 0.02)):
         config = lora.LoraConfig(rank=4, alpha=4)
         write_peft(

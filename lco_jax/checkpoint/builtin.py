@@ -1,12 +1,13 @@
 """The checkpoints that need no network: `builtin:lab` and `builtin:tiny`.
 
-`builtin:lab` is a Qwen2.5-Omni of 1.8 M parameters that has learned to say what pictures, clips and sounds of a made
-world show (docs/laboratory.md), and nothing contrastive. It lies in `assets`, made by `tools/make_lab.py`.
+`builtin:lab` is a Qwen2.5-Omni of 1.8 M parameters that has learned to say what the pictures, clips
+and sounds of an artificial world show (docs/laboratory.md). It has learned nothing contrastive. It
+is in `assets`; `tools/make_lab.py` trained it.
 
-`builtin:tiny` is a random Qwen2.5-VL in real Hugging Face layout: config.json as the hub has it, safetensors with the
-hub's key names (vision tower included, so that transformers loads it whole), a byte-level BPE tokenizer trained on the
-bundled triplets, a chat template. It has learned nothing. All of it but the weights lies in `assets`, where
-`tools/make_tiny.py` has made it; they are drawn on first use.
+`builtin:tiny` is a random Qwen2.5-VL in real Hugging Face layout: config.json as the hub has it,
+safetensors with the hub's key names (vision tower included, so that transformers loads it), a
+byte-level BPE tokenizer trained on the bundled triplets, a chat template. It has learned nothing.
+`tools/make_tiny.py` wrote all of it but the weights to `assets`; these are drawn on first use.
 """
 
 import hashlib
@@ -15,8 +16,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
+from lco_jax.checkpoint.tensors import write_tensors
 from lco_jax.core.files import ASSETS, cache_folder, read_json, write_json, written_aside
 
 LAB = ASSETS / "lab" / "model"
@@ -26,17 +27,17 @@ SHAPES = ASSETS / "tiny_shapes.json"  # of every tensor, by its hub name
 
 
 def find(name: str) -> Path | None:
-    """The folder of the built-in checkpoint of this name; None where there is none."""
-    return {"builtin:lab": lambda: LAB, "builtin:tiny": build}.get(name, lambda: None)()
+    """The folder of the built-in checkpoint of this name; None if there is none."""
+    if name == "builtin:lab":
+        return LAB
+    return build() if name == "builtin:tiny" else None
 
 
 def build(folder: Path | None = None) -> Path:
-    """The folder of `builtin:tiny`; written on the first call, by default under ~/.cache/lco_jax."""
+    """The folder of `builtin:tiny`, written on the first call; by default a folder of the cache."""
     cached = folder is None
     if folder is None:
-        files = [*sorted(FILES.iterdir()), SHAPES]
-        digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
-        folder = cache_folder() / f"tiny-{VERSION}-{digest}"
+        folder = cache_folder() / f"tiny-{VERSION}-{_digest()}"
         if (folder / "config.json").exists():
             return folder
     with written_aside(folder, first_wins=cached) as aside:
@@ -45,17 +46,24 @@ def build(folder: Path | None = None) -> Path:
         write_json(aside / "vocab.json", bpe["vocab"])
         merges = "\n".join(" ".join(pair) for pair in bpe["merges"])
         (aside / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
-        save_file(_weights(), aside / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(aside / "model.safetensors", _draw_weights())
     return folder
 
 
-def _weights() -> dict[str, np.ndarray]:
-    """Every tensor: matrices normal with variance 1 / fan-in, gains 1, biases 0, embeddings normal."""
+def _digest() -> str:
+    """Eight letters that change when a file that the checkpoint is made of changes."""
+    files = [*sorted(FILES.iterdir()), SHAPES]
+    content = b"".join(file.read_bytes() for file in files)
+    return hashlib.sha256(content).hexdigest()[:8]
+
+
+def _draw_weights() -> dict[str, np.ndarray]:
+    """Matrices are normal with variance 1 / fan-in, embeddings normal, gains 1, biases 0."""
     rng = np.random.default_rng(0)
     tensors = {}
     for name, shape in read_json(SHAPES).items():
         if len(shape) == 1:
-            value = np.zeros(shape) if name.endswith("bias") else np.ones(shape)
+            value = np.full(shape, 0.0 if name.endswith("bias") else 1.0)
         else:
             fan_in = 1 if "embed_tokens" in name else math.prod(shape[1:])
             value = rng.normal(0.0, fan_in**-0.5, shape)

@@ -1,6 +1,6 @@
-"""Hugging Face checkpoints -> parameter trees, tensor by tensor, from disk to their shards.
+"""Hugging Face checkpoints → parameter trees, tensor by tensor, from disk to their shards.
 
-Which key is which parameter is said by each backbone's key table (`models/registry.py`).
+The key table of each backbone (`models/registry.py`) says which key is which parameter.
 """
 
 import re
@@ -22,7 +22,7 @@ from lco_jax.checkpoint.sentence_transformers import read_projection
 from lco_jax.checkpoint.tensors import TensorFolder
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, resolve
-from lco_jax.core.lora import DECODER_LINEARS
+from lco_jax.core.lora import DECODER_LINEARS, Tree
 from lco_jax.core.packing import PackedTokens
 from lco_jax.core.quantize import quantize as quantize_matrix
 from lco_jax.core.sharding import shardings, with_shardings
@@ -32,20 +32,22 @@ from lco_jax.models.decoder import REMAT_POLICIES, Decoder
 from lco_jax.models.model import Model
 from lco_jax.models.registry import Backbone, find_backbone
 
-# never code, and no pickle that is ever opened: a full Qwen2.5-Omni needs its speakers copied along
-CHECKPOINT_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "spk_dict.pt"]
+# No code, and no pickle that is ever opened: a full Qwen2.5-Omni needs its speakers copied along.
+CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+CHECKPOINT_FILES = [*CONFIG_FILES, "*.safetensors", "spk_dict.pt"]
 HEAD = "lm_head.weight"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-_STACK = re.compile(r"(layers|blocks)\.(.+)")  # what is under these is stacked along a leading axis
+_STACK = re.compile(r"(layers|blocks)\.(.+)")  # parameters that are stacked along a leading axis
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """An open checkpoint.
 
-    config: the decoder's geometry; towers: each tower's, by name. model_config: the part of config.json that describes
-    the model. keys: part ("decoder", a tower, or an untied "head") -> {our name, e.g. layers.3.mlp.up_proj.weight: key
-    in the files}. Of one that was opened by its geometry alone, tensors is None, and no part has a key.
+    config: the decoder's geometry. towers: each tower's, by name. model_config: the part of
+    config.json that describes the model. keys: part ("decoder", a tower, or an untied "head") ->
+    {our name, e.g. layers.3.mlp.up_proj.weight: key in the files}. If it was opened by its geometry
+    alone, tensors is None and no part has a key.
     """
 
     folder: Path
@@ -57,86 +59,74 @@ class Checkpoint:
     keys: dict[str, dict[str, str]]
 
 
+# ---- opening
+
+
 def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
-    """Open a folder or hub id and check every key: unknown, missing, duplicate or misshapen ones raise by name."""
-    opened = open_geometry(path_or_id, CHECKPOINT_FILES)
-    folder, backbone, config, towers = opened.folder, opened.backbone, opened.config, opened.towers
-    tensors = TensorFolder(folder)
-    parts = {"decoder": abstract_params(config)}
-    parts |= {name: abstract_params(tower_module(backbone, name, towers[name])) for name in towers}
-    expected = {
-        f"{part}.{name}": leaf.shape[layer is not None :]
-        for part, tree in parts.items()
-        for _, name, leaf, layer in per_layer(tree)
-    }
-    keys = _match_keys(folder, backbone, tensors, towers)
-    for name, key in keys.items():
-        shape = (config.vocab_size, config.hidden_size) if name == HEAD else expected.get(name)
-        if shape is None:
-            raise LcoError(f"{folder}: unknown key {key}")
-        if tensors.shape(key) != shape:
-            raise LcoError(
-                f"{folder}: {key} has shape {tensors.shape(key)}, and config.json makes it {shape}"
-            )
-    if missing := sorted(name.removeprefix("decoder.") for name in expected.keys() - keys.keys()):
-        raise LcoError(
-            f"{folder}: missing key {missing[0]}"
-            + f" and {len(missing) - 1} more" * (len(missing) > 1)
-        )
-    if HEAD not in keys and not config.tie_word_embeddings:
-        raise LcoError(
-            f"{folder}: missing key lm_head.weight (config.json does not tie it to embed_tokens)"
-        )
-    by_part: dict[str, dict[str, str]] = {part: {} for part in parts}
-    for name in expected:
+    """Open a folder or hub id. Raises for an unknown, missing, duplicate or misshapen key."""
+    geometry = open_geometry(path_or_id, CHECKPOINT_FILES)
+    tensors = TensorFolder(geometry.folder)
+    shapes = _expected_shapes(geometry)
+    found = _match_keys(geometry, tensors)
+    _check_keys(geometry, tensors, found, shapes)
+    keys: dict[str, dict[str, str]] = {part: {} for part in geometry.keys}
+    for name in shapes:
         part, _, rest = name.partition(".")
-        by_part[part][rest] = keys[name]
-    if not config.tie_word_embeddings:
-        by_part["head"] = {"weight": keys[HEAD]}
-    return replace(opened, tensors=tensors, keys=by_part)
+        if part in keys:
+            keys[part][rest] = found[name]
+    if "head" in keys:
+        keys["head"]["weight"] = found[HEAD]
+    return replace(geometry, tensors=tensors, keys=keys)
 
 
-def open_geometry(
-    path_or_id: str | Path, files: Sequence[str] = CHECKPOINT_FILES[:-2]
-) -> Checkpoint:
-    """A checkpoint by its config.json, all that a folder needs to hold; nothing can be loaded of it.
+def open_geometry(path_or_id: str | Path, files: Sequence[str] = CONFIG_FILES) -> Checkpoint:
+    """A checkpoint by its config.json, all that a folder needs to hold; it cannot be loaded.
 
-    files: what is fetched of a hub id, by default no tensors.
+    files: which files of a hub id are fetched, by default no tensors.
     """
     folder = builtin.find(str(path_or_id)) or resolve(path_or_id, files)
     where = str(folder / "config.json")
     backbone, model_config = find_backbone(read_json(folder / "config.json"), where)
     config = DecoderConfig.from_hf(model_config, where)
-    towers = {
-        name: read(model_config, where, config) for name, (_, read) in backbone.towers.items()
-    }
-    parts = ["decoder", *towers, *([] if config.tie_word_embeddings else ["head"])]
-    return Checkpoint(
-        folder, backbone, config, towers, model_config, None, {part: {} for part in parts}
-    )
+    towers = {}
+    for name, (_, read_tower) in backbone.towers.items():
+        towers[name] = read_tower(model_config, where, config)
+    keys: dict[str, dict[str, str]] = {part: {} for part in ("decoder", *towers)}
+    if not config.tie_word_embeddings:
+        keys["head"] = {}
+    return Checkpoint(folder, backbone, config, towers, model_config, None, keys)
 
 
-def _match_keys(
-    folder: Path, backbone: Backbone, tensors: TensorFolder, towers: dict[str, Any]
-) -> dict[str, str]:
-    """{our name: key in the files} of what an embedder needs, and the head. Raises for unknown and duplicate keys."""
-    unused = {
+def _expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that an embedder needs and of the head, by our name."""
+    shapes = {HEAD: (checkpoint.config.vocab_size, checkpoint.config.hidden_size)}
+    for part, tree in _abstract_parts(checkpoint).items():
+        for _, name, leaf, layer in per_layer(tree):
+            shapes[f"{part}.{name}"] = leaf.shape if layer is None else leaf.shape[1:]
+    return shapes
+
+
+def _match_keys(checkpoint: Checkpoint, tensors: TensorFolder) -> dict[str, str]:
+    """{our name: key in the files}. Raises for unknown and duplicate keys."""
+    folder, backbone = checkpoint.folder, checkpoint.backbone
+    unused = [
         f"{tower}.layers.{i}"
-        for tower, c in towers.items()
-        for i in getattr(c, "unused_layers", ())
-    }
+        for tower, config in checkpoint.towers.items()
+        for i in getattr(config, "unused_layers", ())
+    ]
     keys: dict[str, str] = {}
     for key in tensors:
         if key.split(".")[0] in backbone.ignored:
             continue
         if not key.startswith(backbone.prefix):
             raise LcoError(
-                f"{folder}: unknown key {key} (a {backbone.model_type} key starts with {backbone.prefix})"
+                f"{folder}: unknown key {key} "
+                f"(a {backbone.model_type} key starts with {backbone.prefix})"
             )
         try:
             name = backbone.name_of(key.removeprefix(backbone.prefix))
-        except KeyError:
-            raise LcoError(f"{folder}: unknown key {key}") from None
+        except KeyError as error:
+            raise LcoError(f"{folder}: unknown key {key}") from error
         if name is None or ".".join(name.split(".")[:3]) in unused:
             continue
         if name in keys:
@@ -145,34 +135,64 @@ def _match_keys(
     return keys
 
 
-@lru_cache(
-    maxsize=64
-)  # opening, loading and training each ask for it, and tracing a module takes its time
-def abstract_params(module: DecoderConfig | nn.Module, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """The parameter tree of a decoder or a tower as shapes and dtypes, nothing allocated."""
-    if isinstance(module, DecoderConfig):
-        one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        three = jax.ShapeDtypeStruct((1, 1, 3), jnp.int32)
-        tokens = PackedTokens(
-            one, three, one, one, (jax.ShapeDtypeStruct((1, 1, 1), jnp.int32),), one, one
+def _check_keys(
+    checkpoint: Checkpoint,
+    tensors: TensorFolder,
+    keys: dict[str, str],
+    shapes: dict[str, tuple[int, ...]],
+) -> None:
+    """Raise for the first unknown, misshapen or missing tensor."""
+    folder = checkpoint.folder
+    for name, key in keys.items():
+        if name not in shapes:
+            raise LcoError(f"{folder}: unknown key {key}")
+        found, want = tensors.shape(key), shapes[name]
+        if found != want:
+            raise LcoError(f"{folder}: {key} has shape {found}, and config.json makes it {want}")
+    missing = sorted(name.removeprefix("decoder.") for name in shapes.keys() - {HEAD} - keys.keys())
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise LcoError(f"{folder}: missing key {missing[0]}{others}")
+    if HEAD not in keys and not checkpoint.config.tie_word_embeddings:
+        raise LcoError(
+            f"{folder}: missing key {HEAD} (config.json does not tie it to embed_tokens)"
         )
-        init = partial(jax.eval_shape, Decoder(module).init, jax.random.key(0), tokens)
+
+
+# ---- parameters as shapes
+
+
+@lru_cache(maxsize=64)  # opening, loading and training each ask for it, and tracing takes time
+def abstract_params(module: DecoderConfig | nn.Module, dtype: Any = jnp.float32) -> Tree:
+    """The parameter tree of a decoder or a tower as shapes and dtypes, nothing allocated."""
+    key = jax.random.key(0)
+    if isinstance(module, DecoderConfig):
+        params = jax.eval_shape(Decoder(module).init, key, _one_token())["params"]
     else:
-        init = partial(jax.eval_shape, module.init, jax.random.key(0), **module.example())
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), init()["params"])
+        params = jax.eval_shape(module.init, key, **module.example())["params"]
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
 
 
-def abstract_model(checkpoint: Checkpoint) -> dict[str, Any]:
+def _one_token() -> PackedTokens:
+    one = jnp.zeros((1, 1), jnp.int32)
+    per_axis = jnp.zeros((1, 1, 3), jnp.int32)
+    rows = (jnp.zeros((1, 1, 1), jnp.int32),)
+    return PackedTokens(one, per_axis, one, one, rows, one, one)
+
+
+def abstract_model(checkpoint: Checkpoint) -> Tree:
     """Every part of a checkpoint as shapes: decoder, towers, and a head that is not tied."""
-    modules = {
-        name: tower_module(checkpoint.backbone, name, c) for name, c in checkpoint.towers.items()
-    }
-    parts = {
-        name: abstract_params(module)
-        for name, module in {"decoder": checkpoint.config, **modules}.items()
-    }
-    table = parts["decoder"]["embed_tokens"]["weight"]
-    return parts | ({"head": {"weight": table}} if "head" in checkpoint.keys else {})
+    parts = _abstract_parts(checkpoint)
+    if "head" in checkpoint.keys:
+        parts["head"] = {"weight": parts["decoder"]["embed_tokens"]["weight"]}
+    return parts
+
+
+def _abstract_parts(checkpoint: Checkpoint) -> Tree:
+    parts = {"decoder": abstract_params(checkpoint.config)}
+    for name, config in checkpoint.towers.items():
+        parts[name] = abstract_params(tower_module(checkpoint.backbone, name, config))
+    return parts
 
 
 def tower_module(backbone: Backbone, name: str, config: Any, dtype: Any = jnp.float32) -> nn.Module:
@@ -180,33 +200,45 @@ def tower_module(backbone: Backbone, name: str, config: Any, dtype: Any = jnp.fl
     return backbone.towers[name][0](config, dtype=dtype)
 
 
-def per_layer(params: dict[str, Any]) -> Iterator[tuple[str, str, Any, int | None]]:
-    """(path in the tree, name in a checkpoint, leaf, layer); a stacked leaf comes once a layer, in their order."""
+def per_layer(params: Tree) -> Iterator[tuple[str, str, Any, int | None]]:
+    """(path in the tree, name in a checkpoint, leaf, layer) of every parameter.
+
+    A leaf that is stacked along its layers comes once a layer, in order; others have no layer.
+    """
     for path, leaf in flatten_dict(params, sep=".").items():
-        if match := _STACK.fullmatch(path):
-            for i in range(leaf.shape[0]):
-                yield path, f"{match[1]}.{i}.{match[2]}", leaf, i
-        else:
+        match = _STACK.fullmatch(path)
+        if match is None:
             yield path, path, leaf, None
+            continue
+        for layer in range(leaf.shape[0]):
+            yield path, f"{match[1]}.{layer}.{match[2]}", leaf, layer
+
+
+def abstract_decoder(checkpoint: Checkpoint, mesh: Mesh, dtype: Any, quantize: str = "") -> Tree:
+    """The parameters that `load_decoder` would load, as shapes with shardings."""
+    abstract = abstract_params(checkpoint.config, _dtype(dtype))
+    return unflatten_dict(_stored_leaves("decoder", abstract, mesh, quantize), sep=".")
+
+
+# ---- loading
 
 
 def load_decoder(
     checkpoint: Checkpoint, mesh: Mesh, dtype: Any = "float32", quantize: str = "", **settings: str
-) -> tuple[Decoder, dict[str, Any]]:
+) -> tuple[Decoder, Tree]:
     """The decoder and its parameters in `dtype`, sharded over `mesh`.
 
-    quantize: what the matrices of its layers become, each as it is read (`core/quantize.py`): int8, nf4; "": nothing.
-    settings: `remat` and `attention` of `Decoder`.
-    Each process reads only the slices its devices hold; the host holds one tensor's slice at a time.
+    quantize: what each matrix of its layers becomes when it is read (`core/quantize.py`): int8 or
+    nf4; "" leaves it. settings: `remat` and `attention` of `Decoder`. Each process reads only the
+    slices that its devices hold; the host holds one tensor's slice at a time.
     """
     for name, known in (("remat", REMAT_POLICIES), ("attention", IMPLEMENTATIONS)):
         if name in settings and settings[name] not in known:
             raise LcoError(f"{name} is {settings[name]!r}; it is one of: {', '.join(known)}")
     dtype = _dtype(dtype)
     decoder = Decoder(checkpoint.config, dtype=dtype, **settings)
-    return decoder, _load_part(
-        checkpoint, "decoder", abstract_params(checkpoint.config, dtype), mesh, quantize
-    )
+    abstract = abstract_params(checkpoint.config, dtype)
+    return decoder, _load_part(checkpoint, "decoder", abstract, mesh, quantize)
 
 
 def load_model(
@@ -217,24 +249,26 @@ def load_model(
     tower_dtype: Any = None,
     head: bool = False,
     **settings: str,
-) -> tuple[Model, dict[str, Any]]:
-    """The decoder with `towers` (by default all of them), and {"decoder": parameters, tower: parameters}; and, of a
-    checkpoint that has one, its "projection".
+) -> tuple[Model, Tree]:
+    """The decoder with `towers` (by default all of them), and their parameters by part.
 
-    tower_dtype: of the towers' parameters and activations, by default `dtype`. head: load the vocabulary head, too,
-    unless it is the embeddings' (tied). settings: as of `load_decoder`, which also says how they are read.
+    The parts are "decoder", each tower, a "head" if asked for, and the "projection" of a checkpoint
+    that has one. tower_dtype: of the towers' parameters and activations, by default `dtype`. head:
+    load the vocabulary head, too, unless it is tied to the embeddings. settings: as `load_decoder`
+    has them; it also says how parameters are read.
     """
     decoder, params = load_decoder(checkpoint, mesh, dtype, **settings)
-    modules, tree = {}, {"decoder": params}
+    tower_dtype = _dtype(dtype if tower_dtype is None else tower_dtype)
+    modules: dict[str, nn.Module] = {}
+    tree: Tree = {"decoder": params}
     for name in checkpoint.towers if towers is None else towers:
-        in_dtype = _dtype(dtype if tower_dtype is None else tower_dtype)
-        modules[name] = tower_module(checkpoint.backbone, name, checkpoint.towers[name], in_dtype)
-        tree[name] = _load_part(checkpoint, name, abstract_params(modules[name], in_dtype), mesh)
+        module = tower_module(checkpoint.backbone, name, checkpoint.towers[name], tower_dtype)
+        modules[name] = module
+        tree[name] = _load_part(checkpoint, name, abstract_params(module, tower_dtype), mesh)
     if head and "head" in checkpoint.keys:
         table = params["embed_tokens"]["weight"]
-        tree["head"] = _load_part(
-            checkpoint, "head", {"weight": jax.ShapeDtypeStruct(table.shape, table.dtype)}, mesh
-        )
+        abstract = {"weight": jax.ShapeDtypeStruct(table.shape, table.dtype)}
+        tree["head"] = _load_part(checkpoint, "head", abstract, mesh)
     projection = read_projection(checkpoint.folder, checkpoint.config.hidden_size)
     if projection is not None:
         part = {"projection": {"weight": projection}}
@@ -250,69 +284,59 @@ def _dtype(dtype: Any) -> Any:
 
 
 def _load_part(
-    checkpoint: Checkpoint, part: str, abstract: dict[str, Any], mesh: Mesh, quantize: str = ""
-) -> dict[str, Any]:
-    """One part's parameters. Each process reads only the slices its devices hold; the host holds one tensor's slice."""
-    leaves, kept = flatten_dict(abstract, sep="."), _placed(part, abstract, mesh, quantize)
-    params: dict[str, Any] = {}
-    for path, name, _, layer in per_layer(abstract):
-        key, leaf = checkpoint.keys[part][name], kept[path]
-        matrix = jax.tree.leaves(leaf)[
-            0
-        ].sharding  # a quantised leaf's first array lies as its matrix would
+    checkpoint: Checkpoint, part: str, abstract: Tree, mesh: Mesh, quantize: str = ""
+) -> Tree:
+    """One part's parameters, of the shapes and dtypes in `abstract`; a stack is filled by layer."""
+    stored = _stored_leaves(part, abstract, mesh, quantize)
+    params: Tree = {}
+    for path, name, leaf, layer in per_layer(abstract):
+        key = checkpoint.keys[part][name]
+        # the first array of a quantised leaf is sharded as its matrix would be
+        sharding = jax.tree.leaves(stored[path])[0].sharding
         if layer is None:
-            params[path] = _read_sharded(checkpoint.tensors, key, matrix, leaves[path].dtype)
+            params[path] = _read_sharded(checkpoint.tensors, key, sharding, leaf.dtype)
             continue
-        if path not in params:
-            params[path] = jax.tree.map(lambda x: _zeros(x.shape, x.dtype, x.sharding), leaf)
-        one_layer = NamedSharding(mesh, PartitionSpec(*matrix.spec[1:]))
-        tensor = _read_sharded(checkpoint.tensors, key, one_layer, leaves[path].dtype)
-        kind = "" if isinstance(leaf, jax.ShapeDtypeStruct) else quantize
-        places = jax.tree.map(lambda x: x.sharding, leaf)
+        if layer == 0:
+            params[path] = jax.tree.map(_sharded_zeros, stored[path])
+        one_layer = NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
+        tensor = _read_sharded(checkpoint.tensors, key, one_layer, leaf.dtype)
+        kind = "" if isinstance(stored[path], jax.ShapeDtypeStruct) else quantize
+        stack_shardings = jax.tree.map(lambda x: x.sharding, stored[path])
         with jax.set_mesh(mesh):
-            params[path] = _write_layer(params[path], tensor, layer, kind, places)
+            params[path] = _write_layer(params[path], tensor, layer, kind, stack_shardings)
     return unflatten_dict(params, sep=".")
 
 
-def _placed(part: str, abstract: dict[str, Any], mesh: Mesh, quantize: str = "") -> dict[str, Any]:
-    """What is kept of a part, as shapes that know where they lie, by path."""
-
-    def keep(path: str, leaf: Any) -> Any:
+def _stored_leaves(part: str, abstract: Tree, mesh: Mesh, quantize: str) -> Tree:
+    """A part's leaves as the devices store them, as shapes with shardings, by path."""
+    leaves = flatten_dict(abstract, sep=".")
+    for path, leaf in leaves.items():
         if quantize and re.fullmatch(rf"{DECODER_LINEARS}\.weight", path):
-            return jax.eval_shape(partial(quantize_matrix, kind=quantize, name=path), leaf)
-        return leaf
-
-    kept = unflatten_dict(
-        {path: keep(path, leaf) for path, leaf in flatten_dict(abstract, sep=".").items()}, sep="."
-    )
-    return flatten_dict(with_shardings(kept, shardings({part: kept}, mesh)[part]), sep=".")
-
-
-def placed_decoder(
-    checkpoint: Checkpoint, mesh: Mesh, dtype: Any, quantize: str = ""
-) -> dict[str, Any]:
-    """The parameters that `load_decoder` would load, as shapes that know where they lie."""
-    abstract = abstract_params(checkpoint.config, _dtype(dtype))
-    return unflatten_dict(_placed("decoder", abstract, mesh, quantize), sep=".")
+            quantized = partial(quantize_matrix, kind=quantize, name=path)
+            leaves[path] = jax.eval_shape(quantized, leaf)
+    tree = unflatten_dict(leaves, sep=".")
+    return flatten_dict(with_shardings(tree, shardings({part: tree}, mesh)[part]), sep=".")
 
 
 def _read_sharded(
     tensors: TensorFolder, key: str, sharding: NamedSharding, dtype: Any
 ) -> jax.Array:
-    read = lambda index: np.asarray(tensors.read(key, index)).astype(dtype, copy=False)
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        return np.asarray(tensors.read(key, index)).astype(dtype, copy=False)
+
     return jax.make_array_from_callback(tensors.shape(key), sharding, read)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+def _sharded_zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
 
 
 @partial(jax.jit, donate_argnums=0, static_argnums=(3, 4))
 def _write_layer(stack: Any, tensor: jax.Array, layer: jax.Array, kind: str, sharding: Any) -> Any:
-    """`tensor`, quantised where there is a `kind`, as layer number `layer` of every array of the stacked leaf."""
+    """Write a tensor, quantised if there is a `kind`, as one layer of the arrays of a stack."""
+
+    def write(array: jax.Array, value: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(array, value, layer, 0)
+
     value = quantize_matrix(tensor, kind) if kind else tensor
-    written = jax.tree.map(
-        lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, layer, 0), stack, value
-    )
-    return jax.lax.with_sharding_constraint(written, sharding)
+    return jax.lax.with_sharding_constraint(jax.tree.map(write, stack, value), sharding)

@@ -1,6 +1,7 @@
-"""A folder of safetensors: read one slice of one tensor at a time, written one shard at a time."""
+"""Folders of safetensors: read one slice of one tensor at a time, written one shard at a time."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,14 +9,16 @@ import ml_dtypes
 import numpy as np
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from lco_jax.core.errors import LcoError, explained
 from lco_jax.core.files import read_json, write_json
 
-DTYPES = {  # safetensors' names of the dtypes
+INDEX = "model.safetensors.index.json"
+DTYPES = {  # by safetensors' names
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
+    "BOOL": np.bool_,
 }  # fmt: skip
 
 
@@ -32,39 +35,27 @@ class _Header(NamedTuple):
 
 
 class TensorFolder:
-    """The tensors of a checkpoint folder: names, shapes and dtypes from the headers, data on demand.
+    """The tensors of a checkpoint folder: names, shapes, dtypes from the headers, data on demand.
 
-    One `model.safetensors`, or shards with or without an index; raises for a shard that the index names and the
-    folder lacks, for a key that the index puts in a file that lacks it, and for a key that stands twice.
+    The folder has one `model.safetensors`, or shards with or without an index. Raises for a shard
+    that the index names and the folder lacks, for a key that the index puts in a file that lacks
+    it, and for a key that two files hold.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        index = folder / "model.safetensors.index.json"
-        weight_map = read_json(index).get("weight_map", {}) if index.exists() else None
-        if weight_map is None:
-            files = sorted(
-                f.name for f in folder.glob("*.safetensors") if not f.name.startswith("adapter")
-            )
-        else:
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise LcoError(f"{index} has no weight_map of keys to files")
-            files = sorted(set(weight_map.values()))
-        if not files:
-            raise LcoError(
-                f"{folder} holds no *.safetensors (pickled weights are never loaded; convert them first)"
-            )
         self._headers: dict[str, _Header] = {}
         self._open: dict[str, Any] = {}
-        for file in files:
+        weight_map = _read_index(folder)
+        for file in sorted(set(weight_map.values())) or _weight_files(folder):
             for header in _read_headers(folder, file):
-                if (twin := self._headers.setdefault(header.key, header)) is not header:
-                    raise LcoError(
-                        f"{folder}: the key {header.key} stands in both {twin.file} and {file}"
-                    )
-        for key, file in (weight_map or {}).items():
+                first = self._headers.setdefault(header.key, header)
+                if first is not header:
+                    files = f"both {first.file} and {file}"
+                    raise LcoError(f"{folder}: the key {header.key} is in {files}")
+        for key, file in weight_map.items():
             if key not in self._headers or self._headers[key].file != file:
-                raise LcoError(f"{index} says that {file} holds {key}, which it does not")
+                raise LcoError(f"{folder / INDEX} says that {file} holds {key}, which it does not")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._headers)
@@ -80,25 +71,70 @@ class TensorFolder:
         file = self._headers[key].file
         if file not in self._open:
             self._open[file] = safe_open(self.folder / file, framework="numpy")
-        return self._open[file].get_slice(key)[index] if index else self._open[file].get_tensor(key)
+        if index:
+            return self._open[file].get_slice(key)[index]
+        return self._open[file].get_tensor(key)
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """{key: file} of a folder's index; empty if it has none."""
+    index = folder / INDEX
+    if not index.exists():
+        return {}
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise LcoError(f"{index} has no weight_map of keys to files")
+    return weight_map
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The safetensors files of a folder that has no index."""
+    names = sorted(file.name for file in folder.glob("*.safetensors"))
+    names = [name for name in names if not name.startswith("adapter")]
+    if not names:
+        hint = "pickled weights are never loaded; convert them first"
+        raise LcoError(f"{folder} holds no *.safetensors ({hint})")
+    return names
 
 
 def _read_headers(folder: Path, file: str) -> list[_Header]:
-    """Of every tensor of a safetensors file, checked against the file's size."""
+    """The headers of a file's tensors, checked against the file's size."""
     path = folder / file
     if not path.exists():
-        raise LcoError(f"{path} does not exist, and model.safetensors.index.json names it")
-    with explained(
-        f"{path} is torn or not a safetensors file", SafetensorError, OSError, ValueError
-    ):
-        with safe_open(path, framework="numpy") as content:  # validates offsets and length
-            slices = [(key, content.get_slice(key)) for key in content.offset_keys()]
-        headers = [_Header(key, file, tuple(x.get_shape()), x.get_dtype()) for key, x in slices]
-    if strange := [header for header in headers if header.dtype not in DTYPES]:
-        raise LcoError(
-            f"{path}: {strange[0].key} has dtype {strange[0].dtype}, which is not supported"
-        )
+        raise LcoError(f"{path} does not exist, and {INDEX} names it")
+    headers = []
+    with _torn_explained(path), safe_open(path, framework="numpy") as content:
+        for key in content.offset_keys():
+            tensor = content.get_slice(key)
+            headers.append(_Header(key, file, tuple(tensor.get_shape()), tensor.get_dtype()))
+    for header in headers:
+        if header.dtype not in DTYPES:
+            raise LcoError(f"{path}: {header.key} has dtype {header.dtype}, which is not supported")
     return headers
+
+
+def read_tensors(file: Path) -> dict[str, np.ndarray]:
+    """All tensors of a small safetensors file. Raises if it is torn."""
+    with _torn_explained(file):
+        return load_file(file)
+
+
+def _torn_explained(file: Path) -> AbstractContextManager[None]:
+    what = f"{file} is torn or not a safetensors file"
+    return explained(what, SafetensorError, OSError, ValueError)
+
+
+def write_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Write a safetensors file, read it back tensor by tensor and compare every bit."""
+    tensors = {key: np.asarray(value, order="C") for key, value in tensors.items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with _torn_explained(file), safe_open(file, framework="numpy") as written:
+        for key, value in tensors.items():
+            found = written.get_tensor(key)
+            same_type = (found.dtype, found.shape) == (value.dtype, value.shape)
+            if not same_type or found.tobytes() != value.tobytes():
+                problem = "reads back differently from what was written; is the disk sound?"
+                raise LcoError(f"{file}: {key} {problem}")
 
 
 def write_shards(
@@ -106,7 +142,8 @@ def write_shards(
 ) -> None:
     """Write tensors to `folder` as one `model.safetensors` or as shards with an index.
 
-    sizes: bytes of each key; tensor: makes the tensor of a key. One shard at a time is in memory.
+    sizes: bytes of each key. tensor: makes the tensor of a key, once. One shard at a time is in
+    memory; it is read back and compared before the next one is made.
     """
     split = split_state_dict_into_shards_factory(
         sizes,
@@ -115,11 +152,7 @@ def write_shards(
         max_shard_size=max_shard_bytes,
     )
     for file, keys in split.filename_to_tensors.items():
-        save_file(
-            {key: np.ascontiguousarray(tensor(key)) for key in keys},
-            folder / file,
-            metadata={"format": "pt"},
-        )
+        write_tensors(folder / file, {key: tensor(key) for key in keys})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / INDEX, index)

@@ -1,8 +1,9 @@
-"""The training step of a run that does not exist: compiled for devices that are not there, from shapes alone.
+"""The training step of a run that does not exist: compiled for absent devices, from shapes alone.
 
 Dimensions: B records, M hard negatives a record.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lco_jax.checkpoint.hf import Checkpoint, placed_decoder
+from lco_jax.checkpoint.hf import Checkpoint, abstract_decoder
 from lco_jax.core.packing import Shape, width_of
 from lco_jax.core.sharding import row_shards
 from lco_jax.models.decoder import Decoder
@@ -38,13 +39,14 @@ class Workload:
 
 def even(sides: tuple[int, int], tokens: int) -> Workload:
     """Texts of `tokens` tokens each, the shared prefix among them."""
-    own = max(tokens - PREFIX, 1)
+    rest = max(tokens - PREFIX, 1)
 
     def shape(chunk_tokens: int, mesh: Mesh) -> Shape:
-        texts = -(-sides[0] * sides[1] // row_shards(mesh))
-        chunks = -(-texts * own // chunk_tokens) if chunk_tokens else 1
-        texts = -(-texts // chunks)
-        return Shape(PREFIX + texts * own, {width_of(PREFIX + own): texts}, chunks)
+        texts = math.ceil(sides[0] * sides[1] / row_shards(mesh))
+        chunks = math.ceil(texts * rest / chunk_tokens) if chunk_tokens else 1
+        texts = math.ceil(texts / chunks)
+        rows = {width_of(PREFIX + rest): texts}
+        return Shape(PREFIX + texts * rest, rows, chunks)
 
     return Workload(sides, PREFIX, shape)
 
@@ -60,17 +62,15 @@ class Step:
 
     @cached_property
     def training(self) -> Training:
-        """What the run tunes, and how."""
+        """What the run trains, and how."""
         steps = self.config["train"]["steps"] or self.config["optimizer"]["warmup_steps"] + 1
         return Training.build(self.config, self.checkpoint, steps, self.mesh)
 
     @cached_property
     def params(self) -> dict[str, Any]:
-        """The model's, placed; of towers a run on text loads none."""
-        model = self.config["model"]
-        return {
-            "decoder": placed_decoder(self.checkpoint, self.mesh, model["dtype"], model["quantize"])
-        }
+        """The model's parameters with shardings. A run on text loads no towers."""
+        dtype, quantize = self.config["model"]["dtype"], self.config["model"]["quantize"]
+        return {"decoder": abstract_decoder(self.checkpoint, self.mesh, dtype, quantize)}
 
     @property
     def frozen(self) -> dict[str, Any]:
@@ -79,35 +79,37 @@ class Step:
 
     def decoder(self, remat: str = "full") -> Decoder:
         """The model under a remat policy."""
-        model, tuned = self.config["model"], self.config["tune"]["decoder"] == "full"
+        model = self.config["model"]
+        is_trained = self.config["tune"]["decoder"] == "full"
         dtype = jnp.dtype(model["dtype"])
-        return Decoder(self.checkpoint.config, dtype, remat, model["attention"], tuned)
+        return Decoder(self.checkpoint.config, dtype, remat, model["attention"], is_trained)
 
     def shape(self, chunk_tokens: int) -> Shape:
-        """Of a device's streams."""
+        """The shape of a device's streams."""
         return self.workload.shape(chunk_tokens, self.mesh)
 
     def batch(self, chunk_tokens: int) -> Any:
         """The batch, as shapes."""
-        given = self.shape(chunk_tokens), self.workload.sides, self.workload.prefix
-        return memory.abstract_batch(*given, self.mesh)
+        sides, prefix = self.workload.sides, self.workload.prefix
+        return memory.abstract_batch(self.shape(chunk_tokens), sides, prefix, self.mesh)
 
-    def candidates(self, chunk_tokens: int, backend: str) -> list[memory.Candidate]:
-        """What `train` would choose from on such devices. chunk_tokens: as the configuration has it."""
+    def candidates(self, backend: str) -> list[memory.Candidate]:
+        """What `train` would choose from on such devices."""
         remat = self.config["model"]["remat"]
-        return memory.candidates(
-            remat, chunk_tokens, self.shape(max(chunk_tokens, 0)).tokens, backend
-        )
+        chunk_tokens = self.config["train"]["chunk_tokens"]
+        tokens = self.shape(max(chunk_tokens, 0)).tokens
+        return memory.candidates(remat, chunk_tokens, tokens, backend)
 
-    def rough(self, one: memory.Candidate) -> int:
-        """About the bytes of a device."""
-        itemsize, tensor = (
+    def rough(self, candidate: memory.Candidate) -> int:
+        """An estimate of the bytes that a device needs."""
+        return memory.rough_bytes(
+            self.checkpoint.config,
+            self.training.sharded_abstract,
+            self.frozen,
+            candidate.remat,
+            self.shape(candidate.chunk_tokens).tokens,
             jnp.dtype(self.config["model"]["dtype"]).itemsize,
             self.mesh.shape["tensor"],
-        )
-        tokens, state = self.shape(one.chunk_tokens).tokens, self.training.sharded_abstract
-        return memory.rough_bytes(
-            self.checkpoint.config, state, self.frozen, one.remat, tokens, itemsize, tensor
         )
 
     def lower(self, remat: str, chunk_tokens: int) -> jax.stages.Lowered:
@@ -118,11 +120,7 @@ class Step:
         decoder = self.decoder(remat)
         loss = partial(contrastive_loss, decoder=decoder, config=training.lora, **options)
         update = make_update(loss, training.tx, self.config["seed"], self.mesh, training.shardings)
-        given = (
-            training.sharded_abstract,
-            self.frozen,
-            self.batch(chunk_tokens),
-            None,
-        )  # made before nothing can run any more
+        # the shapes are made before the mesh of absent devices is set: then nothing can run
+        given = training.sharded_abstract, self.frozen, self.batch(chunk_tokens), None
         with jax.set_mesh(self.mesh):
             return update.lower(*given)

@@ -51,8 +51,8 @@ class DecoderConfig:
 
         where: names the file in errors. Raises for settings that this decoder does not support.
         """
-        text = _text_config(config, where)
-        rope = _rope(text)
+        text = hf_config.text_section(config, where)
+        rope = text["rope_parameters"]
 
         def need(key: str) -> Any:
             return _positive_number(text, key, where)
@@ -72,28 +72,9 @@ class DecoderConfig:
             rope_theta=float(rope.get("rope_theta") or need("rope_theta")),
             mrope_section=_mrope_section(rope, head_dim, where),
             max_position_embeddings=need("max_position_embeddings"),
-            tie_word_embeddings=_is_tied(config),
+            tie_word_embeddings=text["tie_word_embeddings"],
             qkv_bias=text.get("model_type") not in WITHOUT_BIAS,
         )
-
-
-def _text_config(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """The text decoder's settings, with the defaults of their class."""
-    nested = config.get("text_config") or {}
-    if not isinstance(nested, dict):
-        raise LcoError(f"{where}: text_config is {nested!r:.60}, and must be an object")
-    text = {**config, **nested}
-    return {**hf_config.TEXT.get(text.get("model_type"), {}), **text}
-
-
-def _rope(text: dict[str, Any]) -> dict[str, Any]:
-    """The rotary settings, which transformers 4.x and 5.x spell in two ways."""
-    rope = {"rope_type": "default"}
-    rope |= text.get("rope_scaling") or {}
-    rope |= text.get("rope_parameters") or {}
-    if rope["rope_type"] == "default":
-        rope["rope_type"] = rope.get("type", "default")
-    return rope
 
 
 def _positive_number(text: dict[str, Any], key: str, where: str) -> Any:
@@ -140,9 +121,3 @@ def _mrope_section(rope: dict[str, Any], head_dim: int, where: str) -> tuple[int
             f"{where}: mrope_section {section} does not add up to half the head_dim, {half}"
         )
     return section
-
-
-def _is_tied(config: dict[str, Any]) -> bool:
-    """Whether the vocabulary head is the matrix of the embeddings."""
-    nested = config.get("text_config") or {}
-    return bool(config.get("tie_word_embeddings") or nested.get("tie_word_embeddings"))
