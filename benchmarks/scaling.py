@@ -72,7 +72,7 @@ def _counted(lowered: Any) -> dict[str, Any]:
 
 
 def _loss(args: argparse.Namespace, hidden: int) -> dict[str, Any]:
-    """The loss and its gradient, candidates left split (a ring)."""
+    """The loss and its gradient."""
     import jax
     import jax.numpy as jnp
 
@@ -81,7 +81,7 @@ def _loss(args: argparse.Namespace, hidden: int) -> dict[str, Any]:
     from lco_jax.training.losses import info_nce
 
     def gradient(embeddings: Any, present: Any) -> Any:
-        return jax.value_and_grad(lambda e: info_nce(e, present, 0.03, ring=True)[0])(embeddings)
+        return jax.value_and_grad(lambda e: info_nce(e, present, 0.03)[0])(embeddings)
 
     devices = max(args.devices)
     mesh = make_mesh(devices // args.fsdp, args.fsdp)

@@ -18,6 +18,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lco_jax.core.errors import PeerLost
+
 PATIENCE = 300.0  # seconds in which all processes are to have connected
 ATTEMPT = 10.0  # seconds that one attempt to connect may take
 INVITATION = 1024  # bytes
@@ -52,7 +54,7 @@ class Exchange:
         try:
             return self._most(numbers)
         except OSError as error:
-            raise ConnectionError(f"the connection to another process is gone ({error})") from error
+            raise PeerLost(f"the connection to another process is gone ({error})") from error
 
     def _most(self, numbers: np.ndarray) -> np.ndarray:
         if jax.process_index():
@@ -87,7 +89,7 @@ def _invite(count: int) -> list[socket.socket]:
                 peer, _ = server.accept()
             except TimeoutError as error:
                 missing = count - len(peers)
-                raise ConnectionError(f"no connection from {missing} of the processes") from error
+                raise PeerLost(f"no connection from {missing} of the processes") from error
             if _knows(peer, token):
                 peers.append(_ready(peer))
             else:
@@ -110,7 +112,7 @@ def _join() -> socket.socket:
             peer.close()
         except OSError as error:
             reasons.append(f"{host}: {error}")
-    raise ConnectionError(
+    raise PeerLost(
         f"no connection to process 0 at port {invitation['port']} of its host ({'; '.join(reasons)}); "
         "machines of one run have to reach each other"
     )
