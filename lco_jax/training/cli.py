@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 
 from lco_jax.core.buckets import Place, place
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, explained
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.training.watch import leave_on_sigterm, meeting
 
@@ -28,6 +28,8 @@ FLAGS = {
     "debug": "show the traceback of every error",
     "help": "this text",
 }
+# what absl and ml_collections raise for a value or a key that they cannot take
+FLAG_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError)
 EARLIER = {
     "workdir": "output",
     "num_processes": "num-processes",
@@ -49,14 +51,12 @@ def parse(argv: Sequence[str], doc: str | None) -> flags.FlagValues:
     Raises for what it cannot read.
     """
     wants_help = any(arg in ("--help", "-h", "-help") for arg in argv[1:])
-    try:
-        name, argv = _split_config(argv)
-        config = ConfigDict() if name is None and wants_help else _load(name)
-        _check_keys(argv, config)
-        values = _flags(argv, config)
+    name, argv = _split_config(argv)
+    config = ConfigDict() if name is None and wants_help else _load(name)
+    _check_keys(argv, config)
+    values = _flags(argv, config)
+    with explained("the flags are wrong", *FLAG_ERRORS):
         rest = values(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise LcoError(str(error).replace("\n", " ")) from error
     if len(rest) > 1:
         raise LcoError(
             f"{rest[1]!r} is no flag; flags look like --output=runs/mine (--help lists them)"
@@ -70,7 +70,8 @@ def parse(argv: Sequence[str], doc: str | None) -> flags.FlagValues:
 def _flags(argv: Sequence[str], config: ConfigDict) -> flags.FlagValues:
     """The flags, not yet parsed. Every key of the configuration that argv sets is a flag."""
     values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    with explained("the flags are wrong", *FLAG_ERRORS):
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
     for name in ("output", "coordinator"):
         flags.DEFINE_string(name, None, FLAGS[name], flag_values=values)
     for name in ("num-processes", "process-id"):
@@ -103,7 +104,8 @@ def _split_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     values = flags.FlagValues()
     flags.DEFINE_string("config", None, FLAGS["config"], flag_values=values)
     values.set_gnu_getopt()  # a flag's value may stand before --config
-    rest = values(argv, known_only=True)
+    with explained("the flags are wrong", flags.Error):
+        rest = values(argv, known_only=True)
     return values.config, rest
 
 

@@ -31,7 +31,8 @@ class MetricsLog:
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """Write the metrics of a step (0-based); None stands for one that was not finite."""
-        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+        line = json.dumps({"step": step, **values}, allow_nan=False)
+        self._file.write(line + "\n")
         finite = {key: value for key, value in values.items() if value is not None}
         if self._tensorboard:
             for key, value in finite.items():

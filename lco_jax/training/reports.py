@@ -71,8 +71,8 @@ class StepReports:
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
-            own = slice(jax.process_index(), None, jax.process_count())
-            losses = jax.device_get(record_losses)[own]
+            share = slice(jax.process_index(), None, jax.process_count())
+            losses = jax.device_get(record_losses)[share]
             report_incident(self.incidents, step, values["loss"], losses, where)
         self._write(step, values)
         if self.skipped_in_a_row >= self.max_nonfinite:

@@ -152,12 +152,11 @@ def make_update(
         state: State, params: Params, batch: Batch, media: Array | None
     ) -> tuple[State, Metrics]:
         batch = batch.whole(jax.process_count())
-        step = state["step"].astype(jnp.uint32)
-        dropout_seed = jnp.uint32(seed) + step * jnp.uint32(GOLDEN_RATIO)
-        gradient = jax.value_and_grad(partial(loss, seed=dropout_seed), has_aux=True)
-        (_, metrics), grads = gradient(state["tuned"], params, batch, media)
+        step_loss = partial(loss, seed=_dropout_seed(seed, state["step"]))
+        gradient = jax.value_and_grad(step_loss, has_aux=True)
+        (value, metrics), grads = gradient(state["tuned"], params, batch, media)
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
         metrics["grad_norm"] = norm
         metrics["finite"] = finite
         metrics["tokens"] = sum(jnp.sum(group >= 0) for group in batch.tokens.rows)
@@ -165,6 +164,11 @@ def make_update(
         return _next_state(state, grads, finite, tx), metrics
 
     return jax.jit(update, donate_argnums=0, out_shardings=(state_sharding, replicated(mesh)))
+
+
+def _dropout_seed(seed: int, step: Array) -> Array:
+    """uint32, another one for every step."""
+    return jnp.uint32(seed) + step.astype(jnp.uint32) * jnp.uint32(GOLDEN_RATIO)
 
 
 def _next_state(state: State, grads: Params, finite: Array, tx: Optimizer) -> State:

@@ -62,10 +62,14 @@ def init(key: Array, params: Tree, tune: TuneConfig, config: lora.LoraConfig) ->
     if tune.decoder == "lora":
         tuned["decoder"] = lora.init(key, params["decoder"], config)
     if tune.decoder == "projection":
-        hidden = flat["decoder.norm.weight"].shape[-1]
-        identity = {"weight": jnp.eye(hidden, dtype=jnp.float32)}
-        tuned["projection"] = params.get("projection", identity)
+        tuned["projection"] = params.get("projection") or _identity(params)
     return tuned
+
+
+def _identity(params: Tree) -> Tree:
+    """A projection that changes nothing."""
+    hidden = params["decoder"]["norm"]["weight"].shape[-1]
+    return {"weight": jnp.eye(hidden, dtype=jnp.float32)}
 
 
 def frozen(params: Tree, tune: TuneConfig) -> Tree:
