@@ -1,9 +1,8 @@
-"""Whether a device waits for its host: the training loop where a batch takes as long to make as a
-step to compute.
+"""Whether a device waits for its host, when a batch takes as long to make as a step to compute.
 
-The loop, its data and its hosts' exchange are the real ones; the step is a stand-in, some seconds
-of products that know every process's tokens, and a batch is made to take as many seconds to read. A
-device idles from the end of a step to the dispatch of the next, wherever that comes later.
+The loop, its data and its hosts' exchange are the real ones. The step is a stand-in: some seconds
+of matrix products that depend on every process's tokens. Reading a batch is made to take as many
+seconds. A device idles from the end of a step to the dispatch of the next.
 """
 
 import argparse
@@ -24,7 +23,9 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-BATCH, SIDE, WARM = 8, 64, 3  # records; of the products' matrices; steps that are not looked at
+BATCH = 8  # records
+SIDE = 64  # of the products' matrices
+WARM = 3  # first steps, which are not measured
 LIMIT = 600  # seconds that a run may take
 
 
@@ -42,35 +43,45 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Each number of processes, in processes of their own with a CPU device each."""
     runs = {}
     for count in args.processes:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        told = [folder / f"{count}.{i}.json" for i in range(count)]
-        given = {"seconds": args.seconds, "steps": args.steps, "processes": count, "port": port}
-        given["workdir"] = str(folder / f"run{count}")
-        flags = "--xla_force_host_platform_device_count=1"
-        environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-        started = []
-        for i, out in enumerate(told):
-            spec = json.dumps({**given, "process": i, "out": str(out)})
-            command = [sys.executable, "-m", "benchmarks.loop", spec]
-            started.append(subprocess.Popen(command, cwd=ROOT, env=environment))
-        for process in started:
-            if process.wait(LIMIT):
-                raise RuntimeError(f"{process.args} ended with {process.returncode}")
-        found = [json.loads(out.read_text()) for out in told]
-        runs[str(count)] = {key: max(one[key] for one in found) for key in found[0]}
+        runs[str(count)] = _measure_one(args, folder, count)
     return {"seconds": args.seconds, "steps": args.steps, "runs": runs}
+
+
+def _measure_one(args: argparse.Namespace, folder: Path, count: int) -> dict[str, float]:
+    """The largest of each number over `count` processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {
+        "seconds": args.seconds,
+        "steps": args.steps,
+        "processes": count,
+        "port": port,
+        "workdir": str(folder / f"run{count}"),
+    }
+    flags = "--xla_force_host_platform_device_count=1"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    outputs = [folder / f"{count}.{i}.json" for i in range(count)]
+    started = []
+    for i, output in enumerate(outputs):
+        spec = json.dumps({**shared, "process": i, "out": str(output)})
+        command = [sys.executable, "-m", "benchmarks.loop", spec]
+        started.append(subprocess.Popen(command, cwd=ROOT, env=environment))
+    for process in started:
+        if process.wait(LIMIT):
+            raise RuntimeError(f"{process.args} ended with {process.returncode}")
+    found = [json.loads(output.read_text()) for output in outputs]
+    return {key: max(one[key] for one in found) for key in found[0]}
 
 
 def table(result: dict[str, Any]) -> str:
     """What a reader looks at."""
-    head = f"{'processes':12}{'step s':>8}{'idle':>8}{'exchanges a step':>18}{'collectives a step':>20}"
+    head = f"{'processes':12}{'step s':>8}{'idle':>8}"
+    head += f"{'exchanges a step':>18}{'collectives a step':>20}"
     lines = [f"a step and a batch of {result['seconds']} s each, {result['steps']} steps", head]
     for count, one in result["runs"].items():
-        lines.append(
-            f"{count:12}{one['step_seconds']:8.3f}{one['idle']:8.2%}{one['exchanges']:18.2f}{one['collectives']:20.2f}"
-        )
+        line = f"{count:12}{one['step_seconds']:8.3f}{one['idle']:8.2%}"
+        lines.append(line + f"{one['exchanges']:18.2f}{one['collectives']:20.2f}")
     return "\n".join(lines)
 
 
@@ -105,46 +116,55 @@ class SlowReader:
 
 
 def stand_in(workdir: Path, seconds: float, steps: int) -> Any:
-    """A run of real data and no model, whose batches take some seconds."""
+    """A `Loop` with real data and no model, whose batches take some seconds."""
     import jax
 
-    from configs import base
-    from lco_jax import job as jobs
-    from lco_jax import make_mesh
+    from lco_jax import loop, make_mesh
     from lco_jax.checkpoint import builtin
     from lco_jax.checkpoint.store import RunStore
+    from lco_jax.configs import base
     from lco_jax.core.sharding import replicated
     from lco_jax.data import pipeline
     from lco_jax.data.layouts import choose_layout, draw
     from lco_jax.data.processor import Processor
-    from lco_jax.data.records import Record
-    from lco_jax.data.scan import ListSource
 
     config = base.get_config()
-    config.train.batch_size, config.checkpoint.every = BATCH, 10**6
+    config.train.batch_size = BATCH
+    config.checkpoint.every = 10**6
     mesh, processor = make_mesh(), Processor(builtin.build())
-    texts = [(f"dog {i} runs", "dog " * (1 + i % 20)) for i in range(997)]
-    source = ListSource([Record(*pair, (), f"mem:{i}") for i, pair in enumerate(texts)])
     layout = pipeline.Layout(BATCH, 0, processor.tokenizer.prefix)
-    stream = pipeline.record_stream({"a": source}, {"a": 1.0}, 0)
+    stream = pipeline.record_stream({"a": _source()}, {"a": 1.0}, 0)
     batches = pipeline.local_batches(stream, layout, processor, config.data.max_length)
     sample = draw(batches, layout, media=False)
     layout = choose_layout(sample, layout, processor, mesh, config.data.max_length)
     workdir.mkdir(parents=True, exist_ok=True)
     job = SimpleNamespace(
-        config=config, workdir=workdir, mesh=mesh, processor=processor, params={}, total_steps=steps,
-        keep=contextlib.nullcontext,
-    )  # fmt: skip
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        processor=processor,
+        params={},
+        total_steps=steps,
+        upload=contextlib.nullcontext,
+    )
     start = np.float32(np.eye(SIDE))
     state = {"x": jax.make_array_from_callback(start.shape, replicated(mesh), start.__getitem__)}
     iterator = SlowReader(pipeline.ahead(batches, 1), seconds)
     store = RunStore(workdir / "checkpoints", 1)
-    return jobs.Run(job, store, state, 0, iterator, layout, train_step=None)
+    return loop.Loop(job, store, state, 0, iterator, layout, train_step=None)
+
+
+def _source() -> Any:
+    """Records of texts of many lengths."""
+    from lco_jax.data.records import Record
+    from lco_jax.data.scan import ListSource
+
+    texts = [(f"dog {i} runs", "dog " * (1 + i % 20)) for i in range(997)]
+    return ListSource([Record(*pair, (), f"mem:{i}") for i, pair in enumerate(texts)])
 
 
 def slow_step(mesh: Any, rounds: int) -> Any:
-    """A step of so many products, each waiting for the one before, and for every process's
-    tokens."""
+    """A step of so many products, one after another, which depend on every process's tokens."""
     import jax
     import jax.numpy as jnp
 
@@ -155,10 +175,11 @@ def slow_step(mesh: Any, rounds: int) -> Any:
         tokens = jnp.sum(batch.tokens.input_ids)  # split over processes: a collective
         x = state["x"] + 0.0 * tokens
         x = jax.lax.fori_loop(0, rounds, lambda _, x: jnp.tanh(x @ x), x)
-        one, rows = jnp.float32(1), jnp.zeros(len(batch.sequences)) + 0.0 * x[0, 0]
+        record_losses = jnp.zeros(len(batch.sequences)) + 0.0 * x[0, 0]
+        one = jnp.float32(1)
         metrics = {
             "loss": one + x[0, 0],
-            "rows": rows,
+            "record_losses": record_losses,
             "finite": jnp.isfinite(x[0, 0]),
             "tokens": tokens,
         }
@@ -210,30 +231,17 @@ def timed(step: Any) -> Iterator[tuple[Any, Times]]:
 def work(spec: dict[str, Any]) -> dict[str, float]:
     """One process's part."""
     import jax
-    from jax.experimental import multihost_utils
 
-    from lco_jax import job as jobs
+    from lco_jax import loop
 
     if spec["processes"] > 1:
         address = f"127.0.0.1:{spec['port']}"
         jax.distributed.initialize(address, spec["processes"], spec["process"])
-    run = stand_in(Path(spec["workdir"]), spec["seconds"], spec["steps"])
-    step = slow_step(run.job.mesh, rounds_of(spec["seconds"]))
-    exchanges, collectives, gather = [], [], multihost_utils.process_allgather
-
-    class Kept(jobs.Exchange):
-        def __init__(self) -> None:
-            super().__init__()
-            exchanges.append(self)
-
-    def counted(*arguments: Any, **options: Any) -> Any:
-        collectives.append(time.monotonic())
-        return gather(*arguments, **options)
-
-    jobs.Exchange, multihost_utils.process_allgather = Kept, counted
-    with timed(step) as (call, times):
-        run.train_step = call
-        jobs.loop(run)
+    started = stand_in(Path(spec["workdir"]), spec["seconds"], spec["steps"])
+    step = slow_step(started.job.mesh, rounds_of(spec["seconds"]))
+    with counted() as (exchanges, collectives), timed(step) as (call, times):
+        started.train_step = call
+        loop.run(started)
     steady = slice(WARM, spec["steps"] - 1)
     spent = times.ended[-1] - times.ended[WARM]
     return {
@@ -242,6 +250,29 @@ def work(spec: dict[str, Any]) -> dict[str, float]:
         "exchanges": exchanges[0].count / spec["steps"],
         "collectives": sum(at < times.dispatched[-1] for at in collectives) / spec["steps"],
     }
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[tuple[list[Any], list[float]]]:
+    """Within: the `Exchange`s that the loop opens, and when each collective of hosts was called."""
+    from jax.experimental import multihost_utils
+
+    from lco_jax import loop
+
+    exchanges, collectives = [], []
+    opened, gather = loop.Exchange, multihost_utils.process_allgather
+
+    def open_exchange() -> Any:
+        exchanges.append(opened())
+        return exchanges[-1]
+
+    def timed_gather(*arguments: Any, **options: Any) -> Any:
+        collectives.append(time.monotonic())
+        return gather(*arguments, **options)
+
+    loop.Exchange, multihost_utils.process_allgather = open_exchange, timed_gather
+    yield exchanges, collectives
+    loop.Exchange, multihost_utils.process_allgather = opened, gather
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Our side of a duel: a process that trains or encodes when it is told to (`duel.py` says how they talk)."""
+"""Our side of a duel: a process that trains or encodes on command, by the protocol of `duel.py`."""
 
 import sys
 
@@ -40,14 +40,9 @@ from lco_jax.data.tower_rows import Processed
 from lco_jax.models.decoder import Decoder
 from lco_jax.models.model import Model
 from lco_jax.training import tuning
-from lco_jax.training.optimizer import OptimizerConfig, make_optimizer
-from lco_jax.training.step import (
-    contrastive_loss,
-    embed_chunks,
-    init_state,
-    make_train_step,
-    state_shardings,
-)
+from lco_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
+from lco_jax.training.state import init_state, state_shardings
+from lco_jax.training.step import contrastive_loss, embed_chunks, make_train_step
 
 TEMPERATURE = 0.03
 
@@ -57,25 +52,32 @@ def open_model(
 ) -> tuple[Model, dict[str, Any], Processor]:
     """From the checkpoint on disk, or drawn on the device."""
     settings = {"remat": spec["remat"], "attention": spec["attention"]}
-    if spec["preset"] not in ON_DEVICE:
-        checkpoint = open_checkpoint(spec["checkpoint"])
-        model, params = load_model(
-            checkpoint, mesh, spec["dtype"], (), quantize=spec["quantize"], **settings
-        )
-        return model, params, Processor(checkpoint.folder)
-    config, dtype = PRESETS[spec["preset"]].decoder, jnp.dtype(spec["dtype"])
-    shapes = abstract_params(config, dtype)
+    if spec["preset"] in ON_DEVICE:
+        config, dtype = PRESETS[spec["preset"]].decoder, jnp.dtype(spec["dtype"])
+        params = {"decoder": _draw(abstract_params(config, dtype), spec["quantize"])}
+        model = Model(Decoder(config, dtype, **settings), {})
+        return model, params, Processor(builtin.build())
+    checkpoint = open_checkpoint(spec["checkpoint"])
+    settings["quantize"] = spec["quantize"]
+    model, params = load_model(checkpoint, mesh, spec["dtype"], (), **settings)
+    return model, params, Processor(checkpoint.folder)
+
+
+def _draw(shapes: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Random parameters; the layers' matrices quantised as `kind` says, "" for not at all."""
 
     def draw(key: jax.Array, leaf: jax.ShapeDtypeStruct) -> Any:
-        value = 0.02 * jax.random.normal(key, leaf.shape, dtype)
-        matrix = len(leaf.shape) == 3 and spec["quantize"]
-        return jax.lax.map(lambda w: quantize(w, spec["quantize"]), value) if matrix else value
+        value = 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
+        if kind and len(leaf.shape) == 3:
+            return jax.lax.map(lambda w: quantize(w, kind), value)
+        return value
 
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    drawn = [jax.jit(partial(draw, leaf=leaf))(key) for key, leaf in zip(keys, leaves, strict=True)]
-    params = {"decoder": tree.unflatten(drawn)}
-    return Model(Decoder(config, dtype, **settings), {}), params, Processor(builtin.build())
+    drawn = []
+    for key, leaf in zip(keys, leaves, strict=True):
+        drawn.append(jax.jit(partial(draw, leaf=leaf))(key))
+    return tree.unflatten(drawn)
 
 
 def one_mesh() -> jax.sharding.Mesh:
@@ -98,36 +100,41 @@ class Training:
 
     def __init__(self, spec: dict[str, Any]):
         self.spec = spec
+        self.done = 0
+        self.work: Work | None = None
         self.mesh = one_mesh()
         self.triplets = read_triplets(Path(spec["data"]))
-        self.model, self.params, processor = open_model(spec, self.mesh)
+        self.model, self.params, self.processor = open_model(spec, self.mesh)
         self.config = lora.LoraConfig(LORA.rank, LORA.alpha, spec["dropout"])
-        fresh = lambda key: {
-            "decoder": lora.init(key, abstract_params(self.model.decoder.config), LORA)
-        }
-        shapes = jax.eval_shape(fresh, jax.random.key(0))
         tx = make_optimizer(OptimizerConfig(schedule="constant"), 10**9)
-        self.places = state_shardings(shapes, tx, self.mesh)
-        if spec["adapter"]:
-            tuned = jax.device_put(
-                {"decoder": read_peft(spec["adapter"])[0]}, shardings(shapes, self.mesh)
-            )
-        else:
-            tuned = jax.jit(fresh)(jax.random.key(0))
-        self.tuned = tuned
+        self.tuned, places = self._begin(tx)
         with jax.set_mesh(self.mesh):
-            begin = jax.jit(lambda tuned: init_state(tuned, tx), out_shardings=self.places)
-            self.state = begin(tuned)
-        self.step = make_train_step(
-            self.model, tx, self.config, TEMPERATURE, 0, self.mesh, self.places
-        )
+            init = jax.jit(lambda tuned: init_state(tuned, tx), out_shardings=places)
+            self.state = init(self.tuned)
+        self.step = make_train_step(self.model, tx, self.config, TEMPERATURE, 0, self.mesh, places)
+        self.layout = self._layout()
+
+    def _layout(self) -> pipeline.Layout:
+        """Of the batches: what the first two texts begin with in common is their prefix."""
         first, other = (np.array(self.triplets[i][i], np.int32) for i in (0, 1))
-        head = first[: common_length(first, other)]
-        self.layout = pipeline.Layout(spec["batch"], 1, head, spec["chunk_tokens"])
+        prefix = first[: common_length(first, other)]
+        layout = pipeline.Layout(self.spec["batch"], 1, prefix, self.spec["chunk_tokens"])
         sample = [self.local(k) for k in range(8)]
-        self.layout = floor_of(sample, self.layout, processor, self.mesh)
-        self.processor, self.done = processor, 0
-        self.work: Work | None = None
+        return floor_of(sample, layout, self.processor, self.mesh)
+
+    def _begin(self, tx: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The adapter of step 0, and the shardings of the state."""
+
+        def fresh(key: jax.Array) -> dict[str, Any]:
+            shapes = abstract_params(self.model.decoder.config)
+            return {"decoder": lora.init(key, shapes, LORA)}
+
+        shapes = jax.eval_shape(fresh, jax.random.key(0))
+        places = state_shardings(shapes, tx, self.mesh)
+        if self.spec["adapter"]:
+            adapter = {"decoder": read_peft(self.spec["adapter"])[0]}
+            return jax.device_put(adapter, shardings(shapes, self.mesh)), places
+        return jax.jit(fresh)(jax.random.key(0)), places
 
     def local(self, k: int) -> pipeline.LocalBatch:
         """Batch k, which the peer reads alike."""
@@ -165,7 +172,7 @@ class Training:
         }
 
     def check(self, path: str) -> dict[str, Any]:
-        """Embeddings and adapter gradients of the first batch, for a comparison number by number."""
+        """Embeddings and adapter gradients of the first batch, to compare number by number."""
         batch = self.batch(0)
         with jax.set_mesh(self.mesh):
             loss = jax.jit(

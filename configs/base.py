@@ -1,14 +1,15 @@
-"""Every knob, with values under which the main job runs anywhere: two cores, no network, no accelerator.
+"""Every key, with values for any machine: two cores, no network, no accelerator.
 
-    python -m lco_jax.train --config=configs/base.py --workdir=runs/mine --config.optimizer.learning_rate=1e-3
-    python -m lco_jax.train --config=configs/qwen2_5_vl_7b.py:reference
+    python -m lco_jax.train --config=base --output=runs/mine --config.optimizer.learning_rate=1e-3
+    python -m lco_jax.train --config=qwen2_5_vl_7b:reference
 
-What follows the colon names a recipe (configs/recipes.py). The other files here say only what differs from this one.
+What follows the colon names a recipe (recipes.py). The other files here say only what differs from
+this one. In a clone, --config=configs/base.py names the same file.
 """
 
 from ml_collections import ConfigDict
 
-from configs import recipes
+from lco_jax.configs import recipes
 
 
 def get_config(recipe: str = "") -> ConfigDict:
@@ -16,81 +17,84 @@ def get_config(recipe: str = "") -> ConfigDict:
     config = ConfigDict()
     config.name = "base"
     config.seed = 0  # of the adapter, the data order and dropout
+    _set_model(config)
+    _set_data(config)
+    _set_training(config)
+    _set_surroundings(config)
+    return recipes.apply(config, recipe)
 
+
+def _set_model(config: ConfigDict) -> None:
+    """The checkpoint, and which of its parameters are trained."""
     config.model = ConfigDict()
-    config.model.path = (
-        "builtin:lab"  # a folder, a hub id, or a built-in checkpoint (builtin:lab, builtin:tiny)
-    )
-    config.model.dtype = "float32"  # of the frozen base and the activations: float32 or bfloat16
+    # a folder, a hub id, or a built-in checkpoint (builtin:lab, builtin:tiny)
+    config.model.path = "builtin:lab"
+    config.model.dtype = "float32"  # of the frozen base and the activations, or bfloat16
     config.model.tower_dtype = ""  # of the frozen towers; "": the same
-    config.model.quantize = ""  # the frozen decoder's matrices in fewer bits: int8, or nf4 (QLoRA)
-    # what a layer keeps for its backward pass, from the least memory to the least recomputation: full (nothing),
-    # attention, gate, mlp, none (nothing is recomputed); auto: what the device's memory holds, as its compiler says
+    config.model.quantize = ""  # store the frozen decoder's matrices as int8, or as nf4 (QLoRA)
+    # What a layer stores for its backward pass, from the least memory to the least recomputation:
+    # full (nothing), attention, gate, mlp, none (nothing is recomputed). auto chooses what the
+    # device's memory holds, as the compiler reports it.
     config.model.remat = "auto"
-    config.model.attention = (
-        "auto"  # the decoder's kernel: auto (the machine's own), xla, cudnn, triton, splash
-    )
+    # the decoder's attention kernel: auto (the best of this machine), xla, cudnn, triton, splash
+    config.model.attention = "auto"
 
     config.tune = ConfigDict()
-    # of the decoder: lora (adapters), full (all of it, in float32), projection (nothing; a matrix behind the model)
+    # lora: adapters; full: every parameter of the decoder, in float32; projection: a matrix behind
+    # the frozen model
     config.tune.decoder = "lora"
-    config.tune.towers = "none"  # pretrain alone: or projectors, all
+    config.tune.towers = "none"  # for pretrain also projectors or all
 
     config.lora = ConfigDict()
     config.lora.rank = 16
     config.lora.alpha = 32.0
     config.lora.dropout = 0.05
     config.lora.use_rslora = False  # scale by alpha / sqrt(rank) instead of alpha / rank
-    config.lora.targets = r"layers\.(self_attn|mlp)\.\w+_proj"  # pattern over whole module paths
+    config.lora.targets = r"layers\.(self_attn|mlp)\.\w+_proj"  # must match a full module path
 
+
+def _set_data(config: ConfigDict) -> None:
+    """What is read, and the caps on it."""
     config.data = ConfigDict()
-    # name -> kind (jsonl, tfds, files, parquet), its arguments, and a weight in the mixture (by default its size)
+    # name -> kind (jsonl, tfds, files, parquet), the arguments of that kind, and optionally its
+    # weight in the mixture (by default its size)
     config.data.sources = {
         "bundled": {
             "kind": "jsonl",
             "path": "assets:lab/train.jsonl",
         }
     }
-    config.data.on_bad = (
-        "error"  # a bad record stops the run by file and line; "skip" leaves it out and says so
-    )
+    # error: a bad record stops the run by file and line; skip: it is left out and reported
+    config.data.on_bad = "error"
     config.data.batches = "mixed"  # or homogeneous: all records of a batch from one source
     config.data.threads = 2  # that read and prepare records
-    config.data.media = ConfigDict()  # caps (lco_jax.MediaConfig says more); the reference's
-    config.data.media.image_max_side = (
-        700  # larger images are shrunk to fit a square of so many pixels
-    )
-    config.data.media.fps = 2.0  # frames a second taken of a video
+    config.data.media = ConfigDict()  # caps, the reference's; lco_jax.MediaConfig documents them
+    config.data.media.image_max_side = 700  # an image is shrunk to this number of pixels, squared
+    config.data.media.fps = 2.0  # frames a second that are taken of a video
     config.data.media.max_frames = 64  # the most of one video
     config.data.media.video_max_pixels = 602_112  # of a frame
     config.data.media.max_audio_seconds = 300.0  # longer sound is cut, with a warning
-    config.data.media.use_audio_in_video = False  # a video's sound track is embedded with it
+    config.data.media.use_audio_in_video = False  # embed a video's sound track with it
     config.data.media.allow_remote = False  # fetch http(s) URLs
     config.data.max_negatives = -1  # hard negatives used of a record; -1: all
     config.data.max_length = 64  # tokens of a text, before the template
 
+
+def _set_training(config: ConfigDict) -> None:
+    """The loss, the batches and the optimiser."""
     config.train = ConfigDict()
     config.train.batch_size = 64  # records of a global batch; all of their texts are candidates
     config.train.steps = 0  # 0: as many as `epochs` makes
     config.train.epochs = 1.0
     config.train.temperature = 0.03
     config.train.two_way = False  # CLIP's loss: positives find their anchors, too
-    config.train.ignore_duplicates = (
-        False  # whatever says the same as a positive is no negative of its anchor
-    )
-    # gather them on every device, or leave each device its share (ring: how records come by their sides); auto: the
-    # latter where gathered ones and their gradient would take more than 1 GiB a device
-    config.train.candidates = "auto"  # or gather, ring
-    config.train.chunk_tokens = (
-        0  # GradCache: tokens a device embeds at a time; 0: all; -1: what fits
-    )
-    config.train.max_nonfinite = 5  # so many non-finite steps in a row stop the run
-    # a loss that lies more than so many (median absolute) deviations above the median of the last steps' is told in
-    # incidents.jsonl with the records of the highest; as is one that is not finite. 0: the latter alone
-    config.train.spike = 20.0
-    config.train.patience = (
-        300.0  # seconds without the end of a step (six times as many for the first) end the process
-    )
+    # a candidate with the same content as an anchor's positive is no negative of that anchor
+    config.train.ignore_duplicates = False
+    # GradCache: tokens that a device embeds at a time; 0: all; -1: as many as memory holds
+    config.train.chunk_tokens = 0
+    config.train.max_nonfinite = 5  # this number of non-finite steps in a row stops the run
+    # a process ends when no step ends for this number of seconds (six times it for the first)
+    config.train.patience = 300.0
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 2e-3  # the peak
@@ -102,25 +106,27 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.optimizer.weight_decay = 0.0
     config.optimizer.clip_norm = 1.0
 
+
+def _set_surroundings(config: ConfigDict) -> None:
+    """Devices, checkpoints, evaluation, outputs."""
     config.mesh = ConfigDict()  # devices; -1: whatever the others leave
     config.mesh.data = -1  # copies of the model
-    config.mesh.fsdp = 1  # ways a weight is split between copies that share it
-    config.mesh.tensor = 1  # ways a matrix product is split
+    config.mesh.fsdp = 1  # ways that a weight is split between copies that share it
+    config.mesh.tensor = 1  # ways that a matrix product is split
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 50  # steps
     config.checkpoint.keep = 2
 
     config.eval = ConfigDict()
-    # held-out records, jsonl, each file scored on its own; "": none
+    # held-out records, jsonl, each file scored by itself; "": none
     config.eval.path = "assets:lab/text.jsonl,assets:lab/image.jsonl,assets:lab/audio.jsonl"
     config.eval.batch_size = 64
 
     config.export = ConfigDict()
-    config.export.merged = True  # beside the adapter, the whole model
+    config.export.merged = True  # write the merged model beside the adapter
     config.export.dtype = "float32"  # or bfloat16
 
     config.log = ConfigDict()
     config.log.tensorboard = False
     config.log.wandb_project = ""
-    return recipes.apply(config, recipe)

@@ -1,14 +1,15 @@
 """Photos from TFDS and a caption template, on `builtin:tiny`: how to train on a media dataset.
 
-    python -m lco_jax.train --config=configs/cifar10.py --config.data.sources.photos.data_dir=DIR
-    python -m lco_jax.train --config=configs/cifar10.py:mnist --config.data.sources.photos.data_dir=DIR
+    python -m lco_jax.train --config=cifar10 --config.data.sources.photos.data_dir=DIR
+    python -m lco_jax.train --config=cifar10:mnist --config.data.sources.photos.data_dir=DIR
 
-DIR holds the dataset as array_record files (`tfds build cifar10 --file_format=array_record` writes them).
+DIR holds the dataset as array_record files, which `tfds build cifar10 --file_format=array_record`
+writes.
 """
 
 from ml_collections import ConfigDict, config_dict
 
-from configs import tiny
+from lco_jax.configs import tiny
 
 LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

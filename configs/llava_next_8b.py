@@ -1,8 +1,11 @@
-"""LLaVA-NeXT over Llama 3 8B on all-NLI: the paper's text-only recipe, or `:reference` for the released code's."""
+"""LLaVA-NeXT over Llama 3 8B on all-NLI, with the paper's text-only recipe.
+
+`llava_next_8b:reference` takes the recipe of the released code.
+"""
 
 from ml_collections import ConfigDict
 
-from configs import qwen2_5_omni_3b
+from lco_jax.configs import qwen2_5_omni_3b
 
 
 def get_config(recipe: str = "paper") -> ConfigDict:

@@ -1,17 +1,19 @@
 """Generative training: what differs from tiny.
 
-    python -m lco_jax.pretrain --config=configs/pretrain.py
-    python -m lco_jax.pretrain --config=configs/pretrain.py:ocr --config.data.sources.pages.path=pages.jsonl \
+    python -m lco_jax.pretrain --config=pretrain
+    python -m lco_jax.pretrain --config=pretrain:ocr \
+        --config.data.sources.pages.path=pages.jsonl \
         --config.data.sources.captions.path=captions.jsonl
 
-The first runs anywhere: `builtin:tiny` learns to answer a sentence with another that says the same. The second
-is the paper's way to better pages (SeaDoc): Qwen2.5-VL reads text off pages at high resolution, with general captions
-mixed in so that it forgets nothing; anchors are pages (and a question, or none), positives what stands on them.
+The first runs anywhere: `builtin:tiny` learns to answer a sentence with a paraphrase. The second is
+the paper's way to better embeddings of pages (SeaDoc): Qwen2.5-VL reads text off pages at high
+resolution. General captions are mixed in so that it forgets nothing. An anchor is a page, with or
+without a question; its positive is the text on the page.
 """
 
 from ml_collections import ConfigDict, config_dict
 
-from configs import tiny
+from lco_jax.configs import tiny
 
 
 def get_config(kind: str = "") -> ConfigDict:
@@ -31,7 +33,7 @@ def get_config(kind: str = "") -> ConfigDict:
             "pages": {"kind": "jsonl", "path": config_dict.placeholder(str), "weight": 0.7},
             "captions": {"kind": "jsonl", "path": config_dict.placeholder(str), "weight": 0.3},
         }
-        config.data.media.image_max_side = 1400  # letters must be told apart
+        config.data.media.image_max_side = 1400  # letters must stay legible
         config.data.max_length = 1024
         config.train.batch_size = 128
         config.train.epochs = 1.0

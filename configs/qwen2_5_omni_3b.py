@@ -1,8 +1,11 @@
-"""Qwen2.5-Omni-3B on all-NLI: the paper's text-only recipe, or `:reference` for the released code's."""
+"""Qwen2.5-Omni-3B on all-NLI, with the paper's text-only recipe.
+
+`qwen2_5_omni_3b:reference` takes the recipe of the released code.
+"""
 
 from ml_collections import ConfigDict
 
-from configs import base
+from lco_jax.configs import base
 
 
 def get_config(recipe: str = "paper") -> ConfigDict:

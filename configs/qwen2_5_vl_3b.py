@@ -1,21 +1,16 @@
-"""Qwen2.5-VL-3B-Instruct on all-NLI: the paper's text-only recipe, or `:reference` for the released code's."""
+"""Qwen2.5-VL-3B-Instruct on all-NLI, with the paper's text-only recipe.
+
+`qwen2_5_vl_3b:reference` takes the recipe of the released code.
+"""
 
 from ml_collections import ConfigDict
 
-from configs import base
+from lco_jax.configs import qwen2_5_omni_3b
 
 
 def get_config(recipe: str = "paper") -> ConfigDict:
-    """What differs from base."""
-    config = base.get_config(recipe)
+    """What differs from the Omni 3B's."""
+    config = qwen2_5_omni_3b.get_config(recipe)
     config.name = "qwen2_5_vl_3b"
     config.model.path = "Qwen/Qwen2.5-VL-3B-Instruct"
-    config.data.sources = {
-        "all-nli": {
-            "kind": "parquet",
-            "path": "sentence-transformers/all-nli",
-            "files": "triplet/train-*.parquet",
-        }
-    }
-    config.eval.path = ""
     return config

@@ -1,7 +1,8 @@
 """The published recipes: `paper` is arXiv 2510.11693, `reference` the code released with it.
 
-They differ, and a gap in a reproduction can be attributed only if both can be run: the paper decays the rate with a
-cosine and uses α = 16 for text alone; the code decays it linearly, uses α = 128 and trains over a base in 4 bits.
+The paper decays the rate with a cosine and uses α = 16 for text alone. The code decays it
+linearly, uses α = 128 and trains over a base in 4 bits. A gap in a reproduction can be attributed
+only if both can be run.
 """
 
 from ml_collections import ConfigDict
@@ -34,7 +35,7 @@ COMMON = {
 
 
 def apply(config: ConfigDict, recipe: str) -> ConfigDict:
-    """Set what `recipe` says; "" leaves the config as it is."""
+    """Set the keys of `recipe`; "" leaves the config as it is."""
     if recipe:
         if recipe not in RECIPES:
             raise ValueError(f"there is no recipe {recipe!r}; there are: {', '.join(RECIPES)}")

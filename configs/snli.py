@@ -1,13 +1,14 @@
 """SNLI from TFDS, as triplets, on `builtin:tiny`: how to train on a TFDS dataset.
 
-    python -m lco_jax.train --config=configs/snli.py --config.data.sources.snli.data_dir=DIR
+    python -m lco_jax.train --config=snli --config.data.sources.snli.data_dir=DIR
 
-DIR holds the dataset as array_record files (`tfds build snli --file_format=array_record` writes them).
+DIR holds the dataset as array_record files, which `tfds build snli --file_format=array_record`
+writes.
 """
 
 from ml_collections import ConfigDict, config_dict
 
-from configs import tiny
+from lco_jax.configs import tiny
 
 
 def get_config(recipe: str = "") -> ConfigDict:

@@ -1,11 +1,11 @@
-"""An untrained Qwen2.5-VL and English triplets: training where nothing has been learned, or for data of one's own.
+"""An untrained Qwen2.5-VL and English triplets: a model that learns from nothing.
 
-python -m lco_jax.train --config=configs/tiny.py
+python -m lco_jax.train --config=tiny
 """
 
 from ml_collections import ConfigDict
 
-from configs import base, recipes
+from lco_jax.configs import base, recipes
 
 
 def get_config(recipe: str = "") -> ConfigDict:

@@ -1,12 +1,14 @@
-"""Generative training: what a checkpoint says about text, images, audio and video, before contrastive training.
+"""Generative training: what a checkpoint says about text, images, audio and video.
 
-    python -m lco_jax.pretrain --config=configs/pretrain.py [--workdir=runs/pretrain] [--config.KEY=VALUE …]
+    python -m lco_jax.pretrain --config=pretrain [--output=runs/pretrain] [--config.KEY=VALUE …]
 
-A record's anchor is the prompt, with a question after it where it is media alone; its positive is the answer, whose
-tokens, the one that ends its turn among them, the model learns to predict (the paper's continual generative
-pretraining). Sources, mixtures, sharding, checkpoints and resuming are those of `lco_jax.train`, which starts from what
-this leaves with --config.model.path=WORKDIR/merged. A workdir holds the same files, and in results.json the held-out
-loss before and after, in nats a token, and what the model then says to the first held-out prompts.
+It comes before contrastive training (the paper's continual generative pretraining). A record's
+anchor is the prompt, followed by a question if it is media alone. Its positive is the answer, whose
+tokens the model learns to predict, up to the one that ends its turn. Sources, mixtures, sharding,
+checkpoints and resuming are those of `lco_jax.train`, which starts from this result with
+--config.model.path=OUTPUT/merged. The folder holds the same files. Its results.json has the
+held-out loss before and after, in nats a token, and the trained model's answers to the first
+held-out prompts.
 """
 
 from collections.abc import Callable
@@ -15,81 +17,92 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lco_jax import job as jobs
+from lco_jax import loop
 from lco_jax.core.buckets import Place
 from lco_jax.core.errors import PREEMPTED, run_main
 from lco_jax.data.records import answer_of, as_input
 from lco_jax.generator import OmniGenerator
-from lco_jax.job import Job, say
+from lco_jax.job import Job, open_job, say
 from lco_jax.models.model import Model
+from lco_jax.outputs import finish
 from lco_jax.training import cli
 from lco_jax.training.step import Step, make_pretrain_step
 from lco_jax.training.watch import peers
 
-SAID = 4  # held-out prompts that are answered
+ANSWERED = 4  # held-out prompts
 
 
-def pretrain(config: ConfigDict, workdir: Place) -> dict[str, Any]:
-    """Run or resume; returns results.json's content, or {} when a SIGTERM ended the run early (after saving it)."""
-    job = jobs.open_job(config, workdir, generative=True)
-    generator = OmniGenerator(
-        job.model, {}, job.processor, job.mesh
-    )  # one: its programs are compiled once
-    before = _evaluate(job, generator, job.untrained_params, said=0) if job.held_out else {}
+def pretrain(config: ConfigDict, output: Place) -> dict[str, Any]:
+    """Run or resume in the folder `output`; returns the content of its results.json.
 
-    def step_of(model: Model) -> Step:
-        return make_pretrain_step(
-            model,
-            job.training.tx,
-            job.training.lora,
-            config.seed,
-            job.mesh,
-            job.training.shardings,
-            tunes_towers=config.tune.towers != "none",
-        )
-
-    run = jobs.begin(job, step_of)
-    if not jobs.loop(run):
+    Returns {} if SIGTERM ended the run early (after saving it).
+    """
+    job = open_job(config, output, generative=True)
+    generator = OmniGenerator(job.model, {}, job.processor, job.mesh)  # its programs serve twice
+    before = _evaluate(job, generator, job.untrained_params, answered=0)
+    started = loop.begin(job, partial(_make_step, job))
+    if not loop.run(started):
         return {}
-    if not job.held_out:
-        return jobs.finish(run, {}, {})
-    after = _evaluate(job, generator, partial(job.tuned_params, run.state["tuned"]), said=SAID)
-    said = after.pop("said")
-    for one in said:
-        say(f"wanted {one['wanted']!r:.60}\n  said {one['said']!r:.60}")
-    return jobs.finish(run, {"before": before, "after": after, "said": said}, {})
+    trained = partial(job.tuned_params, started.state["tuned"])
+    after = _evaluate(job, generator, trained, answered=ANSWERED)
+    if not after:
+        return finish(started, {}, {})
+    answers = after.pop("said")
+    for answer in answers:
+        say(f"wanted {answer['wanted']!r:.60}\n  said {answer['said']!r:.60}")
+    before.pop("said")
+    return finish(started, {"before": before, "after": after, "said": answers}, {})
+
+
+def _make_step(job: Job, model: Model) -> Step:
+    """The training step: forward pass, the answers' log-likelihood, gradients, AdamW."""
+    training = job.training
+    return make_pretrain_step(
+        model,
+        training.tx,
+        training.lora,
+        job.config.seed,
+        job.mesh,
+        training.shardings,
+        trains_towers=training.tune.towers != "none",
+    )
 
 
 def _evaluate(
-    job: Job, generator: OmniGenerator, params: Callable[[], dict[str, Any]], said: int
+    job: Job,
+    generator: OmniGenerator,
+    make_params: Callable[[], dict[str, Any]],
+    answered: int,
 ) -> dict[str, Any]:
-    """The loss of the held-out answers, in nats a token, and what the model says to the first
-    prompts, so many.
+    """The loss of the held-out answers, in nats a token, and answers to the first prompts.
 
-    params: makes those that the generator has meanwhile.
+    answered: the number of prompts that the model answers. The generator has parameters only
+    meanwhile, to save memory.
     """
-    generator.params = params()
-    records = [record for some in job.held_out.values() for record in some]
+    records = [record for file in job.held_out.values() for record in file]
+    if not records:
+        return {}
+    generator.params = make_params()
     prompts = [as_input(record.anchor) for record in records]
-    answers = [answer_of(record) for record in records]
+    wanted = [answer_of(record) for record in records]
     max_length = job.config.data.max_length
-    losses, counts = generator.token_losses(prompts, answers, max_length=max_length)
+    losses, counts = generator.token_losses(prompts, wanted, max_length=max_length)
     loss = float(losses.sum() / counts.sum())
-    say(f"held-out loss ({len(answers)} answers): {loss:.4f} nats a token")
-    texts = generator.generate(prompts[:said]) if said else []
-    generator.params = {}  # training has the memory
-    shown = [
+    say(f"held-out loss ({len(wanted)} answers): {loss:.4f} nats a token")
+    texts = generator.generate(prompts[:answered]) if answered else []
+    generator.params = {}
+    answers = [
         {"where": record.where, "wanted": record.positive, "said": text}
-        for record, text in zip(records[:said], texts, strict=True)
+        for record, text in zip(records, texts, strict=False)
     ]
-    return {"loss": loss, **({"said": shown} if said else {})}
+    return {"loss": loss, "said": answers}
 
 
 def main() -> int:
     """Parse the command line, join the other processes if there are any, train."""
-    arguments = cli.start(__doc__)
+    config, output = cli.start(__doc__)
     with peers():
-        return 0 if pretrain(*arguments) else PREEMPTED
+        return 0 if pretrain(config, output) else PREEMPTED
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent / "lco_jax"
 # imports run one way: a branch may import those named, itself, and nothing else of the package
 ALLOWED = {
     "core": set(),
+    "configs": set(),
     "models": {"core"},
     "data": {"core"},
     "checkpoint": {"core", "models", "data"},

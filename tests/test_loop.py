@@ -1,8 +1,7 @@
-"""The training loop waits for nothing: what is dispatched before what has ended, and what moves to
-and from devices.
+"""The training loop waits for nothing, and moves nothing to or from devices unasked.
 
-A stand-in of a step (that of `benchmarks loop`) takes its time on the device, and a batch as long
-on the host.
+A stand-in of a step (that of `benchmarks loop`) takes its time on the device, and a batch takes as
+long on the host.
 """
 
 import threading
@@ -12,8 +11,7 @@ import jax
 import pytest
 
 from benchmarks import loop as bench
-from lco_jax import LcoError
-from lco_jax import job as jobs
+from lco_jax import LcoError, loop
 from lco_jax.core.sharding import make_mesh
 
 SECONDS, STEPS = 0.15, 12
@@ -33,7 +31,7 @@ def step(run):
 def test_while_a_step_runs_the_next_batch_is_made_and_only_then_its_metrics_are_read(
     run, step, monkeypatch
 ):
-    """By the order of events. And the position that is saved is that of the batches used, not of those read ahead."""
+    """By the order of events. The saved position is that of the batches used, not of those read."""
     positions, fetched, iterator = [], [], run.iterator.iterator
     save, get, read = run.store.save, jax.device_get, threading.Semaphore(0)
     next_batch = run.iterator.__class__.__next__
@@ -63,7 +61,7 @@ def test_while_a_step_runs_the_next_batch_is_made_and_only_then_its_metrics_are_
     )
     monkeypatch.setattr(jax, "device_get", fetch)
     run.train_step = dispatched
-    assert jobs.loop(run)
+    assert loop.run(run)
     (position,) = positions
     iterator.set_state(position)
     assert next(iterator).where == tuple(f"mem:{i}" for i in numbers_of(run, STEPS))
@@ -88,7 +86,7 @@ def test_nothing_moves_between_host_and_device_unasked(run, step):
 
     try:
         run.train_step = guarded
-        assert jobs.loop(run)
+        assert loop.run(run)
     finally:
         jax.config.update("jax_transfer_guard", "allow")
 
@@ -101,7 +99,7 @@ def test_the_guard_sees_what_the_loop_once_did(run, step):
 
     run.train_step = guarded
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-        jobs.loop(run)
+        loop.run(run)
 
 
 def test_an_error_in_the_thread_is_raised_in_the_loop_and_the_thread_ends(run, step):
@@ -118,9 +116,9 @@ def test_an_error_in_the_thread_is_raised_in_the_loop_and_the_thread_ends(run, s
     steps = []
     run.train_step = lambda *arguments: steps.append(1) or step(*arguments)
     with pytest.raises(LcoError, match=r"a\.jsonl:7") as raised:
-        jobs.loop(run)
+        loop.run(run)
     names = [frame.name for frame in traceback.extract_tb(raised.value.__traceback__)]
-    assert {"loop", "__next__"} <= set(names)
+    assert {"run", "__next__"} <= set(names)
     assert 1 <= len(steps) <= 4
     assert seen[-1] is not threading.current_thread()
     assert not seen[-1].is_alive()

@@ -1,4 +1,4 @@
-"""Training on images, audio and video: gradients of torch + peft, runs on mixed data that resume, and bad media."""
+"""Training on images, audio and video: gradients of torch + peft, resumed runs, bad media."""
 
 import json
 import shutil
@@ -159,7 +159,7 @@ def test_gradient_through_frozen_towers_equals_torch_and_peft(cases, family, kin
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
-    """any2any records of eight scenes: pictures, sounds and clips on either side, alone and together."""
+    """any2any records of eight scenes: images, sounds and clips, alone and together."""
     folder = tmp_path_factory.mktemp("mixed")
     lines = []
     for i in range(8):
@@ -206,7 +206,7 @@ def config_of(case, path, **changes):
 
 @pytest.fixture
 def two_devices(monkeypatch):
-    """Runs on two of the eight: the losses are the same on any mesh (below), and two compile faster."""
+    """Runs on two of the eight, which compile faster; losses are the same on any mesh (below)."""
     monkeypatch.setattr("lco_jax.job.make_mesh", lambda **_: make_mesh(devices=jax.devices()[:2]))
 
 
@@ -236,7 +236,7 @@ def test_a_run_on_every_modality_resumes_and_its_loss_falls(
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [((2, 2, 2), 100)])
 def test_any_mesh_and_chunk_equals_one_device(cases, mixed, layout):
-    """Loss and gradient of a batch with every modality: media are laid out by shard, and none may be mistaken."""
+    """Loss and gradient of a batch with every modality: no medium is mistaken for another."""
     (shape, chunk_tokens), records = layout, list(JsonlSource(mixed))[:12]
     adapters = random_adapters(
         load_model(open_checkpoint(cases["omni"].path), make_mesh(), towers=())[1]["decoder"]
@@ -284,7 +284,7 @@ def test_media_that_the_checkpoint_does_not_take_is_refused_before_anything_is_l
 
 
 def test_homogeneous_batches_and_what_says_the_same(cases, mixed):
-    """Runs of one source; sides that say the same share a number in every process, others do not."""
+    """Batches of one source; equal contents share a number in every process, others do not."""
     shades = np.tile(np.arange(40, dtype=np.uint8)[:, None, None, None], (1, 28, 28, 3))
     text = ListSource([Record(f"a{i}", "same words", (), f"text:{i}") for i in range(40)])
     parts = [{"type": "image", "image": shade} for shade in shades]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.presets import PRESETS
-from lco_jax import job, make_mesh
+from lco_jax import job, loop, make_mesh
 from lco_jax import plan as planning
 from lco_jax.checkpoint.hf import open_geometry
 from lco_jax.core.errors import run_main
@@ -104,7 +104,7 @@ def test_memory_is_that_of_the_run(tmp_path, monkeypatch, on_cpu):
         )
         return make_train_step(model, *given)
 
-    run = job.begin(opened, step_of)
+    run = loop.begin(opened, step_of)
     batch, _ = next(pipeline.batches(run.iterator, run.planned, opened.processor.rows, mesh))
     with jax.set_mesh(mesh):
         lowered = run.train_step.update.lower(run.state, opened.params, batch, None)

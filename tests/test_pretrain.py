@@ -1,4 +1,4 @@
-"""Generative training: transformers' loss and gradient, the same on any mesh and chunking, runs that resume."""
+"""Generative training: transformers' loss and gradient, any mesh and chunks, resumed runs."""
 
 from types import SimpleNamespace
 
@@ -79,11 +79,16 @@ def ours(path, records, tune=WHOLE, mesh=(1, 1, 1), chunk_tokens=0):
         tuned = jax.device_put(tuned, shardings(tuned, mesh))
         rest = tuning.frozen(params, tune)
         model = type(model)(decoder, model.towers)
-        loss = lambda tuned: generative_loss(tuned, rest, batch, None, model, LORA, 0)
+
+        def loss(tuned):
+            return generative_loss(tuned, rest, batch, None, model, LORA, 0)
+
         (value, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(tuned)
     record = np.asarray(batch.answers.record)
     counts = np.bincount(record[record >= 0], minlength=len(records))
-    assert np.average(metrics["rows"], weights=counts) == pytest.approx(float(value), rel=1e-5)
+    assert np.average(metrics["record_losses"], weights=counts) == pytest.approx(
+        float(value), rel=1e-5
+    )
     return float(value), jax.device_get(gradient), checkpoint
 
 
@@ -161,8 +166,14 @@ def test_any_mesh_chunk_and_part_of_the_vocabulary_gives_the_same(cases, tune, m
 
 def short(path="builtin:tiny", **keys):
     config = settings.get_config()
-    flat = {"model.path": str(path), "train.steps": 6, "train.batch_size": 16, "optimizer.warmup_steps": 1,
-            "checkpoint.every": 2, **keys}  # fmt: skip
+    flat = {
+        "model.path": str(path),
+        "train.steps": 6,
+        "train.batch_size": 16,
+        "optimizer.warmup_steps": 1,
+        "checkpoint.every": 2,
+        **keys,
+    }
     config.update_from_flattened_dict(flat)
     return config
 

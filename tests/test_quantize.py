@@ -40,7 +40,8 @@ from lco_jax.models.model import Model
 from lco_jax.train import train
 from lco_jax.training.optimizer import OptimizerConfig, make_optimizer
 from lco_jax.training.run import check_config, claim_workdir
-from lco_jax.training.step import init_state, make_train_step, state_shardings
+from lco_jax.training.state import init_state, state_shardings
+from lco_jax.training.step import make_train_step
 
 EXACT = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
 DTYPES = {"float32": (jnp.float32, torch.float32), "bfloat16": (jnp.bfloat16, torch.bfloat16)}

@@ -1,4 +1,4 @@
-"""The training step: the loss of the reference, the gradient of the global batch, the same on any mesh and chunking."""
+"""The training step: the reference's loss and gradient, the same on any mesh and in any chunks."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,8 @@ from lco_jax.data.records import Record
 from lco_jax.data.sources import JsonlSource
 from lco_jax.training.losses import info_nce
 from lco_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from lco_jax.training.step import init_state, make_train_step, make_update, state_shardings
+from lco_jax.training.state import init_state, state_shardings
+from lco_jax.training.step import make_train_step, make_update
 
 PROMPT = "\nSummarize the above text in one word:"
 STEPS, BATCH, TEMPERATURE = 20, 6, 0.03
@@ -41,8 +42,8 @@ def begin(adapters, tx, mesh):
 
 
 def run(
-    path, records, adapters=None, *, mesh=(1, 1, 1), chunk_tokens=0, steps=STEPS, batch=BATCH, dropout=0.0, negatives=1,
-    candidates="auto",
+    path, records, adapters=None, *, mesh=(1, 1, 1), chunk_tokens=0, steps=STEPS, batch=BATCH,
+    dropout=0.0, negatives=1,
 ):  # fmt: skip
     """Train from `path`; returns (losses, adapters, metrics of the last step)."""
     mesh = make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
@@ -60,9 +61,7 @@ def run(
     losses, metrics = [], {}
     with jax.set_mesh(mesh):
         state, places = begin(adapters, tx, mesh)
-        step = make_train_step(
-            model, tx, config, TEMPERATURE, 0, mesh, places, candidates=candidates
-        )
+        step = make_train_step(model, tx, config, TEMPERATURE, 0, mesh, places)
         for local in batches:
             state, metrics = step(
                 state, params, pipeline.global_batch(local, layout, processor.rows, mesh)
@@ -159,9 +158,9 @@ def test_gradcache_chunks_change_nothing(records, one_device):
 
 
 def test_chunked_and_sharded_step_in_short(records):
-    """Three steps of the above, for the quick lane; and with six records' candidates passed round a ring of four."""
+    """Three steps of the above, for the quick lane."""
     plain, _, metrics = run("builtin:tiny", records, steps=3, dropout=0.1)
-    layout = {"mesh": (2, 2, 2), "chunk_tokens": 40, "candidates": "ring"}
+    layout = {"mesh": (2, 2, 2), "chunk_tokens": 40}
     other, _, others = run("builtin:tiny", records, steps=3, dropout=0.1, **layout)
     assert np.abs(plain - other).max() < 1e-5
     assert abs(metrics["grad_norm"] - others["grad_norm"]) < 1e-5 * metrics["grad_norm"]
@@ -242,7 +241,7 @@ def test_a_step_that_is_not_finite_changes_nothing(cases, records):
         assert any(jax.tree.leaves(moved))
 
 
-def test_a_step_tells_its_rate_and_one_that_is_not_finite_does_not_advance_the_schedule(records):
+def test_a_step_reports_its_rate_and_one_that_is_not_finite_does_not_advance_the_schedule(records):
     """The loss of a step is not finite where the frozen parameters are not."""
     config = OptimizerConfig(learning_rate=2.0, schedule="linear", warmup_steps=4)
     tx, mesh = make_optimizer(config, 10), make_mesh(devices=jax.devices()[:1])
@@ -258,11 +257,11 @@ def test_a_step_tells_its_rate_and_one_that_is_not_finite_does_not_advance_the_s
 
     state, places = begin({"norm": {"weight": jnp.ones(3)}}, tx, mesh)
     update = make_update(loss, tx, 0, mesh, places)
-    told = []
+    rates = []
     for scale in (1.0, 1.0, jnp.nan, jnp.nan, 1.0):
         state, metrics = update(state, jnp.float32(scale), batch, None)
-        told.append(float(metrics["learning_rate"]))
-    assert told == pytest.approx([float(rate(i)) for i in (0, 1, 2, 2, 2)])
+        rates.append(float(metrics["learning_rate"]))
+    assert rates == pytest.approx([float(rate(i)) for i in (0, 1, 2, 2, 2)])
 
 
 def test_schedules():
@@ -296,7 +295,10 @@ def test_weight_decay_and_clipping_reach_the_update():
 
 @pytest.mark.parametrize("shape", [None, (2, 2, 2)])
 def test_tiles_change_no_loss_metric_or_gradient(shape):
-    """The B × N matrix in tiles, on one device and on a mesh, with absent negatives, records and repeated content."""
+    """The B × N matrix in tiles, on one device and on a mesh.
+
+    With absent negatives, absent records and repeated content.
+    """
     rng = np.random.default_rng(0)
     e = rng.normal(size=(24, 4, 16)).astype(np.float32)
     e /= np.linalg.norm(e, axis=-1, keepdims=True)
@@ -306,7 +308,9 @@ def test_tiles_change_no_loss_metric_or_gradient(shape):
     content = rng.integers(0, 30, (24, 4))
 
     def run(e, tile_scores):
-        loss = lambda e: info_nce(e, jnp.array(present), 0.05, jnp.array(content), tile_scores)
+        def loss(e):
+            return info_nce(e, jnp.array(present), 0.05, jnp.array(content), tile_scores)
+
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(e)
 
     want = run(e, 2**25)
@@ -320,7 +324,7 @@ def test_tiles_change_no_loss_metric_or_gradient(shape):
 
 
 def test_the_loss_of_a_very_large_batch_fits():
-    """65,536 anchors, 131,072 candidates, D 256: the dense matrix alone is 32 GiB; ours compiles to under 2 GB."""
+    """65,536 anchors, 131,072 candidates, D 256: under 2 GB; the dense matrix alone has 32 GiB."""
     shapes = (
         jax.ShapeDtypeStruct((65536, 3, 256), jnp.float32),
         jax.ShapeDtypeStruct((65536, 3), bool),

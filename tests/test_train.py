@@ -1,4 +1,4 @@
-"""The main job in real processes: killed, resumed, preempted, on several processes; and what it leaves behind."""
+"""The main job in real processes: killed, resumed, preempted, several of them; and its outputs."""
 
 import json
 import os
@@ -15,25 +15,27 @@ import jax
 import numpy as np
 import pytest
 
+from configs import tiny
 from lco_jax import LcoError, OmniEmbedder, convert, make_mesh
 from lco_jax.core.errors import PREEMPTED
 from lco_jax.pretrain import pretrain
 from lco_jax.train import train
 from lco_jax.training import cli
 from lco_jax.training.metrics import read_metrics
+from lco_jax.training.run import check_config, claim_workdir
 
 ROOT = Path(__file__).parent.parent
 STEPS = 20
 SMALL = [  # the real job, made short
-    "--config=configs/tiny.py", f"--config.train.steps={STEPS}", "--config.train.batch_size=8", "--config.eval.path=",
-    "--config.optimizer.warmup_steps=4", "--config.checkpoint.every=4", "--config.export.merged=False",
-    "--config.lora.rank=4",
+    "--config=configs/tiny.py", f"--config.train.steps={STEPS}", "--config.train.batch_size=8",
+    "--config.eval.path=", "--config.optimizer.warmup_steps=4", "--config.checkpoint.every=4",
+    "--config.export.merged=False", "--config.lora.rank=4",
 ]  # fmt: skip
 
 
 def start(workdir, *flags, devices=1, given=SMALL):
     environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    command = [sys.executable, "-m", "lco_jax.train", *given, f"--workdir={workdir}", *flags]
+    command = [sys.executable, "-m", "lco_jax.train", *given, f"--output={workdir}", *flags]
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -75,7 +77,7 @@ def adapter_bytes(workdir):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """A run after two SIGKILLs, the second while a checkpoint is being written: what each test goes on from."""
+    """A run after two SIGKILLs, the second while a checkpoint is being written."""
     workdir, rng = tmp_path_factory.mktemp("killed"), random.Random(0)
     for kill in range(2):
         if (
@@ -138,7 +140,7 @@ def test_sigterm_saves_and_says_so_by_its_status(quiet, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_equal_one(quiet, tmp_path):
-    """Real processes on loopback, started by the launcher: every process reads its share, one set of outputs."""
+    """Real processes on loopback, started by the launcher, with one set of outputs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -161,13 +163,16 @@ def test_two_processes_equal_one(quiet, tmp_path):
 def test_a_finished_run_and_another_configuration(quiet, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("lco_jax.job.make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
-    run = lambda *flags: train(cli.parse(["train", *SMALL, *flags], "").config, quiet)
+
+    def run(*flags):
+        return train(cli.parse(["train", *SMALL, *flags], "").config, quiet)
+
     before, adapter = losses(quiet), adapter_bytes(quiet)
     shutil.rmtree(quiet / "adapter")
     run()  # nothing left to do: exports again
     assert losses(quiet) == before
     assert adapter_bytes(quiet) == adapter
-    with pytest.raises(LcoError, match=r"config\.optimizer\.learning_rate.*another --workdir"):
+    with pytest.raises(LcoError, match=r"config\.optimizer\.learning_rate.*another --output"):
         run("--config.optimizer.learning_rate=5.0")
     assert losses(quiet) == before
 
@@ -179,25 +184,40 @@ def test_a_finished_run_and_another_configuration(quiet, monkeypatch):
         ("train.temperature=-0.1", "config.train.temperature is -0.1"),
         ("checkpoint.every=0", "config.checkpoint.every is 0"),
         ("optimizer.clip_norm=-1.0", "config.optimizer.clip_norm is -1.0"),
-        (
-            "train.candidates=rings",
-            "config.train.candidates is 'rings'; it is one of: auto, gather, ring",
-        ),
+        ("data.batches=sorted", "config.data.batches is 'sorted'; it must be mixed or homogeneous"),
         ("seed=-1", "config.seed is -1"),
         ("model.remat=ful", "remat is 'ful'"),
         ("model.dtype=bf16", "dtype 'bf16'"),
         ("mesh.tensor=3", "mesh .* needs"),
         ("optimizer.schedule=cubic", "optimizer.schedule is 'cubic'"),
         ("eval.path=nowhere.jsonl", "nowhere.jsonl cannot be read"),
-        ("eval.path=assets:lab/text.jsonl,assets:lab/text.jsonl", "names two files alike"),
+        ("eval.path=assets:lab/text.jsonl,assets:lab/text.jsonl", "holds two files of one name"),
     ],
 )
-def test_a_value_that_cannot_be_is_told_and_claims_no_workdir(tmp_path, monkeypatch, flag, says):
+def test_a_value_that_cannot_be_is_refused_and_claims_no_folder(tmp_path, monkeypatch, flag, says):
     monkeypatch.chdir(ROOT)
     args = cli.parse(["train", *SMALL, f"--config.{flag}"], "")
     with pytest.raises(LcoError, match=says):
         train(args.config, tmp_path)
     assert not (tmp_path / "config.json").exists()
+
+
+def test_a_key_that_is_gone_is_refused_unless_it_has_its_default():
+    config = tiny.get_config()
+    config.train.candidates = "auto"
+    check_config(config)
+    config.train.candidates = "ring"
+    with pytest.raises(LcoError, match=r"config\.train\.candidates does not exist any more"):
+        check_config(config)
+
+
+def test_an_earlier_versions_run_can_be_resumed(tmp_path):
+    config = tiny.get_config()
+    config.train.spike = 3.0
+    claim_workdir(tmp_path, config, 10, begun=False)
+    claim_workdir(tmp_path, tiny.get_config(), 10, begun=True)
+    with pytest.raises(LcoError, match=r"config\.total_steps = 10, and this one has 11"):
+        claim_workdir(tmp_path, tiny.get_config(), 11, begun=True)
 
 
 @pytest.mark.slow
@@ -210,11 +230,12 @@ def test_the_second_evaluation_compiles_nothing(tmp_path, monkeypatch, job):
     module, compiled, evaluated = sys.modules[job.__module__], [], []
     evaluate = module._evaluate
 
-    def counted(*args, said=0):
+    def counted(*args, **kwargs):
         before = len(compiled)
-        kwargs = {"said": 0} if job is pretrain else {}
+        if job is pretrain:
+            kwargs["answered"] = 0
         evaluated.append((evaluate(*args, **kwargs), len(compiled) - before))
-        return {**evaluated[-1][0], **({"said": []} if said else {})}
+        return evaluated[-1][0].copy()
 
     def listen(event, *_, **__):
         compiled.append(event) if event.endswith("backend_compile_duration") else None
@@ -254,7 +275,7 @@ def test_repeated_non_finite_steps_stop_the_run(tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_job(tmp_path, monkeypatch):
-    """The README's first command, and TensorBoard: text alone is trained on; pictures and sounds are found, too."""
+    """The README's first command, and TensorBoard: trained on text, it finds images and sounds."""
     output = finish(
         start(tmp_path, "--config.log.tensorboard=True", given=["--config=configs/base.py"])
     )

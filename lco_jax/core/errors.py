@@ -1,8 +1,7 @@
-"""What a user sees when something they gave us is wrong: one sentence, no traceback."""
+"""How a command ends: a user's mistake is one sentence, a bug is a traceback."""
 
 import errno
 import os
-import re
 import sys
 import threading
 import traceback
@@ -12,80 +11,122 @@ from typing import Any, NoReturn
 
 import jax
 
-# exit statuses after which the same command is to be started again: SIGTERM stopped it; a process hung or is gone
+# Exit statuses after which the same command is to be started again: SIGTERM stopped the process;
+# another process is gone or hangs.
 PREEMPTED, PEER_LOST = 75, 76
-# what the failures of a collective or a barrier say when another process is gone
-_GONE = re.compile(
-    r"gloo|nccl|connection|heartbeat|barrier|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED", re.IGNORECASE
-)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# Status codes of jax's errors that blame a program or its size, and never another process.
+PROGRAM_ERRORS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 
 
 class LcoError(Exception):
-    """Bad input. The message is one sentence that names the file, key, record or flag, and what to do."""
+    """A user's mistake, in one sentence: the file, key, record or flag, and what to do about it."""
+
+
+class PeerLost(ConnectionError):
+    """Another process of this job is gone, or cannot be reached."""
 
 
 def reason(error: BaseException) -> str:
-    """One line of what an exception says, without the stand-ins for file names that decoders add."""
-    said = (
+    """The first line of an exception's message, in printable characters.
+
+    Decoders put stand-ins for file names into their messages; `error_string` and `strerror` have
+    none.
+    """
+    message = (
         getattr(error, "error_string", None)
         or getattr(error, "strerror", None)
         or str(error).strip()
     )
-    line = (str(said).splitlines() or [""])[0].rstrip(":. ") or type(error).__name__
-    return "".join(letter if letter.isprintable() else "?" for letter in line[:200])
+    first_line = str(message).partition("\n")[0].rstrip(":. ") or type(error).__name__
+    return "".join(letter if letter.isprintable() else "?" for letter in first_line[:200])
 
 
 @contextmanager
 def explained(what: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Exceptions of these kinds that are raised within become an `LcoError`: `what`, and the reason they give."""
+    """Turn exceptions of these kinds into an `LcoError`: `what`, and the reason that they give."""
     try:
         yield
     except LcoError:
         raise
     except kinds as error:
-        raise LcoError(f"{what}: {reason(error)}") from None
+        raise LcoError(f"{what}: {reason(error)}") from error
 
 
 def check_keys(given: Iterable[Any], known: Iterable[str], where: str) -> None:
     """Raise for a key that is not among the known ones."""
-    if unknown := sorted(set(given) - set(known), key=str):
+    unknown = sorted(set(given) - set(known), key=str)
+    if unknown:
         raise LcoError(f"{where} has the unknown key {unknown[0]!r}; it takes {', '.join(known)}")
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run an entry point; an `LcoError` becomes one line on stderr and exit status 2."""
+    """Run an entry point and end the process with its status.
+
+    An `LcoError` becomes one line on stderr and status 2. With --debug anywhere on the command
+    line, or LCO_JAX_DEBUG=1 in the environment, its traceback comes before that line.
+    """
+    debug = _wants_debug()
     try:
         sys.exit(main())
     except LcoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        leave(2)
+        _end(2, f"error: {error}", debug)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        leave(130)
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            print(
-                f"error: {error.filename or 'a file'}: {reason(error)}; make room, then try again",
-                file=sys.stderr,
-            )
-            leave(2)
-        if not jax.distributed.is_initialized():
-            raise
+        _end(130, "interrupted", debug)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            file = error.filename or "a file"
+            _end(2, f"error: {file}: {reason(error)}; make room, then try again", debug)
+        _fail()
+    except Exception:  # one of several processes must not wait for the others
+        _fail()
+
+
+def _wants_debug() -> bool:
+    """Whether --debug or LCO_JAX_DEBUG is set; commands never see the flag."""
+    if "--debug" in sys.argv:
+        sys.argv.remove("--debug")
+        return True
+    return os.environ.get("LCO_JAX_DEBUG", "") not in ("", "0")
+
+
+def _end(status: int, message: str, debug: bool) -> NoReturn:
+    """End for a reason that a sentence explains."""
+    if debug:
         traceback.print_exc()
-        leave(1)
+    print(message, file=sys.stderr)
+    leave(status)
+
+
+def _fail() -> NoReturn:
+    """End with the traceback of the exception that is being handled, and status 1."""
+    if not jax.distributed.is_initialized():
+        raise
+    traceback.print_exc()
+    leave(1)
 
 
 def peer_is_gone(error: BaseException) -> bool:
-    """Whether an exception says that another process of this job is gone."""
-    return jax.distributed.is_initialized() and bool(
-        _GONE.search(f"{type(error).__name__} {error}")
-    )
+    """Whether an exception reports that another process of this job is gone.
+
+    jax raises `JaxRuntimeError` when a collective or a barrier fails, orbax a `TimeoutError` that
+    such an error caused, `core/exchange.py` a `PeerLost`. Nothing else counts, whatever its message
+    says.
+    """
+    if not jax.distributed.is_initialized():
+        return False
+    if isinstance(error, TimeoutError):
+        error = error.__cause__
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return not str(error).startswith(PROGRAM_ERRORS)
+    return isinstance(error, PeerLost)
 
 
 def leave(status: int, seconds: float = 5.0) -> NoReturn:
-    """End this process. One of several ends when all of them do, or after so many `seconds`.
+    """End this process. One of several waits at most `seconds` for the others to end.
 
-    Left to itself, jax would wait minutes for the others, which wait for this one in a collective, and then abort.
+    jax's own exit would wait minutes for the others, which wait for this one in a collective, and
+    then abort.
     """
     if not jax.distributed.is_initialized():
         sys.exit(status)

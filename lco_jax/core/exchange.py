@@ -20,6 +20,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lco_jax.core.errors import PeerLost
+
 PATIENCE = 300.0  # seconds that process 0 waits for each of the others
 ATTEMPT = 10  # seconds that an attempt to connect, and each answer of a new peer, may take
 INVITATION = 1024  # bytes
@@ -61,7 +63,7 @@ class Exchange:
             return self._most(numbers)
         except (OSError, EOFError) as error:
             why = str(error) or "it was closed"
-            raise ConnectionError(f"the connection to another process is gone ({why})") from error
+            raise PeerLost(f"the connection to another process is gone ({why})") from error
 
     def _most(self, numbers: np.ndarray) -> np.ndarray:
         if jax.process_index() > 0:
@@ -97,7 +99,7 @@ def _invite(count: int) -> list[Connection]:
                 peer, _ = server.accept()
             except TimeoutError as error:
                 missing = count - len(peers)
-                raise ConnectionError(f"no connection from {missing} of the processes") from error
+                raise PeerLost(f"no connection from {missing} of the processes") from error
             with suppress(OSError, EOFError, AuthenticationError):  # not a process of this run
                 peers.append(_handshake(peer, key, listens=True))
     return peers
@@ -124,7 +126,7 @@ def _join() -> Connection:
             return _handshake(peer, bytes.fromhex(invitation["key"]), listens=False)
         except (OSError, EOFError, AuthenticationError) as error:
             reasons.append(f"{host}: {error or type(error).__name__}")
-    raise ConnectionError(
+    raise PeerLost(
         f"no connection to process 0 at port {port} of its host ({'; '.join(reasons)}); "
         "machines of one run have to reach each other"
     )

@@ -19,7 +19,7 @@ from lco_jax.core.packing import Shape, width_of
 from lco_jax.core.sharding import row_shards
 from lco_jax.models.decoder import Decoder
 from lco_jax.training import memory, tuning
-from lco_jax.training.run import Training
+from lco_jax.training.state import Training
 from lco_jax.training.step import contrastive_loss, make_update
 
 PREFIX = 14  # tokens of the prompt that texts share: those of Qwen's template
@@ -115,7 +115,7 @@ class Step:
     def lower(self, remat: str, chunk_tokens: int) -> jax.stages.Lowered:
         """The update, traced and ready to be compiled for the mesh's devices."""
         training, train = self.training, self.config["train"]
-        keys = "temperature", "ignore_duplicates", "candidates", "two_way"
+        keys = "temperature", "ignore_duplicates", "two_way"
         options = {key: train[key] for key in keys}
         decoder = self.decoder(remat)
         loss = partial(contrastive_loss, decoder=decoder, config=training.lora, **options)

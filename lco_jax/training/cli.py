@@ -1,4 +1,4 @@
-"""The command line of training jobs: --config, any key of which can be set, --workdir, and how processes meet."""
+"""The command line of training jobs: the configuration, whose keys are flags, and the processes."""
 
 import difflib
 import logging
@@ -13,139 +13,166 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 
 from lco_jax.core.buckets import Place, place
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, explained
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.training.watch import leave_on_sigterm, meeting
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+FLAGS = {
+    "config": "a configuration: a name (base, base:paper) or a file (configs/base.py, mine.py)",
+    "output": "the run's folder (or gs://…); by default runs/NAME",
+    "distributed": "join the processes of a TPU pod or Slurm job",
+    "coordinator": "HOST:PORT of process 0, for several processes",
+    "num-processes": "how many processes",
+    "process-id": "which of them this is",
+    "debug": "show the traceback of every error",
+    "help": "this text",
+}
+# what absl and ml_collections raise for a value or a key that they cannot take
+FLAG_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError)
+EARLIER = {
+    "workdir": "output",
+    "num_processes": "num-processes",
+    "process_id": "process-id",
+    "h": "help",
+}
 
-def parse(argv: list[str], doc: str | None) -> flags.FlagValues:
-    """The flags in argv; --help prints `doc` and every key of the config. Raises `LcoError` for what it cannot read."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config", None, "the configuration file", flag_values=values, sys_argv=argv
-    )
-    flags.DEFINE_string(
-        "workdir", None, "where the run lives (or gs://…); by default runs/NAME", flag_values=values
-    )
-    flags.DEFINE_string(
-        "coordinator", None, "HOST:PORT of process 0, for several processes", flag_values=values
-    )
-    flags.DEFINE_integer("num_processes", None, "how many processes", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "which of them this is", flag_values=values)
-    flags.DEFINE_bool(
-        "distributed", False, "join the processes of a TPU pod or Slurm job", flag_values=values
-    )
-    flags.DEFINE_bool("help", False, "this text", short_name="h", flag_values=values)
+
+def start(doc: str | None) -> tuple[ConfigDict, Place]:
+    """This process's (configuration, output folder), after it has joined the other processes."""
+    args = parse(sys.argv, doc)
+    join_processes(args)
+    return args.config, place(args.output or f"runs/{args.config.name}")
+
+
+def parse(argv: Sequence[str], doc: str | None) -> flags.FlagValues:
+    """The flags in argv. --help prints `doc`, the flags and every key of the configuration.
+
+    Raises for what it cannot read.
+    """
     wants_help = any(arg in ("--help", "-h", "-help") for arg in argv[1:])
-    config = _load(argv)
-    if config is None and not wants_help:
-        raise LcoError("--config is missing; for a first run: --config=configs/base.py")
-    try:
+    name, argv = _split_config(argv)
+    config = ConfigDict() if name is None and wants_help else _load(name)
+    _check_keys(argv, config)
+    values = _flags(argv, config)
+    with explained("the flags are wrong", *FLAG_ERRORS):
         rest = values(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise LcoError(_explain(error, argv, values, config)) from None
     if len(rest) > 1:
         raise LcoError(
-            f"{rest[1]!r} is no flag; flags look like --workdir=runs/mine (--help lists them)"
+            f"{rest[1]!r} is no flag; flags look like --output=runs/mine (--help lists them)"
         )
     if wants_help:
-        print(doc)
-        for name in (
-            "config",
-            "workdir",
-            "distributed",
-            "coordinator",
-            "num_processes",
-            "process_id",
-        ):
-            print(f"  --{name}: {values[name].help}")
-        if values.config is not None:
-            print(f"\nKeys and values of the configuration:\n\n{values.config}")
+        _print_help(doc, config)
         sys.exit(0)
     return values
 
 
-def start(doc: str | None) -> tuple[ConfigDict, Place]:
-    """(configuration, workdir) of this process's command line, after joining the other processes if there are any."""
-    args = parse(sys.argv, doc)
-    join_processes(args)
-    return args.config, place(args.workdir or f"runs/{args.config.name}")
+def _flags(argv: Sequence[str], config: ConfigDict) -> flags.FlagValues:
+    """The flags, not yet parsed. Every key of the configuration that argv sets is a flag."""
+    values = flags.FlagValues()
+    with explained("the flags are wrong", *FLAG_ERRORS):
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    for name in ("output", "coordinator"):
+        flags.DEFINE_string(name, None, FLAGS[name], flag_values=values)
+    for name in ("num-processes", "process-id"):
+        flags.DEFINE_integer(name, None, FLAGS[name], flag_values=values)
+    for name in ("distributed", "help"):
+        flags.DEFINE_bool(name, False, FLAGS[name], flag_values=values)
+    for earlier, name in EARLIER.items():
+        flags.DEFINE_alias(earlier, name, flag_values=values)
+    return values
 
 
-def _load(argv: Sequence[str]) -> ConfigDict | None:
-    """The configuration that --config names, as its file has it. Raises naming the file if it does not load."""
-    for arg, following in zip(argv[1:], [*argv[2:], ""], strict=False):
-        if arg.startswith("-") and arg.lstrip("-").split("=")[0] == "config":
-            path = arg.split("=", 1)[1] if "=" in arg else following
-            break
-    else:
-        return None
-    if not path:
-        raise LcoError("--config needs a file; for a first run: --config=configs/base.py")
-    if not Path(path.split(":")[0]).is_file():
-        raise LcoError(f"--config={path}: there is no such file")
+def _print_help(doc: str | None, config: ConfigDict) -> None:
+    print(doc)
+    for name, text in FLAGS.items():
+        print(f"  --{name}: {text}")
+    if config:
+        print(f"\nKeys and values of the configuration:\n\n{config}")
+
+
+# ---- the configuration
+
+
+def names() -> list[str]:
+    """The configurations that come with this package."""
+    return sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "recipes")
+
+
+def _split_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of --config, and the other arguments."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("config", None, FLAGS["config"], flag_values=values)
+    values.set_gnu_getopt()  # a flag's value may stand before --config
+    with explained("the flags are wrong", flags.Error):
+        rest = values(argv, known_only=True)
+    return values.config, rest
+
+
+def _load(name: str | None) -> ConfigDict:
+    """The configuration of a name or file (base, base:paper, mine.py), before flags change it."""
+    if not name:
+        raise LcoError("--config is missing; for a first run: --config=base")
+    path, colon, argument = name.partition(":")
+    if not Path(path).is_file():
+        if path not in names():
+            raise LcoError(
+                f"--config={name}: there is no such file, and no configuration of that name; "
+                f"there are: {', '.join(names())}"
+            )
+        path = f"{CONFIGS / path}.py"
+    parser = config_flags.config_flags.ConfigFileFlagParser("config")
     try:
-        config = config_flags.config_flags.ConfigFileFlagParser("config").parse(path)
-    except Exception as error:  # a configuration is code, which can raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise LcoError(f"--config={path} does not load: {reason}") from None
+        config = parser.parse(path + colon + argument)
+    except Exception as error:  # the user's code, which can raise anything
+        last_line = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise LcoError(f"--config={name} does not load: {last_line}") from error
     if not isinstance(config, ConfigDict):
-        raise LcoError(
-            f"--config={path}: get_config() returns a {type(config).__name__}, and must return a ConfigDict"
-        )
+        kind = type(config).__name__
+        raise LcoError(f"--config={name}: get_config() must return a ConfigDict, and not a {kind}")
     return config
 
 
-def _explain(
-    error: Exception, argv: list[str], values: flags.FlagValues, config: ConfigDict | None
-) -> str:
-    """One sentence for a flag that could not be read, with the nearest key where one was misspelt."""
+def _check_keys(argv: Sequence[str], config: ConfigDict) -> None:
+    """Raise for a flag that sets a key which the configuration does not have."""
+    known = sorted(flatten_dict(config.to_dict(), keep_empty_nodes=True, sep="."))
     for arg in argv[1:]:
-        name = arg.lstrip("-").split("=")[0]
-        positive = name.removeprefix("no")
-        if not arg.startswith("-") or positive in values:
-            continue  # a value, or a flag there is
-        if positive.startswith("config.") and config is not None:
-            key = positive.removeprefix("config.")
-            known = flatten_dict(config.to_dict(), keep_empty_nodes=True, sep=".")
-            if not any(f"{name}.".startswith(f"{key}.") for name in known):
-                near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
-                return f"--{positive}: the config has no key {key!r}" + (
-                    f"; did you mean {near[0]!r}?" if near else ""
-                )
-        elif name not in values and name not in ("config", "help", "h"):
-            near = difflib.get_close_matches(name, list(values), n=1, cutoff=0.5)
-            return f"--{name} is no flag" + (
-                f"; did you mean --{near[0]}?" if near else " (--help lists them)"
-            )
-    return str(error).replace("\n", " ")
+        flag = arg.lstrip("-").partition("=")[0].removeprefix("no")
+        key = flag.removeprefix("config.")
+        if not arg.startswith("-") or key == flag:
+            continue  # a value, or another flag
+        if not any(f"{name}.".startswith(f"{key}.") for name in known):
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise LcoError(f"--{flag}: the config has no key {key!r}{hint}")
+
+
+# ---- processes
 
 
 def join_processes(args: flags.FlagValues) -> None:
-    """`jax.distributed`: by the three explicit flags, or as the cluster says with --distributed."""
-    explicit = (args.coordinator, args.num_processes, args.process_id)
-    heartbeat = 100 + int(
-        args.config.get("train", {}).get("patience", 0)
-    )  # jax just aborts: the watchdog comes first
-    if any(value is not None for value in explicit):
-        if any(value is None for value in explicit):
-            raise LcoError("--coordinator, --num_processes and --process_id go together")
+    """Join the other processes, if the flags ask for it, and set this one up."""
+    explicit = (args.coordinator, args["num-processes"].value, args["process-id"].value)
+    asked = [value is not None for value in explicit]
+    if any(asked) and not all(asked):
+        raise LcoError("--coordinator, --num-processes and --process-id go together")
+    if any(asked) or args.distributed:
+        patience = int(args.config.get("train", {}).get("patience", 0))
         with meeting() as seconds:
             jax.distributed.initialize(
-                *explicit, heartbeat_timeout_seconds=heartbeat, initialization_timeout=2 * seconds
+                *explicit,
+                heartbeat_timeout_seconds=patience + 100,  # so that the watchdog acts first
+                initialization_timeout=2 * seconds,
             )
-    elif args.distributed:
-        with meeting() as seconds:
-            jax.distributed.initialize(
-                heartbeat_timeout_seconds=heartbeat, initialization_timeout=2 * seconds
-            )
-    leave_on_sigterm()  # jax has a handler of its own, which only takes note
+    leave_on_sigterm()  # jax's own handler only takes note
+    _set_up_logging()
+    keep_compiled()
+
+
+def _set_up_logging() -> None:
     logging.basicConfig(
         level=logging.WARNING, format="%(levelname).1s %(name)s: %(message)s", force=True
     )
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save
-    logging.getLogger("lco_jax").setLevel(
-        logging.INFO
-    )  # which programs are compiled, which kernels are taken
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save
+    logging.getLogger("lco_jax").setLevel(logging.INFO)  # compiled programs, chosen kernels
     warnings.filterwarnings("ignore", message=".*Sharding info not provided.*")
-    keep_compiled()

@@ -1,30 +1,53 @@
 """The contrastive loss.
 
-Dimensions: B records, M hard negatives a record, D hidden, N candidates = B · (1 + M), P shards of the records, T
-tiles; b anchors and n candidates of a shard or a tile; C chunks, R streams, S sequences of a stream.
+Dimensions: B records, M hard negatives a record, D hidden, N candidates = B · (1 + M), P shards of
+the records, T tiles of a shard's records; b anchors of a tile, over all shards.
 """
 
-from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
-from jax.sharding import PartitionSpec
 
 from lco_jax.core.sharding import ROWS, constrain, current_row_shards
 
 TILE_SCORES = 2**25  # anchors × candidates that a device compares at once (128 MiB of float32)
-CANDIDATES = ("auto", "gather", "ring")
-RING_BYTES = (
-    2**30
-)  # gathered candidates and their gradient, on one device, from which on "auto" takes the ring
 
 
-def takes_ring(candidates: str, count: int, hidden: int) -> bool:
-    """Whether `count` candidates of `hidden` float32 stay split over the current mesh. candidates: of `CANDIDATES`."""
-    large = 8 * count * hidden > RING_BYTES
-    return current_row_shards() > 1 and (candidates == "ring" or (candidates == "auto" and large))
+class Anchors(NamedTuple):
+    """vectors: [b, D]; present: [b]; index, content: [b], those of their positives."""
+
+    vectors: Array
+    present: Array
+    index: Array
+    content: Array
+
+
+class Candidates(NamedTuple):
+    """vectors: [N, D]; present: [N]; index: [N], distinct, lowest for positives; content: [N]."""
+
+    vectors: Array
+    present: Array
+    index: Array
+    content: Array
+
+
+class Comparison(NamedTuple):
+    """What each of b anchors finds among the candidates, [b] each.
+
+    logsumexp: over the logits of its positive and its negatives. positive, negatives: the cosine of
+    the former, and the sum of those of the latter, of which there are `count`. before, after: the
+    highest logit of the negatives whose index is below or above the positive's.
+    """
+
+    logsumexp: Array
+    positive: Array
+    negatives: Array
+    count: Array
+    before: Array
+    after: Array
 
 
 def info_nce(
@@ -33,129 +56,134 @@ def info_nce(
     temperature: float,
     content: Array | None = None,
     tile_scores: int = TILE_SCORES,
-    ring: bool = False,
 ) -> tuple[Array, dict[str, Array]]:
-    """One-way InfoNCE of every anchor against all positives and all hard negatives of the global batch.
+    """One-way InfoNCE of every anchor against all positives and all hard negatives of the batch.
 
     embeddings: float32 [B, 2 + M, D], normalised: anchor, positive, negatives of each record.
-    present: bool [B, 2 + M], False where a record has no such negative, and throughout for a record that was left out.
-    content: int [B, 2 + M], equal for sides that say the same; given, whatever says the same as an anchor's positive is
-    no negative of that anchor (captions of a few classes repeat in every batch).
-    tile_scores: beyond so many scores a device, anchors go through in tiles, and the B × N matrix never exists.
-    ring: no device gathers the candidates: each keeps its share, and anchors visit it tile by tile (under `jit`).
+    present: bool [B, 2 + M], False where a record has no such negative, and throughout for a record
+    that was left out.
+    content: int [B, 2 + M], equal for equal contents. If it is given, a candidate with the content
+    of an anchor's positive is no negative of that anchor (captions of a few classes repeat in every
+    batch).
+    tile_scores: beyond this number of scores a device, anchors are compared in tiles, and the B × N
+    matrix never exists.
 
-    Returns the mean loss and its metrics, among them `rows` [B], each record's loss: NaN where its own embeddings are
-    not finite, inf where that is another's fault, -inf where there is no such record. Written as if on one device: the
-    compiler gathers the candidates, and the gradient is that of the global loss on any mesh (the reference's is divided
-    by the world size). Paper, eq. 1.
+    Returns the mean loss and its metrics. Among them `record_losses` [B]: NaN where a record's own
+    embeddings are not finite, inf where those of another record are the cause, -inf where there is
+    no such record. Written as if on one device: the compiler gathers the candidates, and the
+    gradient is that of the global loss on any mesh (the reference's is divided by the world size).
+    Paper, eq. 1.
     """
-    shards, asked = current_row_shards(), len(present)
-    ring = ring and shards > 1
-    tiles = _tiles(-(-asked // shards), present[:, 1:].size, tile_scores)
-    equal = partial(
-        whole, parts=shards * tiles
-    )  # records that are absent make shards and tiles equal
-    embeddings, present = equal(embeddings), equal(present)
-    content = None if content is None else equal(content)
-    records, sides = present.shape
-    own = jnp.arange(records)
-    index = jnp.concatenate(
-        [own[:, None], records + jnp.arange(records * (sides - 2)).reshape(records, -1)], axis=1
-    )
-    says = index if content is None else content[:, 1:]  # positives come first; no two say the same
-    parts = embeddings[:, 1:], index, present[:, 1:], says
-    candidates = tuple(rearrange(x, "b s ... -> (b s) ...") for x in parts)
-    split = lambda x: constrain(
-        rearrange(x, "(p t b) ... -> t (p b) ...", p=shards, t=tiles), None, ROWS
-    )
-    anchors = split(embeddings[:, 0]), split(own), split(says[:, 0])
-    candidates = jax.tree.map(lambda x: constrain(x, *([ROWS] if ring else [])), candidates)
-    one = lambda tile: _compare(tile, candidates, temperature)
-    found = jax.lax.map(one if tiles == 1 else jax.checkpoint(one), anchors)
-    there, logit = split(present[:, 0]), found["positive"] / temperature
-    rows = rearrange(found["logsumexp"] - logit, "t (p b) -> (p t b)", p=shards)
-    own_fault = jnp.any(present & ~jnp.all(jnp.isfinite(embeddings), axis=-1), axis=-1)
-    rows = jnp.where(own_fault, jnp.nan, jnp.where(jnp.isfinite(rows), rows, jnp.inf))
-    total = lambda x: jnp.sum(jnp.where(there, x, 0.0))
-    count = jnp.sum(there)  # of a batch without a record the mean is NaN, and its step is skipped
-    metrics = {
-        "loss": total(found["logsumexp"] - logit) / count,
-        "accuracy": total((found["before"] < logit) & (found["after"] <= logit))
-        / count,  # of equals, the first
-        "positive_similarity": total(found["positive"]) / count,
-        "negative_similarity": total(found["negative"]) / jnp.maximum(total(found["negatives"]), 1),
-        "rows": jnp.where(present[:, 0], rows, -jnp.inf)[:asked],
-    }
+    records, shards = len(present), current_row_shards()
+    tiles = _tiles(-(-records // shards), present[:, 1:].size, tile_scores)
+
+    def tiled(x: Array) -> Array:
+        tiles_first = rearrange(x, "(p t b) ... -> t (p b) ...", p=shards, t=tiles)
+        return constrain(tiles_first, None, ROWS)
+
+    def compare(tile: Anchors) -> Comparison:
+        return _compare(tile, candidates, temperature)
+
+    anchors, candidates = _split(embeddings, present, content, shards * tiles)
+    anchors = jax.tree.map(tiled, anchors)
+    found = jax.lax.map(compare if tiles == 1 else jax.checkpoint(compare), anchors)
+    losses = found.logsumexp - found.positive / temperature
+    metrics = _means(found, losses, anchors.present, temperature)
+    by_record = rearrange(losses, "t (p b) -> (p t b)", p=shards)[:records]
+    metrics["record_losses"] = _blamed(by_record, embeddings, present)
     return metrics["loss"], metrics
 
 
 def _tiles(anchors: int, candidates: int, tile_scores: int) -> int:
-    """The least T that makes tiles of a device's anchors small enough; a tile has an anchor at least."""
+    """The least T that makes tiles of a device's anchors small enough, and none of them empty."""
     return min(-(-anchors * candidates // tile_scores), anchors)
 
 
-def _compare(
-    anchors: tuple[Array, ...], candidates: tuple[Array, ...], temperature: float
-) -> dict[str, Array]:
-    """What each anchor finds among some candidates, [b] each. before, after: the highest logit of its negatives there.
+def _split(
+    embeddings: Array, present: Array, content: Array | None, multiple: int
+) -> tuple[Anchors, Candidates]:
+    """All anchors, and all candidates, which every device holds.
 
-    anchors: vectors [b, D], the positive's index, what it says. candidates: vectors [n, D], index, presence, what they
-    say. An index is a place in the order of the global batch: first all positives, then all negatives.
+    Absent records make B a multiple of `multiple`.
     """
-    (vectors, own, said), (others, index, real, says) = anchors, candidates
-    cosines = jnp.einsum("bd,nd->bn", vectors, others, precision=jax.lax.Precision.HIGHEST)
-    is_own, is_before = index == own[:, None], index < own[:, None]
-    wrong = real & ~is_own & (says != said[:, None])
-    logits = jnp.where(wrong | is_own, cosines / temperature, -jnp.inf)
-    highest = lambda of: jnp.max(jnp.where(of, jax.lax.stop_gradient(logits), -jnp.inf), axis=-1)
+    if content is None:
+        content = jnp.arange(present.size).reshape(present.shape)
+    missing = -len(present) % multiple
+
+    def padded(x: Array) -> Array:
+        return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+
+    def of_candidates(x: Array) -> Array:
+        return constrain(rearrange(x, "b s ... -> (b s) ..."))
+
+    embeddings, present, content = padded(embeddings), padded(present), padded(content)
+    records, sides = present.shape
+    index = jnp.arange(records * (sides - 1)).reshape(sides - 1, records).T
+    anchors = Anchors(
+        vectors=embeddings[:, 0],
+        present=present[:, 0],
+        index=index[:, 0],
+        content=content[:, 1],
+    )
+    candidates = Candidates(
+        vectors=of_candidates(embeddings[:, 1:]),
+        present=of_candidates(present[:, 1:]),
+        index=of_candidates(index),
+        content=of_candidates(content[:, 1:]),
+    )
+    return anchors, candidates
+
+
+def _compare(anchors: Anchors, candidates: Candidates, temperature: float) -> Comparison:
+    """Compare b anchors with all candidates."""
+    cosines = jnp.einsum(
+        "bd,nd->bn", anchors.vectors, candidates.vectors, precision=jax.lax.Precision.HIGHEST
+    )
+    is_positive = candidates.index == anchors.index[:, None]
+    is_before = candidates.index < anchors.index[:, None]
+    differs = candidates.content != anchors.content[:, None]
+    is_negative = candidates.present & ~is_positive & differs
+    logits = jnp.where(is_negative | is_positive, cosines / temperature, -jnp.inf)
+
+    def highest(chosen: Array) -> Array:
+        return jnp.max(jnp.where(chosen, jax.lax.stop_gradient(logits), -jnp.inf), axis=-1)
+
+    return Comparison(
+        logsumexp=jax.nn.logsumexp(logits, axis=-1),
+        positive=jnp.sum(jnp.where(is_positive, cosines, 0.0), axis=-1),
+        negatives=jnp.sum(jnp.where(is_negative, cosines, 0.0), axis=-1),
+        count=jnp.sum(is_negative, axis=-1).astype(jnp.float32),
+        before=highest(is_negative & is_before),
+        after=highest(is_negative & ~is_before),
+    )
+
+
+def _means(
+    found: Comparison, losses: Array, present: Array, temperature: float
+) -> dict[str, Array]:
+    """The batch's metrics. present: of the anchors. All are [T, b].
+
+    A batch without any record has the mean NaN, so that its step is skipped.
+    """
+    logit = found.positive / temperature
+    is_first = (found.before < logit) & (found.after <= logit)  # of equals, the first counts
+    records = jnp.sum(present)
+
+    def total(x: Array) -> Array:
+        return jnp.sum(jnp.where(present, x, 0.0))
+
     return {
-        "logsumexp": jax.nn.logsumexp(logits, axis=-1),
-        "before": highest(wrong & is_before),
-        "after": highest(wrong & ~is_before),
-        "positive": jnp.sum(jnp.where(is_own, cosines, 0.0), axis=-1),
-        "negative": jnp.sum(jnp.where(wrong, cosines, 0.0), axis=-1),
-        "negatives": jnp.sum(wrong, axis=-1).astype(jnp.float32),
+        "loss": total(losses) / records,
+        "accuracy": total(is_first) / records,
+        "positive_similarity": total(found.positive) / records,
+        "negative_similarity": total(found.negatives) / jnp.maximum(total(found.count), 1),
     }
 
 
-# ---- the ring: how each device comes by its records' sides when no device may hold them all
-
-
-def whole(x: Array, fill: int = 0, parts: int | None = None) -> Array:
-    """x [B, …] with records that are `fill` throughout up to a multiple of `parts`, or of P."""
-    room = -len(x) % (parts or current_row_shards())
-    return jnp.pad(x, ((0, room), *[(0, 0)] * (x.ndim - 1)), constant_values=fill)
-
-
-def by_record(embeddings: Array, sequences: Array) -> Array:
-    """Embeddings of streams [C, R, S, D] as [B, 2 + M, D] split over the shards: each device picks its records' own.
-
-    sequences: int [B, 2 + M], as a `Batch` has them. B and R are multiples of P. The compiler would gather all; here
-    each shard's streams visit every device, and after P visits are home.
-    """
-    mesh, shards = jax.sharding.get_abstract_mesh(), current_row_shards()
-    places = jnp.unravel_index(jnp.maximum(sequences, 0), embeddings.shape[:3])
-    ring = [(i, (i + 1) % shards) for i in range(shards)]
-
-    def here(block: Array, chunk: Array, stream: Array, slot: Array) -> Array:
-        streams = block.shape[1]
-
-        def visit(
-            carry: tuple[Array, Array, Array], _: None
-        ) -> tuple[tuple[Array, Array, Array], None]:
-            block, first, found = carry
-            at = jnp.where(stream < first, streams, stream - first)  # beyond the last lie zeros
-            found += block.at[chunk, at, slot].get(mode="fill", fill_value=0)
-            block, first = (jax.lax.ppermute(x, ROWS, ring) for x in (block, first))
-            return (block, first, found), None
-
-        found = jnp.zeros((*slot.shape, block.shape[-1]))
-        return jax.lax.scan(
-            visit, (block, jax.lax.axis_index(ROWS) * streams, found), length=shards
-        )[0][2]
-
-    share, streams = PartitionSpec(ROWS), PartitionSpec(None, ROWS)
-    split = jax.shard_map(
-        here, mesh=mesh, in_specs=(streams, *[share] * 3), out_specs=share, check_vma=False
-    )
-    return split(embeddings, *places)
+def _blamed(losses: Array, embeddings: Array, present: Array) -> Array:
+    """Losses [B] of records as `info_nce` returns them: NaN, inf and -inf say who is the cause."""
+    finite = jnp.all(jnp.isfinite(embeddings), axis=-1)
+    is_cause = jnp.any(present & ~finite, axis=-1)
+    losses = jnp.where(jnp.isfinite(losses), losses, jnp.inf)
+    losses = jnp.where(is_cause, jnp.nan, losses)
+    return jnp.where(present[:, 0], losses, -jnp.inf)

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: a JSONL file always, TensorBoard and Weights & Biases when the config asks."""
+"""Where a run's metrics go: a JSONL file and, on request, TensorBoard and Weights & Biases."""
 
 import hashlib
 import importlib
@@ -16,46 +16,29 @@ from lco_jax.core.files import write_text
 class MetricsLog:
     """One line a step in `workdir/metrics.jsonl`.
 
-    first_step: where this process begins; lines of later steps, left by a run that was killed after its last
-    checkpoint, are dropped, so that the file always reads like one uninterrupted run.
+    first_step: where this process begins. Lines of later steps, which a killed run wrote after its
+    last checkpoint, are dropped, so that the file always reads like one uninterrupted run.
+    skipped: the number of steps so far that were not finite.
     """
 
     def __init__(self, workdir: Path, first_step: int, config: ConfigDict):
         self.path = workdir / "metrics.jsonl"
-        kept = keep_before(self.path, first_step)
-        self.skipped = (
-            kept[-1]["skipped_steps"] if kept else 0
-        )  # steps that were not finite, so far
-        self._file = open(self.path, "a", encoding="utf-8", buffering=1)
-        self._tensorboard = self._wandb = None
-        if config.log.tensorboard:
-            writer = _optional(
-                "tensorboardX", "config.log.tensorboard", "tensorboard"
-            ).SummaryWriter
-            self._tensorboard = writer(str(workdir / "tensorboard"), purge_step=first_step)
-        if config.log.wandb_project:
-            wandb = _optional("wandb", "config.log.wandb_project", "wandb")
-            identity = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[
-                :16
-            ]  # one run a workdir
-            self._wandb = wandb.init(
-                project=config.log.wandb_project,
-                name=config.name,
-                id=identity,
-                resume="allow",
-                dir=workdir,
-                config=json.loads(config.to_json()),
-            )
+        earlier = keep_before(self.path, first_step)
+        self.skipped = earlier[-1]["skipped_steps"] if earlier else 0
+        self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self._tensorboard = _tensorboard(workdir, first_step) if config.log.tensorboard else None
+        self._wandb = _wandb_run(workdir, config) if config.log.wandb_project else None
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Record the numbers of a step (0-based); None is a number that was not finite."""
-        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
-        values = {key: value for key, value in values.items() if value is not None}
+        """Write the metrics of a step (0-based); None stands for one that was not finite."""
+        line = json.dumps({"step": step, **values}, allow_nan=False)
+        self._file.write(line + "\n")
+        finite = {key: value for key, value in values.items() if value is not None}
         if self._tensorboard:
-            for key, value in values.items():
+            for key, value in finite.items():
                 self._tensorboard.add_scalar(key, value, step)
         if self._wandb:
-            self._wandb.log(dict(values), step=step)
+            self._wandb.log(finite, step=step)
 
     def close(self) -> None:
         self._file.close()
@@ -65,27 +48,44 @@ class MetricsLog:
             self._wandb.finish()
 
 
+def _tensorboard(workdir: Path, first_step: int) -> Any:
+    package = _optional("tensorboardX", "config.log.tensorboard", "tensorboard")
+    return package.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
+
+
+def _wandb_run(workdir: Path, config: ConfigDict) -> Any:
+    """The one run of this workdir, begun or resumed."""
+    wandb = _optional("wandb", "config.log.wandb_project", "wandb")
+    identity = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()
+    return wandb.init(
+        project=config.log.wandb_project,
+        name=config.name,
+        id=identity[:16],
+        resume="allow",
+        dir=workdir,
+        config=json.loads(config.to_json()),
+    )
+
+
 def keep_before(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the lines of `step` and later ones from a file; what it then holds."""
+    """Drop the lines of `step` and of later steps from a file; returns what is left."""
     kept = [line for line in read_metrics(path) if line["step"] < step]
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
     return kept
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics file; a last line torn by a kill is left out."""
+    """The complete lines of a metrics file, without a last line that a kill has torn."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[
-        :-1
-    ]  # what follows the last newline is torn
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines]
 
 
 def _optional(module: str, key: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
-    except ImportError:
+    except ImportError as error:
         raise LcoError(
             f"{key} needs the package {module}: pip install 'lco-jax[{extra}]'"
-        ) from None
+        ) from error

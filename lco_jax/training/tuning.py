@@ -1,11 +1,12 @@
-"""What of a model a run tunes: a tree that mirrors the parameters, and how the two are put together.
+"""Which parameters of a model a run trains, as a tree, and how they join the frozen ones.
 
-Dimensions: D hidden; of a LoRA factor, as in `core/lora.py`.
+Dimensions: D hidden; those of a LoRA factor are in `core/lora.py`.
 
-The tree is {"decoder": …, tower: …, "head": …, "projection": …}: LoRA factors in the place of the decoder's matrices,
-arrays in the place of what is tuned whole, which are float32 whatever the model's dtype is. The projection is none of
-the model's: a matrix [D, D] behind it (the paper's "linear projection only"), at first the identity, or that which the
-checkpoint has.
+The tree is {"decoder": …, tower: …, "head": …, "projection": …}. It mirrors the parameters: LoRA
+factors stand in the place of the decoder's matrices, arrays in the place of parameters that are
+trained in full, in float32 whatever the model's dtype is. The projection is no part of the
+checkpoint's model: a matrix [D, D] behind it (the paper's "linear projection only"), which begins
+as the identity, or as the one that the checkpoint has.
 """
 
 import re
@@ -20,7 +21,8 @@ from jax import Array
 from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
 
-DECODER = {"lora": None, "full": r"(decoder|head)\..+", "projection": None}  # what is tuned whole
+# value of config.tune.decoder or .towers -> pattern of the parameters that are trained in full
+DECODER = {"lora": None, "full": r"(decoder|head)\..+", "projection": None}
 TOWERS = {
     "none": None,
     "projectors": r"(visual\.merger|vision_tower\.projector|audio_tower\.proj)\..+",
@@ -39,44 +41,51 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         for key, known in (("decoder", DECODER), ("towers", TOWERS)):
-            if getattr(self, key) not in known:
-                raise LcoError(
-                    f"config.tune.{key} is {getattr(self, key)!r}; it is one of: {', '.join(known)}"
-                )
+            value = getattr(self, key)
+            if value not in known:
+                raise LcoError(f"config.tune.{key} is {value!r}; it is one of: {', '.join(known)}")
 
-    def whole(self, path: str) -> bool:
-        """Whether the parameter at a dotted path is tuned whole."""
+    def in_full(self, path: str) -> bool:
+        """Whether the parameter at a dotted path is trained in full."""
         patterns = DECODER[self.decoder], TOWERS[self.towers]
         return any(pattern and re.fullmatch(pattern, path) for pattern in patterns)
 
 
 def init(key: Array, params: Tree, tune: TuneConfig, config: lora.LoraConfig) -> Tree:
-    """The tree at step 0: new adapters, and what is tuned whole as `params` has it. Traceable; shapes give shapes."""
+    """The tree at step 0: new adapters, and copies of the parameters that are trained in full.
+
+    Traceable; shapes give shapes.
+    """
     flat = flatten_dict(params, sep=".")
-    tuned = unflatten_dict(
-        {p: x.astype(jnp.float32) for p, x in flat.items() if tune.whole(p)}, sep="."
-    )
+    in_full = {path: x.astype(jnp.float32) for path, x in flat.items() if tune.in_full(path)}
+    tuned = unflatten_dict(in_full, sep=".")
     if tune.decoder == "lora":
         tuned["decoder"] = lora.init(key, params["decoder"], config)
     if tune.decoder == "projection":
-        none = {"weight": jnp.eye(params["decoder"]["norm"]["weight"].shape[-1], dtype=jnp.float32)}
-        tuned["projection"] = params.get("projection", none)
+        tuned["projection"] = params.get("projection") or _identity(params)
     return tuned
 
 
+def _identity(params: Tree) -> Tree:
+    """A projection that changes nothing."""
+    hidden = params["decoder"]["norm"]["weight"].shape[-1]
+    return {"weight": jnp.eye(hidden, dtype=jnp.float32)}
+
+
 def frozen(params: Tree, tune: TuneConfig) -> Tree:
-    """`params` without what is tuned whole, of which the tuned tree has the only copy."""
+    """`params` without those that are trained in full: the tree has their only copy."""
     flat = flatten_dict(params, sep=".")
-    return unflatten_dict({path: x for path, x in flat.items() if not tune.whole(path)}, sep=".")
+    return unflatten_dict({path: x for path, x in flat.items() if not tune.in_full(path)}, sep=".")
 
 
 def attach(params: Tree, tuned: Tree, config: lora.LoraConfig) -> Tree:
-    """`params` (frozen or all) with what is tuned in its place."""
+    """`params` (frozen or all) with the trainable parameters in their places."""
     decoder = lora.attach(params.get("decoder", {}), tuned.get("decoder", {}), config)
-    others = lambda tree: flatten_dict({k: v for k, v in tree.items() if k != "decoder"}, sep=".")
-    return {"decoder": decoder, **unflatten_dict({**others(params), **others(tuned)}, sep=".")}
+    flat = flatten_dict(params, sep=".") | flatten_dict(tuned, sep=".")
+    others = {path: x for path, x in flat.items() if not path.startswith("decoder.")}
+    return {"decoder": decoder, **unflatten_dict(others, sep=".")}
 
 
 def count(tuned: Tree) -> int:
-    """How many numbers are tuned."""
+    """The number of trainable parameters."""
     return sum(x.size for x in jax.tree.leaves(tuned))

@@ -1,4 +1,4 @@
-"""What keeps a run from dying or stalling without a word: SIGTERM, peers that are gone, steps that do not end."""
+"""What ends a run that cannot go on: SIGTERM, a lost process, a step that does not end."""
 
 import ctypes
 import os
@@ -12,73 +12,73 @@ from pathlib import Path
 
 import jax
 
-from lco_jax.core.errors import PEER_LOST, PREEMPTED, LcoError, leave, peer_is_gone, reason
+from lco_jax.core.errors import PEER_LOST, PREEMPTED, PeerLost, leave, peer_is_gone
 
-MEET = 300  # seconds in which processes are to have met
-FIRST = 6  # times its patience a run waits for its first step, which is compiled
+MEETING_SECONDS = 300  # within which all processes must have met
+FIRST_STEP = 6  # the first step, which is compiled, may take this many times a run's patience
 
 
 def leave_on_sigterm() -> None:
-    """From now on SIGTERM ends this process at once, with `PREEMPTED`, until another handler is set."""
-    action = _sigterm_action()
+    """From now on SIGTERM ends this process at once, until a `Preemption` heeds it."""
+    signal.signal(signal.SIGTERM, _EndAtOnce(_sigterm_action()))
 
-    def handler(*_: object) -> None:
-        print(
+
+class _EndAtOnce:
+    """A handler of SIGTERM. replaced: what the system did before, `_sigterm_action`'s result."""
+
+    def __init__(self, replaced: ctypes.Array):
+        self.replaced = replaced
+
+    def __call__(self, *_: object) -> None:
+        _end_at_once(
+            PREEMPTED,
             "stopped by SIGTERM; there was nothing to save: the same command begins or resumes",
-            file=sys.stderr,
         )
-        sys.stderr.flush()
-        os._exit(PREEMPTED)
-
-    handler.action_before = (
-        action  # of several processes it is jax's, which `Preemption` wants back
-    )
-    signal.signal(signal.SIGTERM, handler)
 
 
 class Preemption:
-    """While open, tells between steps whether the run is to save and end: SIGTERM came to some
-    process of it.
+    """While open, says after each step whether the run must save and end because SIGTERM came.
 
-    reached: `RunStore.reached_preemption`. Several processes hear of it by jax's preemption
-    service, which `jax.distributed.initialize` starts (unless `jax_enable_preemption_service` is
-    False, with which nobody would hear): its own handler, in C++, notes a SIGTERM; within a second
-    its coordination service tells all processes, and they agree on the step after the one that the
-    foremost has reached. One process alone has no such service, but a handler.
+    reached: `RunStore.reached_preemption`. For several processes jax's preemption service, which
+    `jax.distributed.initialize` starts, does the work: its handler, in C++, notes a SIGTERM; within
+    a second its coordination service informs all processes, and they agree on the step after the
+    one that the foremost has reached. A single process has no such service, so this class sets a
+    handler of its own.
     """
 
     def __init__(self, reached: Callable[[int], bool]):
         self.reached = reached
-        self.came: list[int] | None = (
-            None  # signals; None while SIGTERM still ends the process at once
-        )
+        self.heeding = False
+        self.came = False
 
     def heed(self) -> None:
         """Call when there is something to save: from now on SIGTERM is noted."""
-        if self.came is None:
-            self.came = []
-            action = getattr(self.before, "action_before", None)
-            if not jax.distributed.is_initialized():
-                signal.signal(signal.SIGTERM, lambda number, _: self.came.append(number))
-            elif action is not None:
-                _sigterm_action(action)
+        if self.heeding:
+            return
+        self.heeding = True
+        if not jax.distributed.is_initialized():
+            signal.signal(signal.SIGTERM, self._note)
+        elif isinstance(self.before, _EndAtOnce):
+            _sigterm_action(self.before.replaced)
 
     def now(self, step: int) -> bool:
-        """Whether to save at this step, and end. Every process asks at every step."""
-        return self.reached(step) if jax.distributed.is_initialized() else bool(self.came)
+        """Whether to save at this step, and end. Every process must ask at every step."""
+        return self.reached(step) if jax.distributed.is_initialized() else self.came
+
+    def _note(self, *_: object) -> None:
+        self.came = True
 
     def __enter__(self) -> "Preemption":
         self.before = signal.getsignal(signal.SIGTERM)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.before is not None:  # a handler that Python does not know is still there
+        if self.before is not None:  # None: a handler from outside Python, which is still there
             signal.signal(signal.SIGTERM, self.before)
 
 
 def _sigterm_action(new: ctypes.Array | None = None) -> ctypes.Array:
-    """What the system does on SIGTERM (a `struct sigaction`, not looked into), after making it
-    `new`.
+    """The system's action on SIGTERM (an opaque `struct sigaction`); then `new` replaces it.
 
     `signal.signal` cannot bring back a handler that was not set from Python.
     """
@@ -89,76 +89,76 @@ def _sigterm_action(new: ctypes.Array | None = None) -> ctypes.Array:
 
 @contextmanager
 def meeting() -> Iterator[int]:
-    """Within, processes meet; where that takes more than the seconds it gives, this one says so and ends."""
-
-    def end() -> None:
-        print(
-            f"the other processes have not come in {MEET} s; the same command begins or resumes",
-            file=sys.stderr,
-        )
-        sys.stderr.flush()
-        os._exit(PEER_LOST)
-
-    timer = threading.Timer(MEET, end)
+    """Within, processes meet. This one ends if that takes longer than the seconds yielded."""
+    message = (
+        f"the other processes have not come in {MEETING_SECONDS} s; "
+        "the same command begins or resumes"
+    )
+    timer = threading.Timer(MEETING_SECONDS, _end_at_once, (PEER_LOST, message))
     timer.daemon = True
     timer.start()
-    yield MEET
+    yield MEETING_SECONDS
     timer.cancel()
 
 
 @contextmanager
 def peers() -> Iterator[None]:
-    """A collective that fails within because another process is gone ends this one: a sentence, and `PEER_LOST`."""
+    """Within, the loss of another process ends this one: its traceback, a sentence, `PEER_LOST`."""
     try:
         yield
-    except Exception as error:
-        if isinstance(error, LcoError) or not peer_is_gone(error):
+    except (jax.errors.JaxRuntimeError, PeerLost, TimeoutError) as error:
+        if not peer_is_gone(error):
             raise
+        traceback.print_exc()
         print(
-            f"\n{_me()}: another process is gone, or late ({reason(error)}); see what it said last. The same command "
-            "resumes from the newest checkpoint",
+            f"\n{_this_process()}: another process is gone, or late; its last words say why. "
+            "The same command resumes from the newest checkpoint",
             file=sys.stderr,
         )
-        leave(
-            PEER_LOST, seconds=0.0 if jax.process_index() else 1.0
-        )  # the others hang on to the first
+        # the others depend on process 0, which keeps jax's coordination service
+        leave(PEER_LOST, seconds=0.0 if jax.process_index() else 1.0)
 
 
 class Watchdog(threading.Thread):
-    """While open: ends the process with a sentence and `PEER_LOST` where no step ends for `patience` seconds.
+    """While open, ends the process with `PEER_LOST` when no step ends for `patience` seconds.
 
-    The first step may take `FIRST` times as long. patience: 0 waits for ever. Time in which this process itself was
-    stopped does not count. Nothing gentler than ending it gets a process out of a collective that will never end.
+    patience: 0 waits for ever; the first step has `FIRST_STEP` times as long. Time in which the
+    system had stopped this process does not count. Only the end of a process gets it out of a
+    collective that never ends.
     """
 
     def __init__(self, patience: float, step: int):
         super().__init__(daemon=True)
-        self.patience, self.step, self.left = patience, step, FIRST * patience
-        self.tick, self.closed, self.watched = (
-            min(1.0, patience / 4),
-            threading.Event(),
-            threading.get_ident(),
-        )
+        self.patience = patience
+        self.step = step
+        self.seconds_left = FIRST_STEP * patience
+        self.tick = min(1.0, patience / 4)
+        self.closed = threading.Event()
+        self.watched = threading.get_ident()
 
     def ended(self, step: int) -> None:
-        """Call when a step's results are there."""
-        self.step, self.left = step + 1, self.patience
+        """Call when a step's results have arrived."""
+        self.step = step + 1
+        self.seconds_left = self.patience
 
     def run(self) -> None:
         while not self.closed.wait(self.tick):
-            self.left -= self.tick
-            if self.left <= 0:
-                stack = traceback.extract_stack(sys._current_frames()[self.watched])
-                here = next((x for x in reversed(stack) if "lco_jax" in x.filename), stack[-1])
-                print(
-                    f"\n{_me()}: step {self.step} has not ended in the time given to it (config.train.patience is "
-                    f"{self.patience:g} s). This process waits in {Path(here.filename).name}, line {here.lineno} "
-                    f"({here.name}); one that hangs elsewhere, or is gone, keeps the others waiting. The same command "
-                    "resumes from the newest checkpoint",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                os._exit(PEER_LOST)
+            self.seconds_left -= self.tick
+            if self.seconds_left <= 0:
+                _end_at_once(PEER_LOST, self._complaint())
+
+    def _complaint(self) -> str:
+        """Which step hangs, and where in this package the watched thread waits."""
+        stack = traceback.extract_stack(sys._current_frames()[self.watched])
+        ours = [frame for frame in stack if "lco_jax" in frame.filename]
+        here = (ours or stack)[-1]
+        return (
+            f"\n{_this_process()}: step {self.step} has not ended in time "
+            f"(config.train.patience is {self.patience:g} s). This process waits in "
+            f"{Path(here.filename).name}, line {here.lineno} ({here.name}). If it waits for a "
+            "collective, a process that hangs elsewhere, or is gone, is the cause. The same "
+            "command resumes from the newest checkpoint"
+        )
 
     def __enter__(self) -> "Watchdog":
         if self.patience:
@@ -169,5 +169,11 @@ class Watchdog(threading.Thread):
         self.closed.set()
 
 
-def _me() -> str:
+def _end_at_once(status: int, message: str) -> None:
+    """End the process from a thread or a handler, without waiting for anything."""
+    print(message, file=sys.stderr, flush=True)
+    os._exit(status)
+
+
+def _this_process() -> str:
     return f"process {jax.process_index()} of {jax.process_count()}"

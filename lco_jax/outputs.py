@@ -1,0 +1,86 @@
+"""What a finished run leaves: adapter, merged model, loss curve, results.json."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from lco_jax.checkpoint.export import export_merged
+from lco_jax.checkpoint.peft import has_adapters, write_peft
+from lco_jax.core.buckets import on_bucket
+from lco_jax.core.files import write_json
+from lco_jax.evaluation.plots import plot_loss
+from lco_jax.job import Job, say
+from lco_jax.loop import Loop
+from lco_jax.training import tuning
+from lco_jax.training.metrics import read_metrics
+
+
+def finish(loop: Loop, scores: dict[str, Any], pictures: Mapping[str, Path]) -> dict[str, Any]:
+    """Let one process write the outputs and list them; returns the content of results.json.
+
+    scores: further content of results.json. pictures: title -> file, of pictures that are there.
+    The other processes wait, because one that leaves early ends the job for all; they return the
+    number of steps alone.
+    """
+    results = {"steps": loop.job.total_steps}
+    if jax.process_index() == 0:
+        results = _write(loop.job, _tuned_on_host(loop), scores, pictures)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("exported")
+    if on_bucket(loop.job.home):
+        shutil.rmtree(loop.job.workdir)
+    return results
+
+
+def _tuned_on_host(loop: Loop) -> dict[str, Any]:
+    """The trained parameters, for this process alone.
+
+    If other processes hold parts of them, they are read from the last checkpoint: no device and no
+    other host has to hold them all.
+    """
+    if jax.process_count() == 1:
+        return jax.device_get(loop.state["tuned"])
+    found = loop.store.read(loop.job.total_steps, {"tuned": loop.job.training.tuned})
+    return found["tuned"]
+
+
+def _write(
+    job: Job, tuned: dict[str, Any], scores: dict[str, Any], pictures: Mapping[str, Path]
+) -> dict[str, Any]:
+    outputs = _export(job, tuned)
+    curve = job.workdir / "loss.png"
+    lines = read_metrics(job.workdir / "metrics.jsonl")
+    lines = [line for line in lines if line["loss"] is not None]
+    losses = [line["loss"] for line in lines]
+    steps = [line["step"] for line in lines]
+    plot_loss(curve, steps, losses, [line["learning_rate"] for line in lines])
+    results = {
+        "steps": len(lines),
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "trained_parameters": tuning.count(job.training.tuned),
+        **scores,
+    }
+    write_json(job.workdir / "results.json", results)
+    job.upload()
+    say(f"\nloss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last\n")
+    for title, path in {**outputs, "loss curve": curve, **pictures}.items():
+        say(f"{title:14}{job.home / path.relative_to(job.workdir)}")
+    return results
+
+
+def _export(job: Job, tuned: dict[str, Any]) -> dict[str, Path]:
+    """Write the trained parameters as files for others: title -> folder."""
+    config, lora = job.config, job.training.lora
+    outputs = {}
+    if has_adapters(tuned.get("decoder", {})):
+        outputs["adapter"] = job.workdir / "adapter"
+        write_peft(outputs["adapter"], tuned["decoder"], lora, config.model.path)
+    if config.export.merged:
+        outputs["merged model"] = job.workdir / "merged"
+        export_merged(config.model.path, outputs["merged model"], tuned, lora, config.export.dtype)
+    return outputs
