@@ -24,9 +24,8 @@ from lco_jax.analysis.generator import Losses, token_cost
 from lco_jax.analysis.pairs import Pairs, draw_pairs
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.checkpoint.peft import read_peft
-from lco_jax.core.buckets import on_disk
 from lco_jax.core.errors import LcoError, run_main
-from lco_jax.core.files import write_json, write_text, written_aside
+from lco_jax.core.files import local_path, write_json, write_text, written_aside
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.sources import open_file
 from lco_jax.embedder import OmniEmbedder
@@ -46,16 +45,16 @@ def parse_args() -> argparse.Namespace:
         "--after-model", help="a checkpoint folder or hub id: after, where there is no adapter"
     )
     parser.add_argument(
-        "--data", type=on_disk, required=True, help="pairs: .jsonl, .parquet, or a source in .json"
+        "--data", type=local_path, required=True, help="pairs: .jsonl, .parquet, or a source in .json"
     )
     parser.add_argument(
         "--a", default="", help="modality of one side (default: as in the first record)"
     )
     parser.add_argument("--b", default="", help="modality of the other")
     parser.add_argument(
-        "--captions", type=on_disk, help="pairs with a text to tell the generator (default: --data)"
+        "--captions", type=local_path, help="pairs with a text to tell the generator (default: --data)"
     )
-    parser.add_argument("--out", type=on_disk, required=True, help="the folder to write")
+    parser.add_argument("--out", type=local_path, required=True, help="the folder to write")
     parser.add_argument("--k", type=int, default=10, help="nearest neighbours (default: 10)")
     parser.add_argument(
         "--limit", type=int, default=1000, help="the most pairs, drawn by --seed (default: 1000)"

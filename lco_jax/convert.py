@@ -22,9 +22,8 @@ from lco_jax.checkpoint.export import export_merged, write_model
 from lco_jax.checkpoint.hf import DTYPES, open_checkpoint
 from lco_jax.checkpoint.peft import has_adapters, read_peft, write_peft
 from lco_jax.core import lora
-from lco_jax.core.buckets import on_disk, place
 from lco_jax.core.errors import LcoError, run_main
-from lco_jax.core.files import write_json
+from lco_jax.core.files import as_path, local_path, write_json
 from lco_jax.core.sharding import replicated
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation import own
@@ -54,7 +53,7 @@ def parse_args() -> argparse.Namespace:
         "command", nargs="?", choices=["soup"], help="average instead of converting one"
     )
     parser.add_argument(
-        "--workdir", type=place, help="a training run, one of whose checkpoints is exported"
+        "--workdir", type=as_path, help="a training run, one of whose checkpoints is exported"
     )
     parser.add_argument("--step", type=int, help="which of the --workdir's (default: the newest)")
     parser.add_argument(
@@ -63,7 +62,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--adapter", help="a PEFT adapter folder or hub id; none: the model as it is"
     )
-    parser.add_argument("--out", type=on_disk, required=True, help="the folder to write")
+    parser.add_argument("--out", type=local_path, required=True, help="the folder to write")
     parser.add_argument(
         "--dtype", choices=list(DTYPES), default="bfloat16", help="of models (default bfloat16)"
     )
@@ -101,7 +100,7 @@ def parse_args() -> argparse.Namespace:
         "--validate", help="what --greedy scores with: files as `lco_jax.evaluate` takes"
     )
     group.add_argument(
-        "--media-root", type=on_disk, help="where relative paths of media in --validate start"
+        "--media-root", type=local_path, help="where relative paths of media in --validate start"
     )
     own.add_flags(parser, "--validate")
     return parser.parse_args()

@@ -22,8 +22,8 @@ from typing import Any
 from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import open_checkpoint
-from lco_jax.core.buckets import on_disk
 from lco_jax.core.errors import LcoError, run_main
+from lco_jax.core.files import local_path
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.embedder import Block, OmniEmbedder
 from lco_jax.evaluation import own
@@ -50,9 +50,9 @@ def parse_args() -> argparse.Namespace:
         "--seadoc",
         help="a folder with corpus/, query/ and qrels/ in parquet, or a data set of the hub",
     )
-    what.add_argument("--data", type=on_disk, help="your own records or folder; needs no mteb")
+    what.add_argument("--data", type=local_path, help="your own records or folder; needs no mteb")
     parser.add_argument(
-        "--out", type=on_disk, required=True, help="the folder for results and vectors"
+        "--out", type=local_path, required=True, help="the folder for results and vectors"
     )
     add_corpus_flags(parser, on_error="raise")
     own.add_flags(parser, "--data")

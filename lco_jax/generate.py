@@ -21,9 +21,8 @@ from typing import Any
 from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import open_checkpoint
-from lco_jax.core.buckets import on_disk
 from lco_jax.core.errors import LcoError, run_main
-from lco_jax.core.files import write_json, write_text, written_aside
+from lco_jax.core.files import local_path, write_json, write_text, written_aside
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Contents, Corpus, scan
 from lco_jax.data.records import answer_of, as_input
@@ -41,17 +40,17 @@ def parse_args() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--input", type=on_disk, help=".txt, .jsonl, .parquet or a folder of media")
+    parser.add_argument("--input", type=local_path, help=".txt, .jsonl, .parquet or a folder of media")
     parser.add_argument(
-        "--output", type=on_disk, help="the .jsonl to write (default: print the answers)"
+        "--output", type=local_path, help="the .jsonl to write (default: print the answers)"
     )
     parser.add_argument(
         "--id-field", help="the key of a jsonl object, or column of a parquet, that is its id"
     )
     parser.add_argument(
-        "--data", type=on_disk, help="records: .jsonl, .parquet, or a source in .json"
+        "--data", type=local_path, help="records: .jsonl, .parquet, or a source in .json"
     )
-    parser.add_argument("--out", type=on_disk, help="the folder to write for --data")
+    parser.add_argument("--out", type=local_path, help="the folder to write for --data")
     parser.add_argument(
         "--max-new-tokens", type=int, default=64, help="the longest answer (default: 64)"
     )

@@ -21,10 +21,17 @@ from lco_jax.checkpoint.export import export_merged
 from lco_jax.checkpoint.hf import Checkpoint, load_model, open_checkpoint
 from lco_jax.checkpoint.peft import has_adapters, write_peft
 from lco_jax.checkpoint.store import RunStore
-from lco_jax.core.buckets import Place, copy_up, on_bucket, reaching
 from lco_jax.core.errors import LcoError
 from lco_jax.core.exchange import Exchange
-from lco_jax.core.files import fetched, mirrored, write_json
+from lco_jax.core.files import (
+    AnyPath,
+    local_copy,
+    local_workdir,
+    on_bucket,
+    reaching,
+    upload,
+    write_json,
+)
 from lco_jax.core.sharding import make_mesh
 from lco_jax.data import pipeline
 from lco_jax.data.layouts import choose_layout, draw
@@ -51,7 +58,7 @@ class Job:
     """
 
     config: ConfigDict
-    home: Place
+    home: AnyPath
     workdir: Path
     mesh: Mesh
     checkpoint: Checkpoint
@@ -77,16 +84,16 @@ class Job:
     def keep(self) -> None:
         """Copy to the bucket, if the run lives on one, what this process has written."""
         if on_bucket(self.home) and jax.process_index() == 0:
-            copy_up(self.workdir, self.home)
+            upload(self.workdir, self.home)
 
 
-def open_job(config: ConfigDict, home: Place, generative: bool = False) -> Job:
+def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job:
     """Check and open everything: mesh, checkpoint, data, model; and say what there is.
 
     generative: records are prompts and answers, and the vocabulary head is loaded, too.
     """
     check_config(config)
-    workdir = mirrored(home, "*.jsonl")
+    workdir = local_workdir(home, "*.jsonl")
     mesh = make_mesh(**config.mesh)
     pipeline.check_mesh(mesh)
     checkpoint = open_checkpoint(config.model.path)
@@ -110,7 +117,7 @@ def open_job(config: ConfigDict, home: Place, generative: bool = False) -> Job:
         say(f"{skipped:,} bad records skipped")
 
     files = [
-        JsonlSource(fetched(file), config.data.on_bad)
+        JsonlSource(local_copy(file), config.data.on_bad)
         for file in config.eval.path.split(",")
         if file
     ]

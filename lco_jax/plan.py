@@ -20,9 +20,8 @@ import jax
 from ml_collections import ConfigDict
 
 from lco_jax.checkpoint.hf import Checkpoint, abstract_params, open_geometry
-from lco_jax.core.buckets import on_disk
 from lco_jax.core.errors import LcoError, run_main
-from lco_jax.core.files import write_json
+from lco_jax.core.files import local_path, write_json
 from lco_jax.core.packing import Shape
 from lco_jax.core.sharding import AXES, make_mesh
 from lco_jax.cost_model import hlo
@@ -281,7 +280,7 @@ def main() -> int:
     parser.add_argument(
         "--price", type=float, help="USD an hour and device, in the place of the list's"
     )
-    parser.add_argument("--json", type=on_disk, help="a file for the numbers")
+    parser.add_argument("--json", type=local_path, help="a file for the numbers")
     args, rest = parser.parse_known_args()
     devices = args.devices or math.prod(args.mesh)
     device = DEVICES[args.device]

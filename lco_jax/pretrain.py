@@ -16,8 +16,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lco_jax import job as jobs
-from lco_jax.core.buckets import Place
 from lco_jax.core.errors import PREEMPTED, run_main
+from lco_jax.core.files import AnyPath
 from lco_jax.data.records import answer_of, as_input
 from lco_jax.generator import OmniGenerator
 from lco_jax.job import Job, say
@@ -29,7 +29,7 @@ from lco_jax.training.watch import peers
 SAID = 4  # held-out prompts that are answered
 
 
-def pretrain(config: ConfigDict, workdir: Place) -> dict[str, Any]:
+def pretrain(config: ConfigDict, workdir: AnyPath) -> dict[str, Any]:
     """Run or resume; returns results.json's content, or {} when a SIGTERM ended the run early (after saving it)."""
     job = jobs.open_job(config, workdir, generative=True)
     generator = OmniGenerator(

@@ -21,8 +21,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lco_jax import job as jobs
-from lco_jax.core.buckets import Place
 from lco_jax.core.errors import PREEMPTED, LcoError, run_main
+from lco_jax.core.files import AnyPath
 from lco_jax.data.records import Content, as_input
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation.plots import plot_similarity
@@ -34,7 +34,7 @@ from lco_jax.training.step import Step, make_train_step
 from lco_jax.training.watch import peers
 
 
-def train(config: ConfigDict, workdir: Place) -> dict[str, Any]:
+def train(config: ConfigDict, workdir: AnyPath) -> dict[str, Any]:
     """Run or resume; returns results.json's content, or {} when a SIGTERM ended the run early (after saving it)."""
     if config.tune.towers != "none":
         raise LcoError(

@@ -13,9 +13,8 @@ import pyarrow.dataset
 import pyarrow.lib
 from ml_collections import ConfigDict
 
-from lco_jax.core.buckets import on_bucket
 from lco_jax.core.errors import LcoError, explained
-from lco_jax.core.files import ASSETS, fetched, read_json, resolve
+from lco_jax.core.files import ASSETS, local_copy, on_bucket, read_json, resolve
 from lco_jax.data.captions import FilesSource
 from lco_jax.data.prompts import MEDIA
 from lco_jax.data.records import Record, file_lookup, listed, parse_record
@@ -197,7 +196,7 @@ def open_source(name: str, spec: Mapping[str, Any], on_bad: str = "error") -> So
         ("media_root", "*"),
     ):
         if on_bucket(arguments.get(key, "")):
-            arguments[key] = str(fetched(arguments[key], [pattern, pattern.removeprefix("**/")]))
+            arguments[key] = str(local_copy(arguments[key], [pattern, pattern.removeprefix("**/")]))
     try:
         if kind == "parquet":
             arguments["columns"] = Columns(**arguments.get("columns", {}))

@@ -12,8 +12,8 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 
-from lco_jax.core.buckets import Place, place
 from lco_jax.core.errors import LcoError
+from lco_jax.core.files import AnyPath, as_path
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.training.watch import leave_on_sigterm, meeting
 
@@ -65,11 +65,11 @@ def parse(argv: list[str], doc: str | None) -> flags.FlagValues:
     return values
 
 
-def start(doc: str | None) -> tuple[ConfigDict, Place]:
+def start(doc: str | None) -> tuple[ConfigDict, AnyPath]:
     """(configuration, workdir) of this process's command line, after joining the other processes if there are any."""
     args = parse(sys.argv, doc)
     join_processes(args)
-    return args.config, place(args.workdir or f"runs/{args.config.name}")
+    return args.config, as_path(args.workdir or f"runs/{args.config.name}")
 
 
 def _load(argv: Sequence[str]) -> ConfigDict | None:

@@ -13,9 +13,8 @@ from ml_collections import ConfigDict
 from lco_jax.checkpoint.hf import Checkpoint, abstract_model, open_checkpoint
 from lco_jax.checkpoint.store import RunStore
 from lco_jax.core import lora
-from lco_jax.core.buckets import Place, reaching
 from lco_jax.core.errors import LcoError
-from lco_jax.core.files import read_json, write_json
+from lco_jax.core.files import AnyPath, reaching, read_json, write_json
 from lco_jax.core.sharding import make_mesh, with_shardings
 from lco_jax.training import tuning
 from lco_jax.training.losses import CANDIDATES
@@ -121,7 +120,7 @@ def check_config(config: ConfigDict) -> None:
         )
 
 
-def claim_workdir(workdir: Place, config: ConfigDict, total_steps: int, begun: bool) -> None:
+def claim_workdir(workdir: AnyPath, config: ConfigDict, total_steps: int, begun: bool) -> None:
     """Write `workdir/config.json`; where a run has `begun`, raise by the key in which the one there differs."""
     content = json.loads(config.to_json()) | {"total_steps": total_steps}
     path = workdir / "config.json"
@@ -138,7 +137,7 @@ def claim_workdir(workdir: Place, config: ConfigDict, total_steps: int, begun: b
 
 
 def tuned_of_run(
-    workdir: Place, step: int | None = None
+    workdir: AnyPath, step: int | None = None
 ) -> tuple[str, dict[str, Any], lora.LoraConfig, int]:
     """(checkpoint path, what was tuned, on the host, configuration of adapters, step) of a run's checkpoint.
 
