@@ -1,7 +1,6 @@
-"""Whether work survives: training and embedding that are killed at random moments; and memory over many steps."""
+"""Whether work survives: training that is killed at random moments; and memory over many steps."""
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -15,10 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet
-from PIL import Image
-
+from benchmarks.embed_survival import embed_survival, embed_table
 from lco_jax.core.errors import PEER_LOST
 from lco_jax.training.metrics import read_metrics
 
@@ -26,15 +22,21 @@ ROOT = Path(__file__).parents[1]
 EVERY = 4  # steps from one checkpoint to the next
 LIMIT = 3600.0  # seconds that no part may take
 SMALL = (
-    "--config=configs/base.py", "--config.eval.path=", "--config.export.merged=False", "--config.lora.rank=4",
-    "--config.train.batch_size=8", f"--config.checkpoint.every={EVERY}", "--config.optimizer.warmup_steps=4",
-    # at the config's 2e-3, what the order of a sum rounds off grows a hundredfold in as many steps, with no kill at all
+    "--config=configs/base.py",
+    "--config.eval.path=",
+    "--config.export.merged=False",
+    "--config.lora.rank=4",
+    "--config.train.batch_size=8",
+    f"--config.checkpoint.every={EVERY}",
+    "--config.optimizer.warmup_steps=4",
+    # at the config's 2e-3, what the order of a sum rounds off grows a hundredfold in as many
+    # steps, with no kill at all
     "--config.optimizer.learning_rate=1e-4",
-)  # fmt: skip
+)
 
 
 def add_parsers(kinds: Any, common: argparse.ArgumentParser) -> None:
-    """`survival`, `sharing` and `endurance`."""
+    """`survival` and `endurance`."""
     parser = kinds.add_parser(
         "survival", parents=[common], help="kill a run at random moments, and resume it"
     )
@@ -49,15 +51,14 @@ def add_parsers(kinds: Any, common: argparse.ArgumentParser) -> None:
         default=["1x8", "2x4", "1x1"],
         help="processes x devices to end on, too",
     )
+    group = parser.add_argument_group("an embedding on Ray, instead of a training run")
+    group.add_argument("--embed", action="store_true", help="kill its actors and its driver")
+    group.add_argument("--items", type=int, default=20_000)
+    group.add_argument("--images", type=int, default=2000, help="of the items")
+    group.add_argument("--actors", type=int, default=4)
+    group.add_argument("--part-size", type=int, default=200)
+    group.add_argument("--bucket", action="store_true", help="write to a folder on a stand-in")
     parser.set_defaults(measure=survival, table=survival_table)
-    parser = kinds.add_parser(
-        "sharing", parents=[common], help="kill processes that share one embedding of many items"
-    )
-    parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--processes", type=int, default=4)
-    parser.add_argument("--items", type=int, default=20_000)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.set_defaults(measure=sharing, table=sharing_table)
     parser = kinds.add_parser(
         "endurance", parents=[common], help="resident memory early and late in a long run"
     )
@@ -109,7 +110,9 @@ class Job:
         return [one.returncode for one in self.processes]
 
     def lost(self) -> bool:
-        """Whether they, when ended, are to be started again, as a launcher would; raises for any other failure."""
+        """Whether they, when ended, are to be started again, as a launcher would; raises for any
+        other failure.
+        """
         statuses, words = (
             self.ended(),
             "\n".join(path.read_text(encoding="utf-8")[-2000:] for path in self.said),
@@ -131,7 +134,11 @@ class Job:
 
 
 def survival(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """An uninterrupted run of one process; one that is killed, one process or all; and what both say of every step."""
+    """An uninterrupted run of one process; one that is killed, one process or all; and what both
+    say of every step.
+    """
+    if args.embed:
+        return embed_survival(args, folder)
     flags = [f"--config.train.steps={args.steps}", "--config.train.patience=300"]
     shards = args.processes * args.devices
     quiet = _finished(folder / "quiet", 1, shards, *flags)
@@ -203,98 +210,21 @@ def _finished(workdir: Path, processes: int, devices: int, *flags: str) -> Path:
 
 def survival_table(result: dict[str, Any]) -> str:
     """What a reader looks at."""
+    if "items" in result:
+        return embed_table(result)
     kills, others = (
         ", ".join(f"{n} {what}" for what, n in result[key].items()) for key in ("kills", "others")
     )
     lines = [
         result["command"],
-        f"{sum(result['kills'].values())} kills (at: {kills}), the last at step {result['killed_at']} of "
-        f"{result['steps']}; statuses of those not killed: {others}",
+        f"{sum(result['kills'].values())} kills (at: {kills}), the last at step "
+        f"{result['killed_at']} of {result['steps']}; statuses of those not killed: {others}",
         "after " + ", ".join(f"{seconds:.1f}" for seconds in result["others_seconds"]) + " s",
         f"{'then ended on':16}{'largest difference of a loss':>30}",
     ]
     for layout, end in result["ends"].items():
         lines.append(f"{layout:16}{end['loss']:30.2e}")
     return "\n".join(lines)
-
-
-def sharing(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Texts and pictures embedded by several processes, each kill of which is followed by another start."""
-    source, chance, draw = (
-        folder / "items.jsonl",
-        random.Random(args.seed),
-        np.random.default_rng(args.seed),
-    )
-    with open(source, "w", encoding="utf-8") as file:
-        for i in range(args.items):
-            item = {
-                "id": f"item {i}",
-                "text": " ".join(chance.choices(("red", "a", "seven", "under"), k=1 + i % 50)),
-            }
-            if i % 10 == 0:
-                item = {"id": f"item {i}", "image": f"{i}.png"}
-                Image.fromarray(draw.integers(0, 256, (32, 32, 3), np.uint8)).save(
-                    folder / item["image"]
-                )
-            file.write(json.dumps(item) + "\n")
-
-    def start(output: Path) -> subprocess.Popen:
-        command = [
-            sys.executable,
-            "-m",
-            "lco_jax.embed",
-            "--model=builtin:lab",
-            f"--input={source}",
-            "--id-field=id",
-        ]
-        command += [f"--output={output}", "--part-size=256", "--workers=0"]
-        environment = {**os.environ, "XLA_FLAGS": ""}
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
-
-    if start(folder / "quiet.parquet").wait():
-        raise RuntimeError("the quiet run failed")
-    output, kills, began = folder / "out.parquet", [], time.monotonic()
-    processes, parts = (
-        [start(output) for _ in range(args.processes)],
-        folder / "out.parquet.partial",
-    )
-    while len(kills) < args.kills:
-        seen = len(
-            list(parts.glob("*-*.parquet"))
-        )  # a kill hits those that work: each follows a new part
-        while len(list(parts.glob("*-*.parquet"))) <= seen:
-            time.sleep(0.005)
-            if output.exists() or time.monotonic() - began > LIMIT:
-                raise RuntimeError(f"all is done after {len(kills)} kills: give more --items")
-        time.sleep(chance.uniform(0, 0.5))
-        at = chance.randrange(args.processes)
-        processes[at].kill()
-        kills.append(len(list(parts.glob("*-*.parquet"))))
-        processes[at].wait()
-        processes[at] = start(output)
-    statuses = [process.wait() for process in processes]
-    got, want = (
-        pyarrow.parquet.read_table(path).to_pydict() for path in (output, folder / "quiet.parquet")
-    )
-    ids = [f"item {i}" for i in range(args.items)]
-    largest = np.abs(np.array(got["embedding"]) - np.array(want["embedding"])).max()
-    return {
-        "kills_at_part": kills, "statuses": statuses, "items": args.items, "left": parts.exists(),
-        "ids_once_in_order": got["id"] == ids, "largest_difference": float(largest),
-    }  # fmt: skip
-
-
-def sharing_table(result: dict[str, Any]) -> str:
-    """What a reader looks at."""
-    ids = "each once, in order" if result["ids_once_in_order"] else "NOT each once"
-    return "\n".join([
-        result["command"],
-        f"{len(result['kills_at_part'])} kills, when so many parts were there: {result['kills_at_part']}",
-        f"{result['items']:,} ids: {ids}; largest difference to a quiet run: {result['largest_difference']:.1e}",
-        f"statuses of the last processes: {result['statuses']}; unfinished parts left behind: {result['left']}",
-    ])  # fmt: skip
 
 
 def endurance(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -19,9 +19,8 @@ from laboratory import backbone, measure, real, report, theory, worlds
 from lco_jax.checkpoint.export import export_merged
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.checkpoint.sentence_transformers import read_projection
-from lco_jax.core.buckets import on_bucket
 from lco_jax.core.errors import LcoError
-from lco_jax.core.files import read_json, write_json
+from lco_jax.core.files import on_bucket, read_json, write_json
 from lco_jax.generator import OmniGenerator
 from lco_jax.job import say
 from lco_jax.pretrain import pretrain

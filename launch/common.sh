@@ -56,15 +56,38 @@ needs() {
   [ ${#missing[@]} -eq 0 ] || fail "set ${missing[*]}; for example: $(quote "${examples[@]}") $me …"
 }
 
-# read_module MODULE ARGUMENT…: sets module, arguments, and whether its processes join into one job (joins), or share
-# one work through a folder, so that any may die (shares); and what is installed for flags that name a bucket.
+# read_module MODULE ARGUMENT…: sets module, arguments, and whether its processes join into one job (joins), or a Ray
+# cluster works for one of them (on_ray); and what is installed with the package, where it was not said.
 read_module() {
   module=${1:-}
   [[ $module =~ ^[a-z]+$ && -f lco_jax/$module.py ]] || fail "name a module of lco_jax (train, pretrain, embed), not '$module'"
   arguments=("${@:2}")
-  joins='' shares=''
-  case $module in train | pretrain) joins=yes ;; embed) shares=yes ;; esac
-  [[ ${arguments[*]} != *gs://* ]] || : "${EXTRAS:=tpu,gcs}"
+  joins='' on_ray=''
+  local extras=tpu
+  case $module in train | pretrain) joins=yes ;; embed) on_ray=yes && extras+=,ray ;; esac
+  [[ ${arguments[*]} != *gs://* ]] || extras+=,gcs
+  : "${EXTRAS:=$extras}"
+}
+
+# job_command PYTHON: the words of the job, as each machine runs them, in `command`.
+job_command() {
+  command=("$1" -m "lco_jax.$module")
+  [ -z "$joins" ] || command+=(--distributed)
+  [ -z "$on_ray" ] || command=(launch/ray.sh "${command[@]}" --ray=auto)
+  command+=("${arguments[@]}")
+}
+
+# with_ray_token: makes ENV_FILE a file that has RAY_AUTH_TOKEN, too, by which the machines of a job know each other.
+with_ray_token() {
+  local file=${TMPDIR:-/tmp}/lco-jax-$NAME.env
+  if [ -z "$dry_run" ]; then
+    (
+      umask 077
+      [ -z "${ENV_FILE:-}" ] || cat "$ENV_FILE"
+      echo "RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')"
+    ) >"$file"
+  fi
+  ENV_FILE=$file
 }
 
 # gpu_memory: the share of a GPU that jax allocates at its start, which is 0.75 where nothing says otherwise; remat and

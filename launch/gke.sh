@@ -12,8 +12,8 @@
 # installed is taken as it is. The JobSet starts all pods again, RETRIES times (3), after a preempted node, status 1, 75,
 # 76, 42 or 127 and more; status 2, a mistake in the command, ends it. Pods have GRACE seconds to save (120). The workdir
 # must outlive the pods (gs://…, or a mount). ZONE and PROJECT: gcloud's own by default. SLICES: how many (1). EXTRAS:
-# what is installed with the package (tpu; and gcs, where a flag names gs://…). ENV_FILE: a file of NAME=VALUE lines
-# (tokens); they stand in the JobSet. POLL: seconds between looks for pods (30).
+# what is installed with the package (tpu; ray for embed; gcs where a flag names gs://…). ENV_FILE: a file of NAME=VALUE
+# lines (tokens); they stand in the JobSet. An IMAGE for embed needs launch/ in its working directory. POLL: seconds between looks for pods (30).
 source "$(dirname "$0")/common.sh"
 : "${POLL:=30}"
 
@@ -29,10 +29,12 @@ if [ "${rest[*]}" = delete ]; then
   exit
 fi
 read_module "${rest[@]}"
-[ -z "$joins$shares" ] || arguments=(--distributed "${arguments[@]}")
 [ -z "${ENV_FILE:-}" ] || [ -f "$ENV_FILE" ] || fail "ENV_FILE=$ENV_FILE: there is no such file"
+[ -z "$on_ray" ] || [ "${SLICES:-1}" = 1 ] || fail "$module runs on one slice: SLICES=1"
+[ -z "$on_ray" ] || with_ray_token
 
-job="exec $(quote python -m "lco_jax.$module" "${arguments[@]}")" # exec: SIGTERM then reaches Python itself
+job_command python
+job="exec $(quote "${command[@]}")" # exec: SIGTERM then reaches Python itself, or launch/ray.sh
 if [ -n "${IMAGE:-}" ]; then
   code=(--docker-image="$IMAGE")
 else
@@ -41,7 +43,7 @@ else
   run mkdir -p "$tree"
   run tar -xzf "$archive" -C "$tree"
   code=(--base-docker-image="${BASE_IMAGE:-python:3.12}" --script-dir="$tree")
-  job="pip install --quiet '.[${EXTRAS:-tpu}]' && $job"
+  job="pip install --quiet '.[$EXTRAS]' && $job"
 fi
 run xpk workload create --workload="$NAME" "${here[@]}" --tpu-type="$TPU_TYPE" --num-slices="${SLICES:-1}" \
   "${code[@]}" ${ENV_FILE:+--env-file="$ENV_FILE"} ${spot:+--spot} --max-restarts="$RETRIES" \

@@ -4,11 +4,10 @@
 #   launch/local.sh [--dry-run] PROCESSES [MODULE] [flags of the module]
 #   launch/local.sh 4 --config=configs/base.py --workdir=runs/four
 #
-# MODULE is train (default), pretrain or embed; another runs in one process. If one process fails, the others are told
-# to end (SIGTERM) and, GRACE seconds later (120), are killed; but those of embed go on, and do its work. If none ends
-# well, all are started again after status 75, 76, a kill or a failure, RETRIES times (3); an attempt of STEADY seconds
-# (600) forgives those before it. Status 2, a mistake in the command, and a failure within a minute twice in a row end
-# it. SIGTERM and Ctrl-C go to the processes, which save. PYTHON names the interpreter (default .venv/bin/python), PORT
+# MODULE is train (default), pretrain or embed; another runs in one process. embed starts that many Ray actors itself. If
+# one process fails, the others are told to end (SIGTERM) and, GRACE seconds later (120), are killed; then all are started
+# again after status 75, 76, a kill or a failure, RETRIES times (3); an attempt of STEADY seconds (600) forgives those
+# before it. Status 2, a mistake in the command, and a failure within a minute twice in a row end it. SIGTERM and Ctrl-C go to the processes, which save. PYTHON names the interpreter (default .venv/bin/python), PORT
 # the coordinator's port (29500), and on a machine without accelerators DEVICES the CPU devices of each process (1).
 source "$(dirname "$0")/common.sh"
 
@@ -22,7 +21,11 @@ count=$1
 shift
 [[ $1 != -* ]] || set -- train "$@"
 read_module "$@"
-[ -n "$joins$shares" ] || [ "$count" = 1 ] || fail "$module runs in one process: launch/local.sh 1 $module …"
+if [ -n "$on_ray" ]; then
+  arguments=(--ray --actors="$count" "${arguments[@]}")
+  count=1
+fi
+[ -n "$joins" ] || [ "$count" = 1 ] || fail "$module runs in one process: launch/local.sh 1 $module …"
 gpu_memory
 run export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=${DEVICES:-1}"
 
@@ -38,10 +41,9 @@ start() {
   fi
 }
 
-# Starts all, and waits until all have ended; `status` is 0, 2 if a process says so, or that of the first to fail; and 0
-# if one of those that share a work ends well, for it is then whole.
+# Starts all, and waits until all have ended; `status` is 0, 2 if a process says so, or that of the first to fail.
 attempt() {
-  local i pid code left whole=no ending=no deadline=0
+  local i pid code left ending=no deadline=0
   pids=() status=0
   for ((i = 0; i < count; i++)); do start "$i"; done
   while [ ${#pids[@]} -gt 0 ]; do
@@ -54,19 +56,17 @@ attempt() {
       fi
       code=0
       wait "$pid" || code=$?
-      [ $code != 0 ] || whole=$shares
       [ "$status" != 0 ] && [ $code != 2 ] || status=$code
     done
     pids=("${left[@]}")
     [ ${#pids[@]} -gt 0 ] || break
-    if [ $ending = no ] && { { [ "$status" != 0 ] && [ -z "$shares" ]; } || [ $stopping = yes ]; }; then
+    if [ $ending = no ] && { [ "$status" != 0 ] || [ $stopping = yes ]; }; then
       ending=yes deadline=$((SECONDS + GRACE))
       kill -TERM "${pids[@]}" 2>/dev/null || true
     elif [ $ending = yes ] && [ $SECONDS -ge $deadline ]; then
       kill -KILL "${pids[@]}" 2>/dev/null || true
     fi
   done
-  [ "$whole" != yes ] || status=0
 }
 
 stopping=no

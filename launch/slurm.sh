@@ -6,7 +6,8 @@
 # --follow  print the log as it is written, and end when the job ends: with 0 if it did well
 # --dry-run print the commands, and run none
 #
-# NODES: how many; GPUS: how many a node has. PER: `gpu` (default) or `node`, which a mesh with a tensor axis needs, and embed.
+# NODES: how many; GPUS: how many a node has. PER: `gpu` (default) or `node`, which a mesh with a tensor axis
+# needs; embed starts a Ray cluster of one process a node, with an actor for each GPU.
 # NAME: the job's (lco). LOGS: the folder of its log, NAME-JOBID.out (runs/slurm). PYTHON: the interpreter
 # (.venv/bin/python). The rest is sbatch's own: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT,
 # SBATCH_CPUS_PER_GPU and so on. The checkout is run as it stands and must lie where every node sees it; the environment,
@@ -21,13 +22,14 @@ source "$(dirname "$0")/common.sh"
 options "--follow" "$@"
 needs NODES=2 GPUS=8
 read_module "${rest[@]}"
+[ -z "$on_ray" ] || PER=node
 case $PER in
   gpu) tasks=$GPUS ;;
   node) tasks=1 ;;
   *) fail "PER=$PER: processes are one a gpu or one a node" ;;
 esac
 [ -n "$joins" ] || [ "$tasks" = 1 ] || fail "a process of $module takes all GPUs of a node: PER=node"
-[ -n "$joins$shares" ] || [ "$NODES" = 1 ] || fail "$module runs in one process: NODES=1 PER=node"
+[ -n "$joins$on_ray" ] || [ "$NODES" = 1 ] || fail "$module runs in one process: NODES=1 PER=node"
 export RETRIES STEADY GRACE LOGS NAME GPUS PER
 
 run mkdir -p "$LOGS"

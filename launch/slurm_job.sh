@@ -4,18 +4,21 @@
 source launch/common.sh # sbatch runs a copy of this file, in the repository's root
 me=launch/slurm_job.sh
 read_module "$@"
-[ -z "$joins" ] || arguments=(--distributed "${arguments[@]}")
-# jax gives each process of a Slurm job one GPU unless told otherwise
-[ "$PER" = gpu ] || JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((GPUS - 1)))
-[ "$PER" = gpu ] || export JAX_LOCAL_DEVICE_IDS
+job_command "${PYTHON:-.venv/bin/python}"
+RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+[ -z "$on_ray" ] || export RAY_AUTH_TOKEN
+if [ "$PER" = node ] && [ -z "$on_ray" ]; then # jax gives each process of a Slurm job one GPU unless told otherwise
+  JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((GPUS - 1)))
+  export JAX_LOCAL_DEVICE_IDS
+fi
 gpu_memory
 
 record=$LOGS/$NAME-$SLURM_JOB_ID.restarts # of this job's earlier attempts
 [ ! -f "$record" ] || read -r restarts failed_at_once <"$record"
 wait_for=$GRACE
-[ -n "$joins" ] || wait_for=0
+[ -n "$joins$on_ray" ] || wait_for=0
 # A process that ends leaves the others GRACE seconds, where they are lost without it; the status is the highest of any.
-srun --label --kill-on-bad-exit=0 --wait="$wait_for" "${PYTHON:-.venv/bin/python}" -m "lco_jax.$module" "${arguments[@]}" &
+srun --label --kill-on-bad-exit=0 --wait="$wait_for" "${command[@]}" &
 steps=$! status=0
 trap 'kill -TERM "$steps"' TERM
 wait "$steps" || status=$?

@@ -13,7 +13,7 @@
 # A slice that is preempted is deleted and asked for again; it, status 75, 76, a kill or a failure start the job again,
 # RETRIES times (3); an attempt of STEADY seconds (600) forgives those before it. The workdir must outlive the slice
 # (gs://…, or a mount). PROJECT: gcloud's own by default. SETUP: a command to run on each worker first, such as a mount.
-# EXTRAS: what is installed with the package (tpu; and gcs, where a flag names gs://…). ENV_FILE: a file of NAME=VALUE
+# EXTRAS: what is installed with the package (tpu; ray for embed; gcs where a flag names gs://…). ENV_FILE: a file of NAME=VALUE
 # lines (tokens) that is copied and read there. POLL: seconds between looks at the slice (30). GRACE: what a job of an
 # earlier launch has for saving (120).
 source "$(dirname "$0")/common.sh"
@@ -32,8 +32,9 @@ if [ "${rest[*]}" = delete ]; then
 fi
 read_module "${rest[@]}"
 worker=0
-[ -z "$joins$shares" ] || { worker=all && arguments=(--distributed "${arguments[@]}"); }
+[ -z "$joins$on_ray" ] || worker=all
 [ -z "${ENV_FILE:-}" ] || [ -f "$ENV_FILE" ] || fail "ENV_FILE=$ENV_FILE: there is no such file"
+[ -z "$on_ray" ] || with_ray_token
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
@@ -88,14 +89,16 @@ copy() { run gcloud compute tpus tpu-vm scp "$1" "$NAME:$2" "${here[@]}" --worke
 # Python 3.12 comes with uv, for the runtime images have an older one. Of an earlier launch only code is removed: runs stay.
 install="umask 077 && mkdir -p lco-jax && cd lco-jax && rm -rf lco_jax configs && tar -xzf ../lco-jax.tar.gz"
 install+=" && python3 -m pip install --quiet --user uv && ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 .venv"
-install+=" && ~/.local/bin/uv pip install --quiet --python .venv -e '.[${EXTRAS:-tpu}]'"
+install+=" && ~/.local/bin/uv pip install --quiet --python .venv -e '.[$EXTRAS]'"
 [ -z "${ENV_FILE:-}" ] || install="chmod 600 lco-jax.env && $install"
 [ -z "${SETUP:-}" ] || install="$SETUP && $install"
-stop="pkill -f '[-]m lco_jax' || exit 0; for i in \$(seq $GRACE); do pgrep -f '[-]m lco_jax' >/dev/null || exit 0; sleep 1; done"
+stop="pkill -f '[-]m lco_jax' || true; for i in \$(seq $GRACE); do pgrep -f '[-]m lco_jax' >/dev/null || break; sleep 1; done"
 stop+="; pkill -KILL -f '[-]m lco_jax' || true"
+[ -z "$on_ray" ] || stop="{ $stop; }; lco-jax/.venv/bin/ray stop --force || true"
 job="cd lco-jax"
 [ -z "${ENV_FILE:-}" ] || job+=" && set -a && . ../lco-jax.env && set +a"
-job+=" && $(quote .venv/bin/python -m "lco_jax.$module" "${arguments[@]}"); status=\$?"
+job_command .venv/bin/python
+job+=" && $(quote "${command[@]}"); status=\$?"
 job+="; echo \"exit status of the job: \$status\"; exit \$status"
 
 prepare() {

@@ -27,9 +27,8 @@ from lco_jax.checkpoint.export import export_merged, write_model
 from lco_jax.checkpoint.hf import DTYPES, open_checkpoint
 from lco_jax.checkpoint.peft import has_adapters, read_peft, write_peft
 from lco_jax.core import lora
-from lco_jax.core.buckets import on_disk, place
 from lco_jax.core.errors import LcoError, run_main
-from lco_jax.core.files import write_json
+from lco_jax.core.files import as_path, local_path, write_json
 from lco_jax.core.sharding import replicated
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation import local_tasks
@@ -52,7 +51,7 @@ def parse_args() -> argparse.Namespace:
         "a training run, one of whose checkpoints is exported",
         earlier=["--workdir"],
         required=False,
-        kind=place,
+        kind=as_path,
     )
     parser.add_argument(
         "--step", type=int, help="which of the run's checkpoints (default: the newest)"
@@ -102,7 +101,7 @@ def _add_soup_flags(parser: argparse.ArgumentParser) -> None:
         "--validate", help="what --greedy scores with: files as `lco_jax.evaluate` takes them"
     )
     group.add_argument(
-        "--media-root", type=on_disk, help="where relative paths of media in --validate start"
+        "--media-root", type=local_path, help="where relative paths of media in --validate start"
     )
     local_tasks.add_flags(parser, "--validate")
 

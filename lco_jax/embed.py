@@ -3,33 +3,37 @@
     python -m lco_jax.embed --model=runs/base/merged --input=texts.txt --output=vectors.npy
     python -m lco_jax.embed --model=Qwen/Qwen2.5-Omni-3B --adapter=my/adapter --dtype=bfloat16 \\
         --input=corpus.jsonl --id-field=doc_id --on-error=skip --output=vectors.parquet
+    python -m lco_jax.embed --ray --model=exports/vl7b --input=photos/ --output=gs://bucket/vectors
 
 Input, one of:
   .txt      a text a line
-  .jsonl    a line each: a string (text), an object with any of text, image, audio and video (media: a path, an
-            address, or a list of them; also under image_path and so on), or a list of chat messages
+  .jsonl    a line each: a string (text), an object with any of text, image, audio and video
+            (media: a path, an address, or a list of them; also under image_path and so on), or a
+            list of chat messages
   .parquet  columns of these names; media are paths, encoded bytes, or structs of both (bytes, path)
   a folder  every image, video and audio file in it, by extension
-Other keys and columns are metadata and left alone. Relative paths start at the folder of the file that has them.
+Other keys and columns are metadata and left alone. Relative paths start at the folder of the file
+that has them.
 
-Output: .npy holds float32 [N, D] in input order; .parquet holds the columns id and embedding (id: the --id-field, else
-the line or row number from 0, or the path within the folder); a name without an ending is a folder of such files,
-never joined, with _index.json. With --on-error=skip, an input that cannot be read keeps its row, NaN or null, and
-<output>.skipped.jsonl says why. <output>.json records what was done: the same command again has nothing to do.
+Output: .npy has float32 [N, D] in input order; .parquet has the columns id and embedding (id: the
+--id-field, else the line or row number from 0, or the path within the folder); a name without an
+ending is a folder of such files, which are not joined, with _index.json. With --on-error=skip, an
+input that cannot be read keeps its row, NaN or null, and <output>.skipped.jsonl says why.
+<output>.json records what was done: the same command again has nothing to do.
+Input and output may be on a bucket: gs://… or s3://….
 
-What is done lies in <output>.partial until all is; the same command after a kill goes on from there, and started again
-meanwhile, here or on another machine that sees the folder, it shares the work: any of the processes may die.
+Rows are embedded in units. What is done lies in <output>.partial until all is, and the same command
+after a kill goes on from there. With --ray, actors of a Ray cluster share the units: of a local
+one, or of that at --ray=ADDRESS.
 """
 
 import argparse
-import logging
 import os
 import signal
 import sys
-import time
-from collections import deque
-from collections.abc import Iterable, Iterator
-from itertools import chain, tee
+from collections.abc import Sequence
+from functools import partial
+from types import FrameType
 from typing import Any
 
 import jax
@@ -37,236 +41,232 @@ from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from lco_jax.core.errors import PREEMPTED, LcoError, run_main
-from lco_jax.core.shapes import keep_compiled
-from lco_jax.data.corpus import Contents, Corpus, CorpusItem, scan
+from lco_jax.core.files import AnyPath, as_path, on_bucket, reaching
+from lco_jax.data.bucket_folder import BucketFolder
+from lco_jax.data.corpus import Contents, Corpus, scan
 from lco_jax.data.media import MediaConfig
-from lco_jax.data.parts import INDEX, Unit, VectorParts
-from lco_jax.embedder import OmniEmbedder
+from lco_jax.data.parts import DESCRIPTION, Unit, VectorParts, cut
 from lco_jax.flags import (
-    MEDIA_A_PART,
-    TEXTS_A_PART,
+    MEDIA_A_UNIT,
+    TEXTS_A_UNIT,
     add_corpus_flags,
     add_path,
     embedding_settings,
-    load_embedder,
     media_config,
     new_parser,
-    workers,
 )
+from lco_jax.unit_embedder import UnitEmbedder, open_corpus
 
-POLL = 1.0  # seconds from one look at the units of others to the next
-
-
-class Progress(tqdm):
-    """A bar, whose steps (after a forward pass, at the latest) are signs of life to the other processes."""
-
-    def __init__(self, parts: VectorParts, **options: Any):
-        self.parts = parts
-        super().__init__(**options)
-
-    def update(self, n: float = 1) -> bool | None:
-        """Advance by n inputs."""
-        self.parts.alive()
-        return super().update(n)
+ROUNDS = 3  # over units without a good part, before the disk is not trusted any more
+Load = partial[UnitEmbedder]
+INPUT_STATE = "what --input holds"  # among the flags of a work
 
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = new_parser("embed", __doc__)
-    add_path(parser, "--input", ".txt, .jsonl, .parquet or a folder of media")
-    add_path(parser, "--output", ".npy or .parquet, or a folder")
+    add_path(parser, "--input", ".txt, .jsonl, .parquet or a folder of media", kind=as_path)
+    add_path(parser, "--output", ".npy or .parquet, or a folder", kind=as_path)
     parser.add_argument(
         "--id-field", help="the key of a jsonl object, or column of a parquet, that is its id"
     )
-    parser.add_argument(
-        "--distributed", action="store_true", help="one of the processes of a TPU slice"
+    group = parser.add_argument_group("many processes")
+    group.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="share the work among actors of a Ray cluster (by default: started on this machine)",
     )
-    add_corpus_flags(parser, on_error="raise")
+    group.add_argument(
+        "--actors",
+        type=int,
+        help="how many (default: one a GPU or TPU chip of the cluster, or one a machine)",
+    )
+    group.add_argument(
+        "--actor-resources",
+        type=_resources,
+        metavar="NAME=N,…",
+        help="what an actor takes, as Ray calls it (default: GPU=1, TPU=1 or CPU=1)",
+    )
+    add_corpus_flags(parser, on_error="raise", media_root=as_path)
     return parser.parse_args()
 
 
+def _resources(text: str) -> dict[str, float]:
+    """{name: amount} of what "TPU=4,CPU=8" says."""
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    try:
+        found = {name: float(amount) for name, _, amount in pairs}
+    except ValueError as error:
+        raise LcoError(f"--actor-resources={text}: give NAME=N, such as TPU=4") from error
+    if not all(name and amount > 0 for name, amount in found.items()):
+        raise LcoError(f"--actor-resources={text}: give NAME=N with N above 0, such as TPU=4")
+    return found
+
+
 def main() -> int:
-    """Check every input, then embed and write unit by unit; the output appears when it is whole."""
+    """Check every input, then embed unit by unit; the output appears when it is complete."""
     args = parse_args()
-    if args.output.suffix not in (".npy", ".parquet", ""):
-        raise LcoError(
-            f"--output={args.output}: the file must end in .npy or .parquet, or in nothing: a folder"
-        )
-    if args.output.is_dir() == bool(args.output.suffix) and args.output.exists():
-        raise LcoError(
-            f"--output={args.output} is a {'folder' if args.output.suffix else 'file'}; give another name"
-        )
-    if args.output.is_dir() and os.listdir(args.output) and not (args.output / INDEX).exists():
-        raise LcoError(f"--output={args.output} is a folder of something else; give another name")
-    if args.id_field and args.output.suffix == ".npy":
-        raise LcoError("--id-field needs a .parquet output; an .npy has no place for ids")
-    if args.distributed:
-        jax.distributed.initialize()
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(PREEMPTED)
-    )  # what waits is written on the way out
+    with reaching(args.output):
+        _check_flags(args)
+    signal.signal(signal.SIGTERM, _leave)
+    if args.ray:  # the accelerators are for the actors
+        jax.config.update("jax_platforms", "cpu")
     media = media_config(args)
-    corpus = Corpus(args.input, args.id_field, args.media_root)
-    as_it_was = corpus.fingerprint()
+    corpus = open_corpus(args)
+    fingerprint = corpus.fingerprint()
     checkpoint = open_checkpoint(args.model)
-    with VectorParts(args.output, _work(args, as_it_was, media, checkpoint)) as parts:
-        if record := parts.whole():
-            print(
-                f"{args.output} is whole: this very command has made its {record['vectors']:,} vectors"
-            )
+    work = _work(args, fingerprint, media, checkpoint)
+    with VectorParts(args.output, work) as parts:
+        record = parts.finished()
+        if record:
+            done = f"this very command has made its {record['vectors']:,} vectors"
+            print(f"{args.output} is complete: {done}")
         else:
-            record = _embed(args, corpus, as_it_was, media, checkpoint, parts)
+            record = _embed(args, corpus, media, checkpoint, parts)
             print(f"{record['vectors']:,} vectors of {record['dimension']}: {args.output}")
-    if skipped := record["skipped"]:
-        print(
-            f"{skipped:,} of them are empty: {args.output}.skipped.jsonl says which inputs were skipped, and why"
-        )
+    if record["skipped"]:
+        which = f"{args.output}.skipped.jsonl says which inputs were skipped, and why"
+        print(f"{record['skipped']:,} of them are empty: {which}")
     return 0
+
+
+def _leave(signal_number: int, frame: FrameType | None) -> None:
+    """End in good order after SIGTERM."""
+    sys.exit(PREEMPTED)
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Raise for an output that cannot be, and for flags that do not go together."""
+    output: AnyPath = args.output
+    if output.suffix not in (".npy", ".parquet", ""):
+        endings = "the file must end in .npy or .parquet, or in nothing: a folder"
+        raise LcoError(f"--output={output}: {endings}")
+    is_folder = output.is_dir()
+    if is_folder and output.suffix:
+        raise LcoError(f"--output={output} is a folder; give another name")
+    if output.exists() and not is_folder and not output.suffix:
+        raise LcoError(f"--output={output} is a file; give another name")
+    if is_folder and any(output.iterdir()) and not (output / DESCRIPTION).exists():
+        raise LcoError(f"--output={output} is a folder of something else; give another name")
+    if args.id_field and output.suffix == ".npy":
+        raise LcoError("--id-field needs a .parquet output; an .npy has no place for ids")
+    if args.ray is None and (args.actors or args.actor_resources):
+        raise LcoError("--actors and --actor-resources go with --ray")
 
 
 def _embed(
     args: argparse.Namespace,
-    corpus: Corpus,
-    as_it_was: str,
+    corpus: Corpus | BucketFolder,
     media: MediaConfig,
     checkpoint: Checkpoint,
     parts: VectorParts,
 ) -> dict[str, Any]:
-    """Embed what no other process does, until all is there: the record of it."""
-    strict = (
-        args.on_error == "raise"
-    )  # then what is missing is found before hours of work, not after
+    """Make the parts that are not there and join all: the record of it."""
+    found, unit_rows = _look(args, corpus, media, parts)
+    modalities = modalities_of(checkpoint, found, media, args.on_error == "raise")
+    units = cut(0, found.total, unit_rows)
+    load = partial(
+        UnitEmbedder, args, media, modalities, found.has_media, unit_rows, folder=parts.folder
+    )
+    run = _on_ray if args.ray else _here
+    left = parts.left(units)
+    to_do = sum(unit.rows for unit in left)
+    bar = tqdm(total=found.total, initial=found.total - to_do, desc="embedding", unit="input")
+    try:
+        with bar as progress:
+            for _ in range(ROUNDS):
+                if left:
+                    run(args, load, left, progress)
+                    left = parts.left(units)
+        if left:
+            raise LcoError(f"{parts.folder.path} loses the parts that are written to it")
+        if corpus.fingerprint() != parts.work[INPUT_STATE]:
+            advice = f"remove {parts.folder.path} and start anew"
+            raise LcoError(f"--input={args.input} changed meanwhile; {advice}")
+    except (LcoError, KeyboardInterrupt, SystemExit):
+        if done := parts.rows_done():
+            kept = f"{done:,} of {found.total:,} vectors are kept in {parts.folder.path}"
+            print(f"{kept}; the same command goes on from there", file=sys.stderr)
+        raise
+    return parts.join(units, checkpoint.config.hidden_size, found.ids)
 
-    def look() -> dict[str, Any]:  # the first process does, for all
-        with tqdm(
-            corpus.items(strict), desc="checking", unit="input", leave=False, delay=2
-        ) as items:
+
+def _here(args: argparse.Namespace, load: Load, units: Sequence[Unit], progress: tqdm) -> None:
+    """Make the parts of units in this process."""
+    load(os.cpu_count() or 1)(units, progress)
+
+
+def _on_ray(args: argparse.Namespace, load: Load, units: Sequence[Unit], progress: tqdm) -> None:
+    """Make the parts of units in actors."""
+    from lco_jax.data.ray_actors import Cluster, run_on_ray  # of the extra
+
+    cluster = Cluster(args.ray, args.actors, args.actor_resources)
+    run_on_ray(cluster, load, load.keywords["folder"], units, progress)
+
+
+def _look(
+    args: argparse.Namespace,
+    corpus: Corpus | BucketFolder,
+    media: MediaConfig,
+    parts: VectorParts,
+) -> tuple[Contents, int]:
+    """What the input has, and how many rows a unit: as whoever began this work found and chose."""
+    known = parts.description()
+    if known is None:
+        strict = args.on_error == "raise"  # then what is missing is found before hours of work
+        items = tqdm(corpus.items(strict), desc="checking", unit="input", leave=False, delay=2)
+        with items:
             found = scan(items, media, strict)
-        part_rows = args.part_size or (MEDIA_A_PART if found.has_media else TEXTS_A_PART)
-        return {
+        unit_rows = args.part_size or (MEDIA_A_UNIT if found.has_media else TEXTS_A_UNIT)
+        known = {
             "total": found.total,
             "kinds": found.kinds,
             "ids": found.ids.__name__,
-            "part_rows": part_rows,
+            "part_rows": unit_rows,
         }
-
-    settled = parts.settled(look)
-    found = Contents(settled["total"], settled["kinds"], {"int": int, "str": str}[settled["ids"]])
-    parts.part_rows = settled[
-        "part_rows"
-    ]  # one for all: processes that cut otherwise would not share
-    modalities = modalities_of(checkpoint, found, media, strict)
-    keep_compiled()
-    try:
-        embedder, read = load_embedder(args, checkpoint, media, modalities), corpus.reader()
-        with Progress(
-            parts, total=found.total, initial=parts.news(), desc="embedding", unit="input"
-        ) as progress:
-            while not (record := parts.finish(found.total, embedder.dimension, found.ids)):
-                while parts.left:
-                    if unit := parts.claim():
-                        units = (
-                            (one, read(one.first, one.end))
-                            for one in chain([unit], iter(parts.claim, None))
-                        )
-                        embed_items(embedder, units, found, parts, args, progress)
-                    else:
-                        time.sleep(POLL)  # others have what is left, and may die
-                        progress.update(parts.news())
-                if corpus.fingerprint() != as_it_was:
-                    raise LcoError(
-                        f"--input={corpus.path} changed meanwhile; remove {parts.folder} and start anew"
-                    )
-            progress.update(found.total - progress.n)
-            return record
-    except (LcoError, KeyboardInterrupt, SystemExit):
-        if done := parts.done:
-            kept = f"{done:,} of {found.total:,} vectors are kept in {parts.folder}"
-            print(f"{kept}; the same command goes on from there", file=sys.stderr)
-        raise
-
-
-def embed_items(
-    embedder: OmniEmbedder,
-    units: Iterable[tuple[Unit, Iterable[CorpusItem]]],
-    found: Contents,
-    parts: VectorParts,
-    args: argparse.Namespace,
-    progress: tqdm,
-) -> None:
-    """Embed units of `parts`, each with its inputs. They are taken ahead of what is computed. found: of all inputs."""
-    sizes = deque[int]()  # of units that are taken
-    coming = deque[
-        tuple[Unit, int | str]
-    ]()  # inputs on their way: no more than a block and what is prepared ahead
-
-    def inputs() -> Iterator[tuple[Any, str]]:
-        for unit, items in units:
-            sizes.append(len(unit))
-            count = 0
-            for item in items:
-                coming.append((unit, item.id))
-                yield item.content, item.where
-                count += 1
-            if count != len(unit):
-                raise LcoError(
-                    f"--input={args.input} changed meanwhile; remove {parts.folder} and start anew"
-                )
-
-    logging.getLogger("lco_jax.embedder").setLevel(
-        logging.ERROR
-    )  # what it skips is counted and listed here
-    contents, names = tee(inputs())
-    skipped = 0
-    blocks = embedder.encode_blocks(
-        (content for content, _ in contents),
-        args.batch_size,
-        prompt=args.prompt,
-        max_length=args.max_length,
-        on_error=args.on_error,
-        workers=workers(args, found.has_media),
-        block_inputs=parts.part_rows,
-        units=iter(sizes.popleft, None),
-        progress=progress,
-        names=(where for _, where in names),
-    )
-    for block in blocks:
-        unit, reasons = (
-            coming[0][0],
-            {index - block.first: reason for index, reason in block.skipped.items()},
-        )
-        unit.add([coming.popleft()[1] for _ in block.vectors], block.vectors, reasons)
-        progress.update(parts.news())
-        if skipped := skipped + len(reasons):
-            progress.set_postfix(skipped=skipped)
+    known.pop("work", None)
+    parts.describe(**known)  # again where --on-error has changed
+    ids = {"int": int, "str": str}[known["ids"]]
+    return Contents(known["total"], known["kinds"], ids), known["part_rows"]
 
 
 def modalities_of(
     checkpoint: Checkpoint, found: Contents, media: MediaConfig, strict: bool
 ) -> tuple[str, ...]:
-    """The modalities whose towers are needed. strict: raise for one that the checkpoint does not take."""
+    """The modalities whose towers are needed. strict: raise for one that the checkpoint does not
+    take.
+    """
     known = checkpoint.backbone.modalities
     for kind, where in found.kinds.items():
         if strict and kind not in known:
-            raise LcoError(
-                f"{where} has {kind}, and {checkpoint.folder.name} takes {', '.join(known)}"
-            )
-    sounds = {"audio"} if media.use_audio_in_video and "video" in found.kinds else set()
-    return tuple(kind for kind in known if kind == "text" or kind in found.kinds.keys() | sounds)
+            takes = f"{checkpoint.folder.name} takes {', '.join(known)}"
+            raise LcoError(f"{where} has {kind}, and {takes}")
+    needed = {"text", *found.kinds}
+    if media.use_audio_in_video and "video" in found.kinds:
+        needed.add("audio")
+    return tuple(kind for kind in known if kind in needed)
 
 
 def _work(
-    args: argparse.Namespace, as_it_was: str, media: MediaConfig, checkpoint: Checkpoint
+    args: argparse.Namespace, fingerprint: str, media: MediaConfig, checkpoint: Checkpoint
 ) -> dict[str, Any]:
-    """Flag -> value of all that vectors and their order depend on. Speed is not part of it: that may change."""
-    root = None if args.media_root is None else os.path.abspath(args.media_root)
-    work = {
-        "--input": os.path.abspath(args.input),
-        "what --input holds": as_it_was,
-        "--media-root": root,
+    """Flag -> value of all that vectors and their order depend on; speed is not part of it, and may
+    change.
+    """
+    return {
+        "--input": _absolute(args.input),
+        INPUT_STATE: fingerprint,
+        "--media-root": None if args.media_root is None else _absolute(args.media_root),
+        "--id-field": args.id_field,
+        "--on-error": args.on_error,
+        **embedding_settings(args, media, checkpoint),
     }
-    work |= {"--id-field": args.id_field, "--on-error": args.on_error}
-    return {**work, **embedding_settings(args, media, checkpoint)}
+
+
+def _absolute(path: AnyPath) -> str:
+    return os.fspath(path) if on_bucket(path) else os.path.abspath(path)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,8 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, load_model, open_checkpoint
-from lco_jax.core.buckets import Place, copy_up, on_bucket
 from lco_jax.core.errors import LcoError
-from lco_jax.core.files import fetched, mirrored
+from lco_jax.core.files import AnyPath, local_copy, local_workdir, on_bucket, upload
 from lco_jax.core.sharding import make_mesh
 from lco_jax.data import pipeline
 from lco_jax.data.media import MediaConfig
@@ -40,7 +39,7 @@ class Job:
     """
 
     config: ConfigDict
-    home: Place
+    home: AnyPath
     workdir: Path
     mesh: Mesh
     checkpoint: Checkpoint
@@ -65,16 +64,16 @@ class Job:
     def upload(self) -> None:
         """Copy the files that this process has written to the bucket, if home is on one."""
         if on_bucket(self.home) and jax.process_index() == 0:
-            copy_up(self.workdir, self.home)
+            upload(self.workdir, self.home)
 
 
-def open_job(config: ConfigDict, home: Place, generative: bool = False) -> Job:
+def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job:
     """Check the configuration, open everything that it names, and print a summary.
 
     generative: records are prompts and answers, and the vocabulary head is loaded, too.
     """
     check_config(config)
-    workdir = mirrored(home, "*.jsonl")
+    workdir = local_workdir(home, "*.jsonl")
     mesh = make_mesh(**config.mesh)
     pipeline.check_mesh(mesh)
     checkpoint = open_checkpoint(config.model.path)
@@ -181,7 +180,7 @@ def _open_held_out(config: ConfigDict) -> dict[str, JsonlSource]:
     paths = [path for path in config.eval.path.split(",") if path]
     held_out = {}
     for path in paths:
-        source = JsonlSource(fetched(path), config.data.on_bad)
+        source = JsonlSource(local_copy(path), config.data.on_bad)
         held_out[source.path.stem] = source
     if len(held_out) < len(paths):
         raise LcoError(

@@ -11,8 +11,8 @@ import grain
 import jax
 
 from lco_jax.checkpoint.store import RunStore
-from lco_jax.core.buckets import reaching
 from lco_jax.core.exchange import Exchange
+from lco_jax.core.files import reaching
 from lco_jax.core.packing import Batch, Shape
 from lco_jax.data import pipeline
 from lco_jax.data.layouts import choose_layout, draw

@@ -10,8 +10,7 @@ from jax.experimental import multihost_utils
 
 from lco_jax.checkpoint.export import export_merged
 from lco_jax.checkpoint.peft import has_adapters, write_peft
-from lco_jax.core.buckets import on_bucket
-from lco_jax.core.files import write_json
+from lco_jax.core.files import on_bucket, write_json
 from lco_jax.evaluation.plots import plot_loss
 from lco_jax.job import Job, say
 from lco_jax.loop import Loop

@@ -18,8 +18,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lco_jax import loop
-from lco_jax.core.buckets import Place
 from lco_jax.core.errors import PREEMPTED, run_main
+from lco_jax.core.files import AnyPath
 from lco_jax.data.records import answer_of, as_input
 from lco_jax.generator import OmniGenerator
 from lco_jax.job import Job, open_job, say
@@ -32,7 +32,7 @@ from lco_jax.training.watch import peers
 ANSWERED = 4  # held-out prompts
 
 
-def pretrain(config: ConfigDict, output: Place) -> dict[str, Any]:
+def pretrain(config: ConfigDict, output: AnyPath) -> dict[str, Any]:
     """Run or resume in the folder `output`; returns the content of its results.json.
 
     Returns {} if SIGTERM ended the run early (after saving it).

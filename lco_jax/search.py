@@ -1,17 +1,18 @@
-"""Search a folder or file of texts and media across modalities, on a small web page of this machine's own.
+"""Search a folder or file of texts and media across modalities, on a small web page that this
+machine serves.
 
-    python -m lco_jax.search --model=Qwen/Qwen2.5-Omni-3B --input=photos/ --index=photos.index
-    python -m lco_jax.search --model=exports/vl7b --input=corpus.jsonl --index=corpus.index --port=9000
+    python -m lco_jax.search --model=Qwen/Qwen2.5-Omni-3B --input=photos/ --output=photos.index
+    python -m lco_jax.search --model=exports/vl7b --input=corpus.jsonl --output=corpus.index
+    --port=9000
 
-The index keeps a vector an input. Started again, it embeds what is new or has changed and forgets what is gone; after a
-kill it goes on from there. Needs the extra: pip install 'lco-jax[search]'.
+The index, --output, has a vector for each input. Started again, the command embeds what is new or
+has changed and forgets what is gone; after a kill it goes on from there. Needs the extra: pip
+install 'lco-jax[search]'.
 """
 
 import argparse
 import socket
 from collections.abc import Mapping, Sequence
-from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,42 +21,35 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import open_checkpoint
-from lco_jax.core.buckets import on_disk
 from lco_jax.core.errors import LcoError, explained, run_main
 from lco_jax.core.files import read_json, write_json
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Contents, Corpus, scan
-from lco_jax.data.parts import Unit, VectorParts
-from lco_jax.data.vectors import read_vectors, same_work
-from lco_jax.embed import embed_items
+from lco_jax.data.parts import Unit, VectorParts, cut
+from lco_jax.data.vectors import part_table, read_vectors, same_work
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.flags import (
-    MEDIA_A_PART,
+    MEDIA_A_UNIT,
     add_corpus_flags,
+    add_path,
     embedding_settings,
     load_embedder,
     media_config,
+    new_parser,
+    workers,
 )
 from lco_jax.searching.library import Entry, Library
 from lco_jax.searching.nearest import EXACT, Nearest, with_graph
+from lco_jax.unit_embedder import embed_units
+
+FIRST_QUERY = {"text": "a first query, so that the next one finds its programs compiled"}
 
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lco_jax.search",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--input",
-        type=on_disk,
-        required=True,
-        help="a folder of media, a .jsonl or a .txt, as of embed",
-    )
-    parser.add_argument(
-        "--index", type=on_disk, required=True, help="the folder that keeps the vectors"
-    )
+    parser = new_parser("search", __doc__)
+    add_path(parser, "--input", "a folder of media, a .jsonl or a .txt, as of embed")
+    add_path(parser, "--output", "the folder of the index", earlier=["--index"])
     parser.add_argument(
         "--port", type=int, default=8765, help="0: any that is free (default: 8765)"
     )
@@ -84,65 +78,73 @@ def main() -> int:
         from lco_jax.searching.server import HEADERS, LOOPBACK, Server
     if args.input.suffix == ".parquet":
         raise LcoError(f"--input={args.input}: search takes a folder of media, a .jsonl or a .txt")
-    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-    with explained(
-        f"--host={args.host} --port={args.port} cannot be listened on", OSError, OverflowError
-    ):
-        listening = socket.create_server(
-            (args.host, args.port), family=family
-        )  # before hours of work
-    with listening:
+    with _listening(args) as socket_:  # before hours of work
         library, embedder = prepare(args)
 
         def encode(content: Any, name: str) -> np.ndarray:
-            return embedder.encode(
-                [content], prompt=args.prompt, max_length=args.max_length, names=[name]
-            )[0]
+            options = {"prompt": args.prompt, "max_length": args.max_length, "names": [name]}
+            return embedder.encode([content], **options)[0]
 
-        encode({"text": "a first query, so that the next one finds its programs compiled"}, "")
+        encode(FIRST_QUERY, "")
         about = {"model": Path(args.model).name, "modalities": embedder.modalities}
         server = Server(library, encode, about, args.max_upload)
         host = f"[{args.host}]" if ":" in args.host else args.host
         counts = ", ".join(f"{count:,} {kind}" for kind, count in library.counts.items())
-        print(f"{counts}: http://{host}:{listening.getsockname()[1]}", flush=True)
+        print(f"{counts}: http://{host}:{socket_.getsockname()[1]}", flush=True)
         app = server.app(LOOPBACK if args.host in LOOPBACK else ("*",))
         config = uvicorn.Config(app, log_level="warning", server_header=False, headers=HEADERS)
-        uvicorn.Server(config).run(sockets=[listening])
+        uvicorn.Server(config).run(sockets=[socket_])
     return 0
+
+
+def _listening(args: argparse.Namespace) -> socket.socket:
+    """The socket of --host and --port."""
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    cannot = f"--host={args.host} --port={args.port} cannot be listened on"
+    with explained(cannot, OSError, OverflowError):
+        return socket.create_server((args.host, args.port), family=family)
 
 
 def prepare(args: argparse.Namespace) -> tuple[Library, OmniEmbedder]:
     """Bring the index up to date and load it, and the model that embeds queries."""
-    media, strict = media_config(args), args.on_error == "raise"
+    media = media_config(args)
+    strict = args.on_error == "raise"
     corpus = Corpus(args.input, None, args.media_root)
     items = list(corpus.items(strict))
     found = scan(items, media, strict)
     root = corpus.path if corpus.path.is_dir() else corpus.path.parent
-    entries = {entry.key: entry for entry in (Entry.of(item, root) for item in items)}
+    every = [Entry.of(item, root) for item in items]
+    entries = {entry.key: entry for entry in every}
     keep_compiled()
     checkpoint = open_checkpoint(args.model)
     embedder = load_embedder(args, checkpoint, media, None)
     work = embedding_settings(args, media, checkpoint)
-    parts = VectorParts(
-        args.index / "vectors.parquet", work, args.part_size or MEDIA_A_PART, "--index"
-    )
+    parts = VectorParts(args.output / "vectors.parquet", work)
     keys, vectors = update(parts, entries, found, embedder, args)
-    rows = [row for row, key in enumerate(keys) if key in entries and np.isfinite(vectors[row, 0])]
+    return _library(args, entries, keys, vectors), embedder
+
+
+def _library(
+    args: argparse.Namespace,
+    entries: Mapping[str, Entry],
+    keys: Sequence[str],
+    vectors: np.ndarray,
+) -> Library:
+    """What can be searched. keys, vectors: the rows of the index."""
+    finite = np.isfinite(vectors).all(axis=1)
+    rows = [row for row, key in enumerate(keys) if key in entries and finite[row]]
     if len(rows) < len(entries):
-        print(
-            f"{len(entries) - len(rows):,} inputs are left out: {parts.output}.skipped.jsonl says which, and why"
-        )
+        which = f"{args.output}/vectors.parquet.skipped.jsonl says which, and why"
+        print(f"{len(entries) - len(rows):,} inputs are left out: {which}")
     if not rows:
         raise LcoError(f"--input={args.input} holds nothing that could be embedded")
 
     def index(vectors: np.ndarray, keys: Sequence[str], kind: str) -> Nearest:
-        return (
-            with_graph(vectors, keys, args.index, kind)
-            if args.ann or len(keys) > EXACT
-            else Nearest(vectors)
-        )
+        if args.ann or len(keys) > EXACT:
+            return with_graph(vectors, keys, args.output, kind)
+        return Nearest(vectors)
 
-    return Library([entries[keys[row]] for row in rows], vectors[rows], index), embedder
+    return Library([entries[keys[row]] for row in rows], vectors[rows], index)
 
 
 def update(
@@ -152,46 +154,83 @@ def update(
     embedder: OmniEmbedder,
     args: argparse.Namespace,
 ) -> tuple[list[str], np.ndarray]:
-    """Embed what the index lacks -> the keys of its rows, and float32 [N, D], NaN where an input could not be embedded.
+    """Embed what the index lacks -> the keys of its rows, and float32 [N, D], NaN where an input
+    could not be embedded.
 
-    entries: by key. What a killed start has embedded lies in `parts`; what the index had is laid down after it, then
-    what is new. An input that could not be embedded is tried again only when another one is new.
+    entries: by key. The parts that a killed start has left come first, then what the index had,
+    then what is new. An input that could not be embedded is tried again only when another one is
+    new.
     """
-    table, manifest = (
-        partial(pyarrow.parquet.read_table, parts.output),
-        parts.output.parent / "manifest.json",
-    )
-    with parts, parts.alone(wait=False):
-        if manifest.exists():
-            same_work(read_json(manifest), parts.work, manifest.parent, parts.flag)
-        elif parts.output.exists():
-            raise LcoError(f"{parts.output} is of no index of ours; give another --index")
-        write_json(manifest, parts.work)
-        known, vectors = read_vectors([table()] if parts.output.exists() else [])
-        if not parts.done and known and entries.keys() == set(known):
+    with parts:
+        known, vectors = _read_index(parts)
+        parts.description()
+        parts.describe()
+        parts.left(parts.folder.units())  # removes what is torn
+        if not parts.folder.units() and known and entries.keys() == set(known):
             return known, vectors
-        done = set(read_vectors(parts.tables())[0])
+        done = _keys_of_parts(parts)
+        finite = np.isfinite(vectors).all(axis=1)
         lacking = entries.keys() - done
-        rows = [
-            row for row, key in enumerate(known) if key in lacking and np.isfinite(vectors[row, 0])
-        ]
-        if rows:
-            Unit(parts, row := parts.next_row, row + len(rows)).add(
-                [known[row] for row in rows], vectors[rows], {}
-            )
-        there = done | {known[row] for row in rows}
-        new = [entry.item._replace(id=key) for key, entry in entries.items() if key not in there]
-        if new:
-            rest = closing(
-                Unit(parts, row := parts.next_row, row + len(new))
-            )  # while nobody else may come in
-            bar = tqdm(
-                total=len(there) + len(new), initial=len(there), desc="embedding", unit="input"
-            )
-            with rest as unit, bar as progress:
-                embed_items(embedder, [(unit, new)], found, parts, args, progress)
-        parts.join(len(there) + len(new), embedder.dimension, str, recorded=False)
-    return read_vectors([table()])
+        kept = [row for row, key in enumerate(known) if key in lacking and finite[row]]
+        if kept:
+            ids = [known[row] for row in kept]
+            unit = _next_units(parts, len(kept), len(kept))[0]
+            parts.folder.write(unit, part_table(ids, vectors[kept], {}))
+            done.update(ids)
+        _embed_new(parts, entries, done, found, embedder, args)
+        parts.join(parts.folder.units(), embedder.dimension, str, recorded=False)
+    return _read_table(parts)
+
+
+def _read_index(parts: VectorParts) -> tuple[list[str], np.ndarray]:
+    """What the index has, as `update` returns it. Raises for an index of other flags, or of
+    something else.
+    """
+    manifest = parts.output.parent / "manifest.json"
+    if manifest.exists():
+        same_work(read_json(manifest), parts.work, manifest.parent, parts.flag)
+    elif parts.output.exists():
+        raise LcoError(f"{parts.output} is of no index of ours; give another {parts.flag}")
+    write_json(manifest, parts.work)
+    return _read_table(parts)
+
+
+def _read_table(parts: VectorParts) -> tuple[list[str], np.ndarray]:
+    tables = [pyarrow.parquet.read_table(parts.output)] if parts.output.exists() else []
+    return read_vectors(tables)  # type: ignore[return-value]
+
+
+def _keys_of_parts(parts: VectorParts) -> set[str]:
+    tables = parts.folder.tables(parts.folder.units(), ["id"])
+    return {key for table in tables for key in table["id"].to_pylist()}
+
+
+def _next_units(parts: VectorParts, rows: int, unit_rows: int) -> list[Unit]:
+    """Units for so many rows, after those of the parts that are there."""
+    first = max((unit.end for unit in parts.folder.units()), default=0)
+    return cut(first, first + rows, unit_rows)
+
+
+def _embed_new(
+    parts: VectorParts,
+    entries: Mapping[str, Entry],
+    done: set[str],
+    found: Contents,
+    embedder: OmniEmbedder,
+    args: argparse.Namespace,
+) -> None:
+    """Make parts of the entries that are not done."""
+    new = [entry.item._replace(id=key) for key, entry in entries.items() if key not in done]
+    if not new:
+        return
+    units = _next_units(parts, len(new), args.part_size or MEDIA_A_UNIT)
+    taken = iter(new)
+    inputs = [(unit, [next(taken) for _ in range(unit.rows)]) for unit in units]
+    total = len(done) + len(new)
+    with tqdm(total=total, initial=len(done), desc="embedding", unit="input") as progress:
+        options = {"workers": workers(args, found.has_media), "progress": progress}
+        options["block_inputs"] = args.part_size or MEDIA_A_UNIT
+        embed_units(embedder, inputs, parts.folder, args, options)
 
 
 if __name__ == "__main__":

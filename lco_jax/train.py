@@ -21,8 +21,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lco_jax import loop
-from lco_jax.core.buckets import Place
 from lco_jax.core.errors import PREEMPTED, LcoError, run_main
+from lco_jax.core.files import AnyPath
 from lco_jax.data.records import Content, as_input
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation.plots import plot_similarity
@@ -37,7 +37,7 @@ from lco_jax.training.watch import peers
 Scores = dict[str, Retrieval]  # by held-out file
 
 
-def train(config: ConfigDict, output: Place) -> dict[str, Any]:
+def train(config: ConfigDict, output: AnyPath) -> dict[str, Any]:
     """Run or resume in the folder `output`; returns the content of its results.json.
 
     Returns {} if SIGTERM ended the run early (after saving it).

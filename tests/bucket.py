@@ -1,7 +1,8 @@
-"""A stand-in of Cloud Storage for tests: what gcsfs, google-cloud-storage and tensorstore ask of its JSON API.
+"""A stand-in of Cloud Storage for tests: what gcsfs, google-cloud-storage and tensorstore ask of
+its JSON API.
 
-Objects have generations, which conditional requests look at, as tensorstore's database needs. `bucket` is there,
-`closed` may not be looked at, and others do not exist.
+Objects have generations, which conditional requests look at, as tensorstore's database needs.
+`bucket` is there, `closed` may not be looked at, and others do not exist.
 """
 
 import base64
@@ -48,10 +49,18 @@ class Bucket(ThreadingHTTPServer):
         generation = str(self.generations.setdefault(name, next(self.numbers)))
         crc, md5 = google_crc32c.Checksum(content).digest(), hashlib.md5(content).digest()
         return {
-            "kind": "storage#object", "name": name, "bucket": "bucket", "size": str(len(content)), "updated": now,
-            "timeCreated": now, "generation": generation, "metageneration": "1", "storageClass": "STANDARD",
-            "crc32c": base64.b64encode(crc).decode(), "md5Hash": base64.b64encode(md5).decode(),
-        }  # fmt: skip
+            "kind": "storage#object",
+            "name": name,
+            "bucket": "bucket",
+            "size": str(len(content)),
+            "updated": now,
+            "timeCreated": now,
+            "generation": generation,
+            "metageneration": "1",
+            "storageClass": "STANDARD",
+            "crc32c": base64.b64encode(crc).decode(),
+            "md5Hash": base64.b64encode(md5).decode(),
+        }
 
 
 class Handler(BaseHTTPRequestHandler):

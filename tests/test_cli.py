@@ -315,7 +315,9 @@ GOOD = '{"text": "fine", "key": 1}'
 
 
 def embed_cases():
-    """name: (input file's name, its content or None, output's name, further arguments, what the message holds)."""
+    """name: (input file's name, its content or None, output's name, further arguments, what the
+    message holds).
+    """
     bad = {
         "torn": ('{"text": "x"', "not valid JSON"),
         "number": ("3", "int"),
@@ -340,26 +342,58 @@ def embed_cases():
     field = ["--id-field=key"]
     return {
         **cases,
-        "line: no id": ("in.jsonl", f'{GOOD}\n{{"text": "x"}}', "out.parquet", field, ("in.jsonl:2", "'key'")),
+        "line: no id": (
+            "in.jsonl",
+            f'{GOOD}\n{{"text": "x"}}',
+            "out.parquet",
+            field,
+            ("in.jsonl:2", "'key'"),
+        ),
         "line: chat has no id": (
-            "in.jsonl", f'{GOOD}\n[{{"role": "user", "content": "x"}}]', "out.parquet", field, ("in.jsonl:2", "'key'"),
+            "in.jsonl",
+            f'{GOOD}\n[{{"role": "user", "content": "x"}}]',
+            "out.parquet",
+            field,
+            ("in.jsonl:2", "'key'"),
         ),
         "line: ids of two kinds": (
-            "in.jsonl", f'{GOOD}\n{{"text": "x", "key": "one"}}', "out.parquet", field, ("in.jsonl:2", "one type"),
+            "in.jsonl",
+            f'{GOOD}\n{{"text": "x", "key": "one"}}',
+            "out.parquet",
+            field,
+            ("in.jsonl:2", "one type"),
         ),
-        "line: too long": ("in.txt", "fine\n" + "word " * 40_000, "out.npy", [], ("in.txt:2", "32768")),
+        "line: too long": (
+            "in.txt",
+            "fine\n" + "word " * 40_000,
+            "out.npy",
+            [],
+            ("in.txt:2", "32768"),
+        ),
         "not utf-8": ("in.txt", b"fine\n\xff\xfe\n", "out.npy", [], ("in.txt",)),
         "input suffix": ("in.csv", "fine", "out.npy", [], ("in.csv", ".jsonl")),
         "output suffix": ("in.txt", "fine", "out.txt", [], ("out.txt", ".parquet")),
         "no input": ("in.txt", None, "out.npy", [], ("in.txt",)),
         "id without parquet": ("in.jsonl", GOOD, "out.npy", field, ("--id-field", ".parquet")),
         "batch size": ("in.txt", "fine", "out.npy", ["--batch-size=0"], ("--batch-size=0",)),
-        "max length": ("in.txt", "fine and long", "out.npy", ["--max-length=-1"], ("--max-length=-1",)),
+        "max length": (
+            "in.txt",
+            "fine and long",
+            "out.npy",
+            ["--max-length=-1"],
+            ("--max-length=-1",),
+        ),
         "model": ("in.txt", "fine", "out.npy", ["--model=/no/such/model"], ("/no/such/model",)),
-        "adapter": ("in.txt", "fine", "out.npy", ["--adapter=/no/such/adapter"], ("/no/such/adapter",)),
+        "adapter": (
+            "in.txt",
+            "fine",
+            "out.npy",
+            ["--adapter=/no/such/adapter"],
+            ("/no/such/adapter",),
+        ),
         "output below a file": ("in.txt", "fine", "in.txt/out.npy", [], ("out.npy",)),
         "output is a folder": ("in.txt", "fine", "folder.npy", [], ("folder.npy",)),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("case", embed_cases())

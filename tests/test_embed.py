@@ -1,4 +1,6 @@
-"""`python -m lco_jax.embed`: what it reads, what a kill costs, and media through the command line."""
+"""`python -m lco_jax.embed`: what it reads, what a kill costs, and media through the command
+line.
+"""
 
 import json
 import os
@@ -7,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +18,10 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from lco_jax import LcoError, MediaConfig, embed
-from lco_jax.data import parts as parts_module
+from lco_jax import LcoError, MediaConfig
 from lco_jax.data.corpus import Corpus, scan
-from lco_jax.data.parts import VectorParts
+from lco_jax.data.parts import PartsFolder, Unit, VectorParts, cut
+from lco_jax.data.vectors import part_table
 
 ROOT = Path(__file__).parents[1]
 STRANGE = "path/to/cat.png"  # a text that looks like a file
@@ -258,21 +261,27 @@ def test_a_reader_gives_any_range(tmp_path, name):
 # ---- parts
 
 
-def fill(parts, total, step=2):
-    """Rows of a value that is their index, `step` at a time; row 3 is skipped."""
-    parts.divide(total)
-    while unit := parts.claim():
-        add(unit, unit.first, unit.end, step)
+@contextmanager
+def begin(output, work, rows=4):
+    """`VectorParts`, entered and described."""
+    with VectorParts(output, work) as parts:
+        if parts.description() is None:
+            parts.describe(part_rows=rows)
+        yield parts
 
 
-def add(unit, first, end, step=2):
-    for row in range(first, end, step):
-        rows = np.arange(row, min(row + step, end), dtype=np.float32)
-        vectors = np.repeat(rows[:, None], 4, axis=1)
-        vectors[rows == 3] = np.nan
-        unit.add(
-            [f"k{i:.0f}" for i in rows], vectors, {int(i) - row: "why" for i in rows if i == 3}
-        )
+def table(unit):
+    """Rows of a value that is their index; row 3 is skipped."""
+    rows = np.arange(unit.first, unit.end, dtype=np.float32)
+    vectors = np.repeat(rows[:, None], 4, axis=1)
+    vectors[rows == 3] = np.nan
+    reasons = {int(row) - unit.first: "why" for row in rows if row == 3}
+    return part_table([f"k{row:.0f}" for row in rows], vectors, reasons)
+
+
+def fill(parts, units):
+    for unit in parts.left(units):
+        parts.folder.write(unit, table(unit))
 
 
 def check(output, total, recorded=True):
@@ -280,15 +289,13 @@ def check(output, total, recorded=True):
     want[3] = np.nan
     if output.suffix == ".npy":
         np.testing.assert_array_equal(np.load(output), want)
-    else:
-        table = pyarrow.parquet.read_table(
-            output, columns=["id", "embedding"]
-        ).to_pydict()  # also a folder of them
-        assert table["id"] == [f"k{i}" for i in range(total)]
-        assert table["embedding"] == [None if i == 3 else [float(i)] * 4 for i in range(total)]
+    else:  # also a folder of parts
+        found = pyarrow.parquet.read_table(output, columns=["id", "embedding"]).to_pydict()
+        assert found["id"] == [f"k{i}" for i in range(total)]
+        assert found["embedding"] == [None if i == 3 else [float(i)] * 4 for i in range(total)]
     skipped = output.with_name(output.name + ".skipped.jsonl")
     assert json.loads(skipped.read_text()) == {"index": 3, "id": "k3", "reason": "why"}
-    assert not recorded or VectorParts(output, {"a": 1}).whole()["vectors"] == total
+    assert not recorded or VectorParts(output, {"a": 1}).finished()["vectors"] == total
 
 
 OUTPUTS = pytest.mark.parametrize("name", ["out.npy", "out.parquet", "out"])
@@ -296,14 +303,15 @@ OUTPUTS = pytest.mark.parametrize("name", ["out.npy", "out.parquet", "out"])
 
 @OUTPUTS
 def test_parts_become_the_output(tmp_path, name):
-    output = tmp_path / "new" / name
-    with VectorParts(output, {"a": 1}, 4) as parts:
-        assert parts.settled(lambda: {"total": 6}) == {"total": 6}
-        assert parts.settled(lambda: {"total": 7}) == {"total": 6}
-        fill(parts, 6)
-        names = sorted(x.name for x in parts.folder.iterdir() if x.name[0] != "_")
+    output, units = tmp_path / "new" / name, cut(0, 6, 4)
+    with begin(output, {"a": 1}) as parts:
+        assert parts.description()["part_rows"] == 4
+        fill(parts, units)
+        names = sorted(x.name for x in parts.folder.path.iterdir() if x.name[0] != "_")
         assert names == ["000000000000-000000000004.parquet", "000000000004-000000000006.parquet"]
-        assert parts.finish(6, 4, str)["skipped"] == 1
+        (parts.folder.path / "_output.tmp").write_text("of a process that was killed")
+        (parts.folder.path / "000000000001-000000000003.parquet").write_text("of no unit")
+        assert parts.join(units, 4, str)["skipped"] == 1
     check(output, 6)
     beside = {f"{name}.skipped.jsonl", *([] if name == "out" else [f"{name}.json"])}
     assert {x.name for x in output.parent.iterdir()} == {name, *beside}
@@ -311,253 +319,104 @@ def test_parts_become_the_output(tmp_path, name):
         assert sorted(os.listdir(output)) == [*names, "_index.json"]
         assert json.loads((output / "_index.json").read_text())["parts"] == names
         with pytest.raises(LcoError, match="out holds other work: a was 1 and is 2"):
-            VectorParts(output, {"a": 2}).whole()
+            VectorParts(output, {"a": 2}).finished()
         return
-    assert VectorParts(output, {"a": 2}).whole() is None
-    with VectorParts(output, {"a": 2}, 4) as parts, parts.alone():
-        parts_module.Unit(parts, 0, 1).add(
-            [1], np.ones((1, 4), np.float32), {}
-        )  # and again, with nothing skipped
-        assert parts.join(1, 4, int)["skipped"] == 0
+    assert VectorParts(output, {"a": 2}).finished() is None
+    with begin(output, {"a": 2}) as parts:  # and again, with nothing skipped
+        parts.folder.write(Unit(0, 1), part_table([1], np.ones((1, 4), np.float32), {}))
+        assert parts.join([Unit(0, 1)], 4, int)["skipped"] == 0
     assert {x.name for x in output.parent.iterdir()} == {name, f"{name}.json"}
 
 
-def test_processes_share_the_units_and_what_one_leaves_another_makes(tmp_path):
-    output = tmp_path / "out.npy"
-    with VectorParts(output, {"a": 1}, 4) as one, VectorParts(output, {"a": 1}, 4) as other:
-        one.settled(dict)
-        one.divide(10), other.divide(10)
-        mine, theirs = one.claim(), other.claim()
-        assert [(mine.first, mine.end), (theirs.first, theirs.end)] == [(0, 4), (4, 8)]
-        add(mine, 0, 2)
-        mine.close()  # as a process that is killed, but for what waits
-        add(theirs, 4, 8)
-        left = [other.claim(), other.claim(), other.claim()]
-        assert [(unit.first, unit.end) for unit in left[:2]] == [(2, 4), (8, 10)]
-        assert left[2] is None
-        assert one.claim() is None, "all that one has in view is made, or in the hands of the other"
-        assert set(one.left) == {8}
-        add(left[0], 2, 4)
-        add(left[1], 8, 10)
-        assert one.claim() is None
-        assert not one.left
-        assert one.news() == 8
-        assert one.news() == 0
-        assert other.finish(10, 4, str)["vectors"] == one.finish(10, 4, str)["vectors"] == 10
-    check(output, 10)
-    assert not one.folder.exists()
+def harms(folder, unit):
+    """A part as kills, disks and other runs may leave it."""
+    whole = (folder.path / unit.part).read_bytes()
+    yield whole[:-9]
+    yield b""
+    yield b"torn"
+    other = PartsFolder(folder.path, "of another model")
+    other.write(unit, table(unit))
+    yield (folder.path / unit.part).read_bytes()
+    folder.write(unit, table(Unit(unit.first, unit.end - 1)))
+    yield (folder.path / unit.part).read_bytes()
+    yield None
 
 
-@OUTPUTS
-def test_a_process_that_hangs_is_overtaken_and_no_row_is_there_twice(tmp_path, name, monkeypatch):
-    with (
-        VectorParts(tmp_path / name, {"a": 1}, 6) as one,
-        VectorParts(tmp_path / name, {"a": 1}, 6) as other,
-    ):
-        one.settled(dict)
-        one.divide(6), other.divide(6)
-        hung = one.claim()
-        monkeypatch.setattr(parts_module, "PART_SECONDS", 0)
-        add(hung, 0, 2)
-        assert other.claim() is None
-        monkeypatch.setattr(parts_module, "STALE", 0)
-        unit = other.claim()
-        assert (unit.first, unit.end) == (2, 6)
-        add(hung, 2, 5, 3)  # it goes on, after all
-        add(unit, 2, 6, 2)
-        assert other.done == 6
-        assert other.finish(6, 4, str)["vectors"] == 6
-        hung.add(["k5"], np.full((1, 4), 5, np.float32), {})
-    check(tmp_path / name, 6)
-
-
-def test_who_wakes_when_all_is_done_does_no_harm(tmp_path, monkeypatch):
-    """To the output, or to other work that has begun in its place; and makes nothing again."""
-    output = tmp_path / "out.npy"
-    hung, loading, one = (VectorParts(output, {"a": 1}, 4) for _ in range(3))
-    with hung, one:
-        for parts in (hung, loading, one):
-            parts.settled(dict)
-            parts.divide(8)
-        unit = hung.claim()
-        monkeypatch.setattr(parts_module, "STALE", 0)
-        one.claim().close(), fill(one, 8)
-        assert one.finish(8, 4, str)
-        with loading:
-            assert loading.done == 0, "the folder is gone"
-            assert loading.claim() is None
-            assert loading.finish(8, 4, str)["vectors"] == 8
-        with VectorParts(output, {"a": 2}, 4) as other:
-            assert other.finish(8, 4, str) is None
-            unit.add(list("abcd"), np.ones((4, 4)), {})
-            assert hung.claim() is None
-            assert not list(other.folder.glob("0*"))
-            with pytest.raises(LcoError, match="holds other work: a was 2 and is 1"):
-                hung.finish(8, 4, str)
-            assert len(other.claim()) == 4
-    check(output, 8, recorded=False)
-
-
-def test_a_part_in_the_making_is_nobody_elses(tmp_path, monkeypatch):
-    """In containers, processes have equal numbers; one is stopped in the midst of writing, and overtaken."""
-    monkeypatch.setattr(parts_module, "STALE", 0)
-    monkeypatch.setattr(parts_module, "PART_SECONDS", 0)
-    write = pyarrow.parquet.write_table
-    with (
-        VectorParts(tmp_path / "out", {"a": 1}, 6) as one,
-        VectorParts(tmp_path / "out", {"a": 1}, 6) as other,
-    ):
-        one.settled(dict)
-        one.divide(6), other.divide(6)
-        unit = one.claim()
-
-        def stopped(table, path, **options):
-            monkeypatch.setattr(pyarrow.parquet, "write_table", write)
-            with open(path, "wb") as file:
-                assert other.claim() is None
-                add(other.claim(), 0, 6, 6)
-                write(table, file, **options)
-
-        monkeypatch.setattr(pyarrow.parquet, "write_table", stopped)
-        add(unit, 0, 2)
-        other.finish(6, 4, str)
-    check(tmp_path / "out", 6)
-
-
-def test_a_unit_that_changes_hands_is_not_stale(tmp_path, monkeypatch):
-    monkeypatch.setattr(parts_module, "STALE", 0)
-    with (
-        VectorParts(tmp_path / "a.npy", {}, 4) as one,
-        VectorParts(tmp_path / "a.npy", {}, 4) as other,
-    ):
-        one.settled(dict)
-        one.divide(4), other.divide(4)
-        unit = one.claim()
-        assert other.claim() is None
-        unit.close()
-        one.divide(4)
-        assert len(one.claim()) == 4
-        assert other.claim() is None
-        one.alive()
-        assert other.claim() is None
-        assert len(other.claim()) == 4
-
-
-def test_nobody_comes_in_while_the_folder_is_removed(tmp_path, monkeypatch):
-    unlink, seen = Path.unlink, []
-    with VectorParts(tmp_path / "out.npy", {"a": 1}, 4) as parts:
-        parts.settled(dict)
-        fill(parts, 6)
-
-        def watched(path, **options):
-            unlink(path, **options)
-            seen.append(path.name)
-            if path.name != parts_module.LOCK:
-                with (
-                    pytest.raises(LcoError, match="another process writes"),
-                    parts.alone(wait=False),
-                ):
-                    pass
-
-        monkeypatch.setattr(Path, "unlink", watched)
-        parts.finish(6, 4, str)
-    assert parts_module.INDEX in seen
-    assert not parts.folder.exists()
-
-
-def test_a_folder_that_is_removed_while_one_comes_in_is_made(tmp_path, monkeypatch):
-    mkdir, calls = os.mkdir, []
-
-    def there_and_gone(path, *args):
-        calls.append(path)
-        if len(calls) == 1:
-            raise FileExistsError
-        mkdir(path, *args)
-
-    monkeypatch.setattr(os, "mkdir", there_and_gone)
-    with VectorParts(tmp_path / "out.npy", {}) as parts, parts.alone():
-        assert parts.ours()
-
-
-def test_a_gap_is_made_again_and_a_torn_part_named(tmp_path):
-    output = tmp_path / "out.npy"
-
-    def begin():
-        with VectorParts(output, {"a": 1}, 2) as parts:
-            with parts.alone():
-                done = parts.done
-            fill(parts, 8)
-            return done, parts
-
-    assert begin()[0] == 0
-    (tmp_path / "out.npy.partial" / "000000000002-000000000004.parquet").unlink()
-    with VectorParts(output, {"a": 1}, 2) as parts:
-        assert parts.finish(8, 4, str) is None
-        assert parts.left == {2: 4}
-    done, parts = begin()
-    assert done == 6
-    torn = parts.folder / "000000000004-000000000006.parquet"
-    torn.write_bytes(b"torn")
-    with VectorParts(output, {"a": 1}, 2) as parts, pytest.raises(LcoError) as error:
-        parts.finish(8, 4, str)
-    assert sentence(error).startswith(f"{torn} is torn; remove it")
-    torn.unlink()
-    with VectorParts(output, {"a": 1}, 2) as parts:
-        assert parts.finish(8, 4, str) is None
-        fill(parts, 8)
-        assert parts.made == 2
-        parts.finish(8, 4, str)
+def test_a_part_that_is_torn_or_lost_or_of_other_work_is_made_again(tmp_path, caplog):
+    output, units = tmp_path / "out.npy", cut(0, 8, 2)
+    with begin(output, {"a": 1}, 2) as parts:
+        fill(parts, units)
+        for i, harm in enumerate(list(harms(parts.folder, units[1]))):
+            part = parts.folder.path / units[1].part
+            part.unlink(missing_ok=True) if harm is None else part.write_bytes(harm)
+            assert parts.left(units) == [units[1]], i
+            assert not part.exists()
+            fill(parts, units)
+        assert caplog.text.count(f"{units[1].part} is torn, or of other work") == 5
+        part = parts.folder.path / units[2].part
+        content = bytearray(part.read_bytes())
+        content[40] ^= 255  # in the body, which is looked at when all is joined
+        part.write_bytes(content)
+        assert parts.left(units) == []
+        with pytest.raises(LcoError) as error:
+            parts.join(units, 4, str)
+        assert sentence(error).startswith(f"{part} is damaged: ") or "damaged" in sentence(error)
+        part.unlink()
+        fill(parts, units)
+        parts.join(units, 4, str)
     check(output, 8)
 
 
 def test_other_work_is_refused(tmp_path):
     output, work = tmp_path / "out.npy", {"--dtype": "float32", "--on-error": "raise"}
-
-    def enter(output, work):
-        with VectorParts(output, work, 2) as parts, parts.alone(wait=False):
-            return parts.done
-
-    with VectorParts(output, work, 2) as parts, parts.alone():
-        parts_module.Unit(parts, 0, 2).add(["a", "b"], np.ones((2, 4), np.float32), {})
-        with pytest.raises(LcoError, match="another process writes"):
-            enter(output, work)
-    with pytest.raises(LcoError) as error:
-        enter(output, {**work, "--dtype": "bfloat16"})
-    assert (
-        "--dtype was 'float32' and is 'bfloat16'; give another --output, or remove the folder"
-        in sentence(error)
-    )
+    with begin(output, work) as parts:
+        parts.folder.write(Unit(0, 2), part_table(["a", "b"], np.ones((2, 4)), {}))
+        other = VectorParts(output, work)
+        with pytest.raises(LcoError, match=r"another process writes --output=.*out\.npy"), other:
+            pass
+    with (
+        VectorParts(output, {**work, "--dtype": "bfloat16"}) as parts,
+        pytest.raises(LcoError) as error,
+    ):
+        parts.description()
+    differs = "--dtype was 'float32' and is 'bfloat16'; give another --output, or remove the folder"
+    assert differs in sentence(error)
+    skips = {**work, "--on-error": "skip"}
     for _ in range(2):  # what was made while every input was good, a run that skips can use
-        assert enter(output, {**work, "--on-error": "skip"}) == 2
-    with pytest.raises(LcoError, match="--on-error was 'skip' and is 'raise'"):
-        enter(output, work)
+        with begin(output, skips) as parts:
+            assert parts.left([Unit(0, 2), Unit(2, 4)]) == [Unit(2, 4)]
+            parts.describe()
+    with VectorParts(output, work) as parts, pytest.raises(LcoError, match="--on-error was 'skip'"):
+        parts.description()
     (tmp_path / "out.parquet.partial").mkdir()
     (tmp_path / "out.parquet.partial" / "mine").touch()
-    with pytest.raises(LcoError, match="holds mine and no index of ours"):
-        enter(tmp_path / "out.parquet", work)
+    with (
+        pytest.raises(LcoError, match="holds mine and nothing that says what it is"),
+        begin(tmp_path / "out.parquet", work),
+    ):
+        pass
 
 
-def test_a_folder_without_a_whole_part_vanishes_and_a_failure_keeps_the_rest(tmp_path):
+def test_a_folder_without_a_part_vanishes_and_a_failure_keeps_the_rest(tmp_path):
     def fail(rows):
-        with VectorParts(tmp_path / "out.npy", {}, 100) as parts:
-            parts.settled(dict)
-            parts.divide(10)
-            add(parts.claim(), 0, rows)
+        with begin(tmp_path / "out.npy", {}) as parts:
+            for unit in cut(0, rows, 2):
+                parts.folder.write(unit, table(unit))
             raise KeyboardInterrupt
 
     for rows in (0, 4):
         with pytest.raises(KeyboardInterrupt):
             fail(rows)
         assert (tmp_path / "out.npy.partial").exists() == bool(rows)
-    with VectorParts(tmp_path / "out.npy", {}, 100) as parts:
-        assert parts.done == 4
+    with begin(tmp_path / "out.npy", {}) as parts:
+        assert parts.rows_done() == 4
 
 
 KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from test_embed import VectorParts, check, fill
+from test_embed import VectorParts, begin, check, cut, fill
 
 output, steps = Path(sys.argv[1]), 0
 
@@ -575,14 +434,17 @@ def deadly(call, fatal):  # dies just before or just after one of its calls
     return made
 
 def write():
-    with VectorParts(output, {"a": 1}, 2) as parts:
-        if not parts.whole():
-            parts.settled(dict)
-            fill(parts, 5)
-            parts.finish(5, 4, str)
+    units = cut(0, 5, 2)
+    with VectorParts(output, {"a": 1}) as parts:
+        if not parts.finished():
+            parts.description()
+            parts.describe()
+            fill(parts, units)
+            parts.join(units, 4, str)
 
 def old():
-    for path in (output, output.with_name(output.name + ".json"), output.with_name(output.name + ".skipped.jsonl")):
+    for ending in ("", ".json", ".skipped.jsonl"):
+        path = output.with_name(output.name + ending)
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     if output.suffix:
         output.write_bytes(b"old")  # a folder would be refused
@@ -598,7 +460,7 @@ def run(fatal=None):  # in a process of its own -> its status
         os._exit(0)
     return os.wait()[1]
 
-write()  # here, so that what pyarrow imports late (pandas, where it is) is not imported by every process
+write()  # here, so that what pyarrow imports late is not imported by every process
 kills = 0
 while True:
     old()
@@ -619,17 +481,12 @@ print(kills)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["out.npy", "out"])
 def test_sigkill_at_every_step(tmp_path, name):
-    """Before and after each of its calls a process dies; whatever is there is whole, and the next one ends well."""
+    """Before and after each of its calls a process dies; whatever is there is complete, and the
+    next one ends well.
+    """
     output = tmp_path / name
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        KILLED,
-        str(output),
-        str(Path(__file__).parent),
-    ]
+    here = str(Path(__file__).parent)
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(output), here]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False
     )
@@ -740,12 +597,15 @@ def test_a_folder_of_parts_and_a_work_that_is_whole(tmp_path, run_embed, load):
     want = load("builtin:tiny", None, "float32").encode([f"text {i}" for i in range(12)])
     np.testing.assert_allclose(np.array(table["embedding"].to_pylist()), want, atol=1e-5)
     status, out, _ = run_embed(*command)
-    assert (status, out) == (0, f"{output} is whole: this very command has made its 12 vectors\n")
+    assert (status, out) == (
+        0,
+        f"{output} is complete: this very command has made its 12 vectors\n",
+    )
     assert not Path(f"{output}.partial").exists()
     status, _, err = run_embed(*command, "--max-length=3")
     assert status == 2
     assert (
-        f"{output} holds other work: --max-length was None and is 3; give another --output, or remove"
+        f"{output} holds other work: --max-length was None and is 3; give another --output, or"
         in err
     )
     for kind in ("npy", "parquet"):
@@ -764,37 +624,29 @@ def test_a_folder_of_parts_and_a_work_that_is_whole(tmp_path, run_embed, load):
     assert "what --input holds was" in run_embed(*command)[2]
 
 
-@pytest.mark.parametrize("at", ["before the first look", "while the model loads"])
-def test_who_comes_late_makes_nothing_again(tmp_path, run_embed, monkeypatch, at):
-    """Another process does all meanwhile; each of its forward passes is a sign of life."""
-    (tmp_path / "in.txt").write_text("a\nb\nc\nd\n")
-    owner, name = (VectorParts, "settled") if at == "before the first look" else (embed, "load")
-    step, embed_items, alive, made, signs = (
-        getattr(owner, name),
-        embed.embed_items,
-        VectorParts.alive,
-        [],
-        [],
-    )
+def test_an_input_that_changes_meanwhile_is_noticed(tmp_path, run_embed, monkeypatch):
+    source = tmp_path / "in.txt"
+    source.write_text("a\nb\nc\nd\n")
+    write = PartsFolder.write
 
-    def late(*args):
-        monkeypatch.setattr(owner, name, step)
-        embed.main()
-        return step(*args)
+    def changing(folder, unit, rows):
+        write(folder, unit, rows)
+        source.write_text("a\nb\nc\ne\n")
 
-    monkeypatch.setattr(owner, name, late)
-    monkeypatch.setattr(embed, "embed_items", lambda *args: (made.append(1), embed_items(*args)))
-    monkeypatch.setattr(
-        VectorParts, "alive", lambda parts: (signs.append(len(parts.open)), alive(parts))
-    )
-    status, out, err = run_embed(
-        f"--input={tmp_path / 'in.txt'}", f"--output={tmp_path / 'out.npy'}", "--batch-size=1"
-    )
-    assert status == 0, err
-    assert out.count("4 vectors of ") == 2
-    assert len(made) == 1
-    assert signs.count(1) >= 4
-    assert {x.name for x in tmp_path.iterdir()} == {"in.txt", "out.npy", "out.npy.json"}
+    monkeypatch.setattr(PartsFolder, "write", changing)
+    status, _, err = run_embed(f"--input={source}", f"--output={tmp_path / 'out.npy'}")
+    assert status == 2
+    assert "in.txt changed meanwhile; remove " in err
+    assert not (tmp_path / "out.npy").exists()
+
+
+def test_a_disk_that_loses_parts_is_not_written_for_ever(tmp_path, run_embed, monkeypatch):
+    (tmp_path / "in.txt").write_text("a\n")
+    calls = []
+    monkeypatch.setattr(PartsFolder, "write", lambda *_: calls.append(1))
+    status, _, err = run_embed(f"--input={tmp_path / 'in.txt'}", f"--output={tmp_path / 'out.npy'}")
+    assert (status, len(calls)) == (2, 3)
+    assert "loses the parts that are written to it" in err
 
 
 def test_a_table_of_pictures_and_the_caps_on_media(tmp_path, run_embed, pictures, load):
@@ -851,63 +703,166 @@ def children(process):
     return found
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments(tmp_path):
-    """Two processes share a work, and both are killed; equal bits to a quiet run, and no worker outlives its parent.
+def begin_embed(source, output, *flags, path=()):
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (*path, ROOT)))
+    command = [sys.executable, "-m", "lco_jax.embed", "--model=builtin:tiny"]
+    return subprocess.Popen(
+        [*command, f"--input={source}", f"--output={output}", *flags],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
-    Many more of them: `python -m benchmarks sharing`.
-    """
+
+@pytest.fixture
+def mixture(tmp_path):
+    """1,500 lines, each third a picture; the last picture is torn."""
     lines = [{"key": i, "text": f"{'word ' * (i % 40)}{i}"} for i in range(1500)]
     for i in range(0, 1500, 3):
         picture(tmp_path / f"{i}.png", i)
         lines[i] = {"key": i, "image_path": f"{i}.png"}
-    source = write_lines(tmp_path / "in.jsonl", *lines)
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    (tmp_path / "1497.png").write_bytes(b"torn")
+    return write_lines(tmp_path / "in.jsonl", *lines)
 
-    def start(output):
-        command = [
-            sys.executable,
-            "-m",
-            "lco_jax.embed",
-            "--model=builtin:tiny",
-            f"--input={source}",
-        ]
-        command += [f"--output={output}", "--part-size=50", "--workers=1"]
-        return subprocess.Popen(
-            command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
 
+def until(come):
+    end = time.monotonic() + 240
+    while not come():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path, mixture):
+    """Equal bits to a quiet run, and no worker outlives its parent. Many more kills: `benchmarks
+    survival --embed`.
+    """
+    flags = ["--part-size=50", "--workers=1", "--on-error=skip"]
     quiet, output = tmp_path / "quiet.npy", tmp_path / "out.npy"
-    assert start(quiet).wait() == 0
+    assert begin_embed(mixture, quiet, *flags).wait() == 0
     parts = Path(f"{output}.partial")
     draw, workers = random.Random(0), []
-    for job in [
-        start(output),
-        start(output),
-    ]:  # the second is killed while it makes what the first has left
-        kept = len(done(parts))
-        while job.poll() is None and len(done(parts)) < kept + 2:
-            time.sleep(0.001)
+    for _ in range(2):
+        job, kept = begin_embed(mixture, output, *flags), len(done(parts))
+        until(lambda job=job, kept=kept: job.poll() is not None or len(done(parts)) >= kept + 2)
         time.sleep(draw.uniform(0, 0.02))
         workers += children(job.pid)
         job.kill()
         assert job.wait() == -signal.SIGKILL, "it ended before it was killed"
     assert len(workers) >= 2
-    end = time.monotonic() + 20
-    while any(Path(f"/proc/{worker}").exists() for worker in workers):
-        assert time.monotonic() < end, "a worker outlives its parent"
-        time.sleep(0.1)
+    until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
     assert not output.exists()
     kept = {part: part.stat().st_ino for part in done(parts)}
-    last = start(output)
-    while last.poll() is None and len(done(parts)) <= len(kept):
-        time.sleep(0.01)
+    last = begin_embed(mixture, output, *flags)
+    until(lambda: last.poll() is not None or len(done(parts)) > len(kept))
     assert kept.items() <= {part: part.stat().st_ino for part in done(parts)}.items(), (
         "a part is made twice"
     )
     assert last.wait() == 0
     assert output.read_bytes() == quiet.read_bytes()
     assert not parts.exists()
+
+
+# ---- Ray
+
+
+def actors(driver):
+    """Ids of the processes of a driver's actors."""
+    found = []
+    for process in children(driver.pid):
+        with suppress(OSError):
+            if Path(f"/proc/{process}/cmdline").read_bytes().startswith(b"ray::Worker"):
+                found.append(process)
+    return found
+
+
+@pytest.mark.slow
+def test_actors_and_their_driver_die_and_the_work_goes_on(tmp_path, mixture):
+    """An actor is killed, the driver gets SIGTERM, then SIGKILL; another driver is refused; equal
+    bits at the end.
+    """
+    flags = ["--part-size=50", "--workers=0", "--on-error=skip"]
+    quiet, output = tmp_path / "quiet.npy", tmp_path / "out.npy"
+    assert begin_embed(mixture, quiet, *flags).wait() == 0
+    parts = Path(f"{output}.partial")
+    ray = [*flags, "--ray", "--actors=2"]
+    for kill in (signal.SIGTERM, signal.SIGKILL):
+        driver, kept = begin_embed(mixture, output, *ray), len(done(parts))
+        until(lambda driver=driver, kept=kept: driver.poll() is not None or len(done(parts)) > kept)
+        assert driver.poll() is None, driver.stderr.read()
+        if kill == signal.SIGTERM:
+            other = begin_embed(mixture, output, *ray)
+            assert "another process writes --output=" in other.communicate()[1]
+            assert other.returncode == 2
+            os.kill(actors(driver)[0], signal.SIGKILL)
+        left = actors(driver)
+        driver.send_signal(kill)
+        assert driver.wait() == (75 if kill == signal.SIGTERM else -kill)
+        until(lambda left=left: not any(Path(f"/proc/{process}").exists() for process in left))
+        assert not output.exists()
+    last = begin_embed(mixture, output, *ray)
+    assert last.wait() == 0, last.stderr.read()
+    assert output.read_bytes() == quiet.read_bytes()
+    skipped = Path(f"{output}.skipped.jsonl").read_text()
+    assert skipped == Path(f"{quiet}.skipped.jsonl").read_text()
+    assert json.loads(skipped)["index"] == 1497
+    assert not parts.exists()
+
+
+@pytest.mark.slow
+def test_what_an_actor_meets_reaches_the_user(tmp_path):
+    """A bad input is one sentence; actors that die at their start again and again end the work."""
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.npy"
+    (tmp_path / "torn.png").write_bytes(b"torn")
+    write_lines(source, "fine", {"image": "torn.png"})
+    status, err = wait(begin_embed(source, output, "--ray", "--actors=1"))
+    assert status == 2
+    assert err.rstrip().split("\n")[-1].startswith(f"error: {source}:2: image ")
+    assert "Traceback" not in err
+    (tmp_path / "deadly").mkdir()
+    (tmp_path / "deadly" / "sitecustomize.py").write_text(DEADLY)
+    path = [tmp_path / "deadly"]
+    status, err = wait(begin_embed(source, output, "--ray", "--actors=1", path=path))
+    assert status == 2
+    assert "error: actors die again and again, and no part is made: " in err
+    assert not Path(f"{output}.partial").exists()
+
+
+DEADLY = """
+import os, sys
+
+class Deadly:
+    def find_spec(self, name, *_):
+        if name == "lco_jax.unit_embedder" and sys.argv[0].endswith("default_worker.py"):
+            os._exit(1)
+
+sys.meta_path.insert(0, Deadly())
+"""
+
+
+def wait(process):
+    _, err = process.communicate(timeout=400)
+    return process.returncode, err
+
+
+def test_ray_needs_its_package_and_flags_that_fit(tmp_path, run_embed, monkeypatch):
+    (tmp_path / "in.txt").write_text("a\n")
+    command = [f"--input={tmp_path / 'in.txt'}", f"--output={tmp_path / 'out.npy'}"]
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "lco_jax.data.ray_actors", raising=False)
+    assert "pip install 'lco-jax[ray]'" in run_embed(*command, "--ray")[2]
+    for flags, words in (
+        (["--actors=2"], "--actors and --actor-resources go with --ray"),
+        (["--ray", "--actors=0"], "--actors=0: it must be at least 1"),
+        (["--ray", "--actor-resources=TPU"], "--actor-resources=TPU: give NAME=N"),
+        (["--ray", "--actor-resources=TPU=0"], "with N above 0"),
+    ):
+        status, _, err = run_embed(*command, *flags)
+        assert status == 2
+        assert words in err
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["in.txt"]
 
 
 def done(parts):

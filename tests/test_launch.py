@@ -1,4 +1,5 @@
-"""The launchers against stand-ins of gcloud, xpk, kubectl, Slurm and python that record their calls and play a part.
+"""The launchers against stand-ins of gcloud, xpk, kubectl, Slurm and python that record their calls
+and play a part.
 
 Nothing here reaches a cloud or a cluster: a real launch of launch/local.sh is in test_train.py.
 """
@@ -8,6 +9,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -15,9 +17,10 @@ from pathlib import Path
 import pytest
 
 LAUNCH = Path(__file__).parents[1] / "launch"
-STUBS = ("gcloud", "xpk", "kubectl", "sbatch", "srun", "scontrol", "squeue", "python")
+STUBS = ("gcloud", "xpk", "kubectl", "sbatch", "srun", "scontrol", "squeue", "python", "ray")
 STUB = """#!/usr/bin/env bash
-line=$(printf '%s\\x1f' "${0##*/}" "$@") && echo "$line" >>"$CALLS"  # in one piece: others call, too
+# in one piece: others call, too
+line=$(printf '%s\\x1f' "${0##*/}" "$@") && echo "$line" >>"$CALLS"
 times() { grep -c -- "$1" "$CALLS" || true; }  # how many calls so far, this one with them, say so
 source "$PART"
 """
@@ -29,7 +32,8 @@ FLAGS = ["--config=configs/a.py:x", "--workdir=/mnt/my runs/it's"]
 # {looks}: what describe says, look by look (the last for ever); {job}: what the job's ssh does
 SLICE = """
 case "$*" in
-  *describe*) looks=({looks}); n=$(times describe); state=${{looks[n > ${{#looks[@]}} ? -1 : n - 1]}}
+  *describe*) looks=({looks}); n=$(times describe)
+    state=${{looks[n > ${{#looks[@]}} ? -1 : n - 1]}}
     [ $state != NONE ] || {{ echo "ERROR: NOT_FOUND: no such resource" >&2; exit 1; }}
     echo $state ;;
   *lco_jax.train*) {job} ;;
@@ -38,7 +42,9 @@ esac
 
 
 class Launcher:
-    """A committed copy of launch/ in a repository of its own, with stand-ins before everything else on the PATH."""
+    """A committed copy of launch/ in a repository of its own, with stand-ins before everything else
+    on the PATH.
+    """
 
     def __init__(self, folder):
         self.repository, self.calls_file, self.part = (
@@ -61,17 +67,25 @@ class Launcher:
             (stubs / name).chmod(0o755)
         kept = {name: os.environ[name] for name in ("HOME", "LANG") if name in os.environ}
         self.environment = kept | {
-            "PATH": f"{stubs}:{os.environ['PATH']}", "CALLS": str(self.calls_file), "PART": str(self.part),
-            "TMPDIR": str(folder), "POLL": "0", "PYTHON": "python",
-        }  # fmt: skip
+            "PATH": f"{stubs}:{os.environ['PATH']}",
+            "CALLS": str(self.calls_file),
+            "PART": str(self.part),
+            "TMPDIR": str(folder),
+            "POLL": "0",
+            "PYTHON": "python",
+        }
 
     def start(self, script, *arguments, part="", **environment):
         self.part.write_text(part)
         self.calls_file.write_text("")
         return subprocess.Popen(
-            [self.repository / "launch" / script, *arguments], env=self.environment | environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self.repository,
-        )  # fmt: skip
+            [self.repository / "launch" / script, *arguments],
+            env=self.environment | environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=self.repository,
+        )
 
     def run(self, script, *arguments, part="", **environment):
         """(status, stdout, stderr)."""
@@ -149,7 +163,7 @@ def test_the_documented_dry_runs_are_what_is_printed(launcher):
     changing = re.compile(r"(lco-jax-|--chdir=)[\w/-]+")  # a commit and a folder
     text = (LAUNCH.parent / "docs" / "launching.md").read_text()
     blocks = re.findall(r"```console\n\$ (.*)\n([^`]*)```", text)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     for command, printed in blocks:
         done = subprocess.run(
             command,
@@ -192,16 +206,23 @@ def test_code_that_is_not_committed_is_not_left_behind_unsaid(launcher, script, 
     assert "lco_jax/new.py" in error
 
 
+@pytest.mark.parametrize("module", ["train", "embed"])
 @pytest.mark.parametrize(("script", "needed"), [("tpu_vm.sh", TPU), ("gke.sh", GKE)])
-def test_secrets_stay_in_their_file(launcher, tmp_path, script, needed):
+def test_secrets_stay_in_their_file(launcher, tmp_path, script, needed, module):
+    """So does the token by which the machines of a Ray cluster know each other."""
     (tmp_path / "env").write_text("HF_TOKEN=secret-7\n")
     part = SLICE.format(looks="ACTIVE", job=":")
     status, out, error = launcher.run(
-        script, "train", *FLAGS, part=part, ENV_FILE=str(tmp_path / "env"), **needed
+        script, module, *FLAGS, part=part, ENV_FILE=str(tmp_path / "env"), **needed
     )
     assert status == 0, error
-    assert launcher.count(str(tmp_path / "env")) == 1
-    assert "secret-7" not in launcher.calls_file.read_text() + out + error
+    file = tmp_path / ("env" if module == "train" else "lco-jax-lco.env")
+    assert launcher.count(str(file)) == 1
+    secrets = [line.partition("=")[2] for line in file.read_text().splitlines()]
+    assert file.read_text().startswith("HF_TOKEN=secret-7\n")
+    assert len(secrets) == (1 if module == "train" else 2)
+    said = launcher.calls_file.read_text() + out + error
+    assert not any(secret in said for secret in secrets)
 
 
 def test_a_slice_is_waited_for(launcher):
@@ -229,7 +250,7 @@ def test_a_preempted_slice_is_made_anew(launcher):
         if "describe" not in call and "pkill" not in str(call) and "uv pip" not in str(call)
     ]
     run = said[-1]
-    assert said == ["create", "scp", run, "delete", "create", "scp", run]  # fmt: skip
+    assert said == ["create", "scp", run, "delete", "create", "scp", run]
     assert "restart 1 of 3" in error
 
 
@@ -271,7 +292,8 @@ def test_a_slurm_job_requeues_itself_as_long_as_is_due(launcher, status, requeue
 
 
 def test_a_slurm_job_hands_its_signal_on(launcher):
-    part = "[ ${0##*/} != srun ] || { trap 'exit 75' TERM; kill -TERM $PPID; for i in {1..100}; do sleep 0.1; done; }"
+    waits = "trap 'exit 75' TERM; kill -TERM $PPID; for i in {1..100}; do sleep 0.1; done"
+    part = f"[ ${{0##*/}} != srun ] || {{ {waits}; }}"
     status, _, _ = launcher.run("slurm_job.sh", "train", *FLAGS, part=part, **JOB)
     assert (status, launcher.count("scontrol requeue 7")) == (75, 1)
 
@@ -315,7 +337,8 @@ def test_processes_start_again_together_where_that_helps(launcher, first, later,
     """Process 0 exits so the first time and so later; process 1 runs till it is told to end."""
     part = f"""case "$*" in
       *process_id=0*) [ $(times process_id=0) -gt 1 ] && exit {later} || exit {first} ;;
-      *) [ {later} = 0 ] && [ $(times process_id=1) -gt 1 ] && exit 0; trap 'exit 0' TERM; for i in {{1..300}}; do sleep 0.1; done; exit 9 ;;
+      *) [ {later} = 0 ] && [ $(times process_id=1) -gt 1 ] && exit 0
+        trap 'exit 0' TERM; for i in {{1..300}}; do sleep 0.1; done; exit 9 ;;
     esac"""
     status, _, error = launcher.run("local.sh", "2", *FLAGS, part=part, RETRIES="2")
     assert status == ended, error
@@ -323,20 +346,67 @@ def test_processes_start_again_together_where_that_helps(launcher, first, later,
     assert error.count("restart ") == runs - 1
 
 
-@pytest.mark.parametrize(
-    ("last", "ended", "runs"), [("exit 0", 0, 1), ("exit 2", 2, 1), ("exit 137", 137, 3)]
-)
-def test_processes_that_share_a_work_outlive_one_another(launcher, last, ended, runs):
-    """Of three, one dies at once and one soon; the last ends well, and nobody is told to end before."""
-    part = f"""for n in {{1..9}}; do mkdir "$CALLS.$n" 2>/dev/null && break; done
-    case $((n % 3)) in 1) exit 137 ;; 2) sleep 0.1; exit 137 ;; 0) sleep 0.5; {last} ;; esac"""
-    status, _, error = launcher.run("local.sh", "3", "embed", *FLAGS, part=part, RETRIES="2")
-    assert (status, launcher.count("lco_jax.embed")) == (ended, 3 * runs), error
-    assert "--process_id" not in str(launcher.calls)
+def test_actors_on_this_machine_are_those_of_one_command(launcher):
+    status, _, error = launcher.run("local.sh", "3", "embed", *FLAGS)
+    assert status == 0, error
+    command = ["python", "-m", "lco_jax.embed", "--ray", "--actors=3", *FLAGS]
+    assert launcher.calls == [command]
+
+
+RANK = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "localhost,b", "RAY_PORT": "0"}
+EMBED = ["python", "-m", "lco_jax.embed", "--ray=auto", *FLAGS]
+HOSTS = 'case "${0##*/} $1" in "scontrol show") printf "localhost\\nb\\n" ;;'
+
+
+@pytest.mark.parametrize("ended", [0, 2, 75])
+def test_the_first_machine_of_a_cluster_runs_the_command_and_ends_the_cluster(launcher, ended):
+    part = f'{HOSTS} "python -m") exit {ended} ;; esac'
+    status, _, error = launcher.run("ray.sh", *EMBED, part=part, SLURM_PROCID="0", **RANK)
+    assert status == ended, error
+    calls = [call[:3] for call in launcher.calls]
+    start, stop = ["ray", "start", "--head"], ["ray", "stop", "--grace-period=5"]
+    assert calls == [
+        ["scontrol", "show", "hostnames"],
+        start,
+        ["python", "-", "2"],
+        EMBED[:3],
+        stop,
+    ]
+    assert launcher.calls[3] == EMBED
+
+
+def test_the_first_machine_hands_its_signal_on(launcher):
+    waits = "trap 'exit 75' TERM; kill -TERM $PPID; for i in {1..100}; do sleep 0.1; done"
+    part = f'{HOSTS} "python -m") {waits} ;; esac'
+    status, _, error = launcher.run("ray.sh", *EMBED, part=part, SLURM_PROCID="0", **RANK)
+    assert status == 75, error
+    assert launcher.count("ray stop") == 1
+
+
+def test_the_other_machines_join_the_first_and_end_with_it(launcher):
+    """Whatever Ray's status is then: the first machine's is the job's."""
+    slice_ = {"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "localhost,b"}
+    with socket.create_server(("localhost", 0)) as head:
+        port = str(head.getsockname()[1])
+        status, _, error = launcher.run("ray.sh", *EMBED, part="exit 1", RAY_PORT=port, **slice_)
+    assert status == 0, error
+    assert launcher.calls == [["ray", "start", f"--address=localhost:{port}", "--block"]]
+    lost = launcher.run("ray.sh", *EMBED, RAY_PORT=port, PATIENCE="0", **slice_)
+    assert (lost[0], launcher.calls) == (76, [])
+
+
+def test_a_slurm_job_starts_a_cluster_for_embed(launcher):
+    part = "[ ${0##*/} != srun ] || echo token ${#RAY_AUTH_TOKEN} ${JAX_LOCAL_DEVICE_IDS:-none}"
+    job = {**JOB, "PER": "node"}
+    status, out, error = launcher.run("slurm_job.sh", "embed", *FLAGS, part=part, **job)
+    assert (status, out) == (0, "token 64 none\n"), error
+    (srun,) = launcher.calls
+    assert srun[-len(EMBED) - 1 :] == ["launch/ray.sh", *EMBED]
 
 
 def test_a_process_that_does_not_end_is_killed(launcher):
-    part = '[[ "$*" != *process_id=0* ]] || exit 2; trap "" TERM; for i in {1..300}; do sleep 0.1; done'
+    waits = "for i in {1..300}; do sleep 0.1; done"
+    part = f'[[ "$*" != *process_id=0* ]] || exit 2; trap "" TERM; {waits}'
     since = time.monotonic()
     assert launcher.run("local.sh", "2", *FLAGS, part=part, GRACE="0")[0] == 2
     assert time.monotonic() - since < 10

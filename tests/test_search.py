@@ -24,6 +24,8 @@ from starlette.testclient import TestClient
 from lco_jax import LcoError, MediaConfig, OmniEmbedder, search
 from lco_jax.data.corpus import Corpus
 from lco_jax.data.images import load_image
+from lco_jax.data.parts import Unit, VectorParts
+from lco_jax.data.vectors import part_table
 from lco_jax.searching import nearest
 from lco_jax.searching.library import Entry, Library
 from lco_jax.searching.nearest import Nearest, with_graph
@@ -302,13 +304,13 @@ def start(monkeypatch, capsys, load, tmp_path):
     """`prepare` with a folder: the library, how many inputs were embedded, and stdout."""
     monkeypatch.setattr(OmniEmbedder, "from_pretrained", load)
     embedded = []
-    embed_items = search.embed_items
+    embed_units = search.embed_units
 
     def spied(embedder, units, *args):
-        embedded.extend(units[0][1])
-        embed_items(embedder, units, *args)
+        embedded.extend(item for _, items in units for item in items)
+        embed_units(embedder, units, *args)
 
-    monkeypatch.setattr(search, "embed_items", spied)
+    monkeypatch.setattr(search, "embed_units", spied)
 
     def start(*args):
         embedded.clear()
@@ -374,7 +376,8 @@ def test_changed_and_vanished_files_and_a_start_that_was_ended(start, tmp_path, 
         "vectors.parquet",
     ]
     with pytest.raises(
-        LcoError, match="index holds other work: --prompt was None and is 'x'; give another --index"
+        LcoError,
+        match="index holds other work: --prompt was None and is 'x'; give another --output",
     ):
         start("--prompt=x")
     (tmp_path / "index" / "manifest.json").unlink()
@@ -386,24 +389,19 @@ def test_who_ends_a_start_lets_others_in_once_its_rows_are_there(start, tmp_path
     picture(tmp_path / "in" / "a.png", 0), picture(tmp_path / "in" / "b.png", 1)
     kept = []
 
-    def ended(embedder, units, found, parts, *_):
+    def ended(embedder, units, folder, *_):
         unit, _ = units[0]
-        write = unit._write
-
-        def watched():
-            with pytest.raises(LcoError, match="another process writes"), parts.alone(wait=False):
-                pass
-            write()
-            kept.append(parts.done)
-
-        unit._write = watched
-        unit.add(["a"], np.ones((1, 4)), {})
+        other = VectorParts(tmp_path / "index" / "vectors.parquet", {})
+        with pytest.raises(LcoError, match="another process writes"), other:
+            pass
+        folder.write(Unit(0, 1), part_table(["a"], np.ones((1, 4)), {}))
+        kept.extend(folder.units())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(search, "embed_items", ended)
+    monkeypatch.setattr(search, "embed_units", ended)
     with pytest.raises(KeyboardInterrupt):
         start()
-    assert kept == [1]
+    assert kept == [Unit(0, 1)]
 
 
 def test_mistakes_are_one_sentence(monkeypatch, run_command, tmp_path):

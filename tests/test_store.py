@@ -1,4 +1,6 @@
-"""Checkpoints on disks that fail: damaged ones are noticed and put aside, and a disk that is full is told as such."""
+"""Checkpoints on disks that fail: damaged ones are noticed and put aside, and a disk that is full
+is told as such.
+"""
 
 import json
 import resource
@@ -10,7 +12,7 @@ import pytest
 import tensorstore
 
 from lco_jax import LcoError
-from lco_jax.checkpoint.store import SUMS, RunStore
+from lco_jax.checkpoint.store import CHECKSUMS, RunStore
 from lco_jax.core.sharding import make_mesh, replicated
 
 
@@ -40,7 +42,7 @@ def newest(folder):
 
 
 def files(folder, kind):
-    found = {"any": "*", "data": "data/*", "sums": SUMS}[kind]
+    found = {"any": "*", "data": "data/*", "sums": CHECKSUMS}[kind]
     return sorted(path for path in folder.rglob(found) if path.is_file())
 
 
@@ -65,7 +67,7 @@ def holds(found, step):
 
 def test_the_newest_is_used_and_its_sums_are_there(saved):
     assert holds(newest(saved), 12)
-    sums = json.loads((saved / "12" / SUMS).read_text())
+    sums = json.loads((saved / "12" / CHECKSUMS).read_text())
     assert {"data/metadata", "state/manifest.ocdbt"} < sums.keys()
 
 
@@ -73,7 +75,9 @@ def test_the_newest_is_used_and_its_sums_are_there(saved):
     "harm", [flip, truncate, lambda path: path.unlink()], ids=["flipped", "truncated", "removed"]
 )
 def test_a_harm_to_any_file_is_noticed_said_and_put_aside(saved, caplog, harm):
-    """Each file in turn, in whichever checkpoint is the newest; the last of all is used in the end."""
+    """Each file in turn, in whichever checkpoint is the newest; the last of all is used in the
+    end.
+    """
     harmed = max(
         (path for path in files(saved / "12", "any") if path.stat().st_size),
         key=lambda x: x.stat().st_size,
@@ -98,7 +102,7 @@ def test_a_harm_to_any_file_is_noticed_said_and_put_aside(saved, caplog, harm):
 def test_without_sums_what_cannot_be_read_is_put_aside(saved):
     for path in files(saved / "12", "any"):
         truncate(path) if path.name == "manifest.ocdbt" else None
-    (saved / "12" / SUMS).unlink()
+    (saved / "12" / CHECKSUMS).unlink()
     assert holds(newest(saved), 8)
 
 

@@ -1,35 +1,237 @@
-"""Small files and output folders: read with a clear error, written aside and renamed, never left half-written."""
+"""Paths on disks and on buckets, small files and output folders: written aside, renamed, never left
+half-written.
 
+A path is a `pathlib.Path`, or an `epath.Path` where it starts with gs:// or s3://. An object of a
+bucket is there whole or not at all, and cannot be appended to.
+"""
+
+import base64
+import hashlib
+import importlib.util
 import json
+import logging
 import os
+import posixpath
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import fsspec
 import jax
+from etils import epath
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from lco_jax.core.buckets import MARK, Place, download, listing, on_bucket, reaching
-from lco_jax.core.errors import LcoError, explained
+from lco_jax.core.errors import LcoError, explained, reason
 
 ASSETS = Path(__file__).parent.parent / "assets"
+MARK = ".written-by-lco-jax"  # in output folders that are complete
+AnyPath: TypeAlias = Path | epath.Path
+BUCKETS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme -> its package, our extra
+# what the clients of buckets raise beside OSError: module, class
+BUCKET_ERRORS = (
+    ("gcsfs.retry", "HttpError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+    ("google.api_core.exceptions", "GoogleAPIError"),
+    ("aiohttp", "ClientError"),
+    ("botocore.exceptions", "BotoCoreError"),
+)
+for protocol in ("gcs", "s3"):  # other processes write, too: a listing is never an old one
+    fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
+
+
+# ---- paths
+
+
+def as_path(text: str) -> AnyPath:
+    """The path that a flag gives. Raises for other addresses, and where a bucket's package is
+    missing.
+    """
+    scheme, separator, _ = text.partition("://")
+    if not separator:
+        return Path(text)
+    if scheme not in BUCKETS:
+        known = " or ".join(f"{name}://BUCKET/FOLDER" for name in BUCKETS)
+        raise LcoError(f"{text}: give a path of a disk, perhaps a mounted one, or {known}")
+    package, extra = BUCKETS[scheme]
+    if importlib.util.find_spec(package) is None:
+        raise LcoError(f"{text} needs a package more: pip install 'lco-jax[{extra}]'")
+    return epath.Path(text)
+
+
+def local_path(text: str) -> Path:
+    """The path that a flag gives which takes files and folders of disks alone."""
+    if "://" in text:
+        raise LcoError(f"{text} is not a path of a disk; mount it, or copy it")
+    return Path(text)
+
+
+def on_bucket(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is that of a bucket's folder or object."""
+    return os.fspath(path).startswith(tuple(f"{scheme}://" for scheme in BUCKETS))
+
+
+# ---- buckets
+
+
+def bucket_system(path: str | os.PathLike[str]) -> fsspec.AbstractFileSystem:
+    """The client of the bucket that a path is on."""
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of what it raises
+    return fsspec.filesystem(os.fspath(path).partition("://")[0])
+
+
+@contextmanager
+def reaching(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What keeps a bucket from being read or written within becomes one sentence; nothing else
+    does.
+    """
+    try:
+        yield
+    except _bucket_errors() as error:
+        if not on_bucket(path):
+            raise
+        why = reason(error)
+        if isinstance(error, ImportError):
+            extra = BUCKETS[os.fspath(path).partition("://")[0]][1]
+            why = f"pip install 'lco-jax[{extra}]'"
+        elif isinstance(error, FileNotFoundError):
+            why = "there is no such bucket or object"
+        message = f"{path} cannot be read or written: {why}; docs/training.md says what it takes"
+        raise LcoError(message) from error
+
+
+def _bucket_errors() -> tuple[type[BaseException], ...]:
+    """What the clients that are loaded raise."""
+    loaded = [(sys.modules[name], kind) for name, kind in BUCKET_ERRORS if name in sys.modules]
+    return (OSError, ImportError, *(getattr(module, kind) for module, kind in loaded))
+
+
+def listing(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+    """What a bucket has below `path`: {name: its size, checksum and so on}; "." is `path`
+    itself.
+    """
+    below = os.fspath(path).partition("://")[2]
+    found = bucket_system(path).find(os.fspath(path), detail=True)
+    names = {name: posixpath.relpath(name, below) for name in found}
+    return {names[name]: found[name] for name in found if ".." not in name.split("/")}
+
+
+def checksum_of(about: dict[str, Any]) -> str | None:
+    """The bucket's checksum of an object; None where it tells none. about: as `listing` has it."""
+    return about.get("crc32c") or about.get("ETag")
+
+
+def local_copy(path: str | os.PathLike[str], patterns: Sequence[str] = ("*",)) -> Path:
+    """A bucket's object as a file, or its objects below `path` that match as a folder, in the
+    cache.
+
+    What is there already is not fetched again, unless names, sizes or checksums differ. A path of a
+    disk stays as it is. Raises where there is nothing.
+    """
+    if not on_bucket(path):
+        return Path(path)
+    with reaching(path):
+        there = listing(path)
+    names = [name for name in sorted(there) if name == "." or _matches(name, patterns)]
+    if not names:
+        raise LcoError(f"{path} holds nothing that matches {' or '.join(patterns)}")
+    digest = blake2b(os.fspath(path).encode(), digest_size=8)
+    for name in names:
+        about = there[name]
+        digest.update(f"{name}\0{about['size']}\0{checksum_of(about)}\0".encode())
+    folder = cache_folder() / "buckets" / digest.hexdigest()
+    if not folder.is_dir():
+        with written_aside(folder, first_wins=True) as aside, reaching(path):
+            _download(path, aside, names)
+    if names == ["."]:
+        return folder / posixpath.basename(os.fspath(path))
+    return folder
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def local_workdir(home: AnyPath, pattern: str) -> Path:
+    """Where the programs of a run at `home` write: there, unless that is on a bucket.
+
+    Then it is a folder of this process in the cache, with the bucket's files that match `pattern`.
+    """
+    if not on_bucket(home):
+        return Path(home)
+    name = os.fspath(home).partition("://")[2].replace("/", "_")
+    folder = cache_folder() / "workdirs" / f"{name}-{jax.process_index()}"
+    shutil.rmtree(folder, ignore_errors=True)
+    with reaching(home):
+        names = [name for name in listing(home) if fnmatch(name, pattern)]
+        _download(home, folder, names)
+    return folder
+
+
+def upload(folder: Path, path: AnyPath) -> None:
+    """Copy to the bucket what it does not have, or has differently.
+
+    Output folders (`written_aside`) lose what is no longer in them, and get their marks when all
+    else is there.
+    """
+    there = listing(path)
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    here = {file.relative_to(folder).as_posix(): file for file in files}
+    marks = [name for name in here if posixpath.basename(name) == MARK]
+    outputs = tuple(name.removesuffix(MARK) for name in marks)
+    in_outputs = [name for name in there if name.startswith(outputs)]
+    gone = [name for name in in_outputs if name in marks or name not in here]
+    if gone:
+        bucket_system(path).rm(_addresses(path, gone))
+    others = here.keys() - marks
+    changed = [name for name in others if not _is_same(here[name], there.get(name, {}))]
+    for names in (changed, marks):
+        if names:
+            sources = [str(here[name]) for name in names]
+            bucket_system(path).put(sources, _addresses(path, names))
+
+
+def _download(path: str | os.PathLike[str], folder: Path, names: Iterable[str]) -> None:
+    """Fetch objects below `path` into a folder of this machine; "." keeps its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    own_name = posixpath.basename(os.fspath(path))
+    targets = {name: str(folder / (own_name if name == "." else name)) for name in names}
+    if targets:
+        bucket_system(path).get(_addresses(path, targets), list(targets.values()))
+
+
+def _addresses(path: str | os.PathLike[str], names: Iterable[str]) -> list[str]:
+    below = os.fspath(path).partition("://")[2]
+    return [posixpath.normpath(f"{below}/{name}") for name in names]
+
+
+def _is_same(file: Path, about: dict[str, Any]) -> bool:
+    """Whether a bucket's object has the bytes of a file."""
+    with open(file, "rb") as content:
+        digest = hashlib.file_digest(content, "md5")
+    of_gcs, of_s3 = base64.b64encode(digest.digest()).decode(), f'"{digest.hexdigest()}"'
+    return about.get("md5Hash") == of_gcs or about.get("ETag") == of_s3
+
+
+# ---- what is read
 
 
 def resolve(
     path_or_id: str | os.PathLike[str], patterns: Sequence[str], kind: str = "model"
 ) -> Path:
-    """A local folder as it is, or the files of a bucket's folder or a hub repository that match `patterns`, in a cache.
+    """A local folder as it is, or the files of a bucket's folder or a hub repository that match, in
+    a cache.
 
-    kind: "model" or "dataset". Raises if it is neither a folder nor to be had from the bucket or the hub.
+    kind: "model" or "dataset". Raises if it is none of these.
     """
     if on_bucket(path_or_id):
-        return fetched(path_or_id, patterns)
+        return local_copy(path_or_id, patterns)
     path = Path(path_or_id).expanduser()
     if path.is_dir():
         return path
@@ -43,88 +245,55 @@ def resolve(
         return Path(snapshot_download(name, repo_type=kind, allow_patterns=list(patterns)))
 
 
-def fetched(path: str | os.PathLike[str], patterns: Sequence[str] = ("*",)) -> Path:
-    """What is on a bucket, in the cache as the bucket has it: an object's file, or a folder of the objects below `path`
-    that match `patterns`. What is local stays where it is. Raises where there is nothing."""
-    if not on_bucket(path):
-        return Path(path)
-    with reaching(path):
-        there = listing(path)
-    names = sorted(
-        name for name in there if name == "." or any(fnmatch(name, one) for one in patterns)
-    )
-    if not names:
-        raise LcoError(f"{path} holds nothing that matches {' or '.join(patterns)}")
-    state = repr(
-        [(str(path), name, there[name]["size"], there[name].get("crc32c")) for name in names]
-    )
-    folder = cache_folder() / "buckets" / blake2b(state.encode(), digest_size=8).hexdigest()
-    if not folder.is_dir():
-        with written_aside(folder, first_wins=True) as aside, reaching(path):
-            download(path, aside, names)
-    return folder / Path(path).name if names == ["."] else folder
-
-
-def mirrored(home: Place, pattern: str) -> Path:
-    """Where a run writes that lives at `home`: there, or, of a bucket, in an own folder of the cache, with what is on
-    the bucket and matches `pattern`."""
-    if not on_bucket(home):
-        return home
-    folder = (
-        cache_folder() / "workdirs" / f"{str(home)[5:].replace('/', '_')}-{jax.process_index()}"
-    )
-    shutil.rmtree(folder, ignore_errors=True)
-    with reaching(home):
-        download(home, folder, [name for name in listing(home) if fnmatch(name, pattern)])
-    return folder
-
-
 def cache_folder() -> Path:
-    """Where what can be made again is kept: the built-in checkpoint, compiled programs."""
+    """Where what can be made again is stored: the built-in checkpoint, compiled programs."""
     return Path(os.environ.get("LCO_JAX_CACHE", Path.home() / ".cache" / "lco_jax"))
 
 
-def read_json(path: Place) -> dict[str, Any]:
-    """The object in a JSON file. Raises if the file is missing, torn or not an object."""
+def read_json(path: AnyPath) -> dict[str, Any]:
+    """The object in a JSON file. Raises if the file is missing, torn or holds anything else."""
     if not path.exists():
         raise LcoError(f"{path} does not exist")
-    with explained(
-        f"{path} is not valid JSON", ValueError
-    ):  # of either kind: no JSON, and no UTF-8
-        content = json.loads(path.read_text(encoding="utf-8"))
+    with explained(f"{path} is not valid JSON", ValueError):  # or not UTF-8
+        content = json.loads(path.read_bytes().decode())
     if not isinstance(content, dict):
         raise LcoError(f"{path} holds a {type(content).__name__}, and must hold an object")
     return content
 
 
 def fingerprint(files: Iterable[tuple[str, os.stat_result]]) -> str:
-    """What tells whether files have changed: how many, and a digest of their names, sizes and times of change."""
-    seen, count = blake2b(digest_size=8), 0
-    for name, found in files:
-        seen.update(
-            f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0".encode(errors="surrogateescape")
-        )
+    """Text that differs when files have changed: how many, and a digest of names, sizes and times
+    of change.
+    """
+    digest, count = blake2b(digest_size=8), 0
+    for name, about in files:
+        line = f"{name}\0{about.st_size}\0{about.st_mtime_ns}\0"
+        digest.update(line.encode(errors="surrogateescape"))
         count += 1
-    return f"{count} files with digest {seen.hexdigest()}"
+    return f"{count} files with digest {digest.hexdigest()}"
+
+
+# ---- what is written
 
 
 @contextmanager
-def written_aside(target: Path, first_wins: bool = False) -> Iterator[Path]:
-    """A fresh folder beside `target` that takes its place when the block ends well, and vanishes when it does not.
+def written_aside(target: AnyPath, first_wins: bool = False) -> Iterator[Path]:
+    """A fresh local folder that takes the place of `target` when the block ends well, and vanishes
+    otherwise.
 
-    Replaces an earlier folder of that name only if this function wrote it or it is empty (a mark says so).
-    first_wins: for caches that several processes fill with the same content; a folder that came meanwhile stays.
+    Replaces an earlier folder of that name only if this function wrote it or it is empty (a mark
+    says so).
+    first_wins: for caches that several processes fill with the same content; a folder that came
+    meanwhile stays.
     """
-    if str(target).startswith("gs:"):
-        raise LcoError(
-            f"{target}: outputs go to a folder, from where they can be copied to a bucket"
-        )
-    if target.is_file():
-        raise LcoError(f"{target} is a file; give an output folder")
-    if target.exists() and any(target.iterdir()) and not (target / MARK).exists():
-        raise LcoError(
-            f"{target} exists and was not written by lco_jax; give another output folder"
-        )
+    if on_bucket(target):
+        with tempfile.TemporaryDirectory() as folder, reaching(target):
+            _check_target(target)
+            yield Path(folder)
+            (Path(folder) / MARK).touch()
+            upload(Path(folder), target)
+        return
+    _check_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
     aside.chmod(0o755)
@@ -144,17 +313,48 @@ def written_aside(target: Path, first_wins: bool = False) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def write_text(path: Place, text: str) -> None:
-    """Write a small file aside, then rename it into place; an object is there whole or not at all."""
+def _check_target(target: AnyPath) -> None:
+    """Raise where a folder cannot be written without harm to what is there."""
+    if target.is_file():
+        raise LcoError(f"{target} is a file; give an output folder")
+    if target.exists() and any(target.iterdir()) and not (target / MARK).exists():
+        raise LcoError(
+            f"{target} exists and was not written by lco_jax; give another output folder"
+        )
+
+
+def write_bytes(path: AnyPath, content: bytes) -> None:
+    """Write a file that is there complete, also after a kill or a power cut, or not at all."""
     if on_bucket(path):
-        path.write_text(text)
+        bucket_system(path).pipe_file(os.fspath(path), content)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    aside = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+    try:
+        aside.write_bytes(content)
+        replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
-def write_json(path: Place, content: Any) -> None:
-    """Write JSON as the hub's files have it, aside and then renamed."""
+def replace(aside: AnyPath, target: AnyPath) -> None:
+    """Rename a file, once its bytes are on the disk: a power cut cannot leave the name without
+    them.
+    """
+    if on_bucket(target):
+        bucket_system(target).mv(os.fspath(aside), os.fspath(target))
+        return
+    with open(aside, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(aside, target)
+
+
+def write_text(path: AnyPath, text: str) -> None:
+    """Write a small file, and the folder for it, as `write_bytes` does."""
+    if not on_bucket(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, text.encode())
+
+
+def write_json(path: AnyPath, content: Any) -> None:
+    """Write JSON as the hub's files have it."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,440 +1,359 @@
-"""Vectors on their way into an output: the parts that one process or many have made, in a folder beside it.
+"""Vectors on their way into an output: the rows are cut into units, and a file, a part, has a
+unit's vectors.
 
-The rows are cut into units. A process makes the unit whose file it has locked, and writes what it has of it as a part.
-The kernel, or a file server, lets go of the locks of a process that dies, and whoever comes next goes on after its last
-part. A kill at any moment, SIGKILL too, costs the part in the making: parts, index and output are each written aside
-and then renamed. Should two make the same rows (a server that does not keep locks), the output has them once.
+The parts lie in a folder beside the output, `<output>.partial`; an output without an ending is that
+folder itself. What is left to do is the units that have no part. Parts, description and output are
+there complete or not at all, so a kill at any moment, SIGKILL too, costs the units in work. Any
+process may write parts; one of them, which has the lock, says what the work is and joins them. On a
+bucket there is no lock.
 Dimensions: n rows of a part, N of all, D hidden.
 """
 
-import fcntl
+import json
+import logging
 import os
 import re
-import time
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from pathlib import Path
-from secrets import token_hex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
-import numpy as np
+import filelock
 import pyarrow as pa
 import pyarrow.parquet
 
 from lco_jax.core.errors import LcoError, explained
-from lco_jax.core.files import fingerprint, read_json, write_json, write_text
+from lco_jax.core.files import (
+    AnyPath,
+    bucket_system,
+    checksum_of,
+    fingerprint,
+    listing,
+    on_bucket,
+    reaching,
+    read_json,
+    replace,
+    write_bytes,
+    write_json,
+)
 from lco_jax.data import vectors
 from lco_jax.data.vectors import difference, same_work
 
-PART_SECONDS = (
-    30.0  # of work that a part holds, unless it is full before, or a block of inputs takes longer
-)
-STALE = 600.0  # seconds in which a process shows no sign of life, after which others make its unit as well
 # beside the parts; names that readers of a folder of parquet leave alone
-INDEX, LOCK, SETTLED, UNIT = "_index.json", "_lock", "_settled.json", ".unit"
-OURS = (".tmp", UNIT, SETTLED)
-ENDED = b"done"  # what a unit's file holds at last: locks carry it to all, where NFS may show an old list of the parts
-_PART = re.compile(r"(\d{12})-(\d{12})\.parquet")  # its first row, and the one after its last
+DESCRIPTION, LOCK, ASIDE = "_index.json", "_lock", ".tmp"
+WORK = b"lco_jax.work"  # in a part's metadata: the digest of the work that made it
+CHECKED_AT_ONCE = 16  # parts; a bucket answers slowly
+_PART = re.compile(r"(\d{12})-(\d{12})\.parquet")
+logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, order=True)
 class Unit:
-    """Rows `first` to `end` of an output, to be added in order. lock: the descriptor of its file; None: alone."""
+    """The rows of an output that are embedded and written together: `first`, and those up to
+    `end`.
+    """
 
-    def __init__(self, parts: "VectorParts", first: int, end: int, lock: int | None = None):
-        self.parts, self.first, self.end, self._lock = parts, first, end, lock
-        self._row, self._waiting, self._since = first, list[pa.Table](), time.monotonic()
+    first: int
+    end: int
 
-    def __len__(self) -> int:
+    @property
+    def rows(self) -> int:
+        """n."""
         return self.end - self.first
 
-    def add(
-        self, ids: Sequence[int | str], vectors: np.ndarray, reasons: Mapping[int, str]
-    ) -> None:
-        """Take the next rows. vectors: float32 [n, D]; reasons: {row: why it has no vector}."""
-        n, dimension = vectors.shape
-        missing = np.zeros(n, bool)
-        missing[list(reasons)] = True
-        values = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
-        columns = {
-            "id": pa.array(ids),
-            "embedding": pa.FixedSizeListArray.from_arrays(
-                values, dimension, mask=pa.array(missing)
-            ),
-            "reason": pa.array([reasons.get(i) for i in range(n)], pa.string()),
-        }
-        self._waiting.append(pa.table(columns))
-        waiting = sum(map(len, self._waiting))
-        if self._row + waiting == self.end:
-            self.close(ended=True)
-        elif waiting >= self.parts.part_rows or time.monotonic() - self._since >= PART_SECONDS:
-            self._write()
+    @property
+    def part(self) -> str:
+        """The name of its part."""
+        return f"{self.first:012d}-{self.end:012d}.parquet"
 
-    def alive(self) -> None:
-        """Give others a sign of life."""
-        if self._lock is not None:
-            with suppress(OSError):  # all is done, and a file server has forgotten the file
-                os.utime(self._lock)
 
-    def close(self, ended: bool = False) -> None:
-        """Write what waits, and let others have the rest."""
-        if self._waiting:
-            self._write()
-        self.parts.open.discard(self)
-        if self._lock is not None:
-            if ended:
-                with suppress(OSError):  # the parts tell it, too
-                    os.pwrite(self._lock, ENDED, 0)
-                    os.fsync(self._lock)
-            os.close(self._lock)
-            self._lock = None
+def cut(first: int, end: int, rows: int) -> list[Unit]:
+    """Units of so many rows."""
+    return [Unit(row, min(row + rows, end)) for row in range(first, end, rows)]
 
-    def _write(self) -> None:
-        table = pa.concat_tables(self._waiting)
-        end = self._row + len(table)
-        aside = (
-            self.parts.folder / f"_{self._row:012d}-{token_hex(4)}.tmp"
-        )  # numbers of processes repeat in containers
-        # without the folder, or in that of other work: we were thought dead, and others have made these rows
-        with (
-            explained(f"{self.parts.folder} cannot be written", OSError),
-            suppress(FileNotFoundError),
-        ):
-            _write_part(table, aside)
-            if self.parts.ours():  # asked once `aside` is there, which vanishes with its folder
-                vectors.rename(aside, self.parts.folder / f"{self._row:012d}-{end:012d}.parquet")
-            else:
-                aside.unlink()
-        self.parts.made += len(table)
-        self._row, self._waiting, self._since = end, [], time.monotonic()
+
+@dataclass(frozen=True)
+class PartsFolder:
+    """A folder of parts, for whoever writes or reads them. work: the digest of the work that makes
+    them.
+    """
+
+    path: AnyPath
+    work: str
+
+    def write(self, unit: Unit, table: pa.Table) -> None:
+        """Write a unit's part: `vectors.part_table`."""
+        buffer = pa.BufferOutputStream()
+        pyarrow.parquet.write_table(
+            table.replace_schema_metadata({WORK: self.work}),
+            buffer,
+            compression="none",
+            use_dictionary=False,
+            write_page_checksum=True,
+        )
+        with explained(f"{self.path} cannot be written", OSError), reaching(self.path):
+            write_bytes(self.path / unit.part, buffer.getvalue().to_pybytes())
+
+    def units(self) -> list[Unit]:
+        """The units that have a part, in order."""
+        found = [_PART.fullmatch(name) for name in self.names()]
+        return sorted(Unit(int(one[1]), int(one[2])) for one in found if one)
+
+    def names(self) -> list[str]:
+        """The files that the folder has; none where there is no folder."""
+        if on_bucket(self.path):
+            with reaching(self.path):
+                return list(listing(self.path))
+        with suppress(FileNotFoundError):
+            return os.listdir(self.path)
+        return []
+
+    def is_good(self, unit: Unit) -> bool:
+        """Whether a unit's part is complete, as far as its footer tells, and of this work."""
+        try:
+            with (self.path / unit.part).open("rb") as file:
+                about = pyarrow.parquet.read_metadata(file)
+        except (pa.ArrowException, OSError):
+            return False
+        return about.num_rows == unit.rows and about.metadata.get(WORK) == self.work.encode()
+
+    def read(self, unit: Unit, columns: Sequence[str]) -> pa.Table:
+        """Columns of a unit's part."""
+        part = self.path / unit.part
+        damaged = f"{part} is damaged; remove it, and the same command makes it again"
+        with explained(damaged, pa.ArrowException, OSError), part.open("rb") as file:
+            return pyarrow.parquet.read_table(
+                file, columns=list(columns), page_checksum_verification=True
+            )
+
+    def tables(self, units: Iterable[Unit], columns: Sequence[str]) -> Iterator[pa.Table]:
+        """The rows of units, in their order."""
+        return (self.read(unit, columns) for unit in units)
 
 
 class VectorParts:
-    """The parts of `output`, a .npy, a .parquet or a folder of the parts themselves, in `<output>.partial`.
+    """The parts of `output`, a .npy, a .parquet or a folder of the parts themselves.
 
-    Enter it to write: on the way out what waits is written, and a folder without a part vanishes.
-    work: flag -> value of all that makes the vectors what they are; a folder of other work is refused.
-    part_rows: of a unit, and the most of a part. made: rows that this process has written. flag: gave `output`.
+    Enter it to work; nobody else can meanwhile. On the way out a folder without a part vanishes.
+    work: flag -> value of all that makes the vectors what they are. flag: the one that gave
+    `output`.
     """
 
-    def __init__(
-        self, output: Path, work: Mapping[str, Any], part_rows: int = 0, flag: str = "--output"
-    ):
-        self.output, self.work, self.part_rows, self.flag = output, dict(work), part_rows, flag
-        self.folder = output.with_name(f"{output.name}.partial")
-        self.made, self._others, self.open, self.left = 0, 0, set[Unit](), dict[int, int]()
-        self._signs: dict[
-            int, tuple[int, float]
-        ] = {}  # of units in other hands: time of change, and when it was seen
+    def __init__(self, output: AnyPath, work: Mapping[str, Any], flag: str = "--output"):
+        self.output, self.work, self.flag = output, dict(work), flag
+        self.keeps_parts = not output.suffix
+        path = output.with_name(f"{output.name}.partial")
+        if self.keeps_parts and on_bucket(output):  # where folders cannot be renamed
+            path = output
+        self.folder = PartsFolder(path, _digest(self.work))
+        self._lock = filelock.FileLock(path / LOCK)
+
+    # ---- who works
 
     def __enter__(self) -> "VectorParts":
+        path = self.folder.path
+        if on_bucket(path):
+            return self
+        with self._writing():
+            path.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(timeout=0)
+            except filelock.Timeout as error:
+                message = f"another process writes {self.flag}={self.output}; wait for it or end it"
+                raise LcoError(message) from error
         return self
 
     def __exit__(self, *_: object) -> None:
-        for unit in list(self.open):
-            unit.close()
-        with suppress(LcoError):  # others are at work there, or it is not ours
-            if self.folder.exists():
-                with self.alone(wait=False), self._writing():
-                    if self.whole() or not (self._pieces() or any(map(_is_held, self._units()))):
-                        self._remove({})
+        path = self.folder.path
+        with suppress(LcoError), self._writing():  # an error of before matters more
+            description = path / DESCRIPTION
+            if description.exists() and not self._is_complete(description):
+                self._check_description()
+                if self.finished() or not self.folder.units():
+                    self._remove()
+            elif not on_bucket(path) and self.folder.names() == [LOCK]:
+                self._delete([LOCK])
+                path.rmdir()
+        self._lock.release()
 
     @contextmanager
-    def alone(self, wait: bool = True) -> Iterator[None]:
-        """Within, no other process is; one that comes waits, or raises. Makes the folder, if need be."""
-        while (lock := self._lock(wait)) is None:
-            pass
-        try:
-            self._check_index()
+    def _writing(self) -> Iterator[None]:
+        cannot = f"{self.flag}={self.output} cannot be written"
+        with explained(cannot, OSError), reaching(self.output):
             yield
-        finally:
-            os.close(lock)
 
-    def _check_index(self) -> None:
-        """Write what this work is, or compare it with what the folder holds."""
-        index = self.folder / INDEX
-        if not index.exists():
-            if strange := [
-                x for x in os.listdir(self.folder) if not x.endswith((".tmp", UNIT)) and x != LOCK
-            ]:
-                raise LcoError(
-                    f"{self.folder} holds {min(strange)} and no index of ours; give another {self.flag}"
-                )
-        elif (before := read_json(index)) != {"work": self.work}:
-            same_work(before.get("work") or {}, self.work, self.folder, self.flag)
-        else:
-            return
-        write_json(index, {"work": self.work})
+    # ---- what the work is
 
-    def ours(self) -> bool:
-        """Whether the folder is still that of this work; who wakes late may find it gone, or another's."""
-        with suppress(LcoError, FileNotFoundError):
-            index = read_json(self.folder / INDEX)
-            return index.keys() == {"work"} and difference(self.work, index["work"]) is None
-        return False
+    def description(self) -> dict[str, Any] | None:
+        """What `describe` wrote; None where nothing was begun. Raises for a folder of anything
+        else.
+        """
+        if not (self.folder.path / DESCRIPTION).exists():
+            if strange := [name for name in self.folder.names() if not self._is_ours(name)]:
+                what = f"{self.folder.path} holds {min(strange)} and nothing that says what it is"
+                raise LcoError(f"{what}; give another {self.flag}")
+            return None
+        return self._check_description()
 
-    def _writing(self) -> AbstractContextManager:
-        return explained(f"{self.flag}={self.output} cannot be written, or locked", OSError)
+    def _check_description(self) -> dict[str, Any]:
+        found = read_json(self.folder.path / DESCRIPTION)
+        same_work(found.get("work") or {}, self.work, self.folder.path, self.flag)
+        return found
 
-    def _open(self, name: str) -> int | None:
-        """The descriptor of a file to lock; None if the folder was removed meanwhile."""
-        with self._writing(), suppress(FileNotFoundError):
-            return os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o644)
-        return None
-
-    def _lock(self, wait: bool) -> int | None:
-        """The descriptor of a lock on the folder; None if the folder was removed meanwhile."""
+    def describe(self, **found: Any) -> None:
+        """Say what the work is, and what was found out about it, JSON, for those who go on with
+        it.
+        """
         with self._writing():
-            with suppress(FileExistsError):  # `exist_ok` raises where it is removed at once
-                self.folder.mkdir(parents=True)
-            if (lock := self._open(LOCK)) is None:
-                return None
-            busy = not _locks(lock, wait)
-            with suppress(FileNotFoundError):
-                if not busy and os.path.samestat(os.fstat(lock), os.stat(self.folder / LOCK)):
-                    return lock
-            os.close(lock)
-        if busy:
-            raise LcoError(
-                f"another process writes {self.flag}={self.output}; wait for it or end it"
-            )
-        return None
+            write_json(self.folder.path / DESCRIPTION, {"work": self.work, **found})
 
-    # ---- the rows that are there
+    def _is_ours(self, name: str) -> bool:
+        return bool(_PART.fullmatch(name)) or name.endswith(ASIDE) or name in (DESCRIPTION, LOCK)
 
-    def _pieces(self) -> list[tuple[int, int, Path]]:
-        """(row, row, part) of the rows that parts hold, in order, each row once: of its part from the first row on."""
-        pieces, reached, names = [], 0, list[str]()
-        with suppress(FileNotFoundError):  # others have finished
-            names = os.listdir(self.folder)
-        found = [
-            (*map(int, name.groups()), name[0]) for name in map(_PART.fullmatch, names) if name
-        ]
-        for first, end, name in sorted(found, key=lambda part: (part[0], -part[1])):
-            if end > reached:
-                pieces.append((max(first, reached), end, self.folder / name))
-                reached = end
-        return pieces
+    # ---- what is done
 
-    @property
-    def done(self) -> int:
-        """Rows that parts hold, whoever made them."""
-        return sum(end - first for first, end, _ in self._pieces())
+    def rows_done(self) -> int:
+        """How many rows have a part."""
+        return sum(unit.rows for unit in self.folder.units())
 
-    def news(self) -> int:
-        """Rows that others have made since this was last asked."""
-        before, self._others = self._others, max(self._others, self.done - self.made)
-        return self._others - before
-
-    @property
-    def next_row(self) -> int:
-        """The one after all that parts hold."""
-        return max((end for _, end, _ in self._pieces()), default=0)
-
-    def tables(self, columns: Sequence[str] = ("id", "embedding")) -> Iterator[pa.Table]:
-        """The rows that are there, in order."""
-        for first, _, part in self._pieces():
-            yield _read_part(part, first, list(columns))
-
-    # ---- units
-
-    def settled(self, settle: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `settle` said to the first process that came here: JSON."""
-        with self.alone():
-            if not (self.folder / SETTLED).exists():
-                write_json(self.folder / SETTLED, settle())
-            return read_json(self.folder / SETTLED)
-
-    def divide(self, total: int) -> None:
-        """Rows 0 to total are to be made. left: of each unit that lacks some, its first row and the one after it."""
-        pieces, units = self._pieces(), range(0, total, self.part_rows)
-        self.left = {row: min(row + self.part_rows, total) for row in units}
-        self.left = {row: end for row, end in self.left.items() if _reached(row, pieces) < end}
-
-    def claim(self) -> Unit | None:
-        """The next unit that nobody makes, or what a process that died has left of it; None: there is none now."""
-        for first, end in list(self.left.items()):
-            if (lock := self._open(f"_{first:012d}{UNIT}")) is None:  # another process has finished
-                self.left.clear()
-                break
-            if not self.ours():
-                self.left.clear()
-            elif _locks(lock) or self._is_stale(first, lock):
-                del self.left[first]
-                row = (
-                    end
-                    if os.pread(lock, len(ENDED), 0) == ENDED
-                    else _reached(first, self._pieces())
-                )
-                if row < end:
-                    self.open.add(unit := Unit(self, row, end, lock))
-                    unit.alive()
-                    return unit
-            os.close(lock)
-            if not self.left:
-                break
-        return None
-
-    def alive(self) -> None:
-        """Give others a sign of life; call it often."""
-        for unit in list(self.open):  # a thread may claim meanwhile
-            unit.alive()
-
-    def _is_stale(self, first: int, lock: int) -> bool:
-        """Whether whoever holds a unit has given no sign of life for long: it hangs, or its lock outlives it."""
-        changed, now = os.fstat(lock).st_mtime_ns, time.monotonic()
-        if self._signs.get(first, (None,))[0] != changed:
-            self._signs[first] = (changed, now)
-        return now - self._signs[first][1] > STALE
+    def left(self, units: Iterable[Unit]) -> list[Unit]:
+        """Those of the units that have no part, once parts are removed that are torn or of other
+        work.
+        """
+        units = list(units)
+        there = set(self.folder.units())
+        found = [unit for unit in units if unit in there]
+        with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
+            is_good = dict(zip(found, pool.map(self.folder.is_good, found), strict=True))
+        bad = [unit.part for unit in found if not is_good[unit]]
+        for part in bad:
+            logger.warning("%s is torn, or of other work, and is made again", part)
+        with self._writing():
+            self._delete(bad)
+        return [unit for unit in units if not is_good.get(unit)]
 
     # ---- the end
 
-    def whole(self) -> dict[str, Any] | None:
-        """The record of `finish`, if its output is there as this work left it; raises for a folder of other work."""
-        if not self.record.exists() or not self.output.exists():
+    @property
+    def record(self) -> AnyPath:
+        """The file that says what the output holds."""
+        if self.keeps_parts:
+            return self.output / DESCRIPTION
+        return self.output.with_name(f"{self.output.name}.json")
+
+    def finished(self) -> dict[str, Any] | None:
+        """The record of `join`, if its output is there as this work left it.
+
+        Raises for a folder of other work.
+        """
+        if not self.record.exists() or not self._is_complete(self.record):
             return None
         found = read_json(self.record)
-        if not self.output.suffix:
-            same_work(found.get("work", {}), self.work, self.output, self.flag)
-        as_left = not self.output.suffix or found.get("output") == _state(self.output)
-        return found if as_left and difference(found.get("work", {}), self.work) is None else None
-
-    @property
-    def record(self) -> Path:
-        """Where it is said what the output holds."""
-        return (
-            self.output / INDEX
-            if self.output.suffix == ""
-            else self.output.with_name(f"{self.output.name}.json")
-        )
-
-    def finish(self, total: int, dimension: int, ids: type) -> dict[str, Any] | None:
-        """`join`, unless another process has; None where rows are missing, which `left` then has."""
-        with self.alone(), self._writing():
-            if record := self.whole():  # by another process, meanwhile
-                return record
-            write_text(
-                self.folder / "look.tmp", ""
-            )  # NFS lists a folder anew after a change of our own
-            if self.done < self.made:
-                raise LcoError(f"{self.folder} was removed meanwhile; the same command begins anew")
-            self.divide(total)
-            if not self.left:
-                return self.join(total, dimension, ids)
-            for unit in self._units():  # a part was lost
-                if int(unit.stem[1:]) in self.left:
-                    with open(unit, "r+b") as file:
-                        if _locks(file.fileno()):
-                            file.truncate()
+        if self.keeps_parts:
+            same_work(found["work"], self.work, self.output, self.flag)
+            return found
+        if difference(found["work"], self.work) is not None:
             return None
+        return found if found.get("output") == _state(self.output) else None
 
-    def join(self, total: int, dimension: int, ids: type, recorded: bool = True) -> dict[str, Any]:
-        """Join the parts into the output, list the skipped beside it, and remove the folder; call it `alone`.
+    @staticmethod
+    def _is_complete(record: AnyPath) -> bool:
+        return "vectors" in read_json(record)
 
-        total: N; dimension: D; ids: int or str. A row without a vector is NaN in .npy and null in .parquet. A folder
-        keeps its parts, and an index of them. recorded: what is returned, for `whole`.
+    def join(
+        self, units: Sequence[Unit], dimension: int, ids: type, recorded: bool = True
+    ) -> dict[str, Any]:
+        """Join the units' parts into the output, list the skipped beside it, and remove the folder.
+
+        dimension: D; ids: int or str. A row without a vector is NaN in .npy and null in .parquet.
+        An output that is a
+        folder keeps the parts. recorded: whether the record is written, which is returned.
         """
         with self._writing():
-            skipped, record = (
-                self.output.with_name(f"{self.output.name}.skipped.jsonl"),
-                {"work": self.work},
-            )
-            count = vectors.write_skipped(
-                self.folder / "skipped.tmp", self.tables(["id", "reason"])
-            )
-            if count:
-                vectors.rename(self.folder / "skipped.tmp", skipped)
-            else:
-                skipped.unlink(missing_ok=True)  # of an earlier output
-            record |= {"vectors": total, "dimension": dimension, "skipped": count}
-            if not self.output.suffix:
-                files = [self._exact(*piece) for piece in self._pieces()]
-                self._remove({**record, "parts": files}, files)
-                self.folder.rename(self.output)
-                (
-                    self.output / LOCK
-                ).unlink()  # only now: whoever made another would think itself alone
+            total = sum(unit.rows for unit in units)
+            record = {"work": self.work, "vectors": total, "dimension": dimension}
+            record["skipped"] = self._list_skipped(units)
+            if self.keeps_parts:
+                record["parts"] = [unit.part for unit in units]
+                self._keep_parts(record)
                 return record
-            kind, aside = pa.int64() if ids is int else pa.string(), self.folder / "output.tmp"
-            schema = pa.schema({"id": kind, "embedding": pa.list_(pa.float32(), dimension)})
-            write = vectors.write_npy if self.output.suffix == ".npy" else vectors.write_parquet
-            write(aside, self.tables(), total, schema)
-            vectors.rename(aside, self.output)
+            self._write_output(units, total, dimension, ids)
             if recorded:
-                write_json(self.record, {**record, "output": _state(self.output)})
-            self._remove(record)
+                record["output"] = _state(self.output)
+                self._write_beside(self.record, json.dumps(record, indent=2) + "\n")
+            self._remove()
             return record
 
-    def _exact(self, first: int, end: int, part: Path) -> str:
-        """The name of a part that holds these rows and no others: another may hold its first ones."""
-        name = f"{first:012d}-{end:012d}.parquet"
-        if part.name != name:
-            aside = self.folder / "part.tmp"
-            _write_part(_read_part(part, first), aside)
-            vectors.rename(aside, self.folder / name)
-        return name
+    def _list_skipped(self, units: Sequence[Unit]) -> int:
+        """Write `<output>.skipped.jsonl`; how many lines it has."""
+        path = self.output.with_name(f"{self.output.name}.skipped.jsonl")
+        lines = list(vectors.skipped_lines(self.folder.tables(units, ["id", "reason"])))
+        if lines:
+            self._write_beside(path, "".join(lines))
+        elif path.exists():  # of an earlier output
+            path.unlink()
+        return len(lines)
 
-    def _units(self) -> list[Path]:
-        return list(self.folder.glob(f"_*{UNIT}"))
+    def _write_beside(self, path: AnyPath, text: str) -> None:
+        """Write a small file beside the output. What a kill leaves of it vanishes with the
+        folder.
+        """
+        aside = self.folder.path / f"beside{ASIDE}"
+        write_bytes(aside, text.encode())
+        replace(aside, path)
 
-    def _remove(self, record: Mapping[str, Any], but: Sequence[str] | None = None) -> None:
-        """Delete our files, or the others. A kill on the way leaves a folder that the same command continues."""
-        write_json(
-            self.folder / INDEX, {"work": self.work, "vectors": 0, **record}
-        )  # nobody adds to it now: `ours`
-        kept = {*(but or ()), INDEX, LOCK}
-        while names := [
-            x
-            for x in os.listdir(self.folder)
-            if x not in kept and (_PART.fullmatch(x) or x.endswith(OURS))
-        ]:
-            for name in names:
-                (self.folder / name).unlink(missing_ok=True)
-        if but is None:
-            for name in (INDEX, LOCK):  # the lock last: until then nobody comes in
-                (self.folder / name).unlink()
-            with suppress(OSError):  # somebody put a file of theirs there, or it stays
-                self.folder.rmdir()
+    def _write_output(self, units: Sequence[Unit], total: int, dimension: int, ids: type) -> None:
+        tables = self.folder.tables(units, ["id", "embedding"])
+        id_type = pa.int64() if ids is int else pa.string()
+        vector_type = pa.list_(pa.float32(), dimension)
+        schema = pa.schema({"id": id_type, "embedding": vector_type})
+        write = vectors.write_npy if self.output.suffix == ".npy" else vectors.write_parquet
+        aside = self.folder.path / f"output{ASIDE}"
+        with aside.open("wb") as file:
+            write(file, tables, total, schema)
+        replace(aside, self.output)
 
+    def _keep_parts(self, record: Mapping[str, Any]) -> None:
+        """Make the folder of the parts the output."""
+        path = self.folder.path
+        kept = {*record["parts"], DESCRIPTION, LOCK}
+        self._delete([name for name in self.folder.names() if name not in kept])
+        write_json(path / DESCRIPTION, record)
+        if path != self.output:
+            path.rename(self.output)
+            (self.output / LOCK).unlink()
 
-def _read_part(part: Path, first: int, columns: list[str] | None = None) -> pa.Table:
-    """The rows of a part from row `first` of the output on."""
-    with explained(
-        f"{part} is torn; remove it, and the same command makes it again",
-        pa.ArrowException,
-        OSError,
-    ):
-        table = pyarrow.parquet.read_table(part, columns=columns, memory_map=True)
-    return table.slice(first - int(part.name[:12]))
+    def _remove(self) -> None:
+        """Remove the folder, the description last: after a kill on the way the command goes on."""
+        ours = [name for name in self.folder.names() if self._is_ours(name)]
+        self._delete([name for name in ours if name not in (DESCRIPTION, LOCK)])
+        self._delete([name for name in (DESCRIPTION, LOCK) if name in ours])
+        if not on_bucket(self.folder.path):
+            # it stays where others' files are in it, or one of a process that outlived its driver
+            with suppress(OSError):
+                self.folder.path.rmdir()
 
-
-def _write_part(table: pa.Table, path: Path) -> None:
-    pyarrow.parquet.write_table(table, path, compression="none", use_dictionary=False)
-
-
-def _reached(row: int, pieces: Sequence[tuple[int, int, Path]]) -> int:
-    """The first row from `row` on that is in no piece."""
-    for first, end, _ in pieces[bisect_right(pieces, row, key=lambda piece: piece[1]) :]:
-        if first > row:
-            break
-        row = end
-    return row
-
-
-def _locks(file: int, wait: bool = False) -> bool:
-    """Whether the lock on an open file is had."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    return True
+    def _delete(self, names: Sequence[str]) -> None:
+        paths = [self.folder.path / name for name in names]
+        if on_bucket(self.folder.path) and paths:
+            bucket_system(self.folder.path).rm([os.fspath(path) for path in paths])
+            return
+        for path in paths:
+            path.unlink(missing_ok=True)
 
 
-def _is_held(unit: Path) -> bool:
-    with open(unit, "r+b") as file:
-        return not _locks(file.fileno())
+def _digest(work: Mapping[str, Any]) -> str:
+    """Text that differs for works whose vectors may. What a run that skips adds does not change the
+    others.
+    """
+    settings = sorted((key, value) for key, value in work.items() if key != "--on-error")
+    return blake2b(repr(settings).encode(), digest_size=16).hexdigest()
 
 
-def _state(output: Path) -> str:
-    """What tells whether an output was changed."""
-    return fingerprint([(output.name, output.stat())])
+def _state(output: AnyPath) -> str | None:
+    """Text that differs when an output was changed; None where it is not there."""
+    if on_bucket(output):
+        return checksum_of(listing(output).get(".", {}))
+    return fingerprint([(output.name, output.stat())]) if output.exists() else None

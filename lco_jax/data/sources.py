@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lco_jax.core.errors import LcoError, check_keys, explained
-from lco_jax.core.files import ASSETS, fetched, read_json, resolve
+from lco_jax.core.files import ASSETS, local_copy, read_json, resolve
 from lco_jax.data.captions import FilesSource
 from lco_jax.data.content import MEDIA
 from lco_jax.data.records import Record, file_lookup, listed, parse_record
@@ -226,7 +226,7 @@ def _fetch_from_buckets(arguments: dict[str, Any]) -> None:
         "media_root": "*",
     }
     for key in arguments.keys() & patterns.keys():
-        arguments[key] = str(fetched(arguments[key], _patterns(patterns[key])))
+        arguments[key] = str(local_copy(arguments[key], _patterns(patterns[key])))
 
 
 def _patterns(files: str) -> list[str]:

@@ -12,8 +12,8 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 
-from lco_jax.core.buckets import Place, place
 from lco_jax.core.errors import LcoError, explained
+from lco_jax.core.files import AnyPath, as_path
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.training.watch import leave_on_sigterm, meeting
 
@@ -38,11 +38,11 @@ EARLIER = {
 }
 
 
-def start(doc: str | None) -> tuple[ConfigDict, Place]:
+def start(doc: str | None) -> tuple[ConfigDict, AnyPath]:
     """This process's (configuration, output folder), after it has joined the other processes."""
     args = parse(sys.argv, doc)
     join_processes(args)
-    return args.config, place(args.output or f"runs/{args.config.name}")
+    return args.config, as_path(args.output or f"runs/{args.config.name}")
 
 
 def parse(argv: Sequence[str], doc: str | None) -> flags.FlagValues:

@@ -10,9 +10,8 @@ from ml_collections import ConfigDict
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.checkpoint.store import RunStore
 from lco_jax.core import lora
-from lco_jax.core.buckets import Place, reaching
 from lco_jax.core.errors import LcoError
-from lco_jax.core.files import read_json, write_json
+from lco_jax.core.files import AnyPath, reaching, read_json, write_json
 from lco_jax.core.sharding import make_mesh
 from lco_jax.training.state import Training
 
@@ -60,7 +59,7 @@ def _check(flat: dict[str, Any], key: str, fine: bool, expected: str) -> None:
         raise LcoError(f"config.{key} is {flat[key]!r}; it must be {expected}")
 
 
-def claim_workdir(workdir: Place, config: ConfigDict, total_steps: int, begun: bool) -> None:
+def claim_workdir(workdir: AnyPath, config: ConfigDict, total_steps: int, begun: bool) -> None:
     """Write `workdir/config.json`. A run that has `begun` there must have the same configuration.
 
     Raises by the first key that differs.
@@ -82,7 +81,7 @@ def claim_workdir(workdir: Place, config: ConfigDict, total_steps: int, begun: b
 
 
 def tuned_of_run(
-    workdir: Place, step: int | None = None
+    workdir: AnyPath, step: int | None = None
 ) -> tuple[str, dict[str, Any], lora.LoraConfig, int]:
     """A run's (checkpoint path, trained parameters, configuration of adapters, step).
 
