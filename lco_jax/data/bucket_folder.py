@@ -8,8 +8,8 @@ from hashlib import blake2b
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath, bucket_system, checksum_of, listing, reaching
+from lco_jax.data.content import media_kind
 from lco_jax.data.corpus import CorpusItem
-from lco_jax.data.prompts import is_media_file
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class BucketFolder:
         """
         del check_media
         for name in self._names():
-            kind = is_media_file(name)
+            kind = media_kind(name)
             yield CorpusItem(name, ({"type": kind, kind: f"{self.path}/{name}"},), name)
 
     def reader(self) -> Callable[[int, int], Iterator[CorpusItem]]:
@@ -35,7 +35,7 @@ class BucketFolder:
 
         def read(first: int, end: int) -> Iterator[CorpusItem]:
             for name in names[first:end]:
-                kind = is_media_file(name)
+                kind = media_kind(name)
                 with reaching(self.path):
                     content = system.cat_file(f"{self.path}/{name}")
                 yield CorpusItem(name, ({"type": kind, kind: content},), f"{self.path}/{name}")
@@ -56,7 +56,7 @@ class BucketFolder:
     def _names(self) -> list[str]:
         with reaching(self.path):
             there = listing(self.path)
-        names = [name for name in there if is_media_file(name) and not _is_hidden(name)]
+        names = [name for name in there if media_kind(name) and not _is_hidden(name)]
         if not names:
             raise LcoError(f"--input={self.path} holds no image, video or audio file")
         return sorted(names)
