@@ -15,7 +15,7 @@ from lco_jax.core.errors import LcoError
 from lco_jax.core.files import local_copy, on_bucket
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.bucket_folder import BucketFolder
-from lco_jax.data.corpus import SUFFIXES, Corpus, CorpusItem
+from lco_jax.data.corpus import FORMATS, Corpus, CorpusItem
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.parts import PartsFolder, Unit
 from lco_jax.data.vectors import part_table
@@ -61,7 +61,7 @@ def open_corpus(args: argparse.Namespace) -> Corpus | BucketFolder:
     """The input of --input. A file on a bucket is fetched to the cache of this machine, a folder is
     not.
     """
-    if on_bucket(args.input) and args.input.suffix not in SUFFIXES:
+    if on_bucket(args.input) and args.input.suffix not in FORMATS:
         return BucketFolder(args.input)
     root = None if args.media_root is None else local_copy(args.media_root)
     return Corpus(local_copy(args.input), args.id_field, root)
