@@ -17,7 +17,7 @@ ALLOWED = {
     "analysis": {"core", "data"},
     "searching": {"core", "data"},
     "training": {"core", "models", "checkpoint"},
-    "planning": {"core", "models", "checkpoint", "training"},
+    "cost_model": {"core", "models", "checkpoint", "training"},
 }
 
 

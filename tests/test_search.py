@@ -390,7 +390,6 @@ def test_who_ends_a_start_lets_others_in_once_its_rows_are_there(start, tmp_path
     kept = []
 
     def ended(embedder, units, folder, *_):
-        unit, _ = units[0]
         other = VectorParts(tmp_path / "index" / "vectors.parquet", {})
         with pytest.raises(LcoError, match="another process writes"), other:
             pass

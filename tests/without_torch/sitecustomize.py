@@ -1,6 +1,7 @@
 """Python without torch: `conftest.py` puts this on the path of the processes that tests start.
 
-The runtime never imports torch, but transformers does wherever it finds it, for more than a second of each start.
+The runtime never imports torch, but transformers does where it is installed, and this takes more
+than a second of each start.
 """
 
 import importlib.util
