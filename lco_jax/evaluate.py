@@ -106,25 +106,20 @@ def evaluate_tasks(args: argparse.Namespace, media: MediaConfig) -> int:
     tasks = find_tasks(args.benchmark, args.tasks, args.seadoc)
     checkpoint = open_checkpoint(args.model)
     settings = embedding_settings(args, media, checkpoint)
+    caps = _caps(settings)
     meta = model_meta(
         _name(args),
         _revision(settings),
-        _caps(settings),
+        caps,
         modalities=list(checkpoint.backbone.modalities),
         embed_dim=checkpoint.config.hidden_size,
     )
-    encode_blocks = _lazy_encoder(
-        args,
-        checkpoint,
-        media,
-        _modalities(tasks, checkpoint, media),
-    )
-    stored = StoredVectors(
-        args.output / "embeddings",
-        {**settings, "--on-error": args.on_error},
-    )
+    modalities = _modalities(tasks, checkpoint, media)
+    encode_blocks = _lazy_encoder(args, checkpoint, media, modalities)
+    what_made_them = {**settings, "--on-error": args.on_error}
+    stored = StoredVectors(args.output / "embeddings", what_made_them)
     encoder = Encoder(encode_blocks, meta, stored, media)
-    failed = _run_tasks(tasks, encoder, args, _caps(settings))
+    failed = _run_tasks(tasks, encoder, args, caps)
     print(
         f"{encoder.embedded:,} inputs embedded, {encoder.found:,} found in {stored.folder}\n"
         f"{len(tasks) - failed} of {len(tasks)} tasks measured: {args.output / 'results.md'}"
@@ -146,7 +141,8 @@ def _run_tasks(
     benchmark = args.benchmark or "tasks"
     notes = {**caps, "mteb": MTEB_VERSION}
     found = []
-    for task in (progress := tqdm(tasks, desc="tasks", unit="task")):
+    progress = tqdm(tasks, desc="tasks", unit="task")
+    for task in progress:
         progress.set_postfix_str(task.metadata.name)
         found.append(run_task(encoder, task, args.output))
         if args.on_error == "skip":
@@ -210,6 +206,7 @@ def _name(args: argparse.Namespace) -> str:
 
 def _revision(settings: Mapping[str, Any]) -> str:
     """The commits of the hub, or the digests of the files, of the model and its adapter."""
+    # of the keys "what --model holds" and "what --adapter holds"
     files = [value for key, value in settings.items() if key.startswith("what")]
     return "-".join(value.split()[-1].replace("/", "__") for value in files)
 

@@ -39,18 +39,16 @@ def pretrain(config: ConfigDict, output: AnyPath) -> dict[str, Any]:
     """
     job = open_job(config, output, generative=True)
     generator = OmniGenerator(job.model, {}, job.processor, job.mesh)  # its programs serve twice
-    before = _evaluate(job, generator, job.untrained_params, answered=0)
+    before, _ = _evaluate(job, generator, job.untrained_params, answered=0)
     started = loop.begin(job, partial(_make_step, job))
     if not loop.run(started):
         return {}
     trained = partial(job.tuned_params, started.state["tuned"])
-    after = _evaluate(job, generator, trained, answered=ANSWERED)
+    after, answers = _evaluate(job, generator, trained, answered=ANSWERED)
     if not after:
         return finish(started, {}, {})
-    answers = after.pop("said")
     for answer in answers:
         say(f"wanted {answer['wanted']!r:.60}\n  said {answer['said']!r:.60}")
-    before.pop("said")
     return finish(started, {"before": before, "after": after, "said": answers}, {})
 
 
@@ -73,7 +71,7 @@ def _evaluate(
     generator: OmniGenerator,
     make_params: Callable[[], dict[str, Any]],
     answered: int,
-) -> dict[str, Any]:
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The loss of the held-out answers, in nats a token, and answers to the first prompts.
 
     answered: the number of prompts that the model answers. The generator has parameters only
@@ -81,7 +79,7 @@ def _evaluate(
     """
     records = [record for file in job.held_out.values() for record in file]
     if not records:
-        return {}
+        return {}, []
     generator.params = make_params()
     prompts = [as_input(record.anchor) for record in records]
     wanted = [answer_of(record) for record in records]
@@ -95,7 +93,7 @@ def _evaluate(
         {"where": record.where, "wanted": record.positive, "said": text}
         for record, text in zip(records, texts, strict=False)
     ]
-    return {"loss": loss, "said": answers}
+    return {"loss": loss}, answers
 
 
 def main() -> int:

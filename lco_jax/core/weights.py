@@ -65,12 +65,12 @@ class Split(NamedTuple):
 
     @property
     def of_a(self) -> "Split":
-        """That of a factor A [r, I]."""
+        """The split of the factor A [r, I]: r is never split."""
         return Split(None, self.inputs)
 
     @property
     def of_b(self) -> "Split":
-        """That of a factor B [O, r]."""
+        """The split of the factor B [O, r]: r is never split."""
         return Split(self.outputs, None)
 
 

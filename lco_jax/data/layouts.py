@@ -40,12 +40,15 @@ MARGIN = 4.5  # standard deviations of a sum over a batch: one batch in 300,000 
 
 
 def draw(batches: grain.MapDataset, layout: Layout, media: bool) -> list[LocalBatch]:
-    """The sample: the first of `pipeline.local_batches`. media: whether there is more than text."""
+    """The sample: the first batches of `pipeline.local_batches`.
+
+    media: whether records have more than text. Media take long to read, so their sample is smaller.
+    """
     least_batches, least_records = BATCHES, RECORDS
     if media:
         least_batches, least_records = MEDIA_BATCHES, MEDIA_RECORDS
     records = layout.batch_size // jax.process_count()
-    count = max(least_batches, -(-least_records // records))
+    count = max(least_batches, math.ceil(least_records / records))
     return [batches[i] for i in range(count)]
 
 

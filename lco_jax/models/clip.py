@@ -184,6 +184,7 @@ class LlavaVision(nn.Module):
         """
         c = self.config
         size = c.out_hidden_size
+        # `normalised` takes the frames of clips: a tile is a clip of one frame
         x = normalised(pixels[:, None], scale)[:, 0]
         x = ClipEmbeddings(c, name="embeddings")(x.astype(self.dtype))
         x = LayerNorm(c.layer_norm_eps, name="pre_layrnorm")(x)
