@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 3600.0  # seconds that no part may take
+PART = re.compile(r"\d{12}-\d{12}\.parquet$")
 WORDS = ("red", "a", "seven", "under")
 
 
@@ -155,7 +157,7 @@ class Place:
 
     def parts(self) -> int:
         """How many parts there are."""
-        return sum(name.endswith(".parquet") and name[-30] == "-" for name in self._names())
+        return sum(bool(PART.search(name)) for name in self._names())
 
 
 @contextmanager

@@ -31,7 +31,8 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -170,27 +171,41 @@ def _embed(
     load = partial(
         UnitEmbedder, args, media, modalities, found.has_media, unit_rows, folder=parts.folder
     )
-    run = _on_ray if args.ray else _here
-    left = parts.left(units)
-    to_do = sum(unit.rows for unit in left)
-    bar = tqdm(total=found.total, initial=found.total - to_do, desc="embedding", unit="input")
-    try:
-        with bar as progress:
-            for _ in range(ROUNDS):
-                if left:
-                    run(args, load, left, progress)
-                    left = parts.left(units)
-        if left:
-            raise LcoError(f"{parts.folder.path} loses the parts that are written to it")
+    with _what_is_kept(parts, found.total):
+        _make_parts(args, load, parts, units)
         if corpus.fingerprint() != parts.work[INPUT_STATE]:
             advice = f"remove {parts.folder.path} and start anew"
             raise LcoError(f"--input={args.input} changed meanwhile; {advice}")
+    return parts.join(units, checkpoint.config.hidden_size, found.ids)
+
+
+@contextmanager
+def _what_is_kept(parts: VectorParts, total: int) -> Iterator[None]:
+    """Whatever ends the work within, a line says what the same command need not do again."""
+    try:
+        yield
     except (LcoError, KeyboardInterrupt, SystemExit):
         if done := parts.rows_done():
-            kept = f"{done:,} of {found.total:,} vectors are kept in {parts.folder.path}"
+            kept = f"{done:,} of {total:,} vectors are kept in {parts.folder.path}"
             print(f"{kept}; the same command goes on from there", file=sys.stderr)
         raise
-    return parts.join(units, checkpoint.config.hidden_size, found.ids)
+
+
+def _make_parts(
+    args: argparse.Namespace, load: Load, parts: VectorParts, units: Sequence[Unit]
+) -> None:
+    """Make the parts of units that are not there, in this process or in actors."""
+    run = _on_ray if args.ray else _here
+    left = parts.left(units)
+    total = sum(unit.rows for unit in units)
+    done = total - sum(unit.rows for unit in left)
+    with tqdm(total=total, initial=done, desc="embedding", unit="input") as progress:
+        for _ in range(ROUNDS):
+            if left:
+                run(args, load, left, progress)
+                left = parts.left(units)
+    if left:
+        raise LcoError(f"{parts.folder.path} loses the parts that are written to it")
 
 
 def _here(args: argparse.Namespace, load: Load, units: Sequence[Unit], progress: tqdm) -> None:

@@ -183,18 +183,16 @@ def upload(folder: Path, path: AnyPath) -> None:
     there = listing(path)
     files = [file for file in folder.rglob("*") if file.is_file()]
     here = {file.relative_to(folder).as_posix(): file for file in files}
-    marks = [name for name in here if posixpath.basename(name) == MARK]
+    marks = {name for name in here if posixpath.basename(name) == MARK}
     outputs = tuple(name.removesuffix(MARK) for name in marks)
-    in_outputs = [name for name in there if name.startswith(outputs)]
-    gone = [name for name in in_outputs if name in marks or name not in here]
-    if gone:
-        bucket_system(path).rm(_addresses(path, gone))
-    others = here.keys() - marks
+    for name in there:
+        is_gone = name in marks or name not in here
+        if name.startswith(outputs) and is_gone:
+            bucket_system(path).rm_file(f"{path}/{name}")
+    others = sorted(here.keys() - marks)
     changed = [name for name in others if not _is_same(here[name], there.get(name, {}))]
-    for names in (changed, marks):
-        if names:
-            sources = [str(here[name]) for name in names]
-            bucket_system(path).put(sources, _addresses(path, names))
+    for name in (*changed, *sorted(marks)):
+        bucket_system(path).put_file(str(here[name]), f"{path}/{name}")
 
 
 def _download(path: str | os.PathLike[str], folder: Path, names: Iterable[str]) -> None:

@@ -21,9 +21,7 @@ class BucketFolder:
     path: AnyPath
 
     def items(self, check_media: bool = False) -> Iterator[CorpusItem]:
-        """Every input, without its bytes. check_media: nothing more to check, for all were
-        listed.
-        """
+        """Every input, without its bytes. check_media: nothing to check, for all were listed."""
         del check_media
         for name in self._names():
             kind = media_kind(name)
@@ -43,9 +41,7 @@ class BucketFolder:
         return read
 
     def fingerprint(self) -> str:
-        """Text that differs when objects have changed: how many, and a digest of names and
-        checksums.
-        """
+        """Text that differs when objects have changed: how many, and a digest of them."""
         digest = blake2b(digest_size=8)
         with reaching(self.path):
             there = listing(self.path)

@@ -1,15 +1,13 @@
-"""Vectors on their way into an output: the rows are cut into units, and a file, a part, has a
-unit's vectors.
+"""Vectors on their way into an output: rows are cut into units, and a unit's vectors are a part.
 
-The parts lie in a folder beside the output, `<output>.partial`; an output without an ending is that
-folder itself. What is left to do is the units that have no part. Parts, description and output are
-there complete or not at all, so a kill at any moment, SIGKILL too, costs the units in work. Any
-process may write parts; one of them, which has the lock, says what the work is and joins them. On a
-bucket there is no lock.
+A part is a file. The parts lie in a folder beside the output, `<output>.partial`; an output without
+an ending is that folder itself. What is left to do is the units that have no part. Parts,
+description and output are there complete or not at all, so a kill at any moment, SIGKILL too, costs
+the units in work. Any process may write parts; one of them, which has the lock, says what the work
+is and joins them. On a bucket there is no lock.
 Dimensions: n rows of a part, N of all, D hidden.
 """
 
-import json
 import logging
 import os
 import re
@@ -44,6 +42,7 @@ from lco_jax.data.vectors import difference, same_work
 # beside the parts; names that readers of a folder of parquet leave alone
 DESCRIPTION, LOCK, ASIDE = "_index.json", "_lock", ".tmp"
 WORK = b"lco_jax.work"  # in a part's metadata: the digest of the work that made it
+FOOTER = 2**16  # bytes at the end of a part, among which its footer is
 CHECKED_AT_ONCE = 16  # parts; a bucket answers slowly
 _PART = re.compile(r"(\d{12})-(\d{12})\.parquet")
 logger = logging.getLogger(__name__)
@@ -76,9 +75,7 @@ def cut(first: int, end: int, rows: int) -> list[Unit]:
 
 @dataclass(frozen=True)
 class PartsFolder:
-    """A folder of parts, for whoever writes or reads them. work: the digest of the work that makes
-    them.
-    """
+    """A folder of parts, for whoever writes or reads them. work: the digest of their work."""
 
     path: AnyPath
     work: str
@@ -112,9 +109,12 @@ class PartsFolder:
 
     def is_good(self, unit: Unit) -> bool:
         """Whether a unit's part is complete, as far as its footer tells, and of this work."""
+        with reaching(self.path), (self.path / unit.part).open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - FOOTER, 0))
+            footer = pa.BufferReader(file.read())
         try:
-            with (self.path / unit.part).open("rb") as file:
-                about = pyarrow.parquet.read_metadata(file)
+            about = pyarrow.parquet.read_metadata(footer)
         except (pa.ArrowException, OSError):
             return False
         return about.num_rows == unit.rows and about.metadata.get(WORK) == self.work.encode()
@@ -187,9 +187,7 @@ class VectorParts:
     # ---- what the work is
 
     def description(self) -> dict[str, Any] | None:
-        """What `describe` wrote; None where nothing was begun. Raises for a folder of anything
-        else.
-        """
+        """What `describe` wrote; None where nothing was begun. Raises for a folder of others."""
         if not (self.folder.path / DESCRIPTION).exists():
             if strange := [name for name in self.folder.names() if not self._is_ours(name)]:
                 what = f"{self.folder.path} holds {min(strange)} and nothing that says what it is"
@@ -203,9 +201,7 @@ class VectorParts:
         return found
 
     def describe(self, **found: Any) -> None:
-        """Say what the work is, and what was found out about it, JSON, for those who go on with
-        it.
-        """
+        """Write what the work is, and what was found out about it, for those who go on with it."""
         with self._writing():
             write_json(self.folder.path / DESCRIPTION, {"work": self.work, **found})
 
@@ -219,13 +215,11 @@ class VectorParts:
         return sum(unit.rows for unit in self.folder.units())
 
     def left(self, units: Iterable[Unit]) -> list[Unit]:
-        """Those of the units that have no part, once parts are removed that are torn or of other
-        work.
-        """
+        """The units that have no part. Removes parts that are torn, or of other work, before."""
         units = list(units)
         there = set(self.folder.units())
         found = [unit for unit in units if unit in there]
-        with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
+        with self._writing(), ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
             is_good = dict(zip(found, pool.map(self.folder.is_good, found), strict=True))
         bad = [unit.part for unit in found if not is_good[unit]]
         for part in bad:
@@ -252,9 +246,9 @@ class VectorParts:
             return None
         found = read_json(self.record)
         if self.keeps_parts:
-            same_work(found["work"], self.work, self.output, self.flag)
+            same_work(found.get("work") or {}, self.work, self.output, self.flag)
             return found
-        if difference(found["work"], self.work) is not None:
+        if difference(found.get("work") or {}, self.work) is not None:
             return None
         return found if found.get("output") == _state(self.output) else None
 
@@ -268,8 +262,8 @@ class VectorParts:
         """Join the units' parts into the output, list the skipped beside it, and remove the folder.
 
         dimension: D; ids: int or str. A row without a vector is NaN in .npy and null in .parquet.
-        An output that is a
-        folder keeps the parts. recorded: whether the record is written, which is returned.
+        An output that is a folder keeps the parts. recorded: whether the record is written, which
+        is returned.
         """
         with self._writing():
             total = sum(unit.rows for unit in units)
@@ -281,28 +275,29 @@ class VectorParts:
                 return record
             self._write_output(units, total, dimension, ids)
             if recorded:
-                record["output"] = _state(self.output)
-                self._write_beside(self.record, json.dumps(record, indent=2) + "\n")
+                self._write_record({**record, "output": _state(self.output)})
             self._remove()
             return record
 
     def _list_skipped(self, units: Sequence[Unit]) -> int:
         """Write `<output>.skipped.jsonl`; how many lines it has."""
         path = self.output.with_name(f"{self.output.name}.skipped.jsonl")
-        lines = list(vectors.skipped_lines(self.folder.tables(units, ["id", "reason"])))
-        if lines:
-            self._write_beside(path, "".join(lines))
+        aside = self.folder.path / f"skipped{ASIDE}"
+        count = 0
+        with aside.open("wb") as file:
+            for line in vectors.skipped_lines(self.folder.tables(units, ["id", "reason"])):
+                file.write(line.encode())
+                count += 1
+        if count:
+            replace(aside, path)
         elif path.exists():  # of an earlier output
             path.unlink()
-        return len(lines)
+        return count
 
-    def _write_beside(self, path: AnyPath, text: str) -> None:
-        """Write a small file beside the output. What a kill leaves of it vanishes with the
-        folder.
-        """
-        aside = self.folder.path / f"beside{ASIDE}"
-        write_bytes(aside, text.encode())
-        replace(aside, path)
+    def _write_record(self, record: Mapping[str, Any]) -> None:
+        aside = self.folder.path / f"record{ASIDE}"  # which vanishes with the folder
+        write_json(aside, record)
+        replace(aside, self.record)
 
     def _write_output(self, units: Sequence[Unit], total: int, dimension: int, ids: type) -> None:
         tables = self.folder.tables(units, ["id", "embedding"])

@@ -1,5 +1,4 @@
-"""Work on units shared among Ray actors, any of which may die: what is left is the units that have
-no part.
+"""Units shared among Ray actors, any of which may die: what is left is the units without a part.
 
 A driver hands each actor that has started a few units at a time. Where an actor is lost, it starts
 another one and hands its units out again. Ray's own restarts would keep units for an actor whose
@@ -9,6 +8,7 @@ machine does not come back.
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections import deque
@@ -32,7 +32,8 @@ MakeParts = Callable[[Sequence[Unit]], None]
 Load = Callable[[int], MakeParts]  # from the CPUs that an actor may use
 LOSSES = 3  # of every actor, with no part made between, after which the work is given up
 UNITS_AT_ONCE = 8  # the most that an actor is handed; it has to start its pipeline for each handful
-POLL, POLL_BUCKET = 1.0, 10.0  # seconds between looks at the parts that are there
+POLL = 1.0  # seconds between looks at what actors have done
+LOOK, LOOK_BUCKET = 1.0, 10.0  # seconds between looks at the parts that are there
 START_SECONDS = 1200.0  # the longest time without an actor that has started
 OBJECT_STORE = 2**27  # bytes, of a local cluster: next to nothing goes through it
 # a process that takes all chips of a host must not wait for the slice's other hosts
@@ -82,13 +83,17 @@ def run_on_ray(
 
     Raises what an actor raises, and where actors keep dying and nothing is made.
     """
-    with _connected(cluster):
-        driver = _Driver(cluster, load, folder)
+    seconds = LOOK_BUCKET if on_bucket(folder.path) else LOOK
+    with _connected(cluster) as stopped:
+        driver = _Driver(cluster, load, folder, stopped)
         try:
+            next_look = 0.0
             for _ in driver.rounds(units):
-                new = sum(unit.rows for unit in folder.units()) - progress.n
-                if new > 0:
-                    progress.update(new)
+                if time.monotonic() >= next_look:
+                    new = sum(unit.rows for unit in folder.units()) - progress.n
+                    if new > 0:
+                        progress.update(new)
+                    next_look = time.monotonic() + seconds
         except RayTaskError:  # a bug: its traceback
             raise
         except RayError as error:  # Ray itself, or the machine with its head
@@ -99,12 +104,10 @@ def run_on_ray(
 
 
 class _Driver:
-    """Hands out units to actors. Of each actor one call is under way: its start, or that of making
-    units.
-    """
+    """Hands out units to actors, each of which starts, makes units, or is idle."""
 
-    def __init__(self, cluster: Cluster, load: Load, folder: PartsFolder):
-        self.load, self.folder = load, folder
+    def __init__(self, cluster: Cluster, load: Load, folder: PartsFolder, stopped: threading.Event):
+        self.load, self.folder, self.stopped = load, folder, stopped
         self.count, resources = _choose(cluster)
         local = cluster.address == "local"
         cpus = os.cpu_count() if local else ray.cluster_resources().get("CPU")
@@ -124,23 +127,22 @@ class _Driver:
     def rounds(self, units: Sequence[Unit]) -> Iterator[None]:
         """Yields every now and then until all units have been made."""
         left = deque(units)
-        poll = POLL_BUCKET if on_bucket(self.folder.path) else POLL
         while left or self._is_working():
             while left and self.idle:
                 self._hand_out(left)
-            ended, _ = ray.wait(list(self.calls), timeout=poll)
+            ended, _ = ray.wait(list(self.calls), timeout=POLL)
             for call in ended:
                 self._take_back(call, left)
             self._check_start()
+            if self.stopped.is_set():
+                raise SystemExit(PREEMPTED)
             yield
 
     def _is_working(self) -> bool:
         return any(units for _, units in self.calls.values())
 
     def _hand_out(self, left: deque[Unit]) -> None:
-        """Give an idle actor units: fewer of them towards the end, so that all end at about one
-        time.
-        """
+        """Give an idle actor units: fewer towards the end, so that all end at about one time."""
         size = max(1, min(UNITS_AT_ONCE, len(left) // (2 * self.count)))
         units = [left.popleft() for _ in range(size)]
         actor = self.idle.pop()
@@ -153,7 +155,7 @@ class _Driver:
             failure = ray.get(call)
         except RayActorError as error:
             ray.kill(actor)  # it may live on where it cannot be reached
-            self._check_loss(error)
+            self._check_loss(units, error)
             left.extendleft(reversed(units))
             self._start()
             return
@@ -161,13 +163,14 @@ class _Driver:
             raise LcoError(failure)
         self.idle.append(actor)
 
-    def _check_loss(self, error: RayActorError) -> None:
+    def _check_loss(self, units: Sequence[Unit], error: RayActorError) -> None:
         """Raise where actors are lost again and again, and no part is made."""
         made = len(self.folder.units())
         self.losses = self.losses + 1 if made == self.made else 1
         self.made = made
         if self.losses > LOSSES * self.count:
-            why = f"actors die again and again, and no part is made: {reason(error)}"
+            at = f"rows {units[0].first:,} to {units[-1].end:,}" if units else "their start"
+            why = f"actors die again and again at {at}, and no part is made: {reason(error)}"
             raise LcoError(f"{why}; the logs of Ray say more (by default in /tmp/ray)") from error
 
     def _check_start(self) -> None:
@@ -188,10 +191,12 @@ class _Driver:
 
 
 @contextmanager
-def _connected(cluster: Cluster) -> Iterator[None]:
-    """Within, a Ray cluster is connected. A local one is started, and ends on any way out, also of
-    SIGKILL.
+def _connected(cluster: Cluster) -> Iterator[threading.Event]:
+    """Within, a Ray cluster is connected. A local one is started, and ends with this process.
+
+    Yields what SIGTERM sets: an exception that a handler raises does not get through Ray.
     """
+    stopped = threading.Event()
     local: dict[str, Any] = {}
     if cluster.address == "local":
         cpus = max(os.cpu_count() or 1, cluster.actors or 1)
@@ -204,11 +209,12 @@ def _connected(cluster: Cluster) -> Iterator[None]:
             ray.init(cluster.address, log_to_driver=False, logging_level="ERROR", **local)
         except SystemExit as error:  # Ray's own answer to SIGTERM
             raise SystemExit(PREEMPTED) from error
-    signal.signal(signal.SIGTERM, at_sigterm)  # which Ray has changed
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     try:
-        yield
+        yield stopped
     finally:
         ray.shutdown()
+        signal.signal(signal.SIGTERM, at_sigterm)
 
 
 def _choose(cluster: Cluster) -> tuple[int, dict[str, float]]:
