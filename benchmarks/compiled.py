@@ -266,7 +266,7 @@ def _encode(args: argparse.Namespace, folder: Path, preset: str, weights: str, m
     import jax
 
     from lco_jax.core.sharding import ROWS, replicated, row_shards
-    from lco_jax.models.decoder import pool
+    from lco_jax.models.pooling import pool
     from lco_jax.training.memory import abstract_tokens
 
     step = _step(args, folder, preset, weights, mesh)
@@ -289,7 +289,8 @@ def _encoded_shape() -> Any:
     """A stream of `ENCODED` tokens with as many of SNLI's texts as it holds, in eights."""
     import numpy as np
 
-    from lco_jax.core.packing import Shape, TokenSequence, pack_stream, width_of
+    from lco_jax.core.packing import TokenSequence, pack_stream
+    from lco_jax.core.stream_shapes import Shape, width_of
     from lco_jax.data.positions import line_positions
 
     ids = [np.array(text, np.int32) for triplet in as_long_as_snli() for text in triplet]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lco_jax.core.packing import bucket
+from lco_jax.core.bins import bucket
 from lco_jax.data.tower_rows import Patches, PatchRows, TowerRows, chunk_rows, chunks_of, fill
 from lco_jax.models.registry import BACKBONES
 

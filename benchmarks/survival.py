@@ -77,9 +77,9 @@ class Job:
             **os.environ,
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         }
-        command = [sys.executable, "-m", "lco_jax.train", *SMALL, f"--workdir={workdir}", *flags]
+        command = [sys.executable, "-m", "lco_jax.train", *SMALL, f"--output={workdir}", *flags]
         joined = (
-            [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}"]
+            [f"--coordinator=127.0.0.1:{port}", f"--num-processes={processes}"]
             if processes > 1
             else []
         )
@@ -90,7 +90,7 @@ class Job:
         )
         self.said = [workdir.with_name(f"{workdir.name}.{i}.txt") for i in range(processes)]
         for i, path in enumerate(self.said):
-            one = [*command, *joined, f"--process_id={i}"] if joined else command
+            one = [*command, *joined, f"--process-id={i}"] if joined else command
             with open(path, "w", encoding="utf-8") as file:
                 self.processes.append(
                     subprocess.Popen(

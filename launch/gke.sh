@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run a job on TPUs of a GKE cluster through XPK, which makes a JobSet of it: a pod for each host of a slice.
 #
-#   NAME=lco CLUSTER=mine TPU_TYPE=v6e-16 launch/gke.sh --follow train --config=FILE --workdir=DIR
+#   NAME=lco CLUSTER=mine TPU_TYPE=v6e-16 launch/gke.sh --follow train --config=FILE --output=DIR
 #   NAME=lco CLUSTER=mine launch/gke.sh delete
 #
 # --follow  stream the logs, and end when the job ends: with 0 if it did well; else it is submitted, and left alone

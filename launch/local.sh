@@ -2,7 +2,7 @@
 # Run a job on this machine in several processes, as a pod would: each has its share of the data and of the devices.
 #
 #   launch/local.sh [--dry-run] PROCESSES [MODULE] [flags of the module]
-#   launch/local.sh 4 --config=configs/base.py --workdir=runs/four
+#   launch/local.sh 4 --config=base --output=runs/four
 #
 # MODULE is train (default), pretrain or embed; another runs in one process. embed starts that many Ray actors itself. If
 # one process fails, the others are told to end (SIGTERM) and, GRACE seconds later (120), are killed; then all are started
@@ -32,7 +32,7 @@ run export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=${DE
 command=("${PYTHON:-.venv/bin/python}" -m "lco_jax.$module")
 start() {
   local join=()
-  [ -z "$joins" ] || join=(--coordinator="127.0.0.1:${PORT:-29500}" --num_processes="$count" --process_id="$1")
+  [ -z "$joins" ] || join=(--coordinator="127.0.0.1:${PORT:-29500}" --num-processes="$count" --process-id="$1")
   if [ -n "$dry_run" ]; then
     echo "$(quote "${command[@]}" "${join[@]}" "${arguments[@]}") &"
   else

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run a job on the GPUs of a Slurm cluster: one process a GPU, or one a node.
 #
-#   NODES=2 GPUS=8 launch/slurm.sh --follow train --config=FILE --workdir=DIR
+#   NODES=2 GPUS=8 launch/slurm.sh --follow train --config=FILE --output=DIR
 #
 # --follow  print the log as it is written, and end when the job ends: with 0 if it did well
 # --dry-run print the commands, and run none

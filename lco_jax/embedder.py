@@ -5,8 +5,8 @@ Dimensions: N inputs, n inputs of a block, D hidden, L layers.
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain, pairwise
 from typing import Any, Self, TypeVar
@@ -21,42 +21,31 @@ from tqdm import tqdm
 from lco_jax.checkpoint import peft
 from lco_jax.checkpoint.hf import load_model, open_checkpoint
 from lco_jax.core import lora
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, check_at_least_1
 from lco_jax.core.packing import PackedTokens
 from lco_jax.core.shapes import ShapeLog
 from lco_jax.core.sharding import make_mesh, replicated, row_shards, shardings
+from lco_jax.data.content import chosen_modalities
 from lco_jax.data.inference import (
     BLOCK_INPUTS,
     MAX_TOKENS,
+    EmbeddedBlock,
     InferenceBatch,
     batches_of,
     blocks_of,
     pack_on_mesh,
 )
-from lco_jax.data.inputs import Preparation, named, one_ahead, prepare_ahead
+from lco_jax.data.inputs import Preparation, is_single, named, one_ahead, prepare_ahead
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import ChatTokenizer, Prompt
 from lco_jax.data.tower_rows import Processed
-from lco_jax.models.decoder import Decoder, pool, project
+from lco_jax.models.decoder import Decoder
 from lco_jax.models.model import MediaPrograms, Model
+from lco_jax.models.pooling import pool, project
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-@dataclass
-class EmbeddedBlock:
-    """The vectors of consecutive inputs.
-
-    first: the index of the first input.
-    vectors: float32 [n, D]; NaN for a skipped input.
-    skipped: index of a skipped input -> why.
-    """
-
-    first: int
-    vectors: np.ndarray
-    skipped: dict[int, str] = field(default_factory=dict)
 
 
 class OmniEmbedder:
@@ -110,7 +99,7 @@ class OmniEmbedder:
         """
         checkpoint = open_checkpoint(path_or_id)
         mesh = make_mesh(devices=jax.local_devices()) if mesh is None else mesh
-        chosen = _chosen(modalities, checkpoint.backbone.modalities)
+        chosen = chosen_modalities(modalities, checkpoint.backbone.modalities)
         context = checkpoint.config.max_position_embeddings
         processor = Processor(checkpoint.folder, context, media, video_positions, chosen)
         reads = checkpoint.backbone.reads
@@ -396,36 +385,5 @@ def _with_adapter(
     return join(decoder, adapters, config)
 
 
-def _chosen(modalities: Iterable[str] | None, known: tuple[str, ...]) -> tuple[str, ...]:
-    """The modalities that are asked for, and text; None: all that are known."""
-    if modalities is None:
-        return known
-    chosen = {"text", *modalities}
-    unknown = chosen - set(known)
-    if unknown:
-        raise LcoError(f"modalities has {min(unknown)!r}; this checkpoint takes {', '.join(known)}")
-    return tuple(kind for kind in known if kind in chosen)
-
-
-def check_at_least_1(**options: int | None) -> None:
-    """Raise if an option is given and is less than 1."""
-    for name, value in options.items():
-        if value is not None and value < 1:
-            raise LcoError(f"{name} is {value}; it must be at least 1")
-
-
 def _unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
-def is_single(inputs: Any) -> bool:
-    """Whether this is one input, and not a list of inputs."""
-    if isinstance(inputs, np.ndarray):
-        return inputs.ndim > 1  # with one axis it is a list of strings
-    if isinstance(inputs, str | Mapping | os.PathLike | Image.Image):
-        return True
-    return isinstance(inputs, list) and bool(inputs) and all(map(_is_message, inputs))
-
-
-def _is_message(item: Any) -> bool:
-    return isinstance(item, dict) and "role" in item

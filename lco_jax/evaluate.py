@@ -25,8 +25,9 @@ from tqdm import tqdm
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.shapes import keep_compiled
+from lco_jax.data.inference import EmbeddedBlock
 from lco_jax.data.media import MediaConfig
-from lco_jax.embedder import EmbeddedBlock, OmniEmbedder
+from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation.local_tasks import KINDS, add_flags, evaluate_and_write, options_of
 from lco_jax.flags import (
     add_corpus_flags,

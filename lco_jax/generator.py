@@ -14,16 +14,17 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.bins import bucket
+from lco_jax.core.errors import LcoError, check_at_least_1
 from lco_jax.core.files import read_json
-from lco_jax.core.packing import PackedTokens, bucket
+from lco_jax.core.packing import PackedTokens
 from lco_jax.core.sharding import replicated, row_shards
 from lco_jax.data.inference import BLOCK_INPUTS, MAX_TOKENS, InferenceBatch, blocks_of
-from lco_jax.data.inputs import Preparation, named, one_ahead, prepare_ahead
+from lco_jax.data.inputs import Preparation, is_single, named, one_ahead, prepare_ahead
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import Prompt, asked
 from lco_jax.data.tower_rows import Processed
-from lco_jax.embedder import OmniEmbedder, check_at_least_1, is_single
+from lco_jax.embedder import OmniEmbedder
 from lco_jax.models.cache import Cache
 from lco_jax.models.decoder import Decoder
 from lco_jax.models.head import greedy, head_of, token_losses

@@ -13,7 +13,8 @@ import jax
 from lco_jax.checkpoint.store import RunStore
 from lco_jax.core.exchange import Exchange
 from lco_jax.core.files import reaching
-from lco_jax.core.packing import Batch, Shape
+from lco_jax.core.packing import Batch
+from lco_jax.core.stream_shapes import Shape
 from lco_jax.data import pipeline
 from lco_jax.data.layouts import choose_layout, draw
 from lco_jax.job import Job, batches_of, say

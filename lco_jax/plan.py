@@ -23,8 +23,8 @@ from ml_collections import ConfigDict
 from lco_jax.checkpoint.hf import Checkpoint, abstract_params, open_geometry
 from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.files import write_json
-from lco_jax.core.packing import Shape
 from lco_jax.core.sharding import AXES, make_mesh
+from lco_jax.core.stream_shapes import Shape
 from lco_jax.cost_model.hardware import DEVICES, Hardware
 from lco_jax.cost_model.profile import Profile, profile
 from lco_jax.cost_model.program import Step, Workload, even

@@ -20,7 +20,8 @@ from benchmarks.presets import PRESETS
 from lco_jax.checkpoint.hf import abstract_params
 from lco_jax.core import lora
 from lco_jax.core.packing import PackedTokens
-from lco_jax.models.decoder import REMAT_POLICIES, Decoder, embed
+from lco_jax.models.decoder import REMAT_POLICIES, Decoder
+from lco_jax.models.pooling import embed
 
 ROOT = Path(__file__).parents[1]
 

@@ -123,8 +123,8 @@ def test_the_laboratory_runs_in_its_notebook_and_goes_on(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("stages", (4, 2), "each more than"),
-        ("stages", (0, 12), "none is saved"),
+        ("stages", (4, 2), "in ascending order"),
+        ("stages", (0, 12), "there is no checkpoint of it"),
         ("ways", ("magic",), "magic"),
         ("world", "other", "made, real"),
         ("world", "real", "data_dir"),

@@ -206,6 +206,7 @@ def test_generate_names_flags_that_do_not_go_together(tmp_path, run_command, mon
     (tmp_path / "in.jsonl").write_text('"Why?"\n')
     bad = {"anchor": "Why?", "positive": {"image_path": "a.png"}}
     (tmp_path / "bad.jsonl").write_text(json.dumps(bad) + "\n")
+    (tmp_path / "a.png").touch()
     for flags, message in [
         ([], "give --input"),
         (["--score", "--input=x.jsonl"], "--score needs --output"),

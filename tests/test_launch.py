@@ -28,7 +28,7 @@ TPU = {"NAME": "lco", "ZONE": "us-east5-b", "TPU_TYPE": "v6e-16", "RUNTIME": "v2
 GKE = {"NAME": "lco", "CLUSTER": "mine", "TPU_TYPE": "v6e-16"}
 SLURM = {"NODES": "2", "GPUS": "8"}
 JOB = {"SLURM_JOB_ID": "7", "LOGS": ".", "NAME": "lco", "PER": "gpu", "GPUS": "2"}
-FLAGS = ["--config=configs/a.py:x", "--workdir=/mnt/my runs/it's"]
+FLAGS = ["--config=configs/a.py:x", "--output=/mnt/my runs/it's"]
 # {looks}: what describe says, look by look (the last for ever); {job}: what the job's ssh does
 SLICE = """
 case "$*" in
@@ -336,13 +336,13 @@ def test_a_slurm_job_is_followed_to_its_end(launcher, end, expected):
 def test_processes_start_again_together_where_that_helps(launcher, first, later, ended, runs):
     """Process 0 exits so the first time and so later; process 1 runs till it is told to end."""
     part = f"""case "$*" in
-      *process_id=0*) [ $(times process_id=0) -gt 1 ] && exit {later} || exit {first} ;;
-      *) [ {later} = 0 ] && [ $(times process_id=1) -gt 1 ] && exit 0
+      *process-id=0*) [ $(times process-id=0) -gt 1 ] && exit {later} || exit {first} ;;
+      *) [ {later} = 0 ] && [ $(times process-id=1) -gt 1 ] && exit 0
         trap 'exit 0' TERM; for i in {{1..300}}; do sleep 0.1; done; exit 9 ;;
     esac"""
     status, _, error = launcher.run("local.sh", "2", *FLAGS, part=part, RETRIES="2")
     assert status == ended, error
-    assert launcher.count("process_id=0") == launcher.count("process_id=1") == runs
+    assert launcher.count("process-id=0") == launcher.count("process-id=1") == runs
     assert error.count("restart ") == runs - 1
 
 
@@ -406,7 +406,7 @@ def test_a_slurm_job_starts_a_cluster_for_embed(launcher):
 
 def test_a_process_that_does_not_end_is_killed(launcher):
     waits = "for i in {1..300}; do sleep 0.1; done"
-    part = f'[[ "$*" != *process_id=0* ]] || exit 2; trap "" TERM; {waits}'
+    part = f'[[ "$*" != *process-id=0* ]] || exit 2; trap "" TERM; {waits}'
     since = time.monotonic()
     assert launcher.run("local.sh", "2", *FLAGS, part=part, GRACE="0")[0] == 2
     assert time.monotonic() - since < 10

@@ -6,7 +6,7 @@ import pytest
 
 from lco_jax import make_mesh
 from lco_jax.checkpoint import builtin
-from lco_jax.core.packing import Shape, in_widths, largest, padded_shape
+from lco_jax.core.stream_shapes import Shape, in_widths, largest, padded_shape
 from lco_jax.data import pipeline
 from lco_jax.data.layouts import choose_layout, draw, floor_of
 from lco_jax.data.pipeline import Layout, local_batches, pack_batch, record_stream

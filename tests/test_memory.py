@@ -12,9 +12,10 @@ import pytest
 from lco_jax import LcoError, make_mesh
 from lco_jax.checkpoint.hf import abstract_params
 from lco_jax.core import lora
-from lco_jax.core.packing import Shape
+from lco_jax.core.stream_shapes import Shape
 from lco_jax.models.config import DecoderConfig
-from lco_jax.models.decoder import Decoder, embed
+from lco_jax.models.decoder import Decoder
+from lco_jax.models.pooling import embed
 from lco_jax.train import train
 from lco_jax.training import cli, memory
 from lco_jax.training.memory import GIB, Candidate

@@ -4,18 +4,9 @@ import numpy as np
 import pytest
 from rows import row_of
 
-from lco_jax.core.packing import (
-    Shape,
-    TokenSequence,
-    assign_rows,
-    bucket,
-    cheapest_cut,
-    fill,
-    in_widths,
-    pack_stream,
-    padded_shape,
-    spread,
-)
+from lco_jax.core.bins import assign_rows, bucket, cheapest_cut, spread
+from lco_jax.core.packing import TokenSequence, fill, pack_stream
+from lco_jax.core.stream_shapes import Shape, in_widths, padded_shape
 
 
 @pytest.mark.parametrize("seed", range(20))

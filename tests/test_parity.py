@@ -11,10 +11,11 @@ import transformers
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 from lco_jax import OmniEmbedder, make_mesh
-from lco_jax.core.packing import Shape, TokenSequence, fill, pack_stream, padded_shape
+from lco_jax.core.packing import TokenSequence, fill, pack_stream
+from lco_jax.core.stream_shapes import Shape, padded_shape
 from lco_jax.data.positions import line_positions
-from lco_jax.models.decoder import embed
 from lco_jax.models.layers import apply_rotary, rotary_angles, rotation_of
+from lco_jax.models.pooling import embed
 
 TOLERANCE = 1e-5  # tells right from almost right: never loosen it
 

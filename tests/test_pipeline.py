@@ -10,13 +10,8 @@ from rows import row_of
 
 from lco_jax import LcoError, make_mesh
 from lco_jax.checkpoint import builtin
-from lco_jax.core.packing import (
-    Shape,
-    TokenSequence,
-    fill,
-    pack_stream,
-    padded_shape,
-)
+from lco_jax.core.packing import TokenSequence, fill, pack_stream
+from lco_jax.core.stream_shapes import Shape, padded_shape
 from lco_jax.data import pipeline
 from lco_jax.data.pipeline import Layout, ahead, local_batches, record_stream
 from lco_jax.data.processor import Processor

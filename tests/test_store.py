@@ -94,7 +94,7 @@ def test_a_harm_to_any_file_is_noticed_said_and_put_aside(saved, caplog, harm):
     flip(files(saved / "4", "sums")[0])
     for _ in range(2):  # nor does the run silently begin anew
         with pytest.raises(
-            LcoError, match="holds no checkpoint that can be read; give another --workdir"
+            LcoError, match="holds no checkpoint that can be read; give another --output"
         ):
             newest(saved)
 

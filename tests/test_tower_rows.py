@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lco_jax.core.packing import bucket
+from lco_jax.core.bins import bucket
 from lco_jax.data.qwen import smart_resize
 from lco_jax.data.tower_rows import (
     Patches,

@@ -133,7 +133,7 @@ class RunStore:
             except Damaged as error:
                 self._put_aside(step, error)
         if steps or next(self.folder.glob("*.damaged"), None):
-            advice = "give another --workdir to begin anew"
+            advice = "give another --output to begin anew"
             raise LcoError(f"{self.folder} holds no checkpoint that can be read; {advice}")
         return None
 

@@ -53,6 +53,13 @@ def explained(what: str, *kinds: type[Exception]) -> Iterator[None]:
         raise LcoError(f"{what}: {reason(error)}") from error
 
 
+def check_at_least_1(**options: int | None) -> None:
+    """Raise if an option is given and is less than 1."""
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise LcoError(f"{name} is {value}; it must be at least 1")
+
+
 def check_keys(given: Iterable[Any], known: Iterable[str], where: str) -> None:
     """Raise for a key that is not among the known ones."""
     unknown = sorted(set(given) - set(known), key=str)

@@ -24,11 +24,10 @@ their stream, and its rows in groups of two widths:
 A and B share "the cat". A token's home is the cell from which its result of attention is taken.
 """
 
-import heapq
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
 from typing import NamedTuple
@@ -37,20 +36,8 @@ import jax
 import numpy as np
 from jax import Array
 
+from lco_jax.core.stream_shapes import Shape, width_of
 from lco_jax.core.weights import GOLDEN_RATIO, fold_in
-
-TILE = 128  # lanes of a TPU's registers
-# Widths of rows, up to a million tokens. From 128 on they are multiples of 128, which the kernels
-# tile, from 1,024 on of 256, from 2,048 on of 512. From 4,096 on, a row is at most an eighth
-# longer than its sequence.
-WIDTHS = (
-    *(32, 48, 64, 96),
-    *range(128, 1024, 128),
-    *range(1024, 2048, 256),
-    *range(2048, 4096, 512),
-    *(eighths * 2**i for i in range(9, 17) for eighths in range(8, 16)),
-    2**20,
-)
 
 
 @partial(
@@ -179,16 +166,6 @@ class TokenSequence:
         return len(self.input_ids)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of the arrays of a stream. tokens: T; rows: width W -> N; chunks: C; answers: A."""
-
-    tokens: int = 0
-    rows: Mapping[int, int] = field(default_factory=dict)
-    chunks: int = 1
-    answers: int = 0
-
-
 class Stream(NamedTuple):
     """Sequences that are packed into one stream.
 
@@ -206,80 +183,6 @@ class Stream(NamedTuple):
         rows = Counter(width_of(len(at)) for at in self.at)
         answers = [one.answer for one in self.sequences if one.answer is not None]
         return Shape(self.length, rows, answers=sum(map(len, answers)))
-
-
-# ---- sizes
-
-
-def bucket(n: int, granularity: int = 8) -> int:
-    """The least m ≥ n of the form k · 2^j with k ≤ 2 · granularity.
-
-    Such sizes are few, and m exceeds n by less than n / granularity.
-    """
-    step = 1
-    while n > 2 * granularity * step:
-        step *= 2
-    return -(-n // step) * step
-
-
-def tiled(n: int) -> int:
-    """n tokens, rounded up to a multiple of `TILE` where that costs little."""
-    return -(-n // TILE) * TILE if n >= 32 * TILE else n
-
-
-def width_of(length: int) -> int:
-    """The width of the row that a sequence of `length` tokens gets."""
-    return WIDTHS[bisect_left(WIDTHS, length)]
-
-
-def padded_shape(need: Shape, floor: Shape) -> Shape:
-    """A shape that holds `need`: `floor`'s sizes where they are enough, else one of few larger
-    sizes.
-
-    So batches that are alike have one shape. A sequence may get a wider row than it needs: what a
-    group of rows lacks, the spare rows of wider groups provide.
-    """
-    rows = dict(floor.rows) or {WIDTHS[0]: 1}
-    spare = 0  # rows of wider groups that are left over
-    for width in sorted({*need.rows, *floor.rows}, reverse=True):
-        needed = need.rows.get(width, 0)
-        available = floor.rows.get(width, 0)
-        missing = needed - available - spare
-        if missing > 0:
-            available = bucket(available + missing, 4)
-            rows[width] = available
-        spare += available - needed
-    tokens, answers = floor.tokens, floor.answers
-    if need.tokens > tokens:
-        tokens = tiled(bucket(need.tokens, 16))
-    if need.answers > answers:
-        answers = bucket(need.answers, 16)
-    return Shape(tokens, dict(sorted(rows.items())), max(need.chunks, floor.chunks), answers)
-
-
-def in_widths(need: Shape, widths: Iterable[int]) -> Shape:
-    """`need` with each row in the narrowest of `widths` that holds it, or unchanged without one.
-
-    Streams whose longest sequences differ a little then need the same rows.
-    """
-    known = sorted(widths)
-    rows = Counter[int]()
-    for width, count in need.rows.items():
-        fitting = next((one for one in known if one >= width), width)
-        rows[fitting] += count
-    return replace(need, rows=rows)
-
-
-def largest(shapes: Iterable[Shape]) -> Shape:
-    """The least shape that holds each of `shapes`."""
-    shapes = list(shapes)
-    widths = sorted({width for shape in shapes for width in shape.rows})
-    return Shape(
-        tokens=max(shape.tokens for shape in shapes),
-        rows={width: max(shape.rows.get(width, 0) for shape in shapes) for width in widths},
-        chunks=max(shape.chunks for shape in shapes),
-        answers=max(shape.answers for shape in shapes),
-    )
 
 
 # ---- sequences -> a stream
@@ -464,74 +367,3 @@ def fill_answers(
             answers.record[r, begin:end] = number
             begin = end
     return answers
-
-
-# ---- things of some size -> bins of some size
-
-
-def spread(sizes: Iterable[int], bins: int) -> np.ndarray:
-    """Which of `bins` each item goes to: the largest first, each to the least filled bin.
-
-    Deterministic.
-    """
-    sizes = np.fromiter(sizes, np.int64)
-    heap = [(0, number) for number in range(bins)]  # how full each bin is; the least full is first
-    chosen = np.zeros(len(sizes), np.int64)
-    for item in np.argsort(-sizes, kind="stable"):
-        filled, least_full = heap[0]
-        chosen[item] = least_full
-        filled += int(sizes[item])
-        heapq.heapreplace(heap, (filled, least_full))
-    return chosen
-
-
-class RowAssignment(NamedTuple):
-    """For each of N items, its row [N], and where in the row it starts [N]."""
-
-    row: np.ndarray
-    start: np.ndarray
-
-    @property
-    def num_rows(self) -> int:
-        """How many rows there are."""
-        return int(self.row.max(initial=-1)) + 1
-
-
-def assign_rows(lengths: Iterable[int], row_length: int) -> RowAssignment:
-    """Best fit, the longest item first: each goes to the fullest row that still holds it.
-
-    Deterministic.
-    """
-    lengths = np.fromiter(lengths, np.int64)
-    longest = lengths.max(initial=0)
-    if longest > row_length:
-        raise ValueError(f"an item of {longest} does not fit a row of {row_length}")
-    free = np.full(len(lengths), row_length, np.int64)  # no more rows than items are needed
-    rows = np.zeros(len(lengths), np.int32)
-    starts = np.zeros(len(lengths), np.int32)
-    opened = 0
-    for item in np.argsort(-lengths, kind="stable"):
-        length = lengths[item]
-        fitting = np.flatnonzero(free[: opened + 1] >= length)
-        fullest = fitting[free[fitting].argmin()]
-        rows[item] = fullest
-        starts[item] = row_length - free[fullest]
-        free[fullest] -= length
-        opened = max(opened, fullest + 1)
-    return RowAssignment(rows, starts)
-
-
-def cheapest_cut(count: int, cost: Callable[[int, int], float]) -> list[tuple[int, int]]:
-    """The cheapest way to cut `count` things in a row into pieces: (begin, end) of each piece.
-
-    cost: of a piece (begin, end); infinite for a piece that is not allowed.
-    """
-    best: list[tuple[float, list[tuple[int, int]]]] = [(0.0, [])]  # for the first n things
-    for end in range(1, count + 1):
-        options = []
-        for begin in range(end):
-            cost_before, pieces = best[begin]
-            total = cost_before + cost(begin, end)
-            options.append((total, [*pieces, (begin, end)]))
-        best.append(min(options, key=itemgetter(0)))
-    return best[-1][1]

@@ -7,7 +7,7 @@ become one text, as chat templates join them.
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -350,3 +350,14 @@ def _unwrapped(value: Any) -> Any:
 def _is_still(source: Any) -> bool:
     """Whether a path or an address ends like an image that does not move."""
     return media_kind(source) == "image" and not str(source).lower().endswith(".gif")
+
+
+def chosen_modalities(modalities: Iterable[str] | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    """The modalities that are asked for, and text; None: all that are known."""
+    if modalities is None:
+        return known
+    chosen = {"text", *modalities}
+    unknown = chosen - set(known)
+    if unknown:
+        raise LcoError(f"modalities has {min(unknown)!r}; this checkpoint takes {', '.join(known)}")
+    return tuple(kind for kind in known if kind in chosen)

@@ -7,6 +7,7 @@ import heapq
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
@@ -16,19 +17,11 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lco_jax.core.bins import bucket, cheapest_cut
 from lco_jax.core.errors import LcoError
-from lco_jax.core.packing import (
-    PackedTokens,
-    Shape,
-    Stream,
-    bucket,
-    cheapest_cut,
-    common_length,
-    fill,
-    pack_stream,
-    width_of,
-)
+from lco_jax.core.packing import PackedTokens, Stream, common_length, fill, pack_stream
 from lco_jax.core.sharding import ROWS
+from lco_jax.core.stream_shapes import Shape, width_of
 from lco_jax.data.packed_media import MediaRows, pack_media
 from lco_jax.data.tower_rows import Processed, TowerRows
 
@@ -37,6 +30,20 @@ BLOCK_INPUTS = 8192  # of a block at most; a block is sorted by length and embed
 BLOCK_BYTES = 2**27  # of a block's media at most, for each shard
 PASS = 2048  # tokens of a device that one more pass costs, which reads the weights again
 PARTS = 16  # a cluster of inputs has at most this part of a shard's tokens
+
+
+@dataclass
+class EmbeddedBlock:
+    """The vectors of consecutive inputs.
+
+    first: the index of the first input.
+    vectors: float32 [n, D]; NaN for a skipped input.
+    skipped: index of a skipped input -> why.
+    """
+
+    first: int
+    vectors: np.ndarray
+    skipped: dict[int, str] = field(default_factory=dict)
 
 
 class HostBatch(NamedTuple):

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -13,6 +13,9 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
 
 from lco_jax.core.errors import LcoError
 from lco_jax.data.content import Messages, as_content, media_kind
@@ -211,3 +214,16 @@ def named(inputs: Iterable[Any], names: Iterable[str] | None) -> Iterator[NamedI
     if names is None:
         return ((item, f"input {i}") for i, item in enumerate(inputs))
     return zip(inputs, names, strict=True)
+
+
+def is_single(inputs: Any) -> bool:
+    """Whether this is one input, and not a list of inputs."""
+    if isinstance(inputs, np.ndarray):
+        return inputs.ndim > 1  # with one axis it is a list of strings
+    if isinstance(inputs, str | Mapping | os.PathLike | Image.Image):
+        return True
+    return isinstance(inputs, list) and bool(inputs) and all(map(_is_message, inputs))
+
+
+def _is_message(item: Any) -> bool:
+    return isinstance(item, dict) and "role" in item

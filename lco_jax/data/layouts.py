@@ -14,17 +14,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from lco_jax.core.bins import bucket, cheapest_cut
 from lco_jax.core.exchange import agree
-from lco_jax.core.packing import (
-    Shape,
-    bucket,
-    cheapest_cut,
-    in_widths,
-    largest,
-    tiled,
-    width_of,
-)
 from lco_jax.core.sharding import row_shards
+from lco_jax.core.stream_shapes import Shape, in_widths, largest, tiled, width_of
 from lco_jax.data.packed_media import MediaShape
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import as_messages

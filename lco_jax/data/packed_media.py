@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lco_jax.core.packing import TokenSequence, bucket
+from lco_jax.core.bins import bucket
+from lco_jax.core.packing import TokenSequence
 from lco_jax.data.tower_rows import Arrays, MediaAssignment, Processed, TowerRows, fill
 
 MediaRows = dict[str, Arrays]  # tower -> its arguments

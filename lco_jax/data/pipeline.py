@@ -5,8 +5,7 @@ most).
 
 Everything is deterministic. Global batch k has records k · B to (k + 1) · B of the shuffled mixture
 on any number of processes: process p reads those whose index is p modulo P. The position in the
-    data
-is one number, so a run can resume on another mesh.
+data is one number, so a run can resume on another mesh.
 """
 
 import logging
@@ -24,15 +23,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.exchange import Exchange
-from lco_jax.core.packing import (
-    Answers,
-    Batch,
-    PackedTokens,
-    fill,
-    fill_answers,
-    padded_shape,
-)
+from lco_jax.core.packing import Answers, Batch, PackedTokens, fill, fill_answers
 from lco_jax.core.sharding import ROWS, replicated, row_shards
+from lco_jax.core.stream_shapes import padded_shape
 from lco_jax.data.inputs import conversation, one_ahead
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import asked

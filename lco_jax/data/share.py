@@ -8,16 +8,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lco_jax.core.bins import spread
 from lco_jax.core.exchange import agree
-from lco_jax.core.packing import (
-    WIDTHS,
-    Shape,
-    TokenSequence,
-    in_widths,
-    largest,
-    pack_stream,
-    spread,
-)
+from lco_jax.core.packing import TokenSequence, pack_stream
+from lco_jax.core.stream_shapes import WIDTHS, Shape, in_widths, largest
 from lco_jax.data.packed_media import (
     MediaRows,
     MediaShape,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from einops import rearrange
 
-from lco_jax.core.packing import assign_rows, bucket
+from lco_jax.core.bins import assign_rows, bucket
 from lco_jax.data.positions import line_positions
 
 # Patches of a sub-row, in which windows are attended: full tiles of a matrix unit, little padding.

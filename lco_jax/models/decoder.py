@@ -28,7 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lco_jax.core.lora import join_frozen, split_frozen
 from lco_jax.core.packing import PackedTokens
 from lco_jax.core.sharding import ROWS, constrain
-from lco_jax.core.weights import Split, dot, fold_in
+from lco_jax.core.weights import Split, fold_in
 from lco_jax.models.attention import attend_last, attend_rows
 from lco_jax.models.cache import Cache
 from lco_jax.models.config import DecoderConfig
@@ -380,38 +380,3 @@ def _insert_media(x: Array, media_slots: Array, media: Array) -> Array:
     media_tokens = take(media, jnp.maximum(slots, 0)).reshape(x.shape)
     is_media = (media_slots >= 0)[..., None]
     return constrain(jnp.where(is_media, media_tokens.astype(x.dtype), x), ROWS)
-
-
-# ---- embeddings
-
-
-def pool(
-    decoder: Decoder,
-    params: dict[str, Any],
-    tokens: PackedTokens,
-    media: Array | None = None,
-    of: str = "last",
-) -> Array:
-    """The hidden state at each sequence's last token, after the final norm: float32 [R, S, D].
-
-    media, of: as `Decoder` takes them. Empty rows have the state of their stream's first token; the
-    caller knows which rows have a sequence.
-    """
-    return decoder.apply({"params": params}, tokens, media, of).astype(jnp.float32)
-
-
-def project(pooled: Array, params: dict[str, Any]) -> Array:
-    """Pooled states [..., D] times the model's projection, if it has one."""
-    return dot(pooled, params["projection"]["weight"]) if "projection" in params else pooled
-
-
-def embed(
-    decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, media: Array | None = None
-) -> Array:
-    """`pool`, projected, of unit length: the embeddings [R, S, D].
-
-    params: the model's, {"decoder": tree, …}.
-    """
-    pooled = project(pool(decoder, params["decoder"], tokens, media), params)
-    norm = jnp.linalg.norm(pooled, axis=-1, keepdims=True)
-    return pooled / jnp.maximum(norm, 1e-12)

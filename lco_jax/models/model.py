@@ -16,7 +16,7 @@ from einops import rearrange
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lco_jax.core.packing import bucket
+from lco_jax.core.bins import bucket
 from lco_jax.core.shapes import ShapeLog
 from lco_jax.core.sharding import ROWS, constrain, row_shards
 from lco_jax.models.decoder import Decoder

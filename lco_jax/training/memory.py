@@ -24,8 +24,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import cache_folder, write_text
-from lco_jax.core.packing import Answers, Batch, PackedTokens, Shape
+from lco_jax.core.packing import Answers, Batch, PackedTokens
 from lco_jax.core.sharding import ROWS, replicated, row_shards
+from lco_jax.core.stream_shapes import Shape
 from lco_jax.models.config import DecoderConfig
 from lco_jax.models.decoder import REMAT_POLICIES
 

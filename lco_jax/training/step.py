@@ -20,9 +20,10 @@ from lco_jax.core.packing import Answers, Batch, PackedTokens
 from lco_jax.core.shapes import ShapeLog
 from lco_jax.core.sharding import constrain, current_row_shards, replicated
 from lco_jax.core.weights import GOLDEN_RATIO
-from lco_jax.models.decoder import Decoder, embed
+from lco_jax.models.decoder import Decoder
 from lco_jax.models.head import head_of, token_losses
 from lco_jax.models.model import MediaPrograms, Model
+from lco_jax.models.pooling import embed
 from lco_jax.models.streams import take
 from lco_jax.training import tuning
 from lco_jax.training.losses import info_nce
