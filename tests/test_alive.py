@@ -191,7 +191,11 @@ def test_the_loss_of_a_peer_is_known_by_its_type(monkeypatch, capsys, error):
     ("raised", "status", "says"),
     [
         ("LcoError('a.jsonl:7: bad')", 2, "error: a.jsonl:7: bad"),
-        ("ConnectionError('api.wandb.ai: refused')", 1, "ConnectionError: api.wandb.ai: refused"),
+        pytest.param(
+            *("ConnectionError('api.wandb.ai: refused')", 1),
+            "ConnectionError: api.wandb.ai: refused",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_error_in_one_process_does_not_leave_the_other_waiting(raised, status, says):

@@ -98,7 +98,7 @@ def test_triplets_are_as_long_as_snlis(tmp_path):
 @pytest.mark.parametrize(
     "policy",
     [
-        name if name in ("full", "none") else pytest.param(name, marks=pytest.mark.slow)
+        name if name == "full" else pytest.param(name, marks=pytest.mark.slow)
         for name in REMAT_POLICIES
     ],
 )

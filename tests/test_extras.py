@@ -169,6 +169,7 @@ def test_shell_scripts_are_clean():
     subprocess.run([Path(sys.executable).parent / "shellcheck", *scripts], check=True)
 
 
+@pytest.mark.slow
 def test_the_bundled_triplets_are_what_the_tool_writes():
     subprocess.run([sys.executable, ROOT / "tools" / "make_triplets.py", "--check"], check=True)
 

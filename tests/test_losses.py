@@ -34,7 +34,10 @@ def a_batch(records: int):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize(("records", "tile_scores"), [(24, TILE_SCORES), (17, 30)])
+@pytest.mark.parametrize(
+    ("records", "tile_scores"),
+    [(17, 30), pytest.param(24, TILE_SCORES, marks=pytest.mark.slow)],
+)
 def test_on_a_mesh_it_is_the_same(mesh, records, tile_scores):
     e, present, content = a_batch(records)
     weights = {"accuracy": 0.0, "loss": 1.0, "positive_similarity": 0.3, "negative_similarity": 0.7}

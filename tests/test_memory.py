@@ -172,6 +172,7 @@ def run(tmp_path, monkeypatch, cache):
     heard.close()
 
 
+@pytest.mark.slow
 def test_the_program_that_was_compiled_for_the_choice_is_the_runs(run, tmp_path, capfd):
     """A run asks, compiles its step only once, and knows the answer at the second start."""
     first = run("first")

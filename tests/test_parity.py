@@ -80,7 +80,11 @@ def vectors_alone(cases):
 
 @pytest.mark.parametrize(
     "mesh",
-    [(1, 1, 1), (2, 2, 2), (8, 1, 1), (1, 8, 1), pytest.param((1, 1, 8), marks=pytest.mark.slow)],
+    [
+        (1, 1, 1),
+        (2, 2, 2),
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ((8, 1, 1), (1, 8, 1), (1, 1, 8))),
+    ],
 )
 def test_same_vectors_alone_in_any_batch_and_on_any_mesh(cases, vectors_alone, mesh):
     texts, want = reference.TEXTS, vectors_alone

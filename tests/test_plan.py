@@ -82,6 +82,7 @@ def _profile(step, remat):
     return profile(text, V5E, RANK)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_run(tmp_path, monkeypatch, on_cpu):
     """The plan of a geometry and the data is what XLA says of the step that a run takes."""
     monkeypatch.chdir(ROOT)
