@@ -1,18 +1,17 @@
 """The laboratory, in one command.
 
-    python -m laboratory --config=configs/lab.py [--workdir=runs/lab] [--config.KEY=VALUE …]
+    python -m laboratory --config=configs/lab.py [--output=runs/lab] [--config.KEY=VALUE …]
     python -m laboratory --config=configs/lab.py:short        # three minutes; decides nothing
     python -m laboratory --config=configs/lab.py:real --config.data_dir=DIR
                                                               # photos, written and spoken digits
 
-It leaves report.md, its pictures and results.json in the workdir. Started again, it goes on.
+It writes report.md, its pictures and results.json into the output folder. The same command resumes it.
 """
 
 import os
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch, if it is there, whose threads would fight with XLA's
+# before torch is imported, whose threads would compete with XLA's
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shlex
 import sys

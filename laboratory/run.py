@@ -65,12 +65,12 @@ def experiment(config: ConfigDict, workdir: Path, command: str) -> dict[str, Any
     _check(config)
     if on_bucket(workdir):
         raise LcoError(
-            f"--workdir={workdir}: the laboratory works in a folder; copy it to a bucket at the end"
+            f"--output={workdir}: the laboratory works in a folder; copy it to a bucket at the end"
         )
     content = json.loads(config.to_json())
     if (workdir / "config.json").exists() and read_json(workdir / "config.json") != content:
         raise LcoError(
-            f"{workdir} holds an experiment of another configuration; give another --workdir"
+            f"{workdir} holds an experiment of another configuration; give another --output"
         )
     write_json(workdir / "config.json", content)
     results: dict[str, Any] = {

@@ -7,7 +7,7 @@ from it.
 Usage, from the project's root (the seed is the best of the run in docs/lab, by retrieval after
 tuning):
 
-    python -m laboratory --config=configs/lab.py --workdir=runs/lab
+    python -m laboratory --config=configs/lab.py --output=runs/lab
     python -m tools.make_lab runs/lab/seed-11
 """
 
