@@ -5,7 +5,8 @@
     python -m laboratory --config=configs/lab.py:real --config.data_dir=DIR
                                                               # photos, written and spoken digits
 
-It writes report.md, its pictures and results.json into the output folder. The same command resumes it.
+It writes report.md, its pictures and results.json into the output folder. The same command resumes
+it.
 """
 
 import os
