@@ -10,7 +10,7 @@
 #
 # The last commit is laid over BASE_IMAGE (python:3.12) and installed when a pod starts; an IMAGE that has the package
 # installed is taken as it is. The JobSet starts all pods again, RETRIES times (3), after a preempted node, status 1, 75,
-# 76, 42 or 127 and more; status 2, a mistake in the command, ends it. Pods have GRACE seconds to save (120). The workdir
+# 76, 42 or 127 and more; status 2, a mistake in the command, ends it. Pods have GRACE seconds to save (120). --output
 # must outlive the pods (gs://…, or a mount). ZONE and PROJECT: gcloud's own by default. SLICES: how many (1). EXTRAS:
 # what is installed with the package (tpu; ray for embed; gcs where a flag names gs://…). ENV_FILE: a file of NAME=VALUE
 # lines (tokens); they stand in the JobSet. An IMAGE for embed needs launch/ in its working directory. POLL: seconds between looks for pods (30).

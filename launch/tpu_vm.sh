@@ -11,7 +11,7 @@
 # It asks for the slice unless there is one of this name, waits until it is ACTIVE, copies the last commit to every
 # worker, installs it, stops what an earlier launch has left running there, and runs the job; its logs are streamed.
 # A slice that is preempted is deleted and asked for again; it, status 75, 76, a kill or a failure start the job again,
-# RETRIES times (3); an attempt of STEADY seconds (600) forgives those before it. The workdir must outlive the slice
+# RETRIES times (3); an attempt of STEADY seconds (600) forgives those before it. --output must outlive the slice
 # (gs://…, or a mount). PROJECT: gcloud's own by default. SETUP: a command to run on each worker first, such as a mount.
 # EXTRAS: what is installed with the package (tpu; ray for embed; gcs where a flag names gs://…). ENV_FILE: a file of NAME=VALUE
 # lines (tokens) that is copied and read there. POLL: seconds between looks at the slice (30). GRACE: what a job of an

@@ -59,9 +59,8 @@ def parse_args() -> argparse.Namespace:
     files = "your own records or folder; needs no mteb"
     add_path(parser, "--input", files, earlier=["--data"], required=False)
     add_path(parser, "--output", "the folder for results and vectors", earlier=["--out"])
-    add_corpus_flags(parser, on_error="raise")
+    add_corpus_flags(parser, on_error="raise", part_size=PART_INPUTS, max_length=MAX_LENGTH)
     add_flags(parser, "--input")
-    parser.set_defaults(max_length=MAX_LENGTH, part_size=PART_INPUTS)
     return parser.parse_args()
 
 

@@ -63,25 +63,35 @@ def add_path(
 
 
 def add_corpus_flags(
-    parser: argparse.ArgumentParser, on_error: str, media_root: ToPath = local_path
+    parser: argparse.ArgumentParser,
+    on_error: str,
+    media_root: ToPath = local_path,
+    part_size: int | None = None,
+    max_length: int | None = None,
 ) -> None:
-    """The flags of whatever embeds a corpus: the model, how it embeds, and the caps on media."""
+    """The flags of whatever embeds a corpus: the model, how it embeds, and the caps on media.
+
+    on_error, part_size, max_length: the defaults of these flags.
+    """
     parser.add_argument(
         "--on-error",
         choices=["raise", "skip"],
         default=on_error,
-        help="of media that cannot be read",
+        help="for an input that cannot be read (default: %(default)s)",
     )
+    default = f"{TEXTS_A_UNIT}; {MEDIA_A_UNIT} with media" if part_size is None else part_size
     parser.add_argument(
-        "--part-size",
-        type=int,
-        help=f"inputs of a unit (default: {TEXTS_A_UNIT}; {MEDIA_A_UNIT} with media)",
+        "--part-size", type=int, default=part_size, help=f"inputs of a unit (default: {default})"
     )
-    add_model_flags(parser, media_root)
+    add_model_flags(parser, media_root, max_length)
 
 
-def add_model_flags(parser: argparse.ArgumentParser, media_root: ToPath = local_path) -> None:
-    """Those of the model, of how it reads inputs, and the caps on media."""
+def add_model_flags(
+    parser: argparse.ArgumentParser,
+    media_root: ToPath = local_path,
+    max_length: int | None = None,
+) -> None:
+    """The flags of the model, of how it reads inputs, and the caps on media."""
     parser.add_argument("--model", required=True, help="a checkpoint folder or hub id")
     parser.add_argument("--adapter", help="a PEFT adapter folder or hub id")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -92,7 +102,12 @@ def add_model_flags(parser: argparse.ArgumentParser, media_root: ToPath = local_
     parser.add_argument(
         "--batch-size", type=int, help="the most inputs in a forward pass; by default any number"
     )
-    parser.add_argument("--max-length", type=int, help="cut texts to so many tokens")
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        default=max_length,
+        help=f"cut texts to so many tokens (default: {max_length or 'no cut'})",
+    )
     parser.add_argument("--prompt", help="instead of the reference's, placed after the content")
     parser.add_argument("--media-root", type=media_root, help="where relative paths of media start")
     parser.add_argument(

@@ -65,7 +65,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--ann", action="store_true", help=f"an HNSW graph for fewer than {EXACT:,} vectors, too"
     )
-    add_corpus_flags(parser, on_error="skip")
+    add_corpus_flags(parser, on_error="skip", part_size=MEDIA_A_UNIT)
     return parser.parse_args()
 
 
@@ -223,13 +223,13 @@ def _embed_new(
     new = [entry.item._replace(id=key) for key, entry in entries.items() if key not in done]
     if not new:
         return
-    units = _next_units(parts, len(new), args.part_size or MEDIA_A_UNIT)
+    units = _next_units(parts, len(new), args.part_size)
     taken = iter(new)
     inputs = [(unit, [next(taken) for _ in range(unit.rows)]) for unit in units]
     total = len(done) + len(new)
     with tqdm(total=total, initial=len(done), desc="embedding", unit="input") as progress:
         options = {"workers": workers(args, found.has_media), "progress": progress}
-        options["block_inputs"] = args.part_size or MEDIA_A_UNIT
+        options["block_inputs"] = args.part_size
         embed_units(embedder, inputs, parts.folder, args, options)
 
 
