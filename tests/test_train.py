@@ -235,7 +235,7 @@ def test_the_second_evaluation_compiles_nothing(tmp_path, monkeypatch, job):
         if job is pretrain:
             kwargs["answered"] = 0
         evaluated.append((evaluate(*args, **kwargs), len(compiled) - before))
-        return evaluated[-1][0].copy()
+        return evaluated[-1][0]
 
     def listen(event, *_, **__):
         compiled.append(event) if event.endswith("backend_compile_duration") else None
