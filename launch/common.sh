@@ -1,5 +1,6 @@
 # shellcheck shell=bash disable=SC2034
-# What the launchers share; each sources it first. It goes to the repository's root.
+# What the launchers share. Each launcher sources this file first. The file changes to the root of
+# the repository.
 set -euo pipefail
 script=$(cd "$(dirname "$0")" && pwd)/$(basename "$0")
 me=launch/$(basename "$0")
@@ -14,7 +15,7 @@ fail() {
   exit 2
 }
 
-# The words as one line that a shell reads back as the same words.
+# Prints the words as one line that a shell reads back as the same words.
 quote() {
   local word line=
   for word; do
@@ -29,7 +30,8 @@ run() {
   if [ -n "$dry_run" ]; then quote "$@"; else "$@"; fi
 }
 
-# options KNOWN ARGUMENT…: the launcher's flags become variables (--dry-run: dry_run=yes); what follows them is `rest`.
+# options KNOWN ARGUMENT…: sets a variable for each of the launcher's flags (--dry-run:
+# dry_run=yes), and `rest` to the arguments after them.
 options() {
   local known="--dry-run $1" name
   shift
@@ -38,7 +40,8 @@ options() {
       sed -n '2,/^[^#]/ { /^#/ s/^# \{0,1\}//p }' "$script"
       exit 0
     fi
-    [[ " $known " == *" $1 "* ]] || fail "$1 is no flag of this launcher (${known% }); a module's flags follow its name"
+    [[ " $known " == *" $1 "* ]] ||
+      fail "$1 is no flag of this launcher (${known% }); a module's flags follow its name"
     name=${1#--}
     printf -v "${name//-/_}" yes
     shift
@@ -46,7 +49,7 @@ options() {
   rest=("$@")
 }
 
-# needs NAME=EXAMPLE…: ends with one sentence that names every variable that is not set.
+# needs NAME=EXAMPLE…: fails with one sentence that names every variable that is not set.
 needs() {
   local pair name missing=() examples=()
   for pair; do
@@ -56,11 +59,12 @@ needs() {
   [ ${#missing[@]} -eq 0 ] || fail "set ${missing[*]}; for example: $(quote "${examples[@]}") $me …"
 }
 
-# read_module MODULE ARGUMENT…: sets module, arguments, and whether its processes join into one job (joins), or a Ray
-# cluster works for one of them (on_ray); and what is installed with the package, where it was not said.
+# read_module MODULE ARGUMENT…: sets module, arguments, joins (the processes form one job), on_ray
+# (one process uses a Ray cluster) and, if it is not set, EXTRAS.
 read_module() {
   module=${1:-}
-  [[ $module =~ ^[a-z]+$ && -f lco_jax/$module.py ]] || fail "name a module of lco_jax (train, pretrain, embed), not '$module'"
+  [[ $module =~ ^[a-z]+$ && -f lco_jax/$module.py ]] ||
+    fail "name a module of lco_jax (train, pretrain, embed), not '$module'"
   arguments=("${@:2}")
   joins='' on_ray=''
   local extras=tpu
@@ -69,7 +73,7 @@ read_module() {
   : "${EXTRAS:=$extras}"
 }
 
-# job_command PYTHON: the words of the job, as each machine runs them, in `command`.
+# job_command PYTHON: sets `command` to the words of the job that each machine runs.
 job_command() {
   command=("$1" -m "lco_jax.$module")
   [ -z "$joins" ] || command+=(--distributed)
@@ -77,7 +81,7 @@ job_command() {
   command+=("${arguments[@]}")
 }
 
-# with_ray_token: makes ENV_FILE a file that has RAY_AUTH_TOKEN, too, by which the machines of a job know each other.
+# with_ray_token: sets ENV_FILE to a copy with RAY_AUTH_TOKEN, the secret that the machines share.
 with_ray_token() {
   local file=${TMPDIR:-/tmp}/lco-jax-$NAME.env
   if [ -z "$dry_run" ]; then
@@ -90,14 +94,15 @@ with_ray_token() {
   ENV_FILE=$file
 }
 
-# gpu_memory: the share of a GPU that jax allocates at its start, which is 0.75 where nothing says otherwise; remat and
-# chunks are chosen for it. What is left is for the CUDA context, NCCL and the libraries.
+# gpu_memory: sets the share of a GPU that jax allocates when it starts (jax's default is 0.75).
+# remat and chunks are chosen for that share. The CUDA context, NCCL and the libraries use the rest.
 gpu_memory() {
   run export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
 }
 
-# again STATUS SECONDS: whether a job that ended so after so long is to be started again; says why, or why not.
-# 75: saved after SIGTERM. 76: a process hung or died. 2: a user's mistake. An attempt of STEADY seconds forgives those before.
+# again STATUS SECONDS: whether to restart a job that ended with STATUS after SECONDS; says why.
+# 75: saved after SIGTERM. 76: a process hung or died. 2: a user's mistake. An attempt that lasted
+# STEADY seconds resets the count of restarts.
 again() {
   local status=$1 why="failed"
   case $status in
@@ -123,7 +128,7 @@ again() {
   say "status $status: the job $why; restart $restarts of $RETRIES"
 }
 
-# Packs the code, as it is committed, into `archive`. What is not committed would be left behind, and so is refused.
+# Packs the last commit into `archive`. Refuses uncommitted changes, which it would leave behind.
 pack() {
   local changed
   changed=$(git status --porcelain) || fail "the code is shipped from git; this is no clone"

@@ -1,19 +1,28 @@
 #!/usr/bin/env bash
-# Run a job on TPUs of a GKE cluster through XPK, which makes a JobSet of it: a pod for each host of a slice.
+# Run a job on TPUs of a GKE cluster with XPK. XPK turns it into a JobSet with one pod for each host
+# of a slice.
 #
-#   NAME=lco CLUSTER=mine TPU_TYPE=v6e-16 launch/gke.sh --follow train --config=FILE --output=DIR
+#   NAME=lco CLUSTER=mine TPU_TYPE=v6e-16 \
+#     launch/gke.sh --follow train --config=FILE --output=DIR
 #   NAME=lco CLUSTER=mine launch/gke.sh delete
 #
-# --follow  stream the logs, and end when the job ends: with 0 if it did well; else it is submitted, and left alone
-# --spot    ask an autoprovisioning cluster for nodes that may be preempted
-# --dry-run print the commands, and run none
+# --follow   stream the logs until the job ends; the status is 0 if it succeeded. By default the
+#            script submits the job and returns
+# --spot     ask an autoprovisioning cluster for nodes that may be preempted
+# --dry-run  print the commands, and run none of them
 #
-# The last commit is laid over BASE_IMAGE (python:3.12) and installed when a pod starts; an IMAGE that has the package
-# installed is taken as it is. The JobSet starts all pods again, RETRIES times (3), after a preempted node, status 1, 75,
-# 76, 42 or 127 and more; status 2, a mistake in the command, ends it. Pods have GRACE seconds to save (120). --output
-# must outlive the pods (gs://…, or a mount). ZONE and PROJECT: gcloud's own by default. SLICES: how many (1). EXTRAS:
-# what is installed with the package (tpu; ray for embed; gcs where a flag names gs://…). ENV_FILE: a file of NAME=VALUE
-# lines (tokens); they stand in the JobSet. An IMAGE for embed needs launch/ in its working directory. POLL: seconds between looks for pods (30).
+# Each pod adds the last commit to BASE_IMAGE (python:3.12) and installs it when it starts. An IMAGE
+# that has the package installed is used as it is; for embed it needs launch/ in its working
+# directory. The JobSet restarts all pods, at most RETRIES times (3), after a preempted node or
+# status 1, 42, 75, 76, or 127 and more. Status 2, a mistake in the command, ends the job. Pods have
+# GRACE seconds (120) to save. --output must outlive the pods: use gs://… or a mount.
+#
+# ZONE, PROJECT  where the cluster is (default: gcloud's)
+# SLICES         the number of slices (1)
+# EXTRAS         extras to install with the package (default: tpu; ray for embed; gcs if a flag
+#                names gs://…)
+# ENV_FILE       a file of NAME=VALUE lines (tokens); the JobSet contains them
+# POLL           seconds between two looks for pods (30)
 source "$(dirname "$0")/common.sh"
 : "${POLL:=30}"
 
@@ -50,7 +59,7 @@ run xpk workload create --workload="$NAME" "${here[@]}" --tpu-type="$TPU_TYPE" -
   --restart-on-exit-codes=1,75,76 --termination-grace-period-seconds="$GRACE" --command="$job"
 [ -n "${follow:-}" ] || exit 0
 
-# Pods come and go with restarts, so their logs are asked for again and again, of the time since the last look.
+# Restarts replace pods, so each look asks for the logs since the one before.
 logs=(kubectl logs --follow --prefix --ignore-errors --max-log-requests=1000 --tail=-1 --since="$((2 * POLL))s"
   --selector="jobset.sigs.k8s.io/jobset-name=$NAME")
 wait_for=(xpk workload list "${here[@]}" --wait-for-job-completion="$NAME")

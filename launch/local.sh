@@ -1,14 +1,20 @@
 #!/usr/bin/env bash
-# Run a job on this machine in several processes, as a pod would: each has its share of the data and of the devices.
+# Run a job on this machine in several processes, as a pod would. Each process has its share of the
+# data and of the devices.
 #
 #   launch/local.sh [--dry-run] PROCESSES [MODULE] [flags of the module]
 #   launch/local.sh 4 --config=base --output=runs/four
 #
-# MODULE is train (default), pretrain or embed; another runs in one process. embed starts that many Ray actors itself. If
-# one process fails, the others are told to end (SIGTERM) and, GRACE seconds later (120), are killed; then all are started
-# again after status 75, 76, a kill or a failure, RETRIES times (3); an attempt of STEADY seconds (600) forgives those
-# before it. Status 2, a mistake in the command, and a failure within a minute twice in a row end it. SIGTERM and Ctrl-C go to the processes, which save. PYTHON names the interpreter (default .venv/bin/python), PORT
-# the coordinator's port (29500), and on a machine without accelerators DEVICES the CPU devices of each process (1).
+# MODULE is train (default), pretrain or embed; any other module runs in one process. embed starts
+# that many Ray actors itself. If one process fails, the others receive SIGTERM and are killed after
+# GRACE seconds (120). All are then restarted after status 75 or 76, a kill or a failure, at most
+# RETRIES times (3). An attempt that lasted STEADY seconds (600) resets that count. Status 2, a
+# mistake in the command, ends the job. So do two failures in a row that come within a minute.
+# SIGTERM and Ctrl-C are passed on to the processes, which save.
+#
+# PYTHON   the interpreter (.venv/bin/python)
+# PORT     the coordinator's port (29500)
+# DEVICES  CPU devices of each process, on a machine without accelerators (1)
 source "$(dirname "$0")/common.sh"
 
 options "" "$@"
@@ -41,7 +47,8 @@ start() {
   fi
 }
 
-# Starts all, and waits until all have ended; `status` is 0, 2 if a process says so, or that of the first to fail.
+# Starts all processes and waits for all. Sets `status` to 0, to 2 if a process ended with it, or to
+# the status of the first that failed.
 attempt() {
   local i pid code left ending=no deadline=0
   pids=() status=0

@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
-# Start a Ray cluster on the machines of a job, run a command on the first of them, and end the cluster with it.
+# Start a Ray cluster on the machines of a job, run a command on the first machine, and stop the
+# cluster when the command ends.
 #
 #   launch/ray.sh .venv/bin/python -m lco_jax.embed --ray=auto --input=… --output=…
 #
-# The launchers run it on every machine at once. It finds the machines by the variables of Slurm or of a TPU slice on
-# GKE, and on TPU VMs by asking the metadata server. The first is the head: it waits until all have joined, PATIENCE
-# seconds at most (300), and then runs the command, which is stopped by SIGTERM. Its status is the job's. RAY_PORT: of
-# the head (6379). RAY_AUTH_TOKEN: what the machines know each other by.
+# The launchers run this script on every machine at once. It finds the machines through the
+# variables of Slurm or of a TPU slice on GKE; on TPU VMs it asks the metadata server. The first
+# machine is the head. It waits until all machines have joined, at most PATIENCE seconds (300), and
+# then runs the command. SIGTERM is passed on to the command. The command's status is the job's.
+#
+# RAY_PORT        the head's port (6379)
+# RAY_AUTH_TOKEN  the secret that the machines share
 set -euo pipefail
 : "${RAY_PORT:=6379}" "${PATIENCE:=300}"
 export RAY_USAGE_STATS_ENABLED=0

@@ -1,21 +1,28 @@
 #!/usr/bin/env bash
-# Run a job on the GPUs of a Slurm cluster: one process a GPU, or one a node.
+# Run a job on the GPUs of a Slurm cluster, with one process per GPU or per node.
 #
 #   NODES=2 GPUS=8 launch/slurm.sh --follow train --config=FILE --output=DIR
 #
-# --follow  print the log as it is written, and end when the job ends: with 0 if it did well
-# --dry-run print the commands, and run none
+# --follow   print the log until the job ends; the status is 0 if it succeeded
+# --dry-run  print the commands, and run none of them
 #
-# NODES: how many; GPUS: how many a node has. PER: `gpu` (default) or `node`, which a mesh with a tensor axis
-# needs; embed starts a Ray cluster of one process a node, with an actor for each GPU.
-# NAME: the job's (lco). LOGS: the folder of its log, NAME-JOBID.out (runs/slurm). PYTHON: the interpreter
-# (.venv/bin/python). The rest is sbatch's own: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT,
-# SBATCH_CPUS_PER_GPU and so on. The checkout is run as it stands and must lie where every node sees it; the environment,
-# with its tokens, goes along.
+# NODES   the number of nodes
+# GPUS    the number of GPUs of a node
+# PER     `gpu` (default) or `node`: what one process runs on. A mesh with a tensor axis needs
+#         `node`. embed starts a Ray cluster with one process per node and one actor per GPU
+# NAME    the job's name (lco)
+# LOGS    the folder of the log, NAME-JOBID.out (runs/slurm)
+# PYTHON  the interpreter (.venv/bin/python)
+# POLL    seconds between two looks at the job (30)
 #
-# GRACE seconds (120) before the time limit the processes get SIGTERM and save. launch/slurm_job.sh puts the job back into
-# the queue after status 75, 76, a kill or a failure, RETRIES times (3); an attempt of STEADY seconds (600) forgives those
-# before it. Slurm itself does so for nodes that fail and jobs that are preempted. POLL: seconds between looks (30).
+# sbatch reads its own variables: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT,
+# SBATCH_CPUS_PER_GPU and so on. The job runs from this checkout, which every node must see. The
+# environment, with its tokens, is passed to the job.
+#
+# The processes receive SIGTERM GRACE seconds (120) before the time limit, and save.
+# launch/slurm_job.sh requeues the job after status 75 or 76, a kill or a failure, at most RETRIES
+# times (3). An attempt that lasted STEADY seconds (600) resets that count. Slurm itself requeues a
+# job after a node failure or a preemption.
 source "$(dirname "$0")/common.sh"
 : "${PER:=gpu}" "${NAME:=lco}" "${LOGS:=runs/slurm}" "${POLL:=30}"
 

@@ -1,21 +1,29 @@
 #!/usr/bin/env bash
-# Run a job on a Cloud TPU slice that is asked for through queued resources, on every worker of it.
+# Run a job on a Cloud TPU slice, on each of its workers. The slice is created if it is missing,
+# through a queued resource.
 #
-#   NAME=lco ZONE=us-east5-b TPU_TYPE=v6e-16 RUNTIME=v2-alpha-tpuv6e launch/tpu_vm.sh --spot train --config=FILE …
+#   NAME=lco ZONE=us-east5-b TPU_TYPE=v6e-16 RUNTIME=v2-alpha-tpuv6e \
+#     launch/tpu_vm.sh --spot train --config=FILE …
 #   NAME=lco ZONE=us-east5-b launch/tpu_vm.sh delete
 #
-# --spot         ask for capacity that may be preempted
-# --delete-after delete the slice when the job has ended, well or not; else it stays, and is paid for
-# --dry-run      print the commands of a run that meets no trouble, and run none
+# --spot          ask for capacity that may be preempted
+# --delete-after  delete the slice when the job ends, whatever its status; by default the slice
+#                 stays, and costs money
+# --dry-run       print the commands of a run without trouble, and run none of them
 #
-# It asks for the slice unless there is one of this name, waits until it is ACTIVE, copies the last commit to every
-# worker, installs it, stops what an earlier launch has left running there, and runs the job; its logs are streamed.
-# A slice that is preempted is deleted and asked for again; it, status 75, 76, a kill or a failure start the job again,
-# RETRIES times (3); an attempt of STEADY seconds (600) forgives those before it. --output must outlive the slice
-# (gs://…, or a mount). PROJECT: gcloud's own by default. SETUP: a command to run on each worker first, such as a mount.
-# EXTRAS: what is installed with the package (tpu; ray for embed; gcs where a flag names gs://…). ENV_FILE: a file of NAME=VALUE
-# lines (tokens) that is copied and read there. POLL: seconds between looks at the slice (30). GRACE: what a job of an
-# earlier launch has for saving (120).
+# The script waits until the slice is ACTIVE, copies the last commit to every worker, installs it,
+# stops what an earlier launch left running there, runs the job and streams its logs. It deletes a
+# preempted slice and requests it again. The job is restarted after a preemption, status 75 or 76,
+# a kill or a failure, at most RETRIES times (3). An attempt that lasted STEADY seconds (600) resets
+# that count. --output must outlive the slice: use gs://… or a mount.
+#
+# PROJECT   the Google Cloud project (default: gcloud's)
+# SETUP     a command that each worker runs first, for example a mount
+# EXTRAS    extras to install with the package (default: tpu; ray for embed; gcs if a flag names
+#           gs://…)
+# ENV_FILE  a file of NAME=VALUE lines (tokens); it is copied to the workers and read there
+# POLL      seconds between two looks at the slice (30)
+# GRACE     seconds that a job of an earlier launch has to save (120)
 source "$(dirname "$0")/common.sh"
 : "${POLL:=30}"
 
@@ -38,7 +46,8 @@ worker=0
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-# look EXPECTED: sets `state`, NONE where there is no such slice. A look that fails is repeated: it says nothing of it.
+# look EXPECTED: sets `state`, NONE if there is no such slice. A look that fails is repeated, as it
+# tells nothing about the slice.
 look() {
   local command=(gcloud compute tpus queued-resources describe "$NAME" "${here[@]}" "--format=value(state.state)") tries
   if [ -n "$dry_run" ]; then
@@ -86,7 +95,8 @@ provide() {
 on() { run gcloud compute tpus tpu-vm ssh "$NAME" "${here[@]}" --worker="$1" --command="$2"; }
 copy() { run gcloud compute tpus tpu-vm scp "$1" "$NAME:$2" "${here[@]}" --worker="$worker"; }
 
-# Python 3.12 comes with uv, for the runtime images have an older one. Of an earlier launch only code is removed: runs stay.
+# uv installs Python 3.12, as the runtime images have an older one. Only the code of an earlier
+# launch is removed: its runs stay.
 install="umask 077 && mkdir -p lco-jax && cd lco-jax && rm -rf lco_jax configs && tar -xzf ../lco-jax.tar.gz"
 install+=" && python3 -m pip install --quiet --user uv && ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 .venv"
 install+=" && ~/.local/bin/uv pip install --quiet --python .venv -e '.[$EXTRAS]'"
@@ -106,7 +116,8 @@ prepare() {
     on "$worker" "$stop" && on "$worker" "$install"
 }
 
-# The job's own status is read from its output, for gcloud's is not that of a worker where there are several.
+# The job's status is read from its output: gcloud does not return a worker's status if there are
+# several workers.
 work() {
   [ -z "$dry_run" ] || { on "$worker" "$job" && return; }
   rm -f "$scratch/status"
