@@ -3,7 +3,7 @@
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import NamedTuple
 
 import av
@@ -37,6 +37,14 @@ class _Key(NamedTuple):
 
     shown: int
     sent: int
+
+
+class _Sent(NamedTuple):
+    """What is kept of a packet, whose data would fill the memory."""
+
+    pts: int | None
+    dts: int | None
+    is_key: bool
 
 
 class _Index(NamedTuple):
@@ -86,7 +94,11 @@ class FrameReader:
         """What the packets promise. They are read, and not decoded."""
         with open_container(self.file, self.config) as container:
             stream = _pictures(container, self.file.label)
-            sent = [one for one in packets(container, stream) if not one.is_discard]
+            sent = [
+                _Sent(one.pts, one.dts, one.is_keyframe)
+                for one in packets(container, stream)
+                if not one.is_discard
+            ]
             known = stream.codec_context.name in SEEKABLE
             return _index(sent) if known else _Index(len(sent))
 
@@ -152,18 +164,16 @@ class FrameReader:
             return _upright(pixels, frame) if self.config.upright else pixels
 
 
-def _index(sent: Sequence[av.Packet]) -> _Index:
+def _index(sent: Sequence[_Sent]) -> _Index:
     """Of packets in the order of decoding."""
     unknown = _Index(len(sent))
-    if any(packet.pts is None for packet in sent):
-        return unknown
-    shown = sorted(packet.pts for packet in sent)
-    if any(one == other for one, other in pairwise(shown)):
+    shown = sorted(packet.pts for packet in sent if packet.pts is not None)
+    if len(set(shown)) < len(sent):
         return unknown
     keys = [
         _Key(packet.pts, packet.pts if packet.dts is None else packet.dts)
         for packet in sent
-        if packet.is_keyframe
+        if packet.pts is not None and packet.is_key
     ]
     return _Index(len(sent), shown, sorted(keys))
 
