@@ -17,12 +17,12 @@ import pytest
 import soundfile
 import soxr
 import torch
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
 from lco_jax import LcoError
-from lco_jax.data.audio import MIN_SAMPLES, audio_tokens, load_audio
-from lco_jax.data.images import load_image
-from lco_jax.data.media import MediaConfig, resolve
+from lco_jax.data.audio import MIN_SAMPLES, audio_tokens, decode_audio, load_audio
+from lco_jax.data.images import load_image, load_pixels
+from lco_jax.data.media import MediaConfig, MediaFile, resolve
 from lco_jax.data.video import Video, load_video, sampled_indices
 
 CONFIG = MediaConfig()
@@ -361,12 +361,62 @@ def test_transparency_lies_over_white():
         assert (pixels[:, 4:] == [40, 50, 60]).all()
 
 
-def test_the_orientation_is_not_applied_and_animations_give_their_first_frame():
+@pytest.mark.parametrize("orientation", range(10))
+def test_images_are_upright(tmp_path, orientation):
+    """As `ImageOps.exif_transpose` makes them; 0 and 9 mean nothing."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(RGB)
+    stored.info["exif"] = exif.tobytes()
+    upright = np.asarray(ImageOps.exif_transpose(stored))
+    raw = MediaConfig(upright=False)
+    for kind in ("PNG", "WEBP", "TIFF"):
+        content = image_bytes(Image.fromarray(RGB), kind, exif=exif, lossless=True)
+        path = tmp_path / "phone"
+        path.write_bytes(content)
+        uri = f"data:image/{kind.lower()};base64,{base64.b64encode(content).decode()}"
+        loaded = Image.open(path)
+        loaded.load()
+        for source in (
+            content,
+            path,
+            uri,
+            Image.open(path),
+            loaded,
+            Image.open(io.BytesIO(content)),
+        ):
+            np.testing.assert_array_equal(load_pixels(source, "input 3", CONFIG), upright)
+        if kind != "TIFF":  # which Pillow itself turns
+            for source in (content, Image.open(path), loaded):
+                np.testing.assert_array_equal(load_pixels(source, "input 3", raw), RGB)
+    frames = load_video([stored, stored], "input 3", CONFIG).frames
+    np.testing.assert_array_equal(frames, np.stack([upright, upright]))
+
+
+def test_the_caps_on_size_see_the_upright_image():
     exif = Image.Exif()
     exif[0x0112] = 6
-    image = Image.fromarray(RGB)
-    for kind in ("JPEG", "PNG"):
-        assert load_image(image_bytes(image, kind, exif=exif), "input 3", CONFIG).size == image.size
+    content = image_bytes(Image.fromarray(RGB), "JPEG", exif=exif, quality=95)
+    asked = []
+
+    def size_rule(*size):
+        asked.append(size)
+        return 16, 12
+
+    config = MediaConfig(image_max_side=16)
+    pixels = load_pixels(content, "input 3", config, size_rule)
+    assert (asked, pixels.shape) == ([(16, 12)], (16, 12, 3))
+    wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    wanted.thumbnail((16, 16))
+    np.testing.assert_array_equal(pixels, np.asarray(wanted))
+
+
+def test_a_torn_orientation_asks_for_nothing():
+    content = image_bytes(Image.fromarray(RGB), "PNG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x09")
+    np.testing.assert_array_equal(load_pixels(content, "input 3", CONFIG), RGB)
+
+
+def test_animations_give_their_first_frame():
     frames = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (255, 0, 128)]
     for kind in ("GIF", "WEBP", "PNG", "TIFF"):
         content = image_bytes(
@@ -685,8 +735,8 @@ def test_long_sound_is_cut_with_a_warning_and_not_read_beyond(caplog, monkeypatc
     monkeypatch.setattr(
         soundfile.SoundFile, "read", lambda *a, **k: taken.append(len(b := read(*a, **k))) or b
     )
-    load_audio(sound_bytes(long, "WAV"), "input 3", config)
-    assert sum(taken) < 16000 * 12
+    decode_audio(MediaFile("x", sound_bytes(long, "WAV")), config)
+    assert 16000 * 2 < sum(taken) < 16000 * 12
     refused(
         load_audio,
         sound_bytes(long, "WAV"),

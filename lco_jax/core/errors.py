@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-import jax
-
 # Exit statuses after which the same command is to be started again: SIGTERM stopped the process;
 # another process is gone or hangs.
 PREEMPTED, PEER_LOST = 75, 76
@@ -107,10 +105,16 @@ def _end(status: int, message: str, debug: bool) -> NoReturn:
 
 def _fail() -> NoReturn:
     """End with the traceback of the exception that is being handled, and status 1."""
-    if not jax.distributed.is_initialized():
+    if not _is_one_of_several():
         raise
     traceback.print_exc()
     leave(1)
+
+
+def _is_one_of_several() -> bool:
+    """Whether jax connects this process with others. It is not imported for that: it is heavy."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def peer_is_gone(error: BaseException) -> bool:
@@ -120,8 +124,10 @@ def peer_is_gone(error: BaseException) -> bool:
     such an error caused, `core/exchange.py` a `PeerLost`. Nothing else counts, whatever its message
     says.
     """
-    if not jax.distributed.is_initialized():
+    if not _is_one_of_several():
         return False
+    import jax
+
     if isinstance(error, TimeoutError):
         error = error.__cause__
     if isinstance(error, jax.errors.JaxRuntimeError):
@@ -135,8 +141,10 @@ def leave(status: int, seconds: float = 5.0) -> NoReturn:
     jax's own exit would wait minutes for the others, which wait for this one in a collective, and
     then abort.
     """
-    if not jax.distributed.is_initialized():
+    if not _is_one_of_several():
         sys.exit(status)
+    import jax
+
     sys.stdout.flush()
     sys.stderr.flush()
     farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)

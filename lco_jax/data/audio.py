@@ -13,14 +13,13 @@ import soundfile
 import soxr
 
 from lco_jax.core.errors import LcoError, check_keys
+from lco_jax.data.containers import decoded, open_container
+from lco_jax.data.decoder import decode
 from lco_jax.data.media import (
-    Deadline,
     MediaConfig,
     MediaFile,
-    decoded,
     decoding,
     is_number,
-    open_container,
     resolve,
 )
 from lco_jax.data.tower_rows import mel_tokens
@@ -68,26 +67,51 @@ def load_audio(source: Any, where: str, config: MediaConfig) -> np.ndarray:
     than `max_audio_seconds` is cut, with a warning; the rest is not decoded. Silence is valid.
     Raises for anything else, and for sound too short to make a token.
     """
-    sound = _read(source, where, config)
+    given = _array_of(source, where)
+    if given is not None:
+        return _of_array(_from_array(*given, where, config), config)
+    or_else = ' or {"array": numpy array, "sampling_rate": Hz}'
+    return decode("audio", resolve(source, "audio", where, config, or_else), config)
+
+
+def decode_audio(file: MediaFile, config: MediaConfig) -> np.ndarray:
+    """Sound as in `load_audio`, decoded in this process."""
+    sound = _from_file(file, config)
     _check_samples(sound.mono, sound.label)
-    mono = _resampled(_cut(sound, config), sound.rate, sound.label)
-    if len(mono) < MIN_SAMPLES:
-        raise LcoError(
-            f"{sound.label} is too short: {len(mono)} samples at 16 kHz "
-            f"({len(mono) / RATE:.4f} seconds), and the model needs {MIN_SAMPLES}"
-        )
-    return mono
+    mono = _cut(sound, config)
+    label, rate = sound.label, sound.rate
+    del sound  # which may hold as much again
+    return _long_enough(resample(mono, rate, label), label)
 
 
-def _read(source: Any, where: str, config: MediaConfig) -> _Sound:
+def _of_array(sound: _Sound, config: MediaConfig) -> np.ndarray:
+    """Sound as in `load_audio`. To resample may take long: that happens in another process."""
+    _check_samples(sound.mono, sound.label)
+    mono = _cut(sound, config)
+    if sound.rate != RATE:
+        file = MediaFile(sound.label, mono.tobytes())
+        mono = decode("samples", file, config, rate=sound.rate)
+    return _long_enough(mono, sound.label)
+
+
+def _array_of(source: Any, where: str) -> tuple[Any, Any] | None:
+    """(array, sampling rate) if that is what the source is."""
     if isinstance(source, dict):
         check_keys(source, ("array", "sampling_rate", "sample_rate", "path"), f"{where}: audio")
         rate = source.get("sampling_rate", source.get("sample_rate"))
-        source = (source.get("array"), rate)
+        return source.get("array"), rate
     if isinstance(source, tuple) and len(source) == 2:
-        return _from_array(*source, where, config)
-    or_else = ' or {"array": numpy array, "sampling_rate": Hz}'
-    return _from_file(resolve(source, "audio", where, config, or_else), config)
+        return source
+    return None
+
+
+def _long_enough(mono: np.ndarray, label: str) -> np.ndarray:
+    if len(mono) < MIN_SAMPLES:
+        raise LcoError(
+            f"{label} is too short: {len(mono)} samples at 16 kHz "
+            f"({len(mono) / RATE:.4f} seconds), and the model needs {MIN_SAMPLES}"
+        )
+    return mono
 
 
 def _check_samples(mono: np.ndarray, label: str) -> None:
@@ -117,7 +141,7 @@ def _limit(rate: float, config: MediaConfig) -> int:
     return max(1, int(config.max_audio_seconds * rate))
 
 
-def _resampled(mono: np.ndarray, rate: float, label: str) -> np.ndarray:
+def resample(mono: np.ndarray, rate: float, label: str) -> np.ndarray:
     """float32 [samples] at 16 kHz, as many as the reference's loader, librosa, would give."""
     if rate == RATE:
         return mono
@@ -189,17 +213,16 @@ def _mono(frames: np.ndarray) -> np.ndarray:
 
 def _from_file(file: MediaFile, config: MediaConfig) -> _Sound:
     """Read with libsndfile, as in the reference, or with PyAV what that cannot (m4a, videos)."""
-    deadline = Deadline(config.decode_seconds, file.label)
     with file.open() as stream:
         # a descriptor, since libsndfile would believe a name that ends in .raw
         content = stream if isinstance(file.content, bytes) else stream.fileno()
         try:
             sound = _SoundFile(content, closefd=False)
         except soundfile.SoundFileError:
-            return _through_av(file, deadline, config)
+            return _through_av(file, config)
         with sound:
             rate = _check_rate(sound.samplerate, file.label)
-            mono = _gather(_blocks(sound, file.label), _limit(rate, config), deadline)
+            mono = _gather(_blocks(sound, file.label), _limit(rate, config))
             return _Sound(mono, rate, sound.frames / rate, file.label)
 
 
@@ -221,19 +244,19 @@ def _blocks(sound: soundfile.SoundFile, label: str) -> Iterator[np.ndarray]:
         yield block
 
 
-def _through_av(file: MediaFile, deadline: Deadline, config: MediaConfig) -> _Sound:
-    with open_container(file, deadline, config) as container:
+def _through_av(file: MediaFile, config: MediaConfig) -> _Sound:
+    with open_container(file, config) as container:
         tracks = (one for one in container.streams.audio if one.codec_context is not None)
         track = next(tracks, None)
         if track is None:
             raise LcoError(f"{file.label} has no sound track that can be decoded")
-        frames = decoded(container, track, deadline)
+        frames = decoded(container, track)
         first = next(frames, None)
         if first is None:
             raise LcoError(f"{file.label} has a sound track of which nothing can be decoded")
         rate = _check_rate(first.sample_rate, file.label)  # decoders may double the header's
         blocks = _samples_of(itertools.chain([first], frames), file.label)
-        mono = _gather(blocks, _limit(rate, config), deadline)
+        mono = _gather(blocks, _limit(rate, config))
         seconds = (container.duration or 0) / av.time_base
         return _Sound(mono, rate, seconds, file.label)
 
@@ -250,12 +273,11 @@ def _samples_of(frames: Iterable[av.AudioFrame], label: str) -> Iterator[np.ndar
             yield np.asfortranarray(samples)  # whose mean adds channel by channel
 
 
-def _gather(blocks: Iterator[np.ndarray], limit: int, deadline: Deadline) -> np.ndarray:
+def _gather(blocks: Iterator[np.ndarray], limit: int) -> np.ndarray:
     """Blocks of [samples, channels] as one mono array: at most one sample more than `limit`."""
     parts = [np.zeros(0, np.float32)]
     samples = 0
     for block in blocks:
-        deadline.check()
         parts.append(_mono(block))
         samples += len(block)
         if samples > limit:

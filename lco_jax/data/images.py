@@ -1,14 +1,16 @@
-"""Anything that is an image -> PIL, RGB."""
+"""Anything that is an image -> upright pixels in RGB."""
 
 import struct
+import threading
 from contextlib import suppress
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageFile
 
 from lco_jax.core.errors import LcoError
-from lco_jax.data.media import MediaConfig, decoding, resolve
+from lco_jax.data.decoder import SizeRule, decode
+from lco_jax.data.media import MediaConfig, MediaFile, decoding, resolve
 
 # those that Pillow decodes by itself; for EPS it would start another program
 FORMATS = (
@@ -19,38 +21,120 @@ FORMATS = (
 NOT_THIS_FORMAT = (SyntaxError, IndexError, TypeError, struct.error)
 MAX_RATIO = 200  # of the longer side to the shorter; the Qwen processors' limit
 CHANNELS = (1, 3, 4)
+# an orientation as in EXIF -> what makes the picture upright
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+STRIP_BYTES = 1 << 24  # of a picture that is made opaque, at once
+# Pillow decodes an image when it is first used, and two threads at once damage it.
+pillow_lock = threading.Lock()
 
 
 def load_image(source: Any, where: str, config: MediaConfig) -> Image.Image:
-    """An image in mode RGB and its original size, independent of any file.
+    """An image in mode RGB, upright, independent of any file. It takes what `load_pixels` does."""
+    return Image.fromarray(load_pixels(source, where, config))
+
+
+def load_pixels(
+    source: Any, where: str, config: MediaConfig, size_rule: SizeRule | None = None
+) -> np.ndarray:
+    """An image as uint8 [height, width, 3], upright.
 
     source: a path, bytes, a data: URI, a URL (see `media.resolve`), a PIL image, or a numpy array:
     uint8, or floats in [0, 1], of height x width (x 1, 3 or 4 channels). Channels may come first
-    where no doubt is possible. where: how errors begin, for example "input 3".
+    where no doubt is possible. where: how errors begin, for example "input 3". size_rule: the size
+    that it is resized to (bicubic); None: the original one.
 
     Transparent pixels are blended with white, 16-bit greys keep their upper 8 bits, and an
-    animation gives its first frame. The EXIF orientation is not applied, as in the reference.
-    Raises for anything else, and for torn files: no image is loaded in part.
+    animation gives its first frame. The image is turned as its EXIF orientation asks, unless
+    `config.upright` is False. Raises for anything else, and for torn files: no image is loaded in
+    part. A PIL image stays as it is.
     """
-    image = _load(source, where, config)
-    side = config.image_max_side
-    if side is not None and max(image.size) > side:
-        image.thumbnail((side, side))
-    return image
-
-
-def _load(source: Any, where: str, config: MediaConfig) -> Image.Image:
     if isinstance(source, np.ndarray):
-        return _from_array(source, f"{where}: image array of shape {source.shape}", config)
+        label = f"{where}: image array of shape {source.shape}"
+        return _finished(_from_array(source, label, config), config, size_rule)
     if isinstance(source, Image.Image):
         label = f"{where}: PIL image"
         check_size(*source.size, label, config)
-        return _to_rgb(source, label)
-    file = resolve(source, "image", where, config, ", a PIL image or a numpy array")
+        file = _file_of(source, label, config)
+        if file is None:
+            return _finished(_from_pil(source, label, config), config, size_rule)
+    else:
+        file = resolve(source, "image", where, config, ", a PIL image or a numpy array")
+    return decode("image", file, config, size_rule)
+
+
+def decode_image(file: MediaFile, config: MediaConfig, size_rule: SizeRule | None) -> np.ndarray:
+    """An image as in `load_pixels`, decoded in this process."""
     with file.open() as stream:
         image = _open(stream, file.label)
         check_size(*image.size, file.label, config)
-        return _to_rgb(image, file.label)
+        return _finished(_from_pil(image, file.label, config), config, size_rule)
+
+
+def _file_of(image: Image.Image, label: str, config: MediaConfig) -> MediaFile | None:
+    """The encoded bytes of a PIL image that was opened and not used yet.
+
+    None where the image may differ from what its file gives.
+    """
+    if not isinstance(image, ImageFile.ImageFile) or image.format not in FORMATS:
+        return None
+    # loading does the first, `draft` the second, `seek` the third
+    if not image.tile or getattr(image, "decoderconfig", ()) or image.tell():
+        return None
+    with pillow_lock, suppress(OSError, ValueError, AttributeError):  # closed, or not seekable
+        place = image.fp.tell()
+        image.fp.seek(0)
+        content = image.fp.read(config.max_file_bytes + 1)
+        image.fp.seek(place)
+        if 0 < len(content) <= config.max_file_bytes:
+            return MediaFile(label, content)
+    return None
+
+
+def _from_pil(image: Image.Image, label: str, config: MediaConfig) -> Image.Image:
+    """In mode RGB and upright. It may be the same image."""
+    turn = None
+    with decoding(label), pillow_lock:
+        image.load()
+        if config.upright:
+            turn = TURNS.get(_orientation(image))
+    image = _to_rgb(image, label)
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> Any:
+    """As in EXIF, or None. A torn tag asks for nothing."""
+    with suppress(Exception):  # Pillow's parser raises whatever the bytes lead to
+        return image.getexif().get(ExifTags.Base.Orientation)
+    return None
+
+
+def _finished(image: Image.Image, config: MediaConfig, size_rule: SizeRule | None) -> np.ndarray:
+    """The pixels of an image in RGB, in the size that the cap and the rule give."""
+    side = config.image_max_side
+    if side is not None and max(image.size) > side:
+        image = image.copy()  # it may be the caller's
+        image.thumbnail((side, side))
+    if size_rule is not None:
+        height, width = size_rule(image.height, image.width)
+        if (width, height) != image.size:
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [X, Y, 3] -> uint8 [height, width, 3], bicubic."""
+    if picture.shape[:2] == (height, width):
+        return picture
+    resized = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(resized)
 
 
 def check_size(width: int, height: int, label: str, config: MediaConfig) -> None:
@@ -88,20 +172,28 @@ def _open(stream: BinaryIO, label: str) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, label: str) -> Image.Image:
-    """A new image in mode RGB. Pillow would clip 16 bits to 8, which whitens most pictures."""
+    """In mode RGB. Pillow would clip 16 bits to 8, which whitens most pictures."""
     with decoding(label):
-        image.load()
         if image.mode.startswith("I;16"):
             upper_bits = np.asarray(image) >> 8
             return Image.fromarray(upper_bits.astype(np.uint8)).convert("RGB")
         if image.mode in ("I", "F"):
             _check_levels(np.asarray(image), image.mode, label)
-        if not image.has_transparency_data:
-            return image.convert("RGB")
-        image = image.convert("RGBA")
-        white = Image.new("RGB", image.size, (255, 255, 255))
-        white.paste(image, mask=image.getchannel("A"))
-        return white
+        if image.has_transparency_data:
+            return _over_white(image)
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """An image without its transparency. Strip by strip: it is in memory twice, not four times."""
+    result = Image.new("RGB", image.size, (255, 255, 255))
+    bytes_per_row = 4 * image.width
+    height = max(1, STRIP_BYTES // bytes_per_row)
+    for top in range(0, image.height, height):
+        box = (0, top, image.width, min(top + height, image.height))
+        strip = image.crop(box).convert("RGBA")
+        result.paste(strip, box, mask=strip.getchannel("A"))
+    return result
 
 
 def _check_levels(levels: np.ndarray, mode: str, label: str) -> None:

@@ -14,9 +14,8 @@ from einops import rearrange
 
 from lco_jax.core.errors import LcoError
 from lco_jax.data.codec import Expansion, MediaCodec, of_medium
-from lco_jax.data.images import load_image
+from lco_jax.data.images import load_pixels, resize
 from lco_jax.data.media import MediaConfig
-from lco_jax.data.pixels import resize
 from lco_jax.data.positions import line_positions
 from lco_jax.data.tower_rows import Segments, tile_rows, tiles_of
 
@@ -45,7 +44,7 @@ class LlavaMedia(MediaCodec):
             raise LcoError(
                 f"{where}: an image has {options[0]}, and the sizes of LLaVA-NeXT's tiles are fixed"
             )
-        image = np.asarray(load_image(part["image"], where, self.media))
+        image = load_pixels(part["image"], where, self.media)
         size = image.shape[:2]
         canvas = self._best_canvas(size)
         overview = resize(image, self.tile, self.tile)

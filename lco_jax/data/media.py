@@ -4,7 +4,6 @@ import base64
 import binascii
 import http.client
 import io
-import itertools
 import math
 import os
 import re
@@ -12,15 +11,12 @@ import stat
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
-
-import av
-from av.container import InputContainer
 
 from lco_jax.core.errors import LcoError, explained, reason
 
@@ -69,7 +65,15 @@ class MediaConfig:
     max_file_bytes: int = _cap(
         2_000_000_000, "refuse bigger files and downloads before they are read"
     )
-    decode_seconds: float = _cap(120.0, "the longest that a file may take to fetch, and to decode")
+    max_decode_bytes: int = _cap(
+        2_000_000_000, "refuse files that take more memory to be decoded, beside their own bytes"
+    )
+    decode_seconds: float = _cap(
+        120.0, "the longest that a file may take to fetch, and to decode, in CPU time"
+    )
+    upright: bool = _cap(
+        True, "turn images and videos as their orientation tag asks (False: as they are stored)"
+    )
     allow_remote: bool = _cap(
         False, "fetch http and https addresses; only for inputs that you trust with your network"
     )
@@ -243,7 +247,7 @@ def _check_bytes(size: int, label: str, config: MediaConfig) -> None:
 def _from_url(url: str, label: str, config: MediaConfig) -> MediaFile:
     if not config.allow_remote:
         raise LcoError(f"{label} is remote, and nothing is fetched unless you set allow_remote")
-    deadline = Deadline(config.decode_seconds, label)
+    end = time.monotonic() + config.decode_seconds
     opener = urllib.request.OpenerDirector()
     for handler in URL_HANDLERS:
         opener.add_handler(handler())
@@ -257,7 +261,8 @@ def _from_url(url: str, label: str, config: MediaConfig) -> MediaFile:
             while chunk := response.read1(CHUNK):
                 content += chunk
                 _check_bytes(max(len(content), promised), label, config)
-                deadline.check()
+                if time.monotonic() > end:
+                    raise LcoError(took_too_long(label, config))
     if len(content) < promised:
         raise LcoError(
             f"{label} cannot be fetched: the server sent {len(content)} of {promised} bytes"
@@ -265,95 +270,23 @@ def _from_url(url: str, label: str, config: MediaConfig) -> MediaFile:
     return _in_memory(bytes(content), label, config)
 
 
-class Deadline:
-    """The time that one medium may take. seconds: from now on; label: how errors begin."""
-
-    def __init__(self, seconds: float, label: str):
-        self.seconds = seconds
-        self.label = label
-        self.end = time.monotonic() + seconds
-
-    def check(self) -> None:
-        """Raise if the time is over."""
-        if time.monotonic() > self.end:
-            raise LcoError(
-                f"{self.label} takes more than {self.seconds:g} seconds (decode_seconds)"
-            )
-
-
-def decoding(label: str) -> AbstractContextManager[None]:
-    """Around calls of a decoder: whatever it raises becomes an LcoError that begins with `label`.
-
-    On torn data decoders raise nearly anything: OSError, SyntaxError, ValueError, struct.error,
-    IndexError, ZeroDivisionError, MemoryError, UnicodeDecodeError, av.FFmpegError, …
-    """
-    return explained(f"{label} cannot be decoded", Exception)
-
-
-class _TimedStream:
-    """A binary stream whose reads raise after the deadline. That ends any search through a file."""
-
-    def __init__(self, stream: BinaryIO, deadline: Deadline):
-        self.stream = stream
-        self.deadline = deadline
-        self.seek = stream.seek
-        self.tell = stream.tell
-
-    def read(self, size: int) -> bytes:
-        self.deadline.check()
-        return self.stream.read(size)
-
-
-def _no_other_file(*_: Any) -> None:
-    raise PermissionError("it refers to another file")
+def took_too_long(label: str, config: MediaConfig) -> str:
+    """The sentence for a file that is slower than the caps allow."""
+    return f"{label} takes more than {config.decode_seconds:g} seconds (decode_seconds)"
 
 
 @contextmanager
-def open_container(
-    file: MediaFile, deadline: Deadline, config: MediaConfig
-) -> Iterator[InputContainer]:
-    """A file opened with PyAV. It does not decode frames of more than `config.max_image_pixels`.
+def decoding(label: str) -> Iterator[None]:
+    """Around calls of a decoder: whatever it raises becomes an LcoError that begins with `label`.
 
-    Playlists and the like name other files and addresses, which an input must not reach. Two
-    options together keep FFmpeg to this one stream: some formats ask `io_open`, others open with a
-    new context, which inherits the whitelist.
+    On torn data decoders raise nearly anything: OSError, SyntaxError, ValueError, struct.error,
+    IndexError, ZeroDivisionError, UnicodeDecodeError, av.FFmpegError, … A lack of memory stays
+    what it is.
     """
-    with file.open() as stream:
-        with decoding(file.label):
-            container = av.open(
-                _TimedStream(stream, deadline),
-                options={"protocol_whitelist": "none"},
-                io_open=_no_other_file,
-                metadata_errors="replace",
-            )
-        with container:
-            for track in container.streams.video:
-                if track.codec_context is not None:
-                    track.codec_context.options = {"max_pixels": str(config.max_image_pixels)}
-            yield container
-
-
-def packets(container: InputContainer, stream: Any, deadline: Deadline) -> Iterator[av.Packet]:
-    """The packets of a stream that have data. A torn file ends where it is torn."""
-    demuxed = container.demux(stream)
-    while True:
-        deadline.check()
-        try:
-            packet = next(demuxed, None)
-        except av.FFmpegError:
-            packet = None
-        if packet is None:
-            deadline.check()  # FFmpeg may have reported it as another error
-            return
-        if packet.size:  # a decoder would take an empty one for the end
-            yield packet
-
-
-def decoded(container: InputContainer, stream: Any, deadline: Deadline) -> Iterator[Any]:
-    """The frames of a stream, in order. Torn packets are skipped."""
-    end = [None]  # asks the decoder for the frames that it still has
-    for packet in itertools.chain(packets(container, stream, deadline), end):
-        try:
-            yield from stream.decode(packet)
-        except av.FFmpegError:
-            deadline.check()
+    try:
+        with explained(f"{label} cannot be decoded", Exception):
+            yield
+    except LcoError as error:
+        if isinstance(error.__cause__, MemoryError):
+            raise error.__cause__ from None
+        raise

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json
@@ -63,11 +62,3 @@ def processor_config(folder: Path, part: str) -> tuple[dict[str, Any], Path]:
     if part == "video_processor" and not flat.exists():
         return processor_config(folder, "image_processor")
     return read_json(flat), flat
-
-
-def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [X, Y, 3] -> uint8 [height, width, 3], bicubic."""
-    if picture.shape[:2] == (height, width):
-        return picture
-    resized = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(resized)

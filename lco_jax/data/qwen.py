@@ -21,12 +21,13 @@ from transformers import WhisperFeatureExtractor
 from lco_jax.core.errors import LcoError
 from lco_jax.data.audio import load_audio
 from lco_jax.data.codec import Expansion, MediaCodec, of_medium, token_id
-from lco_jax.data.images import load_image
+from lco_jax.data.decoder import SizeRule
+from lco_jax.data.images import load_pixels
 from lco_jax.data.media import MediaConfig, is_number
-from lco_jax.data.pixels import processor_config, resize
+from lco_jax.data.pixels import processor_config
 from lco_jax.data.positions import frame_times, grid_positions, interleave, line_positions
 from lco_jax.data.tower_rows import Patches, PatchRows, Segments, chunk_rows, chunks_of
-from lco_jax.data.video import SizeRule, load_video
+from lco_jax.data.video import load_video
 
 ASSUMED_FPS = 2.0  # what processors assume of a clip; the reference never tells them its rate
 # the fewest and most pixels of an image, and of a clip's picture, by default
@@ -143,9 +144,8 @@ class QwenMedia(MediaCodec):
 
     def _image(self, part: dict[str, Any], where: str) -> Patches:
         size_rule = self._size_rule(part, self.image_pixels, where)
-        image = np.asarray(load_image(part["image"], where, self.media))
-        size = size_rule(*image.shape[:2])
-        return self._patches(resize(image, *size)[None], 1)
+        image = load_pixels(part["image"], where, self.media, size_rule)
+        return self._patches(image[None], 1)
 
     def _video(self, part: dict[str, Any], where: str) -> Clip:
         size_rule = self._size_rule(part, self.video_pixels, where)

@@ -1,34 +1,20 @@
 """Anything that moves -> uint8 frames."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from av.container import InputContainer
-from av.stream import Disposition
-from av.video.stream import VideoStream
 
 from lco_jax.core.errors import LcoError, check_keys
 from lco_jax.data.audio import load_audio
-from lco_jax.data.images import CHANNELS, check_size, load_image
-from lco_jax.data.media import (
-    Deadline,
-    MediaConfig,
-    MediaFile,
-    decoded,
-    decoding,
-    is_number,
-    open_container,
-    packets,
-    resolve,
-)
-from lco_jax.data.pixels import resize
+from lco_jax.data.decoder import SizeRule, decode
+from lco_jax.data.frames import FrameReader, NotSought
+from lco_jax.data.images import CHANNELS, load_pixels, resize
+from lco_jax.data.media import MediaConfig, MediaFile, is_number, resolve
 
-# (height, width) of the first frame -> the (height, width) that every frame is resized to
-SizeRule = Callable[[int, int], tuple[int, int]]
 MIN_FRAMES = 4  # of a file; this and the factor are the reference's
 FACTOR = 2  # frames that the model takes together
 
@@ -55,8 +41,8 @@ def load_video(
 
     source, one of:
     - a path, bytes, a data: URI or a URL (see `media.resolve`), sampled at `config.fps`, and with
-      the file's sound if `config.use_audio_in_video`. Rotation in the metadata is not applied, as
-      in the reference;
+      the file's sound if `config.use_audio_in_video`. The frames are turned as
+      the file's display matrix asks, unless `config.upright` is False;
     - {"array": …, "fps": …, "audio": …}, the latter two optional. array: uint8, or floats in
       [0, 1], of frames x height x width (x 1, 3 or 4 channels; they may come second where no doubt
       is possible). It is sampled only if `fps` is above `config.fps`; without `fps`, its frames
@@ -79,7 +65,7 @@ def load_video(
         return Video(_sample(source, kept, where, config, size_rule))
     or_else = ', a list of images, a numpy array or {"array": …, "fps": …}'
     file = resolve(source, "video", where, config, or_else)
-    frames = _from_file(file, config, size_rule)
+    frames = decode("video", file, config, size_rule)
     audio = load_audio(file, where, config) if config.use_audio_in_video else None
     return Video(frames, audio=audio)
 
@@ -109,64 +95,38 @@ def frames_to_keep(total: int, rate: float, config: MediaConfig) -> int:
     return max(int(wanted) // FACTOR * FACTOR, 1)
 
 
-def _from_file(file: MediaFile, config: MediaConfig, size_rule: SizeRule | None) -> np.ndarray:
-    """Decoded once, and again if the file has more or fewer frames than its header."""
-    reader = _Reader(file, config, size_rule, Deadline(config.decode_seconds, file.label))
+def decode_video(file: MediaFile, config: MediaConfig, size_rule: SizeRule | None) -> np.ndarray:
+    """The sampled frames of a file, decoded in this process.
+
+    Read once, and again if the file has more or fewer frames than its packets promise.
+    """
+    reader = FrameReader(file, config)
     total, rate = reader.header()
-    frames, found = reader.sample(total, rate)
+    frames, found = _read_frames(reader, total, rate, size_rule)
     if found not in (0, total):
-        frames, _ = reader.sample(found, rate)
+        frames, _ = _read_frames(reader, found, rate, size_rule)
     if not frames:
         raise LcoError(f"{file.label} holds no frame that can be decoded")
     return np.stack(frames)
 
 
-class _Reader(NamedTuple):
-    """Reads a video file from its beginning, as often as needed, within one deadline."""
-
-    file: MediaFile
-    config: MediaConfig
-    size_rule: SizeRule | None
-    deadline: Deadline
-
-    def header(self) -> tuple[int, float]:
-        """(the number of frames, frames a second). They may be wrong."""
-        with open_container(self.file, self.deadline, self.config) as container:
-            stream = _pictures(container, self.file.label)
-            width, height = stream.width, stream.height
-            if width and height:  # `sample` checks each kept frame again
-                check_size(width, height, self.file.label, self.config)
-            rate = stream.average_rate or stream.guessed_rate or self.config.fps
-            total = stream.frames
-            if not total:
-                total = sum(1 for _ in packets(container, stream, self.deadline))
-        return total, float(rate)
-
-    def sample(self, total: int, rate: float) -> tuple[list[np.ndarray], int]:
-        """(the kept frames of `total`, the number of frames that there are)."""
-        total = max(total, 1)
-        kept = frames_to_keep(total, rate, self.config)
-        wanted = set(sampled_indices(total, kept).tolist())
-        frames: list[np.ndarray] = []
-        found = 0
-        with open_container(self.file, self.deadline, self.config) as container:
-            stream = _pictures(container, self.file.label)
-            for found, frame in enumerate(decoded(container, stream, self.deadline), start=1):
-                if found - 1 in wanted:
-                    check_size(frame.width, frame.height, self.file.label, self.config)
-                    with decoding(self.file.label):
-                        pixels = frame.to_ndarray(format="rgb24")
-                    _append(frames, pixels, self.size_rule)
-        return frames, found
-
-
-def _pictures(container: InputContainer, label: str) -> VideoStream:
-    """The first video stream that is no cover picture and has a decoder."""
-    for stream in container.streams.video:
-        if stream.codec_context is not None and not stream.disposition & Disposition.attached_pic:
-            stream.thread_type = "AUTO"
-            return stream
-    raise LcoError(f"{label} has no video stream that can be decoded")
+def _read_frames(
+    reader: FrameReader, total: int, rate: float, size_rule: SizeRule | None
+) -> tuple[list[np.ndarray], int]:
+    """(the kept frames of `total`, the number of frames that there are)."""
+    total = max(total, 1)
+    wanted = sampled_indices(total, frames_to_keep(total, rate, reader.config)).tolist()
+    frames: list[np.ndarray] = []
+    try:
+        for pixels in reader.sought(wanted):
+            _append(frames, pixels, size_rule)
+    except NotSought:
+        frames.clear()
+    if frames:
+        return frames, total
+    for pixels in reader.all_decoded(wanted):
+        _append(frames, pixels, size_rule)
+    return frames, reader.found
 
 
 def _append(frames: list[np.ndarray], pixels: np.ndarray, size_rule: SizeRule | None) -> None:
@@ -237,12 +197,13 @@ def _sample(
     frames: list[np.ndarray] = []
     first = None
     for index in sampled_indices(len(source), kept).tolist():
-        image = load_image(source[index], f"{where}: frame {index}", config)
-        first = first or image
-        if image.size != first.size:
+        image = load_pixels(source[index], f"{where}: frame {index}", config)
+        height, width = image.shape[:2]
+        first = first or (width, height)
+        if (width, height) != first:
             raise LcoError(
-                f"{where}: frame {index} is {image.width} x {image.height}, and frame 0 is "
-                f"{first.width} x {first.height}; the frames of a video must have one size"
+                f"{where}: frame {index} is {width} x {height}, and frame 0 is "
+                f"{first[0]} x {first[1]}; the frames of a video must have one size"
             )
-        _append(frames, np.asarray(image), size_rule)
+        _append(frames, image, size_rule)
     return np.stack(frames)

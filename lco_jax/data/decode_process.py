@@ -1,0 +1,154 @@
+"""The process that decodes files for another one (`decoder.py`). It imports no jax.
+
+    python -m lco_jax.data.decode_process PARENT
+
+reads requests from its standard input and writes replies to its standard output, until the input
+ends or the process PARENT is gone.
+"""
+
+import logging
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from lco_jax.core.errors import LcoError
+from lco_jax.data.audio import decode_audio, resample
+from lco_jax.data.decoder import SizeRule, receive, send
+from lco_jax.data.images import decode_image
+from lco_jax.data.media import MediaConfig, MediaFile, took_too_long
+from lco_jax.data.video import decode_video
+
+PARENT_SECONDS = 1.0  # between looks for the parent
+Request = dict[str, Any]
+
+
+def _decode_samples(file: MediaFile, rate: float) -> np.ndarray:
+    assert isinstance(file.content, bytes)
+    return resample(np.frombuffer(file.content, np.float32), rate, file.label)
+
+
+def _decode(request: Request, file: MediaFile, size_rule: SizeRule | None) -> np.ndarray:
+    config = MediaConfig(**request["config"])
+    decoders: dict[str, Callable[[], np.ndarray]] = {
+        "image": partial(decode_image, file, config, size_rule),
+        "audio": partial(decode_audio, file, config),
+        "samples": partial(_decode_samples, file, request["rate"]),
+        "video": partial(decode_video, file, config, size_rule),
+    }
+    with _bounds(file.label, config):
+        return np.ascontiguousarray(decoders[request["kind"]]())
+
+
+@contextmanager
+def _bounds(label: str, config: MediaConfig) -> Iterator[None]:
+    """A clock of CPU time, whose alarm ends this process, and a cap on memory."""
+    start = time.process_time()
+    signal.setitimer(signal.ITIMER_PROF, config.decode_seconds)
+    _limit_memory(config.max_decode_bytes)
+    try:
+        yield
+    except MemoryError as error:
+        raise LcoError(
+            f"{label} needs more than {config.max_decode_bytes} bytes of memory to be decoded "
+            "(max_decode_bytes)"
+        ) from error
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        _limit_memory(None)
+    if time.process_time() - start > config.decode_seconds:  # within a tick of the alarm
+        raise LcoError(took_too_long(label, config))
+
+
+def _limit_memory(more: int | None) -> None:
+    """Allow so many bytes beyond those of now; None: as many as there are.
+
+    Only Linux counts all of a process's data in this limit.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = most
+    if more is not None:
+        pages = 0
+        with suppress(OSError):
+            pages = int(Path("/proc/self/statm").read_text().split()[5])
+        limit = pages * resource.getpagesize() + more
+        limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
+
+
+class _Warnings(logging.Handler):
+    """Keeps what is logged, for the reply."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def serve(requests: BinaryIO, replies: BinaryIO) -> None:
+    """Answer requests until there are no more."""
+    warnings = _Warnings()
+    logging.getLogger("lco_jax").addHandler(warnings)
+    while True:
+        try:
+            request = receive(requests)
+        except EOFError:
+            return
+        content = requests.read(request["bytes"])
+        file = MediaFile(request["label"], Path(request["path"]) if "path" in request else content)
+
+        def size_rule(height: int, width: int) -> tuple[int, int]:
+            send(replies, {"size": [height, width]})
+            asked_height, asked_width = receive(requests)["size"]
+            return asked_height, asked_width
+
+        reply: dict[str, Any] = {"warnings": warnings.messages}
+        array = np.zeros(0, np.uint8)
+        try:
+            array = _decode(request, file, size_rule if request["has_size_rule"] else None)
+            reply.update(shape=array.shape, dtype=array.dtype.str)
+        except LcoError as error:
+            reply["error"] = str(error)
+        except Exception:  # a bug, which is raised where the request came from
+            reply["bug"] = traceback.format_exc()
+        send(replies, reply, array.data.cast("B") if array.size else b"")
+        warnings.messages.clear()
+        del array, content, file
+
+
+def _end_with(parent: int) -> None:
+    """End when the parent does, also in the midst of a file."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_SECONDS)
+    os._exit(0)
+
+
+def main() -> None:
+    """Serve the parent that the command line names."""
+    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # those are the parent's to answer
+        signal.signal(kind, signal.SIG_IGN)
+    requests = os.fdopen(os.dup(0), "rb")
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # what a decoder prints must not come between the replies
+    Image.MAX_IMAGE_PIXELS = None  # our own cap holds, and this process has no other pictures
+    threading.Thread(target=_end_with, args=(int(sys.argv[1]),), daemon=True).start()
+    with suppress(BrokenPipeError):
+        serve(requests, replies)
+
+
+if __name__ == "__main__":
+    main()

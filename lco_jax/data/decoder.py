@@ -1,0 +1,213 @@
+"""Decoding in processes of their own, which can be ended.
+
+A few kilobytes can ask a decoder for minutes, for gigabytes, or for its death. So files are decoded
+in light processes (`decode_process.py`): each has a clock of its own CPU time and a cap on its
+memory, and one that ends takes a single file with it. They start when they are first needed, serve
+one file after another, and end with this process.
+
+A message is a line of JSON, and as many bytes as its key "bytes" has.
+"""
+
+import atexit
+import fcntl
+import io
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from lco_jax.core.errors import LcoError
+from lco_jax.data.media import MediaConfig, MediaFile, took_too_long
+
+# (height, width) of a picture -> the (height, width) that it is resized to
+SizeRule = Callable[[int, int], tuple[int, int]]
+PACKAGES = Path(__file__).parents[2]  # where this package lies
+PIPE_BYTES = 1 << 20  # of a pipe; Linux has 65,536, and a picture would take ten turns
+logger = logging.getLogger(__name__)
+
+
+def decode(
+    kind: str,
+    file: MediaFile,
+    config: MediaConfig,
+    size_rule: SizeRule | None = None,
+    rate: float | None = None,
+) -> np.ndarray:
+    """What a file holds, decoded in another process.
+
+    kind: a key of `decode_process.DECODERS`. size_rule: asked here, for the size of the first
+    picture. rate: of "samples", in Hz. Raises for a file that is torn, too big or too slow.
+    """
+    request = {"kind": kind, "label": file.label, "config": _plain(config), "rate": rate}
+    request["has_size_rule"] = size_rule is not None
+    content = b""
+    if isinstance(file.content, bytes):
+        content = file.content
+    else:
+        request["path"] = os.path.abspath(file.content)
+    with _pool.worker() as worker:
+        try:
+            reply, array = worker.ask(request, content, size_rule)
+        except (EOFError, BrokenPipeError) as error:
+            raise _explained_end(worker.process.wait(), file.label, config) from error
+    for warning in reply["warnings"]:
+        logger.warning(warning)
+    if "bug" in reply:
+        raise RuntimeError(f"a decoder failed:\n{reply['bug']}")
+    if array is None:
+        raise LcoError(reply["error"])
+    return array
+
+
+def _plain(config: MediaConfig) -> dict[str, Any]:
+    """The caps for JSON, which knows no number of numpy's."""
+    values = {cap.name: getattr(config, cap.name) for cap in fields(config)}
+    return {
+        name: value.item() if isinstance(value, np.generic) else value
+        for name, value in values.items()
+    }
+
+
+def _explained_end(status: int, label: str, config: MediaConfig) -> Exception:
+    """What the end of a process while it decoded a file says of the file."""
+    if status == -signal.SIGPROF:
+        return LcoError(took_too_long(label, config))
+    if status < 0:
+        name = signal.Signals(-status).name
+        return LcoError(f"{label} cannot be decoded: its decoder was ended by {name}")
+    return RuntimeError(f"a decoder ended with status {status}; its reason stands above")
+
+
+class _Worker:
+    """A process that decodes, one file at a time."""
+
+    def __init__(self):
+        command = (sys.executable, "-P", "-m", "lco_jax.data.decode_process", str(os.getpid()))
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,  # a process that forks must not send what a buffer holds once more
+            cwd="/",
+            env=_environment(),
+        )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.requests = self.process.stdin
+        self.replies = io.BufferedReader(self.process.stdout)  # type: ignore[type-var]
+        for pipe in (self.requests, self.replies):
+            with suppress(AttributeError, OSError):  # not on macOS; not beyond a user's share
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+
+    def ask(
+        self, request: dict[str, Any], content: bytes, size_rule: SizeRule | None
+    ) -> tuple[dict[str, Any], np.ndarray | None]:
+        """(the reply, the array that it brings). Raises if the process ends."""
+        send(self.requests, request, content)
+        reply = receive(self.replies)
+        while "size" in reply:
+            assert size_rule is not None
+            height, width = size_rule(*reply["size"])
+            send(self.requests, {"size": [int(height), int(width)]})
+            reply = receive(self.replies)
+        if "shape" not in reply:
+            return reply, None
+        array = np.empty(reply["shape"], reply["dtype"])
+        if self.replies.readinto(array.data.cast("B")) < reply["bytes"]:
+            raise EOFError
+        return reply, array
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.requests.close()
+        self.replies.close()
+
+
+def _environment() -> dict[str, str]:
+    """That of this process, with the same places for imports and few threads."""
+    places = [str(PACKAGES), *(os.path.abspath(place) for place in sys.path if place)]
+    few_threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    return {**os.environ, **few_threads, "PYTHONPATH": os.pathsep.join(places)}
+
+
+def send(stream: Any, message: dict[str, Any], content: bytes | memoryview = b"") -> None:
+    """Write a message to a stream without a buffer, which may take a part at a time."""
+    line = json.dumps({**message, "bytes": len(content)}).encode() + b"\n"
+    for part in (line, content):
+        rest = memoryview(part)
+        while rest:
+            rest = rest[stream.write(rest) :]
+
+
+def receive(stream: BinaryIO) -> dict[str, Any]:
+    """The next message without its bytes. Raises `EOFError` if there is none."""
+    line = stream.readline()
+    if not line.endswith(b"\n"):
+        raise EOFError
+    return json.loads(line)
+
+
+class _Pool:
+    """The processes of this one: as many as decode at a time."""
+
+    def __init__(self):
+        self.idle: list[_Worker] = []
+        self.lock = threading.Lock()
+        self.places = threading.BoundedSemaphore(max(4, os.cpu_count() or 1))
+
+    @contextmanager
+    def worker(self) -> Iterator[_Worker]:
+        """One for a file. Whatever is raised meanwhile ends it: its pipes may hold half a word."""
+        with self.places:
+            worker = self._idle() or _Worker()
+            try:
+                yield worker
+            except BaseException:
+                worker.end()
+                raise
+            with self.lock:
+                self.idle.append(worker)
+
+    def _idle(self) -> _Worker | None:
+        """One that waits for work. Those that were ended while they waited are forgotten."""
+        with self.lock:
+            while self.idle:
+                worker = self.idle.pop()
+                if worker.process.poll() is None:
+                    return worker
+                worker.end()
+        return None
+
+    def close(self) -> None:
+        with self.lock:
+            while self.idle:
+                self.idle.pop().end()
+
+
+_pool = _Pool()
+_of_other_processes: list[_Pool] = []  # kept, so that nothing of them is closed or waited for
+
+
+def _begin_after_fork() -> None:
+    global _pool
+    _of_other_processes.append(_pool)
+    _pool = _Pool()
+
+
+def _close() -> None:
+    _pool.close()
+
+
+os.register_at_fork(after_in_child=_begin_after_fork)
+atexit.register(_close)

@@ -1,0 +1,346 @@
+"""Decoding in processes of their own: clock, memory, end; films that are turned or sought."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import av
+import numpy as np
+import pytest
+import soundfile
+import soxr
+from PIL import Image
+
+from lco_jax import LcoError
+from lco_jax.data.audio import decode_audio, load_audio
+from lco_jax.data.frames import FrameReader
+from lco_jax.data.images import decode_image, load_pixels
+from lco_jax.data.media import MediaConfig, MediaFile
+from lco_jax.data.video import decode_video, load_video
+
+CONFIG = MediaConfig()
+RNG = np.random.default_rng(0)
+RGB = RNG.integers(0, 256, (24, 32, 3), np.uint8)
+
+
+def segment(kind, content):
+    return bytes([0xFF, kind]) + (len(content) + 2).to_bytes(2, "big") + content
+
+
+def progressive_jpeg(side, scans):
+    """A valid grey JPEG of a few bytes for each pass over all of its pixels."""
+    size = side.to_bytes(2, "big") * 2
+    frame = segment(0xC2, b"\x08" + size + b"\x01\x01\x11\x00")
+    dc_table = segment(0xC4, b"\x00\x01" + bytes(15) + b"\x00")
+    ac_table = segment(0xC4, b"\x10\x01" + bytes(15) + b"\xe0")
+    blocks = (-(-side // 8)) ** 2
+    dc_scan = segment(0xDA, b"\x01\x01\x00\x00\x00\x00") + bytes(-(-blocks // 8))
+    bits = ("0" + "1" * 14) * -(-blocks // 32767)
+    bits += "1" * (-len(bits) % 8)
+    runs = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\x00")
+    ac_scan = segment(0xDA, b"\x01\x01\x00\x01\x3f\x00") + runs
+    tables = segment(0xDB, b"\x00" + b"\x01" * 64) + frame + dc_table + ac_table
+    return b"\xff\xd8" + tables + dc_scan + ac_scan * scans + b"\xff\xd9"
+
+
+def palette_png(width, height):
+    """One colour, half transparent, of a few kilobytes."""
+
+    def chunk(kind, content):
+        checksum = zlib.crc32(kind + content).to_bytes(4, "big")
+        return len(content).to_bytes(4, "big") + kind + content + checksum
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x01\x03\x00\x00\x00"
+    rows = zlib.compress(bytes((1 + -(-width // 8)) * height), 9)
+    chunks = chunk(b"IHDR", header) + chunk(b"PLTE", bytes(6)) + chunk(b"tRNS", b"\x80")
+    return b"\x89PNG\r\n\x1a\n" + chunks + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def small(height, width):
+    return 28, 28
+
+
+def png(image, **options):
+    stream = io.BytesIO()
+    image.save(stream, "PNG", **options)
+    return stream.getvalue()
+
+
+# ---- bounds
+
+
+def test_a_slow_picture_is_ended_and_others_go_on():
+    slow = progressive_jpeg(6000, 400)
+    hasty = MediaConfig(decode_seconds=0.5)
+    start = time.monotonic()
+    for source in (slow, Image.open(io.BytesIO(slow))):
+        with pytest.raises(LcoError, match=r"^input 3: .* takes more than 0.5 seconds"):
+            load_pixels(source, "input 3", hasty)
+    np.testing.assert_array_equal(load_pixels(png(Image.fromarray(RGB)), "x", hasty), RGB)
+    assert time.monotonic() - start < 30
+
+
+def test_resampling_is_timed():
+    """Of a file and of an array."""
+    samples = RNG.standard_normal(5_000_000).astype(np.float32) * 0.1
+    stream = io.BytesIO()
+    soundfile.write(stream, samples, 655_349, format="WAV")
+    hasty = MediaConfig(decode_seconds=0.02)
+    for source in (stream.getvalue(), (samples, 655_349)):
+        with pytest.raises(LcoError, match=r"^input 3: audio .* \(decode_seconds\)"):
+            load_audio(source, "input 3", hasty)
+    wanted = soxr.resample(samples[:100_000], 44_100, 16_000, quality="HQ")
+    got = load_audio((samples[:100_000], 44_100), "input 3", CONFIG)
+    np.testing.assert_array_equal(got[: len(wanted)], wanted)
+
+
+def test_the_clock_counts_the_decoders_own_time():
+    """Not the time during which it has to wait for others."""
+    hasty = MediaConfig(decode_seconds=0.5)
+
+    def late(height, width):
+        time.sleep(1)
+        return 28, 28
+
+    assert load_pixels(png(Image.fromarray(RGB)), "x", hasty, late).shape == (28, 28, 3)
+
+
+def test_memory_is_bounded():
+    """A palette with transparency was in memory four times in 32 bits a pixel."""
+    picture = palette_png(6000, 6000)  # 36 million pixels: 36 MB, and 144 MB in RGB
+    frugal = MediaConfig(max_decode_bytes=250_000_000)
+    pixels = load_pixels(picture, "input 3", frugal, small)
+    assert set(pixels.ravel()) == {127}
+    for most in (100_000_000, 20_000_000):
+        config = MediaConfig(max_decode_bytes=most)
+        with pytest.raises(LcoError, match=f"^input 3: image of .* more than {most} bytes of"):
+            load_pixels(picture, "input 3", config, small)
+    np.testing.assert_array_equal(load_pixels(png(Image.fromarray(RGB)), "x", CONFIG), RGB)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["TIFF", "GIF", "WEBP", "PNG"])
+def test_the_cap_on_pixels_is_ours_alone(kind):
+    """Pillow refuses 179 million of them in some formats, whatever a caller allows."""
+    size = (16_000, 11_500)
+    if kind == "WEBP":  # which has no longer side
+        size = (16_383, 10_930)
+    stream = io.BytesIO()
+    options = {"compression": "tiff_deflate"} if kind == "TIFF" else {}
+    Image.new("L", size, 99).save(stream, kind, **options)
+    config = MediaConfig(max_decode_bytes=4_000_000_000)  # WebP's decoder has four copies
+    pixels = load_pixels(stream.getvalue(), "x", config, small)
+    assert set(np.unique(pixels)) <= {98, 99, 100}
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_decoder_that_dies_takes_one_file_with_it(kind):
+    content = png(Image.fromarray(RGB))
+    before = _decoders(os.getpid())
+
+    def kill(height, width):
+        for process in _decoders(os.getpid()):
+            os.kill(process, kind)
+        return 28, 28
+
+    with pytest.raises(LcoError, match=f"^input 3: .* its decoder was ended by {kind.name}"):
+        load_pixels(content, "input 3", CONFIG, kill)
+    np.testing.assert_array_equal(load_pixels(content, "x", CONFIG), RGB)
+    assert not set(before) & set(_decoders(os.getpid()))
+
+
+def _decoders(parent):
+    """The processes that decode for another one."""
+    path = f"/proc/{parent}/task"
+    children = []
+    for thread in os.listdir(path):
+        with open(f"{path}/{thread}/children") as file:
+            children += map(int, file.read().split())
+    return [one for one in children if b"decode_process" in _command(one)]
+
+
+def _command(process):
+    try:
+        with open(f"/proc/{process}/cmdline", "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return b""
+
+
+def test_decoders_end_with_a_killed_parent_and_need_no_main_guard(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(png(Image.fromarray(RGB)))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from lco_jax.data.images import load_pixels\n"
+        "from lco_jax.data.media import MediaConfig\n"
+        f"load_pixels({str(path)!r}, 'x', MediaConfig())\n"
+        "print('ready', flush=True)\n"
+        "input()\n"
+    )
+    with subprocess.Popen(
+        (sys.executable, script), stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path
+    ) as process:
+        assert process.stdout.readline() == b"ready\n"
+        decoders = _decoders(process.pid)
+        assert decoders
+        process.kill()
+    end = time.monotonic() + 20
+    while any(b"decode_process" in _command(one) for one in decoders):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_a_decoder_imports_no_jax():
+    program = (
+        "import sys, lco_jax.data.decode_process\n"
+        "print(sorted({'jax', 'flax', 'transformers', 'torch', 'orbax'} & set(sys.modules)))"
+    )
+    result = subprocess.run((sys.executable, "-c", program), capture_output=True, check=True)
+    assert result.stdout == b"[]\n"
+
+
+def test_many_threads_share_the_decoders_and_a_lazy_image(tmp_path):
+    """The caller's image stays as it is, and can be used afterwards."""
+    pixels = RNG.integers(0, 256, (300, 400, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.webp", lossless=True)
+    for kind in ("png", "bmp", "webp"):
+        path = tmp_path / f"a.{kind}"
+        if kind != "webp":
+            Image.fromarray(pixels).save(path)
+        image = Image.open(path)
+        barrier = threading.Barrier(8)
+
+        def load(_, image=image, barrier=barrier):
+            barrier.wait()
+            return load_pixels(image, "x", CONFIG)
+
+        with ThreadPoolExecutor(8) as pool:
+            for loaded in pool.map(load, range(8)):
+                np.testing.assert_array_equal(loaded, pixels)
+        np.testing.assert_array_equal(np.asarray(image), pixels)
+
+
+def test_a_lazy_image_gives_what_its_caller_prepared(tmp_path):
+    """A draft, a later frame, and changes in memory are not those of the file."""
+    Image.fromarray(RGB).resize((320, 240)).save(tmp_path / "a.jpg")
+    draft = Image.open(tmp_path / "a.jpg")
+    draft.draft("RGB", (80, 60))
+    assert load_pixels(draft, "x", CONFIG).shape == (60, 80, 3)
+    frames = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (255, 9)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    later = Image.open(tmp_path / "a.gif")
+    later.seek(1)
+    assert load_pixels(later, "x", CONFIG)[0, 0, 0] == 9
+    drawn = Image.open(io.BytesIO(png(Image.fromarray(RGB))))
+    drawn.paste((0, 0, 0), (0, 0, *drawn.size))
+    assert not load_pixels(drawn, "x", CONFIG).any()
+
+
+def test_another_process_decodes_the_same(tmp_path):
+    path = tmp_path / "ä b.png"
+    path.write_bytes(png(Image.fromarray(RGB)))
+    file = MediaFile("x", path)
+    np.testing.assert_array_equal(load_pixels(path, "x", CONFIG), decode_image(file, CONFIG, None))
+    stream = io.BytesIO()
+    soundfile.write(stream, RNG.uniform(-1, 1, 9000), 22_050, format="WAV")
+    sound = MediaFile("x", stream.getvalue())
+    np.testing.assert_array_equal(
+        load_audio(stream.getvalue(), "x", CONFIG), decode_audio(sound, CONFIG)
+    )
+
+
+# ---- films
+
+
+def film(codec, container, count, size=(64, 48), rate=30, group=25, **options):
+    """A film of moving noise, with a key frame every `group` frames."""
+    stream = io.BytesIO()
+    picture = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    with av.open(stream, "w", format=container) as file:
+        video = file.add_stream(codec, rate=rate, options=options)
+        video.width, video.height = size
+        video.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        video.gop_size = group
+        for i in range(count):
+            moved = np.roll(picture, i, axis=1)
+            moved[:8, :8] = i % 256
+            file.mux(video.encode(av.VideoFrame.from_ndarray(moved, format="rgb24")))
+        file.mux(video.encode(None))
+    return stream.getvalue()
+
+
+SOUGHT = [
+    ("libx264", "mp4", {"bf": "3"}),
+    ("libx264", "matroska", {"bf": "2", "x264-params": "open-gop=1"}),
+    ("libx264", "mpegts", {}),
+    ("libx265", "mp4", {"x265-params": "log-level=none:open-gop=1"}),
+    ("mpeg4", "avi", {}),
+    ("mpeg4", "mp4", {"bf": "2"}),
+    ("libvpx", "webm", {"auto-alt-ref": "1", "lag-in-frames": "16", "deadline": "realtime"}),
+    ("libvpx-vp9", "webm", {"deadline": "realtime", "cpu-used": "8"}),
+    ("mpeg2video", "mpegts", {"bf": "2"}),
+    ("mjpeg", "mov", {}),
+]
+
+
+@pytest.mark.parametrize(("codec", "container", "options"), SOUGHT)
+def test_seeking_gives_the_frames_of_decoding_all(monkeypatch, codec, container, options):
+    content = film(codec, container, 700, **options)
+    file = MediaFile("x", content)
+    config = MediaConfig(max_frames=8)
+    decoded = []
+    count = FrameReader.all_decoded
+    monkeypatch.setattr(FrameReader, "all_decoded", lambda *a: decoded.append(1) or count(*a))
+    sought = decode_video(file, config, None)
+    if codec not in ("libvpx", "libvpx-vp9"):  # those have packets without a frame
+        assert not decoded
+    monkeypatch.setattr(FrameReader, "sought", lambda *a: iter(()))
+    np.testing.assert_array_equal(sought, decode_video(file, config, None))
+    assert len(sought) == 8
+    np.testing.assert_array_equal(sought, load_video(content, "x", config).frames)
+
+
+def turned(content, matrix):
+    """An mp4 with another display matrix: a, b, c, d of its track."""
+    changed = bytearray(content)
+    at = content.index(b"tkhd") + 4 + 40
+    a, b, c, d = (value * 65_536 for value in matrix)
+    numbers = np.array([a, b, 0, c, d, 0, 0, 0, 1 << 30], ">i4")
+    changed[at : at + 36] = numbers.tobytes()
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "turn"),
+    [
+        ((0, 1, -1, 0), Image.Transpose.ROTATE_270),  # what phones write for portrait
+        ((-1, 0, 0, -1), Image.Transpose.ROTATE_180),
+        ((0, -1, 1, 0), Image.Transpose.ROTATE_90),
+        ((-1, 0, 0, 1), Image.Transpose.FLIP_LEFT_RIGHT),
+        ((1, 0, 0, -1), Image.Transpose.FLIP_TOP_BOTTOM),
+        ((0, 1, 1, 0), Image.Transpose.TRANSPOSE),
+    ],
+)
+def test_videos_are_upright(matrix, turn):
+    content = film("libx264", "mp4", 30)
+    phone = turned(content, matrix)
+    stored = load_video(content, "x", CONFIG).frames
+    upright = [np.asarray(Image.fromarray(frame).transpose(turn)) for frame in stored]
+    asked = []
+
+    def size_rule(*size):
+        asked.append(size)
+        return size
+
+    frames = load_video(phone, "x", CONFIG, size_rule).frames
+    np.testing.assert_array_equal(frames, np.stack(upright))
+    assert asked == [frames.shape[1:3]]
+    raw = load_video(phone, "x", MediaConfig(upright=False)).frames
+    np.testing.assert_array_equal(raw, stored)
