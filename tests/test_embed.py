@@ -885,7 +885,7 @@ def test_memory_stays_flat():
 
 
 def odd_folder(folder):
-    """Two pictures that can be read, one of them below 1,200 folders, among all that can be odd."""
+    """Three pictures that can be read, among all that can be odd."""
     good = picture(folder / "a.png")
     picture(folder / "line\nbreak.png", 1)
     os.rename(good, os.fsencode(folder) + b"/\xff.png")
@@ -945,17 +945,26 @@ def test_odd_entries_of_a_folder_are_skipped_or_counted(tmp_path, tiny, run_embe
     assert "symbolic links" in reasons["self.png"]
 
 
-def test_a_folder_may_be_deep_or_closed(tmp_path, monkeypatch):
-    deep = tmp_path
-    (tmp_path / "a.png").touch()
-    here = os.open(tmp_path, os.O_RDONLY)
-    os.chdir(tmp_path)
-    for _ in range(1200):
+@pytest.fixture
+def deep(tmp_path, monkeypatch):
+    """A folder with a picture below 1,200 folders, which Python could not remove by itself."""
+    levels = 1200
+    folder = tmp_path / "deep"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for _ in range(levels):
         os.mkdir("d")
         os.chdir("d")
     Path("deep.png").touch()
-    os.fchdir(here)
-    assert [name for name, _ in contents(deep)] == ["a.png", "d/" * 1200 + "deep.png"]
+    yield folder
+    os.unlink("deep.png")
+    for _ in range(levels):
+        os.chdir("..")
+        os.rmdir("d")
+
+
+def test_a_folder_may_be_deep_or_closed(tmp_path, monkeypatch, deep):
+    assert [name for name, _ in contents(deep)] == ["d/" * 1200 + "deep.png"]
     scandir = os.scandir
 
     def closed(path):
