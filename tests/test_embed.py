@@ -2,6 +2,8 @@
 line.
 """
 
+import copy
+import gzip
 import json
 import os
 import random
@@ -12,6 +14,8 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -1019,3 +1023,83 @@ def test_what_comes_and_goes_while_a_folder_is_embedded(tmp_path, run_embed, mon
         assert np.isnan(np.load(output)[5]).all()
     assert not Path(f"{output}.partial").exists()
     assert not (output / "_files.json").exists()
+
+
+# ---- whose fault it is
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_model_that_makes_nan_is_to_blame(tmp_path, tiny, run_embed, monkeypatch, on_error):
+    model = copy.copy(tiny)
+    model.params = {**tiny.params, "decoder": dict(tiny.params["decoder"])}
+    model.params["decoder"]["norm"] = jax.tree.map(
+        lambda x: x.at[0].set(jnp.nan), tiny.params["decoder"]["norm"]
+    )
+    monkeypatch.setattr(type(tiny), "from_pretrained", lambda *_, **__: model)
+    (tmp_path / "in.txt").write_text("a\nb\n")
+    output = tmp_path / "out.npy"
+    status, out, err = run_embed(
+        f"--input={tmp_path / 'in.txt'}", f"--output={output}", f"--on-error={on_error}"
+    )
+    assert (status, out) == (2, "")
+    assert "2 of 2 results are not finite" in err
+    assert "the model's decoder/norm/" in err
+    assert "holds NaN or infinity" in err
+    assert not output.exists()
+    model.params["decoder"]["norm"] = jax.tree.map(
+        lambda x: jnp.full_like(x, 3.4e38), tiny.params["decoder"]["norm"]
+    )
+    with pytest.raises(LcoError, match="the model overflows in float32"):
+        model.encode(["a"], on_error=on_error)
+
+
+def test_malformed_lines_are_skipped_like_torn_media(tmp_path, tiny, run_embed):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(
+        b'{"id": "a", "text": "one"}\n{"id": "b", "text": null}\n{"id": \n\xff\n'
+        b'{"id": "e", "text": "five"}\n'
+    )
+    output = tmp_path / "out.parquet"
+    command = [f"--input={path}", f"--output={output}", "--id-field=id"]
+    assert run_embed(*command)[0] == 2
+    assert run_embed(*command, "--on-error=skip")[0] == 0
+    table = pyarrow.parquet.read_table(output).to_pydict()
+    assert table["id"] == ["a", "b", None, None, "e"]
+    want = tiny.encode([{"text": "one"}, {"text": "five"}])
+    vectors = table["embedding"]
+    assert vectors[1:4] == [None, None, None]
+    np.testing.assert_allclose(np.array([vectors[0], vectors[4]]), want, atol=1e-5)
+    lines = Path(f"{output}.skipped.jsonl").read_text().splitlines()
+    reasons = [json.loads(line)["reason"] for line in lines]
+    for reason, words in zip(reasons, ["nothing to embed", "JSON", "UTF-8"], strict=True):
+        assert words in reason
+
+
+def test_packed_and_several_files_of_lines(tmp_path):
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write('"one"\n\n"two"\n')
+    write_lines(tmp_path / "b.jsonl", "three")
+    both = contents(tmp_path / "*.jsonl*")
+    assert both == [(0, {"text": "one"}), (2, {"text": "two"}), (3, {"text": "three"})]
+    assert list(Corpus(tmp_path / "*.jsonl*").reader()(1, 3))[1].content == {"text": "three"}
+    for name, texts in (("a", ["one", "two"]), ("b", ["three"])):
+        pyarrow.parquet.write_table(pa.table({"text": texts}), tmp_path / f"{name}.parquet")
+    found = contents(tmp_path / "*.parquet")
+    assert found == [(i, {"text": x}) for i, x in enumerate(["one", "two", "three"])]
+    assert [item.id for item in Corpus(tmp_path / "*.parquet").reader()(2, 3)] == [2]
+    with pytest.raises(LcoError, match="name one kind"):
+        contents(tmp_path / "*")
+
+
+def test_head_may_close_the_pipe():
+    script = (
+        "from lco_jax.core.errors import run_main\nrun_main(lambda: print('line\\n' * 200_000))"
+    )
+    command = f'{sys.executable} -c "$SCRIPT" | head -1; echo ${{PIPESTATUS[0]}}'
+    done = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "SCRIPT": script, "PYTHONPATH": str(ROOT)},
+    )
+    assert (done.stdout, done.stderr) == ("line\n141\n", "")
