@@ -33,6 +33,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -45,6 +46,7 @@ from lco_jax.core.errors import PREEMPTED, LcoError, run_main
 from lco_jax.core.files import AnyPath, as_path, on_bucket, reaching
 from lco_jax.data.bucket_folder import BucketFolder
 from lco_jax.data.corpus import Contents, Corpus, scan
+from lco_jax.data.folder import Listing, as_id, changes_in_words, rest_in_words
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.parts import DESCRIPTION, Unit, VectorParts, cut
 from lco_jax.flags import (
@@ -116,7 +118,8 @@ def main() -> int:
         jax.config.update("jax_platforms", "cpu")
     media = media_config(args)
     corpus = open_corpus(args)
-    fingerprint = corpus.fingerprint()
+    listing = corpus.listing
+    fingerprint = corpus.fingerprint() if listing is None else listing.fingerprint()
     checkpoint = open_checkpoint(args.model)
     work = _work(args, fingerprint, media, checkpoint)
     with VectorParts(args.output, work) as parts:
@@ -130,6 +133,10 @@ def main() -> int:
     if record["skipped"]:
         which = f"{args.output}.skipped.jsonl says which inputs were skipped, and why"
         print(f"{record['skipped']:,} of them are empty: {which}")
+    if changes := changes_in_words(record.get("since listed", {})):
+        print(changes)
+    if rest := rest_in_words(record.get("left out", {})):
+        print(rest)
     return 0
 
 
@@ -165,27 +172,47 @@ def _embed(
     parts: VectorParts,
 ) -> dict[str, Any]:
     """Make the parts that are not there and join all: the record of it."""
+    if begun := parts.begun_with(INPUT_STATE):
+        corpus = replace(corpus, kept=begun)
     found, unit_rows = _look(args, corpus, media, parts)
     modalities = modalities_of(checkpoint, found, media, args.on_error == "raise")
     units = cut(0, found.total, unit_rows)
     load = partial(
         UnitEmbedder, args, media, modalities, found.has_media, unit_rows, folder=parts.folder
     )
-    with _what_is_kept(parts, found.total):
+    with _what_is_kept(corpus, parts, found.total):
         _make_parts(args, load, parts, units)
-        if corpus.fingerprint() != parts.work[INPUT_STATE]:
-            advice = f"remove {parts.folder.path} and start anew"
-            raise LcoError(f"--input={args.input} changed meanwhile; {advice}")
-    return parts.join(units, checkpoint.config.hidden_size, found.ids)
+    if _has_moved(corpus, parts):
+        advice = f"remove {parts.folder.path} and start anew"
+        raise LcoError(f"--input={args.input} changed meanwhile; {advice}")
+    about = {} if corpus.listing is None else _about(corpus, corpus.listing)
+    return parts.join(units, checkpoint.config.hidden_size, found.ids, **about)
+
+
+def _has_moved(corpus: Corpus | BucketFolder, parts: VectorParts) -> bool:
+    """Whether rows may not be where they were: a file of inputs changed, of which there is no list
+    as of a folder.
+    """
+    return corpus.listing is None and corpus.fingerprint() != parts.work[INPUT_STATE]
+
+
+def _about(corpus: Corpus | BucketFolder, listing: Listing) -> dict[str, Any]:
+    """What the record says about a folder: what was left out, and what changed since."""
+    about: dict[str, Any] = {"left out": dict(listing.left_out)}
+    changes = listing.changes(corpus.listed_now())
+    if any(changes.values()):
+        about["since listed"] = {how: list(map(as_id, names)) for how, names in changes.items()}
+    return about
 
 
 @contextmanager
-def _what_is_kept(parts: VectorParts, total: int) -> Iterator[None]:
+def _what_is_kept(corpus: Corpus | BucketFolder, parts: VectorParts, total: int) -> Iterator[None]:
     """Whatever ends the work within, a line says what the same command need not do again."""
     try:
         yield
     except (LcoError, KeyboardInterrupt, SystemExit):
-        if done := parts.rows_done():
+        done = parts.rows_done()
+        if done and not _has_moved(corpus, parts):
             kept = f"{done:,} of {total:,} vectors are kept in {parts.folder.path}"
             print(f"{kept}; the same command goes on from there", file=sys.stderr)
         raise
@@ -234,6 +261,8 @@ def _look(
         items = tqdm(corpus.items(strict), desc="checking", unit="input", leave=False, delay=2)
         with items:
             found = scan(items, media, strict)
+        if corpus.listing is not None:
+            parts.folder.keep(corpus.listing)
         unit_rows = args.part_size or (MEDIA_A_UNIT if found.has_media else TEXTS_A_UNIT)
         known = {
             "total": found.total,

@@ -22,6 +22,7 @@ from lco_jax.checkpoint import peft
 from lco_jax.checkpoint.hf import load_model, open_checkpoint
 from lco_jax.core import lora
 from lco_jax.core.errors import LcoError, check_at_least_1
+from lco_jax.core.finite import check_results
 from lco_jax.core.packing import PackedTokens
 from lco_jax.core.shapes import ShapeLog
 from lco_jax.core.sharding import make_mesh, replicated, row_shards, shardings
@@ -225,8 +226,7 @@ class OmniEmbedder:
         Blocks depend on these and on the inputs, never on time.
         """
         check_at_least_1(batch_size=batch_size, max_tokens=max_tokens, block_inputs=block_inputs)
-        if on_error not in ("raise", "skip"):
-            raise LcoError(f"on_error is {on_error!r}; it is one of: raise, skip")
+        check_on_error(on_error)
         preparation = Preparation(self.processor, prompt, max_length)
         prepared = prepare_ahead(preparation, named(inputs, names), workers)
         shards = row_shards(self.mesh)
@@ -263,6 +263,7 @@ class OmniEmbedder:
                 good.append(i)
         vectors = np.full((len(ready), self.dimension), np.nan, np.float32)
         vectors[good] = self.embed([ready[i] for i in good], batch_size, max_tokens, progress)
+        check_results(vectors[good], self.params, self.model.decoder.dtype)
         if progress is not None:
             progress.update(len(skipped))
         return EmbeddedBlock(first, vectors, skipped)
@@ -383,6 +384,12 @@ def _with_adapter(
         out_shardings=None if attach else shardings(decoder, mesh),
     )
     return join(decoder, adapters, config)
+
+
+def check_on_error(on_error: str) -> None:
+    """Raise for another value than the two that there are."""
+    if on_error not in ("raise", "skip"):
+        raise LcoError(f"on_error is {on_error!r}; it is one of: raise, skip")
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

@@ -73,17 +73,22 @@ def add_corpus_flags(
 
     on_error, part_size, max_length: the defaults of these flags.
     """
-    parser.add_argument(
-        "--on-error",
-        choices=["raise", "skip"],
-        default=on_error,
-        help="for an input that cannot be read (default: %(default)s)",
-    )
+    add_on_error(parser, on_error)
     default = f"{TEXTS_A_UNIT}; {MEDIA_A_UNIT} with media" if part_size is None else part_size
     parser.add_argument(
         "--part-size", type=int, default=part_size, help=f"inputs of a unit (default: {default})"
     )
     add_model_flags(parser, media_root, max_length)
+
+
+def add_on_error(parser: argparse.ArgumentParser, default: str) -> None:
+    """The flag that says what a bad input does."""
+    parser.add_argument(
+        "--on-error",
+        choices=["raise", "skip"],
+        default=default,
+        help="for an input that cannot be read (default: %(default)s)",
+    )
 
 
 def add_model_flags(

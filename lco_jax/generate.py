@@ -18,7 +18,7 @@ by "Describe the above image." and the like.
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,14 @@ from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.files import write_json, write_text, written_aside
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Contents, Corpus, scan
+from lco_jax.data.folder import rest_in_words
 from lco_jax.data.records import answer_of, as_input
 from lco_jax.data.sources import open_file
 from lco_jax.embed import modalities_of
 from lco_jax.evaluation.answers import score
 from lco_jax.flags import (
     add_model_flags,
+    add_on_error,
     add_path,
     load_embedder,
     media_config,
@@ -65,6 +67,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--max-new-tokens", type=int, default=64, help="the longest answer (default: 64)"
     )
+    add_on_error(parser, "raise")
     add_model_flags(parser)
     args = parser.parse_args()
     if args.data is not None:
@@ -102,11 +105,12 @@ def main() -> int:
 
 def answer(args: argparse.Namespace) -> None:
     """Answer the inputs; print the answers, or write them."""
-    corpus = Corpus(args.input, args.id_field, args.media_root)
-    found = scan(corpus.items(check_media=True), media_config(args), check_media=True)
+    strict = args.on_error == "raise"
+    corpus = Corpus(args.input, args.id_field, args.media_root, keeps_bad=not strict)
+    found = scan(corpus.items(strict), media_config(args), strict)
     items = list(corpus.items())
     contents = [item.content for item in items]
-    answers = _generate(args, contents, [item.where for item in items], found)
+    answers, skipped = _generate(args, contents, [item.where for item in items], found)
     lines = _json_lines(
         {"id": item.id, "answer": answer} for item, answer in zip(items, answers, strict=True)
     )
@@ -115,6 +119,22 @@ def answer(args: argparse.Namespace) -> None:
         return
     write_text(args.output, lines)
     print(f"{len(items):,} answers: {args.output}")
+    _list_skipped(args.output, {i: items[i].id for i in skipped}, skipped)
+    if corpus.listing and corpus.listing.left_out:
+        print(rest_in_words(corpus.listing.left_out))
+
+
+def _list_skipped(
+    output: Path, ids: Mapping[int, int | str | None], skipped: Mapping[int, str]
+) -> None:
+    """Write `<output>.skipped.jsonl`, as `embed` does, if anything was skipped."""
+    path = output.with_name(f"{output.name}.skipped.jsonl")
+    if not skipped:
+        path.unlink(missing_ok=True)  # of an earlier output
+        return
+    rows = ({"index": i, "id": ids[i], "reason": why} for i, why in sorted(skipped.items()))
+    write_text(path, _json_lines(rows))
+    print(f"{len(skipped):,} of them are empty: {path} says which inputs were skipped, and why")
 
 
 def answer_and_score(args: argparse.Namespace) -> None:
@@ -125,8 +145,13 @@ def answer_and_score(args: argparse.Namespace) -> None:
     contents = [as_input(record.anchor) for record in records]
     kinds = {kind: record.where for record in records for kind in record.modalities}
     with written_aside(args.output) as folder:
-        answers = _generate(args, contents, names, Contents(len(records), kinds, int))
-        scores = score(answers, references)
+        answers, skipped = _generate(args, contents, names, Contents(len(records), kinds, int))
+        if len(skipped) == len(records):
+            raise LcoError(f"--input={args.input} holds no record that could be answered")
+        answered = [i for i in range(len(records)) if i not in skipped]
+        scores = score([answers[i] for i in answered], [references[i] for i in answered])
+        if skipped:
+            scores["skipped"] = len(skipped)
         rows = zip(names, answers, references, strict=True)
         lines = _json_lines(
             {"where": name, "answer": answer, "reference": reference}
@@ -136,7 +161,7 @@ def answer_and_score(args: argparse.Namespace) -> None:
         write_json(folder / "results.json", {**scores, "flags": _flags(args)})
     print("| score | |\n|---|---|")
     for name, value in scores.items():
-        shown = f"{value:,}" if name == "records" else f"{value:.4f}"
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
         print(f"| {name} | {shown} |")
     print(f"scores: {args.output / 'results.json'}; answers: answers.jsonl beside it")
 
@@ -152,16 +177,16 @@ def _flags(args: argparse.Namespace) -> dict[str, Any]:
 
 def _generate(
     args: argparse.Namespace, contents: Sequence[Any], names: Sequence[str], found: Contents
-) -> list[str]:
-    """The model's answer to each content."""
+) -> tuple[list[Any], dict[int, str]]:
+    """(the model's answer to each content, None of a skipped one; index -> why it is.)"""
     media = media_config(args)
     checkpoint = open_checkpoint(args.model)
     keep_compiled()
-    modalities = modalities_of(checkpoint, found, media, strict=True)
+    modalities = modalities_of(checkpoint, found, media, args.on_error == "raise")
     model = load_embedder(args, checkpoint, media, modalities, OmniGenerator)
     prompt = {} if args.prompt is None else {"prompt": args.prompt}
     with tqdm(total=len(contents), desc="answering", unit="input") as progress:
-        return model.generate(
+        answers = model.generate(
             contents,
             args.max_new_tokens,
             batch_size=args.batch_size,
@@ -169,8 +194,10 @@ def _generate(
             names=names,
             workers=workers(args, found.has_media),
             progress=progress,
+            on_error=args.on_error,
             **prompt,
         )
+    return answers, dict(model.skipped)
 
 
 def _json_lines(rows: Iterable[dict[str, Any]]) -> str:

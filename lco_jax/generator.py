@@ -4,7 +4,8 @@ Dimensions: N inputs, D hidden, R streams, S slots of a stream, T tokens of a st
 batch's answers, M new tokens (at most), E token ids that end a turn.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from lco_jax.core.bins import bucket
 from lco_jax.core.errors import LcoError, check_at_least_1
 from lco_jax.core.files import read_json
+from lco_jax.core.finite import check_results
 from lco_jax.core.packing import PackedTokens
 from lco_jax.core.sharding import replicated, row_shards
 from lco_jax.data.inference import BLOCK_INPUTS, MAX_TOKENS, InferenceBatch, blocks_of
@@ -24,13 +26,14 @@ from lco_jax.data.inputs import Preparation, is_single, named, one_ahead, prepar
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import Prompt, asked
 from lco_jax.data.tower_rows import Processed
-from lco_jax.embedder import OmniEmbedder
+from lco_jax.embedder import OmniEmbedder, check_on_error
 from lco_jax.models.cache import Cache
 from lco_jax.models.decoder import Decoder
 from lco_jax.models.head import greedy, head_of, token_losses
 from lco_jax.models.streams import take
 
 AT_ONCE = 64  # inputs that are decoded together by default
+logger = logging.getLogger(__name__)
 
 
 class OmniGenerator(OmniEmbedder):
@@ -55,13 +58,17 @@ class OmniGenerator(OmniEmbedder):
 
     def generate(
         self, inputs: Sequence[Any], max_new_tokens: int = 64, **options: Any
-    ) -> list[str]:
-        """The greedy answer to each input, without the tokens that end its turn.
+    ) -> list[str | None]:
+        """The greedy answer to each input, without the tokens that end its turn; None of one that
+        was skipped.
 
         options: as `generate_ids` has them.
         """
-        answers = []
+        answers: list[str | None] = []
         for ids in self.generate_ids(inputs, max_new_tokens, **options):
+            if ids is None:
+                answers.append(None)
+                continue
             spoken = ids[~np.isin(ids, self.ends)]
             answers.append(self.tokenizer.tokenizer.decode(spoken, skip_special_tokens=True))
         return answers
@@ -77,29 +84,63 @@ class OmniGenerator(OmniEmbedder):
         progress: tqdm | None = None,
         workers: int = 0,
         names: Sequence[str] | None = None,
-    ) -> list[np.ndarray]:
+        on_error: str = "raise",
+    ) -> list[np.ndarray | None]:
         """The token ids of each answer: int32 [M at most], with the one that ended the turn.
 
         inputs (a list or one input), max_length, workers, progress, names: as `encode` has them.
         prompt: for every content. By default, a content with a text is its own question, and any
             other gets one of `prompts.QUESTIONS`. Chat messages get none.
         batch_size: the most inputs that are decoded together; no answer depends on it.
-        Raises for the first input that is bad, or that leaves no room for `max_new_tokens` in the
-        model's context.
+        on_error: "raise" for the first input that is bad, or that leaves no room for
+            `max_new_tokens` in the model's context; or "skip": None, and `skipped` says why.
         """
         check_at_least_1(max_new_tokens=max_new_tokens, batch_size=batch_size)
+        check_on_error(on_error)
         inputs = [inputs] if is_single(inputs) else inputs
         preparation = Preparation(self.processor, prompt, max_length)
         prepared = prepare_ahead(preparation, named(inputs, names), workers)
-        blocks = blocks_of(prepared, BLOCK_INPUTS, raises=True, shards=row_shards(self.mesh))
-        generated: list[np.ndarray] = []
-        for ready in one_ahead(blocks):
+        raises = on_error == "raise"
+        blocks = blocks_of(prepared, BLOCK_INPUTS, raises, shards=row_shards(self.mesh))
+        generated: list[np.ndarray | None] = []
+        self.skipped = {}
+        for block in one_ahead(blocks):
             first = len(generated)
-            here = range(first, first + len(ready))
-            where = [names[i] if names else f"input {i}" for i in here]
-            self._check_room(ready, where, max_new_tokens, f"max_new_tokens={max_new_tokens}")
-            generated += self._generate(ready, max_new_tokens, batch_size or AT_ONCE, progress)
+            here = range(first, first + len(block))
+            where = {i: names[i] if names else f"input {i}" for i in here}
+            good = self._good_of(block, where, max_new_tokens, raises)
+            ready = [block[i] for i in good]
+            found = self._generate(ready, max_new_tokens, batch_size or AT_ONCE, progress)
+            answers = dict(zip(good, found, strict=True))
+            generated += [answers.get(i) for i in range(len(block))]
+            if progress is not None:
+                progress.update(len(block) - len(good))
         return generated
+
+    def _good_of(
+        self,
+        block: Sequence[Processed | LcoError],
+        names: Mapping[int, str],
+        new: int,
+        raises: bool,
+    ) -> list[int]:
+        """Which inputs of a block can be answered; the others are raised, or added to `skipped`.
+
+        names: index among all inputs -> name, of the block's. new: tokens of an answer.
+        """
+        good = []
+        for i, (one, (index, name)) in enumerate(zip(block, names.items(), strict=True)):
+            try:
+                if isinstance(one, LcoError):
+                    raise one
+                self._check_room([one], [name], new, f"max_new_tokens={new}")
+                good.append(i)
+            except LcoError as error:
+                if raises:
+                    raise
+                logger.warning("skipped: %s", error)
+                self.skipped[index] = str(error)
+        return good
 
     def _generate(
         self,
@@ -155,6 +196,7 @@ class OmniGenerator(OmniEmbedder):
         losses = np.zeros(len(ready), np.float32)
         for indices, (each, answer) in self._run(ready, start, None, max_tokens, progress):
             losses[indices] = np.bincount(answer, np.asarray(each)[: len(answer)])
+        check_results(losses[:, None], self.params, self.model.decoder.dtype)
         return losses, np.array([len(ids) for ids in targets])
 
     def _start_losses(

@@ -4,7 +4,9 @@ import argparse
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from glob import has_magic
 from itertools import tee
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -12,10 +14,12 @@ from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.core.errors import LcoError
-from lco_jax.core.files import local_copy, on_bucket
+from lco_jax.core.files import AnyPath, local_copy, on_bucket
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.bucket_folder import BucketFolder
 from lco_jax.data.corpus import FORMATS, Corpus, CorpusItem
+from lco_jax.data.folder import Listing
+from lco_jax.data.lines import ending_of
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.parts import PartsFolder, Unit
 from lco_jax.data.vectors import part_table
@@ -46,7 +50,7 @@ class UnitEmbedder:
         self.args, self.folder, self.unit_rows = args, folder, unit_rows
         self.workers = workers(args, has_media, cpus)
         self.embedder = load_embedder(args, open_checkpoint(args.model), media, modalities)
-        self.read = open_corpus(args).reader()
+        self.read = open_corpus(args, folder.kept()).reader()
 
     def __call__(self, units: Sequence[Unit], progress: tqdm | None = None) -> None:
         """Embed those of the units that have no part. progress: a bar, advanced by every input."""
@@ -57,14 +61,22 @@ class UnitEmbedder:
         embed_units(self.embedder, inputs, self.folder, self.args, options)
 
 
-def open_corpus(args: argparse.Namespace) -> Corpus | BucketFolder:
-    """The input of --input. A file on a bucket is fetched to the cache of this machine, a folder is
-    not.
+def open_corpus(args: argparse.Namespace, kept: Listing | None = None) -> Corpus | BucketFolder:
+    """The input of --input. Files on a bucket are fetched to the cache of this machine, a folder is
+    not. kept: what the folder held when the work began.
     """
-    if on_bucket(args.input) and args.input.suffix not in FORMATS:
-        return BucketFolder(args.input)
+    if on_bucket(args.input) and ending_of(args.input) not in FORMATS:
+        return BucketFolder(args.input, kept)
     root = None if args.media_root is None else local_copy(args.media_root)
-    return Corpus(local_copy(args.input), args.id_field, root)
+    keeps_bad = args.on_error == "skip"
+    return Corpus(_local(args.input), args.id_field, root, keeps_bad=keeps_bad, kept=kept)
+
+
+def _local(path: AnyPath) -> Path:
+    """An input's file, or the pattern of several, on this machine."""
+    if not on_bucket(path) or not has_magic(path.name):
+        return local_copy(path)
+    return local_copy(path.parent, [path.name]) / path.name
 
 
 class _Inputs:
@@ -75,7 +87,7 @@ class _Inputs:
     def __init__(self, units: Iterable[tuple[Unit, Iterable[CorpusItem]]], path: Any):
         self._units, self._path = units, path
         self.sizes, self.taken = deque[int](), deque[Unit]()
-        self.ids = deque[int | str]()  # no more than a block and what is prepared ahead
+        self.ids = deque[int | str | None]()  # no more than a block and what is prepared ahead
 
     def __iter__(self) -> Iterator[tuple[Any, str]]:
         for unit, items in self._units:
@@ -124,5 +136,7 @@ def embed_units(
         reasons = {index - block.first: reason for index, reason in block.skipped.items()}
         waiting.append(part_table(ids, block.vectors, reasons))
         if sum(map(len, waiting)) == stream.taken[0].rows:
-            folder.write(stream.taken.popleft(), pa.concat_tables(waiting))
+            # a block whose ids cannot be read has ids of no type
+            unit_table = pa.concat_tables(waiting, promote_options="default")
+            folder.write(stream.taken.popleft(), unit_table)
             waiting = []

@@ -1,6 +1,7 @@
 """Records and sources: what is read, and what is refused by name."""
 
 import copy
+import gzip
 import json
 import os
 import runpy
@@ -150,7 +151,6 @@ BAD_RECORDS = {  # line -> what the message says about it
     '{"anchor": null, "positive": "p"}': "anchor is NoneType None; give",
     '{"anchor": "a", "positive": {"text": 3}}': "positive.text",
     '{"anchor": "a", "positive": "p", "negative": [["n"]]}': "negative is list ['n']; give",
-    '{"anchor": "a", "positive": "p", "negative": [null]}': "negative is NoneType None; give",
 }  # fmt: skip
 
 
@@ -1107,3 +1107,38 @@ def test_on_bad_is_error_or_skip():
 def test_there_must_be_a_source():
     with pytest.raises(LcoError, match=r"config\.data\.sources is empty"):
         pipeline.open_sources({"sources": {}, "on_bad": "error"})
+
+
+def test_other_keys_are_counted_and_null_is_no_negative(tmp_path, caplog):
+    records = [
+        {"anchor": f"a{i}", "positive": "p", "negative": [None, f"n{i}", None], "id": i, "url": ""}
+        for i in range(3)
+    ]
+    del records[0]["url"]
+    source = JsonlSource(write_jsonl(tmp_path / "data.jsonl", *records))
+    assert [record.negatives for record in source] == [("n0",), ("n1",), ("n2",)]
+    assert "keys of records that are ignored: 'id' 3, 'url' 2" in caplog.text
+    for slip in ("negativ", "Positive", "anchors"):
+        with pytest.raises(LcoError, match=f"the record has '{slip}'; write"):
+            parse_record({"anchor": "a", "positive": "p", slip: "n"}, "here")
+    assert parse_record({"anchor": "a", "positive": "p", "positive_id": 3}, "").ignored == (
+        "positive_id",
+    )
+
+
+def test_jsonl_may_be_packed_and_several_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("LCO_JAX_CACHE", str(tmp_path / "cache"))
+    lines = [json.dumps({"anchor": f"é{i}", "positive": f"p{i}"}) + "\n" for i in range(5)]
+    (tmp_path / "b.jsonl").write_text("".join(lines[2:]), encoding="utf-8")
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb") as file:
+        file.write("".join(lines[:2]).encode())
+    for path in ("*.jsonl*", "**/*.jsonl*"):
+        source = open_source("s", {"kind": "jsonl", "path": str(tmp_path / path)})
+        assert [source[i].anchor for i in (4, 0, 3, 1, 2)] == ["é4", "é0", "é3", "é1", "é2"]
+        assert source[1].where == f"{tmp_path / 'a.jsonl.gz'}:2"
+    with pytest.raises(LcoError, match="matches no file"):
+        JsonlSource(tmp_path / "x*.jsonl")
+    content = (tmp_path / "a.jsonl.gz").read_bytes()
+    (tmp_path / "a.jsonl.gz").write_bytes(content[:-12])
+    with pytest.raises(LcoError, match="is torn or not packed by gzip"):
+        JsonlSource(tmp_path / "a.jsonl.gz")

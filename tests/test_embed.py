@@ -2,6 +2,8 @@
 line.
 """
 
+import copy
+import gzip
 import json
 import os
 import random
@@ -12,6 +14,8 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -879,3 +883,223 @@ def test_memory_stays_flat():
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+# ---- odd folders
+
+
+def odd_folder(folder):
+    """Three pictures that can be read, among all that can be odd."""
+    good = picture(folder / "a.png")
+    picture(folder / "line\nbreak.png", 1)
+    os.rename(good, os.fsencode(folder) + b"/\xff.png")
+    picture(folder / "b" / "good.PNG", 2)
+    (folder / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+    for name in ("note.txt", "more.TXT", "README", ".DS_Store", "table.csv"):
+        (folder / name).write_text("x")
+    (folder / ".git").mkdir()
+    (folder / "broken.png").symlink_to("nowhere")
+    (folder / "self.png").symlink_to("self.png")
+    (folder / "self").symlink_to("self")
+    (folder / "b" / "up").symlink_to("..")
+    os.mkfifo(folder / "pipe.png")
+    os.mkfifo(folder / "pipe")
+    return folder
+
+
+ODD_IDS = ["\\xff.png", "b/good.PNG", "broken.png", "line\nbreak.png", "pipe.png", "self.png"]
+ODD_REST = {
+    ".txt": 2,
+    "hidden": 2,
+    "no ending": 3,
+    ".csv": 1,
+    ".heic": 1,
+    "links to folders": 1,
+}
+
+
+def test_odd_entries_of_a_folder_are_skipped_or_counted(tmp_path, tiny, run_embed):
+    """Names that are not UTF-8 or not on a line, broken links, links in a circle, pipes."""
+    folder = odd_folder(tmp_path / "media")
+    command = [f"--input={folder}", f"--output={tmp_path / 'out.parquet'}", "--workers=0"]
+    status, _, err = run_embed(*command)
+    assert status == 2
+    assert f"error: {folder}: broken.png is a broken link; remove it" in err
+    status, out, err = run_embed(*command, "--on-error=skip")
+    assert status == 0, err
+    rest = ".txt 2, hidden 2, .csv 1, .heic 1, links to folders 1"
+    assert out.endswith(f"\nleft out: no ending 3, {rest}\n")
+    record = json.loads((tmp_path / "out.parquet.json").read_text())
+    assert record["left out"] == ODD_REST
+    assert (record["vectors"], record["skipped"]) == (6, 3)
+    table = pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pydict()
+    found = dict(zip(table["id"], table["embedding"], strict=True))
+    assert sorted(found) == sorted(ODD_IDS)
+    want = tiny.encode([Image.open(folder / "b" / "good.PNG")])
+    np.testing.assert_allclose(found["b/good.PNG"], want[0], atol=1e-5)
+    assert {id for id, vector in found.items() if vector is None} == {
+        "broken.png",
+        "pipe.png",
+        "self.png",
+    }
+    lines = (tmp_path / "out.parquet.skipped.jsonl").read_text().splitlines()
+    reasons = {line["id"]: line["reason"] for line in map(json.loads, lines)}
+    assert "does not exist" in reasons["broken.png"]
+    assert "is a pipe or a device" in reasons["pipe.png"]
+    assert "symbolic links" in reasons["self.png"]
+
+
+@pytest.fixture
+def deep(tmp_path, monkeypatch):
+    """A folder with a picture below 1,200 folders, which Python could not remove by itself."""
+    levels = 1200
+    folder = tmp_path / "deep"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for _ in range(levels):
+        os.mkdir("d")
+        os.chdir("d")
+    Path("deep.png").touch()
+    yield folder
+    os.unlink("deep.png")
+    for _ in range(levels):
+        os.chdir("..")
+        os.rmdir("d")
+
+
+def test_a_folder_may_be_deep_or_closed(tmp_path, monkeypatch, deep):
+    assert [name for name, _ in contents(deep)] == ["d/" * 1200 + "deep.png"]
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("secret/"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    other = tmp_path / "other"
+    picture(other / "secret" / "b.png")
+    picture(other / "a.png")
+    monkeypatch.setattr(os, "scandir", closed)
+    corpus = Corpus(other)
+    assert [item.id for item in corpus.items()] == ["a.png"]
+    assert corpus.listing.left_out == {"folders that cannot be read": 1}
+    with pytest.raises(LcoError, match="the folder secret/ cannot be read: Permission denied"):
+        list(corpus.items(check_media=True))
+
+
+@pytest.mark.parametrize("name", ["out.npy", "out.parquet", "out"])
+def test_what_comes_and_goes_while_a_folder_is_embedded(tmp_path, run_embed, monkeypatch, name):
+    """The list of the start is kept, also by a command that goes on; what changed is said."""
+    folder, output = tmp_path / "media", tmp_path / name
+    for i in range(6):
+        picture(folder / f"{i}.png", i)
+    command = [f"--input={folder}", "--part-size=2", "--workers=0", "--on-error=skip"]
+    assert run_embed(*command, f"--output={tmp_path / 'want.npy'}")[0] == 0
+    want = np.load(tmp_path / "want.npy")
+    write = PartsFolder.write
+
+    def changing(parts, unit, rows):
+        write(parts, unit, rows)
+        picture(folder / "00.png", 9)
+        (folder / "5.png").unlink()
+        picture(folder / "0.png", 8)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PartsFolder, "write", changing)
+        status, _, err = run_embed(*command, f"--output={output}")
+    assert status == 130
+    assert "2 of 6 vectors are kept" in err
+    status, out, err = run_embed(*command, f"--output={output}")
+    assert status == 0, err
+    said = "1 (00.png) new and not in it; 1 (5.png) gone; 1 (0.png) changed"
+    assert f"since the folder was listed: {said}\n" in out
+    record = json.loads(
+        (output / "_index.json" if name == "out" else Path(f"{output}.json")).read_text()
+    )
+    assert record["since listed"] == {"new": ["00.png"], "gone": ["5.png"], "changed": ["0.png"]}
+    if name == "out.npy":
+        np.testing.assert_allclose(np.load(output)[:5], want[:5], atol=1e-5)
+        assert np.isnan(np.load(output)[5]).all()
+    assert not Path(f"{output}.partial").exists()
+    assert not (output / "_files.json").exists()
+
+
+# ---- whose fault it is
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_model_that_makes_nan_is_to_blame(tmp_path, tiny, run_embed, monkeypatch, on_error):
+    model = copy.copy(tiny)
+    model.params = {**tiny.params, "decoder": dict(tiny.params["decoder"])}
+    model.params["decoder"]["norm"] = jax.tree.map(
+        lambda x: x.at[0].set(jnp.nan), tiny.params["decoder"]["norm"]
+    )
+    monkeypatch.setattr(type(tiny), "from_pretrained", lambda *_, **__: model)
+    (tmp_path / "in.txt").write_text("a\nb\n")
+    output = tmp_path / "out.npy"
+    status, out, err = run_embed(
+        f"--input={tmp_path / 'in.txt'}", f"--output={output}", f"--on-error={on_error}"
+    )
+    assert (status, out) == (2, "")
+    assert "2 of 2 results are not finite" in err
+    assert "the model's decoder/norm/" in err
+    assert "holds NaN or infinity" in err
+    assert not output.exists()
+    model.params["decoder"]["norm"] = jax.tree.map(
+        lambda x: jnp.full_like(x, 3.4e38), tiny.params["decoder"]["norm"]
+    )
+    with pytest.raises(LcoError, match="the model overflows in float32"):
+        model.encode(["a"], on_error=on_error)
+
+
+def test_malformed_lines_are_skipped_like_torn_media(tmp_path, tiny, run_embed):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(
+        b'{"id": "a", "text": "one"}\n{"id": "b", "text": null}\n{"id": \n\xff\n'
+        b'{"id": "e", "text": "five"}\n'
+    )
+    output = tmp_path / "out.parquet"
+    command = [f"--input={path}", f"--output={output}", "--id-field=id"]
+    assert run_embed(*command)[0] == 2
+    assert run_embed(*command, "--on-error=skip")[0] == 0
+    table = pyarrow.parquet.read_table(output).to_pydict()
+    assert table["id"] == ["a", "b", None, None, "e"]
+    want = tiny.encode([{"text": "one"}, {"text": "five"}])
+    vectors = table["embedding"]
+    assert vectors[1:4] == [None, None, None]
+    np.testing.assert_allclose(np.array([vectors[0], vectors[4]]), want, atol=1e-5)
+    lines = Path(f"{output}.skipped.jsonl").read_text().splitlines()
+    reasons = [json.loads(line)["reason"] for line in lines]
+    for reason, words in zip(reasons, ["nothing to embed", "JSON", "UTF-8"], strict=True):
+        assert words in reason
+
+
+def test_packed_and_several_files_of_lines(tmp_path):
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write('"one"\n\n"two"\n')
+    write_lines(tmp_path / "b.jsonl", "three")
+    both = contents(tmp_path / "*.jsonl*")
+    assert both == [(0, {"text": "one"}), (2, {"text": "two"}), (3, {"text": "three"})]
+    assert list(Corpus(tmp_path / "*.jsonl*").reader()(1, 3))[1].content == {"text": "three"}
+    for name, texts in (("a", ["one", "two"]), ("b", ["three"])):
+        pyarrow.parquet.write_table(pa.table({"text": texts}), tmp_path / f"{name}.parquet")
+    found = contents(tmp_path / "*.parquet")
+    assert found == [(i, {"text": x}) for i, x in enumerate(["one", "two", "three"])]
+    assert [item.id for item in Corpus(tmp_path / "*.parquet").reader()(2, 3)] == [2]
+    with pytest.raises(LcoError, match="name one kind"):
+        contents(tmp_path / "*")
+
+
+def test_head_may_close_the_pipe():
+    script = (
+        "from lco_jax.core.errors import run_main\nrun_main(lambda: print('line\\n' * 200_000))"
+    )
+    command = f'{sys.executable} -c "$SCRIPT" | head -1; echo ${{PIPESTATUS[0]}}'
+    done = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "SCRIPT": script, "PYTHONPATH": str(ROOT)},
+    )
+    assert (done.stdout, done.stderr) == ("line\n141\n", "")

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import reference
 from PIL import Image
@@ -279,3 +281,32 @@ def test_no_answers_and_one_that_is_too_long(tiny):
     assert [x.shape for x in tiny.token_losses([], [])] == [(0,), (0,)]
     with pytest.raises(LcoError, match="input 1 and its answer exceed the model's 32768 tokens"):
         tiny.token_losses(["a", "b"], ["c", "word " * 40_000])
+
+
+def test_generate_skips_bad_inputs(tmp_path, run_command, monkeypatch, tiny):
+    """Of a folder, and of a table with a null; as `embed` does."""
+    monkeypatch.setattr(OmniGenerator, "from_pretrained", lambda *_, **__: tiny)
+    folder, output = tmp_path / "media", tmp_path / "answers.jsonl"
+    folder.mkdir()
+    Image.fromarray(picture(1, 56, 56)).save(folder / "a.png")
+    (folder / "b.png").write_bytes(b"torn")
+    (folder / "c.txt").touch()
+    command = [f"--input={folder}", f"--output={output}", "--max-new-tokens=4", "--workers=0"]
+    assert run_command(generate, *command)[0] == 2
+    status, out, err = run_command(generate, *command, "--on-error=skip")
+    assert status == 0, err
+    assert "2 answers: " in out
+    assert "1 of them are empty: " in out
+    assert out.endswith("left out: .txt 1\n")
+    (want,) = tiny.generate([{"image": folder / "a.png"}], 4)
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert answers == [{"id": "a.png", "answer": want}, {"id": "b.png", "answer": None}]
+    (line,) = (tmp_path / "answers.jsonl.skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"] == "b.png"
+    pq.write_table(pa.table({"text": ["Why?", None]}), tmp_path / "t.parquet")
+    status, out, _ = run_command(
+        generate, f"--input={tmp_path / 't.parquet'}", "--max-new-tokens=4", "--on-error=skip"
+    )
+    assert status == 0
+    (want,) = tiny.generate([{"text": "Why?"}], 4)
+    assert [json.loads(line)["answer"] for line in out.splitlines()] == [want, None]

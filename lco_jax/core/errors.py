@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 # Exit statuses after which the same command is to be started again: SIGTERM stopped the process;
 # another process is gone or hangs.
 PREEMPTED, PEER_LOST = 75, 76
+PIPE_CLOSED = 141  # as a shell reports SIGPIPE
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # Status codes of jax's errors that blame a program or its size, and never another process.
 PROGRAM_ERRORS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
@@ -73,7 +74,11 @@ def run_main(main: Callable[[], int | None]) -> None:
     """
     debug = _wants_debug()
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()
+        sys.exit(status)
+    except BrokenPipeError:
+        _leave_quietly()
     except LcoError as error:
         _end(2, f"error: {error}", debug)
     except KeyboardInterrupt:
@@ -93,6 +98,12 @@ def _wants_debug() -> bool:
         sys.argv.remove("--debug")
         return True
     return os.environ.get("LCO_JAX_DEBUG", "") not in ("", "0")
+
+
+def _leave_quietly() -> NoReturn:
+    """End where whoever read our output, such as `head`, has read enough, as other programs do."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is not written yet
+    leave(PIPE_CLOSED)
 
 
 def _end(status: int, message: str, debug: bool) -> NoReturn:

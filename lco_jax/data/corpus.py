@@ -12,18 +12,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pyarrow.parquet import FileMetaData
+from pyarrow.parquet import FileMetaData, ParquetFile
 
 from lco_jax.core.errors import LcoError, explained
 from lco_jax.core.files import fingerprint
-from lco_jax.data.content import (
-    FIELDS,
-    Reader,
-    check_text,
-    describe,
-    media_kind,
-    media_parts,
-)
+from lco_jax.data.content import FIELDS, Reader, check_text, describe, media_parts
+from lco_jax.data.folder import Listing, as_id, file_kind, list_folder, printable
+from lco_jax.data.lines import Line, ending_of, files_of, is_pattern, lines_of
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.records import as_input, file_lookup
 from lco_jax.data.tables import open_table
@@ -34,9 +29,13 @@ Exists = Callable[[str], bool] | None  # whether a local file is there; None loo
 
 
 class CorpusItem(NamedTuple):
-    """content: as `encode` takes it, a text never bare. where: file and line, for errors."""
+    """An input. where: file and line, for errors.
 
-    id: int | str
+    content: as `encode` takes it, a text never bare; or the error of an input that is malformed. id
+    is None where that one's cannot be read.
+    """
+
+    id: int | str | None
     content: Any
     where: str
 
@@ -60,23 +59,28 @@ class Contents(NamedTuple):
 class _Row(NamedTuple):
     """An input before it is parsed. number: from 0. where: file and line, for errors.
 
-    raw: a line, a row of a table, or the path of a media file.
+    raw: a `Line`, a row of a table, or the name of a media file within the folder.
+    folder: where its relative paths start by default.
     """
 
     number: int
     where: str
     raw: Any
+    folder: Path
 
 
 @dataclass(frozen=True)
 class Corpus:
     """A .txt (a text a line), .jsonl or .parquet file, or a folder of media.
 
+    Files of lines may be packed by gzip (.jsonl.gz), and a path with * names several files.
     id_field: the key or column that is an input's id. The default is the line or row number from
     0, and in a folder the path within it.
     root: the folder that relative paths of media start from; by default the file's folder.
     flag: the flag that gave the path, for errors.
     title: the key of a text that is put before the text, with a space between.
+    keeps_bad: whether malformed inputs are handed on with their errors, instead of raised.
+    kept: what the folder held when the work began, by default what it holds now.
     """
 
     path: Path
@@ -84,10 +88,12 @@ class Corpus:
     root: Path | None = None
     flag: str = "--input"
     title: str | None = None
+    keeps_bad: bool = False
+    kept: Listing | None = None
 
     def __post_init__(self):
         given = f"{self.flag}={self.path}"
-        if not self.path.exists():
+        if not self.path.exists() and not is_pattern(self.path):
             raise LcoError(f"{given} does not exist")
         if self.format not in FORMATS:
             endings = ", ".join(FORMATS[1:])
@@ -98,13 +104,32 @@ class Corpus:
     @cached_property
     def format(self) -> str:
         """One of `FORMATS`."""
-        return "folder" if self.path.is_dir() else self.path.suffix
+        return "folder" if self.path.is_dir() else ending_of(self.files[0])
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The files of lines or rows."""
+        return files_of(self.path)
+
+    @cached_property
+    def listing(self) -> Listing | None:
+        """What the folder holds, where the input is one."""
+        if self.format != "folder":
+            return None
+        return self.kept or self.listed_now()
+
+    def listed_now(self) -> Listing:
+        """What the folder holds now."""
+        with explained(f"{self.flag}={self.path} cannot be read", OSError):
+            return list_folder(self.path)
 
     def items(self, check_media: bool = False) -> Iterator[CorpusItem]:
         """Every input, in order. check_media: raise for a local file that is not there.
 
-        Raises for the first malformed input, naming its file and line.
+        Raises for the first malformed input, naming its file and line, unless `keeps_bad`.
         """
+        if check_media and self.listing:
+            self._check_folders(self.listing)
         return self._parsed(self._rows(0), file_lookup(check_media))
 
     def reader(self) -> Callable[[int, int], Iterator[CorpusItem]]:
@@ -130,10 +155,10 @@ class Corpus:
 
     def fingerprint(self) -> str:
         """What changes with the input: its size and time of change, or those of each medium."""
+        if self.format == "folder":
+            return self.listed_now().fingerprint()
         with explained(f"{self.flag}={self.path} cannot be read", OSError):
-            if self.format == "folder":
-                return fingerprint((name, entry.stat()) for name, entry in _media_files(self.path))
-            return fingerprint([(self.path.name, self.path.stat())])
+            return fingerprint((file.name, file.stat()) for file in self.files)
 
     def _rows(self, first: int) -> Iterator[_Row]:
         """The inputs from `first` on, not yet parsed."""
@@ -141,10 +166,10 @@ class Corpus:
             case "folder":
                 return islice(self._folder(), first, None)
             case ".txt":
-                return islice(_lines(self.path), first, None)
+                return islice(map(_row_of, lines_of(self.path)), first, None)
             case ".jsonl":
-                return islice(_full_lines(self.path), first, None)
-        return self._table(first)
+                return islice(map(_row_of, _full_lines(self.path)), first, None)
+        return self._tables(first)
 
     def _parsed(self, rows: Iterable[_Row], exists: Exists) -> Iterator[CorpusItem]:
         with explained(f"{self.flag}={self.path} cannot be read", OSError):
@@ -152,18 +177,51 @@ class Corpus:
                 yield self._parse(row, exists)
 
     def _parse(self, row: _Row, exists: Exists) -> CorpusItem:
-        number, where, raw = row
+        try:
+            return self._read(row, exists)
+        except LcoError as error:
+            if not self.keeps_bad:
+                raise
+            return CorpusItem(self._id_of_bad(row), error, row.where)
+
+    def _read(self, row: _Row, exists: Exists) -> CorpusItem:
         if self.format == "folder":
-            kind = media_kind(raw)
-            return CorpusItem(where, ({"type": kind, kind: raw},), where)
+            return self._medium(row, exists)
         if self.format == ".txt":
-            return CorpusItem(number, {"text": raw}, where)
-        item = _json(raw, where) if self.format == ".jsonl" else raw
+            return CorpusItem(row.number, {"text": row.raw.text()}, row.where)
+        item = self._value(row)
         id = self._id(item, row)
-        root = os.path.abspath(self.root or self.path.parent)
-        reader = Reader(where, root, exists)
+        root = os.path.abspath(self.root or row.folder)
+        reader = Reader(row.where, root, exists)
         content = reader.read(self._embedded(item), "input")
-        return CorpusItem(id, as_input(content), where)
+        return CorpusItem(id, as_input(content), row.where)
+
+    def _medium(self, row: _Row, exists: Exists) -> CorpusItem:
+        """A file of the folder. Decoders say why one cannot be read, unless `exists` is to."""
+        kind, path = file_kind(row.raw), os.path.join(self.path, row.raw)
+        if exists and self.listing and row.raw in self.listing.faults:
+            raise LcoError(f"{self.path}: {row.where} is {self.listing.faults[row.raw]}; remove it")
+        return CorpusItem(as_id(row.raw), ({"type": kind, kind: path},), row.where)
+
+    def _check_folders(self, listing: Listing) -> None:
+        """Raise if a folder within cannot be read."""
+        for name, why in listing.faults.items():
+            if name.endswith("/"):
+                raise LcoError(f"{self.path}: the folder {printable(name)} cannot be read: {why}")
+
+    @staticmethod
+    def _value(row: _Row) -> Any:
+        """What a line or a row of a table holds."""
+        return _json(row.raw) if isinstance(row.raw, Line) else row.raw
+
+    def _id_of_bad(self, row: _Row) -> int | str | None:
+        """The id of a malformed input, if it can be read."""
+        if self.id_field is None:
+            return as_id(row.raw) if self.format == "folder" else row.number
+        try:
+            return self._id(self._value(row), row)
+        except LcoError:
+            return None
 
     def _embedded(self, item: Any) -> Any:
         """What is embedded of an input. Other keys of an object or a row are metadata."""
@@ -190,30 +248,39 @@ class Corpus:
         return value
 
     def _folder(self) -> Iterator[_Row]:
-        number = -1
-        for number, (name, entry) in enumerate(_media_files(self.path)):
-            check_text(name, f"the file name {os.fsencode(name)!r} in {self.path}")
-            yield _Row(number, name, entry.path)
-        if number < 0:
-            raise LcoError(f"{self.flag}={self.path} holds no image, video or audio file")
+        listing = self.listing or self.listed_now()
+        listing.check(f"{self.flag}={self.path}")
+        for number, name in enumerate(listing.files):
+            yield _Row(number, printable(name), name, self.path)
 
-    def _table(self, first: int) -> Iterator[_Row]:
+    def _tables(self, first: int) -> Iterator[_Row]:
+        """The rows of all files, from `first` on."""
+        start = 0
         ids = [self.id_field] if self.id_field else []
-        with open_table(self.path, ids) as file:
-            columns = [*ids, *self._fields(file.schema_arrow.names)]
-            groups, start = _groups_from(file.metadata, first)
-            for batch in file.iter_batches(ROWS_AT_ONCE, groups, sorted(set(columns))):
-                skipped = max(0, first - start)
-                rows = batch.slice(skipped).to_pylist()
-                for number, row in enumerate(rows, start + skipped):
-                    yield _Row(number, f"{self.path}, row {number}", row)
-                start += len(batch)
+        for path in self.files:
+            with open_table(path, ids) as file:
+                total = file.metadata.num_rows
+                for row in self._table(path, file, max(0, first - start)):
+                    yield row._replace(number=start + row.number)
+            start += total
 
-    def _fields(self, columns: list[str]) -> list[str]:
+    def _table(self, path: Path, file: ParquetFile, first: int) -> Iterator[_Row]:
+        ids = [self.id_field] if self.id_field else []
+        columns = [*ids, *self._fields(path, file.schema_arrow.names)]
+        groups, start = _groups_from(file.metadata, first)
+        for batch in file.iter_batches(ROWS_AT_ONCE, groups, sorted(set(columns))):
+            skipped = max(0, first - start)
+            rows = batch.slice(skipped).to_pylist()
+            for number, row in enumerate(rows, start + skipped):
+                yield _Row(number, f"{path}, row {number}", row, path.parent)
+            start += len(batch)
+
+    @staticmethod
+    def _fields(path: Path, columns: list[str]) -> list[str]:
         fields = [name for name in FIELDS if name in columns]
         if not fields:
             wanted, there = ", ".join(FIELDS), ", ".join(columns)
-            raise LcoError(f"{self.path} has none of the columns {wanted}; it has {there}")
+            raise LcoError(f"{path} has none of the columns {wanted}; it has {there}")
         return fields
 
 
@@ -224,6 +291,8 @@ def scan(items: Iterable[CorpusItem], media: MediaConfig, check_media: bool) -> 
     ids = None
     for item in items:
         total += 1
+        if isinstance(item.content, LcoError):
+            continue
         ids = ids or type(item.id)
         if type(item.id) is not ids:
             types = "ids must be of one type in all inputs"
@@ -248,30 +317,23 @@ def _media(content: Any) -> Iterator[tuple[str, Any]]:
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any, str]]:
     """(number from 0, value, file and line for errors) of each line of a .jsonl with content."""
-    for number, where, line in _full_lines(path):
-        yield number, _json(line, where), where
+    for line in _full_lines(path):
+        yield line.number, _json(line), line.where
 
 
-def _json(line: str, where: str) -> Any:
-    with explained(f"{where}: not valid JSON", ValueError, RecursionError):
-        return json.loads(line)
+def _json(line: Line) -> Any:
+    text = line.text()
+    with explained(f"{line.where}: not valid JSON", ValueError, RecursionError):
+        return json.loads(text)
 
 
-def _full_lines(path: Path) -> Iterator[_Row]:
-    """As `_lines`, without blank lines."""
-    return (row for row in _lines(path) if row.raw.strip())
+def _full_lines(path: Path) -> Iterator[Line]:
+    """The lines that are not blank."""
+    return (line for line in lines_of(path) if line.raw.strip())
 
 
-def _lines(path: Path) -> Iterator[_Row]:
-    """Lines without their ends."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file):
-            where = f"{path}:{number + 1}"
-            encoding = "utf-8" if number else "utf-8-sig"  # some editors write a mark first
-            unreadable = f"{where}: not valid UTF-8 (save the file in that encoding)"
-            with explained(unreadable, UnicodeDecodeError):
-                text = line.decode(encoding)
-            yield _Row(number, where, text.removesuffix("\n").removesuffix("\r"))
+def _row_of(line: Line) -> _Row:
+    return _Row(line.number, line.where, line, line.folder)
 
 
 def _groups_from(table: FileMetaData, first: int) -> tuple[range, int]:
@@ -289,25 +351,3 @@ def _is_remote(source: Any) -> bool:
     if isinstance(source, list):
         return any(map(_is_remote, source))
     return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
-
-
-def _media_files(folder: Path, prefix: str = "") -> Iterator[tuple[str, os.DirEntry]]:
-    """(path within the folder, entry) of each media file, in the order of the paths.
-
-    Hidden files and folders are left out, whatever they end in.
-    """
-
-    with os.scandir(folder) as entries:
-        named = {_name_of(entry): entry for entry in entries}
-    for name, entry in sorted(named.items()):
-        if name.startswith("."):
-            continue
-        if name.endswith("/"):
-            yield from _media_files(Path(entry.path), prefix + name)
-        elif media_kind(name) and entry.is_file():
-            yield prefix + name, entry
-
-
-def _name_of(entry: os.DirEntry) -> str:
-    """Its name, with a slash after that of a folder."""
-    return f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name

@@ -64,6 +64,8 @@ class Preparation:
         return [results[i] for i in range(len(items))]
 
     def _chat(self, item: Any, name: str) -> Messages:
+        if isinstance(item, LcoError):  # of an input that was malformed where it came from
+            raise item
         content, tokenizer = as_content(item, name), self.processor.tokenizer
         return conversation(content, name, tokenizer, self.prompt, self.max_length)
 

@@ -37,10 +37,11 @@ from lco_jax.core.files import (
     write_json,
 )
 from lco_jax.data import vectors
+from lco_jax.data.folder import Listing
 from lco_jax.data.vectors import difference, same_work
 
 # beside the parts; names that readers of a folder of parquet leave alone
-DESCRIPTION, LOCK, ASIDE = "_index.json", "_lock", ".tmp"
+DESCRIPTION, LISTING, LOCK, ASIDE = "_index.json", "_files.json", "_lock", ".tmp"
 WORK = b"lco_jax.work"  # in a part's metadata: the digest of the work that made it
 FOOTER = 2**16  # bytes at the end of a part, among which its footer is
 CHECKED_AT_ONCE = 16  # parts; a bucket answers slowly
@@ -128,6 +129,20 @@ class PartsFolder:
                 file, columns=list(columns), page_checksum_verification=True
             )
 
+    def keep(self, listing: Listing) -> None:
+        """Write what the folder of inputs holds, for all who work on it."""
+        with explained(f"{self.path} cannot be written", OSError), reaching(self.path):
+            write_bytes(self.path / LISTING, listing.to_bytes())
+
+    def kept(self) -> Listing | None:
+        """What `keep` wrote; None where nothing was."""
+        with reaching(self.path):
+            path = self.path / LISTING
+            if not path.exists():
+                return None
+            with explained(f"{path} is damaged; remove {self.path}", ValueError, TypeError):
+                return Listing.from_bytes(path.read_bytes())
+
     def tables(self, units: Iterable[Unit], columns: Sequence[str]) -> Iterator[pa.Table]:
         """The rows of units, in their order."""
         return (self.read(unit, columns) for unit in units)
@@ -195,6 +210,20 @@ class VectorParts:
             return None
         return self._check_description()
 
+    def begun_with(self, key: str) -> Listing | None:
+        """The list of inputs that this work was begun with; the work's value of `key` is then that
+        of its beginning. None where no such work was begun.
+        """
+        path = self.folder.path / DESCRIPTION
+        if not path.exists() or self._is_complete(path):
+            return None
+        before = read_json(path).get("work") or {}
+        listing = self.folder.kept()
+        if listing is not None and key in before:
+            self.work[key] = before[key]
+            self.folder = PartsFolder(self.folder.path, _digest(self.work))
+        return listing
+
     def _check_description(self) -> dict[str, Any]:
         found = read_json(self.folder.path / DESCRIPTION)
         same_work(found.get("work") or {}, self.work, self.folder.path, self.flag)
@@ -206,7 +235,8 @@ class VectorParts:
             write_json(self.folder.path / DESCRIPTION, {"work": self.work, **found})
 
     def _is_ours(self, name: str) -> bool:
-        return bool(_PART.fullmatch(name)) or name.endswith(ASIDE) or name in (DESCRIPTION, LOCK)
+        known = (DESCRIPTION, LISTING, LOCK)
+        return bool(_PART.fullmatch(name)) or name.endswith(ASIDE) or name in known
 
     # ---- what is done
 
@@ -257,18 +287,24 @@ class VectorParts:
         return "vectors" in read_json(record)
 
     def join(
-        self, units: Sequence[Unit], dimension: int, ids: type, recorded: bool = True
+        self,
+        units: Sequence[Unit],
+        dimension: int,
+        ids: type,
+        recorded: bool = True,
+        **about: Any,
     ) -> dict[str, Any]:
         """Join the units' parts into the output, list the skipped beside it, and remove the folder.
 
         dimension: D; ids: int or str. A row without a vector is NaN in .npy and null in .parquet.
         An output that is a folder keeps the parts. recorded: whether the record is written, which
-        is returned.
+        is returned. about: more that it is to have.
         """
         with self._writing():
             total = sum(unit.rows for unit in units)
             record = {"work": self.work, "vectors": total, "dimension": dimension}
             record["skipped"] = self._list_skipped(units)
+            record |= about
             if self.keeps_parts:
                 record["parts"] = [unit.part for unit in units]
                 self._keep_parts(record)

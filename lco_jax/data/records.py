@@ -6,28 +6,35 @@ encoded bytes, lists of a video's frames or, from TFDS, decoded arrays.
 
 import os
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 
-from lco_jax.core.errors import LcoError, check_keys
+from lco_jax.core.errors import LcoError
 from lco_jax.data.content import Content, Messages, Reader, describe, is_parts
 
 FILES_REMEMBERED = 100_000
 NEGATIVES = ("negative", "negatives")
+KEYS = ("anchor", "positive", *NEGATIVES)
+ALIKE = 0.9  # how like one of them a key is that must be a slip: positves is, positive_id is not
 
 
 @dataclass(frozen=True)
 class Record:
-    """The contents of one record. `where` names its origin (file and line) for errors."""
+    """The contents of one record. `where` names its origin (file and line) for errors.
+
+    ignored: the keys that it has beside them.
+    """
 
     anchor: Content
     positive: Content
     negatives: tuple[Content, ...]
     where: str
+    ignored: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def sides(self) -> tuple[Content, ...]:
@@ -76,21 +83,25 @@ def parse_record(
 ) -> Record:
     """Read {"anchor": content, "positive": content, "negative": content, a list of them or absent}.
 
-    A content is all that `Reader.side` takes. where, root, exists: as for `content.Reader`.
+    A content is all that `Reader.side` takes. Other keys are ignored, unless they are slips
+    of these; so is None in a list of negatives. where, root, exists: as for `content.Reader`.
     """
     if not isinstance(given, Mapping):
         needs = "a record is an object with anchor and positive"
         raise LcoError(f"{where}: {needs}, and this is {describe(given)}")
-    check_keys(given, ("anchor", "positive", *NEGATIVES), f"{where}: the record")
     reader = Reader(where, root, exists)
     anchor = _required(reader, given, "anchor")
     positive = _required(reader, given, "positive")
     negatives = []
     for name in NEGATIVES:
-        sides = listed(given.get(name))
+        sides = [side for side in listed(given.get(name)) if side is not None]
         contents = [reader.side(side, name) for side in sides]
         negatives += [content for content in contents if content]
-    return Record(anchor, positive, tuple(negatives), where)
+    ignored = tuple(str(key) for key in given if key not in KEYS)
+    for key in ignored:
+        if meant := get_close_matches(key.lower(), KEYS, 1, ALIKE):
+            raise LcoError(f"{where}: the record has {key!r}; write {meant[0]!r}")
+    return Record(anchor, positive, tuple(negatives), where, ignored)
 
 
 def _required(reader: Reader, given: Mapping, name: str) -> Content:

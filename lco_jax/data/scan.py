@@ -1,6 +1,7 @@
 """What every source of records is, and the scan that finds bad records when a source is opened."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -8,6 +9,7 @@ from lco_jax.core.errors import LcoError
 from lco_jax.data.records import Record
 
 ON_BAD = ("error", "skip")
+KEYS_SHOWN = 10  # of those that records have beside their contents
 SHOWN = 3  # bad records that the log names; all of them count
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ class Scan:
         self.skipped = self.max_negatives = 0
         self.modalities = Source.modalities
         self.kept: list[Any] = []
+        self.ignored = Counter[str]()
 
     def check(self, read: Callable[..., Record], *arguments: Any, keep: Any = None) -> None:
         """Read one record, and keep it, or `keep` in its place. A bad record raises or counts."""
@@ -53,6 +56,7 @@ class Scan:
             return
         self.max_negatives = max(self.max_negatives, len(record.negatives))
         self.modalities |= record.modalities
+        self.ignored.update(record.ignored)
         self.kept.append(record if keep is None else keep)
 
     def finish(self, what: str) -> None:
@@ -60,6 +64,9 @@ class Scan:
         if self.skipped:
             total = self.skipped + len(self.kept)
             logger.warning("%s: skipped %d bad records of %d", what, self.skipped, total)
+        if self.ignored:
+            counts = ", ".join(f"{key!r} {n:,}" for key, n in self.ignored.most_common(KEYS_SHOWN))
+            logger.warning("%s: keys of records that are ignored: %s", what, counts)
         if not self.kept:
             raise LcoError(f"{what} holds no usable record")
 

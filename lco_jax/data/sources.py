@@ -18,6 +18,7 @@ from lco_jax.core.errors import LcoError, check_keys, explained
 from lco_jax.core.files import ASSETS, local_copy, read_json, resolve
 from lco_jax.data.captions import FilesSource
 from lco_jax.data.content import MEDIA
+from lco_jax.data.lines import ending_of, files_of, is_pattern, unpacked
 from lco_jax.data.records import Record, file_lookup, listed, parse_record
 from lco_jax.data.scan import ListSource, Scan, Source
 from lco_jax.data.tables import open_table
@@ -29,6 +30,7 @@ KINDS = ("jsonl", "tfds", "files", "parquet")
 class JsonlSource:
     """The reference's jsonl, one record a line. In memory is the offset of each line.
 
+    path: a file, perhaps packed (.jsonl.gz), or with * several files.
     media_root: the folder that relative paths of media start from, by default the file's folder.
     check_media: whether the scan looks for every local file that a record names.
     """
@@ -41,14 +43,15 @@ class JsonlSource:
         check_media: bool = True,
     ):
         self.path = _in_assets(str(path))
-        self.root = os.path.abspath(media_root or self.path.parent)
-        scan = Scan(on_bad)
-        offset, exists = 0, file_lookup(check_media)
-        with explained(f"{self.path} cannot be read", OSError), self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    scan.check(self._parse, line, number, exists, keep=(offset, number))
-                offset += len(line)
+        self.files = files_of(self.path)
+        self.roots = [os.path.abspath(media_root or file.parent) for file in self.files]
+        self.root = self.roots[0]  # of a single file, or the first
+        scan, exists = Scan(on_bad), file_lookup(check_media)
+        self.copies: list[Path] = []  # of the files, unpacked
+        for which, file in enumerate(self.files):
+            with explained(f"{file} cannot be read", OSError):
+                self.copies.append(unpacked(file))
+                self._scan(scan, which, exists)
         scan.finish(str(self.path))
         self.lines = np.array(scan.kept, np.int64)
         self.skipped, self.max_negatives = scan.skipped, scan.max_negatives
@@ -57,21 +60,32 @@ class JsonlSource:
     def __len__(self) -> int:
         return len(self.lines)
 
+    def _scan(self, scan: Scan, which: int, exists: Callable[[str], bool] | None) -> None:
+        """Check all lines of a file."""
+        offset = 0
+        with self.copies[which].open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    at = which, offset, number
+                    scan.check(self._parse, line, which, number, exists, keep=at)
+                offset += len(line)
+
     def __getitem__(self, index: int) -> Record:
-        offset, number = self.lines[index]
-        gone = f"{self.path} can no longer be read"
-        with explained(gone, OSError), self.path.open("rb") as file:
-            file.seek(offset)
-            line = file.readline()
-        return self._parse(line, number)
+        which, offset, number = self.lines[index]
+        gone = f"{self.files[which]} can no longer be read"
+        with explained(gone, OSError), self.copies[which].open("rb") as lines:
+            lines.seek(offset)
+            line = lines.readline()
+        return self._parse(line, which, number)
 
     def _parse(
-        self, line: bytes, number: int, exists: Callable[[str], bool] | None = None
+        self, line: bytes, which: int, number: int, exists: Callable[[str], bool] | None = None
     ) -> Record:
-        where = f"{self.path}:{number}"
+        file = self.files[which]
+        where = f"{file}:{number}"
         with explained(f"{where}: not valid JSON", ValueError, RecursionError):
             given = json.loads(line)
-        return parse_record(given, where, self.root, exists)
+        return parse_record(given, where, self.roots[which], exists)
 
 
 @dataclass(frozen=True)
@@ -145,8 +159,8 @@ def parquet_source(
 
 def _parquet_files(path: str, files: str) -> list[Path]:
     folder = Path(path)
-    if folder.is_file():
-        return [folder]
+    if folder.is_file() or is_pattern(folder):
+        return files_of(folder)
     if not folder.is_dir():
         folder = resolve(path, _patterns(files), kind="dataset")
     found = sorted(folder.glob(files))
@@ -168,8 +182,8 @@ def open_file(path: Path, media_root: Path | None = None) -> Source:
     """
     if path.suffix == ".json":
         spec = read_json(path)
-    elif path.suffix in (".jsonl", ".parquet"):
-        spec = {"kind": path.suffix[1:], "path": str(path)}
+    elif ending_of(path) in (".jsonl", ".parquet"):
+        spec = {"kind": ending_of(path)[1:], "path": str(path)}
     else:
         described = "a .json file that describes a source of them"
         raise LcoError(f"{path}: give a .jsonl or .parquet file of records, or {described}")

@@ -37,7 +37,7 @@ def same_work(
 
 
 def part_table(
-    ids: Sequence[int | str], vectors: np.ndarray, reasons: Mapping[int, str]
+    ids: Sequence[int | str | None], vectors: np.ndarray, reasons: Mapping[int, str]
 ) -> pa.Table:
     """Rows as a part stores them. vectors: float32 [N, D]; reasons: {row: why it has no vector}."""
     total, dimension = vectors.shape

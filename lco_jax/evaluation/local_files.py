@@ -14,6 +14,7 @@ from typing import Any
 
 from lco_jax.core.errors import LcoError, explained
 from lco_jax.data.corpus import Corpus, json_lines
+from lco_jax.data.lines import ending_of
 from lco_jax.data.records import Reader, Record, as_input, content_key, listed, parse_record
 
 LABELLED = (".jsonl", ".parquet")
@@ -57,7 +58,8 @@ def _records_of(line: Any, where: str, root: str) -> Iterator[Record]:
     """A record for each of a line's documents."""
     if isinstance(line, Mapping):
         line = {NAMES.get(key, key): value for key, value in line.items()}
-        for document in listed(line.get("positive")) or [""]:
+        documents = [one for one in listed(line.get("positive")) if one is not None]
+        for document in documents or [""]:
             yield parse_record(
                 {**line, "positive": document},
                 where,
@@ -131,7 +133,7 @@ def read_labelled(
     path: Path, media_root: Path | None, pattern: str | None
 ) -> tuple[list[Any], list[str]]:
     """Contents, and the label of each. pattern: finds the label in a path within the folder."""
-    if not path.is_dir() and path.suffix not in LABELLED:
+    if not path.is_dir() and ending_of(path) not in LABELLED:
         raise LcoError(f"{path}: give a file that ends in .jsonl or .parquet, or a folder of media")
     id_field = None if path.is_dir() else "label"
     items = list(Corpus(path, id_field, media_root, "--input").items(check_media=True))
@@ -181,7 +183,7 @@ def read_columns(path: Path, names: Sequence[str]) -> Iterator[tuple[list[Any], 
     A table is a .csv, or a .tsv or .txt with tabs, in UTF-8. Its first row is the header, unless
     all names are numbers: then they number the columns, from 0.
     """
-    if path.suffix == ".jsonl":
+    if ending_of(path) == ".jsonl":
         rows = ((line, where) for _, line, where in _lines(path))
     elif path.suffix in TABLES:
         rows = _table(path, header=not all(map(str.isdecimal, names)))

@@ -4,6 +4,7 @@ Dimensions: N items or pairs, C classes, T templates, D hidden.
 """
 
 import argparse
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from scipy.stats import pearsonr, spearmanr
 
 from lco_jax.core.errors import LcoError, check_keys, explained
 from lco_jax.core.files import write_json
+from lco_jax.data.lines import ending_of, files_of
 from lco_jax.evaluation.local_files import read_beir, read_labelled, read_pairs, read_records
 from lco_jax.evaluation.plots import plot_confusion, plot_ranks, plot_scores
 from lco_jax.evaluation.retrieval import best_ranks, ranks, retrieval_metrics
@@ -71,7 +73,7 @@ def sts(
     name, or, in a table without a header, by number; by default "a,b,score" in a .jsonl, else
     "0,1,2".
     """
-    default = "a,b,score" if path.suffix == ".jsonl" else "0,1,2"
+    default = "a,b,score" if ending_of(path) == ".jsonl" else "0,1,2"
     names = (columns or default).split(",")
     if len(names) != 3:
         raise LcoError(f"the columns are {columns!r}; name three: a content, another, the score")
@@ -228,7 +230,7 @@ def evaluate(encode: Encode, kind: str, path: str | Path, **options: Any) -> Out
     given = {key: value for key, value in options.items() if value is not None}
     check_keys(given, takes, f"evaluation of kind {kind}")
     with explained(f"{path} cannot be read", OSError):
-        os.stat(path)
+        os.stat(files_of(Path(path))[0])
     return function(encode, Path(path), **given)
 
 
@@ -241,6 +243,9 @@ def evaluate_and_write(
 ) -> dict[str, float]:
     """As `evaluate`; writes results.json and KIND.png into `out`, and returns the numbers."""
     numbers, plot = evaluate(encode, kind, path, **options)
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            raise LcoError(f"{name} of {path} is {number}, which is no score; nothing is written")
     with explained(f"{out} cannot be written", OSError):
         out.mkdir(parents=True, exist_ok=True)
         plot(out / f"{kind}.png")
