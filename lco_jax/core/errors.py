@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 
 import jax
 
+from lco_jax.core.console import unbroken
+
 # Exit statuses after which the same command is to be started again: SIGTERM stopped the process;
 # another process is gone or hangs.
 PREEMPTED, PEER_LOST = 75, 76
@@ -73,7 +75,12 @@ def run_main(main: Callable[[], int | None]) -> None:
     An `LcoError` becomes one line on stderr and status 2. With --debug anywhere on the command
     line, or LCO_JAX_DEBUG=1 in the environment, its traceback comes before that line.
     """
-    debug = _wants_debug()
+    with unbroken():
+        _run(main, _wants_debug())
+
+
+def _run(main: Callable[[], int | None], debug: bool) -> None:
+    """Run an entry point, and explain how it ends."""
     try:
         sys.exit(main())
     except LcoError as error:
