@@ -17,7 +17,15 @@ from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, load_model, open_checkpoint
 from lco_jax.core.errors import LcoError, check_keys
-from lco_jax.core.files import AnyPath, as_path, local_copy, local_workdir, on_bucket, upload
+from lco_jax.core.files import (
+    AnyPath,
+    as_path,
+    local_copy,
+    local_workdir,
+    on_bucket,
+    reaching,
+    upload,
+)
 from lco_jax.core.sharding import make_mesh
 from lco_jax.data import mixture, pipeline
 from lco_jax.data.media import MediaConfig
@@ -88,8 +96,9 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
     sources = pipeline.open_sources(config.data)
     held_out = _open_held_out(config, generative)
     total_steps = config.train.steps or _steps_of_epochs(config, sources)
-    if has_begun(home):
-        check_same_run(home, config, total_steps, fingerprints(sources))
+    with reaching(home):
+        if has_begun(home):
+            check_same_run(home, config, total_steps, fingerprints(sources))
     workdir = local_workdir(home, "*.jsonl")
     checkpoint = open_checkpoint(config.model.path)
     processor, layout = open_layout(config, sources, checkpoint, generative)
