@@ -15,15 +15,16 @@ task and embeds no input a second time. With --input it writes OUTPUT/results.js
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
-from lco_jax.core.errors import LcoError, run_main
+from lco_jax.core.errors import LcoError, explained, run_main
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.inference import EmbeddedBlock
 from lco_jax.data.media import MediaConfig
@@ -82,13 +83,16 @@ def main() -> int:
 
 def evaluate_files(args: argparse.Namespace, media: MediaConfig) -> None:
     """The user's own files, without mteb."""
-    embedder = load_embedder(args, open_checkpoint(args.model), media, None)
-    encode = partial(
-        embedder.encode,
-        prompt=args.prompt,
-        max_length=args.max_length,
-        show_progress=True,
-    )
+
+    def encode(contents: list[Any]) -> np.ndarray:
+        """Called when all files are read, so that what is wrong with them is told first."""
+        with explained(f"--output={args.output} cannot be written", OSError):
+            args.output.mkdir(parents=True, exist_ok=True)
+        embedder = load_embedder(args, open_checkpoint(args.model), media, None)
+        return embedder.encode(
+            contents, prompt=args.prompt, max_length=args.max_length, show_progress=True
+        )
+
     options = options_of(args)
     numbers = evaluate_and_write(encode, args.kind, args.input, args.output, **options)
     for name, number in numbers.items():

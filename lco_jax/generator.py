@@ -91,7 +91,8 @@ class OmniGenerator(OmniEmbedder):
         inputs (a list or one input), max_length, workers, progress, names: as `encode` has them.
         prompt: for every content. By default, a content with a text is its own question, and any
             other gets one of `prompts.QUESTIONS`. Chat messages get none.
-        batch_size: the most inputs that are decoded together; no answer depends on it.
+        batch_size: the most inputs that are decoded together. No answer depends on it in float32.
+            In bfloat16 rounding may choose another token where two are nearly as likely.
         on_error: "raise" for the first input that is bad, or that leaves no room for
             `max_new_tokens` in the model's context; or "skip": None, and `skipped` says why.
         """

@@ -1,9 +1,11 @@
 """A training job, opened: its devices, checkpoint, data and model."""
 
 import dataclasses
+import logging
+import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,31 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, load_model, open_checkpoint
-from lco_jax.core.errors import LcoError
-from lco_jax.core.files import AnyPath, local_copy, local_workdir, on_bucket, upload
+from lco_jax.core.errors import LcoError, check_keys
+from lco_jax.core.files import (
+    AnyPath,
+    as_path,
+    local_copy,
+    local_workdir,
+    on_bucket,
+    reaching,
+    upload,
+)
 from lco_jax.core.sharding import make_mesh
-from lco_jax.data import pipeline
+from lco_jax.data import mixture, pipeline
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.processor import Processor
-from lco_jax.data.records import Record
-from lco_jax.data.scan import Source
+from lco_jax.data.records import answer_of
+from lco_jax.data.scan import ListSource, Source, fingerprint
 from lco_jax.data.sources import JsonlSource
 from lco_jax.models.model import Model
 from lco_jax.training import tuning
-from lco_jax.training.run import check_config
+from lco_jax.training.folder import check_outputs
+from lco_jax.training.metrics import check_packages
+from lco_jax.training.run import check_config, check_same_run, has_begun
 from lco_jax.training.state import Training
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -49,7 +63,7 @@ class Job:
     training: Training
     model: Model
     params: dict[str, Any]
-    held_out: dict[str, list[Record]]
+    held_out: dict[str, ListSource]
     total_steps: int
 
     def tuned_params(self, tuned: dict[str, Any]) -> dict[str, Any]:
@@ -72,18 +86,26 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
 
     generative: records are prompts and answers, and the vocabulary head is loaded, too.
     """
+    home = as_path(os.fspath(home))
     check_config(config)
-    workdir = local_workdir(home, "*.jsonl")
+    media = _media_config(config)
+    check_packages(config)
+    check_outputs(home, config)
     mesh = make_mesh(**config.mesh)
     pipeline.check_mesh(mesh)
-    checkpoint = open_checkpoint(config.model.path)
-    sources, processor, layout = open_data(config, checkpoint, generative)
+    sources = pipeline.open_sources(config.data)
+    held_out = _open_held_out(config, generative)
     total_steps = config.train.steps or _steps_of_epochs(config, sources)
+    with reaching(home):
+        if has_begun(home):
+            check_same_run(home, config, total_steps, fingerprints(sources))
+    workdir = local_workdir(home, "*.jsonl")
+    checkpoint = open_checkpoint(config.model.path)
+    processor, layout = open_layout(config, sources, checkpoint, generative)
     training = Training.build(config, checkpoint, total_steps, mesh)
     _print_summary(config, mesh, sources, training, total_steps)
-    held_out = _open_held_out(config)
     named = {f"held-out data {name}": source for name, source in held_out.items()}
-    towers = _towers_for(checkpoint, {**named, **sources}, MediaConfig(**config.data.media))
+    towers = _towers_for(checkpoint, {**named, **sources}, media)
     if training.tune.towers != "none":
         towers = list(checkpoint.towers)
     model, params = _load(config, checkpoint, mesh, towers, generative)
@@ -99,7 +121,7 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
         training=training,
         model=model,
         params=params,
-        held_out={name: list(source) for name, source in held_out.items()},
+        held_out=held_out,
         total_steps=total_steps,
     )
 
@@ -109,20 +131,50 @@ def _steps_of_epochs(config: ConfigDict, sources: Mapping[str, Source]) -> int:
     return max(int(config.train.epochs * records / config.train.batch_size), 1)
 
 
+def _media_config(config: ConfigDict) -> MediaConfig:
+    """The caps on media. Raises by the key of what is none."""
+    given = config.data.media
+    check_keys(given, [field.name for field in fields(MediaConfig)], "config.data.media")
+    try:
+        return MediaConfig(**given)
+    except LcoError as error:
+        raise LcoError(f"config.data.{error}") from error
+
+
+def fingerprints(sources: Mapping[str, Source]) -> dict[str, str]:
+    """What tells the records of each source from others."""
+    return {name: fingerprint(source) for name, source in sources.items()}
+
+
 def open_data(
-    config: ConfigDict, checkpoint: Checkpoint, generative: bool = False
+    config: ConfigDict, checkpoint: Checkpoint
 ) -> tuple[dict[str, Source], Processor, pipeline.Layout]:
-    """The sources of a run, the processor of their inputs, and the layout, without shapes yet."""
+    """The sources of a run, and what `open_layout` makes for them."""
     sources = pipeline.open_sources(config.data)
+    return sources, *open_layout(config, sources, checkpoint)
+
+
+def open_layout(
+    config: ConfigDict,
+    sources: Mapping[str, Source],
+    checkpoint: Checkpoint,
+    generative: bool = False,
+) -> tuple[Processor, pipeline.Layout]:
+    """The processor of a run's inputs, and the layout, without shapes yet."""
     processor = Processor(
         checkpoint.folder,
         checkpoint.config.max_position_embeddings,
-        MediaConfig(**config.data.media),
+        _media_config(config),
         modalities=checkpoint.backbone.modalities,
     )
     max_negatives = max(source.max_negatives for source in sources.values())
     if config.data.max_negatives >= 0:
         max_negatives = min(max_negatives, config.data.max_negatives)
+    if config.train.batch_size == 1 and not max_negatives and not generative:
+        raise LcoError(
+            "config.train.batch_size is 1, and no record has a negative: there is nothing to tell "
+            "a positive from; give a larger batch, or records with negatives"
+        )
     layout = pipeline.Layout(
         batch_size=config.train.batch_size,
         max_negatives=max_negatives,
@@ -131,18 +183,27 @@ def open_data(
         on_bad=config.data.on_bad,
         generative=generative,
     )
-    return sources, processor, layout
+    return processor, layout
 
 
 def batches_of(
     config: ConfigDict, sources: Mapping[str, Source], layout: pipeline.Layout, processor: Processor
 ) -> grain.MapDataset:
-    """This process's share of each global batch of a run."""
+    """This process's share of each global batch of a run.
+
+    Contrastive training, whose records are each other's negatives, wants each of them once in a
+    batch. Logs what the data do not allow.
+    """
     weights = {}
     for name, source in sources.items():
         weights[name] = config.data.sources[name].get("weight", len(source))
+    one_source = len(sources) == 1 or config.data.batches == "homogeneous"
     run = layout.batch_size if config.data.batches == "homogeneous" else 1
-    stream = pipeline.record_stream(sources, weights, config.seed, run)
+    once = 0 if layout.generative else layout.batch_size
+    stream = pipeline.record_stream(sources, weights, config.seed, run, once)
+    if once and not config.train.ignore_duplicates and jax.process_index() == 0:
+        for line in mixture.repeats(sources, weights, layout.batch_size, one_source):
+            logger.warning("%s", line)
     return pipeline.local_batches(stream, layout, processor, config.data.max_length)
 
 
@@ -175,17 +236,21 @@ def _print_summary(
         say(f"{skipped:,} bad records skipped")
 
 
-def _open_held_out(config: ConfigDict) -> dict[str, JsonlSource]:
-    """The held-out files by name."""
-    paths = [path for path in config.eval.path.split(",") if path]
+def _open_held_out(config: ConfigDict, generative: bool) -> dict[str, ListSource]:
+    """The held-out records by file. Those of a generative run have answers."""
+    paths = [path.strip() for path in config.eval.path.split(",") if path.strip()]
     held_out = {}
     for path in paths:
         source = JsonlSource(local_copy(path), config.data.on_bad)
-        held_out[source.path.stem] = source
+        held_out[source.path.stem] = ListSource(list(source), source.skipped)
     if len(held_out) < len(paths):
         raise LcoError(
             f"config.eval.path={config.eval.path} holds two files of one name; scores go by names"
         )
+    if generative:
+        for source in held_out.values():
+            for record in source:
+                answer_of(record)  # raises
     return held_out
 
 

@@ -17,7 +17,7 @@ from lco_jax.core.packing import Batch
 from lco_jax.core.stream_shapes import Shape
 from lco_jax.data import pipeline
 from lco_jax.data.layouts import choose_layout, draw
-from lco_jax.job import Job, batches_of, say
+from lco_jax.job import Job, batches_of, fingerprints, say
 from lco_jax.models.model import Model
 from lco_jax.training import memory, tuning
 from lco_jax.training.reports import StepReports
@@ -77,7 +77,8 @@ def _claim(job: Job) -> RunStore:
     """The checkpoints of the run's folder. Raises if another run is there."""
     with reaching(job.home):
         store = RunStore(job.home / "checkpoints", job.config.checkpoint.keep)
-        claim_workdir(job.home, job.config, job.total_steps, begun=bool(store.steps()))
+        begun = bool(store.steps())
+        claim_workdir(job.home, job.config, job.total_steps, begun, fingerprints(job.sources))
     return store
 
 

@@ -17,6 +17,8 @@ from lco_jax.loop import Loop
 from lco_jax.training import tuning
 from lco_jax.training.metrics import read_metrics
 
+CURVE = ("loss", "learning_rate")  # what the curve shows of a line of metrics
+
 
 def finish(loop: Loop, scores: dict[str, Any], pictures: Mapping[str, Path]) -> dict[str, Any]:
     """Let one process write the outputs and list them; returns the content of results.json.
@@ -53,21 +55,24 @@ def _write(
     outputs = _export(job, tuned)
     curve = job.workdir / "loss.png"
     lines = read_metrics(job.workdir / "metrics.jsonl")
-    lines = [line for line in lines if line["loss"] is not None]
+    lines = [line for line in lines if all(isinstance(line.get(key), float) for key in CURVE)]
     losses = [line["loss"] for line in lines]
-    steps = [line["step"] for line in lines]
-    plot_loss(curve, steps, losses, [line["learning_rate"] for line in lines])
+    pictures = dict(pictures)
+    if lines:  # the file may have been lost, and the training not
+        steps = [line["step"] for line in lines]
+        plot_loss(curve, steps, losses, [line["learning_rate"] for line in lines])
+        pictures["loss curve"] = curve
+        say(f"\nloss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last\n")
     results = {
-        "steps": len(lines),
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
+        "steps": job.total_steps,
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
         "trained_parameters": tuning.count(job.training.tuned),
         **scores,
     }
     write_json(job.workdir / "results.json", results)
     job.upload()
-    say(f"\nloss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last\n")
-    for title, path in {**outputs, "loss curve": curve, **pictures}.items():
+    for title, path in {**outputs, **pictures}.items():
         say(f"{title:14}{job.home / path.relative_to(job.workdir)}")
     return results
 

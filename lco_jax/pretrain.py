@@ -11,6 +11,7 @@ held-out loss before and after, in nats a token, and the trained model's answers
 held-out prompts.
 """
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,13 +20,15 @@ from ml_collections import ConfigDict
 
 from lco_jax import loop
 from lco_jax.core.errors import PREEMPTED, run_main
-from lco_jax.core.files import AnyPath
+from lco_jax.core.files import AnyPath, as_path
 from lco_jax.data.records import answer_of, as_input
 from lco_jax.generator import OmniGenerator
 from lco_jax.job import Job, open_job, say
 from lco_jax.models.model import Model
 from lco_jax.outputs import finish
 from lco_jax.training import cli
+from lco_jax.training.folder import held
+from lco_jax.training.run import check_config
 from lco_jax.training.step import Step, make_pretrain_step
 from lco_jax.training.watch import peers
 
@@ -35,8 +38,16 @@ ANSWERED = 4  # held-out prompts
 def pretrain(config: ConfigDict, output: AnyPath) -> dict[str, Any]:
     """Run or resume in the folder `output`; returns the content of its results.json.
 
-    Returns {} if SIGTERM ended the run early (after saving it).
+    Returns {} if SIGTERM ended the run early (after saving it). Raises if another trainer works in
+    the folder.
     """
+    check_config(config)
+    output = as_path(os.fspath(output))
+    with held(output):
+        return _pretrain(config, output)
+
+
+def _pretrain(config: ConfigDict, output: AnyPath) -> dict[str, Any]:
     job = open_job(config, output, generative=True)
     generator = OmniGenerator(job.model, {}, job.processor, job.mesh)  # its programs serve twice
     before, _ = _evaluate(job, generator, job.untrained_params, answered=0)

@@ -12,6 +12,7 @@ Any key of the config can be set on the command line, e.g. --config.optimizer.le
     checkpoints/  config.json  what resuming needs
 """
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from ml_collections import ConfigDict
 
 from lco_jax import loop
 from lco_jax.core.errors import PREEMPTED, LcoError, run_main
-from lco_jax.core.files import AnyPath
+from lco_jax.core.files import AnyPath, as_path
 from lco_jax.data.records import Content, as_input
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation.plots import plot_similarity
@@ -31,6 +32,8 @@ from lco_jax.job import Job, open_job, say
 from lco_jax.models.model import Model
 from lco_jax.outputs import finish
 from lco_jax.training import cli
+from lco_jax.training.folder import held
+from lco_jax.training.run import check_config
 from lco_jax.training.step import Step, make_train_step
 from lco_jax.training.watch import peers
 
@@ -40,12 +43,20 @@ Scores = dict[str, Retrieval]  # by held-out file
 def train(config: ConfigDict, output: AnyPath) -> dict[str, Any]:
     """Run or resume in the folder `output`; returns the content of its results.json.
 
-    Returns {} if SIGTERM ended the run early (after saving it).
+    Returns {} if SIGTERM ended the run early (after saving it). Raises if another trainer works in
+    the folder.
     """
     if config.tune.towers != "none":
         raise LcoError(
             "config.tune.towers goes with lco_jax.pretrain; contrastive training freezes towers"
         )
+    check_config(config)
+    output = as_path(os.fspath(output))
+    with held(output):
+        return _train(config, output)
+
+
+def _train(config: ConfigDict, output: AnyPath) -> dict[str, Any]:
     job = open_job(config, output)
     embedder = OmniEmbedder(job.model, {}, job.processor, job.mesh)  # its programs serve twice
     before = _evaluate(job, embedder, job.untrained_params)

@@ -1089,17 +1089,3 @@ def test_packed_and_several_files_of_lines(tmp_path):
     assert [item.id for item in Corpus(tmp_path / "*.parquet").reader()(2, 3)] == [2]
     with pytest.raises(LcoError, match="name one kind"):
         contents(tmp_path / "*")
-
-
-def test_head_may_close_the_pipe():
-    script = (
-        "from lco_jax.core.errors import run_main\nrun_main(lambda: print('line\\n' * 200_000))"
-    )
-    command = f'{sys.executable} -c "$SCRIPT" | head -1; echo ${{PIPESTATUS[0]}}'
-    done = subprocess.run(
-        ["bash", "-c", command],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "SCRIPT": script, "PYTHONPATH": str(ROOT)},
-    )
-    assert (done.stdout, done.stderr) == ("line\n141\n", "")

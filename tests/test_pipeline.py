@@ -10,14 +10,18 @@ from rows import row_of
 
 from lco_jax import LcoError, make_mesh
 from lco_jax.checkpoint import builtin
+from lco_jax.checkpoint.hf import open_checkpoint
+from lco_jax.configs import base
 from lco_jax.core.packing import TokenSequence, fill, pack_stream
 from lco_jax.core.stream_shapes import Shape, padded_shape
-from lco_jax.data import pipeline
+from lco_jax.data import mixture, pipeline
 from lco_jax.data.pipeline import Layout, ahead, local_batches, record_stream
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import ChatTokenizer, as_messages
 from lco_jax.data.records import Record
 from lco_jax.data.scan import ListSource
+from lco_jax.data.sources import JsonlSource
+from lco_jax.job import open_layout
 
 PREFIX = np.zeros(0, np.int32)
 LAYOUT = Layout(batch_size=8, max_negatives=2, prefix=PREFIX)
@@ -276,3 +280,91 @@ def test_cut_to_nothing_is_an_error(tokenizer, max_length):
     """-1 must not silently drop the last token."""
     with pytest.raises(LcoError, match="max_length"):
         tokenizer.cut("a few words", max_length)
+
+
+# ---- a record stands once in a batch
+
+
+def lines(path, contents):
+    text = "".join(json.dumps({"anchor": x, "positive": f"a {x}"}) + "\n" for x in contents)
+    path.write_text(text)
+    return JsonlSource(path)
+
+
+def anchors(stream, batch, size):
+    return [stream[batch * size + i].anchor for i in range(size)]
+
+
+@pytest.mark.parametrize(("records", "size"), [(7, 7), (8, 7), (21, 8), (100, 64)])
+def test_a_batch_has_a_record_once_where_epochs_meet(records, size):
+    sources = {"a": numbered(records)}
+    drawn = record_stream(sources, {"a": 1.0}, 0)
+    stream = record_stream(sources, {"a": 1.0}, 0, batch_size=size)
+    changed = 0
+    for batch in range(60):
+        before, now = anchors(drawn, batch, size), anchors(stream, batch, size)
+        assert len(set(now)) == size
+        if len(set(before)) == size:
+            assert now == before
+        changed += now != before
+    assert changed == 0 if records == size else changed > 0
+
+
+def test_it_is_a_function_of_the_position():
+    """Read anew, from any place, in any order, it is the same."""
+    sources = {"a": numbered(10)}
+    forwards = record_stream(sources, {"a": 1.0}, 3, batch_size=8)
+    expected = [forwards[i].where for i in range(400)]
+    backwards = record_stream(sources, {"a": 1.0}, 3, batch_size=8)
+    assert [backwards[i].where for i in reversed(range(400))] == expected[::-1]
+    halves = [backwards[start::2] for start in range(2)]  # of two processes
+    assert [halves[i % 2][i // 2].where for i in range(400)] == expected
+
+
+def test_equal_lines_are_one_record(tmp_path):
+    source = lines(tmp_path / "a.jsonl", [f"dog {i // 2}" for i in range(40)])
+    stream = record_stream({"a": source}, {"a": 1.0}, 0, batch_size=8)
+    for batch in range(40):
+        assert len(set(anchors(stream, batch, 8))) == 8
+
+
+@pytest.mark.parametrize("run", [1, 8])
+def test_a_batch_of_several_sources_has_a_record_once(tmp_path, run):
+    """Also one that stands in both."""
+    sources = {
+        "a": lines(tmp_path / "a.jsonl", [f"dog {i}" for i in range(9)]),
+        "b": lines(tmp_path / "b.jsonl", [f"dog {i}" for i in range(5, 20)]),
+    }
+    stream = record_stream(sources, {"a": 1.0, "b": 1.0}, 0, run, batch_size=8)
+    for batch in range(40):
+        assert len(set(anchors(stream, batch, 8))) == 8
+
+
+def test_a_batch_that_is_larger_than_the_data_has_every_record(tmp_path):
+    source = lines(tmp_path / "a.jsonl", ["dog", "cat", "cow", "cat"])
+    stream = record_stream({"a": source}, {"a": 1.0}, 0, batch_size=8)
+    assert set(anchors(stream, 0, 8)) == {"dog", "cat", "cow"}
+    said = mixture.repeats({"a": source}, {"a": 1.0}, 8, one_source=True)
+    assert said[0].startswith("a: 1 of its 4 records repeat an earlier one")
+    assert said[1].startswith("a: 8 records in a batch, and only 3 different ones: 5 stand there")
+    assert mixture.repeats({"a": source}, {"a": 1.0}, 3, one_source=True) == said[:1]
+    few = {"a": lines(tmp_path / "b.jsonl", ["dog", "cat"]), "b": numbered(30)}
+    assert mixture.repeats(few, {"a": 1.0, "b": 3.0}, 8, one_source=False) == []
+    assert len(mixture.repeats(few, {"a": 1.0, "b": 3.0}, 8, one_source=True)) == 1
+
+
+def test_a_batch_of_one_needs_negatives(cache):
+    config = base.get_config()
+    config.train.batch_size = 1
+    checkpoint = open_checkpoint("builtin:tiny")
+    with pytest.raises(LcoError, match="batch_size is 1, and no record has a negative"):
+        open_layout(config, {"a": numbered(7, negatives=0)}, checkpoint)
+    open_layout(config, {"a": numbered(7, negatives=1)}, checkpoint)
+    open_layout(config, {"a": numbered(7, negatives=0)}, checkpoint, generative=True)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), True, -1.0])
+def test_weights_are_numbers(weight):
+    sources = {"a": numbered(7), "b": numbered(9)}
+    with pytest.raises(LcoError, match=r"a\.weight is .*; it must be a number above 0"):
+        record_stream(sources, {"a": weight, "b": 1.0}, 0)

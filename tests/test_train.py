@@ -187,7 +187,7 @@ def test_a_finished_run_and_another_configuration(quiet, monkeypatch):
         ("data.batches=sorted", "config.data.batches is 'sorted'; it must be mixed or homogeneous"),
         ("seed=-1", "config.seed is -1"),
         ("model.remat=ful", "remat is 'ful'"),
-        ("model.dtype=bf16", "dtype 'bf16'"),
+        ("model.dtype=bf16", "config.model.dtype is 'bf16'"),
         ("mesh.tensor=3", "mesh .* needs"),
         ("optimizer.schedule=cubic", "optimizer.schedule is 'cubic'"),
         ("eval.path=nowhere.jsonl", "nowhere.jsonl cannot be read"),

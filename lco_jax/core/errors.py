@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from lco_jax.core.console import unbroken
+
 # Exit statuses after which the same command is to be started again: SIGTERM stopped the process;
 # another process is gone or hangs.
 PREEMPTED, PEER_LOST = 75, 76
-PIPE_CLOSED = 141  # as a shell reports SIGPIPE
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # Status codes of jax's errors that blame a program or its size, and never another process.
 PROGRAM_ERRORS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
@@ -72,13 +73,14 @@ def run_main(main: Callable[[], int | None]) -> None:
     An `LcoError` becomes one line on stderr and status 2. With --debug anywhere on the command
     line, or LCO_JAX_DEBUG=1 in the environment, its traceback comes before that line.
     """
-    debug = _wants_debug()
+    with unbroken():
+        _run(main, _wants_debug())
+
+
+def _run(main: Callable[[], int | None], debug: bool) -> None:
+    """Run an entry point, and explain how it ends."""
     try:
-        status = main()
-        sys.stdout.flush()
-        sys.exit(status)
-    except BrokenPipeError:
-        _leave_quietly()
+        sys.exit(main())
     except LcoError as error:
         _end(2, f"error: {error}", debug)
     except KeyboardInterrupt:
@@ -98,12 +100,6 @@ def _wants_debug() -> bool:
         sys.argv.remove("--debug")
         return True
     return os.environ.get("LCO_JAX_DEBUG", "") not in ("", "0")
-
-
-def _leave_quietly() -> NoReturn:
-    """End where whoever read our output, such as `head`, has read enough, as other programs do."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is not written yet
-    leave(PIPE_CLOSED)
 
 
 def _end(status: int, message: str, debug: bool) -> NoReturn:

@@ -55,7 +55,7 @@ def as_path(text: str) -> AnyPath:
     """
     scheme, separator, _ = text.partition("://")
     if not separator:
-        return Path(text)
+        return expanded(text)
     if scheme not in BUCKETS:
         known = " or ".join(f"{name}://BUCKET/FOLDER" for name in BUCKETS)
         raise LcoError(f"{text}: give a path of a disk, perhaps a mounted one, or {known}")
@@ -69,7 +69,13 @@ def local_path(text: str) -> Path:
     """The path that a flag gives which takes files and folders of disks alone."""
     if "://" in text:
         raise LcoError(f"{text} is not a path of a disk; mount it, or copy it")
-    return Path(text)
+    return expanded(text)
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path of a disk, in which ~ is the home folder. A shell leaves the ~ of --output=~/x."""
+    with explained(f"{path} names no home folder", RuntimeError):
+        return Path(path).expanduser()
 
 
 def on_bucket(path: str | os.PathLike[str]) -> bool:
@@ -135,7 +141,7 @@ def local_copy(path: str | os.PathLike[str], patterns: Sequence[str] = ("*",)) -
     disk stays as it is. Raises where there is nothing.
     """
     if not on_bucket(path):
-        return Path(path)
+        return expanded(path)
     with reaching(path):
         there = listing(path)
     names = [name for name in sorted(there) if name == "." or _matches(name, patterns)]
@@ -164,7 +170,7 @@ def local_workdir(home: AnyPath, pattern: str) -> Path:
     Then it is a folder of this process in the cache, with the bucket's files that match `pattern`.
     """
     if not on_bucket(home):
-        return Path(home)
+        return expanded(home)
     name = os.fspath(home).partition("://")[2].replace("/", "_")
     folder = cache_folder() / "workdirs" / f"{name}-{jax.process_index()}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -230,7 +236,7 @@ def resolve(
     """
     if on_bucket(path_or_id):
         return local_copy(path_or_id, patterns)
-    path = Path(path_or_id).expanduser()
+    path = expanded(path_or_id)
     if path.is_dir():
         return path
     name = str(path_or_id)
@@ -245,7 +251,7 @@ def resolve(
 
 def cache_folder() -> Path:
     """Where what can be made again is stored: the built-in checkpoint, compiled programs."""
-    return Path(os.environ.get("LCO_JAX_CACHE", Path.home() / ".cache" / "lco_jax"))
+    return expanded(os.environ.get("LCO_JAX_CACHE", "~/.cache/lco_jax"))
 
 
 def read_json(path: AnyPath) -> dict[str, Any]:
@@ -286,12 +292,12 @@ def written_aside(target: AnyPath, first_wins: bool = False) -> Iterator[Path]:
     """
     if on_bucket(target):
         with tempfile.TemporaryDirectory() as folder, reaching(target):
-            _check_target(target)
+            check_target(target)
             yield Path(folder)
             (Path(folder) / MARK).touch()
             upload(Path(folder), target)
         return
-    _check_target(target)
+    check_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
     aside.chmod(0o755)
@@ -311,7 +317,7 @@ def written_aside(target: AnyPath, first_wins: bool = False) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _check_target(target: AnyPath) -> None:
+def check_target(target: AnyPath) -> None:
     """Raise where a folder cannot be written without harm to what is there."""
     if target.is_file():
         raise LcoError(f"{target} is a file; give an output folder")

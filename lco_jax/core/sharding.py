@@ -69,7 +69,7 @@ def make_mesh(
     if len(free) > 1 or any(size < 1 for size in fixed):
         raise LcoError(f"mesh {sizes}: sizes are positive, and at most one is -1")
     if free:
-        sizes[free[0]] = len(devices) // math.prod(fixed)
+        sizes[free[0]] = max(len(devices) // math.prod(fixed), 1)
     needed = math.prod(sizes.values())
     if needed != len(devices):
         raise LcoError(f"mesh {sizes} needs {needed} devices, and there are {len(devices)}")

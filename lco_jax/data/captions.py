@@ -95,9 +95,10 @@ class FilesSource(Source):
         self.caption = Caption(caption, groups, values, where)
         self.reverse = reverse
         scan = Scan(on_bad)
-        for path in sorted(filter(os.path.isfile, iglob(glob, recursive=True))):
+        for path in sorted(filter(os.path.isfile, iglob(os.path.expanduser(glob), recursive=True))):
             scan.check(self._read, path, keep=path)
         scan.finish(glob)
+        self.digests = scan.digests
         self.paths, self.skipped, self.modalities = scan.kept, scan.skipped, scan.modalities
 
     def __len__(self) -> int:

@@ -9,11 +9,13 @@ data is one number, so a run can resume on another mesh.
 """
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from hashlib import blake2b
 from itertools import islice
+from numbers import Real
 from typing import Any, NamedTuple
 
 import grain
@@ -26,7 +28,9 @@ from lco_jax.core.exchange import Exchange
 from lco_jax.core.packing import Answers, Batch, PackedTokens, fill, fill_answers
 from lco_jax.core.sharding import ROWS, replicated, row_shards
 from lco_jax.core.stream_shapes import padded_shape
+from lco_jax.data import mixture
 from lco_jax.data.inputs import conversation, one_ahead
+from lco_jax.data.media import is_number
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import asked
 from lco_jax.data.records import Content, Record, answer_of, content_key
@@ -35,7 +39,6 @@ from lco_jax.data.share import Layout, LocalBatch, Share, pack_batch
 from lco_jax.data.sources import open_source
 from lco_jax.data.tower_rows import Processed, TowerRows
 
-ENDLESS = 2**40
 MAX_SIDES = 1024  # a dropout identity is record · MAX_SIDES + side
 
 logger = logging.getLogger(__name__)
@@ -54,46 +57,39 @@ def open_sources(config: Mapping[str, Any]) -> dict[str, Source]:
 
 
 def record_stream(
-    sources: Mapping[str, Source], weights: Mapping[str, float], seed: int, run: int = 1
+    sources: Mapping[str, Source],
+    weights: Mapping[str, float],
+    seed: int,
+    run: int = 1,
+    batch_size: int = 0,
 ) -> grain.MapDataset:
     """The endless mixture of sources, drawn by weight; each epoch of a source has another order.
 
     run: how many consecutive records come from one source. A batch's size makes batches
         homogeneous.
+    batch_size: no record stands twice in a batch of this size, where the data allow it; 0: all
+        stay as they are drawn.
     """
     for name in sources:
         _check_weight(name, weights[name])
-    parts = [
-        grain.MapDataset.source(source).seed(seed + number).shuffle().repeat()
-        for number, source in enumerate(sources.values())
-    ]
-    if len(parts) == 1:
-        return parts[0]
-    shares = [weights[name] for name in sources]
-    if run == 1:
-        return grain.MapDataset.mix(parts, shares)
+    opened = list(sources.values())
+    keys = mixture.keys(opened, [weights[name] for name in sources], seed, run)
+    if batch_size:
+        once = mixture.Once(keys, opened, seed, batch_size)
+        keys = grain.MapDataset.range(mixture.ENDLESS).map(once)
+    return keys.map(partial(_read, opened))
 
-    turns_of_each = [
-        grain.MapDataset.range(ENDLESS).map(partial(_turn, part)) for part in range(len(parts))
-    ]
-    turns = grain.MapDataset.mix(turns_of_each, shares)
 
-    def record(index: int) -> Record:
-        part, turn = turns[index // run]
-        return parts[part][turn * run + index % run]
-
-    return grain.MapDataset.range(ENDLESS).map(record)
+def _read(sources: Sequence[Source], key: mixture.Key) -> Record:
+    source, index = key
+    return sources[source][index]
 
 
 def _check_weight(name: str, weight: Any) -> None:
-    if not isinstance(weight, int | float) or not weight > 0:
+    if not is_number(weight, Real) or not 0 < weight < math.inf:
         raise LcoError(
             f"config.data.sources.{name}.weight is {weight!r}; it must be a number above 0"
         )
-
-
-def _turn(part: int, turn: int) -> tuple[int, int]:
-    return part, turn
 
 
 # ---- records -> a process's share of a batch

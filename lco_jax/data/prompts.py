@@ -82,6 +82,8 @@ class ChatTokenizer:
             self.tokenizer.chat_template = read_json(template).get("chat_template")
             if not isinstance(self.tokenizer.chat_template, str):
                 raise LcoError(f"{template} holds no chat_template string")
+        if isinstance(self.tokenizer.chat_template, dict):
+            self.tokenizer.chat_template = _default(self.tokenizer.chat_template, folder)
         if self.tokenizer.chat_template is None:
             files = "chat_template.jinja, .json, or in tokenizer_config.json"
             raise LcoError(f"{folder} has no chat template ({files})")
@@ -166,3 +168,11 @@ def _load_tokenizer(folder: Path) -> Any:
         files = "tokenizer.json, or vocab.json and merges.txt, is missing"
         raise LcoError(f"{folder} has no tokenizer: {files}")
     return tokenizer
+
+
+def _default(templates: dict[str, str], folder: Path) -> str:
+    """Of several named templates the one that transformers takes."""
+    if "default" not in templates:
+        names = ", ".join(sorted(templates))
+        raise LcoError(f"{folder} has the chat templates {names}, and none is called default")
+    return templates["default"]

@@ -3,10 +3,13 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from typing import Any, Protocol
 
+import numpy as np
+
 from lco_jax.core.errors import LcoError
-from lco_jax.data.records import Record
+from lco_jax.data.records import Record, content_key
 
 ON_BAD = ("error", "skip")
 KEYS_SHOWN = 10  # of those that records have beside their contents
@@ -18,20 +21,38 @@ class Source(Protocol):
     """Records by index.
 
     skipped: how many bad ones were left out. max_negatives: the most of a record. modalities: the
-    kinds of all records' parts, and "text".
+    kinds of all records' parts, and "text". digests: a number of each record, the same for equal
+    ones (int64 [N]); None where records are not read when the source is opened. version: what
+    tells such data from changed ones.
     """
 
     skipped: int = 0
     max_negatives: int = 0
     modalities: frozenset[str] = frozenset({"text"})
+    digests: np.ndarray | None = None
+    version: str = ""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record: ...
 
 
+def fingerprint(source: Source) -> str:
+    """Text that differs when a source has other records, or has them in another order.
+
+    "" where that cannot be told. What the files hold that records name does not count.
+    """
+    if source.digests is None:
+        return source.version
+    digest = blake2b(source.digests.tobytes(), digest_size=8).hexdigest()
+    return f"{len(source):,} records with digest {digest}"
+
+
 class Scan:
-    """A pass over all records of a source. kept: of each good one, the record or what finds it."""
+    """A pass over all records of a source.
+
+    kept: of each good one, the record or what finds it. digests: a number of each, as `Source` has.
+    """
 
     def __init__(self, on_bad: str):
         if on_bad not in ON_BAD:
@@ -41,11 +62,21 @@ class Scan:
         self.modalities = Source.modalities
         self.kept: list[Any] = []
         self.ignored = Counter[str]()
+        self._digests: list[int] = []
 
-    def check(self, read: Callable[..., Record], *arguments: Any, keep: Any = None) -> None:
-        """Read one record, and keep it, or `keep` in its place. A bad record raises or counts."""
+    @property
+    def digests(self) -> np.ndarray:
+        return np.array(self._digests, np.int64)
+
+    def check(
+        self, read: Callable[..., Record], given: Any, *others: Any, keep: Any = None
+    ) -> None:
+        """Read one record, and keep it, or `keep` in its place. A bad record raises or counts.
+
+        read: takes `given`, what the source holds, and the others.
+        """
         try:
-            record = read(*arguments)
+            record = read(given, *others)
         except LcoError as error:
             if self.on_bad == "error":
                 tip = "set on_bad to 'skip' to leave such records out"
@@ -58,6 +89,7 @@ class Scan:
         self.modalities |= record.modalities
         self.ignored.update(record.ignored)
         self.kept.append(record if keep is None else keep)
+        self._digests.append(_digest(given))
 
     def finish(self, what: str) -> None:
         """Log how many were skipped; raise if nothing is left."""
@@ -71,11 +103,19 @@ class Scan:
             raise LcoError(f"{what} holds no usable record")
 
 
+def _digest(given: Any) -> int:
+    """A number of what a source holds of a record: a line, a row, a file's name."""
+    content = given.strip() if isinstance(given, bytes) else repr(content_key(given)).encode()
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little", signed=True)
+
+
 class ListSource(list[Record]):
     """Records in memory."""
 
-    def __init__(self, records: Sequence[Record], skipped: int = 0):
+    def __init__(
+        self, records: Sequence[Record], skipped: int = 0, digests: np.ndarray | None = None
+    ):
         super().__init__(records)
-        self.skipped = skipped
+        self.skipped, self.digests = skipped, digests
         self.max_negatives = max((len(record.negatives) for record in records), default=0)
         self.modalities = Source.modalities.union(*(record.modalities for record in records))

@@ -55,7 +55,7 @@ class JsonlSource:
         scan.finish(str(self.path))
         self.lines = np.array(scan.kept, np.int64)
         self.skipped, self.max_negatives = scan.skipped, scan.max_negatives
-        self.modalities = scan.modalities
+        self.modalities, self.digests = scan.modalities, scan.digests
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -154,7 +154,7 @@ def parquet_source(
         for number, row in enumerate(rows):
             scan.check(parse_record, columns.record(row), f"{file}, row {number}", root, exists)
     scan.finish(path)
-    return ListSource(scan.kept, scan.skipped)
+    return ListSource(scan.kept, scan.skipped, scan.digests)
 
 
 def _parquet_files(path: str, files: str) -> list[Path]:

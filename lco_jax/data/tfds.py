@@ -7,6 +7,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import blake2b
 from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +41,14 @@ class _Dataset:
             self.builder = tfds.builder(name, data_dir=data_dir)
             features = self.builder.info.features
         self.features = dict(sorted(features.items()))
+
+    @property
+    def version(self) -> str:
+        """Text that differs for another version, or when the files have other sizes."""
+        digest = blake2b(digest_size=8)
+        for file in sorted(Path(self.builder.data_path).iterdir()):
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        return f"{self.builder.info.full_name}, files with digest {digest.hexdigest()}"
 
     def rows(self, decoders: Mapping[str, Any] | None = None) -> Any:
         """Rows by index."""
@@ -87,7 +96,7 @@ def nli_source(
         lacks = "has no premise with an entailment and a contradiction"
         raise LcoError(f"the TFDS dataset {name!r} ({split}) {lacks}")
     scan.finish(name)
-    return ListSource(scan.kept, scan.skipped)
+    return ListSource(scan.kept, scan.skipped, scan.digests)
 
 
 def _nli_labels(features: Mapping[str, Any], dataset: str) -> list[str]:
@@ -177,6 +186,7 @@ class CaptionedSource(Source):
         if not len(self.rows):
             raise LcoError(f"{self.name} ({split}) is empty")
         self[0]  # raises for a caption that cannot be made
+        self.version = f"{len(self.rows):,} rows of {dataset.version}"
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,10 +1,10 @@
 """The command line of training jobs: the configuration, whose keys are flags, and the processes."""
 
-import difflib
+import keyword
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -13,8 +13,9 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 
 from lco_jax.core.errors import LcoError, explained
-from lco_jax.core.files import AnyPath, as_path
+from lco_jax.core.files import AnyPath, as_path, expanded
 from lco_jax.core.shapes import keep_compiled
+from lco_jax.training.values import hint
 from lco_jax.training.watch import leave_on_sigterm, meeting
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -54,6 +55,7 @@ def parse(argv: Sequence[str], doc: str | None) -> flags.FlagValues:
     name, argv = _split_config(argv)
     config = ConfigDict() if name is None and wants_help else _load(name)
     _check_keys(argv, config)
+    argv = _in_brackets(argv, config)
     values = _flags(argv, config)
     with explained("the flags are wrong", *FLAG_ERRORS):
         rest = values(argv)
@@ -114,6 +116,7 @@ def _load(name: str | None) -> ConfigDict:
     if not name:
         raise LcoError("--config is missing; for a first run: --config=base")
     path, colon, argument = name.partition(":")
+    path = str(expanded(path))
     if not Path(path).is_file():
         if path not in names():
             raise LcoError(
@@ -135,16 +138,42 @@ def _load(name: str | None) -> ConfigDict:
 
 def _check_keys(argv: Sequence[str], config: ConfigDict) -> None:
     """Raise for a flag that sets a key which the configuration does not have."""
-    known = sorted(flatten_dict(config.to_dict(), keep_empty_nodes=True, sep="."))
+    known = flatten_dict(config.to_dict(), keep_empty_nodes=True, sep=".")
     for arg in argv[1:]:
         flag = arg.lstrip("-").partition("=")[0].removeprefix("no")
         key = flag.removeprefix("config.")
         if not arg.startswith("-") or key == flag:
             continue  # a value, or another flag
+        if " " in key:
+            raise LcoError(f"--{flag}: no flag has a space; set it in the configuration's file")
         if not any(f"{name}.".startswith(f"{key}.") for name in known):
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise LcoError(f"--{flag}: the config has no key {key!r}{hint}")
+            raise LcoError(f"--{flag}: the config has no key {key!r}{hint(key, known)}")
+
+
+def _in_brackets(argv: Sequence[str], config: ConfigDict) -> list[str]:
+    """The arguments with every name in brackets that Python could not read after a dot.
+
+    ml_collections reads keys as Python does; a source may be called my-photos.
+    """
+    spelt = {}
+    for path in flatten_dict(config.to_dict(), keep_empty_nodes=True):
+        for end in range(1, len(path) + 1):
+            spelt[".".join(path[:end])] = "".join(map(_as_python, path[:end]))
+    return [argv[0], *(_rewritten(arg, spelt) for arg in argv[1:])]
+
+
+def _as_python(name: str) -> str:
+    """A part of a key, as it stands behind the part before."""
+    is_plain = name.isidentifier() and not keyword.iskeyword(name)
+    return f".{name}" if is_plain else f"[{name!r}]"
+
+
+def _rewritten(arg: str, spelt: Mapping[str, str]) -> str:
+    flag, equals, value = arg.partition("=")
+    start, _, key = flag.partition("config.")
+    if start.strip("-") not in ("", "no") or key not in spelt:
+        return arg
+    return f"{start}config{spelt[key]}{equals}{value}"
 
 
 # ---- processes

@@ -1,6 +1,7 @@
 """A run's configuration and folder: what `train` begins or resumes and `convert` exports."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,70 +15,71 @@ from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath, reaching, read_json, write_json
 from lco_jax.core.sharding import make_mesh
 from lco_jax.training.state import Training
+from lco_jax.training.values import REMOVED, check_values
 
 # Keys that may differ when a run is resumed: they change no loss, or only how long the run is.
 FREE = ("mesh", "checkpoint", "eval", "export", "log", "name", "data.threads", "train.patience")
-# Keys of earlier versions, and the value under which a configuration that still sets them runs.
-REMOVED = {"train.candidates": "auto", "train.spike": 20.0}
-POSITIVE = (
-    "data.threads",
-    "train.batch_size",
-    "train.temperature",
-    "train.max_nonfinite",
-    "checkpoint.every",
-    "eval.batch_size",
-)
-NOT_NEGATIVE = (
-    "seed",
-    "train.steps",
-    "train.patience",
-    "optimizer.clip_norm",
-    "optimizer.warmup_steps",
-)
+DATA = "data_was"  # in config.json: source -> fingerprint of its records
 
 
 def check_config(config: ConfigDict) -> None:
     """Raise, by key, for a value that no run can have, unless another part checks it."""
-    flat = _flat(config)
-    for key in POSITIVE:
-        _check(flat, key, flat[key] > 0, "above 0")
-    for key in NOT_NEGATIVE:
-        _check(flat, key, flat[key] >= 0, "0 or more")
-    _check(flat, "train.chunk_tokens", flat["train.chunk_tokens"] >= -1, "-1 (auto), 0 or more")
-    batches = ("mixed", "homogeneous")
-    _check(flat, "data.batches", flat["data.batches"] in batches, " or ".join(batches))
-    if not flat["train.steps"]:
-        epochs_fit = flat["train.epochs"] > 0
-        _check(flat, "train.epochs", epochs_fit, "above 0 where train.steps is 0")
-    for key, default in REMOVED.items():
-        if flat.get(key, default) != default:
-            raise LcoError(f"config.{key} does not exist any more; leave it out")
+    check_values(flatten_dict(config.to_dict(), keep_empty_nodes=True, sep="."))
 
 
-def _check(flat: dict[str, Any], key: str, fine: bool, expected: str) -> None:
-    if not fine:
-        raise LcoError(f"config.{key} is {flat[key]!r}; it must be {expected}")
-
-
-def claim_workdir(workdir: AnyPath, config: ConfigDict, total_steps: int, begun: bool) -> None:
-    """Write `workdir/config.json`. A run that has `begun` there must have the same configuration.
-
-    Raises by the first key that differs.
+def check_same_run(
+    workdir: AnyPath,
+    config: ConfigDict,
+    total_steps: int,
+    fingerprints: Mapping[str, str] | None = None,
+) -> None:
+    """Raise, by the first key that differs, if the folder's run has another configuration, or other
+    data. fingerprints: of the sources, by name.
     """
     path = workdir / "config.json"
+    if not path.exists():
+        return
     now = _flat(config) | {"total_steps": total_steps}
-    if begun and path.exists():
-        earlier = flatten_dict(read_json(path), keep_empty_nodes=True, sep=".")
-        for key in sorted((earlier.keys() | now.keys()) - REMOVED.keys()):
-            is_free = key in FREE or key.partition(".")[0] in FREE
-            if earlier.get(key) != now.get(key) and not is_free:
-                raise LcoError(
-                    f"{workdir} holds a run with config.{key} = {earlier.get(key)!r}, and this one "
-                    f"has {now.get(key)!r}; give another --output, or the same configuration to "
-                    "resume"
-                )
+    earlier = read_json(path)
+    data = earlier.pop(DATA, {})
+    earlier = flatten_dict(earlier, keep_empty_nodes=True, sep=".")
+    for key in sorted((earlier.keys() | now.keys()) - REMOVED.keys()):
+        is_free = key in FREE or key.partition(".")[0] in FREE
+        if earlier.get(key) != now.get(key) and not is_free:
+            raise LcoError(
+                f"{workdir} holds a run with config.{key} = {earlier.get(key)!r}, and this one "
+                f"has {now.get(key)!r}; give another --output, or the same configuration to "
+                "resume"
+            )
+    for name, found in (fingerprints or {}).items():
+        began_with = data.get(name)
+        if began_with and found and began_with != found:
+            raise LcoError(
+                f"config.data.sources.{name} has changed since the run in {workdir} began: it had "
+                f"{began_with}, and has {found}; give another --output, or the data of before to "
+                "resume"
+            )
+
+
+def claim_workdir(
+    workdir: AnyPath,
+    config: ConfigDict,
+    total_steps: int,
+    begun: bool,
+    fingerprints: Mapping[str, str] | None = None,
+) -> None:
+    """Write `workdir/config.json`. A run that has `begun` there must be the same one."""
+    if begun:
+        check_same_run(workdir, config, total_steps, fingerprints)
     if jax.process_index() == 0:
-        write_json(path, json.loads(config.to_json()) | {"total_steps": total_steps})
+        run = {"total_steps": total_steps, DATA: dict(fingerprints or {})}
+        write_json(workdir / "config.json", json.loads(config.to_json()) | run)
+
+
+def has_begun(workdir: AnyPath) -> bool:
+    """Whether a run has saved something in a folder."""
+    folder = workdir / "checkpoints"
+    return folder.is_dir() and any(path.name.split(".")[0].isdecimal() for path in folder.iterdir())
 
 
 def tuned_of_run(

@@ -1,0 +1,74 @@
+"""A run's folder: one trainer at a time works in it, and it holds what is ours."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import filelock
+import jax
+
+from lco_jax.core.errors import DISK_FULL, LcoError, explained, reason
+from lco_jax.core.files import AnyPath, check_target, on_bucket, reaching
+
+LOCK = ".lock"
+
+
+@contextmanager
+def held(home: AnyPath) -> Iterator[None]:
+    """While open, no other trainer works in `home`; a process that is gone holds nothing.
+
+    The first of a job's processes holds it for all. A folder on a bucket cannot be held. What keeps
+    the run from writing there becomes one sentence.
+    """
+    if on_bucket(home) or jax.process_index() != 0:
+        yield
+        return
+    lock = filelock.FileLock(home / LOCK)
+    with explained(f"--output={home} cannot be written", OSError):
+        home.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            message = f"another trainer works in {home}; wait for it, end it, or give another"
+            raise LcoError(f"{message} --output") from error
+        _try_to_write(home)
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL or not _is_below(home, error.filename):
+            raise
+        advice = "where it is there and can be written, the same command resumes"
+        raise LcoError(f"{error.filename} failed: {reason(error)}; {advice}") from error
+    finally:
+        with suppress(OSError):
+            if os.listdir(home) == [LOCK]:  # nothing came of it
+                (home / LOCK).unlink()
+                home.rmdir()
+        lock.release()
+
+
+def _try_to_write(home: AnyPath) -> None:
+    """Raise where no file can be made: a lock can be held of one that is there already."""
+    probe = home / f".{os.getpid()}.tmp"
+    probe.touch()
+    probe.unlink()
+
+
+def _is_below(home: AnyPath, name: Any) -> bool:
+    """Whether a name, as an OSError has it, is that of a file of the folder."""
+    if not isinstance(name, str | os.PathLike):
+        return False
+    path, folder = os.path.abspath(name), os.path.abspath(home)
+    return path == folder or path.startswith(f"{folder}{os.sep}")
+
+
+def check_outputs(home: AnyPath, config: Mapping[str, Any]) -> None:
+    """Raise if a folder that the run's end would write is somebody else's."""
+    if jax.process_index() != 0:
+        return
+    with reaching(home):
+        if config["tune"]["decoder"] == "lora":
+            check_target(home / "adapter")
+        if config["export"]["merged"]:
+            check_target(home / "merged")
