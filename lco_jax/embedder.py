@@ -98,6 +98,9 @@ class OmniEmbedder:
         attention: the kernel, as `models.attention.attention` has it.
         """
         checkpoint = open_checkpoint(path_or_id)
+        adapted = None
+        if adapter is not None:
+            adapted = peft.read_adapter(adapter, checkpoint, head=cls.LOADS_HEAD)
         mesh = make_mesh(devices=jax.local_devices()) if mesh is None else mesh
         chosen = chosen_modalities(modalities, checkpoint.backbone.modalities)
         context = checkpoint.config.max_position_embeddings
@@ -114,9 +117,8 @@ class OmniEmbedder:
             quantize=quantize,
             attention=attention,
         )
-        if adapter is not None:
-            decoder = params["decoder"]
-            params["decoder"] = _with_adapter(decoder, adapter, mesh, attach=bool(quantize))
+        if adapted is not None:
+            params = _with_adapters(params, *adapted, mesh, attach=bool(quantize))
         return cls(model, params, processor, mesh)
 
     @property
@@ -369,20 +371,30 @@ def _pooled(
     return project(pooled, params) if of == "last" else pooled
 
 
-def _with_adapter(
-    decoder: dict[str, Any], adapter: str | os.PathLike[str], mesh: Mesh, attach: bool
+def _with_adapters(
+    params: dict[str, Any],
+    adapters: dict[str, Any],
+    config: lora.LoraConfig,
+    mesh: Mesh,
+    attach: bool,
 ) -> dict[str, Any]:
-    """A decoder's parameters with a PEFT adapter merged, or attached. They are donated."""
-    adapters, config = peft.read_peft(adapter)
-    adapters = peft.match_adapters(adapters, decoder, str(adapter))
+    """A model's parameters with a PEFT adapter merged; they are donated. Parts that are not loaded
+    need none.
+
+    attach: the decoder, whose matrices are quantised, gets it beside them.
+    """
     config = replace(config, dropout=0.0)
-    join = jax.jit(
-        lora.attach if attach else lora.merge,
-        static_argnums=2,
-        donate_argnums=0,
-        out_shardings=None if attach else shardings(decoder, mesh),
-    )
-    return join(decoder, adapters, config)
+    for part in adapters.keys() & params.keys():
+        attached = attach and part == "decoder"
+        place = shardings({part: params[part]}, mesh)[part]
+        join = jax.jit(
+            lora.attach if attached else lora.merge,
+            static_argnums=2,
+            donate_argnums=0,
+            out_shardings=None if attached else place,
+        )
+        params[part] = join(params[part], adapters[part], config)
+    return params
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
