@@ -6,7 +6,6 @@ Dimensions: N inputs, n inputs of a block, D hidden, L layers.
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import chain, pairwise
 from typing import Any, Self, TypeVar
@@ -24,7 +23,7 @@ from lco_jax.core import lora
 from lco_jax.core.errors import LcoError, check_at_least_1
 from lco_jax.core.packing import PackedTokens
 from lco_jax.core.shapes import ShapeLog
-from lco_jax.core.sharding import make_mesh, replicated, row_shards, shardings
+from lco_jax.core.sharding import make_mesh, replicated, row_shards
 from lco_jax.data.content import chosen_modalities
 from lco_jax.data.inference import (
     BLOCK_INPUTS,
@@ -118,7 +117,7 @@ class OmniEmbedder:
             attention=attention,
         )
         if adapted is not None:
-            params = _with_adapters(params, *adapted, mesh, attach=bool(quantize))
+            params = lora.with_adapters(params, *adapted, mesh, beside=bool(quantize))
         return cls(model, params, processor, mesh)
 
     @property
@@ -369,32 +368,6 @@ def _pooled(
     """`pool`, and then the model's projection of last states, if it has one."""
     pooled = pool(decoder, params["decoder"], tokens, media, of)
     return project(pooled, params) if of == "last" else pooled
-
-
-def _with_adapters(
-    params: dict[str, Any],
-    adapters: dict[str, Any],
-    config: lora.LoraConfig,
-    mesh: Mesh,
-    attach: bool,
-) -> dict[str, Any]:
-    """A model's parameters with a PEFT adapter merged; they are donated. Parts that are not loaded
-    need none.
-
-    attach: the decoder, whose matrices are quantised, gets it beside them.
-    """
-    config = replace(config, dropout=0.0)
-    for part in adapters.keys() & params.keys():
-        attached = attach and part == "decoder"
-        place = shardings({part: params[part]}, mesh)[part]
-        join = jax.jit(
-            lora.attach if attached else lora.merge,
-            static_argnums=2,
-            donate_argnums=0,
-            out_shardings=None if attached else place,
-        )
-        params[part] = join(params[part], adapters[part], config)
-    return params
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
