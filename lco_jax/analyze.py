@@ -29,7 +29,7 @@ from lco_jax.analysis.measures import ALIGNMENT, CCA_DIMENSIONS, DEFINITIONS, Si
 from lco_jax.analysis.pairs import Captions, Pairs, draw_pairs
 from lco_jax.analysis.token_cost import Losses, token_cost
 from lco_jax.checkpoint.hf import open_checkpoint
-from lco_jax.checkpoint.peft import read_peft
+from lco_jax.checkpoint.peft import read_adapter
 from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.files import write_json, write_text, written_aside
 from lco_jax.core.shapes import keep_compiled
@@ -158,12 +158,13 @@ def _left_out(pairs: Pairs) -> str:
 def _check_models(models: Models, drawn: Mapping[str, Pairs]) -> None:
     """Raise now, and not after an hour, for what no model takes. drawn: by flag."""
     for path, adapter in models.values():
-        known = open_checkpoint(path).backbone.modalities
+        checkpoint = open_checkpoint(path)
+        known = checkpoint.backbone.modalities
         for flag, pairs in drawn.items():
             if unknown := pairs.modalities - set(known):
                 raise LcoError(f"{flag} holds {min(unknown)}, and {path} takes {', '.join(known)}")
         if adapter:
-            read_peft(adapter)
+            read_adapter(adapter, checkpoint)
 
 
 def _look(

@@ -25,7 +25,7 @@ import numpy as np
 from lco_jax.checkpoint import soup
 from lco_jax.checkpoint.export import export_merged, write_model
 from lco_jax.checkpoint.hf import DTYPES, open_checkpoint
-from lco_jax.checkpoint.peft import has_adapters, read_peft, write_peft
+from lco_jax.checkpoint.peft import has_adapters, read_adapter, write_peft
 from lco_jax.core import lora
 from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.files import as_path, local_path, write_json
@@ -133,7 +133,7 @@ def _export(args: argparse.Namespace) -> None:
         source, tuned, config, step = tuned_of_run(args.input, args.step)
         print(f"{args.input}: step {step}, trained from {source}")
     elif args.adapter:
-        tuned["decoder"], config = read_peft(args.adapter)
+        tuned, config = read_adapter(args.adapter, open_checkpoint(source), head=True)
     _write_merged(args, source, args.output, tuned, config)
     if args.input is not None and has_adapters(tuned.get("decoder", {})):
         folder = args.output.with_name(f"{args.output.name}-adapter")

@@ -6,7 +6,6 @@ Dimensions: N inputs, n inputs of a block, D hidden, L layers.
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import chain, pairwise
 from typing import Any, Self, TypeVar
@@ -25,7 +24,7 @@ from lco_jax.core.errors import LcoError, check_at_least_1
 from lco_jax.core.finite import check_results
 from lco_jax.core.packing import PackedTokens
 from lco_jax.core.shapes import ShapeLog
-from lco_jax.core.sharding import make_mesh, replicated, row_shards, shardings
+from lco_jax.core.sharding import make_mesh, replicated, row_shards
 from lco_jax.data.content import chosen_modalities
 from lco_jax.data.inference import (
     BLOCK_INPUTS,
@@ -99,6 +98,9 @@ class OmniEmbedder:
         attention: the kernel, as `models.attention.attention` has it.
         """
         checkpoint = open_checkpoint(path_or_id)
+        adapted = None
+        if adapter is not None:
+            adapted = peft.read_adapter(adapter, checkpoint, head=cls.LOADS_HEAD)
         mesh = make_mesh(devices=jax.local_devices()) if mesh is None else mesh
         chosen = chosen_modalities(modalities, checkpoint.backbone.modalities)
         context = checkpoint.config.max_position_embeddings
@@ -115,9 +117,8 @@ class OmniEmbedder:
             quantize=quantize,
             attention=attention,
         )
-        if adapter is not None:
-            decoder = params["decoder"]
-            params["decoder"] = _with_adapter(decoder, adapter, mesh, attach=bool(quantize))
+        if adapted is not None:
+            params = lora.with_adapters(params, *adapted, mesh, beside=bool(quantize))
         return cls(model, params, processor, mesh)
 
     @property
@@ -369,22 +370,6 @@ def _pooled(
     """`pool`, and then the model's projection of last states, if it has one."""
     pooled = pool(decoder, params["decoder"], tokens, media, of)
     return project(pooled, params) if of == "last" else pooled
-
-
-def _with_adapter(
-    decoder: dict[str, Any], adapter: str | os.PathLike[str], mesh: Mesh, attach: bool
-) -> dict[str, Any]:
-    """A decoder's parameters with a PEFT adapter merged, or attached. They are donated."""
-    adapters, config = peft.read_peft(adapter)
-    adapters = peft.match_adapters(adapters, decoder, str(adapter))
-    config = replace(config, dropout=0.0)
-    join = jax.jit(
-        lora.attach if attach else lora.merge,
-        static_argnums=2,
-        donate_argnums=0,
-        out_shardings=None if attach else shardings(decoder, mesh),
-    )
-    return join(decoder, adapters, config)
 
 
 def check_on_error(on_error: str) -> None:

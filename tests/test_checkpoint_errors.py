@@ -4,7 +4,9 @@ Spellings of the same model load alike, and nothing is read that is not needed.
 """
 
 import json
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import ml_dtypes
@@ -20,6 +22,7 @@ from lco_jax.checkpoint.tensors import TensorFolder
 from lco_jax.core import lora
 from lco_jax.core.files import read_json, write_json
 from lco_jax.core.sharding import shardings
+from lco_jax.data import prompts
 from lco_jax.data.prompts import ChatTokenizer
 
 UP = "layers.1.mlp.up_proj.weight"
@@ -271,11 +274,90 @@ def test_a_file_in_the_place_of_a_folder_is_named(folder):
     assert str(folder / SHARDS[0]) in refusal(folder / SHARDS[0])
 
 
+def test_the_single_file_comes_before_a_stale_index(folder):
+    """As in transformers, which looks for model.safetensors first. Shards stay beside it."""
+    state = {key: value + 1 for key, value in tensors(folder).items()}
+    save_file(state, folder / "model.safetensors")
+    got = TensorFolder(folder)
+    key = "model.norm.weight"
+    assert np.array_equal(got.read(key), state[key])
+    (folder / INDEX).write_text("{}")  # it is not even read
+    assert set(TensorFolder(folder)) == set(state)
+    (folder / "model.safetensors").rename(folder / "elsewhere.safetensors")
+    for shard in SHARDS:
+        (folder / shard).unlink()
+    (folder / INDEX).unlink()
+    assert np.array_equal(TensorFolder(folder).read(key), state[key])
+
+
+@pytest.mark.parametrize(
+    "stray", ["consolidated.safetensors", "model.fp16.safetensors", "optimizer.safetensors"]
+)
+@pytest.mark.parametrize("layout", ["index", "shards", "single"])
+def test_stray_files_are_passed_over(folder, stray, layout):
+    want = leaves(open_checkpoint(folder))
+    if layout == "single":
+        rewrite(folder, tensors(folder))
+    elif layout == "shards":
+        (folder / INDEX).unlink()
+    save_file({"model.norm.weight": np.zeros(96, np.float32)}, folder / stray)
+    assert same(leaves(open_checkpoint(folder)), want)
+
+
+@pytest.mark.parametrize("file", [3, None, [], "", "/etc/passwd", "../other/model.safetensors"])
+def test_a_weight_map_that_names_no_file_of_the_folder_is_refused(folder, file):
+    index = read_json(folder / INDEX)
+    index["weight_map"]["model.norm.weight"] = file
+    write_json(folder / INDEX, index)
+    assert str(folder / INDEX) in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", INDEX, *SHARDS])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_file_is_refused_and_not_waited_for(folder, name, kind):
+    (folder / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(folder / name)
+    elif kind == "device":
+        (folder / name).symlink_to("/dev/zero")
+    else:
+        (folder / name).mkdir()
+    message = refusal(folder)
+    assert str(folder / name) in message
+    assert "must be a file" in message
+
+
+def test_links_into_the_blobs_of_a_hub_cache_are_read(folder, tmp_path):
+    want = leaves(open_checkpoint(folder))
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    folder.rename(blobs)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    assert same(leaves(open_checkpoint(snapshot)), want)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_a_tensor_that_is_not_finite_is_named_with_its_file(folder, dtype, bad):
+    state = {key: value.astype(np.dtype(dtype)) for key, value in tensors(folder).items()}
+    state[f"model.{UP}"][87, 95] = bad
+    rewrite(folder, state)
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(LcoError) as error:
+        load_decoder(checkpoint, one_device())
+    assert f"{folder / 'model.safetensors'}: model.{UP} holds NaN or infinity" in str(error.value)
+    state[f"model.{UP}"][87, 95] = np.finfo(np.dtype(dtype)).max if dtype == "float16" else 1e30
+    rewrite(folder, state)
+    load_decoder(open_checkpoint(folder), one_device())
+
+
 # ---- config.json
 
 
 @pytest.mark.parametrize(
-    "content", [None, "", '{"model_type": "qwen2_5_vl",', "[1]", "{}", b"\xff\xfe"]
+    "content",
+    [None, "", '{"model_type": "qwen2_5_vl",', "[1]", "{}", b"\xff\xfe", '{"a":' * 100_000],
 )
 def test_a_torn_config_is_named(folder, content):
     path = folder / "config.json"
@@ -304,6 +386,16 @@ def test_a_torn_config_is_named(folder, content):
         ({"hidden_size": "96"}, "hidden_size"),
         ({"num_attention_heads": 0}, "num_attention_heads"),
         ({"text_config": 3}, "text_config"),
+        ({"num_hidden_layers": 10**8}, "num_layers 100000000"),
+        ({"vocab_size": 10**9}, "vocab_size 1000000000"),
+        ({"intermediate_size": 10**30}, "intermediate_size"),
+        ({"num_hidden_layers": 0.5}, "num_hidden_layers"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps"),
+        ({"rope_scaling": True}, "rope_scaling"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": "x"}}, "mrope_section"),
+        ({"model_type": ["qwen2_5_vl"]}, "model_type"),
+        ({"vision_config": "x"}, "vision_config"),
     ],
 )
 def test_an_unsupported_config_names_the_key(folder, changes, named):
@@ -341,6 +433,31 @@ def test_a_missing_chat_template_is_named(folder):
 def test_a_torn_chat_template_is_named(folder, content):
     (folder / "chat_template.json").write_text(content)
     assert str(folder / "chat_template.json") in refusal(folder, ChatTokenizer)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"a":' * 100_000, '{"model": 3}', '{"model": {"vocab": {"a": "x"}}}']
+)
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_of_other_types_is_one_sentence(folder, name, content):
+    (folder / name).write_text(content)
+    if name == "tokenizer_config.json" and content not in ("[]", '{"a":' * 100_000):
+        return  # all of it has defaults
+    message = refusal(folder, ChatTokenizer)
+    assert str(folder) in message
+
+
+def test_a_template_that_loops_for_ever_is_ended(folder, monkeypatch):
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    write_json(folder / "chat_template.json", {"chat_template": loop})
+    monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 0.2)
+    tokenizer = ChatTokenizer(folder)
+    chat = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    for _ in range(2):  # also in another thread, as media are prepared
+        with ThreadPoolExecutor(1) as pool, pytest.raises(LcoError, match=r"within 0\.2 s"):
+            pool.submit(tokenizer.render, chat).result(20)
+        with pytest.raises(LcoError, match="chat template did not end"):
+            tokenizer.render(chat)
 
 
 @pytest.mark.parametrize("damage", ["gone", "torn tokenizer.json", "torn tokenizer_config.json"])
@@ -544,10 +661,7 @@ def test_an_adapter_in_bfloat16_is_read_as_float32(adapted):
         {"bias": "all"},
         {"bias": "lora_only"},
         {"lora_bias": True},
-        {"fan_in_fan_out": True},
         {"modules_to_save": ["lm_head"]},
-        {"rank_pattern": {"q_proj": 8}},
-        {"alpha_pattern": {"q_proj": 8}},
         {"layer_replication": [[0, 2], [1, 3]]},
         {"target_parameters": ["mlp.experts.gate_up_proj"]},
         {"trainable_token_indices": [1, 2]},

@@ -6,6 +6,7 @@ is copied, every key keeps its name, and one shard at a time is in memory.
 
 import math
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,18 @@ import numpy as np
 from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import DTYPES, Checkpoint, open_checkpoint, per_layer
-from lco_jax.checkpoint.peft import layer_tensors
 from lco_jax.checkpoint.sentence_transformers import (
     read_projection,
     write_modules,
     write_projection,
 )
-from lco_jax.checkpoint.tensors import INDEX, TensorFolder, is_float, write_shards
+from lco_jax.checkpoint.tensors import (
+    INDEX,
+    TensorFolder,
+    check_finite,
+    is_float,
+    write_shards,
+)
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, write_json, written_aside
 from lco_jax.core.lora import LoraConfig
@@ -37,21 +43,21 @@ class _Merged:
     def __init__(self, checkpoint: Checkpoint, tuned: dict[str, Any], config: LoraConfig | None):
         self._tensors = checkpoint.tensors
         self._scale = np.float32(config.scale if config else 0)
-        self._adapters: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._adapters: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
         self._replaced: dict[str, Any] = {}
-        for layer, module, a, b in layer_tensors(tuned.get("decoder", {})):
-            name = f"layers.{layer}.{module}.weight"
-            key = checkpoint.keys["decoder"].get(name)
-            if key is None:
-                raise LcoError(
-                    f"the adapter adapts {name}, which {checkpoint.folder} does not have"
-                )
-            self._adapters[key] = (a, b)
         for part in tuned.keys() & checkpoint.keys.keys():
             for path, name, leaf, layer in per_layer(tuned[part]):
-                if not path.endswith((".a", ".b")):
-                    key = checkpoint.keys[part][name]
-                    self._replaced[key] = leaf if layer is None else leaf[layer]
+                matrix = name.removesuffix(".a").removesuffix(".b")
+                key = checkpoint.keys[part].get(matrix)
+                if key is None:
+                    raise LcoError(
+                        f"the adapter adapts {matrix}, which {checkpoint.folder} does not have"
+                    )
+                value = leaf if layer is None else leaf[layer]
+                if path.endswith((".a", ".b")):
+                    self._adapters[key][path[-1]] = np.asarray(value)
+                else:
+                    self._replaced[key] = value
 
     def __call__(self, key: str) -> np.ndarray:
         if key in self._replaced:
@@ -59,7 +65,7 @@ class _Merged:
         value = self._tensors.read(key)
         if key not in self._adapters:
             return value
-        a, b = self._adapters[key]
+        a, b = self._adapters[key]["a"], self._adapters[key]["b"]
         shape = (b.shape[0], a.shape[1])
         if value.shape != shape:
             raise LcoError(f"the adapter of {key} is for {shape}, and the matrix is {value.shape}")
@@ -76,8 +82,8 @@ def export_merged(
 ) -> None:
     """Write `source` with its trained parameters as a Hugging Face folder, as `write_model` does.
 
-    tuned: the trainable parameters of a training state (`training/tuning.py`), or {"decoder":
-    adapters} as `peft.read_peft` reads them; None exports the source in another dtype or split.
+    tuned: the trainable parameters of a training state (`training/tuning.py`), or the adapters by
+    part as `peft.read_adapter` reads them; None exports the source in another dtype or split.
     config: the adapters'.
     """
     checkpoint = open_checkpoint(source)
@@ -114,7 +120,9 @@ def write_model(
 
     def rounded(key: str) -> np.ndarray:
         progress.update()
-        return tensor(key).astype(dtypes[key], copy=False)
+        value = tensor(key).astype(dtypes[key], copy=False)
+        check_finite(value, f"{output}: {key}")
+        return value
 
     with progress, written_aside(output) as aside:
         _copy_files(checkpoint.folder, aside, dtype)

@@ -3,10 +3,12 @@
 The key table of each backbone (`models/registry.py`) says which key is which parameter.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from lco_jax.checkpoint import builtin
 from lco_jax.checkpoint.sentence_transformers import read_projection
 from lco_jax.checkpoint.tensors import TensorFolder
 from lco_jax.core.errors import LcoError
-from lco_jax.core.files import read_json, resolve
+from lco_jax.core.files import check_is_file, read_json, resolve
 from lco_jax.core.lora import DECODER_LINEARS, Tree
 from lco_jax.core.packing import PackedTokens
 from lco_jax.core.quantize import quantize as quantize_matrix
@@ -36,6 +38,8 @@ from lco_jax.models.registry import Backbone, find_backbone
 CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 CHECKPOINT_FILES = [*CONFIG_FILES, "*.safetensors", "spk_dict.pt"]
 HEAD = "lm_head.weight"
+ADAPTER = "adapter_config.json"
+_ANY_SIZE = 4096  # what no tensor is as wide as is checked above it: windows are such sizes
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _STACK = re.compile(r"(layers|blocks)\.(.+)")  # parameters that are stacked along a leading axis
 
@@ -66,6 +70,7 @@ def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
     """Open a folder or hub id. Raises for an unknown, missing, duplicate or misshapen key."""
     geometry = open_geometry(path_or_id, CHECKPOINT_FILES)
     tensors = TensorFolder(geometry.folder)
+    _check_sizes(geometry, tensors)
     shapes = _expected_shapes(geometry)
     found = _match_keys(geometry, tensors)
     _check_keys(geometry, tensors, found, shapes)
@@ -84,7 +89,8 @@ def open_geometry(path_or_id: str | Path, files: Sequence[str] = CONFIG_FILES) -
 
     files: which files of a hub id are fetched, by default no tensors.
     """
-    folder = builtin.find(str(path_or_id)) or resolve(path_or_id, files)
+    folder = builtin.find(str(path_or_id)) or resolve(path_or_id, [*files, ADAPTER])
+    _check_folder(folder)
     where = str(folder / "config.json")
     backbone, model_config = find_backbone(read_json(folder / "config.json"), where)
     config = DecoderConfig.from_hf(model_config, where)
@@ -95,6 +101,42 @@ def open_geometry(path_or_id: str | Path, files: Sequence[str] = CONFIG_FILES) -
     if not config.tie_word_embeddings:
         keys["head"] = {}
     return Checkpoint(folder, backbone, config, towers, model_config, None, keys)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise for a folder of another kind, and for an entry whose reading may take for ever."""
+    config = folder / "config.json"
+    if (folder / ADAPTER).exists() and not config.exists():
+        base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+        raise LcoError(
+            f"{folder} is an adapter; give its base, {base or 'a model'}, as the model, and "
+            "this folder as the adapter"
+        )
+    if (folder / "checkpoints").is_dir() and "model_type" not in read_json(config):
+        raise LcoError(
+            f"{folder} is a training run; python -m lco_jax.convert --input={folder} --output=OUT "
+            "writes its model to OUT"
+        )
+    for pattern in CHECKPOINT_FILES:
+        for file in folder.glob(pattern):
+            if file.exists():  # a broken link counts only where it is read
+                check_is_file(file)
+
+
+def _check_sizes(checkpoint: Checkpoint, tensors: TensorFolder) -> None:
+    """Raise for a size in config.json that no tensor has, before anything of that size is made."""
+    where = checkpoint.folder / "config.json"
+    shapes = [tensors.shape(key) for key in tensors]
+    largest = max(chain(*shapes), default=0)
+    for part, config in {"decoder": checkpoint.config, **checkpoint.towers}.items():
+        for field in dataclasses.fields(config):
+            size = getattr(config, field.name)
+            if field.name in ("depth", "num_layers"):
+                limit, what = len(shapes), f"there are {len(shapes)} tensors"
+            else:
+                limit, what = max(largest, _ANY_SIZE), f"no tensor is wider than {largest}"
+            if type(size) is int and size > limit and field.name != "max_position_embeddings":
+                raise LcoError(f"{where}: the {part} has {field.name} {size}, and {what}")
 
 
 def _expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

@@ -5,32 +5,29 @@ Dimensions: L layers, O output features, I input features, r rank.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lco_jax.checkpoint.tensors import read_tensors, write_tensors
+from lco_jax.checkpoint.hf import HEAD, Checkpoint, abstract_model
+from lco_jax.checkpoint.peft_config import CONFIG, PeftConfig, read_config
+from lco_jax.checkpoint.tensors import check_finite, is_float, read_tensors, write_tensors
 from lco_jax.core.errors import LcoError
-from lco_jax.core.files import read_json, resolve, write_json, written_aside
+from lco_jax.core.files import resolve, write_json, written_aside
 from lco_jax.core.lora import LoraConfig, Tree
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Any prefix of transformers 4 and 5, full or thinker-only, with or without PEFT's adapter name.
-_KEY = re.compile(
-    r"base_model\.model\.(?:thinker\.)?(?:model\.)?(?:language_model\.)?(?:model\.)?"
-    r"layers\.(\d+)\.(.+)\.lora_([AB])(?:\.\w+)?\.weight"
+WEIGHTS = "adapter_model.safetensors"
+MAX_LAYERS = 1000  # of an adapter that is read without its model
+_PREFIX = "base_model.model."
+_PAIR = re.compile(r"(.+)\.lora_([AB])(?:\.\w+)?\.weight")
+# Any prefix of transformers 4 and 5, full or thinker-only.
+_DECODER = re.compile(
+    r"(?:thinker\.)?(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.(.+)"
 )
 _LAYERS = "model.language_model.layers"  # the decoder of every backbone in transformers 5
-# What a PEFT config may ask for and we do not do.
-_UNSUPPORTED = (
-    "use_dora", "bias", "lora_bias", "fan_in_fan_out", "modules_to_save", "rank_pattern",
-    "alpha_pattern", "layer_replication", "target_parameters", "trainable_token_indices",
-    "alora_invocation_tokens", "use_qalora", "use_bdlora",
-)  # fmt: skip
-_UNSET = (None, False, "none", [], {})  # how a PEFT config says that it does not ask for something
 
 
 def layer_tensors(adapters: Tree) -> Iterator[tuple[int, str, np.ndarray, np.ndarray]]:
@@ -66,9 +63,11 @@ def write_peft(folder: Path, adapters: Tree, config: LoraConfig, base: str) -> N
     modules = set()
     for layer, module, a, b in layer_tensors(adapters):
         modules.add(re.escape(module))
-        stem = f"base_model.model.{_LAYERS}.{layer}.{module}"
+        stem = f"{_PREFIX}{_LAYERS}.{layer}.{module}"
         tensors[f"{stem}.lora_A.weight"] = a
         tensors[f"{stem}.lora_B.weight"] = b
+    for key, value in tensors.items():
+        check_finite(value, f"the adapter for {folder}: {key}")
     content = {
         "peft_type": "LORA",
         "task_type": "FEATURE_EXTRACTION",
@@ -91,81 +90,269 @@ def write_peft(folder: Path, adapters: Tree, config: LoraConfig, base: str) -> N
 # ---- reading
 
 
-def read_peft(path_or_id: str | Path) -> tuple[Tree, LoraConfig]:
-    """An adapter tree (numpy, float32) and its configuration, from a PEFT folder or hub id.
+@dataclass(frozen=True)
+class _Pair:
+    """The factors of one matrix, as the file has them. scale: the factor of B A."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+
+def read_peft(path_or_id: str | Path, depth: int = MAX_LAYERS) -> tuple[Tree, LoraConfig]:
+    """A decoder's adapter tree (numpy, float32) and its configuration, of a PEFT folder or hub id.
 
     Layers that the adapter leaves out get A = B = 0, which adapts nothing; `match_adapters` does
-    the same for those beyond the last one it names. Raises for what it cannot represent.
+    the same for those beyond the last one it names. depth: the most layers that it may name.
+    Raises for what it cannot represent: also for an adapter of more than the decoder's layers.
     """
-    folder = resolve(path_or_id, [CONFIG, WEIGHTS])
-    content = _read_config(folder / CONFIG)
+    folder = _fetch(path_or_id)
+    config = read_config(folder / CONFIG)
     file = folder / WEIGHTS
-    if not file.exists():
+    if config.saves_head:
+        raise LcoError(f"{folder / CONFIG}: modules_to_save = ['lm_head'] is not supported here")
+
+    def our_name(module: str) -> str:
+        name = _decoder_name(module)
+        if name is None:
+            raise LcoError(f"{file}: unknown key {_PREFIX}{module} (no matrix of a decoder layer)")
+        return name
+
+    pairs, saved = _read_pairs(file, config, our_name)
+    if saved:
+        raise LcoError(f"{file}: unknown key {min(saved)}")
+    trees, lora_config = _trees(file, pairs, config, {"decoder": depth})
+    return trees["decoder"], lora_config
+
+
+def read_adapter(
+    path_or_id: str | Path, checkpoint: Checkpoint, head: bool = False
+) -> tuple[dict[str, Tree], LoraConfig]:
+    """What an adapter makes of a checkpoint: {part: adapter tree}, and the configuration of all.
+
+    The parts are those of `hf.load_model`. Each has as many layers as the checkpoint, and fits it.
+    head: whether the vocabulary head is wanted, which changes no embedding; its tree may hold the
+    whole matrix. Raises for what cannot be applied exactly.
+    """
+    folder = _fetch(path_or_id)
+    config = read_config(folder / CONFIG)
+    file = folder / WEIGHTS
+    abstract = abstract_model(checkpoint)
+    shapes = {part: flatten_dict(tree, sep=".") for part, tree in abstract.items()}
+
+    def our_name(module: str) -> str:
+        name = _decoder_name(module) or _name_in(checkpoint, module)
+        if name is None:
+            raise LcoError(f"{file}: unknown key {_PREFIX}{module}")
+        return name
+
+    pairs, saved = _read_pairs(file, config, our_name)
+    whole = _saved_head(file, saved, config, checkpoint)
+    if not head:
+        pairs = {name: pair for name, pair in pairs.items() if name != HEAD}
+    elif (whole is not None or HEAD in pairs) and "head" not in shapes:
+        raise LcoError(f"{file} adapts lm_head, which {checkpoint.folder} ties to embed_tokens")
+    depths = {}
+    for part, leaves in shapes.items():
+        stacks = [leaf.shape[0] for path, leaf in leaves.items() if _is_stacked(path)]
+        depths[part] = max(stacks, default=0)
+    trees, lora_config = _trees(file, pairs, config, depths)
+    for part, tree in trees.items():
+        trees[part] = match_adapters(tree, abstract[part], str(path_or_id))
+    if head and whole is not None:
+        trees["head"] = {"weight": whole}
+    return trees, lora_config
+
+
+def _fetch(path_or_id: str | Path) -> Path:
+    """The folder of an adapter. Raises if it is none."""
+    folder = resolve(path_or_id, [CONFIG, WEIGHTS])
+    if not (folder / CONFIG).exists():
+        _explain_other_folder(folder)
+    if (folder / CONFIG).exists() and not (folder / WEIGHTS).exists():
         raise LcoError(
-            f"{file} does not exist "
+            f"{folder / WEIGHTS} does not exist "
             "(pickled adapters are never loaded; convert them to safetensors)"
         )
-    leaves = _stack_layers(file, _read_layers(file, content["r"]))
-    modules = {re.escape(path.split(".", 1)[1].removesuffix(".weight.a")) for path in leaves}
-    config = LoraConfig(
-        rank=content["r"],
-        alpha=content["lora_alpha"],
-        dropout=content.get("lora_dropout") or 0.0,
-        targets=rf"layers\.(?:{'|'.join(sorted(modules))})",
-        use_rslora=bool(content.get("use_rslora")),
-    )
-    return unflatten_dict(leaves, sep="."), config
+    return folder
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    content = read_json(file)
-    kind = content.get("peft_type")
-    if kind != "LORA":
-        raise LcoError(f"{file}: peft_type is {kind!r}; only LORA adapters are supported")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(content.get(key), int | float):
-            raise LcoError(f"{file}: {key} is {content.get(key)!r}, and must be a number")
-    for key in _UNSUPPORTED:
-        if content.get(key) not in _UNSET:
-            raise LcoError(f"{file}: {key} = {content[key]!r} is not supported")
-    return content
+def _explain_other_folder(folder: Path) -> None:
+    """Raise, if a folder without an adapter is a model or a training run, and say so."""
+    absent = f"{folder / CONFIG} does not exist"
+    if (folder / "checkpoints").is_dir():
+        raise LcoError(
+            f"{absent}: {folder} is a training run; python -m lco_jax.convert --input={folder} "
+            "--output=OUT writes its adapter to OUT-adapter"
+        )
+    if (folder / "config.json").exists() and any(folder.glob("model*.safetensors")):
+        raise LcoError(f"{absent}: this is a model; give it as the model, without an adapter")
 
 
-def _read_layers(file: Path, rank: int) -> dict[str, dict[int, np.ndarray]]:
-    """{path in an adapter tree: {layer: factor}}, float32."""
-    found: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
-    for key, value in read_tensors(file).items():
-        match = _KEY.fullmatch(key)
-        if not match:
+def _decoder_name(module: str) -> str | None:
+    match = _DECODER.fullmatch(module)
+    return f"decoder.layers.{match[1]}.{match[2]}.weight" if match else None
+
+
+def _name_in(checkpoint: Checkpoint, module: str) -> str | None:
+    """Our name of a module's matrix: PART.NAME, or the head's; None for what is unknown."""
+    module = module.removeprefix("thinker.")
+    for key in (f"{module}.weight", f"model.{module}.weight"):
+        try:
+            return checkpoint.backbone.name_of(key)
+        except KeyError:
+            continue
+    return None
+
+
+def _read_pairs(
+    file: Path, config: PeftConfig, our_name: Callable[[str], str]
+) -> tuple[dict[str, _Pair], dict[str, np.ndarray]]:
+    """The pairs of factors, by our name, and all other tensors, by key; float32."""
+    halves: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+    modules: dict[str, str] = {}
+    saved: dict[str, np.ndarray] = {}
+    for key, stored in read_tensors(file).items():
+        value = _as_float32(stored, f"{file}: {key}")
+        match = _PAIR.fullmatch(key.removeprefix(_PREFIX))
+        if not key.startswith(_PREFIX):
             raise LcoError(f"{file}: unknown key {key}")
-        layer, module, half = int(match[1]), match[2], match[3].lower()
-        layers = found[f"layers.{module}.weight.{half}"]
-        if layer in layers:
+        if match is None:
+            saved[key] = value
+            continue
+        name, half = our_name(match[1]), match[2].lower()
+        if half in halves[name]:
             raise LcoError(f"{file}: {key} is the same parameter as another key")
-        stored_rank = value.shape[0 if half == "a" else 1]
-        if stored_rank != rank:
-            raise LcoError(f"{file}: {key} has rank {stored_rank}, and {CONFIG} says r = {rank}")
-        layers[layer] = value.astype(np.float32)
-    if not found:
+        modules[name] = match[1]
+        halves[name][half] = value
+        axis = 0 if half == "a" else -1
+        rank, wanted = value.shape[axis] if value.ndim == 2 else None, config.rank_of(match[1])
+        if rank != wanted:
+            raise LcoError(f"{file}: {key} has rank {rank}, and {CONFIG} says r = {wanted}")
+    if not halves and not saved:
         raise LcoError(f"{file} holds no LoRA weights")
-    return found
+    pairs = {}
+    for name, pair in halves.items():
+        if len(pair) < 2:
+            raise LcoError(f"{file}: {name} has an A without its B, or a B without its A")
+        pairs[name] = _Pair(pair["a"], pair["b"], config.scale_of(modules[name]))
+    return pairs, saved
 
 
-def _stack_layers(file: Path, found: dict[str, dict[int, np.ndarray]]) -> dict[str, np.ndarray]:
+def _as_float32(value: np.ndarray, what: str) -> np.ndarray:
+    if not is_float(value.dtype):
+        raise LcoError(f"{what} holds {value.dtype}, and must hold floating-point numbers")
+    with np.errstate(over="ignore"):
+        value = value.astype(np.float32)
+    check_finite(value, what)
+    return value
+
+
+def _saved_head(
+    file: Path, saved: dict[str, np.ndarray], config: PeftConfig, checkpoint: Checkpoint
+) -> np.ndarray | None:
+    """The vocabulary head that an adapter saves whole, if it does.
+
+    PEFT also saves embeddings as they are, which changes nothing. Raises for any other tensor.
+    """
+    head = None
+    for key, value in saved.items():
+        module = key.removeprefix(_PREFIX).removesuffix(".weight").removesuffix(".base_layer")
+        name = _name_in(checkpoint, module)
+        if name == HEAD and config.saves_head and ".base_layer" not in key:
+            head = value
+            continue
+        part, _, rest = (name or "").partition(".")
+        stored = checkpoint.keys.get("head" if name == HEAD else part, {})
+        stored_key = stored.get("weight" if name == HEAD else rest)
+        if name not in (HEAD, "decoder.embed_tokens.weight") or stored_key is None:
+            raise LcoError(f"{file}: unknown key {key}")
+        if not np.array_equal(value, checkpoint.tensors.read(stored_key).astype(np.float32)):
+            raise LcoError(
+                f"{file}: {key} is a whole matrix, which differs from the checkpoint's; merge the "
+                "adapter in peft (merge_and_unload), and give the merged model"
+            )
+    if config.saves_head and head is None:
+        raise LcoError(f"{file} has no lm_head.weight, which modules_to_save promises")
+    return head
+
+
+# ---- pairs as trees
+
+
+def _trees(
+    file: Path, pairs: dict[str, _Pair], config: PeftConfig, depths: dict[str, int]
+) -> tuple[dict[str, Tree], LoraConfig]:
+    """Adapter trees by part, and their one configuration. depths: the most layers of each part.
+
+    Pairs of different ranks or scales get the largest rank, by rows and columns of zeros, and the
+    scale 1, by a multiplied B: their products stay what they were.
+    """
+    lora_config = LoraConfig(config.rank, config.alpha, config.dropout, "", config.use_rslora)
+    ranks = {len(pair.a) for pair in pairs.values()}
+    if {pair.scale for pair in pairs.values()} - {lora_config.scale} or ranks - {config.rank}:
+        rank = max(ranks, default=config.rank)
+        lora_config = LoraConfig(rank, float(rank), config.dropout)
+        pairs = {name: _of_rank(pair, rank) for name, pair in pairs.items()}
+    found: dict[str, dict[str, dict[int | None, np.ndarray]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
+    for name, pair in pairs.items():
+        part, path, layer = _place(name)
+        if part not in depths:
+            raise LcoError(f"{file} adapts {name}, which the model does not have")
+        if layer is not None and layer >= depths[part]:
+            raise LcoError(
+                f"{file} names layer {layer} of the {part}, which can have {depths[part]}: the "
+                "adapter is of another model"
+            )
+        found[part][f"{path}.a"][layer] = pair.a
+        found[part][f"{path}.b"][layer] = pair.b
+    trees = {part: unflatten_dict(_stack(file, found[part]), sep=".") for part in found}
+    stems = {re.escape(path.removesuffix(".weight.a")) for path in found["decoder"]}
+    modules = {stem.removeprefix(r"layers\.") for stem in stems if not stem.endswith(r"\.b")}
+    targets = rf"layers\.(?:{'|'.join(sorted(modules))})"
+    return trees, replace(lora_config, targets=targets)
+
+
+def _of_rank(pair: _Pair, rank: int) -> _Pair:
+    """The pair with its scale in B, and zeros up to a rank."""
+    more = rank - len(pair.a)
+    a = np.pad(pair.a, ((0, more), (0, 0)))
+    b = np.pad(np.float32(pair.scale) * pair.b, ((0, 0), (0, more)))
+    return _Pair(a, b, 1.0)
+
+
+def _place(name: str) -> tuple[str, str, int | None]:
+    """(part, path in its tree, layer) of a matrix, by our name."""
+    part, _, rest = name.partition(".")
+    if name == HEAD:
+        return "head", "weight", None
+    match = re.fullmatch(r"(layers|blocks)\.(\d+)\.(.+)", rest)
+    if match is None:
+        return part, rest, None
+    return part, f"{match[1]}.{match[3]}", int(match[2])
+
+
+def _is_stacked(path: str) -> bool:
+    return path.startswith(("layers.", "blocks."))
+
+
+def _stack(file: Path, found: dict[str, dict[int | None, np.ndarray]]) -> dict[str, np.ndarray]:
     """{path: factors of all layers [L, …]}, with zeros for the layers that are left out."""
-    depth = 1 + max(max(layers) for layers in found.values())
+    numbers = [layer for layers in found.values() for layer in layers if layer is not None]
+    depth = 1 + max(numbers, default=0)
     stacked = {}
     for path, layers in found.items():
-        stem, half = path.rsplit(".", 1)
-        other_half = "b" if half == "a" else "a"
-        others = found.get(f"{stem}.{other_half}", {})
-        if layers.keys() != others.keys():
-            raise LcoError(f"{file}: {stem} has an A without its B, or a B without its A")
         shapes = sorted({value.shape for value in layers.values()})
         if len(shapes) > 1:
             raise LcoError(f"{file}: {path} has layers of different shapes: {shapes}")
-        blank = np.zeros(shapes[0], np.float32)
-        stacked[path] = np.stack([layers.get(i, blank) for i in range(depth)])
+        if None in layers:
+            stacked[path] = layers[None]
+            continue
+        stacked[path] = np.zeros((depth, *shapes[0]), np.float32)
+        for layer, value in layers.items():
+            stacked[path][layer] = value
     return stacked
 
 
@@ -181,10 +368,13 @@ def match_adapters(adapters: Tree, params: Tree, where: str) -> Tree:
         if stem not in matrices:
             raise LcoError(f"{where} adapts {stem}, which the model does not have")
         shape = matrices[stem].shape
-        depth, out_features, in_features = shape
-        layers, *factor_shape = factor.shape
-        fits = factor_shape[1] == in_features if half == "a" else factor_shape[0] == out_features
-        if not fits or layers > depth:
+        if len(shape) != factor.ndim or "norm" in stem:
+            raise LcoError(f"{where} adapts {stem}, which is no linear layer")
+        *stack, out_features, in_features = shape
+        *layers, rows, columns = factor.shape
+        fits = columns == in_features if half == "a" else rows == out_features
+        if not fits or layers > stack:
             raise LcoError(f"{where}: {path} has shape {factor.shape}, which does not fit {shape}")
-        padded[path] = np.pad(factor, ((0, depth - layers), (0, 0), (0, 0)))
+        missing = [(0, depth - there) for depth, there in zip(stack, layers, strict=True)]
+        padded[path] = np.pad(factor, (*missing, (0, 0), (0, 0)))
     return unflatten_dict(padded, sep=".")

@@ -17,7 +17,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, abstract_params, open_checkpoint
-from lco_jax.checkpoint.peft import CONFIG, layer_tensors, match_adapters, read_peft
+from lco_jax.checkpoint.peft import layer_tensors, match_adapters, read_peft
+from lco_jax.checkpoint.peft_config import CONFIG
 from lco_jax.checkpoint.tensors import is_float
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, resolve
@@ -59,7 +60,7 @@ def read_adapters(names: Sequence[str], checkpoint: Checkpoint) -> list[Adapter]
     params = abstract_params(checkpoint.config)
     adapters, bases = [], set()
     for name in names:
-        tree, config = read_peft(name)
+        tree, config = read_peft(name, checkpoint.config.num_layers)
         adapters.append((match_adapters(tree, params, str(name)), config))
         content = read_json(resolve(name, [CONFIG]) / CONFIG)
         bases.add(str(content.get("base_model_name_or_path")))

@@ -254,11 +254,20 @@ def cache_folder() -> Path:
     return expanded(os.environ.get("LCO_JAX_CACHE", "~/.cache/lco_jax"))
 
 
+def check_is_file(path: AnyPath) -> None:
+    """Raise for what is no regular file and no link to one: to read a pipe may take for ever."""
+    if not on_bucket(path) and not os.path.isfile(path):
+        what = "a folder" if os.path.isdir(path) else "a broken link, a pipe or a device"
+        raise LcoError(f"{path} is {what}, and must be a file")
+
+
 def read_json(path: AnyPath) -> dict[str, Any]:
     """The object in a JSON file. Raises if the file is missing, torn or holds anything else."""
     if not path.exists():
         raise LcoError(f"{path} does not exist")
-    with explained(f"{path} is not valid JSON", ValueError):  # or not UTF-8
+    check_is_file(path)
+    # ValueError: or not UTF-8; RecursionError: nested thousands of levels deep
+    with explained(f"{path} is not valid JSON", ValueError, RecursionError):
         content = json.loads(path.read_bytes().decode())
     if not isinstance(content, dict):
         raise LcoError(f"{path} holds a {type(content).__name__}, and must hold an object")

@@ -55,7 +55,10 @@ def text_section(config: dict[str, Any], where: str) -> dict[str, Any]:
     defaults = _text_defaults(stated.get("model_type"), nested, where)
     rope = defaults.get("rope_parameters", {})
     for key in ("rope_scaling", "rope_parameters"):  # of transformers 4 and 5
-        rope = {**rope, **(stated.get(key) or {})}
+        given = stated.get(key) or {}
+        if not isinstance(given, dict):
+            raise LcoError(f"{where}: {key} is {given!r:.60}, and must be an object")
+        rope = {**rope, **given}
     if rope.get("rope_type", "default") == "default":
         rope["rope_type"] = rope.get("type", "default")
     tied = config.get("tie_word_embeddings") or nested.get("tie_word_embeddings")
@@ -71,7 +74,7 @@ def _text_defaults(kind: Any, nested: dict[str, Any], where: str) -> dict[str, A
     if kind in _TEXTS_BY_DEFAULTS:
         with explained(f"{where}: text_config", StrictDataclassError):
             return CONFIG_MAPPING[kind](**nested).to_dict()
-    if kind in CONFIG_MAPPING:
+    if isinstance(kind, str) and kind in CONFIG_MAPPING:
         text_config = CONFIG_MAPPING[kind]().get_text_config()
         return {"rms_norm_eps": text_config.rms_norm_eps}
     return {}

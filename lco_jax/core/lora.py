@@ -19,9 +19,11 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
+from jax.sharding import Mesh
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.quantize import QuantizedWeight
+from lco_jax.core.sharding import shardings
 from lco_jax.core.weights import LoraWeight
 
 Tree = dict[str, Any]
@@ -116,6 +118,32 @@ def merge(params: Tree, adapters: Tree, config: LoraConfig) -> Tree:
         return merge_weight(base, a, b, config.scale)
 
     return _adapt(params, adapters, merged)
+
+
+def with_adapters(
+    params: dict[str, Any],
+    adapters: dict[str, Any],
+    config: LoraConfig,
+    mesh: Mesh,
+    beside: bool,
+) -> dict[str, Any]:
+    """A model's parameters with a PEFT adapter merged; they are donated. Parts that are not loaded
+    need none.
+
+    beside: the decoder, whose matrices are quantised, gets it beside them.
+    """
+    config = replace(config, dropout=0.0)
+    for part in adapters.keys() & params.keys():
+        attached = beside and part == "decoder"
+        place = shardings({part: params[part]}, mesh)[part]
+        join = jax.jit(
+            attach if attached else merge,
+            static_argnums=2,
+            donate_argnums=0,
+            out_shardings=None if attached else place,
+        )
+        params[part] = join(params[part], adapters[part], config)
+    return params
 
 
 def merge_weight(base: Array, a: Array, b: Array, scale: float) -> Array:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedConfig
 
+from lco_jax.core.deadline import deadline
 from lco_jax.core.errors import LcoError, explained
 from lco_jax.core.files import read_json
 from lco_jax.core.packing import common_length
@@ -25,6 +26,7 @@ PROMPTS = {kind: f"\nSummarize the above {kind} in one word:" for kind in KINDS}
 PROMPTS["mixed"] = "\nSummarize the above in one word:"
 QUESTIONS = {kind: f"\nDescribe the above {kind}." for kind in MEDIA}
 QUESTIONS["mixed"] = "\nDescribe the above."
+TEMPLATE_SECONDS = 10.0  # for one chat; a template takes a millisecond
 TOKENIZED_AT_ONCE = 1024  # texts in one call of the tokenizer
 
 
@@ -99,9 +101,10 @@ class ChatTokenizer:
 
     def render(self, messages: Messages) -> str:
         """The chat as text, which ends where the assistant's answer would begin."""
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
+        with deadline(TEMPLATE_SECONDS, "the checkpoint's chat template"):
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
 
     @cached_property
     def _around_answers(self) -> tuple[str, str]:
@@ -158,7 +161,8 @@ def _load_tokenizer(folder: Path) -> Any:
     config.model_type = read_json(folder / "config.json").get("model_type", "")
     with (
         warnings.catch_warnings(),
-        explained(f"{folder} has no tokenizer that loads", OSError, ValueError),
+        # for files of other types and shapes, transformers and tokenizers raise anything
+        explained(f"{folder} has no tokenizer that loads", Exception),
     ):
         warnings.simplefilter("ignore")  # transformers warns about the future of its processors
         tokenizer = AutoTokenizer.from_pretrained(
@@ -167,6 +171,9 @@ def _load_tokenizer(folder: Path) -> Any:
     if len(tokenizer.get_vocab()) <= len(tokenizer.get_added_vocab()):
         files = "tokenizer.json, or vocab.json and merges.txt, is missing"
         raise LcoError(f"{folder} has no tokenizer: {files}")
+    if not isinstance(tokenizer.model_max_length, int | float):
+        length = tokenizer.model_max_length
+        raise LcoError(f"{folder}/tokenizer_config.json: model_max_length is {length!r:.60}")
     return tokenizer
 
 

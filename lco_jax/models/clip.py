@@ -22,7 +22,7 @@ from jax import Array
 from lco_jax.core.errors import LcoError
 from lco_jax.core.weights import dot
 from lco_jax.models.attention import TowerAttention
-from lco_jax.models.config import positive, section
+from lco_jax.models.config import check_multiple, positive, section
 from lco_jax.models.layers import LayerNorm, Linear, Projector, leaf, normalised, stacked
 
 
@@ -60,16 +60,26 @@ class ClipConfig:
         _check_supported(config, vision, where)
         need = partial(positive, vision, where=f"{where}: vision_config")
         depth = need("num_hidden_layers")
+        heads, width = need("num_attention_heads"), need("hidden_size")
+        check_multiple(("vision_config.hidden_size", width), ("num_attention_heads", heads), where)
+        patch = need("patch_size")
+        size = ("vision_config.image_size", need("image_size"))
+        check_multiple(size, ("patch_size", patch), where)
+        epsilon = vision["layer_norm_eps"]
+        if not isinstance(epsilon, float) or not 0 < epsilon < 1:
+            raise LcoError(
+                f"{where}: vision_config.layer_norm_eps is {epsilon!r:.60}, and must lie in (0, 1)"
+            )
         return cls(
             depth=depth,
             num_layers=_feature_layer(config, depth, where),
-            hidden_size=need("hidden_size"),
+            hidden_size=width,
             intermediate_size=need("intermediate_size"),
-            num_heads=need("num_attention_heads"),
+            num_heads=heads,
             num_channels=need("num_channels"),
             image_size=need("image_size"),
-            patch_size=need("patch_size"),
-            layer_norm_eps=vision["layer_norm_eps"],
+            patch_size=patch,
+            layer_norm_eps=epsilon,
             out_hidden_size=out_hidden_size,
         )
 

@@ -1,20 +1,28 @@
 """The decoder's sizes, read from a Hugging Face config.json in any of its spellings."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lco_jax.core import hf_config
 from lco_jax.core.errors import LcoError
 
+LARGEST = 2**31 - 1  # of any size
 WITHOUT_BIAS = ("llama", "mistral")  # the q, k and v of others have a bias
 
 
 def positive(config: dict[str, Any], key: str, where: str) -> int:
     """config[key], an integer above 0. Raises, by `where` and key, for anything else."""
     value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LARGEST:
         raise LcoError(f"{where}.{key} is {value!r:.60}, and must be an integer above 0")
     return value
+
+
+def check_multiple(whole: tuple[str, int], of: tuple[str, int], where: str) -> None:
+    """Raise unless the first size is a multiple of the second. Both are a key and a value."""
+    if whole[1] % of[1]:
+        raise LcoError(f"{where}: {whole[0]} is {whole[1]}, and no multiple of {of[0]}, {of[1]}")
 
 
 def section(config: dict[str, Any], key: str, where: str) -> dict[str, Any]:
@@ -54,22 +62,23 @@ class DecoderConfig:
         text = hf_config.text_section(config, where)
         rope = text["rope_parameters"]
 
-        def need(key: str) -> Any:
-            return _positive_number(text, key, where)
-
+        need = partial(_size, text, where=where)
         _check_supported(text, rope, where)
         heads = need("num_attention_heads")
-        head_dim = text.get("head_dim") or need("hidden_size") // heads
+        kv_heads = need("num_key_value_heads") if text.get("num_key_value_heads") else heads
+        head_dim = need("head_dim") if text.get("head_dim") else need("hidden_size") // heads
+        check_multiple(("num_attention_heads", heads), ("num_key_value_heads", kv_heads), where)
+        theta = {"rope_theta": rope.get("rope_theta") or text.get("rope_theta")}
         return cls(
             vocab_size=need("vocab_size"),
             hidden_size=need("hidden_size"),
             intermediate_size=need("intermediate_size"),
             num_layers=need("num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=text.get("num_key_value_heads") or heads,
+            num_kv_heads=kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=need("rms_norm_eps"),
-            rope_theta=float(rope.get("rope_theta") or need("rope_theta")),
+            rms_norm_eps=_positive_number(text, "rms_norm_eps", where),
+            rope_theta=_positive_number(theta, "rope_theta", where),
             mrope_section=_mrope_section(rope, head_dim, where),
             max_position_embeddings=need("max_position_embeddings"),
             tie_word_embeddings=text["tie_word_embeddings"],
@@ -77,13 +86,18 @@ class DecoderConfig:
         )
 
 
-def _positive_number(text: dict[str, Any], key: str, where: str) -> Any:
+def _size(text: dict[str, Any], key: str, where: str) -> int:
+    _positive_number(text, key, where)
+    return positive(text, key, f"{where}: text decoder")
+
+
+def _positive_number(text: dict[str, Any], key: str, where: str) -> float:
     value = text.get(key)
     if value is None:
         raise LcoError(f"{where} has no {key!r}, which a text decoder needs")
-    if not isinstance(value, int | float) or not value > 0:
+    if not isinstance(value, int | float) or not 0 < value < 3e38:
         raise LcoError(f"{where}: {key} is {value!r:.60}, and must be a number above 0")
-    return value
+    return float(value)
 
 
 def _check_supported(text: dict[str, Any], rope: dict[str, Any], where: str) -> None:
@@ -107,6 +121,8 @@ def _check_window(text: dict[str, Any], where: str) -> None:
     if text.get("use_sliding_window"):
         key = "use_sliding_window is true"
     window = text.get("sliding_window") if text.get("model_type") == "mistral" else None
+    if window and not isinstance(window, int):
+        raise LcoError(f"{where}: sliding_window is {window!r:.60}, and must be an integer")
     if window and window < _positive_number(text, "max_position_embeddings", where):
         key = f"sliding_window is {window}"
     if key:
@@ -115,7 +131,12 @@ def _check_window(text: dict[str, Any], where: str) -> None:
 
 def _mrope_section(rope: dict[str, Any], head_dim: int, where: str) -> tuple[int, ...]:
     half = head_dim // 2
-    section = tuple(rope.get("mrope_section") or (half,))
+    given = rope.get("mrope_section") or (half,)
+    if not isinstance(given, list | tuple) or not all(type(part) is int for part in given):
+        raise LcoError(f"{where}: mrope_section is {given!r:.60}, and must be a list of integers")
+    section = tuple(given)
+    if head_dim % 2 or not half:
+        raise LcoError(f"{where}: head_dim is {head_dim}, and must be an even number above 0")
     if sum(section) != half:
         raise LcoError(
             f"{where}: mrope_section {section} does not add up to half the head_dim, {half}"

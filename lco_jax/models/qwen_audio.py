@@ -22,7 +22,7 @@ from jax import Array
 from lco_jax.core.errors import LcoError
 from lco_jax.core.weights import matmul_precision
 from lco_jax.models.attention import TowerAttention
-from lco_jax.models.config import positive, section
+from lco_jax.models.config import check_multiple, positive, section
 from lco_jax.models.layers import LayerNorm, Linear, leaf, stacked
 
 NORM_EPS = 1e-5
@@ -54,11 +54,15 @@ class AudioConfig:
             raise LcoError(
                 f"{where}: audio_config.n_window is {n_window}; only even windows are supported"
             )
+        heads, width = need("encoder_attention_heads"), need("d_model")
+        check_multiple(("audio_config.d_model", width), ("encoder_attention_heads", heads), where)
+        if width % 2 or width < 4:  # half of it are sines, half cosines
+            raise LcoError(f"{where}: audio_config.d_model is {width}, and must be even, 4 or more")
         return cls(
             num_layers=need("encoder_layers"),
-            hidden_size=need("d_model"),
+            hidden_size=width,
             intermediate_size=need("encoder_ffn_dim"),
-            num_heads=need("encoder_attention_heads"),
+            num_heads=heads,
             num_mel_bins=need("num_mel_bins"),
             n_window=n_window,
             out_hidden_size=need("output_dim"),

@@ -25,7 +25,7 @@ from jax import Array
 from lco_jax.core.errors import LcoError
 from lco_jax.core.weights import dot
 from lco_jax.models.attention import attention
-from lco_jax.models.config import positive, section
+from lco_jax.models.config import LARGEST, check_multiple, positive, section
 from lco_jax.models.layers import (
     Linear,
     Projector,
@@ -72,17 +72,29 @@ class VisionConfig:
                 f"{where}: vision_config.hidden_act {activation!r} is not supported (silu is)"
             )
         need = partial(positive, vision, where=f"{where}: vision_config")
+        heads = need("num_heads")
+        quarters = ("four times num_heads", 4 * heads)  # a head turns by row and by column
+        check_multiple(("vision_config.hidden_size", need("hidden_size")), quarters, where)
+        full_blocks = vision.get("fullatt_block_indexes", (7, 15, 23, 31))
+        if not isinstance(full_blocks, list | tuple) or not all(
+            type(block) is int and 0 <= block < LARGEST for block in full_blocks
+        ):
+            raise LcoError(
+                f"{where}: vision_config.fullatt_block_indexes is {full_blocks!r:.60}, and must be "
+                "a list of blocks"
+            )
+        channels = "in_channels" if vision.get("in_channels") else "in_chans"
         return cls(
             depth=need("depth"),
             hidden_size=need("hidden_size"),
             intermediate_size=need("intermediate_size"),
-            num_heads=need("num_heads"),
-            in_channels=vision.get("in_channels") or vision.get("in_chans") or 3,
+            num_heads=heads,
+            in_channels=need(channels) if vision.get(channels) else 3,
             patch_size=need("patch_size"),
             temporal_patch_size=need("temporal_patch_size"),
             spatial_merge_size=need("spatial_merge_size"),
             window_size=need("window_size"),
-            full_blocks=tuple(vision.get("fullatt_block_indexes", (7, 15, 23, 31))),
+            full_blocks=tuple(full_blocks),
             out_hidden_size=need("out_hidden_size"),
             fused=fused,
         )

@@ -164,9 +164,11 @@ def find_backbone(config: dict[str, Any], where: str) -> tuple[Backbone, dict[st
     where: names the file in errors.
     """
     model_type = config.get("model_type")
-    if model_type not in BACKBONES:
+    if not isinstance(model_type, str) or model_type not in BACKBONES:
         known = ", ".join(BACKBONES)
-        raise LcoError(f"{where}: model_type {model_type!r} is not supported; these are: {known}")
+        raise LcoError(
+            f"{where}: model_type {model_type!r:.60} is not supported; these are: {known}"
+        )
     backbone = BACKBONES[model_type]
     key = backbone.inner_config
     if key:
