@@ -14,9 +14,9 @@ import argparse
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pyarrow
 import pyarrow.parquet
 from tqdm import tqdm
 
@@ -40,9 +40,13 @@ from lco_jax.flags import (
 )
 from lco_jax.searching.library import Entry, Library
 from lco_jax.searching.nearest import EXACT, Nearest, with_graph
+from lco_jax.searching.queries import ModelQueries
 from lco_jax.unit_embedder import embed_units
 
-FIRST_QUERY = {"text": "a first query, so that the next one finds its programs compiled"}
+FIRST_QUERY = {
+    "type": "text",
+    "text": "a first query, so that the next one finds its programs compiled",
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -73,27 +77,21 @@ def main() -> int:
     """Embed what the index lacks, then serve the page until Ctrl-C."""
     args = parse_args()
     with explained("search needs more packages: pip install 'lco-jax[search]'", ImportError):
-        import uvicorn
-
-        from lco_jax.searching.server import HEADERS, LOOPBACK, Server
+        from lco_jax.searching.server import LOOPBACK, Server, http_server
     if args.input.suffix == ".parquet":
         raise LcoError(f"--input={args.input}: search takes a folder of media, a .jsonl or a .txt")
     with _listening(args) as socket_:  # before hours of work
         library, embedder = prepare(args)
 
-        def encode(content: Any, name: str) -> np.ndarray:
-            options = {"prompt": args.prompt, "max_length": args.max_length, "names": [name]}
-            return embedder.encode([content], **options)[0]
-
-        encode(FIRST_QUERY, "")
+        queries = ModelQueries(embedder, args.prompt, args.max_length)
+        queries.embed(queries.prepare([FIRST_QUERY], "the first query"))
         about = {"model": Path(args.model).name, "modalities": embedder.modalities}
-        server = Server(library, encode, about, args.max_upload)
+        server = Server(library, queries, about, args.max_upload, media_config(args))
         host = f"[{args.host}]" if ":" in args.host else args.host
         counts = ", ".join(f"{count:,} {kind}" for kind, count in library.counts.items())
         print(f"{counts}: http://{host}:{socket_.getsockname()[1]}", flush=True)
         app = server.app(LOOPBACK if args.host in LOOPBACK else ("*",))
-        config = uvicorn.Config(app, log_level="warning", server_header=False, headers=HEADERS)
-        uvicorn.Server(config).run(sockets=[socket_])
+        http_server(app).run(sockets=[socket_])
     return 0
 
 
@@ -163,6 +161,9 @@ def update(
     """
     with parts:
         known, vectors = _read_index(parts)
+        if known and vectors.shape[1] != embedder.dimension:
+            width = f"{vectors.shape[1]} dimensions, and the model's {embedder.dimension}"
+            raise LcoError(f"{parts.output}: its vectors have {width}; remove it")
         parts.description()
         parts.describe()
         parts.left(parts.folder.units())  # removes what is torn
@@ -196,8 +197,31 @@ def _read_index(parts: VectorParts) -> tuple[list[str], np.ndarray]:
 
 
 def _read_table(parts: VectorParts) -> tuple[list[str], np.ndarray]:
-    tables = [pyarrow.parquet.read_table(parts.output)] if parts.output.exists() else []
-    return read_vectors(tables)  # type: ignore[return-value]
+    """The rows of the index, as `update` returns them. Raises where its file is damaged."""
+    if not parts.output.exists():
+        return [], np.zeros((0, 0), np.float32)
+    damaged = f"{parts.output} is damaged; remove it, and the same command embeds all again"
+    with explained(damaged, pyarrow.ArrowException, OSError):
+        table = pyarrow.parquet.read_table(parts.output, page_checksum_verification=True)
+        table.validate(full=True)
+    if not _is_index(table):
+        raise LcoError(damaged)
+    embeddings = table["embedding"].combine_chunks()
+    if not np.isfinite(embeddings.flatten().to_numpy()).all():
+        blame = "the weights of --model or --adapter are not finite, or too large for --dtype"
+        raise LcoError(f"{parts.output} holds vectors that are not finite: {blame}; remove it")
+    return read_vectors([table])  # type: ignore[return-value]
+
+
+def _is_index(table: pyarrow.Table) -> bool:
+    """Whether a table has what `update` writes: a vector of float32, or null, for each key."""
+    if not {"id", "embedding"} <= set(table.column_names):
+        return False
+    ids, embedding = table["id"], table["embedding"].type
+    if not (pyarrow.types.is_string(ids.type) and pyarrow.types.is_fixed_size_list(embedding)):
+        return False
+    different = len(set(ids.to_pylist())) == len(ids) and not ids.null_count
+    return different and embedding.value_type == pyarrow.float32()
 
 
 def _keys_of_parts(parts: VectorParts) -> set[str]:

@@ -2,15 +2,20 @@
 browser.
 """
 
+import io
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import threading
+import time
 import urllib.error
 import urllib.request
 import wave
-from contextlib import contextmanager
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import av
@@ -26,10 +31,12 @@ from lco_jax.data.corpus import Corpus
 from lco_jax.data.images import load_image
 from lco_jax.data.parts import Unit, VectorParts
 from lco_jax.data.vectors import part_table
-from lco_jax.searching import nearest
+from lco_jax.searching import connections, nearest
+from lco_jax.searching import server as server_module
 from lco_jax.searching.library import Entry, Library
 from lco_jax.searching.nearest import Nearest, with_graph
-from lco_jax.searching.server import LOOPBACK, Server
+from lco_jax.searching.queries import unit_vector
+from lco_jax.searching.server import LOOPBACK, Server, http_server
 
 ROOT = Path(__file__).parents[1]
 
@@ -99,9 +106,31 @@ def test_a_graph_finds_nearly_all_and_is_kept_until_the_vectors_change(tmp_path,
     names = {file.name for file in tmp_path.iterdir()}
     assert len(names) == 1
     assert names != first
-    (tmp_path / names.pop()).write_bytes(b"torn")
-    with pytest.raises(LcoError, match="torn; remove it"):
-        with_graph(vectors[1:], keys[1:], tmp_path, "image")
+    assert with_graph(vectors[1:], keys[1:], tmp_path, "image").graph is not None
+    other = unit(2999, 24, seed=5)  # of another model
+    rows, _ = with_graph(other, keys[1:], tmp_path, "image")(other[7], 1)
+    assert rows.tolist() == [7]
+
+
+@pytest.mark.parametrize("damage", ["bytes", "cut", "grown", "emptied"])
+def test_a_damaged_graph_is_made_again(tmp_path, caplog, damage):
+    vectors, keys = unit(500, 16), [f"{i:032x}" for i in range(500)]
+    with_graph(vectors, keys, tmp_path, "image")
+    [path] = tmp_path.iterdir()
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 8] = b"\xff" * 8
+    damaged = {
+        "bytes": content,
+        "cut": content[:middle],
+        "grown": content + b"more",
+        "emptied": b"",
+    }
+    path.write_bytes(damaged[damage])
+    graph = with_graph(vectors, keys, tmp_path, "image")
+    assert f"{path} is torn, and is made again" in caplog.text
+    assert [graph(vector, 1)[0].tolist() for vector in vectors[:5]] == [[0], [1], [2], [3], [4]]
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_entries_are_of_every_kind_and_their_keys_change_with_their_files(tmp_path):
@@ -142,36 +171,54 @@ def test_entries_are_of_every_kind_and_their_keys_change_with_their_files(tmp_pa
 # ---- the server
 
 
-def colours(content, name):
+class Colours:
     """A model for tests: mean colours, and an axis for text."""
-    vector = np.full(4, 1e-3, np.float32)
-    for part in content:
-        if part["type"] == "image":
-            vector[:3] += (
-                np.asarray(load_image(part["image"], name, MediaConfig())).mean((0, 1)) / 255
-            )
-        else:
-            vector[3] += 1
-    return vector / np.linalg.norm(vector)
+
+    def prepare(self, parts, name):
+        vector = np.full(4, 1e-3, np.float32)
+        for part in parts:
+            if part["type"] == "image":
+                picture = load_image(part["image"], name, MediaConfig())
+                vector[:3] += np.asarray(picture).mean((0, 1)) / 255
+            else:
+                vector[3] += 1
+        return vector
+
+    def embed(self, ready):
+        return unit_vector(ready)
 
 
-@pytest.fixture
-def client(tmp_path):
-    """Over two pictures, a text and a page that calls itself a picture; of 64 KiB a query."""
+def colours(parts, name):
+    model = Colours()
+    return model.embed(model.prepare(parts, name))
+
+
+def small_library(folder):
+    """Two pictures, a text and a page that calls itself a picture."""
     for name, colour in (
         ("red.png", (250, 5, 5)),
         ("blue.png", (5, 5, 250)),
         ("page.html", (5, 250, 5)),
     ):
-        Image.new("RGB", (960, 10), colour).save(tmp_path / name, "PNG")
+        Image.new("RGB", (960, 10), colour).save(folder / name, "PNG")
     lines = [{"image": name} for name in ("red.png", "blue.png", "page.html")] + ["a text"]
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "secret.png").write_bytes(b"secret")
-    entries = [Entry.of(item, tmp_path) for item in Corpus(tmp_path / "in.jsonl").items()]
+    (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "secret.png").write_bytes(b"secret")
+    entries = [Entry.of(item, folder) for item in Corpus(folder / "in.jsonl").items()]
     vectors = np.stack([colours(entry.parts, entry.label) for entry in entries])
-    library = Library(entries, vectors, lambda vectors, keys, kind: Nearest(vectors))
-    server = Server(library, colours, {"model": "colours", "modalities": ["text", "image"]}, 65536)
-    with TestClient(server.app(LOOPBACK), base_url="http://localhost:8765") as client:
+    return Library(entries, vectors, lambda vectors, keys, kind: Nearest(vectors))
+
+
+def new_server(library, model, media=MediaConfig()):  # noqa: B008
+    """Of 64 KiB a query."""
+    about = {"model": "colours", "modalities": ["text", "image"]}
+    return Server(library, model, about, 65536, media)
+
+
+@pytest.fixture
+def client(tmp_path):
+    app = new_server(small_library(tmp_path), Colours()).app(LOOPBACK)
+    with TestClient(app, base_url="http://localhost:8765") as client:
         yield client
 
 
@@ -296,6 +343,245 @@ def test_other_hosts_and_bodies_of_no_length_are_refused(client):
     assert client.post("/media/a/0").status_code == 405
 
 
+def test_a_file_is_served_only_while_it_is_the_very_one_that_was_indexed(client, tmp_path):
+    red, blue, _ = (f"{result['key']}/0" for result in ask(client, text="x", kind="image"))
+    path, outside = tmp_path / "red.png", tmp_path / "outside"
+    outside.write_bytes(b"s" * path.stat().st_size)
+    os.utime(outside, ns=(1, path.stat().st_mtime_ns))
+    key = red.split("/")[0]
+    for link in (os.symlink, os.link):
+        path.unlink()
+        link(outside, path)
+        for door in ("media", "thumbnail"):
+            gone = client.get(f"/{door}/{red}")
+            assert gone.status_code == 410, door
+        assert "changed or is gone" in ask(client, 410, like=key, text="x")
+    path.unlink()
+    os.mkfifo(path)
+    assert client.get(f"/media/{red}").status_code == 410
+    before = len(os.listdir("/dev/fd"))
+    for headers in ({}, {"range": "bytes=9999999-"}, {"range": "bytes=2-3,7-9"}):
+        for method in (client.get, client.head):
+            assert method(f"/media/{blue}", headers=headers).status_code in (200, 206, 416)
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def test_thumbnails_are_upright_and_within_the_caps(tmp_path):
+    pixels = Image.new("RGB", (60, 20), (250, 5, 5))
+    pixels.paste((5, 5, 250), (0, 0, 20, 20))  # the left third is blue
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn it clockwise: the top third is blue
+    pixels.save(tmp_path / "a.png", exif=exif)
+    (tmp_path / "in.jsonl").write_text('{"image": "a.png"}\n')
+    entries = [Entry.of(item, tmp_path) for item in Corpus(tmp_path / "in.jsonl").items()]
+    library = Library(entries, unit(1, 4), lambda vectors, keys, kind: Nearest(vectors))
+
+    def thumbnail(**caps):
+        app = new_server(library, Colours(), MediaConfig(**caps)).app(LOOPBACK)
+        with TestClient(app, base_url="http://localhost") as client:
+            return client.get(f"/thumbnail/{entries[0].key}/0")
+
+    shown = Image.open(io.BytesIO(thumbnail().content)).convert("RGB")
+    assert shown.size == (20, 60)
+    assert shown.getpixel((10, 5))[2] > 200
+    assert shown.getpixel((10, 50))[0] > 200
+    for caps in ({"max_image_pixels": 1199}, {"max_file_bytes": 10}):
+        refused = thumbnail(**caps)
+        assert refused.status_code == 422
+        assert next(iter(caps)) in refused.json()["error"]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 0])
+def test_vectors_without_a_direction_are_an_error(tmp_path, bad):
+    class Broken(Colours):
+        def embed(self, ready):
+            return unit_vector(np.full(4, bad, np.float32))
+
+    library = small_library(tmp_path)
+    with TestClient(new_server(library, Broken()).app(LOOPBACK), base_url="http://[::1]") as client:
+        assert "the model's weights are at fault" in ask(client, 422, text="x")
+    if bad != 0:
+        entries = list(library.entries.values())
+        with pytest.raises(LcoError, match="not finite"):
+            Library(entries, np.full((4, 4), bad), lambda vectors, *_: Nearest(vectors))
+
+
+# ---- clients that mean no good
+
+
+@contextmanager
+def listening(app):
+    """An application on a port of its own: (host, port)."""
+    server = http_server(app)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield listener.getsockname()
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+def talk(address, content, patience=10):
+    """What the server says to bytes until it ends the connection."""
+    with socket.create_connection(address, timeout=patience) as client:
+        client.sendall(content)
+        said = b""
+        with suppress(ConnectionResetError):
+            while chunk := client.recv(65536):
+                said += chunk
+    return said
+
+
+def request(line, *headers, body=b""):
+    head = [line, "Host: localhost", "Connection: close", *headers, "", ""]
+    return "\r\n".join(head).encode("latin-1") + body
+
+
+FORM = "Content-Type: application/x-www-form-urlencoded"
+CHUNKED = "Transfer-Encoding: chunked"
+CHUNKS = b"".join(b"4000\r\n" + b"x" * 0x4000 + b"\r\n" for _ in range(8)) + b"0\r\n\r\n"
+POST = "POST /search HTTP/1.1"
+DIGITS = "9" * 5000
+REFUSED = [
+    (413, request(POST, FORM, "Content-Length: 10", CHUNKED, body=CHUNKS)),
+    (413, request(POST, FORM, CHUNKED, body=CHUNKS)),
+    (413, request(POST, FORM)),
+    (413, request(POST, FORM, "Content-Length: 65537", body=b"x" * 65537)),
+    (400, request(POST, FORM, "Content-Length: -1", body=b"text=a")),
+    (400, request(POST, FORM, "Content-Length: 6, 7", body=b"text=a")),
+    (400, request(POST, FORM, "Content-Length: 6", "Content-Length: 7", body=b"text=a")),
+    (400, request(POST, FORM, "Content-Length: 0x6", body=b"text=a")),
+    (400, request(POST, FORM, f"Content-Length: {DIGITS}", body=b"text=a")),
+    (403, request(POST, FORM, "Content-Length: 6", "Origin: http://[bad", body=b"text=a")),
+    (403, request(POST, FORM, "Content-Length: 6", "Origin: \xff\xfe", body=b"text=a")),
+    (415, request(POST, "Content-Length: 2", body=b"{}")),
+    (415, request(POST, "Content-Type: \xff", "Content-Length: 2", body=b"{}")),
+    (400, request(POST, "Content-Type: multipart/form-data", "Content-Length: 2", body=b"{}")),
+    (413, request(POST, FORM, "Content-Length: 20006", body=b"text=" + b"a" * 20001)),
+    (400, request(POST, FORM, "Content-Length: 8", body=b"kind=%00")),
+    (404, request(f"GET /media/a/{DIGITS} HTTP/1.1")),
+    (404, request("GET /%00 HTTP/1.1")),
+    (404, request("GET /a%ff%fe/../..//x?%00=%zz HTTP/1.1")),
+    (404, request(f"GET /{'a' * 3000} HTTP/1.1")),
+    (413, request("GET /about HTTP/1.1", "Content-Length: 6", body=b"text=a")),
+    (405, request("DELETE /about HTTP/1.1")),
+    (405, request("PUT /search HTTP/1.1")),
+    (400, b"GET /about HTTP/1.1\r\nHost: [::1\r\nConnection: close\r\n\r\n"),
+    (400, b"GET /about HTTP/1.0\r\n\r\n"),
+    (400, b"\x16\x03\x01\x02\x00\r\n\r\n"),
+    (400, b"GET /about HTTP/1.1\r\n" + b"A: b\r\n" * 50000),
+]
+
+
+def test_malformed_requests_are_refused_and_print_nothing(tmp_path, capfd):
+    app = new_server(small_library(tmp_path), Colours()).app(LOOPBACK)
+    with listening(app) as address:
+        for status, content in REFUSED:
+            said = talk(address, content)
+            assert said.startswith(b"HTTP/1.1 %d " % status), (content[:200], said[:300])
+        good = request(POST, FORM, "Content-Length: 6", body=b"text=a")
+        assert talk(address, good).startswith(b"HTTP/1.1 200 ")
+        upgrade = request("GET /x HTTP/1.1", "Upgrade: websocket", "Sec-WebSocket-Key: x")
+        assert b" 404 " in talk(address, upgrade)
+        with socket.create_connection(address) as client:  # it is gone in the middle of a query
+            client.sendall(request(POST, FORM, "Content-Length: 600", body=b"text=a"))
+        torn = request(POST, "Content-Type: multipart/form-data; boundary=x", "Content-Length: 9")
+        assert b" 400 " in talk(address, torn + b"--y\r\n\r\n1")
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_clients_that_are_slow_or_silent_are_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(connections, "PATIENCE", 0.5)
+    app = new_server(small_library(tmp_path), Colours()).app(LOOPBACK)
+    half = [
+        b"",
+        b"GET / HT",
+        b"GET /about HTTP/1.1\r\nHost: localhost\r\n",
+        b"GET /about HTTP/1.1\r\nHost: localhost\r\n\r\nGET /abo",  # on a connection that is kept
+        request(POST, FORM, "Content-Length: 600", body=b"text="),
+    ]
+    with listening(app) as address:
+        for content in half:
+            began = time.monotonic()
+            said = talk(address, content)
+            assert time.monotonic() - began < 3, content
+        assert said.startswith(b"HTTP/1.1 408 ")
+        with socket.create_connection(address, timeout=5) as client:  # a byte at a time
+            began = time.monotonic()
+            with suppress(OSError):
+                while time.monotonic() - began < 5:
+                    client.sendall(b"G")
+                    time.sleep(0.05)
+            assert time.monotonic() - began < 3
+
+
+def test_connections_are_bounded_and_those_that_wait_make_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(connections, "CONNECTIONS", 8)
+    app = new_server(small_library(tmp_path), Colours()).app(LOOPBACK)
+    with listening(app) as address, ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection(address)) for _ in range(30)]
+        good = request(POST, FORM, "Content-Length: 6", body=b"text=a")
+        assert talk(address, good).startswith(b"HTTP/1.1 200 ")
+        assert sum(map(is_open, idle)) <= 8
+
+
+def is_open(client):
+    """Whether the other side has not ended a connection."""
+    client.settimeout(0.1)
+    try:
+        return client.recv(1) != b""
+    except TimeoutError:
+        return True
+    except ConnectionResetError:
+        return False
+
+
+def test_a_slow_upload_keeps_no_text_from_its_answer(tmp_path):
+    decoding, go_on = threading.Event(), threading.Event()
+
+    class Slow(Colours):
+        def prepare(self, parts, name):
+            if any(part["type"] == "image" for part in parts):
+                decoding.set()
+                assert go_on.wait(30)
+            return super().prepare(parts, name)
+
+    app = new_server(small_library(tmp_path), Slow()).app(LOOPBACK)
+    red = (tmp_path / "red.png").read_bytes()
+    with (
+        TestClient(app, base_url="http://localhost") as client,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        uploads = [pool.submit(ask, client, file=("x.png", red, "image/png")) for _ in range(6)]
+        assert decoding.wait(30)
+        answers = [pool.submit(ask, client, text="anything") for _ in range(2)]
+        assert [labels(answer.result(10))[0] for answer in answers] == ["in.jsonl:4"] * 2
+        assert not any(upload.done() for upload in uploads)
+        go_on.set()
+        assert [labels(upload.result(30))[0] for upload in uploads] == ["in.jsonl:1"] * 6
+
+
+def test_who_waits_too_long_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_module, "WAIT_SECONDS", 0.2)
+    go_on = threading.Event()
+
+    class Slow(Colours):
+        def embed(self, ready):
+            assert go_on.wait(30)
+            return super().embed(ready)
+
+    app = new_server(small_library(tmp_path), Slow()).app(LOOPBACK)
+    with TestClient(app, base_url="http://localhost") as client, ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(client.post, "/search", data={"text": "a"}) for _ in range(2)]
+        done, _ = wait(both, 20, FIRST_COMPLETED)
+        assert "Others are searching" in done.pop().result().json()["error"]
+        go_on.set()
+        assert sorted(one.result(20).status_code for one in both) == [200, 503]
+
+
 # ---- the command
 
 
@@ -413,7 +699,7 @@ def test_mistakes_are_one_sentence(monkeypatch, run_command, tmp_path):
     assert "search takes a folder of media" in said("--input=x.parquet")
     assert "cannot be listened on" in said(f"--input={tmp_path}", "--host=192.0.2.1")
     assert "holds no image, video or audio file" in said(f"--input={tmp_path}", "--port=0")
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.setitem(sys.modules, "lco_jax.searching.server", None)
     assert "pip install 'lco-jax[search]'" in said(f"--input={tmp_path}")
 
 

@@ -81,7 +81,8 @@ def write_parquet(
     file: IO[bytes], tables: Iterator[pa.Table], total: int, schema: pa.Schema
 ) -> None:
     """The columns of `schema`; called as `write_npy` is."""
-    with pyarrow.parquet.ParquetWriter(file, schema, use_dictionary=False) as writer:
+    options = {"use_dictionary": False, "write_page_checksum": True}
+    with pyarrow.parquet.ParquetWriter(file, schema, **options) as writer:
         for table in tables:
             writer.write_table(table.replace_schema_metadata(None).cast(schema))
 

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lco_jax.core.errors import LcoError
 from lco_jax.data.content import ADDRESS, is_conversation
 from lco_jax.data.corpus import CorpusItem
 from lco_jax.searching.nearest import Nearest
@@ -18,20 +20,50 @@ TEXT_SHOWN = 600  # letters of a text that the page shows
 
 
 class File(NamedTuple):
-    """A local file of an entry. mark: what `mark_of` returned when the file was read."""
+    """A local file of an entry. about: of the file, when it was listed; None if there was none."""
 
     kind: str
     path: str
-    mark: list[int] | None
+    about: os.stat_result | None
+
+    @classmethod
+    def of(cls, kind: str, path: str) -> "File":
+        """The file at a path, as it is now."""
+        with suppress(OSError, ValueError):
+            return cls(kind, path, os.stat(path))
+        return cls(kind, path, None)
+
+    @property
+    def mark(self) -> list[int] | None:
+        """Its size and time of change in ns, which a copy of the folder keeps."""
+        return None if self.about is None else [self.about.st_size, self.about.st_mtime_ns]
+
+    def open(self) -> int | None:
+        """A descriptor of the very file that was listed; None where it is gone or another one.
+
+        A link or another file in its place has another number, also of equal size and time.
+        """
+        try:
+            # a pipe in its place must not be waited for
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
+        except (OSError, ValueError):
+            return None
+        if self.about is None or _identity(os.fstat(descriptor)) != _identity(self.about):
+            os.close(descriptor)
+            return None
+        return descriptor
+
+    def is_as_listed(self) -> bool:
+        """Whether the path still leads to the very file that was listed."""
+        descriptor = self.open()
+        if descriptor is None:
+            return False
+        os.close(descriptor)
+        return True
 
 
-def mark_of(path: str) -> list[int] | None:
-    """A file's size and time of change in ns; None if it does not exist."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return [found.st_size, found.st_mtime_ns]
+def _identity(about: os.stat_result) -> tuple[int, ...]:
+    return (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
 
 
 @dataclass(frozen=True)
@@ -87,9 +119,9 @@ def _files(part: dict[str, Any]) -> list[File]:
     """The local files of a medium: itself, or the frames of a clip."""
     kind, source = part["type"], part[part["type"]]
     if isinstance(source, list):
-        return [File("image", frame, mark_of(frame)) for frame in source]
+        return [File.of("image", frame) for frame in source]
     if isinstance(source, str) and not ADDRESS.match(source):
-        return [File(kind, source, mark_of(source))]
+        return [File.of(kind, source)]
     return []
 
 
@@ -106,6 +138,8 @@ class Library:
         vectors: np.ndarray,
         index: Callable[..., Nearest],
     ):
+        if len(vectors) != len(entries) or not np.isfinite(vectors).all():
+            raise LcoError("the index has vectors that are not finite, or not one for each input")
         self.entries = {entry.key: entry for entry in entries}
         self._rows = {}  # key -> row among its kind
         self._kinds = {}  # kind -> entries, index
@@ -116,10 +150,7 @@ class Library:
             chosen = [entries[row] for row in rows]
             keys = [entry.key for entry in chosen]
             self._rows |= {key: row for row, key in enumerate(keys)}
-            self._kinds[kind] = (
-                chosen,
-                index(vectors[rows], keys, kind),
-            )
+            self._kinds[kind] = (chosen, index(vectors[rows], keys, kind))
 
     @property
     def counts(self) -> dict[str, int]:

@@ -3,7 +3,8 @@
 The graph is usearch's HNSW. Dimensions: N vectors, D hidden, k asked for.
 """
 
-import os
+import hashlib
+import logging
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,12 @@ import numpy as np
 from tqdm import tqdm
 
 from lco_jax.core.errors import explained
+from lco_jax.core.files import replace
 
 EXACT = 100_000  # up to so many vectors, every search looks at all
 ADDED_AT_ONCE = 4096
-SAMPLE, NEIGHBOURS = (
-    256,
-    10,
-)  # for the recall that is measured when a graph is built
+SAMPLE, NEIGHBOURS = 256, 10  # for the recall that is measured when a graph is built
+logger = logging.getLogger(__name__)
 
 
 class Nearest:
@@ -50,28 +50,47 @@ def with_graph(vectors: np.ndarray, keys: list[str], folder: Path, name: str) ->
     """`Nearest` with a graph, which is stored in `folder` and built again for other vectors.
 
     keys: of the vectors, [N]. name: of the kind, for files and progress. A new graph has its recall
-    measured: how many of the ten nearest neighbours of a sample of the vectors it finds.
+    measured: how many of the ten nearest neighbours of a sample of the vectors it finds. The file's
+    name has a digest of the vectors and one of the file itself: usearch believes what it reads, and
+    reads beyond its memory where a file is torn.
     """
     from usearch.index import Index as Graph  # of the extra: most libraries are small
 
-    digest = blake2b("".join(keys).encode(), digest_size=8).hexdigest()
-    path = folder / f"{name}-{digest}.usearch"
-    if path.exists():
-        torn = f"{path} is torn; remove it, and the same command makes it again"
-        with explained(torn, ValueError, RuntimeError):
-            return Nearest(vectors, Graph.restore(path, view=True))
+    digest = _digest_of(vectors, keys)
+    for path in sorted(folder.glob(f"{name}-{digest}-*.usearch")):
+        if path.stem.endswith(f"-{_checksum(path)}"):
+            with explained(f"{path} cannot be read; remove it", ValueError, RuntimeError):
+                return Nearest(vectors, Graph.restore(path, view=True))
+        logger.warning("%s is torn, and is made again", path)
     graph = Graph(ndim=vectors.shape[1], metric="cos", dtype="f16")
     _fill(graph, vectors, name)
-    aside = folder / f"{name}.tmp"
     with explained(f"{folder} cannot be written", OSError, RuntimeError):
-        graph.save(aside)
-        os.replace(aside, path)
-        for old in folder.glob(f"{name}-*.usearch"):
-            if old != path:
-                old.unlink()
+        _store(graph, folder, name, digest)
     nearest = Nearest(vectors, graph)
     print(f"graph of {name}: recall@{NEIGHBOURS} {recall(nearest):.3f} against exact search")
     return nearest
+
+
+def _digest_of(vectors: np.ndarray, keys: list[str]) -> str:
+    digest = blake2b("".join(keys).encode(), digest_size=8)
+    digest.update(np.ascontiguousarray(vectors))
+    return digest.hexdigest()
+
+
+def _checksum(path: Path) -> str:
+    with explained(f"{path} cannot be read", OSError), path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+
+
+def _store(graph: Any, folder: Path, name: str, digest: str) -> None:
+    """Write a kind's graph, and remove those of before."""
+    aside = folder / f"{name}.tmp"
+    graph.save(aside)
+    path = folder / f"{name}-{digest}-{_checksum(aside)}.usearch"
+    replace(aside, path)
+    for old in folder.glob(f"{name}-*.usearch"):
+        if old != path:
+            old.unlink()
 
 
 def _fill(graph: Any, vectors: np.ndarray, name: str) -> None:

@@ -6,35 +6,47 @@ Everything that a request names is looked up among the entries; no path comes fr
 import asyncio
 import io
 import mimetypes
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
+import uvicorn
 from PIL import ImageOps
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import ASSETS
 from lco_jax.data.content import MEDIA, media_kind
 from lco_jax.data.images import load_image
 from lco_jax.data.media import MediaConfig
-from lco_jax.searching.library import Entry, File, Library, mark_of
+from lco_jax.searching.connections import BoundedBody, Connection
+from lco_jax.searching.library import Entry, File, Library
+from lco_jax.searching.queries import Queries
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 RESULTS = 200  # entries of an answer
 SOME = 24  # entries that the page shows before a search
 THUMBNAIL = 480  # pixels of its longer side
+THUMBNAIL_SECONDS = 10.0  # to decode it; less where --decode-seconds is
+QUERY_LETTERS = 20_000  # of a query's text: the model would embed it for minutes
+SMALL = 1_000_000  # bytes of a query that is kept in memory
+# at a time: larger queries that arrive, queries with media on their way, thumbnails
+ARRIVING, WITH_MEDIA, THUMBNAILS = 16, 2, 2
+WAIT_SECONDS = 60.0  # for the model, or for one's turn
 POLICY = (
     "default-src 'self'; img-src 'self' blob:; media-src 'self' blob:; object-src 'none'; "
     "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
@@ -45,25 +57,37 @@ HEADERS = [  # of every answer
     ("referrer-policy", "no-referrer"),
     ("x-content-type-options", "nosniff"),
 ]
-# what `encode` takes, and its name in errors -> a unit vector [D]
-Encode = Callable[[Any, str], np.ndarray]
+FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+BUSY = "Others are searching; try again in a minute."
+CHANGED = "The file has changed or is gone since it was indexed; start the search again."
 
 
 class Server:
-    """The handlers. about: what the page shows beside the counts; most: bytes of a request."""
+    """The handlers. about: what the page shows beside the counts; most: bytes of a request; media:
+    the caps on thumbnails.
+
+    The model embeds one query at a time, in the order of their coming. Few queries with media are
+    on their way at once, so that a query of text waits for no more than these.
+    """
 
     def __init__(
         self,
         library: Library,
-        encode: Encode,
+        queries: Queries,
         about: Mapping[str, Any],
         most: int,
+        media: MediaConfig,
     ):
         self.library = library
-        self.encode = encode
+        self.queries = queries
         self.about = about
         self.most = most
-        self.model = asyncio.Lock()  # one query at a time; media are served meanwhile
+        seconds = min(media.decode_seconds, THUMBNAIL_SECONDS)
+        self.caps_on_thumbnails = replace(media, decode_seconds=seconds)
+        self.model = asyncio.Lock()
+        self.arriving = asyncio.Semaphore(ARRIVING)
+        self.with_media = asyncio.Semaphore(WITH_MEDIA)
+        self.thumbnails = asyncio.Semaphore(THUMBNAILS)
 
     def app(self, hosts: tuple[str, ...]) -> Starlette:
         """The application. hosts: names by which it may be called; ("*",) for any.
@@ -73,22 +97,20 @@ class Server:
         routes = [
             Route("/about", self.describe),
             Route("/search", self.search, methods=["POST"]),
-            Route("/media/{key}/{number:int}", self.medium),
-            Route("/thumbnail/{key}/{number:int}", self.thumbnail),
-            Mount(
-                "/",
-                StaticFiles(directory=ASSETS / "search", html=True),
-            ),
+            Route("/media/{key}/{number}", self.medium),
+            Route("/thumbnail/{key}/{number}", self.thumbnail),
+            Mount("/", StaticFiles(directory=ASSETS / "search", html=True)),
         ]
         known = Middleware(
             TrustedHostMiddleware,
             allowed_hosts=hosts,
             www_redirect=False,
         )
-        refusals = {LcoError: _refuse, HTTPException: _refuse}
+        bounded = Middleware(BoundedBody, most=self.most)
+        refusals = dict.fromkeys((LcoError, HTTPException, ClientDisconnect), _refuse)
         return Starlette(
             routes=routes,
-            middleware=[known],
+            middleware=[known, bounded],
             exception_handlers=refusals,
         )
 
@@ -114,72 +136,92 @@ class Server:
         kinds are looked at.
         """
         self._check(request)
-        async with request.form(max_files=1, max_fields=20) as form:
-            file = form.get("file")
-            name = file.filename if isinstance(file, UploadFile) else "the query"
-            parts = [await self._part(file)] if isinstance(file, UploadFile) else []
-            text = str(form.get("text", ""))
+        async with self._form(request) as form:
+            text = _text_of(form.get("text", ""))
             entry = self._entry(str(form["like"])) if "like" in form else None
-            asked = form.getlist("kind")
-        if text.strip():
-            parts.append({"type": "text", "text": text})
+            kinds = self._kinds(form.getlist("kind"))
+            file = form.get("file")
+            words = [{"type": "text", "text": text}] if text.strip() else []
+            if isinstance(file, UploadFile):
+                kind, name = self._kind_of(file), _shown_name(file.filename)
+                async with _turn(self.with_media):
+                    parts = [{"type": kind, kind: await file.read()}, *words]
+                    vector, seconds = await self._vector(request, parts, entry, name)
+            elif words and entry is not None and entry.files:
+                async with _turn(self.with_media):
+                    vector, seconds = await self._vector(request, words, entry, "the query")
+            else:
+                vector, seconds = await self._vector(request, words, entry, "the query")
+        began = time.monotonic()
+        found = await run_in_threadpool(self.library.nearest, vector, kinds, RESULTS + 1)
+        results = [_shown(one, cosine) for one, cosine in found if one is not entry]
+        took = {"encode": seconds, "search": time.monotonic() - began}
+        return JSONResponse({"results": results[:RESULTS], "seconds": took})
+
+    @asynccontextmanager
+    async def _form(self, request: Request) -> AsyncIterator[FormData]:
+        """The fields of a query. Few large ones arrive at once."""
+        type_ = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if type_ not in FORMS:
+            raise HTTPException(415, f"A query is a form: {' or '.join(FORMS)}.")
+        large = int(request.headers["content-length"]) > SMALL
+        if large and self.arriving.locked():
+            raise HTTPException(503, BUSY)
+        async with self.arriving if large else nullcontext():
+            form = await request.form(max_files=1, max_fields=20)
+        try:
+            yield form
+        finally:
+            await form.close()
+
+    async def _vector(
+        self, request: Request, parts: list[dict[str, Any]], entry: Entry | None, name: str
+    ) -> tuple[np.ndarray, float]:
+        """The vector of an entry's parts and a query's parts together, and the model's seconds."""
         if not parts and entry is None:
             empty = "The query is empty; type a text, or give an image, a sound or a clip."
             raise HTTPException(400, empty)
-        async with self.model:
+        if entry is not None and not parts:
+            return self.library.vector(entry.key), 0.0
+        if entry is not None:
+            if not all(file.is_as_listed() for file in entry.files):
+                raise HTTPException(410, CHANGED)
+            parts = entry.parts + parts
+        ready = await run_in_threadpool(self.queries.prepare, parts, name)
+        async with _turn(self.model):
+            if await request.is_disconnected():  # the page gives up a search for the next one
+                raise ClientDisconnect()
             began = time.monotonic()
-            vector = await self._vector(parts, entry, name)
-        encoded = time.monotonic()
-        found = await run_in_threadpool(self._nearest, vector, asked)
-        results = [_shown(one, cosine) for one, cosine in found if one is not entry]
-        seconds = {
-            "encode": encoded - began,
-            "search": time.monotonic() - encoded,
-        }
-        return JSONResponse({"results": results[:RESULTS], "seconds": seconds})
-
-    def _nearest(self, vector: np.ndarray, asked: list[Any]) -> list[tuple[Entry, float]]:
-        """One entry more than an answer holds, among the kinds asked for, or all kinds."""
-        kinds = [kind for kind in self.library.counts if kind in asked or not asked]
-        return self.library.nearest(vector, kinds, RESULTS + 1)
-
-    async def _vector(
-        self,
-        parts: list[dict[str, Any]],
-        entry: Entry | None,
-        name: str,
-    ) -> np.ndarray:
-        """The vector of an entry's parts and a query's parts together."""
-        if entry is None:
-            return await run_in_threadpool(self.encode, parts, name)
-        if not parts:
-            return self.library.vector(entry.key)
-        return await run_in_threadpool(self.encode, entry.parts + parts, name)
+            vector = await run_in_threadpool(self.queries.embed, ready)
+        return vector, time.monotonic() - began
 
     def _check(self, request: Request) -> None:
-        """Refuse another site's queries, and queries that are too long or of no stated length."""
+        """Refuse another site's queries."""
         origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != request.headers["host"]:
-            raise HTTPException(
-                403,
-                f"{origin} is another site, and may not search here.",
-            )
-        length = request.headers.get("content-length", "")
-        if not length.isdecimal() or int(length) > self.most:
-            raise HTTPException(
-                413,
-                f"A query states its length, at most {self.most:,} bytes (--max-upload).",
-            )
+        if origin is None:
+            return
+        if origin.partition("://")[2] != request.headers.get("host"):
+            site = _shown_name(origin)
+            raise HTTPException(403, f"{site} is another site, and may not search here.")
 
-    async def _part(self, file: UploadFile) -> dict[str, Any]:
-        """An uploaded file as a part of a query."""
+    def _kinds(self, asked: list[Any]) -> list[str]:
+        """The kinds to look among: those asked for, or all."""
+        known = list(self.library.counts)
+        wanted = [kind for kind in asked if kind]
+        if not all(kind in known for kind in wanted):
+            raise HTTPException(400, f"kind is one of {', '.join(known)}.")
+        return [kind for kind in known if kind in wanted or not wanted]
+
+    def _kind_of(self, file: UploadFile) -> str:
+        """The kind of an uploaded file, by its name, else by its type."""
         kind = media_kind(file.filename) or (file.content_type or "").split("/")[0]
+        name = _shown_name(file.filename)
         if kind not in MEDIA:
-            raise LcoError(f"{file.filename} is no image, sound or clip")
+            raise LcoError(f"{name} is no image, sound or clip")
         if kind not in self.about["modalities"]:
             known = ", ".join(self.about["modalities"])
-            raise LcoError(f"{file.filename} is {kind}, and this model takes {known}")
-        return {"type": kind, kind: await file.read()}
+            raise LcoError(f"{name} is {kind}, and this model takes {known}")
+        return kind
 
     def _entry(self, key: str) -> Entry:
         if key not in self.library.entries:
@@ -190,43 +232,90 @@ class Server:
         return self.library.entries[key]
 
     def _file(self, request: Request) -> File:
-        """The file that a request names, as it was when it was indexed."""
+        """The file that a request names."""
         files = self._entry(request.path_params["key"]).files
-        if request.path_params["number"] >= len(files):
+        number = request.path_params["number"]
+        if number not in map(str, range(len(files))):
             raise HTTPException(404, "The entry has no such file.")
-        file = files[request.path_params["number"]]
-        if file.mark is None or mark_of(file.path) != file.mark:
-            raise HTTPException(
-                410,
-                "The file has changed or is gone since it was indexed; start the search again.",
-            )
-        return file
+        return files[int(number)]
 
     def medium(self, request: Request) -> Response:
         """A file, or a range of it. What browsers might run is sent without its type."""
         file = self._file(request)
         type_ = mimetypes.guess_type(file.path)[0] or ""
         inert = type_.startswith(f"{file.kind}/") and "xml" not in type_
-        return FileResponse(
-            file.path,
-            media_type=type_ if inert else "application/octet-stream",
-        )
+        descriptor = file.open()
+        if descriptor is None:
+            raise HTTPException(410, CHANGED)
+        return _OpenFile(descriptor, type_ if inert else "application/octet-stream")
 
-    def thumbnail(self, request: Request) -> Response:
+    async def thumbnail(self, request: Request) -> Response:
         """An image as a small WebP, upright, also of formats that browsers do not read."""
         file = self._file(request)
         if file.kind != "image":
             raise HTTPException(404, "Only images have thumbnails.")
-        image = ImageOps.exif_transpose(load_image(file.path, "thumbnail", MediaConfig()))
+        async with _turn(self.thumbnails):
+            content = await run_in_threadpool(self._small, file)
+        headers = {"cache-control": "private, max-age=86400"}
+        return Response(content, headers=headers, media_type="image/webp")
+
+    def _small(self, file: File) -> bytes:
+        """The bytes of an image's thumbnail."""
+        if not file.is_as_listed():
+            raise HTTPException(410, CHANGED)
+        image = load_image(file.path, "thumbnail", self.caps_on_thumbnails)
+        image = ImageOps.exif_transpose(image)
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         content = io.BytesIO()
         image.save(content, "WEBP", quality=90)
-        headers = {"cache-control": "private, max-age=86400"}
-        return Response(
-            content.getvalue(),
-            headers=headers,
-            media_type="image/webp",
-        )
+        if not file.is_as_listed():  # it may have been another one meanwhile
+            raise HTTPException(410, CHANGED)
+        return content.getvalue()
+
+
+class _OpenFile(FileResponse):
+    """A file that is open, so that nothing can take its place. It is closed at the end."""
+
+    def __init__(self, descriptor: int, media_type: str):
+        self._descriptor = descriptor
+        about = os.fstat(descriptor)
+        super().__init__(f"/dev/fd/{descriptor}", media_type=media_type, stat_result=about)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            os.close(self._descriptor)
+
+
+@asynccontextmanager
+async def _turn(gate: asyncio.Lock | asyncio.Semaphore) -> AsyncIterator[None]:
+    """One's turn, in the order of coming. Refuses who has waited too long."""
+    try:
+        await asyncio.wait_for(gate.acquire(), WAIT_SECONDS)
+    except TimeoutError as error:
+        raise HTTPException(503, BUSY) from error
+    try:
+        yield
+    finally:
+        gate.release()
+
+
+def _text_of(field: Any) -> str:
+    """The text of a query."""
+    if not isinstance(field, str):
+        raise HTTPException(400, "The field text is a text, not a file.")
+    if len(field) > QUERY_LETTERS:
+        long = f"The text has {len(field):,} letters, and may have {QUERY_LETTERS:,}."
+        raise HTTPException(413, long)
+    return field
+
+
+def _shown_name(name: str | None) -> str:
+    """What a client calls something, on one line."""
+    name = (name or "the file")[:200]
+    return name if name.isprintable() else ascii(name)
 
 
 def _shown(entry: Entry, cosine: float | None) -> dict[str, Any]:
@@ -234,7 +323,7 @@ def _shown(entry: Entry, cosine: float | None) -> dict[str, Any]:
     return {
         "key": entry.key,
         "kind": entry.kind,
-        "label": entry.label,
+        "label": entry.label.encode(errors="replace").decode(),
         "text": entry.text,
         "files": [file.kind for file in entry.files],
         "cosine": cosine,
@@ -243,6 +332,23 @@ def _shown(entry: Entry, cosine: float | None) -> dict[str, Any]:
 
 async def _refuse(request: Request, error: Exception) -> Response:
     """An error as one sentence."""
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=400)  # nobody reads it
     if isinstance(error, HTTPException):
-        return JSONResponse({"error": error.detail}, error.status_code)
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
     return JSONResponse({"error": str(error)}, 422)
+
+
+def http_server(app: Starlette) -> uvicorn.Server:
+    """What answers on sockets: its method `run` does until Ctrl-C."""
+    config = uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        log_level="error",
+        server_header=False,
+        headers=HEADERS,
+        timeout_graceful_shutdown=3,
+    )
+    return uvicorn.Server(config)
