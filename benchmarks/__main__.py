@@ -3,7 +3,7 @@
     python -m benchmarks train --preset=small --dropout=0          training triplets a second
     python -m benchmarks encode                                    texts a second
     python -m benchmarks device                                    one GPU, in 8 minutes
-    python -m benchmarks fuzz --seed=0                             hostile inputs; 1 if one does harm
+    python -m benchmarks fuzz --seed=0                             hostile inputs; status 1: faults
 
 Each side runs in its own process, and they take turns. With `--json` the last line is JSON; `ratio`
 is one of its keys.

@@ -45,7 +45,7 @@ def fault_of(case: Case, reply: Mapping[str, Any], same: Any = None, unlike: Any
     if "ended" in reply:
         return reply["ended"]
     if "raised" in reply:
-        return "traceback: " + reply["raised"].strip().splitlines()[-1][:300]
+        return "traceback: " + reply["raised"]
     if "refused" in reply:
         return _fault_of_words(case, reply["refused"])
     vector = np.array(reply["vector"], np.float64)

@@ -250,7 +250,7 @@ def template(rng: np.random.Generator, folder: Path) -> Edited:
         "{% if %}": "error",
         "{{ ''.__class__.__mro__ }}": "error",
         "{{ 'a' * 10**10 }}": "error",
-        "{{ 10**10**8 }}": "error",
+        "{{ 10**(10**8) }}": "error",
         "{{ messages[0]['content'][99]['text'] }}": "either",
         "{{ 1 / 0 }}": "error",
         "": "either",

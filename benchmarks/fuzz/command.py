@@ -119,7 +119,7 @@ class Runs:
             "what": case.what,
             "outcome": "faults" if fault else outcome,
             "fault": fault,
-            "said": reply.get("refused") or reply.get("raised") or "",
+            "said": reply.get("refused") or reply.get("said") or "",
             "seconds": reply["seconds"],
             "mib": reply["mib"],
         }

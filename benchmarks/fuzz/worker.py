@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, reason
 
 MODEL = "builtin:lab"  # of all media; it takes every modality
 DECODE_SECONDS = 10.0
@@ -68,13 +68,18 @@ def _filled(value: Any) -> Any:
 
 
 def answer(target: Any, job: dict[str, Any]) -> dict[str, Any]:
-    """A reply: its "vector", or what was "refused" in one sentence, or what was "raised"."""
+    """A reply: a "vector", or the words of an `LcoError` that "refused" the job, or the kind and
+    reason of what else was "raised", of which "said" has the traceback.
+    """
     try:
         return {"vector": np.asarray(target(job)).tolist()}
     except LcoError as error:
         return {"refused": str(error)}
-    except BaseException:  # also SystemExit and the like: all of them are what is looked for
-        return {"raised": traceback.format_exc()}
+    except BaseException as error:  # also SystemExit and the like: all are what is looked for
+        return {
+            "raised": type(error).__name__ + ": " + reason(error),
+            "said": traceback.format_exc(),
+        }
 
 
 def main() -> None:
