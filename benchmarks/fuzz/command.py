@@ -82,6 +82,10 @@ def _numbers(args: argparse.Namespace) -> list[tuple[str, int]]:
     ]
 
 
+class NoVectorError(Exception):
+    """A job that is known to be right has no vector."""
+
+
 class Runs:
     """Makes cases, runs them in a worker, and judges."""
 
@@ -110,9 +114,12 @@ class Runs:
         """Run a case, and what its vector is compared with."""
         reply = self.watched.run(case.job)
         has_vector = "vector" in reply
-        same = self._vector(case.same) if has_vector and case.same else None
-        unlike = self._vector(case.unlike) if has_vector and case.unlike else None
-        fault = fault_of(case, reply, same, unlike)
+        try:
+            same = self._vector(case.same) if has_vector and case.same else None
+            unlike = self._vector(case.unlike) if has_vector and case.unlike else None
+            fault = fault_of(case, reply, same, unlike)
+        except NoVectorError as error:
+            fault = f"what it is compared with has no vector: {error}"
         outcome = "vectors" if has_vector else "errors"
         return {
             "case": case.address,
@@ -131,7 +138,7 @@ class Runs:
             return self._vectors[key]
         reply = self.watched.run(job)
         if "vector" not in reply:
-            raise RuntimeError(f"what a case is compared with has no vector: {reply}")
+            raise NoVectorError(reply.get("ended") or reply.get("refused") or reply["raised"])
         vector = np.array(reply["vector"])
         if job.get("model") == str(self.base) and "adapter" not in job:
             self._vectors[key] = vector

@@ -50,8 +50,9 @@ class Watched:
             self._start()
         self.jobs += 1
         meter = Meter(self.process.pid)
-        self.process.stdin.write(json.dumps(job).encode() + b"\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended on its own, as `_wait` will see
+            self.process.stdin.write(json.dumps(job).encode() + b"\n")
+            self.process.stdin.flush()
         reply = self._wait(meter, self.bounds)
         if "ended" in reply:
             self.close()
