@@ -3,6 +3,7 @@
     python -m benchmarks train --preset=small --dropout=0          training triplets a second
     python -m benchmarks encode                                    texts a second
     python -m benchmarks device                                    one GPU, in 8 minutes
+    python -m benchmarks fuzz --seed=0                             hostile inputs; status 1: faults
 
 Each side runs in its own process, and they take turns. With `--json` the last line is JSON; `ratio`
 is one of its keys.
@@ -31,6 +32,7 @@ from benchmarks import (
     text,
     vocabulary,
 )
+from benchmarks.fuzz import command as fuzz
 from lco_jax.core.errors import run_main
 from lco_jax.core.files import write_json
 
@@ -45,13 +47,13 @@ def parser_of() -> argparse.ArgumentParser:
     common.add_argument("--profile", default="", help="a folder for a trace of one of our rounds")
     kinds = parser.add_subparsers(dest="kind", required=True)
     modules = (text, media, feed, infonce, vocabulary, scaling, survival)
-    for module in (*modules, kernels, loop, compiled, device):
+    for module in (*modules, kernels, loop, compiled, device, fuzz):
         module.add_parsers(kinds, common)
     return parser
 
 
 def main() -> int:
-    """Parse, measure, print, and write where asked to."""
+    """Parse, measure, print, and write where asked to. 1 for a `fuzz` that finds a fault."""
     args = parser_of().parse_args()
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
         result = {"benchmark": args.kind, **args.measure(args, Path(folder))}
@@ -61,7 +63,7 @@ def main() -> int:
         write_json(args.out, result)
     if args.json:
         print(json.dumps(result))
-    return 0
+    return 1 if result.get("faults") else 0
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

@@ -1,7 +1,9 @@
 """The benchmarks run, compare like with like, and count right. Nothing here is timed."""
 
+import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +18,11 @@ from benchmarks import compiled
 from benchmarks.__main__ import parser_of
 from benchmarks.data import read_triplets, write_triplets
 from benchmarks.flops import Work, forward_flops, step_flops
+from benchmarks.fuzz import watch
+from benchmarks.fuzz.case import Case
+from benchmarks.fuzz.command import KINDS, Runs
 from benchmarks.presets import PRESETS
+from lco_jax.checkpoint import builtin
 from lco_jax.checkpoint.hf import abstract_params
 from lco_jax.core import lora
 from lco_jax.core.packing import PackedTokens
@@ -220,3 +226,57 @@ def test_a_compiler_that_is_not_installed_is_named(tmp_path, monkeypatch):
         compiled.measure(
             parser_of().parse_args(["compiled", f"--folder={tmp_path}", "--device=v5e"]), tmp_path
         )
+
+
+def test_the_fuzz_names_each_kind_of_fault(tmp_path, monkeypatch):
+    """A worker goes on after what it survives, and is replaced after the rest."""
+    monkeypatch.setattr(watch, "IDLE_SECONDS", 3.0)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"), prepend=os.pathsep)
+    args = argparse.Namespace(seed=0, keep=None, seconds=4.0, mib=200.0)
+    runs = Runs(args, tmp_path, "fuzz_target:Fake")
+
+    def fault(asked, want="either", **more):
+        return runs.judge(Case("media", 0, asked, {"input": asked}, want, **more))["fault"]
+
+    right, other = {"input": "right"}, {"input": "other"}
+    assert fault("right", "vector", same=right, unlike=other) == ""
+    assert fault("sentence") == ""
+    assert fault("sentence", "vector") == "refused: input 0: no such thing"
+    assert fault("sentences").startswith("not one line")
+    assert fault("traceback") == "traceback: KeyError: 'fps'"
+    assert fault("nan") == "vector is not finite"
+    assert fault("long").startswith("not one unit vector")
+    assert fault("right", "error") == "a vector, where an error is right"
+    assert fault("right", same=other) == "wrong vector: 1 off"
+    assert fault("right", unlike=right).startswith("wrong vector: as if")
+    assert fault("crash").startswith("crash: SIGSEGV")
+    assert fault("exit").startswith("crash: status 3")
+    assert fault("memory").startswith("memory: more than 200 MiB")
+    assert fault("slow").startswith("slow: more than 4 s")
+    assert fault("hang").startswith("hang: idle")
+    assert fault("right") == ""
+    runs.watched.close()
+
+
+def test_the_fuzz_makes_the_same_cases_again(tmp_path):
+    base = builtin.build(tmp_path / "base")
+    for kind, make in KINDS.items():
+        for number in (0, 7, 11):
+            cases = []
+            for place in (tmp_path / "a", tmp_path / "b"):
+                place.mkdir()
+                cases.append(make(5, number, place, base))
+            one, again = cases
+            assert (one.what, one.want, one.address) == (again.what, again.want, f"{kind}:{number}")
+            files = [sorted(x for x in (tmp_path / n).rglob("*") if x.is_file()) for n in "ab"]
+            assert [x.read_bytes() for x in files[0]] == [x.read_bytes() for x in files[1]]
+            for place in (tmp_path / "a", tmp_path / "b"):
+                shutil.rmtree(place)
+
+
+@pytest.mark.slow
+def test_the_fuzz_finds_no_fault_in_valid_media(tmp_path):
+    """Its own decoding agrees with ours."""
+    result = bench("fuzz", "--media=0", "--checkpoints=0", "--only=media:2")
+    assert result["kinds"] == {"media": {"vectors": 1}}
+    assert result["cases"][0]["what"].startswith("animated WEBP")

@@ -1,0 +1,1 @@
+"""Hostile media, checkpoints and adapters: a right vector or one sentence for each."""
