@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import uvicorn
-from PIL import ImageOps
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
@@ -264,7 +263,6 @@ class Server:
         if not file.is_as_listed():
             raise HTTPException(410, CHANGED)
         image = load_image(file.path, "thumbnail", self.caps_on_thumbnails)
-        image = ImageOps.exif_transpose(image)
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         content = io.BytesIO()
         image.save(content, "WEBP", quality=90)
