@@ -228,6 +228,7 @@ def test_a_compiler_that_is_not_installed_is_named(tmp_path, monkeypatch):
         )
 
 
+@pytest.mark.slow
 def test_the_fuzz_names_each_kind_of_fault(tmp_path, monkeypatch):
     """A worker goes on after what it survives, and is replaced after the rest."""
     monkeypatch.setattr(watch, "IDLE_SECONDS", 3.0)
