@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
-from PIL import Image
 from tqdm import tqdm
 
 from lco_jax.checkpoint import peft
@@ -35,7 +34,7 @@ from lco_jax.data.inference import (
     blocks_of,
     pack_on_mesh,
 )
-from lco_jax.data.inputs import Preparation, is_single, named, one_ahead, prepare_ahead
+from lco_jax.data.inputs import Preparation, as_list, named, one_ahead, prepare_ahead
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import ChatTokenizer, Prompt
@@ -174,12 +173,9 @@ class OmniEmbedder:
         progress: a bar to advance, instead of a new one.
         names: what errors call the inputs, by default "input 0" and so on.
         """
-        if not isinstance(inputs, Iterable | os.PathLike | Image.Image):
-            raise LcoError(
-                f"inputs is {type(inputs).__name__}; give a list of inputs, or a single one"
-            )
-        single = is_single(inputs)
-        items = [inputs] if single else list(inputs)
+        items, single = as_list(inputs)
+        if names is not None and len(names) != len(items):
+            raise LcoError(f"there are {len(items)} inputs, and {len(names)} names")
         bar = progress
         if progress is None:
             bar = tqdm(total=len(items), desc="embedding", unit="input", disable=not show_progress)
@@ -244,8 +240,10 @@ class OmniEmbedder:
     @staticmethod
     def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Cosines of each row of a [N, D] with each row of b [M, D] -> [N, M]; [D] is one row."""
-        a, b = (_unit(np.atleast_2d(np.asarray(x, np.float32))) for x in (a, b))
-        return a @ b.T
+        a, b = (np.atleast_2d(np.asarray(x, np.float32)) for x in (a, b))
+        if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+            raise LcoError(f"vectors of shapes {a.shape} and {b.shape} cannot be compared")
+        return _unit(a) @ _unit(b).T
 
     def _embed_block(
         self,
@@ -266,6 +264,7 @@ class OmniEmbedder:
         vectors = np.full((len(ready), self.dimension), np.nan, np.float32)
         vectors[good] = self.embed([ready[i] for i in good], batch_size, max_tokens, progress)
         check_results(vectors[good], self.params, self.model.decoder.dtype)
+        _check_lengths(vectors[good])
         if progress is not None:
             progress.update(len(skipped))
         return EmbeddedBlock(first, vectors, skipped)
@@ -376,6 +375,12 @@ def check_on_error(on_error: str) -> None:
     """Raise for another value than the two that there are."""
     if on_error not in ("raise", "skip"):
         raise LcoError(f"on_error is {on_error!r}; it is one of: raise, skip")
+
+
+def _check_lengths(vectors: np.ndarray) -> None:
+    """Raise for vectors without a direction, which a model makes whose norms overflow."""
+    if not vectors.any(axis=-1).all():
+        raise LcoError("the model's vectors have length 0; check its files, or try float32")
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

@@ -22,7 +22,14 @@ from lco_jax.core.finite import check_results
 from lco_jax.core.packing import PackedTokens
 from lco_jax.core.sharding import replicated, row_shards
 from lco_jax.data.inference import BLOCK_INPUTS, MAX_TOKENS, InferenceBatch, blocks_of
-from lco_jax.data.inputs import Preparation, is_single, named, one_ahead, prepare_ahead
+from lco_jax.data.inputs import (
+    Preparation,
+    check_inputs,
+    is_single,
+    named,
+    one_ahead,
+    prepare_ahead,
+)
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import Prompt, asked
 from lco_jax.data.tower_rows import Processed
@@ -98,6 +105,7 @@ class OmniGenerator(OmniEmbedder):
         """
         check_at_least_1(max_new_tokens=max_new_tokens, batch_size=batch_size)
         check_on_error(on_error)
+        check_inputs(inputs)
         inputs = [inputs] if is_single(inputs) else inputs
         preparation = Preparation(self.processor, prompt, max_length)
         prepared = prepare_ahead(preparation, named(inputs, names), workers)

@@ -25,6 +25,7 @@ from lco_jax.core.errors import LcoError, explained, run_main
 from lco_jax.core.files import read_json, write_json
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Contents, Corpus, scan
+from lco_jax.data.inputs import Preparation
 from lco_jax.data.parts import Unit, VectorParts, cut
 from lco_jax.data.vectors import part_table, read_vectors, same_work
 from lco_jax.embedder import OmniEmbedder
@@ -82,8 +83,8 @@ def main() -> int:
         raise LcoError(f"--input={args.input}: search takes a folder of media, a .jsonl or a .txt")
     with _listening(args) as socket_:  # before hours of work
         library, embedder = prepare(args)
-
-        queries = ModelQueries(embedder, args.prompt, args.max_length)
+        preparation = Preparation(embedder.processor, args.prompt, args.max_length)
+        queries = ModelQueries(preparation, embedder.embed)
         queries.embed(queries.prepare([FIRST_QUERY], "the first query"))
         about = {"model": Path(args.model).name, "modalities": embedder.modalities}
         server = Server(library, queries, about, args.max_upload, media_config(args))

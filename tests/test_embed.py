@@ -894,7 +894,7 @@ def odd_folder(folder):
     picture(folder / "line\nbreak.png", 1)
     os.rename(good, os.fsencode(folder) + b"/\xff.png")
     picture(folder / "b" / "good.PNG", 2)
-    (folder / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+    (folder / "IMG_1.PSD").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
     for name in ("note.txt", "more.TXT", "README", ".DS_Store", "table.csv"):
         (folder / name).write_text("x")
     (folder / ".git").mkdir()
@@ -913,7 +913,7 @@ ODD_REST = {
     "hidden": 2,
     "no ending": 3,
     ".csv": 1,
-    ".heic": 1,
+    ".psd": 1,
     "links to folders": 1,
 }
 
@@ -927,7 +927,7 @@ def test_odd_entries_of_a_folder_are_skipped_or_counted(tmp_path, tiny, run_embe
     assert f"error: {folder}: broken.png is a broken link; remove it" in err
     status, out, err = run_embed(*command, "--on-error=skip")
     assert status == 0, err
-    rest = ".txt 2, hidden 2, .csv 1, .heic 1, links to folders 1"
+    rest = ".txt 2, hidden 2, .csv 1, .psd 1, links to folders 1"
     assert out.endswith(f"\nleft out: no ending 3, {rest}\n")
     record = json.loads((tmp_path / "out.parquet.json").read_text())
     assert record["left out"] == ODD_REST

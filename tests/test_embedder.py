@@ -1,9 +1,15 @@
 """What `OmniEmbedder` takes, and the shape and order of its vectors."""
 
+import re
+
+import jax.numpy as jnp
 import numpy as np
+import pandas
 import pytest
+import torch
 
 from lco_jax import LcoError, OmniEmbedder
+from lco_jax.data.content import as_content
 
 TEXTS = [
     "a dog",
@@ -113,3 +119,133 @@ def test_few_compilations_for_many_lengths(embedder):
     rng = np.random.default_rng(0)
     embedder.encode(["word " * int(n) for n in rng.integers(1, 150, 400)], batch_size=32)
     assert len(embedder.decoder_shapes) - before <= 8
+
+
+# ---- what users bring along
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A home folder with files that some strings name."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my files").mkdir()
+    for name in ("a.jfif", "b.JP2", "c.wmv", "d.aiff", "blob", "my files/e f.png"):
+        (tmp_path / name).write_bytes(b"x")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        ("{}/a.jfif", "image"),
+        ("{}/b.JP2", "image"),
+        ("{}/c.wmv", "video"),
+        ("{}/d.aiff", "audio"),
+        ("{}/my files/e f.png", "image"),
+        ("~/a.jfif", "image"),
+        ("file://{}/a.jfif", "image"),
+        ("FILE://{}/my%20files/e%20f.png", "image"),
+        ("data:image;base64,AAAA", "image"),
+        ("DATA:Audio/wav;base64," + 9000 * "A", "audio"),
+        ("https://a.example/b.png?c=d", "image"),
+        ("data: image, sound and text", None),
+        ("Read the file:// part", None),
+        ("https://a.example/page", None),
+        ("a text\nthat names b.png", None),
+        (300 * "x" + " ends like cat.png", None),
+        ("", None),
+    ],
+)
+def test_a_string_is_the_medium_that_it_names(files, given, kind):
+    given = given.format(files)
+    content = as_content(given, "input 0")
+    assert content == given if kind is None else [part["type"] for part in content] == [kind]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "{}/blob",
+        "file://{}/blob",
+        "{}/my files/not there.png",
+        "~/not there.heic",
+        "file:///not/there",
+        "two words.flv",
+        "data:;base64,AAAA",
+        "data:application/octet-stream;base64,AAAA",
+    ],
+)
+def test_a_string_that_may_be_a_medium_is_no_text(files, given):
+    with pytest.raises(LcoError, match="input 0: ") as error:
+        as_content(given.format(files), "input 0")
+    assert "\n" not in str(error.value)
+    assert as_content({"text": given}, "input 0") == given
+
+
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        (pandas.DataFrame({"text": ["a", "b"]}), "DataFrame; give a column"),
+        ({"text": ["a", "b"]}, "one input has one text"),
+        ({"a", "b"}, "which has no order"),
+        (frozenset("ab"), "which has no order"),
+        (b"\x89PNG", 'give {"image": …}'),
+        (np.array("a text"), "without axes"),
+        (np.float32(3), "without axes"),
+        (3, "give a list of inputs"),
+        (None, "give a list of inputs"),
+    ],
+)
+def test_what_is_no_list_of_inputs_says_what_to_give(tiny, inputs, says):
+    with pytest.raises(LcoError, match=re.escape(says)):
+        tiny.encode(inputs)
+
+
+def test_lists_of_other_libraries_are_lists(tiny):
+    texts = ["a dog", "a cat"]
+    want = tiny.encode(texts)
+    for inputs in (
+        pandas.Series(texts),
+        np.array(texts),
+        dict.fromkeys(texts).keys(),
+        (text for text in texts),
+    ):
+        np.testing.assert_allclose(tiny.encode(inputs), want, atol=1e-6)
+
+
+def test_arrays_of_torch_and_jax_are_arrays(tiny):
+    picture = np.random.default_rng(0).integers(0, 255, (56, 56, 3), np.uint8)
+    want = tiny.encode({"image": picture})
+    for array in (torch.from_numpy(picture), jnp.asarray(picture)):
+        np.testing.assert_array_equal(tiny.encode({"image": array}), want)
+        np.testing.assert_array_equal(tiny.encode([array])[0], want)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"batch_size": "8"}, "batch_size is '8'"),
+        ({"batch_size": 2.5}, "batch_size is 2.5"),
+        ({"batch_size": True}, "batch_size is True"),
+        ({"max_tokens": float("nan")}, "max_tokens is nan"),
+        ({"max_length": "300"}, "max_length is '300'"),
+        ({"max_length": 0}, "max_length is 0"),
+        ({"workers": "2"}, "workers is '2'"),
+        ({"prompt": 5}, "prompt is int 5; give a string"),
+        ({"names": ["one"]}, "there are 2 inputs, and 1 names"),
+    ],
+)
+def test_options_of_another_type_are_named(tiny, options, says):
+    with pytest.raises(LcoError, match=re.escape(says)):
+        tiny.encode(["a", "b"], **options)
+
+
+def test_vectors_of_unequal_widths_cannot_be_compared():
+    with pytest.raises(LcoError, match=r"shapes \(2, 3\) and \(1, 4\) cannot be compared"):
+        OmniEmbedder.similarity(np.ones((2, 3)), np.ones(4))
+
+
+def test_a_video_without_its_rate_counts_as_sampled(tiny):
+    frames = np.random.default_rng(0).integers(0, 255, (4, 56, 56, 3), np.uint8)
+    got = tiny.encode({"array": frames, "video_metadata": {"total_num_frames": 4}})
+    np.testing.assert_array_equal(got, tiny.encode({"video": frames}))

@@ -221,8 +221,8 @@ def test_a_run_learns_resumes_and_is_where_training_starts(tmp_path, monkeypatch
 
 def test_what_cannot_be_tuned_says_so(tmp_path):
     for keys, says in (
-        ({"tune.decoder": "half"}, "lora, full, projection"),
-        ({"tune.towers": "some"}, "none, projectors, all"),
+        ({"tune.decoder": "half"}, "lora, full or projection"),
+        ({"tune.towers": "some"}, "none, projectors or all"),
         ({"tune.decoder": "full", "model.quantize": "nf4"}, "quantised"),
     ):
         with pytest.raises(LcoError, match=says):

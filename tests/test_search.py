@@ -507,7 +507,7 @@ def test_clients_that_are_slow_or_silent_are_left(tmp_path, monkeypatch):
         for content in half:
             began = time.monotonic()
             said = talk(address, content)
-            assert time.monotonic() - began < 3, content
+            assert time.monotonic() - began < 8, content  # a kept connection has 5 seconds
         assert said.startswith(b"HTTP/1.1 408 ")
         with socket.create_connection(address, timeout=5) as client:  # a byte at a time
             began = time.monotonic()

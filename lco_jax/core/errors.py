@@ -7,6 +7,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, NoReturn
 
 from lco_jax.core.console import unbroken
@@ -54,10 +55,16 @@ def explained(what: str, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def check_at_least_1(**options: int | None) -> None:
-    """Raise if an option is given and is less than 1."""
+    """Raise if an option is given and is no whole number of at least 1."""
     for name, value in options.items():
-        if value is not None and value < 1:
-            raise LcoError(f"{name} is {value}; it must be at least 1")
+        if value is not None and (not is_whole(value) or value < 1):
+            shown = value if is_whole(value) else f"{value!r:.60}"
+            raise LcoError(f"{name} is {shown}; it must be a whole number of at least 1")
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number. True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_keys(given: Iterable[Any], known: Iterable[str], where: str) -> None:

@@ -28,11 +28,13 @@ RATE = 16_000  # Hz, the model's
 HOP = 160  # samples a mel frame
 MIN_SAMPLES = 321  # the fewest that make a token, 20 ms
 # in Hz: the highest in use, and a lowest that keeps the result finite
-MIN_RATE = 1
+MIN_RATE = 1000
 MAX_RATE = 768_000
 MAX_CHANNELS = 8  # of an array; an axis longer than this is time
-# 1 is full scale. Samples of torn files reach 1e38, and spectra of those are not finite.
-LOUDEST = 1e6
+# 1 is full scale, which mixes may exceed a little. Beyond this, samples are integers that were
+# made floats and not scaled, or those of a torn file.
+LOUDEST = 32.0
+QUIET = 2**15  # an int32 sound within this has samples of int16
 BLOCK_SECONDS = 10  # decoded at once
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,10 @@ logger = logging.getLogger(__name__)
 def audio_tokens(samples: int) -> int:
     """Tokens that the Qwen2.5-Omni audio tower makes of so many samples."""
     return mel_tokens(-(-samples // HOP))
+
+
+class NoSound(LcoError):
+    """A file has no sound track."""
 
 
 class _Sound(NamedTuple):
@@ -60,7 +66,7 @@ def load_audio(source: Any, where: str, config: MediaConfig) -> np.ndarray:
 
     source: a path, bytes, a data: URI, a URL (see `media.resolve`); {"array": …, "sampling_rate":
     Hz}, or the two as a tuple. Arrays are [samples], [channels, samples] or [samples, channels].
-    int16, int32 and uint8 are scaled to [-1, 1]; floats are taken as they are.
+    int16, int32 and uint8 are scaled to [-1, 1]; floats must have that scale.
     where: how errors begin, for example "input 3".
 
     Channels are averaged and then resampled as in the reference's loader (soxr, HQ). Sound longer
@@ -82,6 +88,23 @@ def decode_audio(file: MediaFile, config: MediaConfig) -> np.ndarray:
     label, rate = sound.label, sound.rate
     del sound  # which may hold as much again
     return _long_enough(resample(mono, rate, label), label)
+
+
+def load_sound_of_video(file: MediaFile, where: str, config: MediaConfig) -> np.ndarray | None:
+    """The sound of a video as in `load_audio`; None, with a warning, if the video has none."""
+    samples = decode("sound", resolve(file, "video", where, config), config)
+    if len(samples):
+        return samples
+    logger.warning("%s has no sound, and is taken without", file.label)
+    return None
+
+
+def decode_sound_of_video(file: MediaFile, config: MediaConfig) -> np.ndarray:
+    """The sound of a video, decoded in this process; no samples if the video has none."""
+    try:
+        return decode_audio(file, config)
+    except NoSound:
+        return np.zeros(0, np.float32)
 
 
 def _of_array(sound: _Sound, config: MediaConfig) -> np.ndarray:
@@ -121,7 +144,10 @@ def _check_samples(mono: np.ndarray, label: str) -> None:
         raise LcoError(f"{label} holds NaN or infinity")
     peak = np.abs(mono).max()
     if peak > LOUDEST:
-        raise LcoError(f"{label} is torn: its samples reach {peak:.3g}, and 1 is full scale")
+        raise LcoError(
+            f"{label} has samples of up to {peak:.3g}, and 1 is full scale: it is torn, or holds "
+            "unscaled integers (divide those of 16 bits by 32768)"
+        )
 
 
 def _cut(sound: _Sound, config: MediaConfig) -> np.ndarray:
@@ -196,13 +222,23 @@ def _as_float32(array: np.ndarray, label: str) -> np.ndarray:
     if array.dtype == np.uint8:
         levels = array.astype(np.float32)
         return (levels - 128) / 128
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype in (np.int16, np.int32):
+        _check_width(array, label)
         full_scale = -float(np.iinfo(array.dtype).min)
         return (array / full_scale).astype(np.float32)
     if not np.issubdtype(array.dtype, np.floating):
         raise LcoError(f"{label} holds {array.dtype}; give floats, int16, int32 or uint8")
     with np.errstate(over="ignore"):  # `_check_samples` finds a float64 that becomes infinite
         return array.astype(np.float32)
+
+
+def _check_width(array: np.ndarray, label: str) -> None:
+    """Raise for 16-bit samples in int32. As 32-bit samples they would be inaudible."""
+    if array.dtype != np.int32 or not array.any():
+        return
+    if array.min() >= -QUIET and array.max() < QUIET:
+        raise LcoError(f"{label} holds int32 within the range of int16; give it as int16")
 
 
 def _mono(frames: np.ndarray) -> np.ndarray:
@@ -249,7 +285,7 @@ def _through_av(file: MediaFile, config: MediaConfig) -> _Sound:
         tracks = (one for one in container.streams.audio if one.codec_context is not None)
         track = next(tracks, None)
         if track is None:
-            raise LcoError(f"{file.label} has no sound track that can be decoded")
+            raise NoSound(f"{file.label} has no sound track that can be decoded")
         frames = decoded(container, track)
         first = next(frames, None)
         if first is None:

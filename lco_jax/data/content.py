@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image
 
 from lco_jax.core.errors import LcoError, check_keys
+from lco_jax.data.arrays import medium_of_array, with_arrays
+from lco_jax.data.media import local_path
 
 Part = dict[str, Any]
 Content = str | tuple[Part, ...]
@@ -23,9 +25,18 @@ Messages = list[dict[str, Any]]  # a chat: {"role": …, "content": [part, …]}
 MEDIA = ("image", "video", "audio")  # their order in a content, before its text
 KINDS = ("text", *MEDIA)
 EXTENSIONS = {
-    "image": ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif"),
-    "video": ("mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "mpeg"),
-    "audio": ("wav", "flac", "mp3", "ogg", "opus", "m4a", "aac"),
+    "image": (
+        *("png", "apng", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "dib", "tif", "tiff"),
+        *("ppm", "pgm", "pbm", "pnm", "pcx", "tga", "jp2", "j2k", "jpx", "avif", "heic", "heif"),
+    ),
+    "video": (
+        *("mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "mpeg", "wmv", "flv", "3gp", "3g2"),
+        *("m2ts", "mts", "ogv", "vob", "asf"),
+    ),
+    "audio": (
+        *("wav", "flac", "mp3", "ogg", "oga", "opus", "m4a", "aac", "aiff", "aif", "aifc"),
+        *("wma", "caf", "amr", "mka", "w64"),
+    ),
 }
 KIND_OF_ENDING = {ending: kind for kind, endings in EXTENSIONS.items() for ending in endings}
 FIELDS = ("text", *(key for kind in MEDIA for key in (kind, f"{kind}_path")))  # of a mapping
@@ -42,6 +53,10 @@ OPTIONS = {  # what a part may set for its own medium, in place of `MediaConfig`
 FIELD_KEYS = (*FIELDS, "content")
 PART_KEYS = {kind: ("type", *SOURCES[kind], *OPTIONS[kind]) for kind in KINDS}
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)  # no path of this machine
+DATA_OF_A_KIND = re.compile(r"data:(image|video|audio)[/;]", re.IGNORECASE)
+ENCODED_DATA = re.compile(r"data:[^,\s]*;base64,", re.IGNORECASE)
+# bytes of the longest path, and of the longest name in it, that a system takes
+LONGEST_PATH, LONGEST_NAME = 4096, 255
 
 
 @dataclass(frozen=True)
@@ -169,8 +184,7 @@ class Reader:
         return _is_still(value)
 
     def _medium(self, kind: str, value: Any, label: str) -> Part:
-        if self.root is not None:
-            value = self._stored(kind, value, label)
+        value = with_arrays(value, label) if self.root is None else self._stored(kind, value, label)
         return {"type": kind, kind: value}
 
     def _stored(self, kind: str, value: Any, label: str) -> Any:
@@ -188,7 +202,7 @@ class Reader:
         return value if ADDRESS.match(value) else self._path(value, label)
 
     def _path(self, value: str, label: str) -> str:
-        path = os.path.join(self.root or "", value)
+        path = os.path.join(self.root or "", os.path.expanduser(value))
         if self.exists and not self.exists(path):
             start = "at the folder of the file that names them, or at media_root"
             raise LcoError(f"{label}: there is no file {path}; relative paths start {start}")
@@ -198,16 +212,17 @@ class Reader:
 def as_content(given: Any, where: str) -> Content | Messages:
     """Read what `encode` takes: all that a `Reader` reads, and media without their kind.
 
-    A string that ends like a media file is one (as in sentence-transformers), and must then exist;
-    {"text": …} is always text. Arrays of 3 axes are images and of 4 axes videos; sound needs its
-    sampling rate.
+    A string that ends like a media file is one (as in sentence-transformers), and must then exist.
+    So is a data: URI of a kind. A string that names any other file is an error; {"text": …} is
+    always text. Arrays of 3 axes are images and of 4 axes videos; sound needs its sampling rate.
     """
+    given = with_arrays(given, where)
     if isinstance(given, Image.Image):
         given = {"image": given}
     elif isinstance(given, np.ndarray):
         given = {_array_kind(given, where): given}
     elif isinstance(given, Mapping) and "array" in given:
-        given = _array_with_rate(given)
+        given = medium_of_array(given)
     elif isinstance(given, str | os.PathLike):
         kind = _file_kind(given, where)
         given = {kind: given} if kind else given
@@ -224,22 +239,25 @@ def _array_kind(array: np.ndarray, where: str) -> str:
     return kinds[array.ndim]
 
 
-def _array_with_rate(given: Mapping) -> dict[str, Any]:
-    if "sampling_rate" in given:
-        return {"audio": given}
-    if "video_metadata" in given:  # as sentence-transformers spells it
-        given = {"array": given["array"], "fps": given["video_metadata"]["fps"]}
-    return {"video": given}
-
-
 def _file_kind(name: str | os.PathLike, where: str) -> str | None:
     """The kind of a media file, or None for a string that is a text."""
     kind = media_kind(name)
-    remote = str(name).startswith(("data:", "http://", "https://"))
-    if kind and (remote or os.path.isfile(name)):
+    path = local_path(name)
+    if path is None:
+        if kind is None and ENCODED_DATA.match(str(name)):
+            give = 'give it as {"image": …}, {"audio": …} or {"video": …}'
+            raise LcoError(f"{where}: a data: URI of no kind of medium; {give}")
         return kind
-    is_text = kind is None or any(letter.isspace() for letter in str(name))
-    if isinstance(name, str) and is_text:  # perhaps a sentence that ends in a file's name
+    if isinstance(name, str) and not _may_be_path(path):  # a sentence
+        return None
+    if os.path.isfile(path):
+        if kind:
+            return kind
+        raise LcoError(
+            f"{where}: {name} is a file, and does not end like an image, video or audio file; "
+            'give {"image": …} or the like, or {"text": …} for a text'
+        )
+    if isinstance(name, str) and kind is None and path == os.path.expanduser(name):
         return None
     if kind is None:
         raise LcoError(f"{where}: {name} does not end like an image, video or audio file")
@@ -247,6 +265,17 @@ def _file_kind(name: str | os.PathLike, where: str) -> str | None:
         f"{where}: {name} looks like a media file, and there is no such file; "
         'text can be given as {"text": …}'
     )
+
+
+def _may_be_path(name: str) -> bool:
+    """Whether a string is short enough for a path, and has one line; or is a single word."""
+    if not any(letter.isspace() for letter in name):
+        return True
+    if "\n" in name:
+        return False
+    encoded = name.encode(errors="surrogatepass")
+    longest = max(map(len, encoded.split(b"/")))
+    return len(encoded) <= LONGEST_PATH and longest <= LONGEST_NAME
 
 
 def is_conversation(given: Any) -> bool:
@@ -273,10 +302,10 @@ def media_kind(source: Any) -> str | None:
     if not isinstance(source, str | os.PathLike):
         return None
     name = str(source)
-    if name.startswith("data:"):
-        kind = name.removeprefix("data:").split("/", 1)[0]
-        return kind if kind in MEDIA else None
-    if name.startswith(("http://", "https://")):
+    if name[:5].lower() == "data:":
+        found = DATA_OF_A_KIND.match(name)
+        return found[1].lower() if found else None
+    if name[:8].lower().startswith(("http://", "https://")):
         name = re.split("[?#]", name, maxsplit=1)[0]
     if "." not in name or "\n" in name:
         return None
@@ -311,6 +340,9 @@ def _joined(parts: list[Part]) -> Content | None:
 
 
 def _text(text: Any, label: str) -> Part:
+    if isinstance(text, list | tuple | np.ndarray):
+        give = 'one input has one text; give a list of inputs, as [{"text": …}, …]'
+        raise LcoError(f"{label} is {describe(text)}; {give}")
     if not isinstance(text, str):
         raise LcoError(f"{label} must be a string, and is {describe(text)}")
     check_text(text, label)

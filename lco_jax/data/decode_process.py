@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from lco_jax.core.errors import LcoError
-from lco_jax.data.audio import decode_audio, resample
+from lco_jax.data.audio import decode_audio, decode_sound_of_video, resample
 from lco_jax.data.decoder import SizeRule, receive, send
 from lco_jax.data.images import decode_image
 from lco_jax.data.media import MediaConfig, MediaFile, took_too_long
@@ -44,6 +44,7 @@ def _decode(request: Request, file: MediaFile, size_rule: SizeRule | None) -> np
     decoders: dict[str, Callable[[], np.ndarray]] = {
         "image": partial(decode_image, file, config, size_rule),
         "audio": partial(decode_audio, file, config),
+        "sound": partial(decode_sound_of_video, file, config),
         "samples": partial(_decode_samples, file, request["rate"]),
         "video": partial(decode_video, file, config, size_rule),
     }
@@ -144,6 +145,10 @@ def main() -> None:
     requests = os.fdopen(os.dup(0), "rb")
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what a decoder prints must not come between the replies
+    with suppress(ImportError):  # an optional plugin of Pillow
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
     Image.MAX_IMAGE_PIXELS = None  # our own cap holds, and this process has no other pictures
     threading.Thread(target=_end_with, args=(int(sys.argv[1]),), daemon=True).start()
     with suppress(BrokenPipeError):

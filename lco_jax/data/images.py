@@ -16,6 +16,7 @@ from lco_jax.data.media import MediaConfig, MediaFile, decoding, resolve
 FORMATS = (
     *("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB"),
     *("TIFF", "AVIF", "JPEG2000", "PPM", "PCX", "TGA"),
+    "HEIF",  # with pillow_heif, which `decode_process.py` registers
 )
 # what Pillow's formats raise for a file of another format
 NOT_THIS_FORMAT = (SyntaxError, IndexError, TypeError, struct.error)

@@ -14,11 +14,11 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
-import numpy as np
 from PIL import Image
 
-from lco_jax.core.errors import LcoError
-from lco_jax.data.content import Messages, as_content, media_kind
+from lco_jax.core.errors import LcoError, check_at_least_1, is_whole
+from lco_jax.data.arrays import is_table
+from lco_jax.data.content import Messages, as_content, describe, media_kind
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import ChatTokenizer, Prompt, as_messages
 from lco_jax.data.tower_rows import Processed
@@ -49,6 +49,12 @@ class Preparation:
     prompt: Prompt | None = None
     max_length: int | None = None
 
+    def __post_init__(self):
+        prompt = self.prompt
+        if not (prompt is None or isinstance(prompt, str) or callable(prompt)):
+            raise LcoError(f"prompt is {describe(prompt)}; give a string")
+        check_at_least_1(max_length=self.max_length)
+
     def __call__(self, items: Sequence[NamedInput]) -> list[Prepared]:
         """Each input, prepared, or the error of a bad one."""
         results: dict[int, Prepared] = {}
@@ -78,8 +84,8 @@ def prepare_ahead(
     workers: processes; 0 prepares in threads of this one. If a process dies (a codec crashes on a
     malicious file), only the input that killed it becomes an error.
     """
-    if workers < 0:
-        raise LcoError(f"workers is {workers}; it must be 0 or more")
+    if not is_whole(workers) or workers < 0:
+        raise LcoError(f"workers is {workers!r:.60}; it must be a whole number of 0 or more")
     pool = _Processes(preparation, workers) if workers else _Threads(preparation)
     most = 2 * max(workers, 1) + 1
     submitted = ((task, pool.submit(task)) for task in _tasks(items))
@@ -218,9 +224,34 @@ def named(inputs: Iterable[Any], names: Iterable[str] | None) -> Iterator[NamedI
     return zip(inputs, names, strict=True)
 
 
+def as_list(inputs: Any) -> tuple[list[Any], bool]:
+    """(the inputs, whether it was a single one). Raises for what is neither."""
+    check_inputs(inputs)
+    if is_single(inputs):
+        return [inputs], True
+    return list(inputs), False
+
+
+def check_inputs(inputs: Any) -> None:
+    """Raise for what holds inputs in no order, or in another shape than a list."""
+    what = f"inputs is {type(inputs).__name__}"
+    if is_table(inputs):
+        raise LcoError(
+            f'{what}; give a column, as list(table["text"]), or rows, as a list of {{"text": …}}'
+        )
+    if isinstance(inputs, set | frozenset):
+        raise LcoError(f"{what}, which has no order; give a list")
+    if isinstance(inputs, bytes | bytearray | memoryview):
+        raise LcoError(f'{what}; give {{"image": …}}, {{"audio": …}} or {{"video": …}}')
+    if getattr(inputs, "shape", None) == () and not isinstance(inputs, str):
+        raise LcoError(f"{what} without axes; give a list of inputs, or a single one")
+    if not isinstance(inputs, Iterable | os.PathLike | Image.Image):
+        raise LcoError(f"{what}; give a list of inputs, or a single one")
+
+
 def is_single(inputs: Any) -> bool:
     """Whether this is one input, and not a list of inputs."""
-    if isinstance(inputs, np.ndarray):
+    if hasattr(inputs, "__array__") and hasattr(inputs, "ndim"):
         return inputs.ndim > 1  # with one axis it is a list of strings
     if isinstance(inputs, str | Mapping | os.PathLike | Image.Image):
         return True

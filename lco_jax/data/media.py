@@ -169,6 +169,15 @@ def resolve(
     return _from_path(name, label, config)
 
 
+def local_path(name: str | os.PathLike[str]) -> str | None:
+    """The path that a path or a file:// URI names, its ~ expanded; None for other addresses."""
+    name = os.fsdecode(name)
+    scheme = _scheme(name)
+    if scheme == "file":
+        return _path_of(name)
+    return None if scheme else os.path.expanduser(name)
+
+
 def _scheme(name: str) -> str:
     """The scheme of an address in lower case, or "" for a path."""
     found = re.match("data(?=:)|[a-z][a-z0-9+.-]+(?=://)", name, re.IGNORECASE)
@@ -178,7 +187,10 @@ def _scheme(name: str) -> str:
 def _path_of(uri: str) -> str:
     """The path in a file:// URI. It may be percent-encoded."""
     path = uri[len("file://") :].removeprefix("localhost")
-    return path if os.path.exists(path) else unquote(path)
+    try:
+        return path if os.path.exists(path) else unquote(path)
+    except ValueError:  # a NUL
+        return path
 
 
 def _shown(name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lco_jax.core.errors import LcoError, check_keys
-from lco_jax.data.audio import load_audio
+from lco_jax.data.audio import load_audio, load_sound_of_video
 from lco_jax.data.decoder import SizeRule, decode
 from lco_jax.data.frames import FrameReader, NotSought
 from lco_jax.data.images import CHANNELS, load_pixels, resize
@@ -66,7 +66,7 @@ def load_video(
     or_else = ', a list of images, a numpy array or {"array": …, "fps": …}'
     file = resolve(source, "video", where, config, or_else)
     frames = decode("video", file, config, size_rule)
-    audio = load_audio(file, where, config) if config.use_audio_in_video else None
+    audio = load_sound_of_video(file, where, config) if config.use_audio_in_video else None
     return Video(frames, audio=audio)
 
 

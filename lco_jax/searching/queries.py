@@ -1,14 +1,13 @@
 """A query -> its vector, in two steps: many may be prepared while the model embeds another."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from lco_jax.core.errors import LcoError
 from lco_jax.data.inputs import Preparation
-from lco_jax.data.prompts import Prompt
-from lco_jax.embedder import OmniEmbedder
+from lco_jax.data.tower_rows import Processed
 
 
 class Queries(Protocol):
@@ -24,11 +23,13 @@ class Queries(Protocol):
 
 
 class ModelQueries:
-    """Queries of an embedder. prompt, max_length: as `OmniEmbedder.encode` takes them."""
+    """Queries of a model. embed: inputs that are ready -> float32 [N, D]."""
 
-    def __init__(self, embedder: OmniEmbedder, prompt: Prompt | None, max_length: int | None):
-        self._embedder = embedder
-        self._preparation = Preparation(embedder.processor, prompt, max_length)
+    def __init__(
+        self, preparation: Preparation, embed: Callable[[Sequence[Processed]], np.ndarray]
+    ):
+        self._preparation = preparation
+        self._embed = embed
 
     def prepare(self, parts: Sequence[dict[str, Any]], name: str) -> Any:
         """As `Queries` has it. name: what errors call the query."""
@@ -39,8 +40,7 @@ class ModelQueries:
 
     def embed(self, ready: Any) -> np.ndarray:
         """As `Queries` has it."""
-        vector = self._embedder.embed([ready])[0]
-        return unit_vector(vector)
+        return unit_vector(self._embed([ready])[0])
 
 
 def unit_vector(vector: np.ndarray) -> np.ndarray:

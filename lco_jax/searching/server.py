@@ -5,6 +5,7 @@ Everything that a request names is looked up among the entries; no path comes fr
 
 import asyncio
 import io
+import logging
 import mimetypes
 import os
 import time
@@ -339,11 +340,14 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 def http_server(app: Starlette) -> uvicorn.Server:
     """What answers on sockets: its method `run` does until Ctrl-C."""
+    # a client's torn form is no news of the server
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     config = uvicorn.Config(
         app,
         http=Connection,
         ws="none",
         lifespan="off",
+        log_config=None,  # its own would close the handlers that a program has
         log_level="error",
         server_header=False,
         headers=HEADERS,

@@ -26,6 +26,7 @@ def held(home: AnyPath) -> Iterator[None]:
         return
     lock = filelock.FileLock(home / LOCK)
     with explained(f"--output={home} cannot be written", OSError):
+        was_there = home.exists()
         home.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
@@ -44,7 +45,8 @@ def held(home: AnyPath) -> Iterator[None]:
         with suppress(OSError):
             if os.listdir(home) == [LOCK]:  # nothing came of it
                 (home / LOCK).unlink()
-                home.rmdir()
+                if not was_there:
+                    home.rmdir()
         lock.release()
 
 
