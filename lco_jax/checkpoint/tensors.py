@@ -138,7 +138,8 @@ def _read_headers(folder: Path, file: str) -> list[_Header]:
     """The headers of a file's tensors, checked against the file's size."""
     path = folder / file
     if not os.path.lexists(path):
-        raise LcoError(f"{path} does not exist, and {INDEX} names it")
+        shown = str(path) if str(path).isprintable() else ascii(str(path))
+        raise LcoError(f"{shown} does not exist, and {INDEX} names it")
     check_is_file(path)
     headers = []
     with _torn_explained(path), safe_open(path, framework="numpy") as content:

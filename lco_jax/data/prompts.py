@@ -18,7 +18,7 @@ from lco_jax.core.deadline import deadline
 from lco_jax.core.errors import LcoError, explained
 from lco_jax.core.files import read_json
 from lco_jax.core.packing import common_length
-from lco_jax.data.content import KINDS, MEDIA, Messages, Reader
+from lco_jax.data.content import KINDS, MEDIA, Messages, Reader, check_text
 
 # what follows a content, or a function that makes it of the kinds of the content's parts
 Prompt = str | Callable[[Set[str]], str]
@@ -102,9 +102,11 @@ class ChatTokenizer:
     def render(self, messages: Messages) -> str:
         """The chat as text, which ends where the assistant's answer would begin."""
         with deadline(TEMPLATE_SECONDS, "the checkpoint's chat template"):
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
+        check_text(text, "what the checkpoint's chat template renders")
+        return text
 
     @cached_property
     def _around_answers(self) -> tuple[str, str]:
