@@ -39,7 +39,8 @@ CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 CHECKPOINT_FILES = [*CONFIG_FILES, "*.safetensors", "spk_dict.pt"]
 HEAD = "lm_head.weight"
 ADAPTER = "adapter_config.json"
-_ANY_SIZE = 4096  # what no tensor is as wide as is checked above it: windows are such sizes
+# Sizes up to this one are not compared with the tensors: some, as windows, are no tensor's width.
+_ANY_SIZE = 4096
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _STACK = re.compile(r"(layers|blocks)\.(.+)")  # parameters that are stacked along a leading axis
 
@@ -129,14 +130,15 @@ def _check_sizes(checkpoint: Checkpoint, tensors: TensorFolder) -> None:
     shapes = [tensors.shape(key) for key in tensors]
     largest = max(chain(*shapes), default=0)
     for part, config in {"decoder": checkpoint.config, **checkpoint.towers}.items():
-        for field in dataclasses.fields(config):
-            size = getattr(config, field.name)
-            if field.name in ("depth", "num_layers"):
+        for name, size in dataclasses.asdict(config).items():
+            if type(size) is not int or name == "max_position_embeddings":
+                continue
+            if name in ("depth", "num_layers"):
                 limit, what = len(shapes), f"there are {len(shapes)} tensors"
             else:
                 limit, what = max(largest, _ANY_SIZE), f"no tensor is wider than {largest}"
-            if type(size) is int and size > limit and field.name != "max_position_embeddings":
-                raise LcoError(f"{where}: the {part} has {field.name} {size}, and {what}")
+            if size > limit:
+                raise LcoError(f"{where}: the {part} has {name} {size}, and {what}")
 
 
 def _expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

@@ -5,7 +5,7 @@ Dimensions: L layers, O output features, I input features, r rank.
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -137,8 +137,7 @@ def read_adapter(
     folder = _fetch(path_or_id)
     config = read_config(folder / CONFIG)
     file = folder / WEIGHTS
-    abstract = abstract_model(checkpoint)
-    shapes = {part: flatten_dict(tree, sep=".") for part, tree in abstract.items()}
+    params = abstract_model(checkpoint)
 
     def our_name(module: str) -> str:
         name = _decoder_name(module) or _name_in(checkpoint, module)
@@ -149,19 +148,22 @@ def read_adapter(
     pairs, saved = _read_pairs(file, config, our_name)
     whole = _saved_head(file, saved, config, checkpoint)
     if not head:
-        pairs = {name: pair for name, pair in pairs.items() if name != HEAD}
-    elif (whole is not None or HEAD in pairs) and "head" not in shapes:
+        pairs.pop(HEAD, None)
+    elif (whole is not None or HEAD in pairs) and "head" not in params:
         raise LcoError(f"{file} adapts lm_head, which {checkpoint.folder} ties to embed_tokens")
-    depths = {}
-    for part, leaves in shapes.items():
-        stacks = [leaf.shape[0] for path, leaf in leaves.items() if _is_stacked(path)]
-        depths[part] = max(stacks, default=0)
+    depths = {part: _depth(tree) for part, tree in params.items()}
     trees, lora_config = _trees(file, pairs, config, depths)
     for part, tree in trees.items():
-        trees[part] = match_adapters(tree, abstract[part], str(path_or_id))
+        trees[part] = match_adapters(tree, params[part], str(path_or_id))
     if head and whole is not None:
         trees["head"] = {"weight": whole}
     return trees, lora_config
+
+
+def _depth(params: Tree) -> int:
+    """How many layers a part's parameters have; 0 where none are stacked."""
+    leaves = flatten_dict(params, sep=".")
+    return max((leaf.shape[0] for path, leaf in leaves.items() if _is_stacked(path)), default=0)
 
 
 def _fetch(path_or_id: str | Path) -> Path:
@@ -210,33 +212,38 @@ def _read_pairs(
 ) -> tuple[dict[str, _Pair], dict[str, np.ndarray]]:
     """The pairs of factors, by our name, and all other tensors, by key; float32."""
     halves: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
-    modules: dict[str, str] = {}
+    scales: dict[str, float] = {}
     saved: dict[str, np.ndarray] = {}
     for key, stored in read_tensors(file).items():
-        value = _as_float32(stored, f"{file}: {key}")
-        match = _PAIR.fullmatch(key.removeprefix(_PREFIX))
         if not key.startswith(_PREFIX):
             raise LcoError(f"{file}: unknown key {key}")
+        value = _as_float32(stored, f"{file}: {key}")
+        match = _PAIR.fullmatch(key.removeprefix(_PREFIX))
         if match is None:
             saved[key] = value
             continue
-        name, half = our_name(match[1]), match[2].lower()
+        module, half = match[1], match[2].lower()
+        name = our_name(module)
         if half in halves[name]:
             raise LcoError(f"{file}: {key} is the same parameter as another key")
-        modules[name] = match[1]
+        _check_rank(value, half, config.rank_of(module), f"{file}: {key}")
         halves[name][half] = value
-        axis = 0 if half == "a" else -1
-        rank, wanted = value.shape[axis] if value.ndim == 2 else None, config.rank_of(match[1])
-        if rank != wanted:
-            raise LcoError(f"{file}: {key} has rank {rank}, and {CONFIG} says r = {wanted}")
+        scales[name] = config.scale_of(module)
     if not halves and not saved:
         raise LcoError(f"{file} holds no LoRA weights")
-    pairs = {}
     for name, pair in halves.items():
         if len(pair) < 2:
             raise LcoError(f"{file}: {name} has an A without its B, or a B without its A")
-        pairs[name] = _Pair(pair["a"], pair["b"], config.scale_of(modules[name]))
-    return pairs, saved
+    return {name: _Pair(**pair, scale=scales[name]) for name, pair in halves.items()}, saved
+
+
+def _check_rank(value: np.ndarray, half: str, rank: int, what: str) -> None:
+    """Raise for a factor of another rank than the configuration has."""
+    found = None
+    if value.ndim == 2:
+        found = value.shape[0 if half == "a" else 1]
+    if found != rank:
+        raise LcoError(f"{what} has rank {found}, and {CONFIG} says r = {rank}")
 
 
 def _as_float32(value: np.ndarray, what: str) -> np.ndarray:
@@ -279,6 +286,8 @@ def _saved_head(
 
 # ---- pairs as trees
 
+_Stacks = dict[str, dict[int | None, np.ndarray]]  # path of a factor -> layer -> the factor
+
 
 def _trees(
     file: Path, pairs: dict[str, _Pair], config: PeftConfig, depths: dict[str, int]
@@ -288,15 +297,8 @@ def _trees(
     Pairs of different ranks or scales get the largest rank, by rows and columns of zeros, and the
     scale 1, by a multiplied B: their products stay what they were.
     """
-    lora_config = LoraConfig(config.rank, config.alpha, config.dropout, "", config.use_rslora)
-    ranks = {len(pair.a) for pair in pairs.values()}
-    if {pair.scale for pair in pairs.values()} - {lora_config.scale} or ranks - {config.rank}:
-        rank = max(ranks, default=config.rank)
-        lora_config = LoraConfig(rank, float(rank), config.dropout)
-        pairs = {name: _of_rank(pair, rank) for name, pair in pairs.items()}
-    found: dict[str, dict[str, dict[int | None, np.ndarray]]] = defaultdict(
-        lambda: defaultdict(dict)
-    )
+    pairs, lora_config = _of_one_scale(pairs, config)
+    found: dict[str, _Stacks] = defaultdict(lambda: defaultdict(dict))
     for name, pair in pairs.items():
         part, path, layer = _place(name)
         if part not in depths:
@@ -308,11 +310,29 @@ def _trees(
             )
         found[part][f"{path}.a"][layer] = pair.a
         found[part][f"{path}.b"][layer] = pair.b
-    trees = {part: unflatten_dict(_stack(file, found[part]), sep=".") for part in found}
-    stems = {re.escape(path.removesuffix(".weight.a")) for path in found["decoder"]}
-    modules = {stem.removeprefix(r"layers\.") for stem in stems if not stem.endswith(r"\.b")}
-    targets = rf"layers\.(?:{'|'.join(sorted(modules))})"
-    return trees, replace(lora_config, targets=targets)
+    trees = {part: unflatten_dict(_stack(file, stacks), sep=".") for part, stacks in found.items()}
+    return trees, replace(lora_config, targets=_targets(found["decoder"]))
+
+
+def _targets(paths: Iterable[str]) -> str:
+    """The pattern of a decoder's adapted matrices, from the paths of their factors."""
+    factors = (path.removeprefix("layers.") for path in paths if path.endswith(".weight.a"))
+    modules = sorted({re.escape(path.removesuffix(".weight.a")) for path in factors})
+    return rf"layers\.(?:{'|'.join(modules)})"
+
+
+def _of_one_scale(
+    pairs: dict[str, _Pair], config: PeftConfig
+) -> tuple[dict[str, _Pair], LoraConfig]:
+    """The pairs, and the configuration that holds for all of them, without targets."""
+    lora_config = LoraConfig(config.rank, config.alpha, config.dropout, "", config.use_rslora)
+    ranks = {len(pair.a) for pair in pairs.values()}
+    scales = {pair.scale for pair in pairs.values()}
+    if ranks <= {config.rank} and scales <= {lora_config.scale}:
+        return pairs, lora_config
+    rank = max(ranks)
+    same = {name: _of_rank(pair, rank) for name, pair in pairs.items()}
+    return same, LoraConfig(rank, float(rank), config.dropout)
 
 
 def _of_rank(pair: _Pair, rank: int) -> _Pair:
@@ -338,7 +358,7 @@ def _is_stacked(path: str) -> bool:
     return path.startswith(("layers.", "blocks."))
 
 
-def _stack(file: Path, found: dict[str, dict[int | None, np.ndarray]]) -> dict[str, np.ndarray]:
+def _stack(file: Path, found: _Stacks) -> dict[str, np.ndarray]:
     """{path: factors of all layers [L, …]}, with zeros for the layers that are left out."""
     numbers = [layer for layers in found.values() for layer in layers if layer is not None]
     depth = 1 + max(numbers, default=0)

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, is_number
 from lco_jax.core.files import read_json
 
 CONFIG = "adapter_config.json"
 logger = logging.getLogger(__name__)
 
+LARGEST = 3e38  # of a number, as float32 holds it
 _UNSET = (None, False, "none", [], {})  # how a PEFT config says that it does not ask for something
 _MERGE = "merge the adapter in peft (merge_and_unload, save_pretrained) and give the merged model"
 # What changes the result and has no place in A and B.
@@ -169,8 +170,7 @@ def _pattern(content: dict[str, Any], key: str, file: Path) -> dict[str, Any]:
 
 
 def _number(value: Any, key: str, file: Path) -> Any:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not abs(value) < 3e38:
+    if not is_number(value) or not abs(value) < LARGEST:
         raise LcoError(f"{file}: {key} is {value!r:.60}, and must be a number")
     return value
 

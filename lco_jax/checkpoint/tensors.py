@@ -13,7 +13,7 @@ from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from lco_jax.core.errors import LcoError, explained
+from lco_jax.core.errors import LcoError, explained, printable
 from lco_jax.core.files import check_is_file, read_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -138,8 +138,7 @@ def _read_headers(folder: Path, file: str) -> list[_Header]:
     """The headers of a file's tensors, checked against the file's size."""
     path = folder / file
     if not os.path.lexists(path):
-        shown = str(path) if str(path).isprintable() else ascii(str(path))
-        raise LcoError(f"{shown} does not exist, and {INDEX} names it")
+        raise LcoError(f"{printable(str(path))} does not exist, and {INDEX} names it")
     check_is_file(path)
     headers = []
     with _torn_explained(path), safe_open(path, framework="numpy") as content:

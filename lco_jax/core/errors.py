@@ -7,7 +7,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, NoReturn
 
 from lco_jax.core.console import unbroken
@@ -43,6 +43,11 @@ def reason(error: BaseException) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in first_line[:200])
 
 
+def printable(text: str) -> str:
+    """A name on one line, for messages: what cannot be printed is escaped."""
+    return text if text.isprintable() else ascii(text)
+
+
 @contextmanager
 def explained(what: str, *kinds: type[Exception]) -> Iterator[None]:
     """Turn exceptions of these kinds into an `LcoError`: `what`, and the reason that they give."""
@@ -57,14 +62,20 @@ def explained(what: str, *kinds: type[Exception]) -> Iterator[None]:
 def check_at_least_1(**options: int | None) -> None:
     """Raise if an option is given and is no whole number of at least 1."""
     for name, value in options.items():
-        if value is not None and (not is_whole(value) or value < 1):
-            shown = value if is_whole(value) else f"{value!r:.60}"
-            raise LcoError(f"{name} is {shown}; it must be a whole number of at least 1")
+        if value is not None and (not is_number(value, Integral) or value < 1):
+            raise LcoError(f"{name} is {value!r:.60}; it must be a whole number of at least 1")
 
 
-def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number. True and False are none."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+def check_bool(**options: bool) -> None:
+    """Raise if an option is neither True nor False. A string such as "no" would count as true."""
+    for name, value in options.items():
+        if type(value).__name__ not in ("bool", "bool_"):  # numpy's, too
+            raise LcoError(f"{name} is {value!r:.60}; it must be True or False")
+
+
+def is_number(value: Any, kind: type = Real) -> bool:
+    """Whether a value is a number of this abstract class. True and False are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def check_keys(given: Iterable[Any], known: Iterable[str], where: str) -> None:

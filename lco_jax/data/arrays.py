@@ -12,8 +12,10 @@ def with_arrays(value: Any, label: str) -> Any:
     """A value with numpy's arrays in the place of those of torch and jax."""
     if isinstance(value, Mapping) and "array" in value:
         return {**value, "array": with_arrays(value["array"], label)}
-    if isinstance(value, list | tuple):
-        return type(value)([with_arrays(one, label) for one in value])
+    if isinstance(value, list):
+        return [with_arrays(one, label) for one in value]
+    if isinstance(value, tuple):
+        return tuple(with_arrays(one, label) for one in value)
     if isinstance(value, np.ndarray | np.generic) or is_table(value):
         return value
     if not (hasattr(value, "__array__") and hasattr(value, "shape")):
@@ -29,7 +31,7 @@ def is_table(value: Any) -> bool:
 
 def medium_of_array(given: Mapping) -> dict[str, Any]:
     """A mapping with an array, as the kind of medium that its other keys make it."""
-    if "sampling_rate" in given:
+    if "sampling_rate" in given or "sample_rate" in given or np.ndim(given["array"]) == 1:
         return {"audio": given}
     if "video_metadata" in given:  # as sentence-transformers spells it
         metadata = given["video_metadata"]

@@ -12,16 +12,10 @@ import numpy as np
 import soundfile
 import soxr
 
-from lco_jax.core.errors import LcoError, check_keys
+from lco_jax.core.errors import LcoError, check_keys, is_number
 from lco_jax.data.containers import decoded, open_container
 from lco_jax.data.decoder import decode
-from lco_jax.data.media import (
-    MediaConfig,
-    MediaFile,
-    decoding,
-    is_number,
-    resolve,
-)
+from lco_jax.data.media import MediaConfig, MediaFile, decoding, resolve
 from lco_jax.data.tower_rows import mel_tokens
 
 RATE = 16_000  # Hz, the model's
@@ -90,9 +84,9 @@ def decode_audio(file: MediaFile, config: MediaConfig) -> np.ndarray:
     return _long_enough(resample(mono, rate, label), label)
 
 
-def load_sound_of_video(file: MediaFile, where: str, config: MediaConfig) -> np.ndarray | None:
+def load_sound_of_video(file: MediaFile, config: MediaConfig) -> np.ndarray | None:
     """The sound of a video as in `load_audio`; None, with a warning, if the video has none."""
-    samples = decode("sound", resolve(file, "video", where, config), config)
+    samples = decode("sound", file, config)
     if len(samples):
         return samples
     logger.warning("%s has no sound, and is taken without", file.label)

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -41,15 +41,19 @@ def _decode_samples(file: MediaFile, rate: float) -> np.ndarray:
 
 def _decode(request: Request, file: MediaFile, size_rule: SizeRule | None) -> np.ndarray:
     config = MediaConfig(**request["config"])
-    decoders: dict[str, Callable[[], np.ndarray]] = {
-        "image": partial(decode_image, file, config, size_rule),
-        "audio": partial(decode_audio, file, config),
-        "sound": partial(decode_sound_of_video, file, config),
-        "samples": partial(_decode_samples, file, request["rate"]),
-        "video": partial(decode_video, file, config, size_rule),
-    }
     with _bounds(file.label, config):
-        return np.ascontiguousarray(decoders[request["kind"]]())
+        match request["kind"]:
+            case "image":
+                array = decode_image(file, config, size_rule)
+            case "audio":
+                array = decode_audio(file, config)
+            case "sound":
+                array = decode_sound_of_video(file, config)
+            case "samples":
+                array = _decode_samples(file, request["rate"])
+            case _:
+                array = decode_video(file, config, size_rule)
+        return np.ascontiguousarray(array)
 
 
 @contextmanager
@@ -104,6 +108,7 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
     """Answer requests until there are no more."""
     warnings = _Warnings()
     logging.getLogger("lco_jax").addHandler(warnings)
+    size_rule = partial(_ask_for_size, requests, replies)
     while True:
         try:
             request = receive(requests)
@@ -111,24 +116,33 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
             return
         content = requests.read(request["bytes"])
         file = MediaFile(request["label"], Path(request["path"]) if "path" in request else content)
-
-        def size_rule(height: int, width: int) -> tuple[int, int]:
-            send(replies, {"size": [height, width]})
-            asked_height, asked_width = receive(requests)["size"]
-            return asked_height, asked_width
-
-        reply: dict[str, Any] = {"warnings": warnings.messages}
-        array = np.zeros(0, np.uint8)
-        try:
-            array = _decode(request, file, size_rule if request["has_size_rule"] else None)
-            reply.update(shape=array.shape, dtype=array.dtype.str)
-        except LcoError as error:
-            reply["error"] = str(error)
-        except Exception:  # a bug, which is raised where the request came from
-            reply["bug"] = traceback.format_exc()
-        send(replies, reply, array.data.cast("B") if array.size else b"")
+        reply, array = _answer(request, file, size_rule if request["has_size_rule"] else None)
+        send(replies, reply | {"warnings": warnings.messages}, array)
         warnings.messages.clear()
-        del array, content, file
+        del content, file, array  # or they would lie in memory until the next file is decoded
+
+
+def _ask_for_size(
+    requests: BinaryIO, replies: BinaryIO, height: int, width: int
+) -> tuple[int, int]:
+    """The size that the parent wants a picture of this size to have."""
+    send(replies, {"size": [height, width]})
+    asked_height, asked_width = receive(requests)["size"]
+    return asked_height, asked_width
+
+
+def _answer(
+    request: Request, file: MediaFile, size_rule: SizeRule | None
+) -> tuple[dict[str, Any], memoryview | bytes]:
+    """(a reply, the bytes of its array)."""
+    try:
+        array = _decode(request, file, size_rule)
+    except LcoError as error:
+        return {"error": str(error)}, b""
+    except Exception:  # a bug, which is raised where the request came from
+        return {"bug": traceback.format_exc()}, b""
+    content = array.data.cast("B") if array.size else b""
+    return {"shape": array.shape, "dtype": array.dtype.str}, content
 
 
 def _end_with(parent: int) -> None:

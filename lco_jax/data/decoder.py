@@ -45,8 +45,9 @@ def decode(
 ) -> np.ndarray:
     """What a file holds, decoded in another process.
 
-    kind: a key of `decode_process.DECODERS`. size_rule: asked here, for the size of the first
-    picture. rate: of "samples", in Hz. Raises for a file that is torn, too big or too slow.
+    kind: "image", "audio", "sound" (of a video), "samples" or "video". size_rule: asked here, for
+    the size of the first picture. rate: of "samples", in Hz. Raises for a file that is torn, too
+    big or too slow.
     """
     request = {"kind": kind, "label": file.label, "config": _plain(config), "rate": rate}
     request["has_size_rule"] = size_rule is not None

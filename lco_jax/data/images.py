@@ -34,7 +34,7 @@ TURNS = {
 }
 STRIP_BYTES = 1 << 24  # of a picture that is made opaque, at once
 # Pillow decodes an image when it is first used, and two threads at once damage it.
-pillow_lock = threading.Lock()
+_pillow_lock = threading.Lock()
 
 
 def load_image(source: Any, where: str, config: MediaConfig) -> Image.Image:
@@ -89,7 +89,7 @@ def _file_of(image: Image.Image, label: str, config: MediaConfig) -> MediaFile |
     # loading does the first, `draft` the second, `seek` the third
     if not image.tile or getattr(image, "decoderconfig", ()) or image.tell():
         return None
-    with pillow_lock, suppress(OSError, ValueError, AttributeError):  # closed, or not seekable
+    with _pillow_lock, suppress(OSError, ValueError, AttributeError):  # closed, or not seekable
         place = image.fp.tell()
         image.fp.seek(0)
         content = image.fp.read(config.max_file_bytes + 1)
@@ -102,7 +102,7 @@ def _file_of(image: Image.Image, label: str, config: MediaConfig) -> MediaFile |
 def _from_pil(image: Image.Image, label: str, config: MediaConfig) -> Image.Image:
     """In mode RGB and upright. It may be the same image."""
     turn = None
-    with decoding(label), pillow_lock:
+    with decoding(label), _pillow_lock:
         image.load()
         if config.upright:
             turn = TURNS.get(_orientation(image))
@@ -124,18 +124,20 @@ def _finished(image: Image.Image, config: MediaConfig, size_rule: SizeRule | Non
         image = image.copy()  # it may be the caller's
         image.thumbnail((side, side))
     if size_rule is not None:
-        height, width = size_rule(image.height, image.width)
-        if (width, height) != image.size:
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = _resized(image, *size_rule(image.height, image.width))
     return np.asarray(image)
 
 
 def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     """uint8 [X, Y, 3] -> uint8 [height, width, 3], bicubic."""
-    if picture.shape[:2] == (height, width):
-        return picture
-    resized = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(resized)
+    return np.asarray(_resized(Image.fromarray(picture), height, width))
+
+
+def _resized(image: Image.Image, height: int, width: int) -> Image.Image:
+    """It may be the same image."""
+    if image.size == (width, height):
+        return image
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def check_size(width: int, height: int, label: str, config: MediaConfig) -> None:

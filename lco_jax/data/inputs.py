@@ -12,11 +12,12 @@ from functools import partial
 from multiprocessing import get_context, parent_process
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
+from numbers import Integral
 from typing import Any, TypeVar
 
 from PIL import Image
 
-from lco_jax.core.errors import LcoError, check_at_least_1, is_whole
+from lco_jax.core.errors import LcoError, check_at_least_1, is_number
 from lco_jax.data.arrays import is_table
 from lco_jax.data.content import Messages, as_content, describe, media_kind
 from lco_jax.data.processor import Processor
@@ -84,7 +85,7 @@ def prepare_ahead(
     workers: processes; 0 prepares in threads of this one. If a process dies (a codec crashes on a
     malicious file), only the input that killed it becomes an error.
     """
-    if not is_whole(workers) or workers < 0:
+    if not is_number(workers, Integral) or workers < 0:
         raise LcoError(f"workers is {workers!r:.60}; it must be a whole number of 0 or more")
     pool = _Processes(preparation, workers) if workers else _Threads(preparation)
     most = 2 * max(workers, 1) + 1

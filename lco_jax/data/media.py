@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
-from lco_jax.core.errors import LcoError, explained, reason
+from lco_jax.core.errors import LcoError, explained, is_number, printable, reason
 
 SOCKET_SECONDS = 30.0  # how long a server may be silent
 CHUNK = 1 << 20  # bytes read from a server at once
@@ -109,11 +109,6 @@ class MediaConfig:
             raise LcoError(f"media.{lower} is {least}, and {upper} only {most}")
 
 
-def is_number(value: Any, kind: type) -> bool:
-    """Whether a value is a number of this abstract class. True and False are none."""
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
 @dataclass(frozen=True)
 class MediaFile:
     """The encoded bytes of a medium, within the caps.
@@ -201,8 +196,7 @@ def _shown(name: str) -> str:
             name = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
         except ValueError:  # an invalid URL has no secrets; fetching it shows what is wrong
             pass
-    name = name if len(name) <= 200 else f"{name[:200]}…"
-    return name if name.isprintable() else ascii(name)
+    return printable(name if len(name) <= 200 else f"{name[:200]}…")
 
 
 def _from_path(name: str, label: str, config: MediaConfig) -> MediaFile:
@@ -296,9 +290,8 @@ def decoding(label: str) -> Iterator[None]:
     what it is.
     """
     try:
-        with explained(f"{label} cannot be decoded", Exception):
-            yield
-    except LcoError as error:
-        if isinstance(error.__cause__, MemoryError):
-            raise error.__cause__ from None
+        yield
+    except (LcoError, MemoryError):
         raise
+    except Exception as error:
+        raise LcoError(f"{label} cannot be decoded: {reason(error)}") from error

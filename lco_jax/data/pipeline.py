@@ -23,14 +23,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, is_number
 from lco_jax.core.exchange import Exchange
 from lco_jax.core.packing import Answers, Batch, PackedTokens, fill, fill_answers
 from lco_jax.core.sharding import ROWS, replicated, row_shards
 from lco_jax.core.stream_shapes import padded_shape
 from lco_jax.data import mixture
 from lco_jax.data.inputs import conversation, one_ahead
-from lco_jax.data.media import is_number
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import asked
 from lco_jax.data.records import Content, Record, answer_of, content_key

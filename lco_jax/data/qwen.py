@@ -18,12 +18,12 @@ import numpy as np
 from einops import rearrange
 from transformers import WhisperFeatureExtractor
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, is_number
 from lco_jax.data.audio import load_audio
 from lco_jax.data.codec import Expansion, MediaCodec, of_medium, token_id
 from lco_jax.data.decoder import SizeRule
 from lco_jax.data.images import load_pixels
-from lco_jax.data.media import MediaConfig, is_number
+from lco_jax.data.media import MediaConfig
 from lco_jax.data.pixels import processor_config
 from lco_jax.data.positions import frame_times, grid_positions, interleave, line_positions
 from lco_jax.data.tower_rows import Patches, PatchRows, Segments, chunk_rows, chunks_of

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from lco_jax.core.errors import LcoError, check_keys
+from lco_jax.core.errors import LcoError, check_keys, is_number
 from lco_jax.data.audio import load_audio, load_sound_of_video
 from lco_jax.data.decoder import SizeRule, decode
 from lco_jax.data.frames import FrameReader, NotSought
 from lco_jax.data.images import CHANNELS, load_pixels, resize
-from lco_jax.data.media import MediaConfig, MediaFile, is_number, resolve
+from lco_jax.data.media import MediaConfig, MediaFile, resolve
 
 MIN_FRAMES = 4  # of a file; this and the factor are the reference's
 FACTOR = 2  # frames that the model takes together
@@ -41,8 +41,8 @@ def load_video(
 
     source, one of:
     - a path, bytes, a data: URI or a URL (see `media.resolve`), sampled at `config.fps`, and with
-      the file's sound if `config.use_audio_in_video`. The frames are turned as
-      the file's display matrix asks, unless `config.upright` is False;
+      the file's sound if `config.use_audio_in_video`. The frames are turned as the file's display
+      matrix asks, unless `config.upright` is False;
     - {"array": …, "fps": …, "audio": …}, the latter two optional. array: uint8, or floats in
       [0, 1], of frames x height x width (x 1, 3 or 4 channels; they may come second where no doubt
       is possible). It is sampled only if `fps` is above `config.fps`; without `fps`, its frames
@@ -66,7 +66,7 @@ def load_video(
     or_else = ', a list of images, a numpy array or {"array": …, "fps": …}'
     file = resolve(source, "video", where, config, or_else)
     frames = decode("video", file, config, size_rule)
-    audio = load_sound_of_video(file, where, config) if config.use_audio_in_video else None
+    audio = load_sound_of_video(file, config) if config.use_audio_in_video else None
     return Video(frames, audio=audio)
 
 

@@ -28,7 +28,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, printable
 from lco_jax.core.files import ASSETS
 from lco_jax.data.content import MEDIA, media_kind
 from lco_jax.data.images import load_image
@@ -142,16 +142,14 @@ class Server:
             kinds = self._kinds(form.getlist("kind"))
             file = form.get("file")
             words = [{"type": "text", "text": text}] if text.strip() else []
+            name = "the query"
+            has_media = bool(words and entry is not None and entry.files)
             if isinstance(file, UploadFile):
-                kind, name = self._kind_of(file), _shown_name(file.filename)
-                async with _turn(self.with_media):
-                    parts = [{"type": kind, kind: await file.read()}, *words]
-                    vector, seconds = await self._vector(request, parts, entry, name)
-            elif words and entry is not None and entry.files:
-                async with _turn(self.with_media):
-                    vector, seconds = await self._vector(request, words, entry, "the query")
-            else:
-                vector, seconds = await self._vector(request, words, entry, "the query")
+                kind, name, has_media = self._kind_of(file), _shown_name(file.filename), True
+            async with _turn(self.with_media) if has_media else nullcontext():
+                if isinstance(file, UploadFile):
+                    words.insert(0, {"type": kind, kind: await file.read()})
+                vector, seconds = await self._vector(request, words, entry, name)
         began = time.monotonic()
         found = await run_in_threadpool(self.library.nearest, vector, kinds, RESULTS + 1)
         results = [_shown(one, cosine) for one, cosine in found if one is not entry]
@@ -313,8 +311,7 @@ def _text_of(field: Any) -> str:
 
 def _shown_name(name: str | None) -> str:
     """What a client calls something, on one line."""
-    name = (name or "the file")[:200]
-    return name if name.isprintable() else ascii(name)
+    return printable((name or "the file")[:200])
 
 
 def _shown(entry: Entry, cosine: float | None) -> dict[str, Any]:

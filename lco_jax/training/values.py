@@ -5,11 +5,11 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, Protocol
 
 from lco_jax.checkpoint.hf import DTYPES
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, is_number
 from lco_jax.core.quantize import KINDS
 from lco_jax.models.attention import IMPLEMENTATIONS
 from lco_jax.models.decoder import REMAT_POLICIES
@@ -32,8 +32,7 @@ class Whole:
     below: float = math.inf
 
     def allows(self, value: Any) -> bool:
-        is_whole = isinstance(value, Integral) and not isinstance(value, bool)
-        return is_whole and self.least <= value < self.below
+        return is_number(value, Integral) and self.least <= value < self.below
 
     def __str__(self) -> str:
         limit = "" if self.below == math.inf else f", below {self.below:,}"
@@ -49,7 +48,7 @@ class Number:
     may_be_least: bool = False
 
     def allows(self, value: Any) -> bool:
-        if not isinstance(value, Real) or isinstance(value, bool):
+        if not is_number(value):
             return False
         is_least = self.may_be_least and value == self.least
         return is_least or self.least < value < self.below
