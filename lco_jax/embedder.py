@@ -16,11 +16,12 @@ from jax import Array
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from lco_jax.arguments import as_vectors, check_on_error, check_passes, check_types
 from lco_jax.checkpoint import peft
 from lco_jax.checkpoint.hf import load_model, open_checkpoint
 from lco_jax.core import lora
-from lco_jax.core.errors import LcoError, check_at_least_1
-from lco_jax.core.finite import check_results
+from lco_jax.core.errors import LcoError, check_at_least_1, check_bool
+from lco_jax.core.finite import check_results, check_vectors
 from lco_jax.core.packing import PackedTokens
 from lco_jax.core.shapes import ShapeLog
 from lco_jax.core.sharding import make_mesh, replicated, row_shards
@@ -34,7 +35,7 @@ from lco_jax.data.inference import (
     blocks_of,
     pack_on_mesh,
 )
-from lco_jax.data.inputs import Preparation, as_list, named, one_ahead, prepare_ahead
+from lco_jax.data.inputs import Preparation, as_list, check_several, named, one_ahead, prepare_ahead
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import ChatTokenizer, Prompt
@@ -96,6 +97,7 @@ class OmniEmbedder:
             applied beside them.
         attention: the kernel, as `models.attention.attention` has it.
         """
+        check_types(path_or_id, adapter, mesh, media)
         checkpoint = open_checkpoint(path_or_id)
         adapted = None
         if adapter is not None:
@@ -137,6 +139,9 @@ class OmniEmbedder:
 
     def supports(self, modality: str | Sequence[str]) -> bool:
         """Whether a modality, or a mix of several, can be embedded; "message": chat messages."""
+        if not isinstance(modality, str | Iterable):
+            known = ", ".join(self.modalities)
+            raise LcoError(f"modality is {modality!r:.60}; give one of {known}")
         asked = {modality} if isinstance(modality, str) else set(modality)
         return asked <= {*self.modalities, "message"}
 
@@ -173,9 +178,8 @@ class OmniEmbedder:
         progress: a bar to advance, instead of a new one.
         names: what errors call the inputs, by default "input 0" and so on.
         """
+        check_bool(show_progress=show_progress)
         items, single = as_list(inputs)
-        if names is not None and len(names) != len(items):
-            raise LcoError(f"there are {len(items)} inputs, and {len(names)} names")
         bar = progress
         if progress is None:
             bar = tqdm(total=len(items), desc="embedding", unit="input", disable=not show_progress)
@@ -223,8 +227,11 @@ class OmniEmbedder:
             two units, and each number is asked for when the unit's first input is prepared.
         Blocks depend on these and on the inputs, never on time.
         """
-        check_at_least_1(batch_size=batch_size, max_tokens=max_tokens, block_inputs=block_inputs)
+        check_at_least_1(batch_size=batch_size, block_inputs=block_inputs)
+        check_bool(normalize=normalize)
+        check_passes(max_tokens, progress)
         check_on_error(on_error)
+        check_several(inputs)
         preparation = Preparation(self.processor, prompt, max_length)
         prepared = prepare_ahead(preparation, named(inputs, names), workers)
         shards = row_shards(self.mesh)
@@ -240,7 +247,7 @@ class OmniEmbedder:
     @staticmethod
     def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Cosines of each row of a [N, D] with each row of b [M, D] -> [N, M]; [D] is one row."""
-        a, b = (np.atleast_2d(np.asarray(x, np.float32)) for x in (a, b))
+        a, b = as_vectors(a, "a"), as_vectors(b, "b")
         if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
             raise LcoError(f"vectors of shapes {a.shape} and {b.shape} cannot be compared")
         return _unit(a) @ _unit(b).T
@@ -263,8 +270,6 @@ class OmniEmbedder:
                 good.append(i)
         vectors = np.full((len(ready), self.dimension), np.nan, np.float32)
         vectors[good] = self.embed([ready[i] for i in good], batch_size, max_tokens, progress)
-        check_results(vectors[good], self.params, self.model.decoder.dtype)
-        _check_lengths(vectors[good])
         if progress is not None:
             progress.update(len(skipped))
         return EmbeddedBlock(first, vectors, skipped)
@@ -292,6 +297,8 @@ class OmniEmbedder:
         for inputs, (pooled, slots) in self._run(ready, start, batch_size, max_tokens, progress):
             states = np.asarray(pooled).reshape(-1, *size)
             vectors[inputs] = states[slots]
+        check_results(vectors.reshape(len(ready), -1), self.params, self.model.decoder.dtype)
+        check_vectors(vectors[..., -1, :] if layers else vectors)
         return vectors
 
     def encode_layers(
@@ -308,6 +315,7 @@ class OmniEmbedder:
         The last is after the final norm, as in transformers' `hidden_states`; none is normalized.
         inputs and options: as `encode` has them.
         """
+        check_passes(max_tokens, progress)
         ready = self._prepare(inputs, prompt, max_length)
         states = self.embed(ready, None, max_tokens, progress, of="layers")
         return np.moveaxis(states, 1, 0)
@@ -317,7 +325,8 @@ class OmniEmbedder:
     ) -> list[Processed]:
         """Prepare all inputs at once. Raises the error of the first bad one."""
         preparation = Preparation(self.processor, prompt, max_length)
-        prepared = prepare_ahead(preparation, named(inputs, None), workers=0)
+        items, _ = as_list(inputs)
+        prepared = prepare_ahead(preparation, named(items, None), workers=0)
         ready = []
         for one in prepared:
             if isinstance(one, LcoError):
@@ -369,18 +378,6 @@ def _pooled(
     """`pool`, and then the model's projection of last states, if it has one."""
     pooled = pool(decoder, params["decoder"], tokens, media, of)
     return project(pooled, params) if of == "last" else pooled
-
-
-def check_on_error(on_error: str) -> None:
-    """Raise for another value than the two that there are."""
-    if on_error not in ("raise", "skip"):
-        raise LcoError(f"on_error is {on_error!r}; it is one of: raise, skip")
-
-
-def _check_lengths(vectors: np.ndarray) -> None:
-    """Raise for vectors without a direction, which a model makes whose norms overflow."""
-    if not vectors.any(axis=-1).all():
-        raise LcoError("the model's vectors have length 0; check its files, or try float32")
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

@@ -159,11 +159,15 @@ def answer_and_score(args: argparse.Namespace) -> None:
         )
         write_text(folder / "answers.jsonl", lines)
         write_json(folder / "results.json", {**scores, "flags": _flags(args)})
+    _print_scores(scores)
+    print(f"scores: {args.output / 'results.json'}; answers: answers.jsonl beside it")
+
+
+def _print_scores(scores: Mapping[str, float]) -> None:
     print("| score | |\n|---|---|")
     for name, value in scores.items():
         shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
         print(f"| {name} | {shown} |")
-    print(f"scores: {args.output / 'results.json'}; answers: answers.jsonl beside it")
 
 
 def _flags(args: argparse.Namespace) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
+from lco_jax.arguments import check_on_error
 from lco_jax.core.bins import bucket
 from lco_jax.core.errors import LcoError, check_at_least_1
 from lco_jax.core.files import read_json
@@ -22,18 +23,11 @@ from lco_jax.core.finite import check_results
 from lco_jax.core.packing import PackedTokens
 from lco_jax.core.sharding import replicated, row_shards
 from lco_jax.data.inference import BLOCK_INPUTS, MAX_TOKENS, InferenceBatch, blocks_of
-from lco_jax.data.inputs import (
-    Preparation,
-    check_inputs,
-    is_single,
-    named,
-    one_ahead,
-    prepare_ahead,
-)
+from lco_jax.data.inputs import Preparation, as_list, named, one_ahead, prepare_ahead
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import Prompt, asked
 from lco_jax.data.tower_rows import Processed
-from lco_jax.embedder import OmniEmbedder, check_on_error
+from lco_jax.embedder import OmniEmbedder
 from lco_jax.models.cache import Cache
 from lco_jax.models.decoder import Decoder
 from lco_jax.models.head import greedy, head_of, token_losses
@@ -105,10 +99,9 @@ class OmniGenerator(OmniEmbedder):
         """
         check_at_least_1(max_new_tokens=max_new_tokens, batch_size=batch_size)
         check_on_error(on_error)
-        check_inputs(inputs)
-        inputs = [inputs] if is_single(inputs) else inputs
+        items, _ = as_list(inputs)
         preparation = Preparation(self.processor, prompt, max_length)
-        prepared = prepare_ahead(preparation, named(inputs, names), workers)
+        prepared = prepare_ahead(preparation, named(items, names), workers)
         raises = on_error == "raise"
         blocks = blocks_of(prepared, BLOCK_INPUTS, raises, shards=row_shards(self.mesh))
         generated: list[np.ndarray | None] = []
@@ -120,8 +113,9 @@ class OmniGenerator(OmniEmbedder):
             good = self._good_of(block, where, max_new_tokens, raises)
             ready = [block[i] for i in good]
             found = self._generate(ready, max_new_tokens, batch_size or AT_ONCE, progress)
-            answers = dict(zip(good, found, strict=True))
-            generated += [answers.get(i) for i in range(len(block))]
+            generated += [None] * len(block)
+            for i, ids in zip(good, found, strict=True):
+                generated[first + i] = ids
             if progress is not None:
                 progress.update(len(block) - len(good))
         return generated

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -17,15 +16,7 @@ from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, load_model, open_checkpoint
 from lco_jax.core.errors import LcoError, check_keys
-from lco_jax.core.files import (
-    AnyPath,
-    as_path,
-    local_copy,
-    local_workdir,
-    on_bucket,
-    reaching,
-    upload,
-)
+from lco_jax.core.files import AnyPath, local_copy, local_workdir, on_bucket, reaching, upload
 from lco_jax.core.sharding import make_mesh
 from lco_jax.data import mixture, pipeline
 from lco_jax.data.media import MediaConfig
@@ -37,7 +28,7 @@ from lco_jax.models.model import Model
 from lco_jax.training import tuning
 from lco_jax.training.folder import check_outputs
 from lco_jax.training.metrics import check_packages
-from lco_jax.training.run import check_config, check_same_run, has_begun
+from lco_jax.training.run import check_same_run, has_begun
 from lco_jax.training.state import Training
 
 logger = logging.getLogger(__name__)
@@ -86,8 +77,6 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
 
     generative: records are prompts and answers, and the vocabulary head is loaded, too.
     """
-    home = as_path(os.fspath(home))
-    check_config(config)
     media = _media_config(config)
     check_packages(config)
     check_outputs(home, config)

@@ -74,11 +74,10 @@ def begin(job: Job, make_step: MakeStep) -> Loop:
 
 
 def _claim(job: Job) -> RunStore:
-    """The checkpoints of the run's folder. Raises if another run is there."""
+    """The checkpoints of the run's folder, which gets the configuration."""
     with reaching(job.home):
         store = RunStore(job.home / "checkpoints", job.config.checkpoint.keep)
-        begun = bool(store.steps())
-        claim_workdir(job.home, job.config, job.total_steps, begun, fingerprints(job.sources))
+        claim_workdir(job.home, job.config, job.total_steps, fingerprints(job.sources))
     return store
 
 

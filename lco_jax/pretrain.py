@@ -11,7 +11,6 @@ held-out loss before and after, in nats a token, and the trained model's answers
 held-out prompts.
 """
 
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,7 +19,7 @@ from ml_collections import ConfigDict
 
 from lco_jax import loop
 from lco_jax.core.errors import PREEMPTED, run_main
-from lco_jax.core.files import AnyPath, as_path
+from lco_jax.core.files import AnyPath
 from lco_jax.data.records import answer_of, as_input
 from lco_jax.generator import OmniGenerator
 from lco_jax.job import Job, open_job, say
@@ -42,13 +41,12 @@ def pretrain(config: ConfigDict, output: AnyPath) -> dict[str, Any]:
     the folder.
     """
     check_config(config)
-    output = as_path(os.fspath(output))
-    with held(output):
-        return _pretrain(config, output)
+    with held(output) as home:
+        return _pretrain(config, home)
 
 
-def _pretrain(config: ConfigDict, output: AnyPath) -> dict[str, Any]:
-    job = open_job(config, output, generative=True)
+def _pretrain(config: ConfigDict, home: AnyPath) -> dict[str, Any]:
+    job = open_job(config, home, generative=True)
     generator = OmniGenerator(job.model, {}, job.processor, job.mesh)  # its programs serve twice
     before, _ = _evaluate(job, generator, job.untrained_params, answered=0)
     started = loop.begin(job, partial(_make_step, job))

@@ -161,10 +161,7 @@ def update(
     new.
     """
     with parts:
-        known, vectors = _read_index(parts)
-        if known and vectors.shape[1] != embedder.dimension:
-            width = f"{vectors.shape[1]} dimensions, and the model's {embedder.dimension}"
-            raise LcoError(f"{parts.output}: its vectors have {width}; remove it")
+        known, vectors = _read_index(parts, embedder.dimension)
         parts.description()
         parts.describe()
         parts.left(parts.folder.units())  # removes what is torn
@@ -184,9 +181,9 @@ def update(
     return _read_table(parts)
 
 
-def _read_index(parts: VectorParts) -> tuple[list[str], np.ndarray]:
-    """What the index has, as `update` returns it. Raises for an index of other flags, or of
-    something else.
+def _read_index(parts: VectorParts, dimension: int) -> tuple[list[str], np.ndarray]:
+    """What the index has, as `update` returns it. Raises for an index of other flags, of another
+    model's dimension, or of something else.
     """
     manifest = parts.output.parent / "manifest.json"
     if manifest.exists():
@@ -194,7 +191,11 @@ def _read_index(parts: VectorParts) -> tuple[list[str], np.ndarray]:
     elif parts.output.exists():
         raise LcoError(f"{parts.output} is of no index of ours; give another {parts.flag}")
     write_json(manifest, parts.work)
-    return _read_table(parts)
+    known, vectors = _read_table(parts)
+    if known and vectors.shape[1] != dimension:
+        width = f"{vectors.shape[1]} dimensions, and the model's {dimension}"
+        raise LcoError(f"{parts.output}: its vectors have {width}; remove it")
+    return known, vectors
 
 
 def _read_table(parts: VectorParts) -> tuple[list[str], np.ndarray]:

@@ -12,7 +12,6 @@ Any key of the config can be set on the command line, e.g. --config.optimizer.le
     checkpoints/  config.json  what resuming needs
 """
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -23,7 +22,7 @@ from ml_collections import ConfigDict
 
 from lco_jax import loop
 from lco_jax.core.errors import PREEMPTED, LcoError, run_main
-from lco_jax.core.files import AnyPath, as_path
+from lco_jax.core.files import AnyPath
 from lco_jax.data.records import Content, as_input
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation.plots import plot_similarity
@@ -51,13 +50,12 @@ def train(config: ConfigDict, output: AnyPath) -> dict[str, Any]:
             "config.tune.towers goes with lco_jax.pretrain; contrastive training freezes towers"
         )
     check_config(config)
-    output = as_path(os.fspath(output))
-    with held(output):
-        return _train(config, output)
+    with held(output) as home:
+        return _train(config, home)
 
 
-def _train(config: ConfigDict, output: AnyPath) -> dict[str, Any]:
-    job = open_job(config, output)
+def _train(config: ConfigDict, home: AnyPath) -> dict[str, Any]:
+    job = open_job(config, home)
     embedder = OmniEmbedder(job.model, {}, job.processor, job.mesh)  # its programs serve twice
     before = _evaluate(job, embedder, job.untrained_params)
     started = loop.begin(job, partial(_make_step, job))

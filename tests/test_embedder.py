@@ -148,6 +148,8 @@ def files(tmp_path, monkeypatch):
         ("data:image;base64,AAAA", "image"),
         ("DATA:Audio/wav;base64," + 9000 * "A", "audio"),
         ("https://a.example/b.png?c=d", "image"),
+        ("{}/a.jfif\n", "image"),
+        (" data:image/png;base64,AAAA", "image"),
         ("data: image, sound and text", None),
         ("Read the file:// part", None),
         ("https://a.example/page", None),
@@ -227,12 +229,24 @@ def test_arrays_of_torch_and_jax_are_arrays(tiny):
         ({"batch_size": "8"}, "batch_size is '8'"),
         ({"batch_size": 2.5}, "batch_size is 2.5"),
         ({"batch_size": True}, "batch_size is True"),
+        ({"batch_size": -1}, "batch_size is -1"),
         ({"max_tokens": float("nan")}, "max_tokens is nan"),
         ({"max_length": "300"}, "max_length is '300'"),
         ({"max_length": 0}, "max_length is 0"),
+        ({"max_length": 2.0}, "max_length is 2.0"),
+        ({"max_tokens": None}, "max_tokens is None"),
+        ({"max_tokens": "9"}, "max_tokens is '9'"),
         ({"workers": "2"}, "workers is '2'"),
+        ({"workers": None}, "workers is None"),
+        ({"workers": -1}, "workers is -1"),
+        ({"on_error": None}, "on_error is None"),
+        ({"normalize": "no"}, "normalize is 'no'"),
+        ({"show_progress": "x"}, "show_progress is 'x'"),
+        ({"progress": True}, "progress is True"),
         ({"prompt": 5}, "prompt is int 5; give a string"),
         ({"names": ["one"]}, "there are 2 inputs, and 1 names"),
+        ({"names": "ab"}, "names is 'ab'"),
+        ({"names": 5}, "names is 5"),
     ],
 )
 def test_options_of_another_type_are_named(tiny, options, says):
@@ -240,12 +254,59 @@ def test_options_of_another_type_are_named(tiny, options, says):
         tiny.encode(["a", "b"], **options)
 
 
-def test_vectors_of_unequal_widths_cannot_be_compared():
-    with pytest.raises(LcoError, match=r"shapes \(2, 3\) and \(1, 4\) cannot be compared"):
-        OmniEmbedder.similarity(np.ones((2, 3)), np.ones(4))
-
-
 def test_a_video_without_its_rate_counts_as_sampled(tiny):
     frames = np.random.default_rng(0).integers(0, 255, (4, 56, 56, 3), np.uint8)
     got = tiny.encode({"array": frames, "video_metadata": {"total_num_frames": 4}})
     np.testing.assert_array_equal(got, tiny.encode({"video": frames}))
+
+
+def test_single_messages_of_an_iterator_are_inputs_of_their_own(embedder):
+    turns = [{"role": "user", "content": text} for text in ("a dog", "a cat")]
+    wanted = embedder.encode([[turn] for turn in turns])
+    np.testing.assert_allclose(embedder.encode(iter(turns)), wanted, atol=1e-6)
+
+
+def test_one_text_is_not_its_letters(embedder):
+    assert embedder.encode_layers("a dog").shape[1] == 1
+    with pytest.raises(LcoError, match="inputs is a single str; give a list"):
+        next(embedder.encode_blocks("a dog"))
+
+
+@pytest.mark.parametrize(
+    ("a", "says"),
+    [
+        (np.ones((2, 3)), r"shapes \(2, 3\) and \(4, 4\) cannot be compared"),
+        (np.ones((1, 2, 4)), r"\(1, 2, 4\) and \(4, 4\) cannot"),
+        (3.0, "cannot be compared"),
+        (["a"], "give vectors"),
+        ([[1, 2], [3]], "give vectors"),
+        (None, "give vectors"),
+        (np.full(4, np.inf), "a holds infinity"),
+    ],
+)
+def test_similarity_of_what_are_no_vectors_of_one_width(a, says):
+    with pytest.raises(LcoError, match=says):
+        OmniEmbedder.similarity(a, np.eye(4))
+
+
+def test_similarity_takes_lists_and_whole_numbers():
+    cosines = OmniEmbedder.similarity([2, 0], [[1.0, 0], [0, 3], [1, 1]])
+    np.testing.assert_allclose(cosines, [[1, 0, 0.5**0.5]], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"path_or_id": None}, "path_or_id is None"),
+        ({"adapter": 5}, "adapter is 5"),
+        ({"mesh": 5}, "mesh is 5"),
+        ({"media": {"fps": 1}}, "media is {'fps': 1}; give a MediaConfig"),
+        ({"dtype": 5}, "dtype '5' is not supported"),
+        ({"modalities": 5}, "modalities has 5"),
+        ({"dtype": torch.float32}, "dtype 'torch.float32' is not supported"),
+        ({"modalities": "smell"}, "modalities has 'smell'; this checkpoint takes"),
+    ],
+)
+def test_what_from_pretrained_cannot_take_is_named(options, says):
+    with pytest.raises(LcoError, match=says):
+        OmniEmbedder.from_pretrained(**{"path_or_id": "builtin:tiny", **options})

@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import av
 import numpy as np
+import pillow_heif
 import pytest
 import soundfile
 import soxr
@@ -1131,7 +1132,6 @@ def test_a_silent_clip_is_taken_without_sound(tmp_path, caplog):
 
 
 def test_heic_is_read_with_its_plugin(tmp_path):
-    pillow_heif = pytest.importorskip("pillow_heif")
     picture = Image.new("RGB", (64, 32), (200, 30, 40))
     path = tmp_path / "a.heic"
     pillow_heif.from_pillow(picture).save(path)

@@ -39,7 +39,7 @@ from lco_jax.data.sources import JsonlSource
 from lco_jax.models.model import Model
 from lco_jax.train import train
 from lco_jax.training.optimizer import OptimizerConfig, make_optimizer
-from lco_jax.training.run import check_config, claim_workdir
+from lco_jax.training.run import check_config, check_same_run
 from lco_jax.training.state import init_state, state_shardings
 from lco_jax.training.step import make_train_step
 
@@ -291,7 +291,7 @@ def test_the_main_job_trains_over_nf4_and_merges_into_the_original(cache, tmp_pa
     assert np.linalg.matrix_rank(update, tol=1e-5) <= 4  # NF4's error has full rank
     config.model.quantize = "int8"
     with pytest.raises(LcoError, match=r"config\.model\.quantize = 'nf4'"):
-        claim_workdir(tmp_path, config, 2, begun=True)
+        check_same_run(tmp_path, config, 2)
 
 
 @pytest.mark.parametrize("kind", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])

@@ -130,7 +130,7 @@ def test_what_the_configuration_tells_is_told_at_the_start(tmp_path, flag, says)
 
 def test_a_clashing_configuration_is_told_at_the_start(tmp_path):
     config = config_of("train.steps=100")
-    claim_workdir(tmp_path, config, 100, begun=False)
+    claim_workdir(tmp_path, config, 100)
     (tmp_path / "checkpoints" / "50").mkdir(parents=True)
     with pytest.raises(LcoError, match=r"config\.seed = 0, and this one has 1"):
         train(config_of("train.steps=100", "seed=1"), tmp_path)
@@ -169,7 +169,7 @@ def test_resuming_on_changed_data_is_refused(tmp_path):
     data = records(tmp_path / "a.jsonl")
     flags = [f"data.sources.bundled.path={data}", "train.steps=4", "optimizer.warmup_steps=1"]
     found = {"bundled": fingerprint(JsonlSource(data))}
-    claim_workdir(tmp_path / "run", config_of(*flags), 4, begun=False, fingerprints=found)
+    claim_workdir(tmp_path / "run", config_of(*flags), 4, found)
     (tmp_path / "run" / "checkpoints" / "2").mkdir(parents=True)
     check_same_run(tmp_path / "run", config_of(*flags), 4, found)
     records(data, word="eats")  # as many lines

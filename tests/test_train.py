@@ -22,7 +22,7 @@ from lco_jax.pretrain import pretrain
 from lco_jax.train import train
 from lco_jax.training import cli
 from lco_jax.training.metrics import read_metrics
-from lco_jax.training.run import check_config, claim_workdir
+from lco_jax.training.run import check_config, check_same_run, claim_workdir
 
 ROOT = Path(__file__).parent.parent
 STEPS = 20
@@ -214,10 +214,10 @@ def test_a_key_that_is_gone_is_refused_unless_it_has_its_default():
 def test_an_earlier_versions_run_can_be_resumed(tmp_path):
     config = tiny.get_config()
     config.train.spike = 3.0
-    claim_workdir(tmp_path, config, 10, begun=False)
-    claim_workdir(tmp_path, tiny.get_config(), 10, begun=True)
+    claim_workdir(tmp_path, config, 10)
+    check_same_run(tmp_path, tiny.get_config(), 10)
     with pytest.raises(LcoError, match=r"config\.total_steps = 10, and this one has 11"):
-        claim_workdir(tmp_path, tiny.get_config(), 11, begun=True)
+        check_same_run(tmp_path, tiny.get_config(), 11)
 
 
 @pytest.mark.slow

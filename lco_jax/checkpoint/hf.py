@@ -6,6 +6,7 @@ The key table of each backbone (`models/registry.py`) says which key is which pa
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain
@@ -321,7 +322,10 @@ def load_model(
 
 
 def _dtype(dtype: Any) -> Any:
-    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    name = str(dtype)
+    if not isinstance(dtype, str):
+        with suppress(TypeError):  # no dtype of jax
+            name = jnp.dtype(dtype).name
     if name not in DTYPES:
         raise LcoError(f"dtype {name!r} is not supported; these are: {', '.join(DTYPES)}")
     return DTYPES[name]

@@ -1,4 +1,4 @@
-"""Results that are not finite: an error that says whose fault it is."""
+"""Results that no model should make: an error that says whose fault it is."""
 
 from typing import Any
 
@@ -24,3 +24,9 @@ def check_results(results: np.ndarray, params: Any, dtype: Any) -> None:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise LcoError(f"{what}: the model's {name} holds NaN or infinity; check its files")
     raise LcoError(f"{what}: the model overflows in {jnp.dtype(dtype).name}; try float32")
+
+
+def check_vectors(vectors: np.ndarray) -> None:
+    """Raise for a vector of length 0, as a model makes whose norms overflow. vectors: [N, D]."""
+    if not vectors.any(axis=-1).all():
+        raise LcoError("the model made a vector of length 0; check its files, or try float32")

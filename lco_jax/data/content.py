@@ -224,8 +224,9 @@ def as_content(given: Any, where: str) -> Content | Messages:
     elif isinstance(given, Mapping) and "array" in given:
         given = medium_of_array(given)
     elif isinstance(given, str | os.PathLike):
-        kind = _file_kind(given, where)
-        given = {kind: given} if kind else given
+        name = given.strip() if isinstance(given, str) else given  # a line may have its end
+        kind = _file_kind(name, where)
+        given = {kind: name} if kind else given
     return Reader(where).read(given)
 
 
@@ -243,39 +244,38 @@ def _file_kind(name: str | os.PathLike, where: str) -> str | None:
     """The kind of a media file, or None for a string that is a text."""
     kind = media_kind(name)
     path = local_path(name)
-    if path is None:
+    if path is None:  # an address
         if kind is None and ENCODED_DATA.match(str(name)):
             give = 'give it as {"image": …}, {"audio": …} or {"video": …}'
             raise LcoError(f"{where}: a data: URI of no kind of medium; {give}")
         return kind
-    if isinstance(name, str) and not _may_be_path(path):  # a sentence
-        return None
-    if os.path.isfile(path):
-        if kind:
-            return kind
-        raise LcoError(
-            f"{where}: {name} is a file, and does not end like an image, video or audio file; "
-            'give {"image": …} or the like, or {"text": …} for a text'
-        )
-    if isinstance(name, str) and kind is None and path == os.path.expanduser(name):
+    is_there = os.path.isfile(path)
+    if kind and is_there:
+        return kind
+    if isinstance(name, str) and not is_there and not _promises_file(name, kind):
         return None
     if kind is None:
-        raise LcoError(f"{where}: {name} does not end like an image, video or audio file")
+        raise LcoError(
+            f"{where}: {name} does not end like an image, video or audio file; "
+            'give {"image": …} or the like, or {"text": …} for a text'
+        )
     raise LcoError(
         f"{where}: {name} looks like a media file, and there is no such file; "
         'text can be given as {"text": …}'
     )
 
 
-def _may_be_path(name: str) -> bool:
-    """Whether a string is short enough for a path, and has one line; or is a single word."""
-    if not any(letter.isspace() for letter in name):
-        return True
-    if "\n" in name:
-        return False
+def _promises_file(name: str, kind: str | None) -> bool:
+    """Whether a string looks like a file that is not there: it ends like one, or is a file: URI.
+
+    A line that is too long for a path is a sentence, unless it is a single word.
+    """
+    if kind is None:
+        return name[:7].lower() == "file://" and not any(map(str.isspace, name))
     encoded = name.encode(errors="surrogatepass")
     longest = max(map(len, encoded.split(b"/")))
-    return len(encoded) <= LONGEST_PATH and longest <= LONGEST_NAME
+    fits = len(encoded) <= LONGEST_PATH and longest <= LONGEST_NAME
+    return fits or not any(map(str.isspace, name))
 
 
 def is_conversation(given: Any) -> bool:
@@ -388,8 +388,11 @@ def chosen_modalities(modalities: Iterable[str] | None, known: tuple[str, ...]) 
     """The modalities that are asked for, and text; None: all that are known."""
     if modalities is None:
         return known
-    chosen = {"text", *modalities}
-    unknown = chosen - set(known)
-    if unknown:
-        raise LcoError(f"modalities has {min(unknown)!r}; this checkpoint takes {', '.join(known)}")
+    if isinstance(modalities, str) or not isinstance(modalities, Iterable):
+        modalities = (modalities,)
+    chosen = ["text", *modalities]
+    for kind in chosen:
+        if kind not in known:
+            takes = ", ".join(known)
+            raise LcoError(f"modalities has {kind!r:.60}; this checkpoint takes {takes}")
     return tuple(kind for kind in known if kind in chosen)

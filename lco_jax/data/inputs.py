@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ NamedInput = tuple[Any, str]  # an input, and what errors call it
 Prepared = Processed | LcoError  # ready for the model, or why not
 TEXTS_AT_ONCE, MEDIA_AT_ONCE = 256, 4  # inputs of one task
 THREADS = 2
+ONE = str | Mapping | os.PathLike | Image.Image  # what is no list of inputs
 
 
 def conversation(
@@ -222,6 +223,10 @@ def named(inputs: Iterable[Any], names: Iterable[str] | None) -> Iterator[NamedI
     """(input, name) of each; by default "input 0" and so on."""
     if names is None:
         return ((item, f"input {i}") for i, item in enumerate(inputs))
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise LcoError(f"names is {names!r:.60}; give a list with a name of each input")
+    if isinstance(inputs, Sized) and isinstance(names, Sized) and len(inputs) != len(names):
+        raise LcoError(f"there are {len(inputs)} inputs, and {len(names)} names")
     return zip(inputs, names, strict=True)
 
 
@@ -231,6 +236,13 @@ def as_list(inputs: Any) -> tuple[list[Any], bool]:
     if is_single(inputs):
         return [inputs], True
     return list(inputs), False
+
+
+def check_several(inputs: Any) -> None:
+    """Raise for a single input where several are iterated, and for what `check_inputs` refuses."""
+    check_inputs(inputs)
+    if isinstance(inputs, ONE):
+        raise LcoError(f"inputs is a single {type(inputs).__name__}; give a list of inputs")
 
 
 def check_inputs(inputs: Any) -> None:
@@ -254,7 +266,7 @@ def is_single(inputs: Any) -> bool:
     """Whether this is one input, and not a list of inputs."""
     if hasattr(inputs, "__array__") and hasattr(inputs, "ndim"):
         return inputs.ndim > 1  # with one axis it is a list of strings
-    if isinstance(inputs, str | Mapping | os.PathLike | Image.Image):
+    if isinstance(inputs, ONE):
         return True
     return isinstance(inputs, list) and bool(inputs) and all(map(_is_message, inputs))
 

@@ -75,22 +75,22 @@ class Once:
         start = number * self.batch_size
         chosen = [self.drawn[start + place] for place in range(self.batch_size)]
         seen: set[Hashable] = set()
-        second = []
+        repeated = []
         for place, key in enumerate(chosen):
             if self._record(key) in seen:
-                second.append(place)
+                repeated.append(place)
             seen.add(self._record(key))
-        spares: dict[int, Iterator[Key]] = {}
-        for place in second:
-            source = chosen[place][0]
-            if source not in spares:
-                spares[source] = self._spares(source, number)
-            for spare in spares[source]:
-                if self._record(spare) not in seen:
-                    seen.add(self._record(spare))
-                    chosen[place] = spare
-                    break
+        spares = {chosen[place][0]: self._spares(chosen[place][0], number) for place in repeated}
+        for place in repeated:
+            spare = self._unseen(spares[chosen[place][0]], seen)
+            if spare is not None:
+                seen.add(self._record(spare))
+                chosen[place] = spare
         return chosen
+
+    def _unseen(self, spares: Iterator[Key], seen: set[Hashable]) -> Key | None:
+        """The next spare whose record is not among those seen, if there is one."""
+        return next((spare for spare in spares if self._record(spare) not in seen), None)
 
     def _record(self, key: Key) -> Hashable:
         """The same for equal records."""
@@ -108,11 +108,11 @@ class Once:
 def repeats(
     sources: Mapping[str, Source], weights: Mapping[str, float], batch_size: int, one_source: bool
 ) -> list[str]:
-    """What there is to say of records that stand twice in a source, or must in a batch.
+    """Warnings about records that a source holds twice, or that a batch must hold twice.
 
     one_source: whether all records of a batch come from one source.
     """
-    said = []
+    warnings = []
     for name, source in sources.items():
         records = len(source)
         different = records if source.digests is None else len(np.unique(source.digests))
@@ -120,10 +120,10 @@ def repeats(
         wanted = batch_size if one_source else round(batch_size * share)
         if records - different > FEW * records:
             copies = f"{records - different:,} of its {records:,} records repeat an earlier one"
-            said.append(f"{name}: {copies}; a batch holds each once, where it can")
+            warnings.append(f"{name}: {copies}; a batch holds each once, where it can")
         if wanted > different:
             too_many = f"{wanted:,} records in a batch, and only {different:,} different ones"
             negatives = f"{wanted - different:,} stand there again, as each other's negatives"
             advice = "lower config.train.batch_size, or set config.train.ignore_duplicates"
-            said.append(f"{name}: {too_many}: {negatives}; {advice}")
-    return said
+            warnings.append(f"{name}: {too_many}: {negatives}; {advice}")
+    return warnings

@@ -23,7 +23,7 @@ class Queries(Protocol):
 
 
 class ModelQueries:
-    """Queries of a model. embed: inputs that are ready -> float32 [N, D]."""
+    """Queries of a model. embed: `OmniEmbedder.embed`, which raises for what has no direction."""
 
     def __init__(
         self, preparation: Preparation, embed: Callable[[Sequence[Processed]], np.ndarray]
@@ -40,12 +40,5 @@ class ModelQueries:
 
     def embed(self, ready: Any) -> np.ndarray:
         """As `Queries` has it."""
-        return unit_vector(self._embed([ready])[0])
-
-
-def unit_vector(vector: np.ndarray) -> np.ndarray:
-    """A vector of unit length. Raises where it has none."""
-    length = np.linalg.norm(vector)
-    if not 0 < length < np.inf:
-        raise LcoError("the query's vector is not finite or zero: the model's weights are at fault")
-    return vector / length
+        vector = self._embed([ready])[0]
+        return vector / np.linalg.norm(vector)

@@ -9,20 +9,21 @@ import filelock
 import jax
 
 from lco_jax.core.errors import DISK_FULL, LcoError, explained, reason
-from lco_jax.core.files import AnyPath, check_target, on_bucket, reaching
+from lco_jax.core.files import AnyPath, as_path, check_target, on_bucket, reaching
 
 LOCK = ".lock"
 
 
 @contextmanager
-def held(home: AnyPath) -> Iterator[None]:
-    """While open, no other trainer works in `home`; a process that is gone holds nothing.
+def held(output: AnyPath) -> Iterator[AnyPath]:
+    """A run's folder, in which no other trainer works meanwhile; `output` may begin with ~.
 
-    The first of a job's processes holds it for all. A folder on a bucket cannot be held. What keeps
-    the run from writing there becomes one sentence.
+    The first of a job's processes locks it for all. A process that is gone locks nothing, and a
+    folder on a bucket cannot be locked. What keeps the run from writing there becomes one sentence.
     """
+    home = as_path(os.fspath(output))
     if on_bucket(home) or jax.process_index() != 0:
-        yield
+        yield home
         return
     lock = filelock.FileLock(home / LOCK)
     with explained(f"--output={home} cannot be written", OSError):
@@ -35,7 +36,7 @@ def held(home: AnyPath) -> Iterator[None]:
             raise LcoError(f"{message} --output") from error
         _try_to_write(home)
     try:
-        yield
+        yield home
     except OSError as error:
         if error.errno in DISK_FULL or not _is_below(home, error.filename):
             raise

@@ -65,12 +65,9 @@ def claim_workdir(
     workdir: AnyPath,
     config: ConfigDict,
     total_steps: int,
-    begun: bool,
     fingerprints: Mapping[str, str] | None = None,
 ) -> None:
-    """Write `workdir/config.json`. A run that has `begun` there must be the same one."""
-    if begun:
-        check_same_run(workdir, config, total_steps, fingerprints)
+    """Write `workdir/config.json`, with which `check_same_run` compares a run that resumes."""
     if jax.process_index() == 0:
         run = {"total_steps": total_steps, DATA: dict(fingerprints or {})}
         write_json(workdir / "config.json", json.loads(config.to_json()) | run)
