@@ -85,7 +85,7 @@ def evaluate_files(args: argparse.Namespace, media: MediaConfig) -> None:
     """The user's own files, without mteb."""
 
     def encode(contents: list[Any]) -> np.ndarray:
-        """Called when all files are read, so that what is wrong with them is told first."""
+        """Load the model, and embed. A task calls this once, after it has checked its files."""
         with explained(f"--output={args.output} cannot be written", OSError):
             args.output.mkdir(parents=True, exist_ok=True)
         embedder = load_embedder(args, open_checkpoint(args.model), media, None)
