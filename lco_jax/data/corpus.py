@@ -1,6 +1,7 @@
 """What `lco_jax.embed` reads: lines, rows of a table or a folder of media -> inputs for `encode`.
 
-Inputs are read one at a time. In memory are a few rows of a table, or the names of a folder's files.
+Inputs are read one at a time. In memory are a few rows of a table, or the names of a folder's
+files.
 """
 
 import json
