@@ -254,6 +254,15 @@ def test_options_of_another_type_are_named(tiny, options, says):
         tiny.encode(["a", "b"], **options)
 
 
+def test_a_model_whose_vectors_have_no_direction_is_to_blame(tiny):
+    norm = {"norm": {"weight": jnp.zeros(tiny.dimension)}}
+    params = {**tiny.params, "decoder": {**tiny.params["decoder"], **norm}}
+    broken = OmniEmbedder(tiny.model, params, tiny.processor, tiny.mesh)
+    for embed in (broken.encode, broken.encode_layers):
+        with pytest.raises(LcoError, match="of length 0"):
+            embed(["a dog"])
+
+
 def test_a_video_without_its_rate_counts_as_sampled(tiny):
     frames = np.random.default_rng(0).integers(0, 255, (4, 56, 56, 3), np.uint8)
     got = tiny.encode({"array": frames, "video_metadata": {"total_num_frames": 4}})

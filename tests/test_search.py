@@ -27,6 +27,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from lco_jax import LcoError, MediaConfig, OmniEmbedder, search
+from lco_jax.core.finite import check_vectors
 from lco_jax.data.corpus import Corpus
 from lco_jax.data.images import load_image
 from lco_jax.data.parts import Unit, VectorParts
@@ -35,7 +36,6 @@ from lco_jax.searching import connections, nearest
 from lco_jax.searching import server as server_module
 from lco_jax.searching.library import Entry, Library
 from lco_jax.searching.nearest import Nearest, with_graph
-from lco_jax.searching.queries import unit_vector
 from lco_jax.searching.server import LOOPBACK, Server, http_server
 
 ROOT = Path(__file__).parents[1]
@@ -185,7 +185,7 @@ class Colours:
         return vector
 
     def embed(self, ready):
-        return unit_vector(ready)
+        return ready / np.linalg.norm(ready)
 
 
 def colours(parts, name):
@@ -395,11 +395,11 @@ def test_thumbnails_are_upright_and_within_the_caps(tmp_path):
 def test_vectors_without_a_direction_are_an_error(tmp_path, bad):
     class Broken(Colours):
         def embed(self, ready):
-            return unit_vector(np.full(4, bad, np.float32))
+            check_vectors(np.full((1, 4), bad, np.float32))
 
     library = small_library(tmp_path)
     with TestClient(new_server(library, Broken()).app(LOOPBACK), base_url="http://[::1]") as client:
-        assert "the model's weights are at fault" in ask(client, 422, text="x")
+        assert "the model made a vector that is not finite" in ask(client, 422, text="x")
     if bad != 0:
         entries = list(library.entries.values())
         with pytest.raises(LcoError, match="not finite"):

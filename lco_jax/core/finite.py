@@ -27,6 +27,13 @@ def check_results(results: np.ndarray, params: Any, dtype: Any) -> None:
 
 
 def check_vectors(vectors: np.ndarray) -> None:
-    """Raise for a vector of length 0, as a model makes whose norms overflow. vectors: [N, D]."""
-    if not vectors.any(axis=-1).all():
-        raise LcoError("the model made a vector of length 0; check its files, or try float32")
+    """Raise for a vector without a direction. vectors: [N, D].
+
+    Its length is 0 where the norms of a model overflow.
+    """
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=-1)
+    if not (np.isfinite(lengths) & (lengths > 0)).all():
+        raise LcoError(
+            "the model made a vector that is not finite, or of length 0; check its files, or try "
+            "float32"
+        )

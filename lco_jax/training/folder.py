@@ -44,10 +44,9 @@ def held(output: AnyPath) -> Iterator[AnyPath]:
         raise LcoError(f"{error.filename} failed: {reason(error)}; {advice}") from error
     finally:
         with suppress(OSError):
-            if os.listdir(home) == [LOCK]:  # nothing came of it
-                (home / LOCK).unlink()
-                if not was_there:
-                    home.rmdir()
+            (home / LOCK).unlink()
+            if not was_there:
+                home.rmdir()  # unless something came of it: then this raises
         lock.release()
 
 
