@@ -33,6 +33,7 @@ from lco_jax.data.media import MediaConfig, MediaFile, took_too_long
 SizeRule = Callable[[int, int], tuple[int, int]]
 PACKAGES = Path(__file__).parents[2]  # where this package lies
 PIPE_BYTES = 1 << 20  # of a pipe; Linux has 65,536, and a picture would take ten turns
+SPARE_BYTES = 1 << 23  # that a process keeps for the next file
 logger = logging.getLogger(__name__)
 
 
@@ -56,11 +57,10 @@ def decode(
         content = file.content
     else:
         request["path"] = os.path.abspath(file.content)
-    with _pool.worker() as worker:
-        try:
-            reply, array = worker.ask(request, content, size_rule)
-        except (EOFError, BrokenPipeError) as error:
-            raise _explained_end(worker.process.wait(), file.label, config) from error
+    try:
+        reply, array = _ask(request, content, size_rule)
+    except _Ended as error:
+        raise _explained_end(error.status, file.label, config) from error
     for warning in reply["warnings"]:
         logger.warning(warning)
     if "bug" in reply:
@@ -68,6 +68,24 @@ def decode(
     if array is None:
         raise LcoError(reply["error"])
     return array
+
+
+def _ask(
+    request: dict[str, Any], content: bytes, size_rule: SizeRule | None
+) -> tuple[dict[str, Any], np.ndarray | None]:
+    """As `_Worker.ask`. Raises `_Ended`.
+
+    A process that has served before may have been ended while it waited, for example where memory
+    is short. The file is then not to blame, and a new process gets it.
+    """
+    try:
+        with _pool.worker() as worker:
+            return worker.ask(request, content, size_rule)
+    except _Ended as error:
+        if not error.may_be_chance:
+            raise
+    with _pool.worker(new=True) as worker:
+        return worker.ask(request, content, size_rule)
 
 
 def _plain(config: MediaConfig) -> dict[str, Any]:
@@ -89,10 +107,23 @@ def _explained_end(status: int, label: str, config: MediaConfig) -> Exception:
     return RuntimeError(f"a decoder ended with status {status}; its reason stands above")
 
 
+class _Ended(Exception):
+    """A process ended in the midst of a file. status: as `Popen` has it.
+
+    may_be_chance: whether the end may have nothing to do with the file.
+    """
+
+    def __init__(self, status: int, may_be_chance: bool):
+        super().__init__(status)
+        self.status = status
+        self.may_be_chance = may_be_chance
+
+
 class _Worker:
-    """A process that decodes, one file at a time."""
+    """A process that decodes, one file at a time. files: how many it has served."""
 
     def __init__(self):
+        self.files = 0
         command = (sys.executable, "-P", "-m", "lco_jax.data.decode_process", str(os.getpid()))
         self.process = subprocess.Popen(
             command,
@@ -113,7 +144,19 @@ class _Worker:
     def ask(
         self, request: dict[str, Any], content: bytes, size_rule: SizeRule | None
     ) -> tuple[dict[str, Any], np.ndarray | None]:
-        """(the reply, the array that it brings). Raises if the process ends."""
+        """(the reply, the array that it brings). Raises `_Ended`."""
+        try:
+            answer = self._exchange(request, content, size_rule)
+        except (EOFError, BrokenPipeError) as error:
+            status = self.process.wait()
+            may_be_chance = self.files > 0 and status != -signal.SIGPROF
+            raise _Ended(status, may_be_chance) from error
+        self.files += 1
+        return answer
+
+    def _exchange(
+        self, request: dict[str, Any], content: bytes, size_rule: SizeRule | None
+    ) -> tuple[dict[str, Any], np.ndarray | None]:
         send(self.requests, request, content)
         reply = receive(self.replies)
         while "size" in reply:
@@ -139,7 +182,9 @@ def _environment() -> dict[str, str]:
     """That of this process, with the same places for imports and few threads."""
     places = [str(PACKAGES), *(os.path.abspath(place) for place in sys.path if place)]
     few_threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
-    return {**os.environ, **few_threads, "PYTHONPATH": os.pathsep.join(places)}
+    # without it a picture's memory goes back to the system, and comes anew for the next one
+    spare = {"MALLOC_TOP_PAD_": str(SPARE_BYTES)}
+    return {**os.environ, **few_threads, **spare, "PYTHONPATH": os.pathsep.join(places)}
 
 
 def send(stream: Any, message: dict[str, Any], content: bytes | memoryview = b"") -> None:
@@ -168,10 +213,11 @@ class _Pool:
         self.places = threading.BoundedSemaphore(max(4, os.cpu_count() or 1))
 
     @contextmanager
-    def worker(self) -> Iterator[_Worker]:
+    def worker(self, new: bool = False) -> Iterator[_Worker]:
         """One for a file. Whatever is raised meanwhile ends it: its pipes may hold half a word."""
         with self.places:
-            worker = self._idle() or _Worker()
+            worker = None if new else self._idle()
+            worker = worker or _Worker()
             try:
                 yield worker
             except BaseException:
