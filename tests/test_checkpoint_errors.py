@@ -6,7 +6,6 @@ Spellings of the same model load alike, and nothing is read that is not needed.
 import json
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import ml_dtypes
@@ -22,7 +21,6 @@ from lco_jax.checkpoint.tensors import TensorFolder
 from lco_jax.core import lora
 from lco_jax.core.files import read_json, write_json
 from lco_jax.core.sharding import shardings
-from lco_jax.data import prompts
 from lco_jax.data.prompts import ChatTokenizer
 
 UP = "layers.1.mlp.up_proj.weight"
@@ -447,19 +445,6 @@ def test_a_tokenizer_of_other_types_is_one_sentence(folder, name, content):
     assert str(folder) in message
 
 
-def test_a_template_that_loops_for_ever_is_ended(folder, monkeypatch):
-    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    write_json(folder / "chat_template.json", {"chat_template": loop})
-    monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 0.2)
-    tokenizer = ChatTokenizer(folder)
-    chat = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
-    for _ in range(2):  # also in another thread, as media are prepared
-        with ThreadPoolExecutor(1) as pool, pytest.raises(LcoError, match=r"within 0\.2 s"):
-            pool.submit(tokenizer.render, chat).result(20)
-        with pytest.raises(LcoError, match="chat template did not end"):
-            tokenizer.render(chat)
-
-
 @pytest.mark.parametrize("damage", ["gone", "torn tokenizer.json", "torn tokenizer_config.json"])
 def test_a_tokenizer_that_does_not_load_is_named(folder, damage):
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
@@ -768,6 +753,8 @@ def test_an_adapter_of_what_is_no_decoder_layer_is_named(adapted, key):
 def test_other_spellings_of_an_adapter_key(adapted, key):
     """They are read. Beside the spelling of transformers 5 they are the same parameter twice."""
     folder, adapters, _ = adapted
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    set_config(folder, target_modules=list(names))  # ours name whole paths
     halves = {half: np.full((4, 96) if half == "A" else (96, 4), 0.5, np.float32) for half in "AB"}
 
     def replace(state):

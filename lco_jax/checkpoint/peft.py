@@ -5,8 +5,9 @@ Dimensions: L layers, O output features, I input features, r rank.
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +15,19 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lco_jax.checkpoint.hf import HEAD, Checkpoint, abstract_model
 from lco_jax.checkpoint.peft_config import CONFIG, PeftConfig, read_config
-from lco_jax.checkpoint.tensors import check_finite, is_float, read_tensors, write_tensors
+from lco_jax.checkpoint.peft_pairs import PREFIX, WEIGHTS, Pair, read_pairs
+from lco_jax.checkpoint.tensors import check_finite, write_tensors
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import resolve, write_json, written_aside
 from lco_jax.core.lora import LoraConfig, Tree
 
-WEIGHTS = "adapter_model.safetensors"
 MAX_LAYERS = 1000  # of an adapter that is read without its model
-_PREFIX = "base_model.model."
-_PAIR = re.compile(r"(.+)\.lora_([AB])(?:\.\w+)?\.weight")
+_NUMBER = r"(0|[1-9][0-9]{0,8})"  # as a model's keys have it: no other spelling is a module's name
 # Any prefix of transformers 4 and 5, full or thinker-only.
 _DECODER = re.compile(
-    r"(?:thinker\.)?(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.(.+)"
+    rf"(?:thinker\.)?(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.{_NUMBER}\.(.+)"
 )
+_STACKED = re.compile(rf"(layers|blocks)\.{_NUMBER}\.(.+)")
 _LAYERS = "model.language_model.layers"  # the decoder of every backbone in transformers 5
 
 
@@ -63,7 +64,7 @@ def write_peft(folder: Path, adapters: Tree, config: LoraConfig, base: str) -> N
     modules = set()
     for layer, module, a, b in layer_tensors(adapters):
         modules.add(re.escape(module))
-        stem = f"{_PREFIX}{_LAYERS}.{layer}.{module}"
+        stem = f"{PREFIX}{_LAYERS}.{layer}.{module}"
         tensors[f"{stem}.lora_A.weight"] = a
         tensors[f"{stem}.lora_B.weight"] = b
     for key, value in tensors.items():
@@ -90,15 +91,6 @@ def write_peft(folder: Path, adapters: Tree, config: LoraConfig, base: str) -> N
 # ---- reading
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """The factors of one matrix, as the file has them. scale: the factor of B A."""
-
-    a: np.ndarray
-    b: np.ndarray
-    scale: float
-
-
 def read_peft(path_or_id: str | Path, depth: int = MAX_LAYERS) -> tuple[Tree, LoraConfig]:
     """A decoder's adapter tree (numpy, float32) and its configuration, of a PEFT folder or hub id.
 
@@ -115,10 +107,10 @@ def read_peft(path_or_id: str | Path, depth: int = MAX_LAYERS) -> tuple[Tree, Lo
     def our_name(module: str) -> str:
         name = _decoder_name(module)
         if name is None:
-            raise LcoError(f"{file}: unknown key {_PREFIX}{module} (no matrix of a decoder layer)")
+            raise LcoError(f"{file}: unknown key {PREFIX}{module} (no matrix of a decoder layer)")
         return name
 
-    pairs, saved = _read_pairs(file, config, our_name)
+    pairs, saved = read_pairs(file, config, our_name)
     if saved:
         raise LcoError(f"{file}: unknown key {min(saved)}")
     trees, lora_config = _trees(file, pairs, config, {"decoder": depth})
@@ -142,10 +134,10 @@ def read_adapter(
     def our_name(module: str) -> str:
         name = _decoder_name(module) or _name_in(checkpoint, module)
         if name is None:
-            raise LcoError(f"{file}: unknown key {_PREFIX}{module}")
+            raise LcoError(f"{file}: unknown key {PREFIX}{module}")
         return name
 
-    pairs, saved = _read_pairs(file, config, our_name)
+    pairs, saved = read_pairs(file, config, our_name)
     whole = _saved_head(file, saved, config, checkpoint)
     if not head:
         pairs.pop(HEAD, None)
@@ -200,59 +192,16 @@ def _name_in(checkpoint: Checkpoint, module: str) -> str | None:
     """Our name of a module's matrix: PART.NAME, or the head's; None for what is unknown."""
     module = module.removeprefix("thinker.")
     for key in (f"{module}.weight", f"model.{module}.weight"):
-        try:
-            return checkpoint.backbone.name_of(key)
-        except KeyError:
-            continue
+        with suppress(KeyError):
+            name = checkpoint.backbone.name_of(key)
+            return name if name is None or _has_layer(name) else None
     return None
 
 
-def _read_pairs(
-    file: Path, config: PeftConfig, our_name: Callable[[str], str]
-) -> tuple[dict[str, _Pair], dict[str, np.ndarray]]:
-    """The pairs of factors, by our name, and all other tensors, by key; float32."""
-    halves: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
-    scales: dict[str, float] = {}
-    saved: dict[str, np.ndarray] = {}
-    for key, stored in read_tensors(file).items():
-        if not key.startswith(_PREFIX):
-            raise LcoError(f"{file}: unknown key {key}")
-        value = _as_float32(stored, f"{file}: {key}")
-        match = _PAIR.fullmatch(key.removeprefix(_PREFIX))
-        if match is None:
-            saved[key] = value
-            continue
-        module, half = match[1], match[2].lower()
-        name = our_name(module)
-        if half in halves[name]:
-            raise LcoError(f"{file}: {key} is the same parameter as another key")
-        _check_rank(value, half, config.rank_of(module), f"{file}: {key}")
-        halves[name][half] = value
-        scales[name] = config.scale_of(module)
-    if not halves and not saved:
-        raise LcoError(f"{file} holds no LoRA weights")
-    for name, pair in halves.items():
-        if len(pair) < 2:
-            raise LcoError(f"{file}: {name} has an A without its B, or a B without its A")
-    return {name: _Pair(**pair, scale=scales[name]) for name, pair in halves.items()}, saved
-
-
-def _check_rank(value: np.ndarray, half: str, rank: int, what: str) -> None:
-    """Raise for a factor of another rank than the configuration has."""
-    found = None
-    if value.ndim == 2:
-        found = value.shape[0 if half == "a" else 1]
-    if found != rank:
-        raise LcoError(f"{what} has rank {found}, and {CONFIG} says r = {rank}")
-
-
-def _as_float32(value: np.ndarray, what: str) -> np.ndarray:
-    if not is_float(value.dtype):
-        raise LcoError(f"{what} holds {value.dtype}, and must hold floating-point numbers")
-    with np.errstate(over="ignore"):
-        value = value.astype(np.float32)
-    check_finite(value, what)
-    return value
+def _has_layer(name: str) -> bool:
+    """Whether our name has the number of a layer wherever it needs one."""
+    _, _, rest = name.partition(".")
+    return not _is_stacked(rest) or _STACKED.fullmatch(rest) is not None
 
 
 def _saved_head(
@@ -264,7 +213,7 @@ def _saved_head(
     """
     head = None
     for key, value in saved.items():
-        module = key.removeprefix(_PREFIX).removesuffix(".weight").removesuffix(".base_layer")
+        module = key.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".base_layer")
         name = _name_in(checkpoint, module)
         if name == HEAD and config.saves_head and ".base_layer" not in key:
             head = value
@@ -290,7 +239,7 @@ _Stacks = dict[str, dict[int | None, np.ndarray]]  # path of a factor -> layer -
 
 
 def _trees(
-    file: Path, pairs: dict[str, _Pair], config: PeftConfig, depths: dict[str, int]
+    file: Path, pairs: dict[str, Pair], config: PeftConfig, depths: dict[str, int]
 ) -> tuple[dict[str, Tree], LoraConfig]:
     """Adapter trees by part, and their one configuration. depths: the most layers of each part.
 
@@ -321,9 +270,7 @@ def _targets(paths: Iterable[str]) -> str:
     return rf"layers\.(?:{'|'.join(modules)})"
 
 
-def _of_one_scale(
-    pairs: dict[str, _Pair], config: PeftConfig
-) -> tuple[dict[str, _Pair], LoraConfig]:
+def _of_one_scale(pairs: dict[str, Pair], config: PeftConfig) -> tuple[dict[str, Pair], LoraConfig]:
     """The pairs, and the configuration that holds for all of them, without targets."""
     lora_config = LoraConfig(config.rank, config.alpha, config.dropout, "", config.use_rslora)
     ranks = {len(pair.a) for pair in pairs.values()}
@@ -335,12 +282,12 @@ def _of_one_scale(
     return same, LoraConfig(rank, float(rank), config.dropout)
 
 
-def _of_rank(pair: _Pair, rank: int) -> _Pair:
+def _of_rank(pair: Pair, rank: int) -> Pair:
     """The pair with its scale in B, and zeros up to a rank."""
     more = rank - len(pair.a)
     a = np.pad(pair.a, ((0, more), (0, 0)))
     b = np.pad(np.float32(pair.scale) * pair.b, ((0, 0), (0, more)))
-    return _Pair(a, b, 1.0)
+    return Pair(a, b, 1.0)
 
 
 def _place(name: str) -> tuple[str, str, int | None]:
@@ -348,7 +295,7 @@ def _place(name: str) -> tuple[str, str, int | None]:
     part, _, rest = name.partition(".")
     if name == HEAD:
         return "head", "weight", None
-    match = re.fullmatch(r"(layers|blocks)\.(\d+)\.(.+)", rest)
+    match = _STACKED.fullmatch(rest)
     if match is None:
         return part, rest, None
     return part, f"{match[1]}.{match[3]}", int(match[2])

@@ -1,18 +1,20 @@
 """What a PEFT adapter_config.json says, of which we take what changes the result as PEFT takes it.
 
-Every field of peft 0.21's LoraConfig is named here, unless it says nothing about a saved adapter:
-which modules have one (the file of weights tells), where it came from, what its base is.
+Every field of peft 0.21's LoraConfig is named here. A regular expression of such a file runs where
+it can be ended (`data/foreign.py`).
 """
 
 import logging
 import math
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lco_jax.checkpoint.peft_targets import Targets
 from lco_jax.core.errors import LcoError, is_number
 from lco_jax.core.files import read_json
+from lco_jax.data.foreign import matching
 
 CONFIG = "adapter_config.json"
 logger = logging.getLogger(__name__)
@@ -30,14 +32,14 @@ _UNSUPPORTED = (
 # backward pass. PEFT itself sets fan_in_fan_out to false for linear layers.
 _WITHOUT_EFFECT = (
     "peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision",
-    "auto_mapping", "peft_version", "target_modules", "exclude_modules", "layers_to_transform",
-    "layers_pattern", "fan_in_fan_out", "megatron_config", "megatron_core", "loftq_config",
-    "eva_config", "corda_config", "lora_ga_config", "velora_config", "qalora_group_size",
-    "runtime_config", "ensure_weight_tying",
+    "auto_mapping", "peft_version", "fan_in_fan_out", "megatron_config", "megatron_core",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config",
+    "qalora_group_size", "runtime_config", "ensure_weight_tying",
 )  # fmt: skip
 _READ = (
     "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
-    "init_lora_weights", "modules_to_save",
+    "init_lora_weights", "modules_to_save", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern",
 )  # fmt: skip
 # How A and B began, where the base stayed as it was. Anything else may have changed the base.
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
@@ -48,35 +50,45 @@ _CONVERTED = ("pissa", "olora", "corda", "lora_ga")  # PEFT turns these into pla
 class PeftConfig:
     """The settings of an adapter that count.
 
-    rank_pattern, alpha_pattern: {pattern of a module's name: its own value}. saves_head: whether
-    the adapter has a vocabulary head of its own.
+    rank_pattern, alpha_pattern: {pattern of a module's name: its own value}. targets: the modules
+    that are adapted. saves_head: whether the adapter has a vocabulary head of its own.
     """
 
+    file: Path
     rank: int
     alpha: float
     dropout: float
     use_rslora: bool
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
+    targets: Targets
     saves_head: bool
 
-    def rank_of(self, module: str) -> int:
-        """The rank of a module, by its name in the file of weights."""
-        return _of_pattern(self.rank_pattern, module, self.rank)
+    def settings_of(self, modules: Sequence[str]) -> dict[str, tuple[int, float]]:
+        """(rank, factor of its B A) of each module, by its name in the file of weights.
 
-    def scale_of(self, module: str) -> float:
-        """The factor of its B A."""
-        alpha = _of_pattern(self.alpha_pattern, module, self.alpha)
-        rank = self.rank_of(module)
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        Raises for a pattern that is no regular expression, or takes too long.
+        """
+        ranks = self._by_pattern("rank_pattern", modules, self.rank)
+        alphas = self._by_pattern("alpha_pattern", modules, self.alpha)
+        divisor = math.sqrt if self.use_rslora else float
+        return {
+            module: (rank, alpha / divisor(rank))
+            for module, rank, alpha in zip(modules, ranks, alphas, strict=True)
+        }
 
-
-def _of_pattern(values: dict[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of a module's name, as in PEFT."""
-    for pattern, value in values.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return values.get(module, default)
+    def _by_pattern(self, key: str, modules: Sequence[str], default: Any) -> list[Any]:
+        """Each module's value of the first pattern that matches the end of its name, as in PEFT."""
+        values = getattr(self, key)
+        if not values:
+            return [default] * len(modules)
+        patterns = [rf"(.*\.)?({pattern})" for pattern in values]
+        found = matching(patterns, modules, f"{self.file}: {key}")
+        given = list(values.values())
+        return [
+            given[which[0]] if which else values.get(module, default)
+            for module, which in zip(modules, found, strict=True)
+        ]
 
 
 def read_config(file: Path) -> PeftConfig:
@@ -94,12 +106,14 @@ def read_config(file: Path) -> PeftConfig:
         raise LcoError(f"{file}: lora_dropout is {dropout}, and must lie in [0, 1)")
     ranks = _pattern(content, "rank_pattern", file)
     return PeftConfig(
+        file=file,
         rank=_rank(rank, "r", file),
         alpha=_number(content.get("lora_alpha"), "lora_alpha", file),
         dropout=dropout,
         use_rslora=bool(content.get("use_rslora")),
         rank_pattern={key: _rank(value, "rank_pattern", file) for key, value in ranks.items()},
         alpha_pattern=_pattern(content, "alpha_pattern", file),
+        targets=Targets.read(content, file),
         saves_head=_saves_head(content, file),
     )
 
@@ -154,17 +168,11 @@ def _saves_head(content: dict[str, Any], file: Path) -> bool:
 
 
 def _pattern(content: dict[str, Any], key: str, file: Path) -> dict[str, Any]:
-    """rank_pattern or alpha_pattern: {a regular expression that compiles: a number}."""
+    """rank_pattern or alpha_pattern: {a regular expression: a number}."""
     given = content.get(key) or {}
     if not isinstance(given, dict):
         raise LcoError(f"{file}: {key} is {given!r:.60}, and must be an object")
     for pattern, value in given.items():
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise LcoError(
-                f"{file}: {key} has {pattern!r:.60}, which is not a regular expression: {error}"
-            ) from error
         _number(value, f"{key} of {pattern!r:.60}", file)
     return given
 

@@ -8,7 +8,6 @@ ends or the process PARENT is gone.
 
 import logging
 import os
-import resource
 import signal
 import sys
 import threading
@@ -23,6 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from lco_jax.core.bounds import OutOfTimeError, bounded
 from lco_jax.core.errors import LcoError
 from lco_jax.data.audio import decode_audio, decode_sound_of_video, resample
 from lco_jax.data.decoder import SizeRule, receive, send
@@ -58,39 +58,17 @@ def _decode(request: Request, file: MediaFile, size_rule: SizeRule | None) -> np
 
 @contextmanager
 def _bounds(label: str, config: MediaConfig) -> Iterator[None]:
-    """A clock of CPU time, whose alarm ends this process, and a cap on memory."""
-    start = time.process_time()
-    signal.setitimer(signal.ITIMER_PROF, config.decode_seconds)
-    _limit_memory(config.max_decode_bytes)
+    """What exceeds the bounds of a file, and does not end this process, gets a sentence."""
     try:
-        yield
+        with bounded(config.decode_seconds, config.max_decode_bytes):
+            yield
     except MemoryError as error:
         raise LcoError(
             f"{label} needs more than {config.max_decode_bytes} bytes of memory to be decoded "
             "(max_decode_bytes)"
         ) from error
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        _limit_memory(None)
-    if time.process_time() - start > config.decode_seconds:  # within a tick of the alarm
-        raise LcoError(took_too_long(label, config))
-
-
-def _limit_memory(more: int | None) -> None:
-    """Allow so many bytes beyond those of now; None: as many as there are.
-
-    Only Linux counts all of a process's data in this limit.
-    """
-    _, most = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = most
-    if more is not None:
-        pages = 0
-        with suppress(OSError):
-            pages = int(Path("/proc/self/statm").read_text().split()[5])
-        limit = pages * resource.getpagesize() + more
-        limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
+    except OutOfTimeError as error:
+        raise LcoError(took_too_long(label, config)) from error
 
 
 class _Warnings(logging.Handler):

@@ -45,7 +45,7 @@ DESCRIPTION, LISTING, LOCK, ASIDE = "_index.json", "_files.json", "_lock", ".tmp
 WORK = b"lco_jax.work"  # in a part's metadata: the digest of the work that made it
 FOOTER = 2**16  # bytes at the end of a part, among which its footer is
 CHECKED_AT_ONCE = 16  # parts; a bucket answers slowly
-_PART = re.compile(r"(\d{12})-(\d{12})\.parquet")
+_PART = re.compile(r"([0-9]{12})-([0-9]{12})\.parquet")
 logger = logging.getLogger(__name__)
 
 

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 
-from lco_jax.core.errors import LcoError, reason
+from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json
 from lco_jax.core.hf_config import complete
 from lco_jax.data.codec import MediaCodec
@@ -17,9 +16,6 @@ from lco_jax.data.media import MediaConfig
 from lco_jax.data.prompts import ChatTokenizer
 from lco_jax.data.qwen import QwenMedia
 from lco_jax.data.tower_rows import Processed, TowerRows
-
-# what a chat template raises on messages for which it was not written
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError)
 
 
 class Processor:
@@ -76,30 +72,19 @@ class Processor:
         self, conversations: Sequence[Messages], names: Sequence[str]
     ) -> list[Processed | LcoError]:
         """The same, with an error in the place of each bad input."""
-        rendered = [
-            self._render(messages, name)
-            for messages, name in zip(conversations, names, strict=True)
-        ]
+        rendered = self.tokenizer.render_all([_without_media(chat) for chat in conversations])
         ids = iter(self.tokenizer.ids([text for text in rendered if isinstance(text, str)]))
         results: list[Processed | LcoError] = []
         for messages, text, name in zip(conversations, rendered, names, strict=True):
             if isinstance(text, str):
                 results.append(self._process(messages, next(ids), name))
             else:
-                results.append(text)
+                results.append(LcoError(f"{name}: {text}"))
         return results
 
-    def _render(self, messages: Messages, name: str) -> str | LcoError:
-        bare = _without_media(messages)
-        try:
-            return self.tokenizer.render(bare)
-        except TEMPLATE_ERRORS as error:
-            return LcoError(
-                f"{name}: the checkpoint's chat template does not take these messages: "
-                f"{reason(error)}"
-            )
-
     def _process(self, messages: Messages, ids: np.ndarray, name: str) -> Processed | LcoError:
+        if not len(ids):
+            return LcoError(f"{name}: the checkpoint's chat template and tokenizer leave no token")
         try:
             media = [self._load(part, name) for part in media_parts(messages)]
             processed = self.codec.expand(ids, media, name)

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from lco_jax.core.deadline import deadline
 from lco_jax.core.errors import LcoError, explained
 from lco_jax.core.files import read_json
 from lco_jax.core.packing import common_length
+from lco_jax.data import foreign
 from lco_jax.data.content import KINDS, MEDIA, Messages, Reader, check_text
 
 # what follows a content, or a function that makes it of the kinds of the content's parts
@@ -26,7 +26,7 @@ PROMPTS = {kind: f"\nSummarize the above {kind} in one word:" for kind in KINDS}
 PROMPTS["mixed"] = "\nSummarize the above in one word:"
 QUESTIONS = {kind: f"\nDescribe the above {kind}." for kind in MEDIA}
 QUESTIONS["mixed"] = "\nDescribe the above."
-TEMPLATE_SECONDS = 10.0  # for one chat; a template takes a millisecond
+_PROBE = "A text that every template puts somewhere."
 TOKENIZED_AT_ONCE = 1024  # texts in one call of the tokenizer
 
 
@@ -72,23 +72,19 @@ def as_messages(
 
 
 class ChatTokenizer:
-    """The tokenizer and chat template of the checkpoint in `folder`."""
+    """The tokenizer and chat template of the checkpoint in `folder`.
+
+    Raises for a template that does not put a user's text into what it renders.
+    """
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         self.tokenizer = _load_tokenizer(folder)
-        # The checkpoints' processors prefer the .json to the tokenizer's template.
-        # AutoTokenizer does not read it.
-        template = folder / "chat_template.json"
-        if template.exists() and not (folder / "chat_template.jinja").exists():
-            self.tokenizer.chat_template = read_json(template).get("chat_template")
-            if not isinstance(self.tokenizer.chat_template, str):
-                raise LcoError(f"{template} holds no chat_template string")
-        if isinstance(self.tokenizer.chat_template, dict):
-            self.tokenizer.chat_template = _default(self.tokenizer.chat_template, folder)
-        if self.tokenizer.chat_template is None:
-            files = "chat_template.jinja, .json, or in tokenizer_config.json"
-            raise LcoError(f"{folder} has no chat template ({files})")
+        template, file = _template(self.tokenizer, folder)
+        self.tokenizer.chat_template = template
+        self._what = f"the chat template of {file}"
+        if _PROBE not in self.render(as_messages(_PROBE, "", "")):
+            raise LcoError(f"{self._what} leaves out what a user says")
 
     @cached_property
     def prefix(self) -> np.ndarray:
@@ -99,21 +95,37 @@ class ChatTokenizer:
         a, b = self([as_messages(text, "") for text in ("a", "b")])
         return a[: common_length(a, b)]
 
-    def render(self, messages: Messages) -> str:
-        """The chat as text, which ends where the assistant's answer would begin."""
-        with deadline(TEMPLATE_SECONDS, "the checkpoint's chat template"):
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        check_text(text, "what the checkpoint's chat template renders")
+    def render(self, messages: Messages, add_generation_prompt: bool = True) -> str:
+        """The chat as text, which ends where the assistant's answer would begin.
+
+        add_generation_prompt: whether it does. Raises if the template does not take the messages.
+        """
+        (text,) = self.render_all([messages], add_generation_prompt)
+        if isinstance(text, LcoError):
+            raise text
         return text
+
+    def render_all(
+        self, chats: Sequence[Messages], add_generation_prompt: bool = True
+    ) -> list[str | LcoError]:
+        """Each chat as `render` has it, or an error where the template does not take it."""
+        settings = {
+            **self.tokenizer.special_tokens_map,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        template = self.tokenizer.chat_template
+        rendered = foreign.render(template, chats, settings, self._what) if chats else []
+        for text in rendered:
+            if isinstance(text, str):
+                check_text(text, f"what {self._what} renders")
+        return rendered
 
     @cached_property
     def _around_answers(self) -> tuple[str, str]:
         """What the template puts before an answer, perhaps a space, and after it."""
         turn = as_messages("a", "", "")
         answer = {"role": "assistant", "content": [{"type": "text", "text": "b"}]}
-        answered = self.tokenizer.apply_chat_template([*turn, answer], tokenize=False)
+        answered = self.render([*turn, answer], add_generation_prompt=False)
         before, _, after = answered.removeprefix(self.render(turn)).partition("b")
         if before.strip():
             raise LcoError(
@@ -154,7 +166,12 @@ class ChatTokenizer:
 
     def __call__(self, conversations: Sequence[Messages]) -> list[np.ndarray]:
         """Token ids (int32) of each chat, without padding."""
-        return self.ids([self.render(messages) for messages in conversations])
+        texts = []
+        for text in self.render_all(conversations):
+            if isinstance(text, LcoError):
+                raise text
+            texts.append(text)
+        return self.ids(texts)
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -179,9 +196,34 @@ def _load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _default(templates: dict[str, str], folder: Path) -> str:
+def _template(tokenizer: Any, folder: Path) -> tuple[str, Path]:
+    """A checkpoint's chat template, and the file that has it. Raises if there is none.
+
+    The checkpoints' processors prefer the .json to the tokenizer's template. AutoTokenizer does not
+    read it.
+    """
+    for name in ("chat_template.jinja", "chat_template.json"):
+        file = folder / name
+        if file.exists():
+            break
+    else:
+        file = folder / "tokenizer_config.json"
+    template = tokenizer.chat_template
+    if file.name == "chat_template.json":
+        template = read_json(file).get("chat_template")
+    if isinstance(template, dict):
+        template = _default(template, file)
+    if template is None and file.name == "tokenizer_config.json":
+        files = "chat_template.jinja, .json, or in tokenizer_config.json"
+        raise LcoError(f"{folder} has no chat template ({files})")
+    if not isinstance(template, str):
+        raise LcoError(f"{file}: chat_template is {template!r:.60}, and must be a string")
+    return template, file
+
+
+def _default(templates: dict[str, Any], file: Path) -> Any:
     """Of several named templates the one that transformers takes."""
     if "default" not in templates:
         names = ", ".join(sorted(templates))
-        raise LcoError(f"{folder} has the chat templates {names}, and none is called default")
+        raise LcoError(f"{file} has the chat templates {names}, and none is called default")
     return templates["default"]
