@@ -24,7 +24,7 @@ AUDIO = {
     "n_window": 100, "output_dim": 512, "num_mel_bins": 128, "max_source_positions": 1500,
 }  # fmt: skip
 HZ = 100  # mel frames a second
-# as in `pixels.read_scale`
+# as in `pixels.scale_of`
 SCALE = np.array([[255, 0.48, 0.27], [255, 0.46, 0.26], [255, 0.41, 0.28]], np.float32)
 Medium = Patches | np.ndarray  # pictures, or a mel: float32 [frames, channels]
 

@@ -138,7 +138,9 @@ def test_models_that_do_not_agree_are_named(cases, tmp_path):
     for name in ("other", "words"):
         export_merged(path, tmp_path / name, dtype="float32")
     file = tmp_path / "words" / "tokenizer_config.json"
-    (tmp_path / "words" / "chat_template.jinja").write_text("another: {{ messages[0].content[0].text }}")
+    (tmp_path / "words" / "chat_template.jinja").write_text(
+        "another: {{ messages[0].content[0].text }}"
+    )
     assert file.exists()
     with pytest.raises(LcoError, match="differ in tokenizer: the chat template"):
         soup.average_models([str(path), str(tmp_path / "words")], [0.5, 0.5])

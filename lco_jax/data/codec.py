@@ -4,18 +4,22 @@ Dimensions: N consecutive tokens.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core import hf_config
+from lco_jax.core.errors import LcoError, is_number
+from lco_jax.data import processor_files
 from lco_jax.data.media import MediaConfig
-from lco_jax.data.pixels import read_scale
+from lco_jax.data.pixels import scale_of
 from lco_jax.data.positions import line_positions
-from lco_jax.data.prompts import MEDIA
+from lco_jax.data.processor_files import PICTURE_RULES, Rule
 from lco_jax.data.tower_rows import MediaTokens, Processed, TowerInput, TowerRows
 
 
@@ -45,31 +49,57 @@ def of_medium(token: int, positions: np.ndarray, tower: str, medium: TowerInput)
     return Expansion(ids, positions, int(positions.max()) + 1, (tokens,))
 
 
-def token_id(config: Mapping[str, Any], name: str) -> int | None:
-    """A special token's id in a model's configuration, in either spelling of its key."""
-    return config.get(f"{name}_token_id", config.get(f"{name}_token_index"))
-
-
 class MediaCodec(ABC):
     """How a checkpoint reads media.
 
+    config: the part of its config.json that describes the model. kinds: of the media that it takes.
     rows: tower -> how its media are packed. placeholders: kind of a medium -> its token id.
+    SETTINGS: kind of a medium -> the property that reads and checks its settings.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], media: MediaConfig):
+    SETTINGS: Mapping[str, str] = MappingProxyType({"image": "image_settings"})
+
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], media: MediaConfig, kinds: Sequence[str]
+    ):
         self.folder = folder
+        self.file = folder / "config.json"
+        self.config = config
         self.media = media
         self.rows: dict[str, TowerRows] = {}
-        self.placeholders: dict[str, int] = {}
-        for kind in MEDIA:
-            token = token_id(config, kind)
-            if token is not None:
-                self.placeholders[kind] = token
+        self.placeholders = {kind: self.token_id(kind) for kind in kinds}
+
+    def token_id(self, name: str) -> int:
+        """A special token's id in config.json, in either spelling of its key. Raises if it has
+        none.
+        """
+        key = f"{name}_token_id"
+        if key not in self.config:
+            key = f"{name}_token_index"
+        vocab_size = hf_config.text_section(dict(self.config), str(self.file)).get("vocab_size")
+        processor_files.check({key: self.config.get(key)}, self.file, {key: _token(vocab_size)})
+        if self.config.get(key) is None:
+            raise LcoError(f"{self.file} has no {name}_token_id, the token that stands for one")
+        return self.config[key]
+
+    def picture_rules(self) -> dict[str, Rule]:
+        """What the settings of an image or a video processor must be: {key: rule}."""
+        return PICTURE_RULES
+
+    @cached_property
+    def image_settings(self) -> tuple[dict[str, Any], Path]:
+        """(the settings of the checkpoint's image processor, checked; their file)."""
+        return processor_files.read_settings(self.folder, "image_processor", self.picture_rules())
 
     @cached_property
     def scale(self) -> np.ndarray:
-        """How pictures are normalised: float32 [3, 3], as in `read_scale`."""
-        return read_scale(self.folder)
+        """How pictures are normalised: float32 [3, 3], as in `scale_of`."""
+        return scale_of(self.image_settings[0])
+
+    def check_settings(self, kinds: Iterable[str]) -> None:
+        """Raise, by file and key, for a setting that media of these kinds cannot have."""
+        for kind in self.placeholders.keys() & set(kinds):
+            getattr(self, self.SETTINGS[kind])
 
     @abstractmethod
     def load(self, part: dict[str, Any], where: str) -> Any:
@@ -98,6 +128,11 @@ class MediaCodec(ABC):
             after = text[1:]  # without the placeholder
             pieces.append(of_text(after, pieces[-1].end))
         return _joined(pieces)
+
+
+def _token(vocab_size: Any) -> Rule:
+    most = vocab_size - 1 if is_number(vocab_size, Integral) else 0
+    return processor_files.whole(0, most)
 
 
 def _joined(pieces: Sequence[Expansion]) -> Processed:

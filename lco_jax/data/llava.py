@@ -6,6 +6,7 @@ modeling_llava_next.py, which are an order of tokens and nothing else.
 """
 
 import math
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +14,50 @@ import numpy as np
 from einops import rearrange
 
 from lco_jax.core.errors import LcoError
+from lco_jax.core.files import read_json
 from lco_jax.data.codec import Expansion, MediaCodec, of_medium
 from lco_jax.data.images import load_pixels, resize
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.positions import line_positions
+from lco_jax.data.processor_files import NESTED, PICTURE_RULES, Rule, check, equal, sizes
 from lco_jax.data.tower_rows import Segments, tile_rows, tiles_of
 
 TOWER = "vision_tower"
 Size = tuple[int, int]  # height, width
+MOST_CANVASES, MOST_TILES = 1000, 64  # the tiles along a side of a canvas
 
 
 class LlavaMedia(MediaCodec):
     """Images of one checkpoint."""
 
     def __init__(self, folder: Path, config: dict[str, Any], media: MediaConfig):
-        super().__init__(folder, config, media)
+        super().__init__(folder, config, media, ("image",))
         vision = config["vision_config"]
         self.tile = vision["image_size"]
-        self.side = self.tile // vision["patch_size"]
+        self.patch = vision["patch_size"]
+        self.side = self.tile // self.patch
+        check(config, self.file, {"image_grid_pinpoints": canvases(self.tile)})
         self.canvases = [tuple(size) for size in config["image_grid_pinpoints"]]
         newline = 1
         self.rows[TOWER] = tile_rows(self.side**2 + newline, self.tile)
+
+    def picture_rules(self) -> dict[str, Rule]:
+        of_model = ", as config.json has it"
+        return {
+            **PICTURE_RULES,
+            "size": sizes(equal(self.tile, of_model)),
+            "crop_size": sizes(equal(self.tile, of_model)),
+            "image_grid_pinpoints": equal(self.config["image_grid_pinpoints"], of_model),
+        }
+
+    @cached_property
+    def image_settings(self) -> tuple[dict[str, Any], Path]:
+        """As the base class has it. The other file's patch size must be the model's, too."""
+        nested = self.folder / NESTED
+        if nested.exists():
+            rules = {"patch_size": equal(self.patch, ", as config.json has it")}
+            check(read_json(nested), nested, rules)
+        return super().image_settings
 
     def load(self, part: dict[str, Any], where: str) -> Segments:
         """The image of a chat part."""
@@ -106,6 +130,26 @@ class LlavaMedia(MediaCodec):
         """An image's tokens, at positions as those of a text."""
         positions = line_positions(start, len(medium.order))
         return of_medium(self.placeholders["image"], positions, TOWER, medium)
+
+
+def canvases(tile: int) -> Rule:
+    """What image_grid_pinpoints must be: sizes of whole tiles. tile: the side of one."""
+
+    def holds(value: Any) -> bool:
+        return (
+            isinstance(value, list)
+            and 0 < len(value) <= MOST_CANVASES
+            and all(map(_is_size, value))
+        )
+
+    def _is_size(size: Any) -> bool:
+        return (
+            isinstance(size, list | tuple)
+            and len(size) == 2
+            and all(side in range(tile, MOST_TILES * tile + 1, tile) for side in size)
+        )
+
+    return Rule(holds, f"a list of [height, width], each one to {MOST_TILES} times {tile}")
 
 
 def _scale(size: Size, room: Size) -> float:

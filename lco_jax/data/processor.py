@@ -13,6 +13,7 @@ from lco_jax.data.codec import MediaCodec
 from lco_jax.data.content import KINDS, Messages, media_parts
 from lco_jax.data.llava import LlavaMedia
 from lco_jax.data.media import MediaConfig
+from lco_jax.data.processor_files import has_settings
 from lco_jax.data.prompts import ChatTokenizer
 from lco_jax.data.qwen import QwenMedia
 from lco_jax.data.tower_rows import Processed, TowerRows
@@ -46,6 +47,8 @@ class Processor:
             self.codec = LlavaMedia(self.folder, config, media)
         else:
             self.codec = QwenMedia(self.folder, config, media, video_positions)
+        if has_settings(self.folder):  # whoever embeds texts alone may have no such file
+            self.codec.check_settings(modalities)
 
     @property
     def rows(self) -> dict[str, TowerRows]:

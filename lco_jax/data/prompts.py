@@ -19,6 +19,7 @@ from lco_jax.core.files import read_json
 from lco_jax.core.packing import common_length
 from lco_jax.data import foreign
 from lco_jax.data.content import KINDS, MEDIA, Messages, Reader, check_text
+from lco_jax.data.tokenizer_files import check_files
 
 # what follows a content, or a function that makes it of the kinds of the content's parts
 Prompt = str | Callable[[Set[str]], str]
@@ -175,6 +176,7 @@ class ChatTokenizer:
 
 
 def _load_tokenizer(folder: Path) -> Any:
+    check_files(folder)
     # a plain config names the tokenizer; a model's config class would import much more
     config = PreTrainedConfig()
     config.model_type = read_json(folder / "config.json").get("model_type", "")
@@ -190,9 +192,6 @@ def _load_tokenizer(folder: Path) -> Any:
     if len(tokenizer.get_vocab()) <= len(tokenizer.get_added_vocab()):
         files = "tokenizer.json, or vocab.json and merges.txt, is missing"
         raise LcoError(f"{folder} has no tokenizer: {files}")
-    if not isinstance(tokenizer.model_max_length, int | float):
-        length = tokenizer.model_max_length
-        raise LcoError(f"{folder}/tokenizer_config.json: model_max_length is {length!r:.60}")
     return tokenizer
 
 

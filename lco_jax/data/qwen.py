@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from numbers import Integral
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,21 @@ from transformers import WhisperFeatureExtractor
 
 from lco_jax.core.errors import LcoError, is_number
 from lco_jax.data.audio import load_audio
-from lco_jax.data.codec import Expansion, MediaCodec, of_medium, token_id
+from lco_jax.data.codec import Expansion, MediaCodec, of_medium
 from lco_jax.data.decoder import SizeRule
 from lco_jax.data.images import load_pixels
 from lco_jax.data.media import MediaConfig
-from lco_jax.data.pixels import processor_config
 from lco_jax.data.positions import frame_times, grid_positions, interleave, line_positions
+from lco_jax.data.processor_files import (
+    PICTURE_RULES,
+    SOUND_RULES,
+    Rule,
+    check,
+    equal,
+    number,
+    pixel_limits,
+    read_settings,
+)
 from lco_jax.data.tower_rows import Patches, PatchRows, Segments, chunk_rows, chunks_of
 from lco_jax.data.video import load_video
 
@@ -38,6 +48,8 @@ VIDEO_PIXELS = (100_352, 602_112)
 STILLS = "visual"
 CLIPS = "visual/clips"
 SOUNDS = "audio_tower"
+_RATE = number(1e-3, 1e6)  # of positions in a second, and of seconds in a chunk
+_AS_MODEL = ", as config.json has it"
 VIDEO_POSITIONS = ("4.57", "5")  # the release whose rule Qwen2.5-VL's video positions follow
 
 
@@ -53,6 +65,10 @@ class Clip:
 class QwenMedia(MediaCodec):
     """Media of one checkpoint. video_positions: one of `VIDEO_POSITIONS`."""
 
+    SETTINGS = MappingProxyType(
+        {"image": "image_pixels", "video": "video_pixels", "audio": "sound_settings"}
+    )
+
     def __init__(
         self,
         folder: Path,
@@ -63,14 +79,16 @@ class QwenMedia(MediaCodec):
         if video_positions not in VIDEO_POSITIONS:
             known = ", ".join(VIDEO_POSITIONS)
             raise LcoError(f"video_positions is {video_positions!r}; it is one of: {known}")
-        super().__init__(folder, config, media)
         self.omni = "audio_config" in config
+        kinds = ("image", "video", "audio") if self.omni else ("image", "video")
+        super().__init__(folder, config, media, kinds)
         # whether a video's positions are those of transformers 4.57, which Omni's never were
         self.older_positions = video_positions == "4.57" and not self.omni
         self._read_vision(config["vision_config"])
         if self.omni:
             self._read_omni(config, config["audio_config"])
         else:
+            check(config["vision_config"], self.file, {"tokens_per_second": _RATE})
             self.ids_per_second = config["vision_config"]["tokens_per_second"]
 
     def _read_vision(self, vision: dict[str, Any]) -> None:
@@ -83,20 +101,37 @@ class QwenMedia(MediaCodec):
         self.rows[CLIPS] = PatchRows(window, self.merge, (3, self.frames_per_patch, pixels))
 
     def _read_omni(self, config: dict[str, Any], audio: dict[str, Any]) -> None:
-        self.audio_bos = token_id(config, "audio_start")
-        self.audio_eos = token_id(config, "audio_end")
+        self.audio_bos = self.token_id("audio_start")
+        self.audio_eos = self.token_id("audio_end")
+        check(config, self.file, {"position_id_per_seconds": _RATE, "seconds_per_chunk": _RATE})
         self.ids_per_second = config["position_id_per_seconds"]
         self.ids_per_chunk = int(self.ids_per_second * config["seconds_per_chunk"])
         self.n_window = audio["n_window"]
-        self.rows[SOUNDS] = chunk_rows(self.n_window, audio["num_mel_bins"])
+        self.mel_bins = audio["num_mel_bins"]
+        self.rows[SOUNDS] = chunk_rows(self.n_window, self.mel_bins)
+
+    def picture_rules(self) -> dict[str, Rule]:
+        return {
+            **PICTURE_RULES,
+            "patch_size": equal(self.patch, _AS_MODEL),
+            "merge_size": equal(self.merge, _AS_MODEL),
+            "temporal_patch_size": equal(self.frames_per_patch, _AS_MODEL),
+        }
 
     # ---- media
 
     @cached_property
+    def sound_settings(self) -> tuple[dict[str, Any], Path]:
+        """(the settings of the checkpoint's feature extractor, checked; their file)."""
+        rules = {**SOUND_RULES, "feature_size": equal(self.mel_bins, _AS_MODEL)}
+        return read_settings(self.folder, "feature_extractor", rules)
+
+    @cached_property
     def feature_extractor(self) -> WhisperFeatureExtractor:
         """transformers' extractor. Raises if the caps let through longer sound than it takes."""
-        config, file = processor_config(self.folder, "feature_extractor")
-        extractor = WhisperFeatureExtractor.from_dict(config)
+        settings, file = self.sound_settings
+        known = {key: settings[key] for key in (*SOUND_RULES, "feature_size") if key in settings}
+        extractor = WhisperFeatureExtractor(**known, return_attention_mask=True)
         given = self.media.max_audio_seconds
         if given * extractor.sampling_rate > extractor.n_samples:
             most = extractor.n_samples // extractor.sampling_rate
@@ -106,15 +141,16 @@ class QwenMedia(MediaCodec):
     @cached_property
     def image_pixels(self) -> tuple[int, int]:
         """The fewest and most pixels of an image: the caller's, or else the checkpoint's."""
-        config, _ = processor_config(self.folder, "image_processor")
-        least, most = _pixel_limits(config, IMAGE_PIXELS)
+        least, most = pixel_limits(*self.image_settings, IMAGE_PIXELS)
         return self.media.image_min_pixels or least, self.media.image_max_pixels or most
 
     @cached_property
     def video_pixels(self) -> tuple[int, int]:
         """The fewest and most pixels of a clip's picture. Omni's processor reads no file for it."""
-        config = {} if self.omni else processor_config(self.folder, "video_processor")[0]
-        least, most = _pixel_limits(config, VIDEO_PIXELS)
+        least, most = VIDEO_PIXELS
+        if not self.omni:
+            settings = read_settings(self.folder, "video_processor", self.picture_rules())
+            least, most = pixel_limits(*settings, VIDEO_PIXELS)
         most = min(most, self.media.video_max_pixels or most)
         return min(self.media.video_min_pixels or least, most), most
 
@@ -278,11 +314,3 @@ def smart_resize(
         grow = math.sqrt(min_pixels / (height * width))
         rounded = [math.ceil(side * grow / factor) * factor for side in sides]
     return rounded[0], rounded[1]
-
-
-def _pixel_limits(config: dict[str, Any], default: tuple[int, int]) -> tuple[int, int]:
-    """The fewest and most pixels in a processor's configuration, in either spelling."""
-    size = config.get("size") or {}
-    least = config.get("min_pixels") or size.get("shortest_edge") or default[0]
-    most = config.get("max_pixels") or size.get("longest_edge") or default[1]
-    return least, most

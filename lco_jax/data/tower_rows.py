@@ -32,7 +32,7 @@ class Patches:
     values: uint8 [frames · height · width, 3, pictures, pixels], the patches of a token side by
     side. A patch of an image has one picture, which stands for as many as the tower takes.
     grid: (frames of so many pictures, patches down, patches across).
-    scale: float32 [3, 3], how the levels of each channel are normalised (`pixels.read_scale`).
+    scale: float32 [3, 3], how the levels of each channel are normalised (`pixels.scale_of`).
     """
 
     values: np.ndarray

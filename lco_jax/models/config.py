@@ -132,8 +132,10 @@ def _check_window(text: dict[str, Any], where: str) -> None:
 def _mrope_section(rope: dict[str, Any], head_dim: int, where: str) -> tuple[int, ...]:
     half = head_dim // 2
     given = rope.get("mrope_section") or (half,)
-    if not isinstance(given, list | tuple) or not all(type(part) is int for part in given):
-        raise LcoError(f"{where}: mrope_section is {given!r:.60}, and must be a list of integers")
+    if not isinstance(given, list | tuple) or not all(type(x) is int and x >= 0 for x in given):
+        raise LcoError(
+            f"{where}: mrope_section is {given!r:.60}, and must be a list of integers, 0 or more"
+        )
     section = tuple(given)
     if head_dim % 2 or not half:
         raise LcoError(f"{where}: head_dim is {head_dim}, and must be an even number above 0")
