@@ -25,6 +25,7 @@ from lco_jax.core.sharding import replicated, row_shards
 from lco_jax.data.inference import BLOCK_INPUTS, MAX_TOKENS, InferenceBatch, blocks_of
 from lco_jax.data.inputs import Preparation, as_list, named, one_ahead, prepare_ahead
 from lco_jax.data.processor import Processor
+from lco_jax.data.processor_files import token_ids
 from lco_jax.data.prompts import Prompt, asked
 from lco_jax.data.tower_rows import Processed
 from lco_jax.embedder import OmniEmbedder
@@ -237,15 +238,18 @@ def turn_ends(processor: Processor) -> list[int]:
 
     They come from generation_config.json, else from config.json, else from the tokenizer.
     """
-    config = read_json(processor.folder / "config.json")
-    candidates = [config.get("thinker_config") or {}, config, config.get("text_config") or {}]
+    file = processor.folder / "config.json"
+    config = read_json(file)
+    parts = (config.get("thinker_config"), config, config.get("text_config"))
+    candidates = [(part, file) for part in parts if isinstance(part, dict)]
     generation = processor.folder / "generation_config.json"
     if generation.exists():
-        candidates.insert(0, read_json(generation))
-    for candidate in candidates:
+        candidates.insert(0, (read_json(generation), generation))
+    vocab_size = processor.codec.vocab_size
+    for candidate, file in candidates:
         ends = candidate.get("eos_token_id")
         if ends is not None:
-            return ends if isinstance(ends, list) else [ends]
+            return token_ids(ends, vocab_size, f"{file}: eos_token_id")
     end = processor.tokenizer.tokenizer.eos_token_id
     return [] if end is None else [end]
 

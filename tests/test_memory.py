@@ -83,6 +83,9 @@ def test_a_tpus_refusal_says_how_much_it_takes():
     message = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. "
     message += "Used 512.00M of 15.75M hbm. Exceeded hbm capacity"
     assert memory.refused_bytes(jax.errors.JaxRuntimeError(message)) == GIB // 2
+    message = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+    message += "temporaries (349.50T) exceeds available HBM (15.75G)."
+    assert memory.refused_bytes(jax.errors.JaxRuntimeError(message)) == int(349.5 * 1024 * GIB)
     for other in ("INTERNAL: Used 1.00G of 2.00G", "RESOURCE_EXHAUSTED: no disk"):
         with pytest.raises(jax.errors.JaxRuntimeError):
             memory.refused_bytes(jax.errors.JaxRuntimeError(other))

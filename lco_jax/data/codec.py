@@ -6,7 +6,6 @@ Dimensions: N consecutive tokens.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from numbers import Integral
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lco_jax.core import hf_config
-from lco_jax.core.errors import LcoError, is_number
+from lco_jax.core.errors import LcoError
 from lco_jax.data import processor_files
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.pixels import scale_of
@@ -66,8 +65,14 @@ class MediaCodec(ABC):
         self.file = folder / "config.json"
         self.config = config
         self.media = media
+        self.vocab_size = self._vocab_size()
         self.rows: dict[str, TowerRows] = {}
         self.placeholders = {kind: self.token_id(kind) for kind in kinds}
+
+    def _vocab_size(self) -> int:
+        text = hf_config.text_section(dict(self.config), str(self.file))
+        processor_files.check(text, self.file, {"vocab_size": processor_files.whole(1, 2**31 - 1)})
+        return text["vocab_size"]
 
     def token_id(self, name: str) -> int:
         """A special token's id in config.json, in either spelling of its key. Raises if it has
@@ -76,8 +81,8 @@ class MediaCodec(ABC):
         key = f"{name}_token_id"
         if key not in self.config:
             key = f"{name}_token_index"
-        vocab_size = hf_config.text_section(dict(self.config), str(self.file)).get("vocab_size")
-        processor_files.check({key: self.config.get(key)}, self.file, {key: _token(vocab_size)})
+        rules = {key: processor_files.whole(0, self.vocab_size - 1)}
+        processor_files.check(self.config, self.file, rules)
         if self.config.get(key) is None:
             raise LcoError(f"{self.file} has no {name}_token_id, the token that stands for one")
         return self.config[key]
@@ -128,11 +133,6 @@ class MediaCodec(ABC):
             after = text[1:]  # without the placeholder
             pieces.append(of_text(after, pieces[-1].end))
         return _joined(pieces)
-
-
-def _token(vocab_size: Any) -> Rule:
-    most = vocab_size - 1 if is_number(vocab_size, Integral) else 0
-    return processor_files.whole(0, most)
 
 
 def _joined(pieces: Sequence[Expansion]) -> Processed:

@@ -130,12 +130,14 @@ class QwenMedia(MediaCodec):
     def feature_extractor(self) -> WhisperFeatureExtractor:
         """transformers' extractor. Raises if the caps let through longer sound than it takes."""
         settings, file = self.sound_settings
-        known = {key: settings[key] for key in (*SOUND_RULES, "feature_size") if key in settings}
-        extractor = WhisperFeatureExtractor(**known, return_attention_mask=True)
-        given = self.media.max_audio_seconds
-        if given * extractor.sampling_rate > extractor.n_samples:
+        given = {key: settings[key] for key in SOUND_RULES if key in settings}
+        extractor = WhisperFeatureExtractor(
+            feature_size=self.mel_bins, return_attention_mask=True, **given
+        )
+        longest = self.media.max_audio_seconds
+        if longest * extractor.sampling_rate > extractor.n_samples:
             most = extractor.n_samples // extractor.sampling_rate
-            raise LcoError(f"media.max_audio_seconds is {given}, and {file} takes {most}")
+            raise LcoError(f"media.max_audio_seconds is {longest}, and {file} takes {most}")
         return extractor
 
     @cached_property

@@ -22,7 +22,7 @@ from jax import Array
 from lco_jax.core.errors import LcoError
 from lco_jax.core.weights import dot
 from lco_jax.models.attention import TowerAttention
-from lco_jax.models.config import check_multiple, positive, section
+from lco_jax.models.config import MOST_LAYERS, check_multiple, positive, section
 from lco_jax.models.layers import LayerNorm, Linear, Projector, leaf, normalised, stacked
 
 
@@ -59,7 +59,7 @@ class ClipConfig:
         vision = section(config, "vision_config", where)
         _check_supported(config, vision, where)
         need = partial(positive, vision, where=f"{where}: vision_config")
-        depth = need("num_hidden_layers")
+        depth = need("num_hidden_layers", most=MOST_LAYERS)
         heads, width = need("num_attention_heads"), need("hidden_size")
         check_multiple(("vision_config.hidden_size", width), ("num_attention_heads", heads), where)
         patch = need("patch_size")

@@ -7,15 +7,19 @@ from typing import Any
 from lco_jax.core import hf_config
 from lco_jax.core.errors import LcoError
 
-LARGEST = 2**31 - 1  # of any size
+# Of any size, of a context, and of the layers of a decoder or a tower. To compile a program for
+# what is far larger takes hours.
+LARGEST, LONGEST, MOST_LAYERS = 2**24, 2**31 - 1, 10_000
 WITHOUT_BIAS = ("llama", "mistral")  # the q, k and v of others have a bias
 
 
-def positive(config: dict[str, Any], key: str, where: str) -> int:
+def positive(config: dict[str, Any], key: str, where: str, most: int = LARGEST) -> int:
     """config[key], an integer above 0. Raises, by `where` and key, for anything else."""
     value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LARGEST:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise LcoError(f"{where}.{key} is {value!r:.60}, and must be an integer above 0")
+    if value > most:
+        raise LcoError(f"{where}.{key} is {value!r:.60}, and must be at most {most}")
     return value
 
 
@@ -73,22 +77,22 @@ class DecoderConfig:
             vocab_size=need("vocab_size"),
             hidden_size=need("hidden_size"),
             intermediate_size=need("intermediate_size"),
-            num_layers=need("num_hidden_layers"),
+            num_layers=need("num_hidden_layers", most=MOST_LAYERS),
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             rms_norm_eps=_positive_number(text, "rms_norm_eps", where),
             rope_theta=_positive_number(theta, "rope_theta", where),
             mrope_section=_mrope_section(rope, head_dim, where),
-            max_position_embeddings=need("max_position_embeddings"),
+            max_position_embeddings=need("max_position_embeddings", most=LONGEST),
             tie_word_embeddings=text["tie_word_embeddings"],
             qkv_bias=text.get("model_type") not in WITHOUT_BIAS,
         )
 
 
-def _size(text: dict[str, Any], key: str, where: str) -> int:
+def _size(text: dict[str, Any], key: str, where: str, most: int = LARGEST) -> int:
     _positive_number(text, key, where)
-    return positive(text, key, f"{where}: text decoder")
+    return positive(text, key, f"{where}: text decoder", most)
 
 
 def _positive_number(text: dict[str, Any], key: str, where: str) -> float:

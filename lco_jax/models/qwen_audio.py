@@ -22,7 +22,7 @@ from jax import Array
 from lco_jax.core.errors import LcoError
 from lco_jax.core.weights import matmul_precision
 from lco_jax.models.attention import TowerAttention
-from lco_jax.models.config import check_multiple, positive, section
+from lco_jax.models.config import MOST_LAYERS, check_multiple, positive, section
 from lco_jax.models.layers import LayerNorm, Linear, leaf, stacked
 
 NORM_EPS = 1e-5
@@ -59,7 +59,7 @@ class AudioConfig:
         if width % 2 or width < 4:  # half of it are sines, half cosines
             raise LcoError(f"{where}: audio_config.d_model is {width}, and must be even, 4 or more")
         return cls(
-            num_layers=need("encoder_layers"),
+            num_layers=need("encoder_layers", most=MOST_LAYERS),
             hidden_size=width,
             intermediate_size=need("encoder_ffn_dim"),
             num_heads=heads,

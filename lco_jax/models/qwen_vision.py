@@ -25,7 +25,7 @@ from jax import Array
 from lco_jax.core.errors import LcoError
 from lco_jax.core.weights import dot
 from lco_jax.models.attention import attention
-from lco_jax.models.config import LARGEST, check_multiple, positive, section
+from lco_jax.models.config import LARGEST, MOST_LAYERS, check_multiple, positive, section
 from lco_jax.models.layers import (
     Linear,
     Projector,
@@ -85,7 +85,7 @@ class VisionConfig:
             )
         channels = "in_channels" if vision.get("in_channels") else "in_chans"
         return cls(
-            depth=need("depth"),
+            depth=need("depth", most=MOST_LAYERS),
             hidden_size=need("hidden_size"),
             intermediate_size=need("intermediate_size"),
             num_heads=heads,

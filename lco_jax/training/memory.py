@@ -182,10 +182,10 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
 
 def refused_bytes(error: jax.errors.JaxRuntimeError) -> int:
     """The memory of a program that a TPU's compiler refuses as too large. Raises other errors."""
-    used = re.search(r"(?:Used |\()([\d.]+)([MG])\)? (?:of|exceeds) ", str(error))
+    used = re.search(r"(?:Used |\()([\d.]+)([KMGTPE])\)? (?:of|exceeds) ", str(error))
     if "RESOURCE_EXHAUSTED" not in str(error) or used is None:
         raise error
-    return int(float(used[1]) * (GIB if used[2] == "G" else MIB))
+    return int(float(used[1]) * 1024 ** (1 + "KMGTPE".index(used[2])))
 
 
 def remembered_bytes(lowered: jax.stages.Lowered, what: str) -> int:
