@@ -1,17 +1,24 @@
 """Adapters as people save them: ours equal PEFT's own on the same model, or are refused by name."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import peft
 import pytest
 import reference
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.numpy import load_file, save_file
 
 from lco_jax import LcoError, OmniEmbedder
+from lco_jax.checkpoint import soup
 from lco_jax.checkpoint.export import export_merged
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.checkpoint.peft import read_adapter, read_peft
+from lco_jax.checkpoint.peft_targets import Targets
 from lco_jax.core.files import read_json, write_json
+from lco_jax.data import foreign
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ATTENTION = ["q_proj", "v_proj"]
@@ -81,6 +88,73 @@ def test_a_merged_model_is_that_of_peft(cases, tmp_path, settings):
         np.testing.assert_allclose(value, want[key], atol=2e-6, err_msg=key)
         changed += not np.array_equal(value, checkpoint.tensors.read(key))
     assert changed
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        (
+            "omni",
+            {
+                "target_modules": r".*audio_tower\.(layers.*(_proj|fc.)|proj)|.*up_proj",
+                "rank_pattern": {"fc1": 2, r"audio_tower\.proj": 7},
+                "alpha_pattern": {"up_proj": 3},
+            },
+        ),
+        ("omni", {"target_modules": ["q", "k", "attn.proj", "merger.mlp.0", "v_proj"]}),
+        (
+            "llava_qwen2",
+            {
+                "target_modules": ["fc1", "out_proj", "q_proj", "linear_1", "linear_2"],
+                "rank_pattern": {r"vision_tower.*q_proj": 3},
+                "use_rslora": True,
+            },
+        ),
+        ("llava_mistral", {"target_modules": "all-linear", "exclude_modules": ["fc2"]}),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore")
+def test_towers_of_other_families_are_merged_as_in_peft(cases, tmp_path, family, settings):
+    case = cases[family]
+    want = save_adapter(case, tmp_path / "adapter", r=4, lora_alpha=8, **settings)
+    checkpoint = open_checkpoint(case.path)
+    tuned, config = read_adapter(tmp_path / "adapter", checkpoint, head=True)
+    assert tuned.keys() > {"decoder"}
+    export_merged(case.path, tmp_path / "merged", tuned, config, "float32")
+    got = load_file(tmp_path / "merged" / "model.safetensors")
+    changed = set()
+    for key, value in got.items():
+        if not key.startswith("vision_tower.vision_model.encoder.layers.2."):  # it never runs
+            np.testing.assert_allclose(value, want[key], atol=3e-6, err_msg=key)
+        if not np.array_equal(value, checkpoint.tensors.read(key)):
+            changed.add(key.split(".")[0])
+    assert len(changed) >= 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_soup_of_patterns_is_the_average_of_pefts_merged_models(cases, tmp_path):
+    """Of ranks and scales that differ within an adapter and between the two."""
+    case = cases["vl"]
+    given = [
+        {"r": 4, "rank_pattern": {"q_proj": 6, r"layers\.1\.mlp\.up_proj": 1}, "lora_alpha": 8},
+        {"r": 3, "alpha_pattern": {"v_proj": 9}, "lora_alpha": 2, "use_rslora": True},
+    ]
+    names = [["q_proj", "v_proj", "mlp.up_proj"], ["v_proj", "o_proj"]]
+    targets = [rf".*language_model.*({'|'.join(ends)})".replace(".up", r"\.up") for ends in names]
+    merged, folders = [], [tmp_path / "0", tmp_path / "1"]
+    for folder, settings, target in zip(folders, given, targets, strict=True):
+        merged.append(save_adapter(case, folder, target_modules=target, **settings))
+    checkpoint = open_checkpoint(case.path)
+    adapters = soup.read_adapters(list(map(str, folders)), checkpoint)
+    tree, config = soup.average_adapters(adapters, [0.25, 0.75])
+    export_merged(case.path, tmp_path / "soup", {"decoder": tree}, config, "float32")
+    got = load_file(tmp_path / "soup" / "model.safetensors")
+    for key, value in got.items():
+        want = 0.25 * merged[0][key] + 0.75 * merged[1][key]
+        np.testing.assert_allclose(value, want, atol=3e-6, err_msg=key)
+    changed = {key for key in got if not np.array_equal(got[key], checkpoint.tensors.read(key))}
+    assert len(changed) == 3 * 4
 
 
 @pytest.mark.slow
@@ -157,6 +231,8 @@ def changed(folder, **settings):
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
         ({"lora_dropout": "x"}, "lora_dropout"),
         ({"peft_type": ["LORA"]}, "peft_type"),
+        ({"use_rslora": "no"}, "use_rslora is 'no'"),
+        ({"use_rslora": float("nan")}, "use_rslora is nan"),
     ],
     ids=str,
 )
@@ -213,3 +289,159 @@ def test_a_model_given_as_an_adapter_and_the_reverse(cases, plain):
     for given in ([run], [path, run]):
         with pytest.raises(LcoError, match=r"is a training run; python -m lco_jax.convert --input"):
             OmniEmbedder.from_pretrained(*given)
+
+
+# ---- names
+
+
+@pytest.mark.parametrize(
+    "layer", ["01", "+1", " 1", "1 ", "1_0", "٣", "-1", "0x1", "", "1e0", "9" * 5000]
+)
+def test_a_number_of_a_layer_has_one_spelling(cases, plain, layer):
+    """PEFT finds no such module, and passes over its factors."""
+    rewritten(
+        plain, lambda state: {k.replace("layers.1.", f"layers.{layer}."): state[k] for k in state}
+    )
+    for read in (read_peft, lambda folder: read_adapter(folder, open_checkpoint(cases["vl"].path))):
+        with pytest.raises(LcoError) as error:
+            read(plain)
+        assert WEIGHTS in str(error.value)
+        assert f"layers.{layer}.self_attn" in str(error.value)
+
+
+@pytest.mark.parametrize("block", ["00", "٠", "+0", "1_0"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_number_of_a_towers_block_has_one_spelling(cases, tmp_path, block):
+    save_adapter(cases["vl"], tmp_path / "tower", r=4, target_modules=["qkv"])
+    rewritten(
+        tmp_path / "tower",
+        lambda state: {k.replace("blocks.0.", f"blocks.{block}."): state[k] for k in state},
+    )
+    with pytest.raises(LcoError, match=rf"unknown key .*blocks\.{re.escape(block)}\."):
+        read_adapter(tmp_path / "tower", open_checkpoint(cases["vl"].path))
+
+
+# ---- what is adapted
+
+MODULES = [
+    "model.language_model.layers.0.self_attn.q_proj",
+    "model.language_model.layers.1.self_attn.q_proj",
+    "model.language_model.layers.10.mlp.up_proj",
+    "model.visual.blocks.1.attn.qkv",
+    "model.visual.merger.mlp.0",
+    "visual.merger",
+    "lm_head",
+    "layers.1.x.q_proj",
+    "a.layers.2.experts.1.q_proj",
+]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["proj", "mlp.0", "lm_head"]},
+        {
+            "target_modules": ["self_attn.q_proj", "up_proj"],
+            "exclude_modules": ["0.self_attn.q_proj"],
+        },
+        {"target_modules": r".*\.(q|up)_proj"},
+        {"target_modules": r".*proj", "exclude_modules": r".*layers\.\d\..*"},
+        {"target_modules": r"(?i).*Q_PROJ"},
+        {"target_modules": ["q_proj", "qkv", "0"], "layers_to_transform": [1]},
+        {"target_modules": ["q_proj", "qkv", "0"], "layers_to_transform": 1},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1, 2], "layers_pattern": "layers"},
+        {
+            "target_modules": ["q_proj", "qkv"],
+            "layers_to_transform": [1],
+            "layers_pattern": ["blocks"],
+        },
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["expert.?"]},
+        {
+            "target_modules": ["q_proj"],
+            "layers_to_transform": [1],
+            "layers_pattern": ["h", "layers"],
+        },
+        {"target_modules": []},
+    ],
+    ids=str,
+)
+def test_the_modules_that_are_adapted_are_those_of_peft(settings):
+    theirs = peft.LoraConfig(**settings)
+    if isinstance(theirs.target_modules, set):
+        theirs.target_modules = sorted(theirs.target_modules)
+    want = [name for name in MODULES if not check_target_module_exists(theirs, name)]
+    found = Targets.read(settings, Path(CONFIG)).missing(MODULES)
+    assert found == sorted(want)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": r".*q_proj"},
+        {"target_modules": ATTENTION, "exclude_modules": ["v_proj"]},
+        {"target_modules": ATTENTION, "layers_to_transform": [0, 2]},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore")
+def test_factors_that_peft_passes_over_are_refused(cases, plain, settings):
+    """They are in the file, and PEFT loads the folder without a word of them."""
+    loaded = peft.PeftModel.from_pretrained(load(cases["vl"]), changed(plain, **settings))
+    names = {name for name, _ in loaded.named_parameters() if "lora_A" in name}
+    assert 0 < len(names) < len(load_file(plain / WEIGHTS)) // 2
+    for read in (read_peft, lambda folder: read_adapter(folder, open_checkpoint(cases["vl"].path))):
+        with pytest.raises(LcoError, match=r"PEFT would pass over it") as error:
+            read(plain)
+        missing = str(error.value).split(" adapts ")[1].split(",")[0]
+        assert not any(missing in name for name in names)
+
+
+@pytest.mark.parametrize("bad", [5, {}, [5], True, [None]])
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "layers_pattern"])
+def test_names_of_modules_of_other_types_are_named(plain, key, bad):
+    with pytest.raises(LcoError, match=rf"{CONFIG}: {key} is .* a string or a list of strings"):
+        read_peft(changed(plain, **{key: bad}))
+
+
+@pytest.mark.parametrize("more", [{"layers_to_transform": [0]}, {"layers_pattern": "layers"}])
+def test_layers_need_a_list_of_modules(plain, more):
+    with pytest.raises(ValueError, match="when `target_modules` is a str"):
+        peft.LoraConfig(target_modules=".*_proj", **more)
+    with pytest.raises(LcoError, match=rf"{CONFIG}: layers_to_transform and layers_pattern need"):
+        read_peft(changed(plain, target_modules=".*_proj", **more))
+
+
+@pytest.mark.parametrize("bad", ["x", [True], [1.5], {"a": 1}, ["1"]])
+def test_layers_of_other_types_are_named(plain, bad):
+    with pytest.raises(LcoError, match=rf"{CONFIG}: layers_to_transform is "):
+        read_peft(changed(plain, layers_to_transform=bad))
+
+
+SLOW = r"([a-z_.0-9]+)+!"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank_pattern": {SLOW: 4}},
+        {"alpha_pattern": {"q_proj": 4, SLOW: 4}},
+        {"target_modules": SLOW},
+        {"exclude_modules": SLOW},
+        {"layers_to_transform": [1], "layers_pattern": SLOW},
+    ],
+    ids=str,
+)
+def test_a_pattern_that_takes_for_ever_is_ended(plain, settings, monkeypatch):
+    monkeypatch.setattr(foreign, "SECONDS", 0.3)
+    key = list(settings)[-1]
+    with pytest.raises(LcoError, match=rf"{CONFIG}: {key} did not end within 0.3 s of CPU time"):
+        read_peft(changed(plain, **settings))
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern"])
+def test_what_is_no_pattern_is_named(plain, key):
+    value = {"(": 4} if key == "rank_pattern" else "("
+    with pytest.raises(LcoError, match=rf"{CONFIG}: {key} has .*\(.*not a regular expression"):
+        read_peft(changed(plain, **{key: value}))

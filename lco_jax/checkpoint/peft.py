@@ -3,6 +3,7 @@
 Dimensions: L layers, O output features, I input features, r rank.
 """
 
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,7 @@ from lco_jax.core.errors import LcoError
 from lco_jax.core.files import resolve, write_json, written_aside
 from lco_jax.core.lora import LoraConfig, Tree
 
+logger = logging.getLogger(__name__)
 MAX_LAYERS = 1000  # of an adapter that is read without its model
 _NUMBER = r"(0|[1-9][0-9]{0,8})"  # as a model's keys have it: no other spelling is a module's name
 # Any prefix of transformers 4 and 5, full or thinker-only.
@@ -138,6 +140,7 @@ def read_adapter(
         return name
 
     pairs, saved = read_pairs(file, config, our_name)
+    pairs = _of_layers_that_run(pairs, checkpoint, file)
     whole = _saved_head(file, saved, config, checkpoint)
     if not head:
         pairs.pop(HEAD, None)
@@ -150,6 +153,23 @@ def read_adapter(
     if head and whole is not None:
         trees["head"] = {"weight": whole}
     return trees, lora_config
+
+
+def _of_layers_that_run(
+    pairs: dict[str, Pair], checkpoint: Checkpoint, file: Path
+) -> dict[str, Pair]:
+    """The pairs without those of layers that a checkpoint has, and no model runs."""
+    unused = [
+        f"{tower}.layers.{layer}."
+        for tower, config in checkpoint.towers.items()
+        for layer in getattr(config, "unused_layers", ())
+    ]
+    left = {name: pair for name, pair in pairs.items() if not name.startswith(tuple(unused))}
+    if len(left) < len(pairs):
+        count = len(pairs) - len(left)
+        what = "matrices of layers that the model has and never runs; they are left out"
+        logger.warning("%s adapts %d %s", file, count, what)
+    return left
 
 
 def _depth(params: Tree) -> int:

@@ -110,7 +110,7 @@ def read_config(file: Path) -> PeftConfig:
         rank=_rank(rank, "r", file),
         alpha=_number(content.get("lora_alpha"), "lora_alpha", file),
         dropout=dropout,
-        use_rslora=bool(content.get("use_rslora")),
+        use_rslora=_switch(content, "use_rslora", file),
         rank_pattern={key: _rank(value, "rank_pattern", file) for key, value in ranks.items()},
         alpha_pattern=_pattern(content, "alpha_pattern", file),
         targets=Targets.read(content, file),
@@ -175,6 +175,13 @@ def _pattern(content: dict[str, Any], key: str, file: Path) -> dict[str, Any]:
     for pattern, value in given.items():
         _number(value, f"{key} of {pattern!r:.60}", file)
     return given
+
+
+def _switch(content: dict[str, Any], key: str, file: Path) -> bool:
+    given = content.get(key)
+    if given is not None and not isinstance(given, bool):
+        raise LcoError(f"{file}: {key} is {given!r:.60}, and must be true or false")
+    return bool(given)
 
 
 def _number(value: Any, key: str, file: Path) -> Any:

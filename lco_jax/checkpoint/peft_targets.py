@@ -3,6 +3,7 @@
 PEFT makes adapters for these modules when it loads a folder, and passes over the other tensors.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,9 +38,15 @@ class Targets:
         if layers is not None and not _all_of(layers, int):
             raise LcoError(f"{file}: layers_to_transform is {layers!r:.60}, and must list integers")
         before = _names(content, "layers_pattern", file) or []
+        modules = _names(content, "target_modules", file)
+        if isinstance(modules, str) and (layers or before):
+            raise LcoError(
+                f"{file}: layers_to_transform and layers_pattern need a list of target_modules, "
+                f"and that is {modules!r:.60}"
+            )
         return cls(
             where=str(file),
-            modules=_names(content, "target_modules", file),
+            modules=modules,
             excluded=_names(content, "exclude_modules", file) or None,
             layers=layers,
             before=[before] if isinstance(before, str) else before,
@@ -55,7 +62,7 @@ class Targets:
             passed_over |= self._named(self.excluded, modules, "exclude_modules")
         if self.modules is not None and self.modules != ALL:
             passed_over |= set(modules) - self._named(self.modules, modules, "target_modules")
-        if self.layers is not None and isinstance(self.modules, list):
+        if self.layers is not None:
             layers = self._layers(modules)
             passed_over |= {module for module in modules if layers[module] not in self.layers}
         return sorted(passed_over)
@@ -85,7 +92,7 @@ class Targets:
 def _numbers(module: str) -> list[int]:
     """Which parts of a dotted name are numbers, but for the last one."""
     parts = module.split(".")[:-1]
-    return [i for i, part in enumerate(parts) if part.isascii() and part.isdecimal()]
+    return [i for i, part in enumerate(parts) if re.fullmatch("[0-9]{1,9}", part)]
 
 
 def _names(content: dict[str, Any], key: str, file: Path) -> str | list[str] | None:
