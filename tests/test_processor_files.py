@@ -191,7 +191,7 @@ def test_a_token_that_stands_for_media_and_is_null_is_named(copy):
         Processor(folder)
 
 
-@pytest.mark.parametrize("bad", ["x", -1, 10**9, NAN, {}, [1, "x"], [[1]], True, 1.5])
+@pytest.mark.parametrize("bad", ["x", -1, 10**9, NAN, {}, [], [1, "x"], [[1]], True, 1.5])
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
 def test_the_end_of_a_turn_is_a_token(copy, file, bad):
     folder = copy("vl")
@@ -237,6 +237,19 @@ def test_other_files_of_the_tokenizer(copy, file, key, value):
     folder = copy("vl")
     edit(folder / file, **{key: value})
     refused(folder, file, key)
+
+
+def test_a_token_that_the_model_does_not_have_is_named(copy):
+    """jax would take the last row of the embeddings for it."""
+    folder = copy("vl")
+    tokenizer = read_json(folder / "tokenizer.json")
+    tokenizer["model"]["vocab"]["A"] = 10**6
+    write_json(folder / "tokenizer.json", tokenizer)
+    processor = Processor(folder)
+    good, bad = processor.attempt([as_messages(text, "") for text in ("b", "A")], ["x", "y"])
+    assert good.input_ids.max() < 2000
+    assert str(bad).startswith("y: the tokenizer of ")
+    assert "makes token 1000000 of it, and the model has" in str(bad)
 
 
 @pytest.mark.parametrize("family", [*reference.FAMILIES, *reference.LLAVA])

@@ -212,7 +212,7 @@ def answered(
             results[i] = error
     answers = processor.tokenizer.answers(list(texts.values()))
     for i, ids in zip(texts, answers, strict=True):
-        results[i] = processor.checked_length(results[i].answered(ids), records[i].where)
+        results[i] = processor.checked(results[i].answered(ids), records[i].where)
     return results
 
 

@@ -91,7 +91,7 @@ class Processor:
         try:
             media = [self._load(part, name) for part in media_parts(messages)]
             processed = self.codec.expand(ids, media, name)
-            return self.checked_length(processed, name)
+            return self.checked(processed, name)
         except LcoError as error:
             return error
 
@@ -106,14 +106,20 @@ class Processor:
             raise LcoError(f"{name} has a video with sound, and this model takes {takes}")
         return kind, medium
 
-    def checked_length(self, processed: Processed, name: str) -> Processed | LcoError:
-        """The input, or an error if it is longer than the model's context."""
-        if len(processed) <= self.max_tokens:
-            return processed
-        return LcoError(
-            f"{name}: {len(processed)} tokens (template included), and the model takes "
-            f"{self.max_tokens}; cut texts with max_length, and media by their caps"
-        )
+    def checked(self, processed: Processed, name: str) -> Processed | LcoError:
+        """The input, or an error if it is longer than the model's context, or of other tokens."""
+        if len(processed) > self.max_tokens:
+            return LcoError(
+                f"{name}: {len(processed)} tokens (template included), and the model takes "
+                f"{self.max_tokens}; cut texts with max_length, and media by their caps"
+            )
+        largest = int(processed.input_ids.max())
+        if largest >= self.codec.vocab_size:
+            return LcoError(
+                f"{name}: the tokenizer of {self.folder} makes token {largest} of it, and the "
+                f"model has {self.codec.vocab_size} (vocab_size in config.json)"
+            )
+        return processed
 
 
 def _model_config(folder: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 A value that the files leave out, or that is null, is the default.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,12 +154,9 @@ def pixel_limits(
 
 def token_ids(given: Any, vocab_size: int, what: str) -> list[int]:
     """The ids in a value that is one or a list of them. Raises, by `what`, for anything else."""
-    ids: Iterable[Any] = given if isinstance(given, list) else [given]
-    ids = list(ids)
-    for one in ids:
-        if not is_number(one, Integral) or not 0 <= one < vocab_size:
-            raise LcoError(
-                f"{what} is {given!r:.60}, and must hold tokens of the model, from 0 to "
-                f"{vocab_size - 1}"
-            )
+    ids = given if isinstance(given, list) else [given]
+    if not ids or not all(is_number(one, Integral) and 0 <= one < vocab_size for one in ids):
+        raise LcoError(
+            f"{what} is {given!r:.60}, and must hold tokens of the model, 0 to {vocab_size - 1}"
+        )
     return ids
