@@ -144,7 +144,8 @@ def test_a_cache_changes_no_token_of_a_tuned_and_quantized_model(cases, tmp_path
 
 def test_the_tokens_that_end_a_turn(tmp_path):
     tokenizer = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=1))
-    processor = SimpleNamespace(folder=tmp_path, tokenizer=tokenizer)
+    codec = SimpleNamespace(vocab_size=6)
+    processor = SimpleNamespace(folder=tmp_path, tokenizer=tokenizer, codec=codec)
     for name, content, want in [
         ("config.json", {"text_config": {"eos_token_id": None}}, [1]),
         ("config.json", {"text_config": {"eos_token_id": 2}}, [2]),

@@ -3,6 +3,7 @@
 import gc
 import json
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from benchmarks.presets import PRESETS
 from lco_jax import job, loop, make_mesh
 from lco_jax import plan as planning
 from lco_jax.checkpoint.hf import open_geometry
-from lco_jax.core.errors import run_main
+from lco_jax.core.errors import LcoError, run_main
 from lco_jax.cost_model import targets
 from lco_jax.cost_model.hardware import DEVICES
 from lco_jax.cost_model.profile import LAUNCH, UNKNOWN, profile
@@ -342,3 +343,13 @@ def test_a_mistake_is_one_sentence(flags, says, monkeypatch, capsys):
     assert end.value.code == 2
     assert says in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size"])
+def test_sizes_beyond_reason_are_refused_before_anything_compiles(configured, tmp_path, key):
+    config = GEOMETRY.config | {key: 10**8}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    start = time.monotonic()
+    with pytest.raises(LcoError, match=rf"config\.json: .*{key} is 100000000, and must be at most"):
+        planning.plan(configured(), DEVICES["v5e"], 1)
+    assert time.monotonic() - start < 5
