@@ -18,6 +18,7 @@ import soxr
 from PIL import Image
 
 from lco_jax import LcoError
+from lco_jax.data import decoder
 from lco_jax.data.audio import decode_audio, load_audio
 from lco_jax.data.frames import FrameReader
 from lco_jax.data.images import decode_image, load_pixels
@@ -109,6 +110,91 @@ def test_the_clock_counts_the_decoders_own_time():
         return 28, 28
 
     assert load_pixels(png(Image.fromarray(RGB)), "x", hasty, late).shape == (28, 28, 3)
+
+
+SLEEPY_DRIVER = """
+import time
+from PIL import Image, ImageFile
+
+class Sleepy(ImageFile.ImageFile):
+    format = "HEIF"
+
+    def _open(self):
+        self._size, self._mode = (8, 8), "RGB"
+
+    def load(self):
+        time.sleep(1000)
+
+def register_heif_opener():
+    Image.register_open("HEIF", Sleepy, lambda prefix: prefix.startswith(b"sleepy"))
+"""
+READS_A_SLEEPY_FILE = """
+import os, sys, time
+sys.path.insert(0, {folder!r})  # where the driver is
+from lco_jax import LcoError
+from lco_jax.data import decoder
+from lco_jax.data.images import load_pixels
+from lco_jax.data.media import MediaConfig
+
+decoder.LEAST_SLEEP_SECONDS = 2.0
+config = MediaConfig(decode_seconds=0.5)
+assert load_pixels({good!r}, "good", config).shape == (24, 32, 3)
+sleepy = decoder._pool.idle[0].process
+start = time.monotonic()
+try:
+    load_pixels({folder!r} + "/a.heic", "input 3", config)
+except LcoError as error:
+    print(error)
+assert 2 <= time.monotonic() - start < 20
+assert sleepy.returncode == -9
+assert load_pixels({good!r}, "good", config).shape == (24, 32, 3)
+"""
+
+
+def test_a_decoder_that_sleeps_is_ended(tmp_path):
+    """It uses no CPU time. The file is named, and another process takes the next one."""
+    (tmp_path / "pillow_heif.py").write_text(SLEEPY_DRIVER)
+    (tmp_path / "a.heic").write_bytes(b"sleepy" + bytes(100))
+    good = png(Image.fromarray(RGB))
+    program = READS_A_SLEEPY_FILE.format(folder=str(tmp_path), good=good)
+    result = subprocess.run(
+        (sys.executable, "-c", program), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == (
+        f"input 3: image {tmp_path}/a.heic cannot be read: its decoder waited 2.5 seconds "
+        "for a disk, a network or a driver that does not answer\n"
+    )
+
+
+def test_a_decoder_that_is_stopped_is_ended(monkeypatch):
+    """Also one that takes no more of a file than its pipe holds."""
+    monkeypatch.setattr(decoder, "LEAST_SLEEP_SECONDS", 1.0)
+    content = png(Image.fromarray(RGB))
+    load_pixels(content, "x", CONFIG)
+    for process in _decoders(os.getpid()):
+        os.kill(process, signal.SIGSTOP)
+    hasty = MediaConfig(decode_seconds=0.2)
+    with pytest.raises(LcoError, match=r"^input 3: image of .* cannot be read: .* 1 seconds"):
+        load_pixels(content + bytes(5_000_000), "input 3", hasty)
+    np.testing.assert_array_equal(load_pixels(content, "x", CONFIG), RGB)
+
+
+def test_a_busy_decoder_does_not_sleep(monkeypatch):
+    """It works for longer than it may sleep, and others take the CPUs from it."""
+    monkeypatch.setattr(decoder, "LEAST_SLEEP_SECONDS", 1.0)
+    monkeypatch.setattr(decoder, "SLEEP_FACTOR", 0.0)
+    program = "import time\nend = time.monotonic() + 60\nwhile time.monotonic() < end: pass"
+    others = [subprocess.Popen((sys.executable, "-c", program)) for _ in range(4)]
+    try:
+        start = time.monotonic()
+        pixels = load_pixels(progressive_jpeg(6000, 800), "x", CONFIG, small)
+        assert time.monotonic() - start > 3
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert pixels.shape == (28, 28, 3)
 
 
 def test_memory_is_bounded():
