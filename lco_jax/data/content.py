@@ -16,6 +16,7 @@ from PIL import Image
 
 from lco_jax.core.errors import LcoError, check_keys
 from lco_jax.data.arrays import medium_of_array, with_arrays
+from lco_jax.data.lazy import LazyImage
 from lco_jax.data.media import local_path
 
 Part = dict[str, Any]
@@ -217,7 +218,7 @@ def as_content(given: Any, where: str) -> Content | Messages:
     always text. Arrays of 3 axes are images and of 4 axes videos; sound needs its sampling rate.
     """
     given = with_arrays(given, where)
-    if isinstance(given, Image.Image):
+    if isinstance(given, Image.Image | LazyImage):
         given = {"image": given}
     elif isinstance(given, np.ndarray):
         given = {_array_kind(given, where): given}

@@ -50,15 +50,15 @@ def decode(
     file: MediaFile,
     config: MediaConfig,
     size_rule: SizeRule | None = None,
-    rate: float | None = None,
+    **more: Any,
 ) -> np.ndarray:
     """What a file holds, decoded in another process.
 
     kind: "image", "audio", "sound" (of a video), "samples" or "video". size_rule: asked here, for
-    the size of the first picture. rate: of "samples", in Hz. Raises for a file that is torn, too
-    big or too slow.
+    the size of the first picture. more: rate, of "samples", in Hz; opened, of an image that was a
+    PIL image (`lazy.Opened`). Raises for a file that is torn, too big or too slow.
     """
-    request = {"kind": kind, "label": file.label, "config": _plain(config), "rate": rate}
+    request = {"kind": kind, "label": file.label, "config": _plain(config), **more}
     request["has_size_rule"] = size_rule is not None
     content = b""
     if isinstance(file.content, bytes):

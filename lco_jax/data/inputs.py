@@ -20,6 +20,7 @@ from PIL import Image
 from lco_jax.core.errors import LcoError, check_at_least_1, is_number
 from lco_jax.data.arrays import is_table
 from lco_jax.data.content import Messages, as_content, describe, media_kind
+from lco_jax.data.lazy import LazyImage, lazy_image
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import ChatTokenizer, Prompt, as_messages
 from lco_jax.data.tower_rows import Processed
@@ -142,6 +143,16 @@ class _Threads:
         return future.result()
 
 
+class _Pickler(ForkingPickler):
+    """Sends a PIL image that is not decoded yet as its file. Pickling the image would decode it."""
+
+    def reducer_override(self, value: Any) -> Any:
+        lazy = lazy_image(value, "PIL image") if isinstance(value, Image.Image) else None
+        if lazy is None:
+            return NotImplemented
+        return LazyImage, (lazy.label, lazy.content, lazy.opened)
+
+
 class _Processes:
     """Prepares in processes, which are started again when one dies."""
 
@@ -157,7 +168,7 @@ class _Processes:
     def submit(self, task: list[NamedInput]) -> Future | None:
         """None for a task that cannot be sent to another process."""
         try:
-            sent = bytes(ForkingPickler.dumps(task))
+            sent = bytes(_Pickler.dumps(task))
         except Exception:  # an object may raise anything when it is pickled
             return None
         try:
@@ -175,7 +186,7 @@ class _Processes:
 
     def _alone(self, item: NamedInput) -> Prepared:
         """One input in a new process, to find the input that crashed the last one."""
-        sent = bytes(ForkingPickler.dumps([item]))
+        sent = bytes(_Pickler.dumps([item]))
         with self._start(1) as executor:
             try:
                 return executor.submit(_run, sent).result()[0]

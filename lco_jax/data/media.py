@@ -207,7 +207,7 @@ def _from_path(name: str, label: str, config: MediaConfig) -> MediaFile:
         raise LcoError(f"{label} is a folder; give a file")
     if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for someone to write to it
         raise LcoError(f"{label} is a pipe or a device; give a regular file")
-    _check_bytes(status.st_size, label, config)
+    check_bytes(status.st_size, label, config)
     with _reading(label):
         path.open("rb").close()
     return MediaFile(label, path)
@@ -237,11 +237,12 @@ def _from_data_uri(uri: str, label: str, config: MediaConfig) -> MediaFile:
 
 
 def _in_memory(content: bytes, label: str, config: MediaConfig) -> MediaFile:
-    _check_bytes(len(content), label, config)
+    check_bytes(len(content), label, config)
     return MediaFile(label, content)
 
 
-def _check_bytes(size: int, label: str, config: MediaConfig) -> None:
+def check_bytes(size: int, label: str, config: MediaConfig) -> None:
+    """Raise for a medium without bytes, or with more than the caps allow."""
     if size == 0:
         raise LcoError(f"{label} is empty")
     if size > config.max_file_bytes:
@@ -266,7 +267,7 @@ def _from_url(url: str, label: str, config: MediaConfig) -> MediaFile:
             # read1 returns what has come, so that a slow server cannot outlast the deadline
             while chunk := response.read1(CHUNK):
                 content += chunk
-                _check_bytes(max(len(content), promised), label, config)
+                check_bytes(max(len(content), promised), label, config)
                 if time.monotonic() > end:
                     raise LcoError(took_too_long(label, config))
     if len(content) < promised:
