@@ -217,7 +217,7 @@ class VectorParts:
         path = self.folder.path / DESCRIPTION
         if not path.exists() or self._is_complete(path):
             return None
-        before = read_json(path).get("work") or {}
+        before = _read_description(path).get("work") or {}
         listing = self.folder.kept()
         if listing is not None and key in before:
             self.work[key] = before[key]
@@ -225,7 +225,7 @@ class VectorParts:
         return listing
 
     def _check_description(self) -> dict[str, Any]:
-        found = read_json(self.folder.path / DESCRIPTION)
+        found = _read_description(self.folder.path / DESCRIPTION)
         same_work(found.get("work") or {}, self.work, self.folder.path, self.flag)
         return found
 
@@ -274,7 +274,7 @@ class VectorParts:
         """
         if not self.record.exists() or not self._is_complete(self.record):
             return None
-        found = read_json(self.record)
+        found = _read_description(self.record)
         if self.keeps_parts:
             same_work(found.get("work") or {}, self.work, self.output, self.flag)
             return found
@@ -284,7 +284,7 @@ class VectorParts:
 
     @staticmethod
     def _is_complete(record: AnyPath) -> bool:
-        return "vectors" in read_json(record)
+        return "vectors" in _read_description(record)
 
     def join(
         self,
@@ -373,6 +373,16 @@ class VectorParts:
             return
         for path in paths:
             path.unlink(missing_ok=True)
+
+
+def _read_description(path: AnyPath) -> dict[str, Any]:
+    """What the file says of a work. Raises where it is damaged."""
+    try:
+        return read_json(path)
+    except LcoError as error:
+        damaged = path.parent if path.name == DESCRIPTION else path
+        advice = f"remove {damaged}, and the same command begins anew"
+        raise LcoError(f"{error}; {advice}") from error
 
 
 def _digest(work: Mapping[str, Any]) -> str:
