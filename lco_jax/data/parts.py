@@ -38,6 +38,7 @@ from lco_jax.core.files import (
 )
 from lco_jax.data import vectors
 from lco_jax.data.folder import Listing
+from lco_jax.data.skipped import write_skipped
 from lco_jax.data.vectors import difference, same_work
 
 # beside the parts; names that readers of a folder of parquet leave alone
@@ -303,7 +304,9 @@ class VectorParts:
         with self._writing():
             total = sum(unit.rows for unit in units)
             record = {"work": self.work, "vectors": total, "dimension": dimension}
-            record["skipped"] = self._list_skipped(units)
+            reasons = self.folder.tables(units, ["id", "reason"])
+            aside = self.folder.path / f"skipped{ASIDE}"  # which vanishes with the folder
+            record["skipped"] = write_skipped(self.output, vectors.skipped_rows(reasons), aside)
             record |= about
             if self.keeps_parts:
                 record["parts"] = [unit.part for unit in units]
@@ -314,21 +317,6 @@ class VectorParts:
                 self._write_record({**record, "output": _state(self.output)})
             self._remove()
             return record
-
-    def _list_skipped(self, units: Sequence[Unit]) -> int:
-        """Write `<output>.skipped.jsonl`; how many lines it has."""
-        path = self.output.with_name(f"{self.output.name}.skipped.jsonl")
-        aside = self.folder.path / f"skipped{ASIDE}"
-        count = 0
-        with aside.open("wb") as file:
-            for line in vectors.skipped_lines(self.folder.tables(units, ["id", "reason"])):
-                file.write(line.encode())
-                count += 1
-        if count:
-            replace(aside, path)
-        elif path.exists():  # of an earlier output
-            path.unlink()
-        return count
 
     def _write_record(self, record: Mapping[str, Any]) -> None:
         aside = self.folder.path / f"record{ASIDE}"  # which vanishes with the folder
