@@ -29,7 +29,7 @@ from lco_jax.data.corpus import Contents, Corpus, scan
 from lco_jax.data.folder import rest_in_words
 from lco_jax.data.inputs import Preparation
 from lco_jax.data.parts import Unit, VectorParts, cut
-from lco_jax.data.skipped import list_of_skipped
+from lco_jax.data.skipped import skipped_in_words
 from lco_jax.data.vectors import part_table, read_vectors, same_work
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.flags import (
@@ -149,8 +149,7 @@ def _library(
     rows = [row for row, key in enumerate(keys) if key in entries and finite[row]]
     notes = []
     if skipped := len(entries) - len(rows):
-        which = f"{list_of_skipped(args.output / 'vectors.parquet')} says which, and why"
-        notes.append(f"{skipped:,} skipped, {which}")
+        notes.append(skipped_in_words(args.output / "vectors.parquet", skipped, "skipped"))
     if not rows:
         why = "".join(f"; {note}" for note in notes)
         raise LcoError(f"--input={args.input} holds nothing that could be embedded{why}")

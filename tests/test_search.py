@@ -628,7 +628,8 @@ def test_a_second_start_embeds_nothing(start, tmp_path, tiny):
     assert embedded == ["a.png", "b.png", "c.png", "torn.png"]
     reasons = tmp_path / "index" / "vectors.parquet.skipped.jsonl"
     assert notes == (
-        f"1 skipped, {reasons} says which, and why; left out: .txt 2, .svg 1, hidden 1"
+        f"1 skipped: {reasons} says which inputs were skipped, and why; "
+        "left out: .txt 2, .svg 1, hidden 1"
     )
     assert "torn.png" in reasons.read_text()
     expected = tiny.encode(pictures)
@@ -649,7 +650,7 @@ def test_malformed_lines_are_skipped_as_embed_skips_them(start, tmp_path, tiny):
     path.write_bytes("\n".join([good[0], *bad, good[1]]).encode() + b"\n\xff\n")
     library, embedded, notes = start(source="lines.jsonl")
     assert len(embedded) == 8
-    assert notes.startswith("6 skipped, ")
+    assert notes.startswith("6 skipped: ")
     found = by_label(library)
     assert sorted(found) == ["lines.jsonl:1", "lines.jsonl:7"]
     np.testing.assert_allclose(list(found.values()), tiny.encode(["one", "two"]), atol=1e-5)
@@ -808,8 +809,8 @@ def test_the_last_line_of_a_start_says_what_cannot_be_found(tmp_path):
         (folder / name).touch()
     flags = ["--model=builtin:tiny", f"--input={folder}", f"--output={index}"]
     with serving(*flags) as line:
-        why = f"{index}/vectors.parquet.skipped.jsonl says which, and why"
-        rest = f"1 skipped, {why}; left out: .txt 2, hidden 1"
+        why = f"{index}/vectors.parquet.skipped.jsonl says which inputs were skipped, and why"
+        rest = f"1 skipped: {why}; left out: .txt 2, hidden 1"
         assert line == f"1 image: {address(line)} ({rest})"
         with urllib.request.urlopen(address(line)) as answer:
             assert answer.status == 200

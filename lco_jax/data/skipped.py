@@ -17,8 +17,8 @@ def write_skipped(
 ) -> int:
     """Write an output's list of skipped inputs -> how many lines it has. None: there is no list.
 
-    rows: {"index": from 0, "id": …, "reason": …}, one after another. The list appears when it is
-    complete. aside: where it grows, by default beside the output.
+    rows: {"index": from 0, "id": …, "reason": …} each; reasons alone where inputs have no number.
+    The list appears when it is complete. aside: where it grows, by default beside the output.
     """
     path = list_of_skipped(output)
     aside = aside or path.with_name(f".{path.name}.tmp")
@@ -37,9 +37,9 @@ def write_skipped(
     return count
 
 
-def skipped_in_words(output: AnyPath, count: int) -> str:
+def skipped_in_words(output: AnyPath, count: int, what: str = "of them are empty") -> str:
     """A line about the inputs of an output that have no result; "" if all have one."""
     if not count:
         return ""
     which = f"{list_of_skipped(output)} says which inputs were skipped, and why"
-    return f"{count:,} of them are empty: {which}"
+    return f"{count:,} {what}: {which}"
