@@ -5,6 +5,7 @@ A content is a text (`str`) or, where it holds media, a tuple of parts in their 
 become one text, as chat templates join them.
 """
 
+import io
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,8 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lco_jax.core.errors import LcoError, check_keys
-from lco_jax.data.arrays import medium_of_array, with_arrays
+from lco_jax.core.errors import LcoError, check_keys, printable
+from lco_jax.data.arrays import medium_of_array, with_arrays, with_rate
 from lco_jax.data.lazy import LazyImage
 from lco_jax.data.media import local_path
 
@@ -54,6 +55,12 @@ OPTIONS = {  # what a part may set for its own medium, in place of `MediaConfig`
 FIELD_KEYS = (*FIELDS, "content")
 PART_KEYS = {kind: ("type", *SOURCES[kind], *OPTIONS[kind]) for kind in KINDS}
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)  # no path of this machine
+# endings of media that no decoder here reads; those that are common words or domains are left out
+UNREAD = (
+    *("svg", "svgz", "psd", "eps", "emf", "wmf", "xcf", "jxl", "ico", "icns", "exr", "dds"),
+    *("cr2", "cr3", "nef", "arw", "dng", "orf", "rw2", "raf", "rmvb", "mxf", "swf", "y4m"),
+    *("ape", "dsf", "dff", "wv", "midi", "mid"),
+)
 DATA_OF_A_KIND = re.compile(r"data:(image|video|audio)[/;]", re.IGNORECASE)
 ENCODED_DATA = re.compile(r"data:[^,\s]*;base64,", re.IGNORECASE)
 # bytes of the longest path, and of the longest name in it, that a system takes
@@ -185,8 +192,10 @@ class Reader:
         return _is_still(value)
 
     def _medium(self, kind: str, value: Any, label: str) -> Part:
-        value = with_arrays(value, label) if self.root is None else self._stored(kind, value, label)
-        return {"type": kind, kind: value}
+        if self.root is not None:
+            return {"type": kind, kind: self._stored(kind, value, label)}
+        value = with_arrays(value, label)
+        return {"type": kind, kind: with_rate(value, label) if kind == "video" else value}
 
     def _stored(self, kind: str, value: Any, label: str) -> Any:
         """A medium as a file may give it: encoded, or as an address or a path, or as frames."""
@@ -217,6 +226,7 @@ def as_content(given: Any, where: str) -> Content | Messages:
     So is a data: URI of a kind. A string that names any other file is an error; {"text": …} is
     always text. Arrays of 3 axes are images and of 4 axes videos; sound needs its sampling rate.
     """
+    check_not_open(given, f"{where} is {type(given).__name__}")
     given = with_arrays(given, where)
     if isinstance(given, Image.Image | LazyImage):
         given = {"image": given}
@@ -224,11 +234,23 @@ def as_content(given: Any, where: str) -> Content | Messages:
         given = {_array_kind(given, where): given}
     elif isinstance(given, Mapping) and "array" in given:
         given = medium_of_array(given)
+    elif hasattr(given, "get_all_samples"):
+        given = {"audio": given}
     elif isinstance(given, str | os.PathLike):
         name = given.strip() if isinstance(given, str) else given  # a line may have its end
         kind = _file_kind(name, where)
         given = {kind: name} if kind else given
     return Reader(where).read(given)
+
+
+def check_not_open(given: Any, what: str) -> None:
+    """Raise for an open file, which would be taken for its lines. what: the error's beginning."""
+    if isinstance(given, io.TextIOBase):
+        give = 'give its text, or its lines as a list: [line.rstrip("\\n") for line in file]'
+        raise LcoError(f"{what}, a text file that is open; {give}")
+    if hasattr(given, "read"):
+        give = 'give {"image": …}, {"audio": …} or {"video": …} with it'
+        raise LcoError(f"{what}, a file that is open; {give}")
 
 
 def _array_kind(array: np.ndarray, where: str) -> str:
@@ -245,12 +267,19 @@ def _file_kind(name: str | os.PathLike, where: str) -> str | None:
     """The kind of a media file, or None for a string that is a text."""
     kind = media_kind(name)
     path = local_path(name)
+    text = 'text can be given as {"text": …}'
+    if _ending(str(name)) in UNREAD and _may_be_path(str(name)):
+        what = "ends like a medium in a format that is not read here"
+        advice = "convert it, for example to .png, .mp4 or .wav"
+        raise LcoError(f"{where}: {printable(str(name))} {what}; {advice}; {text}")
     if path is None:  # an address
         if kind is None and ENCODED_DATA.match(str(name)):
             give = 'give it as {"image": …}, {"audio": …} or {"video": …}'
             raise LcoError(f"{where}: a data: URI of no kind of medium; {give}")
         return kind
     is_there = os.path.isfile(path)
+    if os.path.isdir(path):
+        raise LcoError(f"{where}: {printable(str(name))} is a folder; give its files; {text}")
     if kind and is_there:
         return kind
     if isinstance(name, str) and not is_there and not _promises_file(name, kind):
@@ -260,19 +289,20 @@ def _file_kind(name: str | os.PathLike, where: str) -> str | None:
             f"{where}: {name} does not end like an image, video or audio file; "
             'give {"image": …} or the like, or {"text": …} for a text'
         )
-    raise LcoError(
-        f"{where}: {name} looks like a media file, and there is no such file; "
-        'text can be given as {"text": …}'
-    )
+    raise LcoError(f"{where}: {name} looks like a media file, and there is no such file; {text}")
 
 
 def _promises_file(name: str, kind: str | None) -> bool:
-    """Whether a string looks like a file that is not there: it ends like one, or is a file: URI.
-
-    A line that is too long for a path is a sentence, unless it is a single word.
-    """
+    """Whether a string looks like a file that is not there: it ends like one, or is a file: URI."""
     if kind is None:
         return name[:7].lower() == "file://" and not any(map(str.isspace, name))
+    return _may_be_path(name)
+
+
+def _may_be_path(name: str) -> bool:
+    """Whether a string is short enough. A line that is too long is a sentence, unless it is a
+    single word.
+    """
     encoded = name.encode(errors="surrogatepass")
     longest = max(map(len, encoded.split(b"/")))
     fits = len(encoded) <= LONGEST_PATH and longest <= LONGEST_NAME
@@ -306,12 +336,16 @@ def media_kind(source: Any) -> str | None:
     if name[:5].lower() == "data:":
         found = DATA_OF_A_KIND.match(name)
         return found[1].lower() if found else None
+    return KIND_OF_ENDING.get(_ending(name))
+
+
+def _ending(name: str) -> str:
+    """The ending of a path or an address, in lower case and without its dot; "" if it has none."""
     if name[:8].lower().startswith(("http://", "https://")):
         name = re.split("[?#]", name, maxsplit=1)[0]
     if "." not in name or "\n" in name:
-        return None
-    ending = name.rsplit(".", 1)[-1]
-    return KIND_OF_ENDING.get(ending.lower())
+        return ""
+    return name.rsplit(".", 1)[-1].lower()
 
 
 def describe(value: Any) -> str:
