@@ -19,8 +19,9 @@ from PIL import Image
 
 from lco_jax.core.errors import LcoError, check_at_least_1, is_number
 from lco_jax.data.arrays import is_table
-from lco_jax.data.content import Messages, as_content, check_not_open, describe, media_kind
+from lco_jax.data.content import Messages, as_content, check_not_open, describe
 from lco_jax.data.lazy import LazyImage, lazy_image
+from lco_jax.data.names import media_kind
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import ChatTokenizer, Prompt, as_messages
 from lco_jax.data.tower_rows import Processed
