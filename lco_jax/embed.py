@@ -49,6 +49,7 @@ from lco_jax.data.corpus import Contents, Corpus, scan
 from lco_jax.data.folder import Listing, as_id, changes_in_words, rest_in_words
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.parts import DESCRIPTION, Unit, VectorParts, cut
+from lco_jax.data.skipped import skipped_in_words
 from lco_jax.flags import (
     MEDIA_A_UNIT,
     TEXTS_A_UNIT,
@@ -130,9 +131,8 @@ def main() -> int:
         else:
             record = _embed(args, corpus, media, checkpoint, parts)
             print(f"{record['vectors']:,} vectors of {record['dimension']}: {args.output}")
-    if record["skipped"]:
-        which = f"{args.output}.skipped.jsonl says which inputs were skipped, and why"
-        print(f"{record['skipped']:,} of them are empty: {which}")
+    if skipped := skipped_in_words(args.output, record["skipped"]):
+        print(skipped)
     if changes := changes_in_words(record.get("since listed", {})):
         print(changes)
     if rest := rest_in_words(record.get("left out", {})):

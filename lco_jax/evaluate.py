@@ -29,6 +29,7 @@ from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.inference import EmbeddedBlock
 from lco_jax.data.media import MediaConfig
 from lco_jax.embedder import OmniEmbedder
+from lco_jax.evaluation.left_out import LeftOut
 from lco_jax.evaluation.local_tasks import KINDS, add_flags, evaluate_and_write, options_of
 from lco_jax.flags import (
     add_corpus_flags,
@@ -89,15 +90,27 @@ def evaluate_files(args: argparse.Namespace, media: MediaConfig) -> None:
         with explained(f"--output={args.output} cannot be written", OSError):
             args.output.mkdir(parents=True, exist_ok=True)
         embedder = load_embedder(args, open_checkpoint(args.model), media, None)
-        return embedder.encode(
-            contents, prompt=args.prompt, max_length=args.max_length, show_progress=True
+        vectors = embedder.encode(
+            contents,
+            args.batch_size,
+            prompt=args.prompt,
+            max_length=args.max_length,
+            on_error=args.on_error,
+            workers=args.workers or 0,
+            show_progress=True,
         )
+        left_out.inputs = dict(embedder.skipped)
+        return vectors
 
     options = options_of(args)
-    numbers = evaluate_and_write(encode, args.kind, args.input, args.output, **options)
+    left_out = LeftOut(skips=args.on_error == "skip")
+    numbers = evaluate_and_write(encode, args.kind, args.input, args.output, left_out, **options)
     for name, number in numbers.items():
         print(f"{name:>20} {number:,.4g}")
-    print(f"written: {args.output / 'results.json'} and {args.kind}.png")
+    results = args.output / "results.json"
+    print(f"written: {results} and {args.kind}.png")
+    for line in left_out.in_words(results):
+        print(line)
 
 
 def evaluate_tasks(args: argparse.Namespace, media: MediaConfig) -> int:

@@ -18,6 +18,8 @@ by "Describe the above image." and the like.
 
 import argparse
 import json
+import logging
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,8 @@ from lco_jax.core.files import write_json, write_text, written_aside
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Contents, Corpus, scan
 from lco_jax.data.folder import rest_in_words
-from lco_jax.data.records import answer_of, as_input
+from lco_jax.data.records import Record, answer_of, as_input
+from lco_jax.data.skipped import skipped_in_words, write_skipped
 from lco_jax.data.sources import open_file
 from lco_jax.embed import modalities_of
 from lco_jax.evaluation.answers import score
@@ -44,6 +47,8 @@ from lco_jax.flags import (
     workers,
 )
 from lco_jax.generator import OmniGenerator
+
+logger = logging.getLogger(__name__)
 
 
 def parse_args() -> argparse.Namespace:
@@ -114,33 +119,30 @@ def answer(args: argparse.Namespace) -> None:
     lines = _json_lines(
         {"id": item.id, "answer": answer} for item, answer in zip(items, answers, strict=True)
     )
+    notes = sys.stdout
     if args.output is None:
         print(lines, end="")
-        return
-    write_text(args.output, lines)
-    print(f"{len(items):,} answers: {args.output}")
-    _list_skipped(args.output, {i: items[i].id for i in skipped}, skipped)
+        notes = sys.stderr  # and warnings have said which inputs were skipped, and why
+        if skipped:
+            print(f"{len(skipped):,} of {len(items):,} were skipped", file=notes)
+    else:
+        write_text(args.output, lines)
+        print(f"{len(items):,} answers: {args.output}")
+        write_skipped(args.output, _rows(skipped, [item.id for item in items]))
+        if skipped:
+            print(skipped_in_words(args.output, len(skipped)))
     if corpus.listing and corpus.listing.left_out:
-        print(rest_in_words(corpus.listing.left_out))
+        print(rest_in_words(corpus.listing.left_out), file=notes)
 
 
-def _list_skipped(
-    output: Path, ids: Mapping[int, int | str | None], skipped: Mapping[int, str]
-) -> None:
-    """Write `<output>.skipped.jsonl`, as `embed` does, if anything was skipped."""
-    path = output.with_name(f"{output.name}.skipped.jsonl")
-    if not skipped:
-        path.unlink(missing_ok=True)  # of an earlier output
-        return
-    rows = ({"index": i, "id": ids[i], "reason": why} for i, why in sorted(skipped.items()))
-    write_text(path, _json_lines(rows))
-    print(f"{len(skipped):,} of them are empty: {path} says which inputs were skipped, and why")
+def _rows(skipped: Mapping[int, str], ids: Sequence[Any]) -> list[dict[str, Any]]:
+    """What the list of skipped inputs has of each."""
+    return [{"index": i, "id": ids[i], "reason": why} for i, why in sorted(skipped.items())]
 
 
 def answer_and_score(args: argparse.Namespace) -> None:
     """Answer the records' anchors, compare with their positives, and write and print scores."""
-    records = list(open_file(args.input, args.media_root))
-    references = [answer_of(record) for record in records]
+    records, references, malformed = _records(args)
     names = [record.where for record in records]
     contents = [as_input(record.anchor) for record in records]
     kinds = {kind: record.where for record in records for kind in record.modalities}
@@ -150,17 +152,43 @@ def answer_and_score(args: argparse.Namespace) -> None:
             raise LcoError(f"--input={args.input} holds no record that could be answered")
         answered = [i for i in range(len(records)) if i not in skipped]
         scores = score([answers[i] for i in answered], [references[i] for i in answered])
-        if skipped:
-            scores["skipped"] = len(skipped)
+        if skipped or malformed:
+            scores["skipped"] = len(skipped) + malformed
         rows = zip(names, answers, references, strict=True)
         lines = _json_lines(
             {"where": name, "answer": answer, "reference": reference}
             for name, answer, reference in rows
         )
         write_text(folder / "answers.jsonl", lines)
+        write_skipped(folder / "answers.jsonl", _rows(skipped, names))
         write_json(folder / "results.json", {**scores, "flags": _flags(args)})
     _print_scores(scores)
     print(f"scores: {args.output / 'results.json'}; answers: answers.jsonl beside it")
+    if skipped:
+        print(skipped_in_words(args.output / "answers.jsonl", len(skipped)))
+
+
+def _records(args: argparse.Namespace) -> tuple[list[Record], list[str], int]:
+    """(the records, the answers that they have, how many malformed ones are skipped).
+
+    Those without an answer are malformed, too.
+    """
+    strict = args.on_error == "raise"
+    source = open_file(args.input, args.media_root, "error" if strict else "skip")
+    malformed = source.skipped
+    records, references = [], []
+    for i in range(len(source)):
+        try:
+            references.append(answer_of(source[i]))
+            records.append(source[i])
+        except LcoError as error:
+            if strict:
+                raise
+            logger.warning("skipped: %s", error)
+            malformed += 1
+    if not records:
+        raise LcoError(f"--input={args.input} holds no record that could be answered")
+    return records, references, malformed
 
 
 def _print_scores(scores: Mapping[str, float]) -> None:

@@ -14,6 +14,7 @@ import argparse
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
@@ -25,8 +26,10 @@ from lco_jax.core.errors import LcoError, explained, run_main
 from lco_jax.core.files import read_json, write_json
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Contents, Corpus, scan
+from lco_jax.data.folder import rest_in_words
 from lco_jax.data.inputs import Preparation
 from lco_jax.data.parts import Unit, VectorParts, cut
+from lco_jax.data.skipped import skipped_in_words
 from lco_jax.data.vectors import part_table, read_vectors, same_work
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.flags import (
@@ -82,7 +85,7 @@ def main() -> int:
     if args.input.suffix == ".parquet":
         raise LcoError(f"--input={args.input}: search takes a folder of media, a .jsonl or a .txt")
     with _listening(args) as socket_:  # before hours of work
-        library, embedder = prepare(args)
+        library, embedder, notes = prepare(args)
         preparation = Preparation(embedder.processor, args.prompt, args.max_length)
         queries = ModelQueries(preparation, embedder.embed)
         queries.embed(queries.prepare([FIRST_QUERY], "the first query"))
@@ -90,7 +93,8 @@ def main() -> int:
         server = Server(library, queries, about, args.max_upload, media_config(args))
         host = f"[{args.host}]" if ":" in args.host else args.host
         counts = ", ".join(f"{count:,} {kind}" for kind, count in library.counts.items())
-        print(f"{counts}: http://{host}:{socket_.getsockname()[1]}", flush=True)
+        rest = f" ({notes})" if notes else ""
+        print(f"{counts}: http://{host}:{socket_.getsockname()[1]}{rest}", flush=True)
         app = server.app(LOOPBACK if args.host in LOOPBACK else ("*",))
         http_server(app).run(sockets=[socket_])
     return 0
@@ -104,11 +108,19 @@ def _listening(args: argparse.Namespace) -> socket.socket:
         return socket.create_server((args.host, args.port), family=family)
 
 
-def prepare(args: argparse.Namespace) -> tuple[Library, OmniEmbedder]:
+class Started(NamedTuple):
+    """What a start has made ready. notes: what cannot be found, in words; "" if all can."""
+
+    library: Library
+    embedder: OmniEmbedder
+    notes: str
+
+
+def prepare(args: argparse.Namespace) -> Started:
     """Bring the index up to date and load it, and the model that embeds queries."""
     media = media_config(args)
     strict = args.on_error == "raise"
-    corpus = Corpus(args.input, None, args.media_root)
+    corpus = Corpus(args.input, None, args.media_root, keeps_bad=not strict)
     items = list(corpus.items(strict))
     found = scan(items, media, strict)
     root = corpus.path if corpus.path.is_dir() else corpus.path.parent
@@ -120,7 +132,10 @@ def prepare(args: argparse.Namespace) -> tuple[Library, OmniEmbedder]:
     work = embedding_settings(args, media, checkpoint)
     parts = VectorParts(args.output / "vectors.parquet", work)
     keys, vectors = update(parts, entries, found, embedder, args)
-    return _library(args, entries, keys, vectors), embedder
+    library, notes = _library(args, entries, keys, vectors)
+    if corpus.listing and corpus.listing.left_out:
+        notes.append(rest_in_words(corpus.listing.left_out))
+    return Started(library, embedder, "; ".join(notes))
 
 
 def _library(
@@ -128,22 +143,24 @@ def _library(
     entries: Mapping[str, Entry],
     keys: Sequence[str],
     vectors: np.ndarray,
-) -> Library:
-    """What can be searched. keys, vectors: the rows of the index."""
+) -> tuple[Library, list[str]]:
+    """(what can be searched, what was skipped in words). keys, vectors: the rows of the index."""
     finite = np.isfinite(vectors).all(axis=1)
     rows = [row for row, key in enumerate(keys) if key in entries and finite[row]]
-    if len(rows) < len(entries):
-        which = f"{args.output}/vectors.parquet.skipped.jsonl says which, and why"
-        print(f"{len(entries) - len(rows):,} inputs are left out: {which}")
+    notes = []
+    if skipped := len(entries) - len(rows):
+        notes.append(skipped_in_words(args.output / "vectors.parquet", skipped, "skipped"))
     if not rows:
-        raise LcoError(f"--input={args.input} holds nothing that could be embedded")
+        why = "".join(f"; {note}" for note in notes)
+        raise LcoError(f"--input={args.input} holds nothing that could be embedded{why}")
 
     def index(vectors: np.ndarray, keys: Sequence[str], kind: str) -> Nearest:
         if args.ann or len(keys) > EXACT:
             return with_graph(vectors, keys, args.output, kind)
         return Nearest(vectors)
 
-    return Library([entries[keys[row]] for row in rows], vectors[rows], index)
+    library = Library([entries[keys[row]] for row in rows], vectors[rows], index)
+    return library, notes
 
 
 def update(
@@ -187,7 +204,7 @@ def _read_index(parts: VectorParts, dimension: int) -> tuple[list[str], np.ndarr
     """
     manifest = parts.output.parent / "manifest.json"
     if manifest.exists():
-        same_work(read_json(manifest), parts.work, manifest.parent, parts.flag)
+        same_work(_read_manifest(manifest), parts.work, manifest.parent, parts.flag)
     elif parts.output.exists():
         raise LcoError(f"{parts.output} is of no index of ours; give another {parts.flag}")
     write_json(manifest, parts.work)
@@ -196,6 +213,15 @@ def _read_index(parts: VectorParts, dimension: int) -> tuple[list[str], np.ndarr
         width = f"{vectors.shape[1]} dimensions, and the model's {dimension}"
         raise LcoError(f"{parts.output}: its vectors have {width}; remove it")
     return known, vectors
+
+
+def _read_manifest(manifest: Path) -> dict[str, Any]:
+    """The work that made an index. Raises where its file is damaged."""
+    try:
+        return read_json(manifest)
+    except LcoError as error:
+        advice = f"remove {manifest.parent}, and the same command embeds all again"
+        raise LcoError(f"{error}; {advice}") from error
 
 
 def _read_table(parts: VectorParts) -> tuple[list[str], np.ndarray]:

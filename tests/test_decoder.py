@@ -5,22 +5,28 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
 
 import av
 import numpy as np
+import pillow_heif
 import pytest
 import soundfile
 import soxr
-from PIL import Image
+from PIL import Image, ImageFile
 
 from lco_jax import LcoError
+from lco_jax.data import decoder
 from lco_jax.data.audio import decode_audio, load_audio
+from lco_jax.data.content import as_content
 from lco_jax.data.frames import FrameReader
 from lco_jax.data.images import decode_image, load_pixels
+from lco_jax.data.inputs import _Pickler
 from lco_jax.data.media import MediaConfig, MediaFile
 from lco_jax.data.video import decode_video, load_video
 
@@ -109,6 +115,91 @@ def test_the_clock_counts_the_decoders_own_time():
         return 28, 28
 
     assert load_pixels(png(Image.fromarray(RGB)), "x", hasty, late).shape == (28, 28, 3)
+
+
+SLEEPY_DRIVER = """
+import time
+from PIL import Image, ImageFile
+
+class Sleepy(ImageFile.ImageFile):
+    format = "HEIF"
+
+    def _open(self):
+        self._size, self._mode = (8, 8), "RGB"
+
+    def load(self):
+        time.sleep(1000)
+
+def register_heif_opener():
+    Image.register_open("HEIF", Sleepy, lambda prefix: prefix.startswith(b"sleepy"))
+"""
+READS_A_SLEEPY_FILE = """
+import os, sys, time
+sys.path.insert(0, {folder!r})  # where the driver is
+from lco_jax import LcoError
+from lco_jax.data import decoder
+from lco_jax.data.images import load_pixels
+from lco_jax.data.media import MediaConfig
+
+decoder.LEAST_SLEEP_SECONDS = 2.0
+config = MediaConfig(decode_seconds=0.5)
+assert load_pixels({good!r}, "good", config).shape == (24, 32, 3)
+sleepy = decoder._pool.idle[0].process
+start = time.monotonic()
+try:
+    load_pixels({folder!r} + "/a.heic", "input 3", config)
+except LcoError as error:
+    print(error)
+assert 2 <= time.monotonic() - start < 20
+assert sleepy.returncode == -9
+assert load_pixels({good!r}, "good", config).shape == (24, 32, 3)
+"""
+
+
+def test_a_decoder_that_sleeps_is_ended(tmp_path):
+    """It uses no CPU time. The file is named, and another process takes the next one."""
+    (tmp_path / "pillow_heif.py").write_text(SLEEPY_DRIVER)
+    (tmp_path / "a.heic").write_bytes(b"sleepy" + bytes(100))
+    good = png(Image.fromarray(RGB))
+    program = READS_A_SLEEPY_FILE.format(folder=str(tmp_path), good=good)
+    result = subprocess.run(
+        (sys.executable, "-c", program), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == (
+        f"input 3: image {tmp_path}/a.heic cannot be read: its decoder waited 2.5 seconds "
+        "for a disk, a network or a driver that does not answer\n"
+    )
+
+
+def test_a_decoder_that_is_stopped_is_ended(monkeypatch):
+    """Also one that takes no more of a file than its pipe holds."""
+    monkeypatch.setattr(decoder, "LEAST_SLEEP_SECONDS", 1.0)
+    content = png(Image.fromarray(RGB))
+    load_pixels(content, "x", CONFIG)
+    for process in _decoders(os.getpid()):
+        os.kill(process, signal.SIGSTOP)
+    hasty = MediaConfig(decode_seconds=0.2)
+    with pytest.raises(LcoError, match=r"^input 3: image of .* cannot be read: .* 1 seconds"):
+        load_pixels(content + bytes(5_000_000), "input 3", hasty)
+    np.testing.assert_array_equal(load_pixels(content, "x", CONFIG), RGB)
+
+
+def test_a_busy_decoder_does_not_sleep(monkeypatch):
+    """It works for longer than it may sleep, and others take the CPUs from it."""
+    monkeypatch.setattr(decoder, "LEAST_SLEEP_SECONDS", 1.0)
+    monkeypatch.setattr(decoder, "SLEEP_FACTOR", 0.0)
+    program = "import time\nend = time.monotonic() + 60\nwhile time.monotonic() < end: pass"
+    others = [subprocess.Popen((sys.executable, "-c", program)) for _ in range(4)]
+    try:
+        start = time.monotonic()
+        pixels = load_pixels(progressive_jpeg(6000, 800), "x", CONFIG, small)
+        assert time.monotonic() - start > 3
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert pixels.shape == (28, 28, 3)
 
 
 def test_memory_is_bounded():
@@ -227,17 +318,157 @@ def test_many_threads_share_the_decoders_and_a_lazy_image(tmp_path):
         np.testing.assert_array_equal(np.asarray(image), pixels)
 
 
-def test_a_lazy_image_gives_what_its_caller_prepared(tmp_path):
-    """A draft, a later frame, and changes in memory are not those of the file."""
-    Image.fromarray(RGB).resize((320, 240)).save(tmp_path / "a.jpg")
-    draft = Image.open(tmp_path / "a.jpg")
-    draft.draft("RGB", (80, 60))
-    assert load_pixels(draft, "x", CONFIG).shape == (60, 80, 3)
-    frames = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (255, 9)]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    later = Image.open(tmp_path / "a.gif")
-    later.seek(1)
-    assert load_pixels(later, "x", CONFIG)[0, 0, 0] == 9
+LAZY = (  # what Pillow opens; of ICO it decodes a picture to open it
+    *("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "PCX"),
+    *("TGA", "MPO", "SGI", "DDS", "QOI", "ICNS", "HEIF"),
+)
+ANIMATED = ("GIF", "WEBP", "AVIF", "TIFF", "PNG", "MPO", "HEIF")
+NOISE = np.random.default_rng(2).integers(0, 256, (3, 150, 203, 3), np.uint8)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Forbids that this process decodes a picture, of any of Pillow's formats."""
+    pillow_heif.register_heif_opener()
+    Image.init()
+
+    def here(*_):
+        raise AssertionError("decoded in the caller's process")
+
+    def forbid():
+        for base in (ImageFile.ImageFile, *ImageFile.ImageFile.__subclasses__()):
+            for kind in (base, *base.__subclasses__()):
+                if "load" in vars(kind):
+                    monkeypatch.setattr(kind, "load", here)
+
+    return forbid
+
+
+def saved(kind, frames, **options):
+    """A file of these frames."""
+    images = [Image.fromarray(frame) for frame in frames]
+    stream = io.BytesIO()
+    if len(images) > 1:
+        options |= {"save_all": True, "append_images": images[1:]}
+    images[0].save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def as_prepared(image):
+    """The pixels that a caller sees of an image of its own."""
+    return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("kind", LAZY)
+def test_a_lazy_image_of_any_format_is_decoded_elsewhere(kind, elsewhere, tmp_path):
+    pillow_heif.register_heif_opener()
+    content = saved(kind, NOISE[:1])
+    path = tmp_path / "a"
+    path.write_bytes(content)
+    wanted = as_prepared(Image.open(path))
+    lazy = [Image.open(path), Image.open(io.BytesIO(content))]
+    elsewhere()
+    for image in lazy:
+        np.testing.assert_array_equal(load_pixels(image, "x", CONFIG), wanted)
+    if len(content) > 40_000:
+        capped = MediaConfig(max_file_bytes=40_000)
+        with pytest.raises(LcoError, match=r"^input 3: PIL image has 40001 bytes or more"):
+            load_pixels(lazy[1], "input 3", capped)
+
+
+@pytest.mark.parametrize("kind", ANIMATED)
+def test_a_later_frame_of_a_lazy_image_is_decoded_elsewhere(kind, elsewhere):
+    pillow_heif.register_heif_opener()
+    content = saved(kind, NOISE)
+    wanted, lazy = [], []
+    for frame in (2, 1, 0):
+        for images in (wanted, lazy):
+            image = Image.open(io.BytesIO(content))
+            image.seek(frame)
+            images.append(image)
+    wanted = [as_prepared(image) for image in wanted]
+    assert len({pixels.tobytes() for pixels in wanted}) == 3
+    elsewhere()
+    for image, pixels in zip(lazy, wanted, strict=True):
+        np.testing.assert_array_equal(load_pixels(image, "x", CONFIG), pixels)
+
+
+@pytest.mark.parametrize("kind", ANIMATED)
+def test_a_frame_after_a_decoded_one_is_right(kind):
+    """Here Pillow may have no file any more (WEBP, AVIF, HEIF): its own frame is taken."""
+    pillow_heif.register_heif_opener()
+    for exclusive in (False, True):
+        content = saved(kind, NOISE)
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(content)
+            file.flush()
+            image = Image.open(file.name if exclusive else io.BytesIO(content))
+            image.load()
+            image.seek(1)
+            got = load_pixels(image, "x", CONFIG)
+            other = Image.open(io.BytesIO(content))
+            other.seek(1)
+            np.testing.assert_array_equal(got, as_prepared(other))
+
+
+@pytest.mark.parametrize("size", [(100, 70), (50, 37), (25, 18), (203, 150), (60, 140)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "YCbCr", None])
+def test_a_draft_of_a_lazy_image_is_decoded_elsewhere(size, mode, elsewhere):
+    content = saved("JPEG", NOISE[:1])
+    drafts = [Image.open(io.BytesIO(content)) for _ in range(2)]
+    for image in drafts:
+        image.draft(mode, size)
+    wanted = as_prepared(drafts[0])
+    elsewhere()
+    np.testing.assert_array_equal(load_pixels(drafts[1], "x", CONFIG), wanted)
+
+
+def test_a_reduced_jpeg_2000_is_decoded_elsewhere(elsewhere):
+    content = saved("JPEG2000", NOISE[:1])
+    reduced = [Image.open(io.BytesIO(content)) for _ in range(2)]
+    for image in reduced:
+        image.reduce = 2
+    wanted = as_prepared(reduced[0])
+    assert wanted.shape == (38, 51, 3)
+    elsewhere()
+    np.testing.assert_array_equal(load_pixels(reduced[1], "x", CONFIG), wanted)
+
+
+def test_a_lazy_image_of_another_size_than_its_file_is_refused():
+    content = saved("ICNS", NOISE[:1])
+    image = Image.open(io.BytesIO(content))
+    image.size = (128, 128)
+    with pytest.raises(LcoError, match=r"^input 3: PIL image is .*; call its load\(\) before$"):
+        load_pixels(image, "input 3", CONFIG)
+    image.load()
+    assert load_pixels(image, "input 3", CONFIG).shape[0] == image.height
+
+
+def test_a_slow_draft_is_ended():
+    """The clock is that of files."""
+    image = Image.open(io.BytesIO(progressive_jpeg(6000, 400)))
+    image.draft("L", (6000, 6000))
+    with pytest.raises(LcoError, match=r"^input 3: PIL image takes more than 0.3 seconds"):
+        load_pixels(image, "input 3", MediaConfig(decode_seconds=0.3))
+
+
+def test_a_lazy_image_is_sent_to_a_process_as_its_file(elsewhere):
+    """To pickle it would decode it."""
+    content = saved("GIF", NOISE)
+    wanted, image = (Image.open(io.BytesIO(content)) for _ in range(2))
+    for one in (wanted, image):
+        one.seek(1)
+    pixels = as_prepared(wanted)
+    elsewhere()
+    sent = ForkingPickler.loads(bytes(_Pickler.dumps([(image, "input 3")])))
+    [(lazy, name)] = sent
+    [part] = as_content(lazy, name)
+    np.testing.assert_array_equal(load_pixels(part["image"], name, CONFIG), pixels)
+    with pytest.raises(LcoError, match=r"^input 3: PIL image has .* bytes or more"):
+        load_pixels(part["image"], name, MediaConfig(max_file_bytes=100))
+
+
+def test_an_image_that_was_changed_in_memory_is_not_its_file():
     drawn = Image.open(io.BytesIO(png(Image.fromarray(RGB))))
     drawn.paste((0, 0, 0), (0, 0, *drawn.size))
     assert not load_pixels(drawn, "x", CONFIG).any()

@@ -24,7 +24,7 @@ from PIL import Image
 
 from lco_jax import LcoError, MediaConfig
 from lco_jax.data.corpus import Corpus, scan
-from lco_jax.data.parts import PartsFolder, Unit, VectorParts, cut
+from lco_jax.data.parts import DESCRIPTION, PartsFolder, Unit, VectorParts, cut
 from lco_jax.data.vectors import part_table
 
 ROOT = Path(__file__).parents[1]
@@ -1089,3 +1089,25 @@ def test_packed_and_several_files_of_lines(tmp_path):
     assert [item.id for item in Corpus(tmp_path / "*.parquet").reader()(2, 3)] == [2]
     with pytest.raises(LcoError, match="name one kind"):
         contents(tmp_path / "*")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"work": ', b"[]", b"\xff"])
+@pytest.mark.parametrize("ending", [".parquet", ""])
+def test_a_damaged_record_says_what_to_remove(tmp_path, ending, content):
+    """Of what is done, and of what is in work."""
+    output = tmp_path / f"out{ending}"
+    partial = tmp_path / f"out{ending}.partial"
+    partial.mkdir()
+    (partial / DESCRIPTION).write_bytes(content)
+    begins_anew = "and the same command begins anew"
+    with pytest.raises(LcoError) as error, VectorParts(output, {}) as parts:
+        parts.description()
+    assert str(error.value).startswith(f"{partial / DESCRIPTION} ")
+    assert str(error.value).endswith(f"; remove {partial}, {begins_anew}")
+    done = VectorParts(output, {})
+    output.mkdir() if not ending else output.touch()
+    done.record.write_bytes(content)
+    with pytest.raises(LcoError) as error:
+        done.finished()
+    assert str(error.value).startswith(f"{done.record} ")
+    assert str(error.value).endswith(f"; remove {done.record if ending else output}, {begins_anew}")

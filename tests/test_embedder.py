@@ -1,5 +1,6 @@
 """What `OmniEmbedder` takes, and the shape and order of its vectors."""
 
+import io
 import re
 
 import jax.numpy as jnp
@@ -8,8 +9,10 @@ import pandas
 import pytest
 import torch
 
-from lco_jax import LcoError, OmniEmbedder
+from lco_jax import LcoError, MediaConfig, OmniEmbedder
 from lco_jax.data.content import as_content
+from lco_jax.data.inputs import as_list
+from lco_jax.data.video import load_video
 
 TEXTS = [
     "a dog",
@@ -182,6 +185,114 @@ def test_a_string_that_may_be_a_medium_is_no_text(files, given):
         as_content(given.format(files), "input 0")
     assert "\n" not in str(error.value)
     assert as_content({"text": given}, "input 0") == given
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("{}/my files", "my files is a folder; give its files"),
+        ("{}", "is a folder; give its files"),
+        ("file://{}/my files", "is a folder"),
+        ("~", "is a folder"),
+        ("logo.svg", "logo.svg ends like a medium in a format that is not read here; convert it"),
+        ("see the logo.SVG", "in a format that is not read here"),
+        ("{}/raw.cr2", "in a format that is not read here"),
+        ("https://a.example/logo.svg?size=3", "in a format that is not read here"),
+    ],
+)
+def test_folders_and_media_that_are_not_read_are_no_text(files, given, says):
+    """Whether they are there or not; each error says how to give a text."""
+    (files / "raw.cr2").touch()
+    given = given.format(files)
+    with pytest.raises(LcoError, match=r"^input 0: ") as error:
+        as_content(given, "input 0")
+    assert says in str(error.value)
+    assert str(error.value).endswith('text can be given as {"text": …}')
+    assert as_content({"text": given}, "input 0") == given
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a folder",
+        "openai.ai",
+        "Is logo.svg a picture?",
+        "two lines\nlogo.svg",
+        300 * "x" + " ends like a logo.svg",
+        "https://a.example/svg",
+    ],
+)
+def test_other_strings_stay_texts(files, text):
+    assert as_content(text, "input 0") == text
+
+
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        (io.StringIO("a\nb\n"), 'or its lines as a list: [line.rstrip("\\n") for line in file]'),
+        (io.BytesIO(b"x"), 'a file that is open; give {"image": …}'),
+        ([io.StringIO("a")], "input 0 is StringIO, a text file that is open"),
+        ([io.BytesIO(b"x")], 'input 0 is BytesIO, a file that is open; give {"image": …}'),
+    ],
+)
+def test_open_files_are_not_their_lines(embedder, inputs, says):
+    with pytest.raises(LcoError, match=re.escape(says)):
+        embedder.encode(inputs)
+
+
+def test_arrays_in_bfloat16_are_floats(embedder):
+    """Of jax, torch and numpy: exact, as their values in float32."""
+    picture = jnp.asarray(np.random.default_rng(0).random((40, 56, 3)), jnp.bfloat16)
+    wanted = np.asarray(picture.astype(jnp.float32))
+    as_torch = torch.from_numpy(wanted.copy()).to(torch.bfloat16)
+    for given in (picture, np.asarray(picture), as_torch):
+        for content in ({"image": given}, given, {"type": "image", "image": given}):
+            [part] = as_content(content, "x")
+            assert part["image"].dtype == np.float32
+            np.testing.assert_array_equal(part["image"], wanted)
+    [part] = as_content({"array": picture[None], "fps": 2}, "x")
+    np.testing.assert_array_equal(part["video"]["array"], wanted[None])
+    [part] = as_content({"array": picture[0, :, 0], "sampling_rate": 16000}, "x")
+    np.testing.assert_array_equal(part["audio"]["array"], wanted[0, :, 0])
+    np.testing.assert_array_equal(embedder.encode(picture), embedder.encode({"image": wanted}))
+
+
+class Metadata:
+    fps = 8.0
+
+
+@pytest.mark.parametrize("metadata", [{"fps": 8.0}, {"fps": 8, "duration": 1}, Metadata()])
+def test_a_videos_rate_may_be_in_its_metadata(metadata):
+    frames = np.zeros((8, 28, 28, 3), np.uint8)
+    given = {"array": frames, "video_metadata": metadata}
+    for content in (given, {"video": given}, {"type": "video", "video": given}):
+        [part] = as_content(content, "x")
+        assert part["video"].keys() == {"array", "fps"}
+        assert load_video(part["video"], "x", MediaConfig()).fps == 4  # of the 4 frames kept
+    twice = {"video": {**given, "fps": 3}}
+    with pytest.raises(LcoError, match=r"^x: video has two rates|^x\.video has two rates"):
+        as_content(twice, "x")
+    [part] = as_content({"video": {"array": frames, "video_metadata": None}}, "x")
+    assert part["video"].keys() == {"array"}
+
+
+class AudioDecoder:
+    """As torchcodec's and datasets'."""
+
+    def __init__(self, samples):
+        self.data, self.sample_rate = torch.from_numpy(samples[None]), 16000
+
+    def get_all_samples(self):
+        return self
+
+
+def test_sound_of_a_decoder_is_an_input():
+    """Alone, in a list, as a part."""
+    decoder = AudioDecoder(np.zeros(400, np.float32))
+    assert as_list(decoder) == ([decoder], True)
+    assert as_list([decoder]) == ([decoder], False)
+    for given in (decoder, {"audio": decoder}, {"type": "audio", "audio": decoder}):
+        assert as_content(given, "x") == ({"type": "audio", "audio": decoder},)
 
 
 @pytest.mark.parametrize(

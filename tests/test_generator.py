@@ -311,3 +311,61 @@ def test_generate_skips_bad_inputs(tmp_path, run_command, monkeypatch, tiny):
     assert status == 0
     (want,) = tiny.generate([{"text": "Why?"}], 4)
     assert [json.loads(line)["answer"] for line in out.splitlines()] == [want, None]
+
+
+def test_scores_count_only_answered_records(tmp_path, run_command, monkeypatch, tiny):
+    """What is skipped is counted, printed and recorded."""
+    monkeypatch.setattr(OmniGenerator, "from_pretrained", lambda *_, **__: tiny)
+    Image.fromarray(picture(1, 56, 56)).save(tmp_path / "a.png")
+    (tmp_path / "torn.png").write_bytes(b"torn")
+    lines = [
+        json.dumps({"anchor": {"image": "a.png"}, "positive": "a cat"}),
+        json.dumps({"anchor": {"image": "torn.png"}, "positive": "never"}),
+        '{"anchor": ',
+        json.dumps({"anchor": "Why?", "positive": {"image": "a.png"}}),  # no answer
+        json.dumps({"anchor": {"image": "gone.png"}, "positive": "never"}),
+        json.dumps({"anchor": "Why?", "positive": "So"}),
+    ]
+    data, output = tmp_path / "data.jsonl", tmp_path / "out"
+    data.write_text("\n".join(lines))
+    command = ["--score", f"--input={data}", f"--output={output}", "--max-new-tokens=4"]
+    command.append("--workers=0")
+    status, _, err = run_command(generate, *command)
+    assert status == 2
+    assert "data.jsonl:3: not valid JSON" in err
+    status, out, err = run_command(generate, *command, "--on-error=skip")
+    assert status == 0, err
+    answers = tiny.generate([{"image": tmp_path / "a.png"}, {"text": "Why?"}], 4)
+    want = score(answers, ["a cat", "So"])
+    results = read_json(output / "results.json")
+    assert {name: results[name] for name in want} == want
+    assert (results["records"], results["skipped"]) == (2, 4)
+    assert "| records | 2 |" in out
+    assert "| skipped | 4 |" in out
+    written = (output / "answers.jsonl").read_text().splitlines()
+    assert [json.loads(line)["answer"] for line in written] == [answers[0], None, answers[1]]
+    listed = output / "answers.jsonl.skipped.jsonl"
+    assert out.endswith(f"1 of them are empty: {listed} says which inputs were skipped, and why\n")
+    [skipped] = map(json.loads, listed.read_text().splitlines())
+    assert skipped["id"] == f"{data}:2"
+    assert "torn.png" in skipped["reason"]
+
+    data.write_text("\n".join(lines[1:5]))
+    status, _, err = run_command(generate, *command, "--on-error=skip")
+    assert status == 2
+    assert err.splitlines()[-1].endswith("holds no record that could be answered")
+    assert read_json(output / "results.json") == results  # of before
+
+
+def test_printed_answers_are_followed_by_what_was_left_out(
+    tmp_path, run_command, monkeypatch, tiny
+):
+    monkeypatch.setattr(OmniGenerator, "from_pretrained", lambda *_, **__: tiny)
+    Image.fromarray(picture(1, 56, 56)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"torn")
+    (tmp_path / "c.txt").touch()
+    flags = ["--max-new-tokens=4", "--workers=0", "--on-error=skip"]
+    status, out, err = run_command(generate, f"--input={tmp_path}", *flags)
+    assert status == 0
+    assert [json.loads(line)["id"] for line in out.splitlines()] == ["a.png", "b.png"]
+    assert err.endswith("1 of 2 were skipped\nleft out: .txt 1\n")

@@ -10,8 +10,9 @@ from PIL import Image
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix
 
-from lco_jax import LcoError
+from lco_jax import LcoError, evaluate
 from lco_jax.evaluation import local_files, local_tasks, retrieval
+from lco_jax.evaluation.left_out import LeftOut
 
 
 def unit(x):
@@ -353,3 +354,217 @@ def test_a_model_measured_on_images_and_texts(tiny, tmp_path):
     )
     assert 0 < numbers["ndcg_at_10"] <= 1
     assert sorted(x.name for x in (tmp_path / "out").iterdir()) == ["results.json", "retrieval.png"]
+
+
+# ---- what is left out
+
+
+class Skipping:
+    """`encode` of a model that cannot read some inputs, as `evaluate.py` calls it."""
+
+    def __init__(self, *unreadable):
+        self.unreadable = unreadable
+        self.left_out = LeftOut(skips=True)
+
+    def __call__(self, inputs):
+        vectors = encode(inputs)
+        for i, one in enumerate(inputs):
+            if any(part in repr(one) for part in self.unreadable):
+                self.left_out.inputs[i] = f"input {i} is torn"
+                vectors[i] = np.nan
+        return vectors
+
+    def numbers(self, kind, path, out, **options):
+        return local_tasks.evaluate_and_write(self, kind, path, out, self.left_out, **options)
+
+
+def check_written(out, numbers, skipped, others=None):
+    """Results have the numbers and the counts; the reasons lie beside them."""
+    results = json.loads((out / "results.json").read_text())
+    assert {name: results[name] for name in numbers} == numbers
+    assert results["skipped"] == len(skipped)
+    assert results["left out"] == (others or {})
+    path = out / "results.json.skipped.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    reasons = [json.loads(line)["reason"] for line in lines]
+    for reason, words in zip(reasons, skipped, strict=True):
+        assert words in reason
+
+
+def test_skipped_items_of_zeroshot_do_not_count(tmp_path):
+    """The numbers are those of the folder without them; all else is counted."""
+    data, clean = tmp_path / "data", tmp_path / "clean"
+    for i in range(24):
+        for root in (data, clean):
+            picture(root / "abcd"[i % 4] / f"{i:02}.png", i)
+    for name in ("a/notes.txt", "b/x.svg", "b/y.svg", "c/.hidden"):
+        (data / name).write_bytes(b"?")
+    picture(data / "00.png")  # of no class
+    (clean / "a" / "04.png").unlink()
+    skipping = Skipping("a/04.png")
+    numbers = skipping.numbers("zeroshot", data, tmp_path / "out")
+
+    def as_named_there(inputs):
+        """The vectors that these inputs have in the other folder."""
+        return encode(
+            [
+                one
+                if isinstance(one, dict)
+                else ({**one[0], "image": one[0]["image"].replace("/clean/", "/data/")},)
+                for one in inputs
+            ]
+        )
+
+    want = local_tasks.evaluate(as_named_there, "zeroshot", clean).numbers
+    assert numbers == want
+    assert numbers["items"] == 23
+    others = {".svg": 2, ".txt": 1, "hidden": 1}
+    check_written(tmp_path / "out", numbers, ["lies in no folder of a class", "is torn"], others)
+    words = skipping.left_out.in_words(tmp_path / "out" / "results.json")
+    assert words[0].startswith("2 skipped: ")
+    assert words[1] == "left out: .svg 2, .txt 1, hidden 1"
+    with pytest.raises(LcoError, match="lies in no folder"):
+        local_tasks.evaluate(encode, "zeroshot", data)
+
+
+def test_a_class_whose_items_were_skipped_has_no_recall(tmp_path):
+    path = write_lines(
+        tmp_path / "l.jsonl",
+        *({"label": label, "text": f"{label} {i}"} for label in "abc" for i in range(3)),
+        {"text": "no label"},
+        {"label": "a"},
+    )
+    path.write_bytes(path.read_bytes() + b"{torn")
+    numbers = Skipping("b 0", "b 1", "b 2").numbers("zeroshot", path, tmp_path / "out")
+    assert numbers["items"] == 6
+    items = [{"text": f"{label} {i}"} for label in "ac" for i in range(3)]
+    scores = encode(items) @ encode([{"text": label} for label in "abc"]).T
+    hit = (scores.argmax(axis=1) == [0, 0, 0, 2, 2, 2]).reshape(2, 3)
+    assert numbers["balanced_accuracy"] == pytest.approx(hit.mean(axis=1).mean())
+    malformed = ["no field 'label'", "nothing to embed", "not valid JSON"]
+    check_written(tmp_path / "out", numbers, [*malformed, *["is torn"] * 3])
+
+
+def test_skipped_pairs_do_not_count(tmp_path):
+    rows = [("a", "b", 1.0), ("c", "d", 2.0), ("torn", "f", 3.0), ("g", "h", 4.0), ("i", "j", 0.5)]
+    path = write_lines(tmp_path / "p.jsonl", *({"a": a, "b": b, "score": x} for a, b, x in rows))
+    bad = ['{"a": "x", "b": "y", "score": "nan"}', '{"a": "x", "score": 1}', '"text"', '{"a": ']
+    path.write_text(path.read_text() + "\n".join(bad))
+    numbers = Skipping("torn").numbers("sts", path, tmp_path / "out")
+    kept = [row for row in rows if row[0] != "torn"]
+    a, b = (encode([{"text": row[i]} for row in kept]).astype(np.float64) for i in (0, 1))
+    wanted = spearmanr((a * b).sum(axis=1), [row[2] for row in kept]).statistic
+    assert numbers["pairs"] == 4
+    assert numbers["spearman"] == pytest.approx(wanted)
+    reasons = ["the score is nan", "has no 'b'", "no names at all", "not valid JSON", "is torn"]
+    check_written(tmp_path / "out", numbers, reasons)
+    with pytest.raises(LcoError, match=r"fewer than two different scores.*; 8 skipped, the first"):
+        Skipping("torn", "a", "c", "g").numbers("sts", path, tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def test_skipped_documents_are_no_candidates(tmp_path):
+    """Nor is a query asked whose documents are all skipped."""
+    records = [{"query": f"q{i}", "document": [f"d{i}", f"e{i}"]} for i in range(5)]
+    path = write_lines(
+        tmp_path / "r.jsonl", *records, {"query": "x"}, {"query": "y", "document": 5}
+    )
+    numbers = Skipping("q1", "d2", "d3", "e3").numbers("retrieval", path, tmp_path / "out")
+    clean = [{"query": "q0", "document": ["d0", "e0"], "negative": ["d1", "e1"]}]
+    clean += [{"query": "q2", "document": "e2"}, {"query": "q4", "document": ["d4", "e4"]}]
+    wanted = write_lines(tmp_path / "clean.jsonl", *clean)
+    assert numbers == local_tasks.evaluate(encode, "retrieval", wanted).numbers
+    assert (numbers["queries"], numbers["documents"]) == (3, 7)
+    others = {"queries whose documents were skipped": 1}
+    check_written(tmp_path / "out", numbers, ["is empty", "document", *["torn"] * 4], others)
+
+
+def test_skipped_rows_of_beirs_folder(tmp_path):
+    folder = beir(tmp_path / "beir", "q1\td1\t2\nq9\td1\t1\nq2\td9\t1\nq2\t7\tx\nq2\t7\t1\n")
+    for name in ("queries", "corpus"):
+        with open(folder / f"{name}.jsonl", "a") as file:
+            file.write('{"_id": "gone", "image": "gone.png"}\n{"text": "no id"}\n')
+    numbers = Skipping().numbers("retrieval", folder, tmp_path / "out")
+    reasons = [*["no file", "no field '_id'"] * 2]
+    reasons += ["no _id 'q9'", "no _id 'd9'", "the score is no number"]
+    check_written(tmp_path / "out", numbers, reasons, {"queries without a relevant document": 1})
+
+
+# ---- numbers that are none
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 0])
+@pytest.mark.parametrize("kind", ["retrieval", "sts", "zeroshot"])
+def test_vectors_without_a_direction_are_the_models_fault(tmp_path, kind, bad):
+    """NaN compares with nothing, and would rank first."""
+    lines = [
+        {"query": f"{i}", "document": f"d{i}", "a": f"{i}", "b": "x", "score": i, "label": i}
+        for i in range(4)
+    ]
+    if kind == "zeroshot":
+        lines = [{"label": line["label"], "text": line["a"]} for line in lines]
+    path = write_lines(tmp_path / "in.jsonl", *lines)
+
+    def broken(inputs):
+        vectors = encode(inputs)
+        vectors[2] = bad
+        return vectors
+
+    with pytest.raises(
+        LcoError, match=r"^the model made a vector that is not finite, or of length"
+    ):
+        local_tasks.evaluate_and_write(broken, kind, path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_numbers_that_are_not_finite_are_the_files_fault(tmp_path):
+    pairs = [{"a": f"{i}", "b": "x", "score": 1.7e308 - i * 1e307} for i in range(4)]
+    with pytest.raises(LcoError, match=r"^pearson of .*p\.jsonl is nan, which is no score: all v"):
+        local_tasks.evaluate(encode, "sts", write_lines(tmp_path / "p.jsonl", *pairs))
+    qrels = "q1\td1\t1.7e308\nq1\td2\t1.7e308\nq1\t7\t1.7e308\n"
+    with pytest.raises(LcoError, match=r"^ndcg_at_10 of .*beir is nan, .* it holds are too large$"):
+        local_tasks.evaluate(encode, "retrieval", beir(tmp_path / "beir", qrels))
+
+
+def test_a_class_whose_templates_cancel_out_is_an_error(tmp_path):
+    path = write_lines(tmp_path / "l.jsonl", *({"label": i % 2, "text": f"{i}"} for i in range(4)))
+
+    def opposite(inputs):
+        vectors = encode(inputs)
+        vectors[6] = -vectors[4]  # the second template of the first class
+        return vectors
+
+    with pytest.raises(LcoError, match=r"^the class '0' has no direction: .* other templates$"):
+        local_tasks.evaluate(opposite, "zeroshot", path, template=["a {}", "b {}"])
+
+
+@pytest.mark.slow
+def test_the_command_skips_and_counts(tmp_path, run_command):
+    """Of a folder with a torn picture, as without it."""
+    for i in range(4):
+        for root in ("data", "clean"):
+            picture(tmp_path / root / "ab"[i % 2] / f"{i}.png", i)
+    (tmp_path / "data" / "a" / "torn.png").write_bytes(b"torn")
+    (tmp_path / "data" / "a" / "notes.txt").touch()
+
+    def run(root, *flags):
+        out = tmp_path / f"out-{root}"
+        command = ["--model=builtin:tiny", "--kind=zeroshot", f"--output={out}"]
+        return out, *run_command(evaluate, *command, f"--input={tmp_path / root}", *flags)
+
+    assert run("data")[1] == 2
+    out, status, said, err = run("data", "--on-error=skip")
+    assert status == 0, err
+    results = json.loads((out / "results.json").read_text())
+    clean, *_ = run("clean")
+    wanted = json.loads((clean / "results.json").read_text())
+    for name in ("accuracy_at_1", "balanced_accuracy", "items"):
+        assert results[name] == pytest.approx(wanted[name])
+    assert (results["skipped"], results["left out"]) == (1, {".txt": 1})
+    listed = out / "results.json.skipped.jsonl"
+    assert said.splitlines()[-2:] == [
+        f"1 skipped: {listed} says which inputs were skipped, and why",
+        "left out: .txt 1",
+    ]
+    assert "torn.png" in listed.read_text()

@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import pairwise
 
@@ -658,8 +659,8 @@ def test_sound_arrays(array, samples):
         ({"array": TONE}, 'has no "sampling_rate"'),
         ({"sampling_rate": 16000}, "audio array is a NoneType"),
         (
-            {"array": [0.0] * 999, "sampling_rate": 16000},
-            "audio array is a list; give a numpy array",
+            {"array": ["loud"] * 999, "sampling_rate": 16000},
+            "audio array is no list of numbers",
         ),
         ({"array": TONE, "sampling_rate": 16000, "offset": 3}, "unknown key 'offset'"),
         ((TONE, 16000, 3), "cannot be a tuple"),
@@ -676,7 +677,10 @@ def test_sound_arrays(array, samples):
         ((np.zeros((4, 4)), 16000), "(4, 4) is in no known layout"),
         ((np.zeros((2, 0)), 16000), "is empty"),
         ((np.zeros((1, 2, 400)), 16000), "must have one axis"),
-        ((TONE.astype(np.int64), 16000), "holds int64; give floats, int16, int32 or uint8"),
+        (
+            (TONE.astype(np.int64), 16000),
+            "holds int64, whose full scale is not known; give floats of full scale 1",
+        ),
         ((TONE > 0, 16000), "holds bool"),
         (
             (TONE.astype(complex), 16000),
@@ -1096,6 +1100,14 @@ def test_sound_of_any_byte_order_is_the_same(dtype):
         (PCM.astype(np.float32), 16000, "9e+03, and 1 is full scale"),
         (PCM.astype(np.float64) / 100, 16000, "90, and 1 is full scale"),
         (PCM.astype(np.int32), 16000, "holds int32 within the range of int16"),
+        (PCM.astype(np.int32) * 256, 16000, "holds int32 within the range of 24 bits"),
+        (
+            PCM.astype(np.int32) * 257,
+            16000,
+            "those of 24 bits as array / 2**23, and quiet ones that",
+        ),
+        (PCM.tolist(), 16000, "holds int64, whose full scale is not known"),
+        ([[0.1, 0.2], [0.3]], 16000, "audio array is no list of numbers"),
         (PCM > 0, 16000, "holds bool"),
         (PCM, 16, "sampling rate of 16;"),
         (PCM, "16000", "sampling rate of '16000'"),
@@ -1138,3 +1150,104 @@ def test_heic_is_read_with_its_plugin(tmp_path):
     got = np.asarray(load_image(path, "input 0", MediaConfig()))
     assert got.shape == (32, 64, 3)
     assert np.abs(got.astype(int) - (200, 30, 40)).max() < 8
+
+
+@pytest.mark.parametrize("bits", [24, 32])
+def test_int32_that_fills_its_range_is_scaled(bits):
+    """Samples of 24 bits come in the upper ones, as soundfile, scipy and FFmpeg give them."""
+    array = np.round(TONE.astype(np.float64) * 2 ** (bits - 1)).astype(np.int32)
+    array <<= 32 - bits
+    got = load_audio({"array": array, "sampling_rate": 16000}, "x", CONFIG)
+    np.testing.assert_allclose(got, TONE, atol=1e-6)
+    quiet = array // 2**9  # what the refusal says to pass
+    with pytest.raises(LcoError, match=r"ones that fill 32 bits as array / 2\*\*31$"):
+        load_audio({"array": quiet, "sampling_rate": 16000}, "x", CONFIG)
+    got = load_audio({"array": quiet / 2**31, "sampling_rate": 16000}, "x", CONFIG)
+    np.testing.assert_allclose(got, TONE / 2**9, atol=1e-8)
+    silence = np.zeros(16000, np.int32)
+    assert not load_audio({"array": silence, "sampling_rate": 16000}, "x", CONFIG).any()
+
+
+class AudioDecoder:
+    """As torchcodec's and datasets': it decodes when it is asked."""
+
+    def __init__(self, data, sample_rate):
+        self.data, self.sample_rate = data, sample_rate
+
+    def get_all_samples(self):
+        if self.data is None:
+            raise RuntimeError("torn\nin many lines")
+        return self
+
+    def __getitem__(self, key):
+        raise KeyError(key)
+
+
+STEREO = np.stack([TONE, TONE / 2])
+INT8 = np.round(TONE * 127).astype(np.int8)
+
+
+@pytest.mark.parametrize(
+    ("source", "want"),
+    [
+        ({"array": TONE, "sample_rate": 16000}, TONE),
+        ({"array": TONE, "sample_rate": 16000, "sampling_rate": None}, TONE),
+        ({"array": TONE, "sample_rate": 16000, "sampling_rate": 16000.0}, TONE),
+        ({"array": INT8, "sampling_rate": 16000}, INT8.astype(np.float32) / 128),
+        ({"array": TONE.tolist(), "sampling_rate": 16000}, TONE),
+        ({"array": STEREO.tolist(), "sampling_rate": 16000}, STEREO.mean(axis=0)),
+        ((TONE.tolist(), 16000), TONE),
+        (AudioDecoder(torch.from_numpy(STEREO), 16000), STEREO.mean(axis=0)),
+        (AudioDecoder(torch.from_numpy(TONE[None]), 16000), TONE),
+    ],
+)
+def test_other_spellings_of_sound(source, want):
+    got = load_audio(source, "input 3", CONFIG)
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got, want)
+
+
+def test_what_is_wrong_with_other_spellings_of_sound():
+    two = {"array": TONE, "sample_rate": 16000, "sampling_rate": 8000}
+    refused(load_audio, two, "audio has two rates, 8000 and 16000")
+    refused(load_audio, AudioDecoder(None, 16000), "AudioDecoder cannot be decoded: torn")
+    refused(load_audio, AudioDecoder(torch.from_numpy(TONE), 16), "a sampling rate of 16;")
+
+
+def clip_bytes():
+    stream = io.BytesIO()
+    with av.open(stream, "w", format="mp4") as file:
+        track = file.add_stream("mpeg4", rate=4)
+        track.width = track.height = 32
+        track.pix_fmt = "yuv420p"
+        for shade in range(0, 240, 30):
+            frame = np.full((32, 32, 3), shade, np.uint8)
+            file.mux(track.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(track.encode())
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["image", "audio", "video"])
+def test_open_files_are_media(tmp_path, kind):
+    """Wherever they stand, which is where they are left; in several threads at once."""
+    content, load = {
+        "image": (image_bytes(Image.fromarray(RGB), "PNG"), load_pixels),
+        "audio": (sound_bytes(TONE, "WAV"), load_audio),
+        "video": (clip_bytes(), lambda *given: load_video(*given).frames),
+    }[kind]
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    want = load(content, "x", CONFIG)
+    with path.open("rb") as file, path.open("r", encoding="latin-1") as text:
+        for source in (io.BytesIO(content), file, io.BufferedReader(io.BytesIO(content))):
+            source.seek(7)
+            with ThreadPoolExecutor(4) as pool:
+                for got in pool.map(lambda _, x=source: load(x, "x", CONFIG), range(4)):
+                    np.testing.assert_array_equal(got, want)
+            assert source.tell() == 7
+        capped = MediaConfig(max_file_bytes=50)
+        refused(load, file, f"{kind} {path} has 51 bytes or more", config=capped)
+        refused(load, text, f'{kind} {path} is open as text; open it with "rb"')
+    refused(load, file, f"{kind} {path} cannot be read: I/O operation on closed file")
+    refused(load, io.StringIO("x"), f'{kind} in an open file is open as text; open it with "rb"')
+    refused(load, io.BytesIO(), f"{kind} in an open file is empty")

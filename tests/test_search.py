@@ -586,8 +586,8 @@ def test_who_waits_too_long_is_told_so(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def start(monkeypatch, capsys, load, tmp_path):
-    """`prepare` with a folder: the library, how many inputs were embedded, and stdout."""
+def start(monkeypatch, load, tmp_path):
+    """`prepare` with a folder: the library, which inputs were embedded, and the notes."""
     monkeypatch.setattr(OmniEmbedder, "from_pretrained", load)
     embedded = []
     embed_units = search.embed_units
@@ -598,17 +598,17 @@ def start(monkeypatch, capsys, load, tmp_path):
 
     monkeypatch.setattr(search, "embed_units", spied)
 
-    def start(*args):
+    def start(*args, source="in"):
         embedded.clear()
         flags = [
             "--model=builtin:tiny",
-            f"--input={tmp_path / 'in'}",
+            f"--input={tmp_path / source}",
             f"--index={tmp_path / 'index'}",
             "--workers=0",
         ]
         monkeypatch.setattr(sys, "argv", ["search", *flags, *args])
-        library, _ = search.prepare(search.parse_args())
-        return library, sorted(item.where for item in embedded), capsys.readouterr().out
+        library, _, notes = search.prepare(search.parse_args())
+        return library, sorted(item.where for item in embedded), notes
 
     return start
 
@@ -622,16 +622,91 @@ def test_a_second_start_embeds_nothing(start, tmp_path, tiny):
     folder = tmp_path / "in"
     pictures = [picture(folder / f"{name}.png", i) for i, name in enumerate("abc")]
     (folder / "torn.png").write_bytes(b"torn")
-    library, embedded, said = start()
+    for name in ("a.txt", "b.txt", "drawing.svg", ".hidden.png"):
+        (folder / name).touch()
+    library, embedded, notes = start()
     assert embedded == ["a.png", "b.png", "c.png", "torn.png"]
-    assert "1 inputs are left out" in said
-    assert "torn.png" in (tmp_path / "index" / "vectors.parquet.skipped.jsonl").read_text()
+    reasons = tmp_path / "index" / "vectors.parquet.skipped.jsonl"
+    assert notes == (
+        f"1 skipped: {reasons} says which inputs were skipped, and why; "
+        "left out: .txt 2, .svg 1, hidden 1"
+    )
+    assert "torn.png" in reasons.read_text()
     expected = tiny.encode(pictures)
     np.testing.assert_allclose([by_label(library)[p.name] for p in pictures], expected, atol=1e-5)
 
-    library, embedded, _ = start()
+    library, embedded, again = start()
     assert embedded == []  # nor what failed
+    assert again == notes
     assert by_label(library).keys() == {"a.png", "b.png", "c.png"}
+
+
+@pytest.mark.slow
+def test_malformed_lines_are_skipped_as_embed_skips_them(start, tmp_path, tiny):
+    """With their reasons; others are found. --on-error=raise stops at the first."""
+    path = tmp_path / "lines.jsonl"
+    good = ['"one"', '{"text": "two"}']
+    bad = ['{"text": ', '{"text": 5}', '{"image": "gone.png"}', "[1, 2]", '"\\ud800"']
+    path.write_bytes("\n".join([good[0], *bad, good[1]]).encode() + b"\n\xff\n")
+    library, embedded, notes = start(source="lines.jsonl")
+    assert len(embedded) == 8
+    assert notes.startswith("6 skipped: ")
+    found = by_label(library)
+    assert sorted(found) == ["lines.jsonl:1", "lines.jsonl:7"]
+    np.testing.assert_allclose(list(found.values()), tiny.encode(["one", "two"]), atol=1e-5)
+    written = (tmp_path / "index" / "vectors.parquet.skipped.jsonl").read_text().splitlines()
+    reasons = [json.loads(line)["reason"] for line in written]
+    places = [re.search(r"lines\.jsonl:(\d)", reason)[1] for reason in reasons]
+    assert sorted(places) == ["2", "3", "4", "5", "6", "8"]
+
+    path.write_bytes(path.read_bytes() + b'"three"\n')
+    library, embedded, notes = start(source="lines.jsonl")
+    assert len(embedded) == 7  # what failed is tried again beside what is new
+    assert len(by_label(library)) == 3
+    with pytest.raises(LcoError, match=r"lines\.jsonl:2: not valid JSON"):
+        start("--on-error=raise", source="lines.jsonl")
+
+
+@pytest.mark.slow
+def test_a_damaged_index_is_one_sentence(start, tmp_path):
+    """It names the file, and what to do; doing that is enough."""
+    folder, index = tmp_path / "in", tmp_path / "index"
+    picture(folder / "a.png", 1), picture(folder / "b.png", 2)
+    start()
+    vectors, manifest = index / "vectors.parquet", index / "manifest.json"
+    table, work = vectors.read_bytes(), manifest.read_bytes()
+    middle = len(table) // 3
+    for damaged in (
+        b"",
+        b"PAR1",
+        table[:middle],
+        table[:-9],
+        table[:middle] + b"\xff" * 16 + table[middle + 16 :],
+        b"no parquet at all",
+    ):
+        vectors.write_bytes(damaged)
+        with pytest.raises(LcoError) as error:
+            start()
+        wanted = f"{vectors} is damaged; remove it, and the same command embeds all again"
+        assert str(error.value).startswith(wanted.partition(";")[0])
+        assert wanted.partition(";")[2] in str(error.value)
+        assert str(error.value).isprintable()
+    vectors.unlink()
+    library, embedded, _ = start()
+    assert embedded == ["a.png", "b.png"]
+    for damaged in (b"", work[: len(work) // 2], b"\xff\xfe", b"[1, 2]", b"null", b"[" * 100_000):
+        manifest.write_bytes(damaged)
+        with pytest.raises(LcoError) as error:
+            start()
+        assert str(error.value).startswith(f"{manifest} ")
+        advice = f"; remove {index}, and the same command embeds all again"
+        assert str(error.value).endswith(advice)
+        assert str(error.value).isprintable()
+    for file in index.iterdir():
+        file.unlink()
+    library, embedded, _ = start()
+    assert embedded == ["a.png", "b.png"]
+    assert len(by_label(library)) == 2
 
 
 @pytest.mark.slow
@@ -705,7 +780,7 @@ def test_mistakes_are_one_sentence(monkeypatch, run_command, tmp_path):
 
 @contextmanager
 def serving(*args):
-    """The command in a process of its own: its address."""
+    """The command in a process of its own: the line with its address."""
     command = [sys.executable, "-m", "lco_jax.search", "--port=0", "--workers=0", *map(str, args)]
     environment = {**os.environ, "XLA_FLAGS": ""}
     process = subprocess.Popen(
@@ -713,13 +788,37 @@ def serving(*args):
     )
     try:
         for line in process.stdout:
-            if found := re.search(r"http://\S+", line):
-                yield found[0]
+            if "http://" in line:
+                yield line.rstrip("\n")
                 return
         raise AssertionError("it ended before it served")
     finally:
         process.terminate()
         process.wait(30)
+
+
+def address(line):
+    return re.search(r"http://\S+", line)[0]
+
+
+@pytest.mark.slow
+def test_the_last_line_of_a_start_says_what_cannot_be_found(tmp_path):
+    folder, index = tmp_path / "files", tmp_path / "index"
+    picture(folder / "a.png", 0), (folder / "torn.png").write_bytes(b"torn")
+    for name in ("a.txt", "b.txt", ".hidden"):
+        (folder / name).touch()
+    flags = ["--model=builtin:tiny", f"--input={folder}", f"--output={index}"]
+    with serving(*flags) as line:
+        why = f"{index}/vectors.parquet.skipped.jsonl says which inputs were skipped, and why"
+        rest = f"1 skipped: {why}; left out: .txt 2, hidden 1"
+        assert line == f"1 image: {address(line)} ({rest})"
+        with urllib.request.urlopen(address(line)) as answer:
+            assert answer.status == 200
+    (folder / "torn.png").unlink()
+    for name in ("a.txt", "b.txt", ".hidden"):
+        (folder / name).unlink()
+    with serving(*flags) as line:
+        assert line == f"1 image: {address(line)}"
 
 
 @pytest.mark.slow
@@ -732,9 +831,10 @@ def test_the_page_in_a_browser(cases, tmp_path):
     with (
         serving(
             f"--model={cases['omni'].path}", f"--input={files}", f"--index={tmp_path / 'index'}"
-        ) as url,
+        ) as line,
         browser.page(viewport={"width": 1200, "height": 900}) as page,
     ):
+        url = address(line)
         with urllib.request.urlopen(url) as answer:
             assert "default-src 'self'" in answer.headers["content-security-policy"]
             assert answer.headers["x-content-type-options"] == "nosniff"

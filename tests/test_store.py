@@ -2,8 +2,14 @@
 is told as such.
 """
 
+import errno
 import json
+import os
 import resource
+import shutil
+import subprocess
+import sys
+import time
 from contextlib import closing
 
 import jax
@@ -12,7 +18,7 @@ import pytest
 import tensorstore
 
 from lco_jax import LcoError
-from lco_jax.checkpoint.store import CHECKSUMS, RunStore
+from lco_jax.checkpoint.store import CHECKSUMS, RunStore, _explanation
 from lco_jax.core.sharding import make_mesh, replicated
 
 
@@ -166,10 +172,98 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_is_whole(saved):
         resource.RLIMIT_FSIZE, (2048, limit[1])
     )  # a write beyond fails, as on a full disk
     try:
-        told = pytest.raises(LcoError, match=r"could not be written to .*those before it are whole")
+        whole = "where those before it are whole"
+        limited = r"File too large; raise the limit on the size of a file \(ulimit -f\), and the"
+        told = pytest.raises(LcoError, match=rf"could not be written to .*, {whole}: {limited}")
         with told, closing(store):  # at once or in the end
             store.save(16, jax.tree.map(jax.numpy.asarray, state_of(16)), {"next": 16})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert holds(newest(saved), 12)
-    assert not list(saved.glob("*tmp*"))  # what it left is removed
+    end = time.monotonic() + 20
+    while list(saved.glob("*tmp*")) and time.monotonic() < end:  # its threads may still write
+        assert holds(newest(saved), 12)
+    assert not list(saved.glob("*tmp*"))  # what it left is removed by those who come after
+
+
+SAVES_WHERE_IT_CANNOT = """
+import logging, os, subprocess, sys
+from contextlib import closing
+from pathlib import Path
+import jax, numpy as np
+from lco_jax import LcoError
+from lco_jax.checkpoint.store import RunStore
+
+disk, how = sys.argv[1:]
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # as the commands do
+if how != "forbidden":
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], check=True)
+noise = np.random.default_rng(0).normal(size=(1000, 1000)).astype(np.float32)
+folder = Path(disk) / "checkpoints"
+store = RunStore(folder, 3)
+store.save(1, {"w": jax.numpy.asarray(noise[:10])}, {"next": 1})
+store.close()
+store = RunStore(folder, 3)
+if how == "read-only":
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+elif how == "forbidden":
+    os.seteuid(65534)
+rows = 1000 if how == "full" else 10
+try:
+    with closing(store):
+        store.save(2, {"w": jax.numpy.asarray(noise[:rows])}, {"next": 2})
+except LcoError as error:
+    print(error)
+if how != "forbidden":
+    print(*RunStore(folder, 3, read_only=True).steps())
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("full", "No space left on device; make room"),
+        ("read-only", "Read-only file system; mount the disk so that it can be written"),
+        ("forbidden", "Permission denied; let this user write there"),
+    ],
+)
+def test_a_failed_save_says_what_failed(tmp_path, how, says):
+    """On a real disk that is full, one that was mounted anew, and without permission."""
+    own = ["unshare", "--map-root-user", "--mount"] if how != "forbidden" else []
+    may = not subprocess.run([*own, "true"], capture_output=True, check=False).returncode
+    if not may or (how == "forbidden" and os.geteuid() != 0):
+        pytest.skip("this machine does not let us")
+    tmp_path.chmod(0o755)
+    command = [*own, sys.executable, "-c", SAVES_WHERE_IT_CANNOT, str(tmp_path), how]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0, result.stderr
+    said, *steps = result.stdout.splitlines()
+    place = f"{tmp_path}/checkpoints, where those before it are whole"
+    beginning = f"a checkpoint could not be written to {place}: "
+    assert said == f"{beginning}{says}, and the same command resumes"
+    assert steps == ([] if how == "forbidden" else ["1"])
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.EDQUOT, "x"), "Disk quota exceeded; make room"),
+        (ValueError("Failed: x [os_error_code='122']"), "Disk quota exceeded; make room"),
+        (OSError(errno.EIO, "x"), "Input/output error; mend that"),
+        (OSError(errno.EMFILE, "x"), "Too many open files; raise the limit on open files"),
+        (ValueError("nobody knows"), "nobody knows; mend that"),
+        (ValueError("ABORTED: x [os_error_code='13']"), "Permission denied; let this user"),
+    ],
+)
+def test_only_a_lack_of_room_asks_for_room(error, says):
+    assert _explanation(error).startswith(says)
+
+
+def test_a_folder_that_was_removed_is_not_made_again(saved):
+    """Nothing in another one would tell whose run it is."""
+    store = RunStore(saved, 3)
+    shutil.rmtree(saved)
+    removed = rf"^{saved}, or a file in it, was removed while the run worked; put it back"
+    with closing(store), pytest.raises(LcoError, match=removed):
+        store.save(16, jax.tree.map(jax.numpy.asarray, state_of(16)), {"next": 16})
+    assert not saved.exists()

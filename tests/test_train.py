@@ -139,6 +139,25 @@ def test_sigterm_saves_and_says_so_by_its_status(quiet, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_folder_that_is_deleted_while_it_trains(tmp_path):
+    """The run ends with one sentence, and makes no other folder in its place.
+
+    Between two saves: in the midst of one, orbax may wait for minutes before it gives up.
+    """
+    workdir = tmp_path / "run"
+    process = start(workdir, "--config.train.steps=3000", "--config.checkpoint.every=40")
+    wait_for_lines(workdir, 6, process)
+    assert process.poll() is None, process.communicate()[0]
+    shutil.rmtree(workdir)
+    output = finish(process, code=2)
+    gone = f"error: {workdir / 'checkpoints'}, or a file in it, was removed while the run worked"
+    assert "Traceback" not in output
+    assert output.splitlines()[-1].startswith(f"{gone}; put it back to resume; without it")
+    assert output.count("error: ") == 1, output
+    assert not workdir.exists()
+
+
+@pytest.mark.slow
 def test_two_processes_equal_one(quiet, tmp_path):
     """Real processes on loopback, started by the launcher, with one set of outputs."""
     with socket.socket() as probe:

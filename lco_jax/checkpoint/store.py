@@ -8,8 +8,11 @@ Before that, checksums of its files are written beside them. One process compare
 files and tells the others, before all begin to read together.
 """
 
+import errno
 import hashlib
 import logging
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,11 +24,27 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from lco_jax.core.errors import LcoError, peer_is_gone, reason
-from lco_jax.core.files import AnyPath, checksum_of, listing, on_bucket, read_json, write_json
+from lco_jax.core.errors import DISK_FULL, LcoError, peer_is_gone, reason
+from lco_jax.core.files import (
+    AnyPath,
+    checksum_of,
+    listing,
+    on_bucket,
+    read_json,
+    try_to_write,
+    write_json,
+)
 
 CHECKSUMS = "sums.json"
 COMMITTED = "commit_success.txt"  # orbax's, in a bucket's complete checkpoints
+OS_ERROR_CODE = r"os_error_code='(\d+)'"  # in tensorstore's messages
+ADVICE = {  # number of an error of the system -> what to do about it
+    **dict.fromkeys(DISK_FULL, "make room"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "let this user write there"),
+    errno.EROFS: "mount the disk so that it can be written",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+}
 READ_ERRORS = (OSError, ValueError, KeyError)  # what orbax raises for files it cannot read
 logger = logging.getLogger(__name__)
 
@@ -63,10 +82,16 @@ class RunStore:
         return sorted(int(step) for step in self._manager.all_steps())
 
     def save(self, step: int, state: Any, data_position: dict[str, Any]) -> None:
-        """Begin to save; returns when the state is copied out, before it is on disk."""
+        """Begin to save; returns when the state is copied out, before it is on disk.
+
+        Raises where the folder cannot be written, or is no longer there: orbax would make another
+        one, and nothing in it would tell whose run it is.
+        """
         state_item = ocp.args.StandardSave(state)
         data_item = ocp.args.JsonSave(data_position)
         with self._explained():
+            if not on_bucket(self.folder) and jax.process_index() == 0:
+                try_to_write(self.folder)  # where orbax cannot begin, it waits for minutes
             self._manager.save(step, args=ocp.args.Composite(state=state_item, data=data_item))
 
     def restore(self, step: int, state: Any, where: Any) -> tuple[Any, dict[str, Any]]:
@@ -163,17 +188,21 @@ class RunStore:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """A disk that cannot be written becomes one sentence. What may pass, at a barrier or a
-        bucket, does not.
+        """What keeps a disk from being written becomes one sentence. What may pass, at a barrier or
+        a bucket, does not.
         """
         try:
             yield
         except (OSError, ValueError) as error:
             if isinstance(error, TimeoutError) or peer_is_gone(error) or on_bucket(self.folder):
                 raise
+            if _is_gone(self.folder) or _number_of(error) == errno.ENOENT:
+                advice = "put it back to resume; without it, the same command begins anew"
+                gone = f"{self.folder}, or a file in it, was removed while the run worked"
+                raise LcoError(f"{gone}; {advice}") from error
             place = f"{self.folder}, where those before it are whole"
-            what = f"a checkpoint could not be written to {place}: {reason(error)}"
-            raise LcoError(f"{what}; make room, and the same command resumes") from error
+            what = f"a checkpoint could not be written to {place}: {_explanation(error)}"
+            raise LcoError(f"{what}, and the same command resumes") from error
 
     def _write_checksums(self) -> None:
         """Write the checksums of a checkpoint's files beside them, before it gets its name."""
@@ -182,6 +211,34 @@ class RunStore:
             for folder in self.folder.glob("*"):
                 if not _is_complete(folder):
                     write_json(folder / CHECKSUMS, _checksums(folder))
+
+
+def _is_gone(folder: epath.Path) -> bool:
+    """Whether a folder was removed. One that may not be looked at is there."""
+    try:
+        os.stat(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return not folder.is_dir()
+
+
+def _explanation(error: Exception) -> str:
+    """What failed, and what to do about it."""
+    number = _number_of(error)
+    why = os.strerror(number) if number else reason(error)
+    return f"{why}; {ADVICE.get(number, 'mend that')}"
+
+
+def _number_of(error: Exception) -> int:
+    """The number of the system's error, which tensorstore has in a long text; 0: it has none."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    if str(error).startswith("NOT_FOUND"):
+        return errno.ENOENT
+    found = re.search(OS_ERROR_CODE, str(error))
+    return int(found[1]) if found else 0
 
 
 def _is_complete(folder: epath.Path) -> bool:

@@ -336,6 +336,13 @@ def check_target(target: AnyPath) -> None:
         )
 
 
+def try_to_write(folder: AnyPath) -> None:
+    """Make a file in a folder of a disk, and remove it. Raises `OSError` where that cannot be."""
+    probe = folder / f".{os.getpid()}.tmp"
+    probe.touch()
+    probe.unlink()
+
+
 def write_bytes(path: AnyPath, content: bytes) -> None:
     """Write a file that is there complete, also after a kill or a power cut, or not at all."""
     if on_bucket(path):

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -12,7 +12,8 @@ import numpy as np
 import soundfile
 import soxr
 
-from lco_jax.core.errors import LcoError, check_keys, is_number
+from lco_jax.core.errors import LcoError, check_keys, explained, is_number
+from lco_jax.data.arrays import as_numpy
 from lco_jax.data.containers import decoded, open_container
 from lco_jax.data.decoder import decode
 from lco_jax.data.media import MediaConfig, MediaFile, decoding, resolve
@@ -28,7 +29,8 @@ MAX_CHANNELS = 8  # of an array; an axis longer than this is time
 # 1 is full scale, which mixes may exceed a little. Beyond this, samples are integers that were
 # made floats and not scaled, or those of a torn file.
 LOUDEST = 32.0
-QUIET = 2**15  # an int32 sound within this has samples of int16
+QUIET = 2**23  # an int32 sound within this may have samples of 24 bits, or of 16
+RATE_KEYS = ("sampling_rate", "sample_rate")
 BLOCK_SECONDS = 10  # decoded at once
 logger = logging.getLogger(__name__)
 
@@ -58,8 +60,9 @@ class _Sound(NamedTuple):
 def load_audio(source: Any, where: str, config: MediaConfig) -> np.ndarray:
     """Sound as float32 [samples], mono, 16 kHz.
 
-    source: a path, bytes, a data: URI, a URL (see `media.resolve`); {"array": …, "sampling_rate":
-    Hz}, or the two as a tuple. Arrays are [samples], [channels, samples] or [samples, channels].
+    source: a path, bytes, a data: URI, a URL (see `media.resolve`); {"array": …, "sampling_rate" or
+    "sample_rate": Hz}, or the two as a tuple; or an AudioDecoder, as of torchcodec and datasets.
+    Arrays, and lists of numbers, are [samples], [channels, samples] or [samples, channels]. int8,
     int16, int32 and uint8 are scaled to [-1, 1]; floats must have that scale.
     where: how errors begin, for example "input 3".
 
@@ -113,10 +116,16 @@ def _of_array(sound: _Sound, config: MediaConfig) -> np.ndarray:
 
 def _array_of(source: Any, where: str) -> tuple[Any, Any] | None:
     """(array, sampling rate) if that is what the source is."""
+    if hasattr(source, "get_all_samples"):
+        with decoding(f"{where}: {type(source).__name__}"):
+            samples = source.get_all_samples()
+            return as_numpy(samples.data), samples.sample_rate
     if isinstance(source, dict):
-        check_keys(source, ("array", "sampling_rate", "sample_rate", "path"), f"{where}: audio")
-        rate = source.get("sampling_rate", source.get("sample_rate"))
-        return source.get("array"), rate
+        check_keys(source, ("array", *RATE_KEYS, "path"), f"{where}: audio")
+        rates = [source[key] for key in RATE_KEYS if source.get(key) is not None]
+        if len(rates) == 2 and rates[0] != rates[1]:
+            raise LcoError(f"{where}: audio has two rates, {rates[0]!r:.40} and {rates[1]!r:.40}")
+        return source.get("array"), rates[0] if rates else None
     if isinstance(source, tuple) and len(source) == 2:
         return source
     return None
@@ -181,6 +190,8 @@ def _check_rate(rate: Any, label: str) -> float:
 
 
 def _from_array(array: Any, rate: Any, where: str, config: MediaConfig) -> _Sound:
+    if isinstance(array, list | tuple):
+        array = _from_list(array, f"{where}: audio array is no list of numbers")
     if not isinstance(array, np.ndarray):
         raise LcoError(f"{where}: audio array is a {type(array).__name__}; give a numpy array")
     label = f"{where}: audio array of shape {array.shape}"
@@ -192,6 +203,15 @@ def _from_array(array: Any, rate: Any, where: str, config: MediaConfig) -> _Soun
     frames = _as_float32(array[: _limit(rate, config) + 1], label)
     mono = frames if frames.ndim == 1 else _mono(frames)
     return _Sound(mono, rate, seconds, label)
+
+
+def _from_list(numbers: Sequence[Any], complaint: str) -> np.ndarray:
+    """A list of numbers, or one for each channel. complaint: the error for anything else."""
+    with explained(complaint, ValueError, TypeError):
+        array = np.asarray(numbers)
+    if array.dtype.kind not in "iuf":
+        raise LcoError(complaint)
+    return array
 
 
 def _samples_first(array: np.ndarray, label: str) -> np.ndarray:
@@ -217,22 +237,33 @@ def _as_float32(array: np.ndarray, label: str) -> np.ndarray:
         levels = array.astype(np.float32)
         return (levels - 128) / 128
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    if array.dtype in (np.int16, np.int32):
+    if array.dtype in (np.int8, np.int16, np.int32):
         _check_width(array, label)
         full_scale = -float(np.iinfo(array.dtype).min)
         return (array / full_scale).astype(np.float32)
     if not np.issubdtype(array.dtype, np.floating):
-        raise LcoError(f"{label} holds {array.dtype}; give floats, int16, int32 or uint8")
+        scale = "give floats of full scale 1, int8, int16, int32 or uint8"
+        raise LcoError(f"{label} holds {array.dtype}, whose full scale is not known; {scale}")
     with np.errstate(over="ignore"):  # `_check_samples` finds a float64 that becomes infinite
         return array.astype(np.float32)
 
 
 def _check_width(array: np.ndarray, label: str) -> None:
-    """Raise for 16-bit samples in int32. As 32-bit samples they would be inaudible."""
+    """Raise for int32 whose samples may be of 16 or 24 bits.
+
+    Nothing tells those from quiet ones of 32 bits: zeros in the lower bits also come from samples
+    of fewer bits that were shifted.
+    """
     if array.dtype != np.int32 or not array.any():
         return
-    if array.min() >= -QUIET and array.max() < QUIET:
-        raise LcoError(f"{label} holds int32 within the range of int16; give it as int16")
+    loudest = max(-int(array.min()), int(array.max()) + 1)
+    if loudest <= QUIET:
+        bits = "int16" if loudest <= 2**15 else "24 bits"
+        raise LcoError(
+            f"{label} holds int32 within the range of {bits}, so that its full scale is not known; "
+            "give samples of 16 bits as array.astype(np.int16), those of 24 bits as array / 2**23, "
+            "and quiet ones that fill 32 bits as array / 2**31"
+        )
 
 
 def _mono(frames: np.ndarray) -> np.ndarray:

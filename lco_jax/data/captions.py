@@ -9,7 +9,8 @@ from string import Formatter
 from typing import Any
 
 from lco_jax.core.errors import LcoError, explained
-from lco_jax.data.content import KIND_OF_ENDING, Content, check_text, media_kind
+from lco_jax.data.content import Content, check_text
+from lco_jax.data.names import KIND_OF_ENDING, media_kind
 from lco_jax.data.records import Record
 from lco_jax.data.scan import Scan, Source
 

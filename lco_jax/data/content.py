@@ -5,6 +5,7 @@ A content is a text (`str`) or, where it holds media, a tuple of parts in their 
 become one text, as chat templates join them.
 """
 
+import io
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,8 +16,9 @@ import numpy as np
 from PIL import Image
 
 from lco_jax.core.errors import LcoError, check_keys
-from lco_jax.data.arrays import medium_of_array, with_arrays
-from lco_jax.data.media import local_path
+from lco_jax.data.arrays import medium_of_array, with_arrays, with_rate
+from lco_jax.data.lazy import LazyImage
+from lco_jax.data.names import kind_named, media_kind
 
 Part = dict[str, Any]
 Content = str | tuple[Part, ...]
@@ -24,21 +26,6 @@ Messages = list[dict[str, Any]]  # a chat: {"role": …, "content": [part, …]}
 
 MEDIA = ("image", "video", "audio")  # their order in a content, before its text
 KINDS = ("text", *MEDIA)
-EXTENSIONS = {
-    "image": (
-        *("png", "apng", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "dib", "tif", "tiff"),
-        *("ppm", "pgm", "pbm", "pnm", "pcx", "tga", "jp2", "j2k", "jpx", "avif", "heic", "heif"),
-    ),
-    "video": (
-        *("mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "mpeg", "wmv", "flv", "3gp", "3g2"),
-        *("m2ts", "mts", "ogv", "vob", "asf"),
-    ),
-    "audio": (
-        *("wav", "flac", "mp3", "ogg", "oga", "opus", "m4a", "aac", "aiff", "aif", "aifc"),
-        *("wma", "caf", "amr", "mka", "w64"),
-    ),
-}
-KIND_OF_ENDING = {ending: kind for kind, endings in EXTENSIONS.items() for ending in endings}
 FIELDS = ("text", *(key for kind in MEDIA for key in (kind, f"{kind}_path")))  # of a mapping
 SOURCES = {  # the keys of a part, one of which holds its text or medium
     "text": ("text",),
@@ -53,10 +40,6 @@ OPTIONS = {  # what a part may set for its own medium, in place of `MediaConfig`
 FIELD_KEYS = (*FIELDS, "content")
 PART_KEYS = {kind: ("type", *SOURCES[kind], *OPTIONS[kind]) for kind in KINDS}
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)  # no path of this machine
-DATA_OF_A_KIND = re.compile(r"data:(image|video|audio)[/;]", re.IGNORECASE)
-ENCODED_DATA = re.compile(r"data:[^,\s]*;base64,", re.IGNORECASE)
-# bytes of the longest path, and of the longest name in it, that a system takes
-LONGEST_PATH, LONGEST_NAME = 4096, 255
 
 
 @dataclass(frozen=True)
@@ -184,8 +167,10 @@ class Reader:
         return _is_still(value)
 
     def _medium(self, kind: str, value: Any, label: str) -> Part:
-        value = with_arrays(value, label) if self.root is None else self._stored(kind, value, label)
-        return {"type": kind, kind: value}
+        if self.root is not None:
+            return {"type": kind, kind: self._stored(kind, value, label)}
+        value = with_arrays(value, label)
+        return {"type": kind, kind: with_rate(value, label) if kind == "video" else value}
 
     def _stored(self, kind: str, value: Any, label: str) -> Any:
         """A medium as a file may give it: encoded, or as an address or a path, or as frames."""
@@ -216,18 +201,31 @@ def as_content(given: Any, where: str) -> Content | Messages:
     So is a data: URI of a kind. A string that names any other file is an error; {"text": …} is
     always text. Arrays of 3 axes are images and of 4 axes videos; sound needs its sampling rate.
     """
+    check_not_open(given, f"{where} is {type(given).__name__}")
     given = with_arrays(given, where)
-    if isinstance(given, Image.Image):
+    if isinstance(given, Image.Image | LazyImage):
         given = {"image": given}
     elif isinstance(given, np.ndarray):
         given = {_array_kind(given, where): given}
     elif isinstance(given, Mapping) and "array" in given:
         given = medium_of_array(given)
+    elif hasattr(given, "get_all_samples"):
+        given = {"audio": given}
     elif isinstance(given, str | os.PathLike):
         name = given.strip() if isinstance(given, str) else given  # a line may have its end
-        kind = _file_kind(name, where)
+        kind = kind_named(name, where)
         given = {kind: name} if kind else given
     return Reader(where).read(given)
+
+
+def check_not_open(given: Any, what: str) -> None:
+    """Raise for an open file, which would be taken for its lines. what: the error's beginning."""
+    if isinstance(given, io.TextIOBase):
+        give = 'give its text, or its lines as a list: [line.rstrip("\\n") for line in file]'
+        raise LcoError(f"{what}, a text file that is open; {give}")
+    if hasattr(given, "read"):
+        give = 'give {"image": …}, {"audio": …} or {"video": …} with it'
+        raise LcoError(f"{what}, a file that is open; {give}")
 
 
 def _array_kind(array: np.ndarray, where: str) -> str:
@@ -238,44 +236,6 @@ def _array_kind(array: np.ndarray, where: str) -> str:
             'a grey picture as {"image": array}'
         )
     return kinds[array.ndim]
-
-
-def _file_kind(name: str | os.PathLike, where: str) -> str | None:
-    """The kind of a media file, or None for a string that is a text."""
-    kind = media_kind(name)
-    path = local_path(name)
-    if path is None:  # an address
-        if kind is None and ENCODED_DATA.match(str(name)):
-            give = 'give it as {"image": …}, {"audio": …} or {"video": …}'
-            raise LcoError(f"{where}: a data: URI of no kind of medium; {give}")
-        return kind
-    is_there = os.path.isfile(path)
-    if kind and is_there:
-        return kind
-    if isinstance(name, str) and not is_there and not _promises_file(name, kind):
-        return None
-    if kind is None:
-        raise LcoError(
-            f"{where}: {name} does not end like an image, video or audio file; "
-            'give {"image": …} or the like, or {"text": …} for a text'
-        )
-    raise LcoError(
-        f"{where}: {name} looks like a media file, and there is no such file; "
-        'text can be given as {"text": …}'
-    )
-
-
-def _promises_file(name: str, kind: str | None) -> bool:
-    """Whether a string looks like a file that is not there: it ends like one, or is a file: URI.
-
-    A line that is too long for a path is a sentence, unless it is a single word.
-    """
-    if kind is None:
-        return name[:7].lower() == "file://" and not any(map(str.isspace, name))
-    encoded = name.encode(errors="surrogatepass")
-    longest = max(map(len, encoded.split(b"/")))
-    fits = len(encoded) <= LONGEST_PATH and longest <= LONGEST_NAME
-    return fits or not any(map(str.isspace, name))
 
 
 def is_conversation(given: Any) -> bool:
@@ -295,22 +255,6 @@ def is_parts(given: Any) -> bool:
 def media_parts(messages: Messages) -> list[Part]:
     """The media parts of a chat, in the order in which its template renders them."""
     return [part for message in messages for part in message["content"] if part["type"] != "text"]
-
-
-def media_kind(source: Any) -> str | None:
-    """The kind of medium that a path or an address has by its ending, or None."""
-    if not isinstance(source, str | os.PathLike):
-        return None
-    name = str(source)
-    if name[:5].lower() == "data:":
-        found = DATA_OF_A_KIND.match(name)
-        return found[1].lower() if found else None
-    if name[:8].lower().startswith(("http://", "https://")):
-        name = re.split("[?#]", name, maxsplit=1)[0]
-    if "." not in name or "\n" in name:
-        return None
-    ending = name.rsplit(".", 1)[-1]
-    return KIND_OF_ENDING.get(ending.lower())
 
 
 def describe(value: Any) -> str:

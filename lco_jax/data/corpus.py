@@ -169,7 +169,7 @@ class Corpus:
             case ".txt":
                 return islice(map(_row_of, lines_of(self.path)), first, None)
             case ".jsonl":
-                return islice(map(_row_of, _full_lines(self.path)), first, None)
+                return islice(map(_row_of, full_lines(self.path)), first, None)
         return self._tables(first)
 
     def _parsed(self, rows: Iterable[_Row], exists: Exists) -> Iterator[CorpusItem]:
@@ -213,7 +213,7 @@ class Corpus:
     @staticmethod
     def _value(row: _Row) -> Any:
         """What a line or a row of a table holds."""
-        return _json(row.raw) if isinstance(row.raw, Line) else row.raw
+        return json_value(row.raw) if isinstance(row.raw, Line) else row.raw
 
     def _id_of_bad(self, row: _Row) -> int | str | None:
         """The id of a malformed input, if it can be read."""
@@ -318,17 +318,18 @@ def _media(content: Any) -> Iterator[tuple[str, Any]]:
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any, str]]:
     """(number from 0, value, file and line for errors) of each line of a .jsonl with content."""
-    for line in _full_lines(path):
-        yield line.number, _json(line), line.where
+    for line in full_lines(path):
+        yield line.number, json_value(line), line.where
 
 
-def _json(line: Line) -> Any:
+def json_value(line: Line) -> Any:
+    """What a line of a .jsonl holds. Raises if that is no JSON."""
     text = line.text()
     with explained(f"{line.where}: not valid JSON", ValueError, RecursionError):
         return json.loads(text)
 
 
-def _full_lines(path: Path) -> Iterator[Line]:
+def full_lines(path: Path) -> Iterator[Line]:
     """The lines that are not blank."""
     return (line for line in lines_of(path) if line.raw.strip())
 

@@ -27,6 +27,7 @@ from lco_jax.core.errors import LcoError
 from lco_jax.data.audio import decode_audio, decode_sound_of_video, resample
 from lco_jax.data.decoder import SizeRule, receive, send
 from lco_jax.data.images import decode_image
+from lco_jax.data.lazy import Opened
 from lco_jax.data.media import MediaConfig, MediaFile, took_too_long
 from lco_jax.data.video import decode_video
 
@@ -44,7 +45,8 @@ def _decode(request: Request, file: MediaFile, size_rule: SizeRule | None) -> np
     with _bounds(file.label, config):
         match request["kind"]:
             case "image":
-                array = decode_image(file, config, size_rule)
+                opened = Opened(**request["opened"]) if "opened" in request else None
+                array = decode_image(file, config, size_rule, opened)
             case "audio":
                 array = decode_audio(file, config)
             case "sound":

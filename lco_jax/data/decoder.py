@@ -2,8 +2,8 @@
 
 A few kilobytes can ask a decoder for minutes, for gigabytes, or for its death. So files are decoded
 in light processes (`decode_process.py`): each has a clock of its own CPU time and a cap on its
-memory, and one that ends takes a single file with it. They start when they are first needed, serve
-one file after another, and end with this process.
+memory, and one that ends takes a single file with it. One that sleeps has a clock here. They start
+when they are first needed, serve one file after another, and end with this process.
 
 A message is a line of JSON, and as many bytes as its key "bytes" has.
 """
@@ -28,12 +28,20 @@ import numpy as np
 
 from lco_jax.core.errors import LcoError
 from lco_jax.data.media import MediaConfig, MediaFile, took_too_long
+from lco_jax.data.pipes import Patience, Pipe, SleptTooLong
 
 # (height, width) of a picture -> the (height, width) that it is resized to
 SizeRule = Callable[[int, int], tuple[int, int]]
 PACKAGES = Path(__file__).parents[2]  # where this package lies
 PIPE_BYTES = 1 << 20  # of a pipe; Linux has 65,536, and a picture would take ten turns
 SPARE_BYTES = 1 << 23  # that a process keeps for the next file
+# How long a process may sleep over a file: so many times its CPU time, and at least so many
+# seconds. What a busy machine makes slow must not be dropped. A process that waits for a CPU does
+# not sleep, so the load of CPUs does not count at all. The load of disks and of memory does: with
+# the default caps, 10 minutes let a mount of 4 MB a second deliver the biggest file. A file on a
+# mount that is dead, or a driver that waits for ever, costs this time once a file.
+SLEEP_FACTOR, LEAST_SLEEP_SECONDS = 5.0, 300.0
+END_SECONDS = 5.0  # that a killed process may take to end; one in a dead disk's driver takes longer
 logger = logging.getLogger(__name__)
 
 
@@ -42,15 +50,15 @@ def decode(
     file: MediaFile,
     config: MediaConfig,
     size_rule: SizeRule | None = None,
-    rate: float | None = None,
+    **more: Any,
 ) -> np.ndarray:
     """What a file holds, decoded in another process.
 
     kind: "image", "audio", "sound" (of a video), "samples" or "video". size_rule: asked here, for
-    the size of the first picture. rate: of "samples", in Hz. Raises for a file that is torn, too
-    big or too slow.
+    the size of the first picture. more: rate, of "samples", in Hz; opened, of an image that was a
+    PIL image (`lazy.Opened`). Raises for a file that is torn, too big or too slow.
     """
-    request = {"kind": kind, "label": file.label, "config": _plain(config), "rate": rate}
+    request = {"kind": kind, "label": file.label, "config": _plain(config), **more}
     request["has_size_rule"] = size_rule is not None
     content = b""
     if isinstance(file.content, bytes):
@@ -58,9 +66,13 @@ def decode(
     else:
         request["path"] = os.path.abspath(file.content)
     try:
-        reply, array = _ask(request, content, size_rule)
+        reply, array = _ask(request, content, size_rule, _sleep_seconds(config))
     except _Ended as error:
         raise _explained_end(error.status, file.label, config) from error
+    except SleptTooLong as error:
+        cause = "for a disk, a network or a driver that does not answer"
+        waited = f"its decoder waited {_sleep_seconds(config):g} seconds {cause}"
+        raise LcoError(f"{file.label} cannot be read: {waited}") from error
     for warning in reply["warnings"]:
         logger.warning(warning)
     if "bug" in reply:
@@ -70,22 +82,29 @@ def decode(
     return array
 
 
+def _sleep_seconds(config: MediaConfig) -> float:
+    return max(SLEEP_FACTOR * config.decode_seconds, LEAST_SLEEP_SECONDS)
+
+
 def _ask(
-    request: dict[str, Any], content: bytes, size_rule: SizeRule | None
+    request: dict[str, Any],
+    content: bytes,
+    size_rule: SizeRule | None,
+    sleep_seconds: float,
 ) -> tuple[dict[str, Any], np.ndarray | None]:
-    """As `_Worker.ask`. Raises `_Ended`.
+    """As `_Worker.ask`. Raises `_Ended` and `SleptTooLong`.
 
     A process that has served before may have been ended while it waited, for example where memory
     is short. The file is then not to blame, and a new process gets it.
     """
     try:
         with _pool.worker() as worker:
-            return worker.ask(request, content, size_rule)
+            return worker.ask(request, content, size_rule, sleep_seconds)
     except _Ended as error:
         if not error.may_be_chance:
             raise
     with _pool.worker(new=True) as worker:
-        return worker.ask(request, content, size_rule)
+        return worker.ask(request, content, size_rule, sleep_seconds)
 
 
 def _plain(config: MediaConfig) -> dict[str, Any]:
@@ -135,16 +154,23 @@ class _Worker:
         )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.requests = self.process.stdin
-        self.replies = io.BufferedReader(self.process.stdout)  # type: ignore[type-var]
-        for pipe in (self.requests, self.replies):
+        for pipe in (self.process.stdin, self.process.stdout):
+            os.set_blocking(pipe.fileno(), False)
             with suppress(AttributeError, OSError):  # not on macOS; not beyond a user's share
                 fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        self.patience = Patience(self.process.pid)
+        self.requests = Pipe(self.process.stdin, self.patience)  # type: ignore[arg-type]
+        self.replies = io.BufferedReader(Pipe(self.process.stdout, self.patience))  # type: ignore[arg-type]
 
     def ask(
-        self, request: dict[str, Any], content: bytes, size_rule: SizeRule | None
+        self,
+        request: dict[str, Any],
+        content: bytes,
+        size_rule: SizeRule | None,
+        sleep_seconds: float,
     ) -> tuple[dict[str, Any], np.ndarray | None]:
-        """(the reply, the array that it brings). Raises `_Ended`."""
+        """(the reply, the array that it brings). Raises `_Ended` and `SleptTooLong`."""
+        self.patience.left = sleep_seconds
         try:
             answer = self._exchange(request, content, size_rule)
         except (EOFError, BrokenPipeError) as error:
@@ -172,8 +198,10 @@ class _Worker:
         return reply, array
 
     def end(self) -> None:
+        """Kill the process. One that a dead disk holds ends when that lets it go."""
         self.process.kill()
-        self.process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(END_SECONDS)
         self.requests.close()
         self.replies.close()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import features
 
 from lco_jax.core.errors import LcoError, reason
-from lco_jax.data.content import KIND_OF_ENDING
+from lco_jax.data.names import KIND_OF_ENDING
 
 HEIF = ("heic", "heif")  # what a plugin of Pillow decodes
 HIDDEN, LINKS, CLOSED = "hidden", "links to folders", "folders that cannot be read"

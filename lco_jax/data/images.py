@@ -2,15 +2,18 @@
 
 import struct
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict, replace
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image
 
 from lco_jax.core.errors import LcoError
 from lco_jax.data.decoder import SizeRule, decode
-from lco_jax.data.media import MediaConfig, MediaFile, decoding, resolve
+from lco_jax.data.lazy import LazyImage, Opened, lazy_image
+from lco_jax.data.media import MediaConfig, MediaFile, check_bytes, decoding, resolve
 
 # those that Pillow decodes by itself; for EPS it would start another program
 FORMATS = (
@@ -47,7 +50,8 @@ def load_pixels(
 ) -> np.ndarray:
     """An image as uint8 [height, width, 3], upright.
 
-    source: a path, bytes, a data: URI, a URL (see `media.resolve`), a PIL image, or a numpy array:
+    source: a path, bytes, a data: URI, a URL (see `media.resolve`), a PIL image, which may be
+    opened and not decoded yet, a `LazyImage` of one, or a numpy array:
     uint8, or floats in [0, 1], of height x width (x 1, 3 or 4 channels). Channels may come first
     where no doubt is possible. where: how errors begin, for example "input 3". size_rule: the size
     that it is resized to (bicubic); None: the original one.
@@ -62,41 +66,35 @@ def load_pixels(
         return _finished(_from_array(source, label, config), config, size_rule)
     if isinstance(source, Image.Image):
         label = f"{where}: PIL image"
-        check_size(*source.size, label, config)
-        file = _file_of(source, label, config)
-        if file is None:
+        check_size(source.width, source.height, label, config)
+        with _pillow_lock:
+            lazy = lazy_image(source, label, config.max_file_bytes + 1)
+        if lazy is None:
             return _finished(_from_pil(source, label, config), config, size_rule)
-    else:
-        file = resolve(source, "image", where, config, ", a PIL image or a numpy array")
+        source = lazy
+    if isinstance(source, LazyImage):
+        file = replace(source, label=f"{where}: PIL image")
+        check_bytes(len(source.content), file.label, config)
+        return decode("image", file, config, size_rule, opened=asdict(source.opened))
+    file = resolve(source, "image", where, config, ", a PIL image or a numpy array")
     return decode("image", file, config, size_rule)
 
 
-def decode_image(file: MediaFile, config: MediaConfig, size_rule: SizeRule | None) -> np.ndarray:
-    """An image as in `load_pixels`, decoded in this process."""
+def decode_image(
+    file: MediaFile,
+    config: MediaConfig,
+    size_rule: SizeRule | None,
+    opened: Opened | None = None,
+) -> np.ndarray:
+    """An image as in `load_pixels`, decoded in this process. opened: of a PIL image's file."""
     with file.open() as stream:
-        image = _open(stream, file.label)
+        image = _open(stream, file.label, [opened.format] if opened else FORMATS)
         check_size(*image.size, file.label, config)
+        if opened:
+            with decoding(file.label):
+                opened.apply(image, file.label)
+            check_size(*image.size, file.label, config)
         return _finished(_from_pil(image, file.label, config), config, size_rule)
-
-
-def _file_of(image: Image.Image, label: str, config: MediaConfig) -> MediaFile | None:
-    """The encoded bytes of a PIL image that was opened and not used yet.
-
-    None where the image may differ from what its file gives.
-    """
-    if not isinstance(image, ImageFile.ImageFile) or image.format not in FORMATS:
-        return None
-    # loading does the first, `draft` the second, `seek` the third
-    if not image.tile or getattr(image, "decoderconfig", ()) or image.tell():
-        return None
-    with _pillow_lock, suppress(OSError, ValueError, AttributeError):  # closed, or not seekable
-        place = image.fp.tell()
-        image.fp.seek(0)
-        content = image.fp.read(config.max_file_bytes + 1)
-        image.fp.seek(place)
-        if 0 < len(content) <= config.max_file_bytes:
-            return MediaFile(label, content)
-    return None
 
 
 def _from_pil(image: Image.Image, label: str, config: MediaConfig) -> Image.Image:
@@ -157,21 +155,21 @@ def check_size(width: int, height: int, label: str, config: MediaConfig) -> None
         )
 
 
-def _open(stream: BinaryIO, label: str) -> Image.Image:
+def _open(stream: BinaryIO, label: str, formats: Sequence[str]) -> Image.Image:
     """The image with its header read and nothing decoded.
 
     `Image.open` would warn and refuse by a limit of Pillow's, which holds for the entire process.
     """
     Image.init()
     prefix = stream.read(16)
-    for name in FORMATS:
+    for name in formats:
         factory, accepts = Image.OPEN.get(name, (None, None))  # a build of Pillow may lack a format
         with decoding(label), suppress(*NOT_THIS_FORMAT):
             # `accepts` returns a string where a build lacks the format's library
             if factory and (accepts is None or accepts(prefix) is True):
                 stream.seek(0)
                 return factory(stream, "")
-    raise LcoError(f"{label} is torn, or in no format that is read here ({', '.join(FORMATS)})")
+    raise LcoError(f"{label} is torn, or in no format that is read here ({', '.join(formats)})")
 
 
 def _to_rgb(image: Image.Image, label: str) -> Image.Image:

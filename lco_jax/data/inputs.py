@@ -19,7 +19,9 @@ from PIL import Image
 
 from lco_jax.core.errors import LcoError, check_at_least_1, is_number
 from lco_jax.data.arrays import is_table
-from lco_jax.data.content import Messages, as_content, describe, media_kind
+from lco_jax.data.content import Messages, as_content, check_not_open, describe
+from lco_jax.data.lazy import LazyImage, lazy_image
+from lco_jax.data.names import media_kind
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import ChatTokenizer, Prompt, as_messages
 from lco_jax.data.tower_rows import Processed
@@ -142,6 +144,16 @@ class _Threads:
         return future.result()
 
 
+class _Pickler(ForkingPickler):
+    """Sends a PIL image that is not decoded yet as its file. Pickling the image would decode it."""
+
+    def reducer_override(self, value: Any) -> Any:
+        lazy = lazy_image(value, "PIL image") if isinstance(value, Image.Image) else None
+        if lazy is None:
+            return NotImplemented
+        return LazyImage, (lazy.label, lazy.content, lazy.opened)
+
+
 class _Processes:
     """Prepares in processes, which are started again when one dies."""
 
@@ -157,7 +169,7 @@ class _Processes:
     def submit(self, task: list[NamedInput]) -> Future | None:
         """None for a task that cannot be sent to another process."""
         try:
-            sent = bytes(ForkingPickler.dumps(task))
+            sent = bytes(_Pickler.dumps(task))
         except Exception:  # an object may raise anything when it is pickled
             return None
         try:
@@ -175,7 +187,7 @@ class _Processes:
 
     def _alone(self, item: NamedInput) -> Prepared:
         """One input in a new process, to find the input that crashed the last one."""
-        sent = bytes(ForkingPickler.dumps([item]))
+        sent = bytes(_Pickler.dumps([item]))
         with self._start(1) as executor:
             try:
                 return executor.submit(_run, sent).result()[0]
@@ -241,7 +253,7 @@ def as_list(inputs: Any) -> tuple[list[Any], bool]:
 def check_several(inputs: Any) -> None:
     """Raise for a single input where several are iterated, and for what `check_inputs` refuses."""
     check_inputs(inputs)
-    if isinstance(inputs, ONE):
+    if isinstance(inputs, ONE) or hasattr(inputs, "get_all_samples"):
         raise LcoError(f"inputs is a single {type(inputs).__name__}; give a list of inputs")
 
 
@@ -252,13 +264,14 @@ def check_inputs(inputs: Any) -> None:
         raise LcoError(
             f'{what}; give a column, as list(table["text"]), or rows, as a list of {{"text": …}}'
         )
+    check_not_open(inputs, what)
     if isinstance(inputs, set | frozenset):
         raise LcoError(f"{what}, which has no order; give a list")
     if isinstance(inputs, bytes | bytearray | memoryview):
         raise LcoError(f'{what}; give {{"image": …}}, {{"audio": …}} or {{"video": …}}')
     if getattr(inputs, "shape", None) == () and not isinstance(inputs, str):
         raise LcoError(f"{what} without axes; give a list of inputs, or a single one")
-    if not isinstance(inputs, Iterable | os.PathLike | Image.Image):
+    if not isinstance(inputs, Iterable | ONE) and not hasattr(inputs, "get_all_samples"):
         raise LcoError(f"{what}; give a list of inputs, or a single one")
 
 
@@ -266,7 +279,7 @@ def is_single(inputs: Any) -> bool:
     """Whether this is one input, and not a list of inputs."""
     if hasattr(inputs, "__array__") and hasattr(inputs, "ndim"):
         return inputs.ndim > 1  # with one axis it is a list of strings
-    if isinstance(inputs, ONE):
+    if isinstance(inputs, ONE) or hasattr(inputs, "get_all_samples"):
         return True
     return isinstance(inputs, list) and bool(inputs) and all(map(_is_message, inputs))
 

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import stat
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 from lco_jax.core.errors import LcoError, explained, is_number, printable, reason
 
+_open_files_lock = threading.Lock()
 SOCKET_SECONDS = 30.0  # how long a server may be silent
 CHUNK = 1 << 20  # bytes read from a server at once
 # of urllib; those of ftp:, file: and data:, which a redirect may name, are left out
@@ -131,7 +133,7 @@ class MediaFile:
 def resolve(
     source: Any, kind: str, where: str, config: MediaConfig, or_else: str = ""
 ) -> MediaFile:
-    """The file that a path, a file:// or data: URI, an http(s) URL or bytes stand for.
+    """The file that a path, a file:// or data: URI, an http(s) URL, bytes or an open file mean.
 
     A MediaFile is returned as it is. URLs are fetched here, into memory. Files are opened only if
     they are regular ones, and are not read yet.
@@ -143,6 +145,8 @@ def resolve(
         return source
     if isinstance(source, bytes | bytearray):
         return _in_memory(bytes(source), f"{where}: {kind} of {len(source)} bytes", config)
+    if hasattr(source, "read") and not isinstance(source, os.PathLike):
+        return _in_memory(*_read_open(source, f"{where}: {kind}", config), config)
     if not isinstance(source, str | os.PathLike):
         raise LcoError(
             f"{where}: {kind} cannot be a {type(source).__name__}; give a path, bytes, "
@@ -207,7 +211,7 @@ def _from_path(name: str, label: str, config: MediaConfig) -> MediaFile:
         raise LcoError(f"{label} is a folder; give a file")
     if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for someone to write to it
         raise LcoError(f"{label} is a pipe or a device; give a regular file")
-    _check_bytes(status.st_size, label, config)
+    check_bytes(status.st_size, label, config)
     with _reading(label):
         path.open("rb").close()
     return MediaFile(label, path)
@@ -224,6 +228,29 @@ def _reading(label: str) -> Iterator[None]:
         raise LcoError(f"{label} cannot be read: {reason(error)}") from error
 
 
+def _read_open(file: Any, label: str, config: MediaConfig) -> tuple[bytes, str]:
+    """(the bytes of a file that a caller has opened, the label with its name).
+
+    It is read from its beginning, where that can be, and left where it was. One file may be in
+    several inputs, which different threads read.
+    """
+    name = getattr(file, "name", None)
+    label = f"{label} {_shown(name)}" if isinstance(name, str) else f"{label} in an open file"
+    if isinstance(file, io.TextIOBase):
+        raise LcoError(f'{label} is open as text; open it with "rb"')
+    with _open_files_lock, _reading(label):
+        seekable = getattr(file, "seekable", bool)()
+        place = file.tell() if seekable else 0
+        if seekable:
+            file.seek(0)
+        content = file.read(config.max_file_bytes + 1)
+        if seekable:
+            file.seek(place)
+    if not isinstance(content, bytes):
+        raise LcoError(f'{label} does not give bytes; open it with "rb"')
+    return content, label
+
+
 def _from_data_uri(uri: str, label: str, config: MediaConfig) -> MediaFile:
     header, comma, payload = uri.partition(",")
     if not comma:
@@ -237,11 +264,12 @@ def _from_data_uri(uri: str, label: str, config: MediaConfig) -> MediaFile:
 
 
 def _in_memory(content: bytes, label: str, config: MediaConfig) -> MediaFile:
-    _check_bytes(len(content), label, config)
+    check_bytes(len(content), label, config)
     return MediaFile(label, content)
 
 
-def _check_bytes(size: int, label: str, config: MediaConfig) -> None:
+def check_bytes(size: int, label: str, config: MediaConfig) -> None:
+    """Raise for a medium without bytes, or with more than the caps allow."""
     if size == 0:
         raise LcoError(f"{label} is empty")
     if size > config.max_file_bytes:
@@ -266,7 +294,7 @@ def _from_url(url: str, label: str, config: MediaConfig) -> MediaFile:
             # read1 returns what has come, so that a slow server cannot outlast the deadline
             while chunk := response.read1(CHUNK):
                 content += chunk
-                _check_bytes(max(len(content), promised), label, config)
+                check_bytes(max(len(content), promised), label, config)
                 if time.monotonic() > end:
                     raise LcoError(took_too_long(label, config))
     if len(content) < promised:

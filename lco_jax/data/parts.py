@@ -38,6 +38,7 @@ from lco_jax.core.files import (
 )
 from lco_jax.data import vectors
 from lco_jax.data.folder import Listing
+from lco_jax.data.skipped import write_skipped
 from lco_jax.data.vectors import difference, same_work
 
 # beside the parts; names that readers of a folder of parquet leave alone
@@ -217,7 +218,7 @@ class VectorParts:
         path = self.folder.path / DESCRIPTION
         if not path.exists() or self._is_complete(path):
             return None
-        before = read_json(path).get("work") or {}
+        before = _read_description(path).get("work") or {}
         listing = self.folder.kept()
         if listing is not None and key in before:
             self.work[key] = before[key]
@@ -225,7 +226,7 @@ class VectorParts:
         return listing
 
     def _check_description(self) -> dict[str, Any]:
-        found = read_json(self.folder.path / DESCRIPTION)
+        found = _read_description(self.folder.path / DESCRIPTION)
         same_work(found.get("work") or {}, self.work, self.folder.path, self.flag)
         return found
 
@@ -274,7 +275,7 @@ class VectorParts:
         """
         if not self.record.exists() or not self._is_complete(self.record):
             return None
-        found = read_json(self.record)
+        found = _read_description(self.record)
         if self.keeps_parts:
             same_work(found.get("work") or {}, self.work, self.output, self.flag)
             return found
@@ -284,7 +285,7 @@ class VectorParts:
 
     @staticmethod
     def _is_complete(record: AnyPath) -> bool:
-        return "vectors" in read_json(record)
+        return "vectors" in _read_description(record)
 
     def join(
         self,
@@ -303,7 +304,9 @@ class VectorParts:
         with self._writing():
             total = sum(unit.rows for unit in units)
             record = {"work": self.work, "vectors": total, "dimension": dimension}
-            record["skipped"] = self._list_skipped(units)
+            reasons = self.folder.tables(units, ["id", "reason"])
+            aside = self.folder.path / f"skipped{ASIDE}"  # which vanishes with the folder
+            record["skipped"] = write_skipped(self.output, vectors.skipped_rows(reasons), aside)
             record |= about
             if self.keeps_parts:
                 record["parts"] = [unit.part for unit in units]
@@ -314,21 +317,6 @@ class VectorParts:
                 self._write_record({**record, "output": _state(self.output)})
             self._remove()
             return record
-
-    def _list_skipped(self, units: Sequence[Unit]) -> int:
-        """Write `<output>.skipped.jsonl`; how many lines it has."""
-        path = self.output.with_name(f"{self.output.name}.skipped.jsonl")
-        aside = self.folder.path / f"skipped{ASIDE}"
-        count = 0
-        with aside.open("wb") as file:
-            for line in vectors.skipped_lines(self.folder.tables(units, ["id", "reason"])):
-                file.write(line.encode())
-                count += 1
-        if count:
-            replace(aside, path)
-        elif path.exists():  # of an earlier output
-            path.unlink()
-        return count
 
     def _write_record(self, record: Mapping[str, Any]) -> None:
         aside = self.folder.path / f"record{ASIDE}"  # which vanishes with the folder
@@ -373,6 +361,16 @@ class VectorParts:
             return
         for path in paths:
             path.unlink(missing_ok=True)
+
+
+def _read_description(path: AnyPath) -> dict[str, Any]:
+    """What the file says of a work. Raises where it is damaged."""
+    try:
+        return read_json(path)
+    except LcoError as error:
+        damaged = path.parent if path.name == DESCRIPTION else path
+        advice = f"remove {damaged}, and the same command begins anew"
+        raise LcoError(f"{error}; {advice}") from error
 
 
 def _digest(work: Mapping[str, Any]) -> str:

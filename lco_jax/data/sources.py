@@ -174,11 +174,12 @@ def open_source(name: str, spec: Mapping[str, Any], on_bad: str = "error") -> So
     return _open(spec, f"config.data.sources.{name}", on_bad)
 
 
-def open_file(path: Path, media_root: Path | None = None) -> Source:
+def open_file(path: Path, media_root: Path | None = None, on_bad: str = "error") -> Source:
     """Open a .jsonl or .parquet file of records, or the source that a .json file describes.
 
     A .json file holds what an entry of `config.data.sources` holds.
-    media_root: as for `JsonlSource`; it replaces that of the .json file.
+    media_root: as for `JsonlSource`; it replaces that of the .json file. on_bad: "error", or
+    "skip": bad records are left out and counted.
     """
     if path.suffix == ".json":
         spec = read_json(path)
@@ -189,7 +190,7 @@ def open_file(path: Path, media_root: Path | None = None) -> Source:
         raise LcoError(f"{path}: give a .jsonl or .parquet file of records, or {described}")
     if media_root is not None:
         spec = {**spec, "media_root": str(media_root)}
-    return _open(spec, str(path), "error")
+    return _open(spec, str(path), on_bad)
 
 
 def _open(spec: Any, where: str, on_bad: str) -> Source:

@@ -3,7 +3,6 @@
 Dimensions: N rows, D hidden.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
@@ -87,15 +86,14 @@ def write_parquet(
             writer.write_table(table.replace_schema_metadata(None).cast(schema))
 
 
-def skipped_lines(tables: Iterable[pa.Table]) -> Iterator[str]:
-    """A line of JSON for each row without a vector. tables: with the columns id and reason."""
+def skipped_rows(tables: Iterable[pa.Table]) -> Iterator[dict[str, Any]]:
+    """Index, id and reason of each row without a vector. tables: with the columns id and reason."""
     first = 0
     for table in tables:
         for row in np.flatnonzero(table["reason"].is_valid()).tolist():
-            line = {
+            yield {
                 "index": first + row,
                 "id": table["id"][row].as_py(),
                 "reason": table["reason"][row].as_py(),
             }
-            yield json.dumps(line, ensure_ascii=False) + "\n"
         first += len(table)

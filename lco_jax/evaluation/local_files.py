@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from lco_jax.core.errors import LcoError, explained
-from lco_jax.data.corpus import Corpus, json_lines
-from lco_jax.data.lines import ending_of
+from lco_jax.data.corpus import Corpus, CorpusItem, full_lines, json_value
+from lco_jax.data.lines import Line, ending_of
 from lco_jax.data.records import Reader, Record, as_input, content_key, listed, parse_record
+from lco_jax.evaluation.left_out import LeftOut
 
 LABELLED = (".jsonl", ".parquet")
 TABLES = (".csv", ".tsv", ".txt")
@@ -27,24 +28,28 @@ NAMES = {
 Queries = tuple[list[Any], list[Any], list[dict[int, float]]]  # queries, documents, relevance
 
 
-def read_records(path: Path, media_root: Path | None) -> Queries:
+def read_records(path: Path, media_root: Path | None, left_out: LeftOut | None = None) -> Queries:
     """Queries, documents, and for each query {document's index: 1.0} of a .jsonl of records.
 
-    Equal contents are one query, or one document.
+    Equal contents are one query, or one document. left_out: what is done with bad records.
     """
+    left_out = left_out or LeftOut()
     root = os.path.abspath(media_root or path.parent)
     queries: dict[Hashable, Any] = {}
     documents: dict[Hashable, Any] = {}
     relevant: dict[Hashable, set[Hashable]] = {}
-    for _, line, where in _lines(path):
-        for record in _records_of(line, where, root):
+    for line in _lines(path):
+        records: list[Record] = []
+        with left_out.record():
+            records = list(_records_of(json_value(line), line.where, root))
+        for record in records:
             query = content_key(record.anchor)
             queries.setdefault(query, as_input(record.anchor))
             relevant.setdefault(query, set()).add(content_key(record.positive))
             for content in (record.positive, *record.negatives):
                 documents.setdefault(content_key(content), as_input(content))
     if not queries:
-        raise LcoError(f"{path} holds no record")
+        raise LcoError(f"{path} holds no record{left_out.why_nothing()}")
     index_of = {key: index for index, key in enumerate(documents)}
     relevance = [{index_of[key]: 1.0 for key in keys} for keys in relevant.values()]
     return (
@@ -70,24 +75,33 @@ def _records_of(line: Any, where: str, root: str) -> Iterator[Record]:
         parse_record(line, where)  # raises
 
 
-def read_beir(folder: Path, media_root: Path | None) -> Queries:
-    """Queries that have a relevant document, all documents, and for each query {index: grade}."""
-    queries = _by_id(folder / "queries.jsonl", media_root)
-    documents = _by_id(folder / "corpus.jsonl", media_root)
+def read_beir(folder: Path, media_root: Path | None, left_out: LeftOut | None = None) -> Queries:
+    """Queries that have a relevant document, all documents, and for each query {index: grade}.
+
+    left_out: what is done with bad records, and how many queries have no relevant document.
+    """
+    left_out = left_out or LeftOut()
+    queries = _by_id(folder / "queries.jsonl", media_root, left_out)
+    documents = _by_id(folder / "corpus.jsonl", media_root, left_out)
     index_of = {name: index for index, name in enumerate(documents)}
     file = _qrels(folder)
     relevance: dict[str, dict[int, float]] = {}
-    for cells, where in read_columns(file, ("query-id", "corpus-id", "score")):
-        query, document = str(cells[0]), str(cells[1])
-        if query not in queries:
-            raise LcoError(f"{where}: {folder / 'queries.jsonl'} has no _id {query!r}")
-        if document not in documents:
-            raise LcoError(f"{where}: {folder / 'corpus.jsonl'} has no _id {document!r}")
-        grade = _number(cells[2], where)
-        if grade > 0:
-            relevance.setdefault(query, {})[index_of[document]] = grade
+    for row, where in _rows(file, header=True):
+        with left_out.record():
+            cells = _cells(row, ("query-id", "corpus-id", "score"), where)
+            query, document = str(cells[0]), str(cells[1])
+            if query not in queries:
+                raise LcoError(f"{where}: {folder / 'queries.jsonl'} has no _id {query!r}")
+            if document not in documents:
+                raise LcoError(f"{where}: {folder / 'corpus.jsonl'} has no _id {document!r}")
+            grade = _number(cells[2], where)
+            if grade > 0:
+                relevance.setdefault(query, {})[index_of[document]] = grade
     if not relevance:
-        raise LcoError(f"{file} has no score above 0, and so no relevant document")
+        nothing = "has no score above 0, and so no relevant document"
+        raise LcoError(f"{file} {nothing}{left_out.why_nothing()}")
+    if unasked := len(queries) - len(relevance):
+        left_out.others["queries without a relevant document"] += unasked
     asked = [queries[name] for name in relevance]
     return (
         asked,
@@ -103,54 +117,90 @@ def _qrels(folder: Path) -> Path:
     raise LcoError(f"{folder} has none of {', '.join(QRELS)}")
 
 
-def _by_id(path: Path, media_root: Path | None) -> dict[str, Any]:
+def _by_id(path: Path, media_root: Path | None, left_out: LeftOut) -> dict[str, Any]:
     contents: dict[str, Any] = {}
-    for item in Corpus(path, "_id", media_root, "--input", "title").items(check_media=True):
-        if str(item.id) in contents:
-            raise LcoError(f"{item.where}: an earlier line has the _id {item.id!r}, too")
-        contents[str(item.id)] = item.content
+    corpus = Corpus(path, "_id", media_root, "--input", "title", left_out.skips)
+    for item in corpus.items(check_media=True):
+        with left_out.record():
+            content = _content(item)
+            if str(item.id) in contents:
+                raise LcoError(f"{item.where}: an earlier line has the _id {item.id!r}, too")
+            contents[str(item.id)] = content
     return contents
 
 
+def _content(item: CorpusItem) -> Any:
+    """What an input holds. Raises if it is malformed."""
+    if isinstance(item.content, LcoError):
+        raise item.content
+    return item.content
+
+
 def read_pairs(
-    path: Path, media_root: Path | None, columns: Sequence[str]
+    path: Path, media_root: Path | None, columns: Sequence[str], left_out: LeftOut
 ) -> tuple[list[Any], list[Any], list[float]]:
-    """The first contents, the second contents, and the scores. columns: the three names."""
+    """The first contents, the second contents, and the scores. columns: the three names.
+
+    left_out: what is done with bad pairs.
+    """
     root = os.path.abspath(media_root or path.parent)
-    first, second, scores = [], [], []
-    for cells, where in read_columns(path, columns):
-        reader = Reader(where, root, os.path.isfile)
-        for contents, cell, name in zip((first, second), cells, columns, strict=False):
-            content = reader.side(cell, name)
-            if not content:
-                raise LcoError(f"{where}: {name} is empty")
-            contents.append(as_input(content))
-        scores.append(_number(cells[2], where))
+    pairs: list[tuple[Any, Any, float]] = []
+    for row, where in _rows(path, header=not all(map(str.isdecimal, columns))):
+        with left_out.record():
+            cells = _cells(row, columns, where)
+            reader = Reader(where, root, os.path.isfile)
+            sides = [_side(reader, cells[i], columns[i]) for i in (0, 1)]
+            pairs.append((sides[0], sides[1], _number(cells[2], where)))
+    first, second, scores = ([pair[i] for pair in pairs] for i in range(3))
     return first, second, scores
 
 
+def _side(reader: Reader, cell: Any, name: str) -> Any:
+    """A content of a pair. Raises if it is empty."""
+    content = reader.side(cell, name)
+    if not content:
+        raise LcoError(f"{reader.where}: {name} is empty")
+    return as_input(content)
+
+
 def read_labelled(
-    path: Path, media_root: Path | None, pattern: str | None
+    path: Path, media_root: Path | None, pattern: str | None, left_out: LeftOut
 ) -> tuple[list[Any], list[str]]:
-    """Contents, and the label of each. pattern: finds the label in a path within the folder."""
+    """Contents, and the label of each. pattern: finds the label in a path within the folder.
+
+    left_out: what is done with bad inputs, and what the folder holds beside media.
+    """
     if not path.is_dir() and ending_of(path) not in LABELLED:
         raise LcoError(f"{path}: give a file that ends in .jsonl or .parquet, or a folder of media")
     id_field = None if path.is_dir() else "label"
-    items = list(Corpus(path, id_field, media_root, "--input").items(check_media=True))
-    contents = [item.content for item in items]
-    names = [str(item.id) for item in items]
-    if not path.is_dir():
-        return contents, names
-    if pattern:
-        return contents, [_matched(path, name, pattern) for name in names]
-    labels = [_folder_of(path, name) for name in names]
+    corpus = Corpus(path, id_field, media_root, "--input", keeps_bad=left_out.skips)
+    contents, labels = [], []
+    for item in corpus.items(check_media=not (left_out.skips and path.is_dir())):
+        with left_out.record():
+            content, label = _content(item), str(item.id)
+            if pattern and path.is_dir():
+                label = _matched(path, label, pattern)
+            elif path.is_dir():
+                label = _folder_of(path, label)
+            contents.append(content)
+            labels.append(label)
+    if corpus.listing:
+        left_out.others.update(corpus.listing.left_out)
+    if path.is_dir() and not pattern:
+        _check_classes(path, labels, left_out)
+    if not contents:
+        raise LcoError(f"{path} holds no input{left_out.why_nothing()}")
+    return contents, labels
+
+
+def _check_classes(path: Path, labels: Sequence[str], left_out: LeftOut) -> None:
+    """Raise for a folder of a class without a medium."""
     for folder in sorted(path.iterdir()):
         hidden = folder.name.startswith(".")
         if folder.is_dir() and not hidden and folder.name not in labels:
-            raise LcoError(
-                f"the class {folder} holds no image, video or audio file; fill it or remove it"
-            )
-    return contents, labels
+            with left_out.record():
+                what = "holds no image, video or audio file; fill it or remove it"
+                raise LcoError(f"the class {folder} {what}")
 
 
 def _matched(path: Path, name: str, pattern: str) -> str:
@@ -177,32 +227,35 @@ def _folder_of(path: Path, name: str) -> str:
     return label
 
 
-def read_columns(path: Path, names: Sequence[str]) -> Iterator[tuple[list[Any], str]]:
-    """The cells of these columns, with file and line, of each row of a .jsonl or of a table.
+def _rows(path: Path, header: bool) -> Iterator[tuple[Line | dict[str, str], str]]:
+    """Each row of a .jsonl or of a table, not yet parsed, with file and line.
 
-    A table is a .csv, or a .tsv or .txt with tabs, in UTF-8. Its first row is the header, unless
-    all names are numbers: then they number the columns, from 0.
+    A table is a .csv, or a .tsv or .txt with tabs, in UTF-8. header: whether its first row names
+    the columns; otherwise they are numbered from 0.
     """
     if ending_of(path) == ".jsonl":
-        rows = ((line, where) for _, line, where in _lines(path))
-    elif path.suffix in TABLES:
-        rows = _table(path, header=not all(map(str.isdecimal, names)))
-    else:
-        raise LcoError(
-            f"{path}: give a file that ends in .jsonl, .csv, .tsv or .txt (columns between tabs)"
-        )
-    for row, where in rows:
-        known = row if isinstance(row, Mapping) else {}
-        for name in names:
-            if name not in known:
-                has = ", ".join(known) or "no names at all"
-                raise LcoError(f"{where} has no {name!r}; it has {has}")
-        yield [known[name] for name in names], where
+        return ((line, line.where) for line in _lines(path))
+    if path.suffix in TABLES:
+        return _table(path, header)
+    raise LcoError(
+        f"{path}: give a file that ends in .jsonl, .csv, .tsv or .txt (columns between tabs)"
+    )
 
 
-def _lines(path: Path) -> Iterator[tuple[int, Any, str]]:
+def _cells(row: Line | dict[str, str], names: Sequence[str], where: str) -> list[Any]:
+    """A row's cells of these columns."""
+    known = json_value(row) if isinstance(row, Line) else row
+    known = known if isinstance(known, Mapping) else {}
+    for name in names:
+        if name not in known:
+            has = ", ".join(known) or "no names at all"
+            raise LcoError(f"{where} has no {name!r}; it has {has}")
+    return [known[name] for name in names]
+
+
+def _lines(path: Path) -> Iterator[Line]:
     with explained(f"{path} cannot be read", OSError):
-        yield from json_lines(path)
+        yield from full_lines(path)
 
 
 def _table(path: Path, header: bool) -> Iterator[tuple[dict[str, str], str]]:

@@ -6,7 +6,7 @@ Dimensions: N items or pairs, C classes, T templates, D hidden.
 import argparse
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,9 @@ from scipy.stats import pearsonr, spearmanr
 
 from lco_jax.core.errors import LcoError, check_keys, explained
 from lco_jax.core.files import write_json
+from lco_jax.core.finite import check_vectors
 from lco_jax.data.lines import ending_of, files_of
+from lco_jax.evaluation.left_out import LeftOut
 from lco_jax.evaluation.local_files import read_beir, read_labelled, read_pairs, read_records
 from lco_jax.evaluation.plots import plot_confusion, plot_ranks, plot_scores
 from lco_jax.evaluation.retrieval import best_ranks, ranks, retrieval_metrics
@@ -29,6 +31,9 @@ TEMPLATES = {
 }
 
 
+LEAST_LENGTH = 1e-6  # of the mean of unit vectors; what rounding leaves is no direction
+
+
 class Outcome(NamedTuple):
     """numbers: name -> value; plot: draws them into a file."""
 
@@ -36,7 +41,9 @@ class Outcome(NamedTuple):
     plot: Callable[[Path], None]
 
 
-def retrieval(encode: Encode, path: Path, media_root: Path | None = None) -> Outcome:
+def retrieval(
+    encode: Encode, path: Path, left_out: LeftOut, media_root: Path | None = None
+) -> Outcome:
     """nDCG@10, MRR@10, recall and hit rate; every document is a candidate for every query.
 
     path: a .jsonl of {"query" or "anchor": content, "document" or "positive": content or
@@ -45,24 +52,65 @@ def retrieval(encode: Encode, path: Path, media_root: Path | None = None) -> Out
     score: the grade). A query without a grade above 0 is not asked.
     """
     read = read_beir if path.is_dir() else read_records
-    queries, documents, relevance = read(path, media_root)
-    vectors = encode(queries + documents)
-    ranked = ranks(vectors[: len(queries)], vectors[len(queries) :], relevance)
+    queries, documents, relevance = read(path, media_root, left_out)
+    vectors, there = _embed(encode, queries + documents, left_out)
+    n = len(queries)
+    asked, relevance = _askable(there[:n], there[n:], relevance, left_out)
+    candidates = vectors[n:][there[n:]]
+    ranked = ranks(vectors[asked], candidates, relevance)
     numbers = retrieval_metrics(ranked)
     numbers |= {
-        "queries": len(queries),
-        "documents": len(documents),
+        "queries": len(asked),
+        "documents": len(candidates),
     }
     best = best_ranks(ranked)
     return Outcome(
         numbers,
-        lambda file: plot_ranks(file, best, len(documents)),
+        lambda file: plot_ranks(file, best, len(candidates)),
     )
+
+
+def _embed(encode: Encode, inputs: list[Any], left_out: LeftOut) -> tuple[np.ndarray, np.ndarray]:
+    """(vectors, [N, D]; which inputs have one, bool [N]). Raises for a model that makes no
+    vectors.
+    """
+    vectors = encode(inputs)
+    there = np.ones(len(inputs), bool)
+    there[list(left_out.inputs)] = False
+    if not there.any():
+        raise LcoError(f"nothing could be embedded{left_out.why_nothing()}")
+    check_vectors(vectors[there])
+    return vectors, there
+
+
+def _askable(
+    has_query: np.ndarray,
+    has_document: np.ndarray,
+    relevance: Sequence[Mapping[int, float]],
+    left_out: LeftOut,
+) -> tuple[list[int], list[dict[int, float]]]:
+    """(the queries that have a vector and a relevant document that has one, their relevance).
+
+    Documents are numbered among those that have a vector.
+    """
+    number = np.cumsum(has_document) - 1
+    asked, kept = [], []
+    for query, grades in enumerate(relevance):
+        found = {int(number[one]): grade for one, grade in grades.items() if has_document[one]}
+        if has_query[query] and found:
+            asked.append(query)
+            kept.append(found)
+        elif has_query[query]:
+            left_out.others["queries whose documents were skipped"] += 1
+    if not asked:
+        raise LcoError(f"no query is left that can be asked{left_out.why_nothing()}")
+    return asked, kept
 
 
 def sts(
     encode: Encode,
     path: Path,
+    left_out: LeftOut,
     media_root: Path | None = None,
     columns: str | None = None,
 ) -> Outcome:
@@ -77,14 +125,14 @@ def sts(
     names = (columns or default).split(",")
     if len(names) != 3:
         raise LcoError(f"the columns are {columns!r}; name three: a content, another, the score")
-    first, second, scores = read_pairs(path, media_root, names)
-    if len(set(scores)) < 2:
-        raise LcoError(
-            f"{path} has {len(scores)} pairs and fewer than two different scores: "
-            "nothing to correlate with"
-        )
-    vectors = encode(first + second).astype(np.float64)
-    cosines = (vectors[: len(scores)] * vectors[len(scores) :]).sum(axis=1)
+    first, second, given = read_pairs(path, media_root, names, left_out)
+    _check_scores(given, path, left_out)
+    vectors, there = _embed(encode, first + second, left_out)
+    both = there[: len(given)] & there[len(given) :]
+    scores = np.array(given)[both].tolist()
+    _check_scores(scores, path, left_out)
+    vectors = vectors.astype(np.float64)
+    cosines = (vectors[: len(given)] * vectors[len(given) :]).sum(axis=1)[both]
     if np.ptp(cosines) < 1e-6:
         raise LcoError(
             "all pairs have the same cosine: this model tells nothing apart, and nothing correlates"
@@ -102,9 +150,19 @@ def sts(
     )
 
 
+def _check_scores(scores: Sequence[float], path: Path, left_out: LeftOut) -> None:
+    """Raise where nothing can correlate with people's scores."""
+    if len(set(scores)) < 2:
+        raise LcoError(
+            f"{path} has {len(scores)} pairs and fewer than two different scores: "
+            f"nothing to correlate with{left_out.why_nothing()}"
+        )
+
+
 def zeroshot(
     encode: Encode,
     path: Path,
+    left_out: LeftOut,
     media_root: Path | None = None,
     template: str | Sequence[str] | None = None,
     label_pattern: str | None = None,
@@ -120,23 +178,32 @@ def zeroshot(
     label_pattern: a regular expression for the end of a path, from the start of a name on; its
     first group is the label.
     """
-    items, names = read_labelled(path, media_root, label_pattern)
+    items, names = read_labelled(path, media_root, label_pattern, left_out)
     labels, target = np.unique(names, return_inverse=True)
     if len(labels) < 2:
         raise LcoError(
             f"{path} has {len(labels)} class ({', '.join(labels)}), and there must be two or more"
         )
     templates = [template] if isinstance(template, str) else template or [_template_for(items)]
-    vectors = encode(items + _prompts(templates, labels)).astype(np.float64)
+    vectors, there = _embed(encode, items + _prompts(templates, labels), left_out)
     n = len(items)
+    if not there[n:].all():
+        raise LcoError(left_out.inputs[n + int(np.argmin(there[n:]))])
+    kept = there[:n]
+    if not kept.any():
+        raise LcoError(f"{path} holds no item that could be embedded{left_out.why_nothing()}")
+    vectors = vectors.astype(np.float64)
     by_template = vectors[n:].reshape(len(templates), len(labels), -1)
-    rank, confusion = _classify(vectors[:n], by_template.mean(axis=0), target)
-    recalls = confusion.diagonal() / confusion.sum(axis=1)
+    classes = _directions(by_template.mean(axis=0), labels)
+    rank, confusion = _classify(vectors[:n][kept], classes, target[kept])
+    items_of_class = confusion.sum(axis=1)
+    measured = items_of_class > 0  # not all of them were skipped
+    recalls = confusion.diagonal()[measured] / items_of_class[measured]
     numbers = {
         "accuracy_at_1": float((rank <= 1).mean()),
         "accuracy_at_5": float((rank <= 5).mean()),
         "balanced_accuracy": float(recalls.mean()),
-        "items": n,
+        "items": int(kept.sum()),
         "classes": len(labels),
     }
     return Outcome(
@@ -150,9 +217,8 @@ def _classify(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ranks of the items' right classes, from 1, [N], and the confusion [C, C].
 
-    items [N, D]: unit vectors. classes [C, D]: of any length. target: the right classes, [N].
+    items [N, D], classes [C, D]: unit vectors. target: the right classes, [N].
     """
-    classes = classes / np.linalg.norm(classes, axis=1, keepdims=True)
     scores = (items @ classes.T).astype(np.float32)  # [N, C]
     rows = np.arange(len(target))
     right = scores[rows, target]
@@ -162,6 +228,18 @@ def _classify(
     confusion = np.zeros((len(classes), len(classes)), np.int64)
     np.add.at(confusion, (target, predicted), 1)
     return rank, confusion
+
+
+def _directions(classes: np.ndarray, labels: Sequence[str]) -> np.ndarray:
+    """Classes' vectors [C, D] with unit length. Raises for one that has no direction."""
+    lengths = np.linalg.norm(classes, axis=1, keepdims=True)
+    for label, length in zip(labels, lengths[:, 0], strict=True):
+        if length < LEAST_LENGTH:
+            why = "the vectors of its templates are opposite and cancel out"
+            raise LcoError(
+                f"the class {str(label)!r} has no direction: {why}; give other templates"
+            )
+    return classes / lengths
 
 
 def _prompts(templates: Sequence[str], labels: Sequence[str]) -> list[dict[str, str]]:
@@ -218,11 +296,18 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def evaluate(encode: Encode, kind: str, path: str | Path, **options: Any) -> Outcome:
+def evaluate(
+    encode: Encode,
+    kind: str,
+    path: str | Path,
+    left_out: LeftOut | None = None,
+    **options: Any,
+) -> Outcome:
     """Evaluate a model on the files at `path`.
 
     encode: called once, after all files are read. kind: one of `KINDS`; options: that kind's. None
-    means that an option is not given.
+    means that an option is not given. left_out: what is done with bad records; by default the first
+    is raised. It gets what was left out. Raises for a number that is not finite.
     """
     if kind not in KINDS:
         raise LcoError(f"the kind is {kind!r}; it is one of: {', '.join(KINDS)}")
@@ -231,7 +316,12 @@ def evaluate(encode: Encode, kind: str, path: str | Path, **options: Any) -> Out
     check_keys(given, takes, f"evaluation of kind {kind}")
     with explained(f"{path} cannot be read", OSError):
         os.stat(files_of(Path(path))[0])
-    return function(encode, Path(path), **given)
+    outcome = function(encode, Path(path), left_out or LeftOut(), **given)
+    for name, number in outcome.numbers.items():
+        if not math.isfinite(number):
+            blame = "all vectors are finite, so the scores that it holds are too large"
+            raise LcoError(f"{name} of {path} is {number}, which is no score: {blame}")
+    return outcome
 
 
 def evaluate_and_write(
@@ -239,18 +329,22 @@ def evaluate_and_write(
     kind: str,
     path: str | Path,
     out: Path,
+    left_out: LeftOut | None = None,
     **options: Any,
 ) -> dict[str, float]:
-    """As `evaluate`; writes results.json and KIND.png into `out`, and returns the numbers."""
-    numbers, plot = evaluate(encode, kind, path, **options)
-    for name, number in numbers.items():
-        if not math.isfinite(number):
-            raise LcoError(f"{name} of {path} is {number}, which is no score; nothing is written")
+    """As `evaluate`; writes results.json and KIND.png into `out`, and returns the numbers.
+
+    The results also have how many records were skipped and what else is left out, and a list beside
+    them has the reasons.
+    """
+    left_out = left_out or LeftOut()
+    numbers, plot = evaluate(encode, kind, path, left_out, **options)
     with explained(f"{out} cannot be written", OSError):
         out.mkdir(parents=True, exist_ok=True)
         plot(out / f"{kind}.png")
+        left_out.write_reasons(out / "results.json")
         write_json(
             out / "results.json",
-            {"kind": kind, "data": str(path), **numbers},
+            {"kind": kind, "data": str(path), **numbers, **left_out.recorded()},
         )
     return numbers

@@ -117,7 +117,7 @@ def plot_scores(
 
 def plot_confusion(path: Path, counts: np.ndarray, labels: Sequence[str]) -> None:
     """The share of each class (a row) that was taken for each class. counts: [C, C]."""
-    shares = counts / counts.sum(axis=1, keepdims=True)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     with _picture(path, (6, 5)) as axes:
         image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis")
         if len(labels) <= NAMED:

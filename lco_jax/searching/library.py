@@ -72,7 +72,7 @@ class Entry:
 
     key: 32 hexadecimal digits; they differ where the content, a path, or a file's size or time of
     change differs. kind: of the first medium, or "text". label: where the input is. text: its
-    beginning. parts: chat parts, as `encode` takes them.
+    beginning. parts: chat parts, as `encode` takes them; none of an input that is malformed.
     """
 
     key: str
@@ -86,14 +86,17 @@ class Entry:
     @classmethod
     def of(cls, item: CorpusItem, root: Path) -> "Entry":
         """root: the folder that labels start from."""
-        parts = _parts(item.content)
+        malformed = isinstance(item.content, LcoError)
+        parts = [] if malformed else _parts(item.content)
         media = [part for part in parts if part["type"] != "text"]
         texts = [part["text"] for part in parts if part["type"] == "text"]
         files = []
         for part in media:
             files += _files(part)
         marks = [file.mark for file in files]
-        content = json.dumps([item.content, marks]).encode()
+        # of a malformed input: what is wrong, and where
+        given = str(item.content) if malformed else item.content
+        content = json.dumps([given, marks]).encode()
         return cls(
             key=blake2b(content, digest_size=16).hexdigest(),
             kind=media[0]["type"] if media else "text",

@@ -30,9 +30,10 @@ from starlette.types import Receive, Scope, Send
 
 from lco_jax.core.errors import LcoError, printable
 from lco_jax.core.files import ASSETS
-from lco_jax.data.content import MEDIA, media_kind
+from lco_jax.data.content import MEDIA
 from lco_jax.data.images import load_image
 from lco_jax.data.media import MediaConfig
+from lco_jax.data.names import media_kind
 from lco_jax.searching.connections import BoundedBody, Connection
 from lco_jax.searching.library import Entry, File, Library
 from lco_jax.searching.queries import Queries

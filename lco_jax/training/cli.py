@@ -202,6 +202,8 @@ def _set_up_logging() -> None:
     logging.basicConfig(
         level=logging.WARNING, format="%(levelname).1s %(name)s: %(message)s", force=True
     )
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save
+    # orbax reports every save, and logs the tracebacks of what it raises
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     logging.getLogger("lco_jax").setLevel(logging.INFO)  # compiled programs, chosen kernels
     warnings.filterwarnings("ignore", message=".*Sharding info not provided.*")

@@ -9,7 +9,7 @@ import filelock
 import jax
 
 from lco_jax.core.errors import DISK_FULL, LcoError, explained, reason
-from lco_jax.core.files import AnyPath, as_path, check_target, on_bucket, reaching
+from lco_jax.core.files import AnyPath, as_path, check_target, on_bucket, reaching, try_to_write
 
 LOCK = ".lock"
 
@@ -34,7 +34,7 @@ def held(output: AnyPath) -> Iterator[AnyPath]:
         except filelock.Timeout as error:
             message = f"another trainer works in {home}; wait for it, end it, or give another"
             raise LcoError(f"{message} --output") from error
-        _try_to_write(home)
+        try_to_write(home)  # a lock can be held of a file that is there already
     try:
         yield home
     except OSError as error:
@@ -48,13 +48,6 @@ def held(output: AnyPath) -> Iterator[AnyPath]:
             if not was_there:
                 home.rmdir()  # unless something came of it: then this raises
         lock.release()
-
-
-def _try_to_write(home: AnyPath) -> None:
-    """Raise where no file can be made: a lock can be held of one that is there already."""
-    probe = home / f".{os.getpid()}.tmp"
-    probe.touch()
-    probe.unlink()
 
 
 def _is_below(home: AnyPath, name: Any) -> bool:

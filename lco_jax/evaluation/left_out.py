@@ -1,0 +1,61 @@
+"""What an evaluation of a user's files leaves out, counted, with reasons."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lco_jax.core.errors import LcoError
+from lco_jax.data.folder import rest_in_words
+from lco_jax.data.skipped import skipped_in_words, write_skipped
+
+
+class LeftOut:
+    """What does not count in the numbers.
+
+    skips: whether bad records are skipped; otherwise the first is raised.
+    reasons: why each of the skipped records could not be read.
+    inputs: index of an input that could not be embedded -> why. Who embeds fills it.
+    others: what else is left out, such as files that are no media -> how many.
+    """
+
+    def __init__(self, skips: bool = False):
+        self.skips = skips
+        self.reasons: list[str] = []
+        self.inputs: dict[int, str] = {}
+        self.others = Counter[str]()
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """Around the reading of one record."""
+        try:
+            yield
+        except LcoError as error:
+            if not self.skips:
+                raise
+            self.reasons.append(str(error))
+
+    @property
+    def skipped(self) -> int:
+        """How many records and inputs were skipped."""
+        return len(self.reasons) + len(self.inputs)
+
+    def recorded(self) -> dict[str, Any]:
+        """What the results say of it."""
+        return {"skipped": self.skipped, "left out": dict(self.others)}
+
+    def write_reasons(self, results: Path) -> None:
+        """Write the list of what was skipped beside the results."""
+        reasons = [*self.reasons, *self.inputs.values()]
+        write_skipped(results, ({"reason": reason} for reason in reasons))
+
+    def in_words(self, results: Path) -> list[str]:
+        """Lines about it; none where nothing is left out."""
+        lines = [skipped_in_words(results, self.skipped, "skipped"), rest_in_words(self.others)]
+        return [line for line in lines if line]
+
+    def why_nothing(self) -> str:
+        """The end of a sentence that says that nothing is left: the first reason."""
+        reasons = [*self.reasons, *self.inputs.values()]
+        return f"; {len(reasons):,} skipped, the first: {reasons[0]}" if reasons else ""
