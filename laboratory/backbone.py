@@ -23,7 +23,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lco_jax import MediaConfig
-from lco_jax.checkpoint.hf import abstract_params, per_layer, tower_module
+from lco_jax.checkpoint.shapes import abstract_params, per_layer, tower_module
 from lco_jax.core.files import write_json, written_aside
 from lco_jax.data.prompts import PROMPTS, QUESTIONS
 from lco_jax.models.config import DecoderConfig

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lco_jax.checkpoint.hf import DTYPES, Checkpoint, open_checkpoint, per_layer
+from lco_jax.checkpoint.hf import DTYPES, Checkpoint, open_checkpoint
 from lco_jax.checkpoint.sentence_transformers import (
     read_projection,
     write_modules,
     write_projection,
 )
+from lco_jax.checkpoint.shapes import per_layer
 from lco_jax.checkpoint.tensors import (
     INDEX,
     TensorFolder,
