@@ -121,6 +121,8 @@ def _set_surroundings(config: ConfigDict) -> None:
     config.eval = ConfigDict()
     # held-out records, jsonl, each file scored by itself; "": none
     config.eval.path = "assets:lab/text.jsonl,assets:lab/image.jsonl,assets:lab/audio.jsonl"
+    # pairs with people's scores, each file scored by itself; builtin:stsb-dev is fetched; "": none
+    config.eval.sts = ""
     config.eval.batch_size = 64
 
     config.export = ConfigDict()

@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import pearsonr, spearmanr
 
 from lco_jax.core.errors import LcoError, check_keys, explained
 from lco_jax.core.files import write_json
-from lco_jax.data.lines import ending_of, files_of
-from lco_jax.evaluation.local_files import read_beir, read_labelled, read_pairs, read_records
+from lco_jax.data.lines import files_of
+from lco_jax.evaluation.local_files import read_beir, read_labelled, read_records
 from lco_jax.evaluation.plots import plot_confusion, plot_ranks, plot_scores
 from lco_jax.evaluation.retrieval import best_ranks, ranks, retrieval_metrics
+from lco_jax.evaluation.sts import Encode, agreement, read_scored
 
-# contents as `OmniEmbedder.encode` takes them, text never bare -> unit vectors [N, D]
-Encode = Callable[[list[Any]], np.ndarray]
 TEMPLATES = {
     "image": "a photo of a {}",
     "video": "a video of {}",
@@ -68,37 +66,18 @@ def sts(
 ) -> Outcome:
     """Semantic textual similarity: the correlation of cosines with people's scores.
 
-    Spearman's, in which tied ranks share their mean, and Pearson's. path: a .jsonl of contents of
-    any modality, or texts in a .csv, .tsv or .txt (tabs). columns: content, content and score, by
-    name, or, in a table without a header, by number; by default "a,b,score" in a .jsonl, else
-    "0,1,2".
+    path, columns: as `sts.read_scored` has them.
     """
-    default = "a,b,score" if ending_of(path) == ".jsonl" else "0,1,2"
-    names = (columns or default).split(",")
-    if len(names) != 3:
-        raise LcoError(f"the columns are {columns!r}; name three: a content, another, the score")
-    first, second, scores = read_pairs(path, media_root, names)
-    if len(set(scores)) < 2:
-        raise LcoError(
-            f"{path} has {len(scores)} pairs and fewer than two different scores: "
-            "nothing to correlate with"
-        )
-    vectors = encode(first + second).astype(np.float64)
-    cosines = (vectors[: len(scores)] * vectors[len(scores) :]).sum(axis=1)
-    if np.ptp(cosines) < 1e-6:
-        raise LcoError(
-            "all pairs have the same cosine: this model tells nothing apart, and nothing correlates"
-        )
-    spearman = float(spearmanr(cosines, scores).statistic)
-    pearson = float(pearsonr(cosines, scores).statistic)
+    pairs = read_scored(path, media_root, columns)
+    found = agreement(encode, pairs)
     numbers = {
-        "spearman": spearman,
-        "pearson": pearson,
-        "pairs": len(scores),
+        "spearman": found.spearman,
+        "pearson": found.pearson,
+        "pairs": len(pairs.scores),
     }
     return Outcome(
         numbers,
-        lambda file: plot_scores(file, scores, cosines, spearman),
+        lambda file: plot_scores(file, pairs.scores, found.cosines, found.spearman),
     )
 
 

@@ -148,6 +148,7 @@ RULES: dict[str, Rule] = {
     "checkpoint.every": AT_LEAST_1,
     "checkpoint.keep": AT_LEAST_1,
     "eval.path": TEXT,
+    "eval.sts": TEXT,
     "eval.batch_size": OrNone(AT_LEAST_1),
     "export.merged": FLAG,
     "export.dtype": Choice(tuple(DTYPES)),
