@@ -6,7 +6,7 @@ of another Qwen2.5-VL or Omni, or either is fresh. The projectors that connect t
 the model does not understand media until it is trained to (`lco_jax.pretrain`).
 """
 
-import re
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,21 @@ from typing import Any
 import numpy as np
 
 from lco_jax.checkpoint import omni
-from lco_jax.checkpoint.chat_template import chat_template
-from lco_jax.checkpoint.language import Language, read_language
-from lco_jax.checkpoint.tensors import TensorFolder, write_tensors
+from lco_jax.checkpoint.chat_template import extended
+from lco_jax.checkpoint.language import HEAD, Language, read_language
+from lco_jax.checkpoint.parts import Source
+from lco_jax.checkpoint.tensors import SHARD_BYTES, write_shards
+from lco_jax.checkpoint.vision import Tower, read_vision
 from lco_jax.checkpoint.whisper import Encoder, read_whisper
 from lco_jax.core.errors import LcoError
-from lco_jax.core.files import read_json, resolve, write_json, write_text, written_aside
+from lco_jax.core.files import check_target, write_json, write_text, written_aside
 
+NOTE = "parts.json"  # in the folder: what it was made of
+EMBEDDINGS = "model.embed_tokens.weight"
 _VOCABULARY_MULTIPLE = 64  # matrix products of such sizes are faster
-_VISION_TYPES = ("qwen2_5_vl", "qwen2_5_omni_thinker", "qwen2_5_omni")
-_VISUAL = re.compile(r"(?:thinker\.)?(?:model\.)?visual\.(.+)")
-Tower = dict[str, np.ndarray]  # by the hub's keys
+FRESH = "fresh"  # in the place of a name
+_UNUSED = "audio_tower.audio_bos_eos_token."
+_PROJECTORS = ("audio_tower.proj.", "visual.merger.mlp.2.")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,33 @@ class Fresh:
     audio: omni.AudioSizes = field(default_factory=lambda: omni.AudioSizes(128, 2, 4, 256))
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a model is made of. audio, vision: None if the tower is fresh."""
+
+    language: Language
+    audio: Encoder | None
+    vision: Tower | None
+
+    @property
+    def sources(self) -> dict[str, Source | None]:
+        """Where each part comes from; None for what is fresh."""
+        return {
+            "language model": self.language.source,
+            "audio tower": self.audio.source if self.audio else None,
+            "vision tower": self.vision.source if self.vision else None,
+            "projectors": None,
+        }
+
+    @property
+    def towers(self) -> dict[str, np.ndarray]:
+        """The towers' tensors that are not fresh, by the hub's keys."""
+        tensors = dict(self.vision.tensors) if self.vision else {}
+        if self.audio:
+            tensors |= {f"audio_tower.{name}": one for name, one in self.audio.tensors.items()}
+        return tensors
+
+
 def assemble(
     output: Path,
     language: str | Path,
@@ -43,166 +74,170 @@ def assemble(
     fresh: Fresh | None = None,
     seed: int = 0,
     cached: bool = False,
-) -> None:
+) -> dict[str, Any]:
     """Write the model to the folder `output`, in float32; equal arguments give equal bytes.
 
-    language: a folder, hub id or .gguf of Llama's or Qwen2's architecture. audio: a Whisper's
-    folder or hub id. vision: a checkpoint whose vision tower is taken. seed: of what is fresh.
-    cached: several processes may write `output` at once; the first wins. Raises `LcoError`, before
-    anything is written, for a part that does not fit.
+    language: a folder, hub id or .gguf of Llama's or Qwen2's architecture, or "smollm2-135m".
+    audio: a Whisper's folder or hub id, or "whisper-base". vision: the folder or hub id of a
+    checkpoint whose vision tower is taken. What is named without a path is fetched. seed: of what
+    is fresh. cached: several processes may write `output` at once; the first wins.
+
+    Returns what parts.json holds: {part: {"name", "licence", "sha256", "parameters"}}, and "fresh"
+    in the place of a name. Raises `LcoError`, before anything is written, for a part that does not
+    fit.
     """
-    fresh = fresh or Fresh()
-    model = read_language(language)
-    beginning = model.beginning()
-    audio_config, audio_tensors = _audio(audio, fresh.audio, model.text["hidden_size"])
-    vision_config, vision_tensors = _vision(vision, fresh.vision, model.text["hidden_size"])
+    check_target(Path(output))
+    parts = Parts(
+        language=read_language(language),
+        audio=None if audio is None else read_whisper(audio),
+        vision=None if vision is None else read_vision(vision),
+    )
+    model = parts.language
+    template = extended(model.chat_template, model.end_tokens, omni.MARKERS, str(model.where))
+    config = _config(parts, fresh or Fresh())
+    shapes = _shapes(config, parts)
+    made = _tower_tensors(shapes, config, parts, seed)
+    note = {**_note(parts, shapes), "seed": seed}
+    with written_aside(Path(output), first_wins=cached) as aside:
+        _write_files(aside, parts, config, template)
+        write_json(aside / NOTE, note)
+
+        def tensor(key: str) -> np.ndarray:
+            return made[key] if key in made else _decoder_tensor(model, key, shapes[key])
+
+        sizes = {key: 4 * math.prod(shape) for key, shape in shapes.items()}
+        write_shards(aside, sizes, tensor, SHARD_BYTES)
+    return note
+
+
+# ---- configuration
+
+
+def _config(parts: Parts, fresh: Fresh) -> dict[str, Any]:
+    """What config.json holds. The tokenizer gets the tokens of media."""
+    model = parts.language
+    width = model.sizes.hidden_size
+    vision = parts.vision.sizes if parts.vision else fresh.vision
+    audio = parts.audio.sizes(fresh.audio.window) if parts.audio else fresh.audio
     ids = _add_tokens(model)
-    rows = max(model.tokenizer.get_vocab_size(), _embeddings(model).shape[0])
+    rows = max(model.sizes.vocab_size, max(model.tokenizer.get_vocab().values()) + 1)
     rows = -(-rows // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
     text = {"vocab_size": rows, **model.text}
-    config = omni.thinker_config(text, vision_config, audio_config, ids, model.ends)
-    tensors = _tensors(model, config, audio_tensors | vision_tensors, seed)
-    with written_aside(Path(output), first_wins=cached) as aside:
-        _write_files(aside, model, config, beginning)
-        write_tensors(aside / "model.safetensors", tensors)
-
-
-# ---- the language model
+    return omni.thinker_config(text, vision.config(width), audio.config(width), ids, model.ends)
 
 
 def _add_tokens(model: Language) -> dict[str, int]:
-    """Give the tokenizer the tokens of media; returns their ids."""
+    """Give the tokenizer the tokens of media that it lacks; returns the ids of all of them."""
     tokens = list(omni.TOKENS.values())
     model.tokenizer.add_special_tokens(tokens)
     return {token: model.tokenizer.token_to_id(token) for token in tokens}
 
 
-def _embeddings(model: Language) -> np.ndarray:
-    table = model.read("model.embed_tokens.weight")
-    if table is None:
-        raise LcoError(f"{model.source} has no embeddings of tokens")
-    return table
+# ---- tensors
 
 
-def _decoder_tensor(model: Language, key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor of the decoder, of the shape that config.json makes it."""
-    values = model.read(key)
-    if values is None and key.endswith("_proj.bias"):
-        return np.zeros(shape, np.float32)  # Llama has none
-    if values is None:
-        raise LcoError(f"{model.source} has no {key}")
-    if key in ("model.embed_tokens.weight", "lm_head.weight"):
-        missing = shape[0] - len(values)
-        # the mean is no likely answer of the model, and no unlikely input
-        values = np.concatenate([values, np.repeat(values.mean(0, keepdims=True), missing, 0)])
-    if values.shape != shape:
-        raise LcoError(f"{model.source}: {key} has shape {values.shape}, and must have {shape}")
-    return values
-
-
-def _tensors(model: Language, config: dict[str, Any], towers: Tower, seed: int) -> Tower:
-    """Every tensor of the model, by the hub's keys."""
-    rng = np.random.default_rng(seed)
-    deviation = float(_embeddings(model).std())
+def _shapes(config: dict[str, Any], parts: Parts) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor, by the hub's keys. Raises for a tower that does not fit."""
     shapes = dict(omni.tensor_shapes(config))
     if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
-    unknown = sorted(towers.keys() - shapes.keys())
+        shapes[HEAD] = shapes[EMBEDDINGS]
+    for part, prefix in ((parts.audio, "audio_tower."), (parts.vision, "visual.")):
+        if part is not None:
+            wanted = {key: one for key, one in shapes.items() if key.startswith(prefix)}
+            found = {key: one for key, one in parts.towers.items() if key.startswith(prefix)}
+            _check_tower(found, wanted, str(part.source.given))
+    return shapes
+
+
+def _check_tower(
+    found: dict[str, np.ndarray], wanted: dict[str, tuple[int, ...]], where: str
+) -> None:
+    """Raise for a tensor of a tower that is missing, misshapen or unknown."""
+    for key, shape in wanted.items():
+        if key.startswith((*_PROJECTORS, _UNUSED)):
+            continue
+        if key not in found:
+            raise LcoError(f"{where} has no {key}, which its configuration asks for")
+        if found[key].shape != shape:
+            raise LcoError(f"{where}: {key} has shape {found[key].shape}, and must have {shape}")
+    unknown = sorted(found.keys() - wanted.keys())
     if unknown:
-        raise LcoError(f"a tower has {unknown[0]}, which Qwen2.5-Omni's does not have")
-    tensors: Tower = {}
+        raise LcoError(f"{where}: {unknown[0]:.80} has no place in Qwen2.5-Omni")
+
+
+def _tower_tensors(
+    shapes: dict[str, tuple[int, ...]], config: dict[str, Any], parts: Parts, seed: int
+) -> dict[str, np.ndarray]:
+    """Every tensor outside the decoder: those that are given, and the fresh ones."""
+    rng = np.random.default_rng(seed)
+    deviation = float(parts.language.read(EMBEDDINGS).std())
+    tensors = parts.towers
     for key, shape in shapes.items():
-        if key.startswith(("model.", "lm_head.")):
-            tensors[key] = _decoder_tensor(model, key, shape)
-        elif key in towers:
-            if towers[key].shape != shape:
-                found = towers[key].shape
-                raise LcoError(f"a tower's {key} has shape {found}, and must have {shape}")
-            tensors[key] = towers[key]
-        else:
+        if key not in tensors and not _is_decoder(key):
             tensors[key] = omni.draw(key, shape, config, rng, deviation)
     return tensors
 
 
-# ---- the towers
+def _decoder_tensor(model: Language, key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor of the decoder, of the shape that config.json makes it."""
+    if key.endswith("_proj.bias") and not model.sizes.qkv_bias:
+        return np.zeros(shape, np.float32)
+    values = model.read(key)
+    if key in (EMBEDDINGS, HEAD):
+        missing = shape[0] - len(values)
+        # the mean is no likely answer of the model, and no unlikely input
+        values = np.concatenate([values, np.repeat(values.mean(0, keepdims=True), missing, 0)])
+    return values
 
 
-def _audio(
-    path: str | Path | None, sizes: omni.AudioSizes, width: int
-) -> tuple[dict[str, Any], Tower]:
-    """(`audio_config`, the tensors that are not fresh)."""
-    if path is None:
-        return sizes.config(width), {}
-    encoder = read_whisper(path)
-    given = omni.AudioSizes(
-        hidden=encoder.positions.shape[1],
-        layers=encoder.layers,
-        heads=encoder.heads,
-        mlp=_matrix(encoder, "layers.0.fc1.weight").shape[0],
-        mel_bins=_matrix(encoder, "conv1.weight").shape[1],
-        window=sizes.window,
-    )
-    return given.config(width), {f"audio_tower.{n}": v for n, v in encoder.tensors.items()}
-
-
-def _matrix(encoder: Encoder, name: str) -> np.ndarray:
-    if name not in encoder.tensors:
-        raise LcoError(f"{encoder.source} has no {name}, which an encoder of Whisper has")
-    return encoder.tensors[name]
-
-
-def _vision(
-    path: str | Path | None, sizes: omni.VisionSizes, width: int
-) -> tuple[dict[str, Any], Tower]:
-    """(`vision_config`, the tensors that are not fresh)."""
-    if path is None:
-        return sizes.config(width), {}
-    folder = resolve(path, ["*.json", "*.safetensors"])
-    config = read_json(folder / "config.json")
-    if config.get("model_type") not in _VISION_TYPES:
-        known = ", ".join(_VISION_TYPES)
-        kind = config.get("model_type")
-        raise LcoError(f"{folder}: model_type {kind!r:.60} has no such vision tower; {known} have")
-    section = config.get("thinker_config", config).get("vision_config")
-    if not isinstance(section, dict):
-        raise LcoError(f"{folder}/config.json has no vision_config")
-    stored, tensors = TensorFolder(folder), {}
-    for key in stored:
-        match = _VISUAL.fullmatch(key)
-        # the last matrix of the projector makes vectors of another width
-        if match and not match[1].startswith("merger.mlp.2."):
-            values = stored.read(key).astype(np.float32)
-            tensors |= _split_qkv(f"visual.{match[1]}", values)
-    section = {**section, "model_type": "qwen2_5_omni_vision_encoder", "out_hidden_size": width}
-    return section, tensors
-
-
-def _split_qkv(key: str, values: np.ndarray) -> Tower:
-    """Qwen2.5-VL has queries, keys and values in one matrix, Omni in three."""
-    if ".attn.qkv." not in key:
-        return {key: values}
-    parts = np.split(values, 3)
-    return {key.replace(".qkv.", f".{n}."): part for n, part in zip("qkv", parts, strict=True)}
+def _is_decoder(key: str) -> bool:
+    return key.startswith(("model.", "lm_head."))
 
 
 # ---- the files
 
 
-def _write_files(folder: Path, model: Language, config: dict[str, Any], beginning: str) -> None:
+def _note(parts: Parts, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What it is made of: of each part its source and its parameters."""
+    counts = dict.fromkeys(parts.sources, 0)
+    for key, shape in shapes.items():
+        counts[_part_of(key)] += math.prod(shape)
+    return {
+        part: {**(source.note() if source else {"name": FRESH}), "parameters": counts[part]}
+        for part, source in parts.sources.items()
+    }
+
+
+def _part_of(key: str) -> str:
+    """The part that a tensor belongs to, as `Parts.sources` names it."""
+    if _is_decoder(key):
+        return "language model"
+    if key.startswith(_PROJECTORS):
+        return "projectors"
+    return "audio tower" if key.startswith("audio_tower.") else "vision tower"
+
+
+def _write_files(folder: Path, parts: Parts, config: dict[str, Any], template: str) -> None:
     """Everything but the weights."""
+    model = parts.language
     model.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    tokens = {key[:-3]: model.tokenizer.id_to_token(i) for key, i in model.ends.items()}
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "model_max_length": model.text["max_position_embeddings"],
+        "model_max_length": model.sizes.max_position_embeddings,
         "extra_special_tokens": omni.TOKENS,
-        **tokens,
+        **model.end_tokens,
     }
     write_json(folder / "tokenizer_config.json", tokenizer_config)
-    write_text(folder / "chat_template.jinja", chat_template(omni.MARKERS, beginning))
-    patch, mel_bins = config["vision_config"]["patch_size"], config["audio_config"]["num_mel_bins"]
-    preprocessor = omni.preprocessor_config(patch, mel_bins)
+    write_text(folder / "chat_template.jinja", template)
+    vision = config["vision_config"]
+    preprocessor = omni.preprocessor_config(
+        vision["patch_size"], config["audio_config"]["num_mel_bins"]
+    )
+    preprocessor["merge_size"] = vision["spatial_merge_size"]
+    preprocessor["temporal_patch_size"] = vision["temporal_patch_size"]
+    if parts.vision:
+        preprocessor |= parts.vision.processor
     write_json(folder / "preprocessor_config.json", preprocessor)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", model.ends)

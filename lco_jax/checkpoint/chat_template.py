@@ -2,6 +2,13 @@
 
 import json
 
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from lco_jax.core.deadline import deadline
+from lco_jax.core.errors import LcoError, explained
+from lco_jax.data.processor import TEMPLATE_ERRORS
+from lco_jax.data.prompts import TEMPLATE_SECONDS
+
 _TEMPLATE = """\
 {%- for message in messages -%}
 SYSTEM{{- '<|im_start|>' + message['role'] + '\\n' -}}
@@ -21,6 +28,14 @@ _SYSTEM = """\
 {{- BEGINNING -}}
 {%- endif -%}
 """
+_USER = {"role": "user", "content": "some text of a user"}
+_USER_TURN = f"<|im_start|>user\n{_USER['content']}<|im_end|>\n<|im_start|>assistant\n"
+_CHATS = (  # what templates differ in
+    [_USER],
+    [{"role": "system", "content": "be brief"}, _USER],
+    [_USER, {"role": "assistant", "content": "an answer"}],
+    [_USER, {"role": "assistant", "content": "an answer"}, _USER],
+)
 
 
 def chat_template(media: dict[str, str], beginning: str = "") -> str:
@@ -33,5 +48,38 @@ def chat_template(media: dict[str, str], beginning: str = "") -> str:
         f"if part['type'] == '{kind}' -%}}{{{{- '{tokens}' -}}}}\n"
         for kind, tokens in media.items()
     )
-    system = _SYSTEM.replace("BEGINNING", json.dumps(beginning)) if beginning else ""
+    # jinja reads \n, \" and \\ as JSON does, but no halves of a letter, which ASCII would need
+    quoted = json.dumps(beginning, ensure_ascii=False)
+    system = _SYSTEM.replace("BEGINNING", quoted) if beginning else ""
     return _TEMPLATE.replace("SYSTEM", system).replace("MEDIA", "{%- " + "{%- el".join(branches))
+
+
+def extended(template: str, tokens: dict[str, str], media: dict[str, str], where: str) -> str:
+    """A language model's template with markers of media, which says the same of text.
+
+    tokens: bos_token and so on. media: as `chat_template` has it. where: names the model in errors.
+    Raises if the template is not ChatML.
+    """
+    beginning = _render(template, tokens, _CHATS[0], True, where).removesuffix(_USER_TURN)
+    ours = chat_template(media, beginning)
+    for chat in _CHATS:
+        for asks in (True, False):
+            theirs = _render(template, tokens, chat, asks, where)
+            if _render(ours, tokens, chat, asks, where) != theirs:
+                raise LcoError(
+                    f"{where}: the chat template is not ChatML (<|im_start|>user …), "
+                    "and no other one is supported here"
+                )
+    return ours
+
+
+def _render(
+    template: str, tokens: dict[str, str], chat: list[dict[str, str]], asks: bool, where: str
+) -> str:
+    """A chat as text. asks: end where the assistant's answer would begin."""
+    what = f"{where}: the chat template"
+    with deadline(TEMPLATE_SECONDS, what), explained(what, *TEMPLATE_ERRORS):
+        rendered, _ = render_jinja_template(
+            [chat], chat_template=template, add_generation_prompt=asks, **tokens
+        )
+    return rendered[0]

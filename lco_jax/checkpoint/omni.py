@@ -41,7 +41,12 @@ _HUB = (  # our names of parameters -> the hub's keys
 
 @dataclass(frozen=True)
 class VisionSizes:
-    """Of a vision tower. window: pixels of the side of an attention window."""
+    """Of a vision tower.
+
+    patch, window: pixels of the side of a patch, and of an attention window. merge: patches of the
+    side of a token. frames: of a clip in a patch. full_blocks: those that attend to whole pictures;
+    by default the last.
+    """
 
     hidden: int
     layers: int
@@ -49,9 +54,13 @@ class VisionSizes:
     mlp: int
     patch: int = 14
     window: int = 112
+    merge: int = 2
+    frames: int = 2
+    full_blocks: tuple[int, ...] | None = None
 
     def config(self, width: int) -> dict[str, Any]:
         """`vision_config`. width: of the decoder."""
+        last = (self.layers - 1,)
         return {
             "model_type": "qwen2_5_omni_vision_encoder",
             "depth": self.layers,
@@ -62,18 +71,21 @@ class VisionSizes:
             "in_channels": 3,
             "out_hidden_size": width,
             "patch_size": self.patch,
-            "spatial_merge_size": 2,
+            "spatial_merge_size": self.merge,
             "spatial_patch_size": self.patch,
-            "temporal_patch_size": 2,
+            "temporal_patch_size": self.frames,
             "tokens_per_second": 25,
             "window_size": self.window,
-            "fullatt_block_indexes": [self.layers - 1],
+            "fullatt_block_indexes": list(last if self.full_blocks is None else self.full_blocks),
         }
 
 
 @dataclass(frozen=True)
 class AudioSizes:
-    """Of an audio tower. window: mel frames that it sees at once; 100 are a second."""
+    """Of an audio tower. window: mel frames that it sees at once; 100 are a second.
+
+    It is a multiple of 4, so that pairs of tokens do not reach across windows.
+    """
 
     hidden: int
     layers: int
@@ -173,6 +185,13 @@ def preprocessor_config(patch: int, mel_bins: int) -> dict[str, Any]:
     }
 
 
+def hub_key(name: str) -> str:
+    """The hub's key of a parameter of this name."""
+    for ours, hub in _HUB:
+        name = re.sub(f"^{ours}", hub, name)
+    return name
+
+
 def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """(the hub's key, the shape) of every tensor but an untied head, as the modules have it.
 
@@ -185,10 +204,7 @@ def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
         modules[name] = tower_module(backbone, name, read(model_config, "config.json", decoder))
     for part, module in modules.items():
         for _, name, leaf, layer in per_layer(abstract_params(module)):
-            key = f"{part}.{name}"
-            for ours, hub in _HUB:
-                key = re.sub(f"^{ours}", hub, key)
-            yield key, leaf.shape[layer is not None :]
+            yield hub_key(f"{part}.{name}"), leaf.shape[layer is not None :]
     # stored and never used
     yield "audio_tower.audio_bos_eos_token.weight", (2, decoder.hidden_size)
 

