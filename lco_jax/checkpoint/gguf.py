@@ -116,9 +116,7 @@ def _in_hub_order(key: str, values: np.ndarray, sizes: DecoderConfig) -> np.ndar
     return values
 
 
-def _sizes(
-    fields: dict[str, Any], tensors: dict[str, ReaderTensor], file: Path
-) -> DecoderConfig:
+def _sizes(fields: dict[str, Any], tensors: dict[str, ReaderTensor], file: Path) -> DecoderConfig:
     """The decoder's sizes. Raises for a rope that is not supported."""
     kind = fields.get("general.architecture")
     config = {ours: fields.get(f"{kind}.{theirs}") for ours, theirs in _SIZES.items()}

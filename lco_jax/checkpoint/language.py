@@ -148,7 +148,8 @@ def plain(tokenizer: Tokenizer, rows: int, where: Path) -> Tokenizer:
     if last >= rows:
         token = tokenizer.id_to_token(last)
         raise LcoError(
-            f"{where}: its tokenizer numbers {token!r:.40} {last}, and {rows} tokens have embeddings"
+            f"{where}: the token {token!r:.40} has the number {last}, and the embeddings "
+            f"are of {rows} tokens"
         )
     return tokenizer
 
@@ -187,7 +188,9 @@ def _read_folder(folder: Path, given: str | Path) -> Language:
 def _tokenizer(folder: Path) -> Tokenizer:
     file = folder / "tokenizer.json"
     if not file.exists():
-        raise LcoError(f"{file} does not exist; save_pretrained of transformers' tokenizer makes it")
+        raise LcoError(
+            f"{file} does not exist; save_pretrained of transformers' tokenizer makes it"
+        )
     check_is_file(file)
     with explained(f"{file} does not load", Exception):  # which is what tokenizers raises
         return Tokenizer.from_file(str(file))

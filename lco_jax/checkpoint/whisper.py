@@ -53,7 +53,12 @@ class Encoder:
     source: Source
 
     def sizes(self, window: int) -> AudioSizes:
-        """Of Qwen's tower. window: mel frames that it is to see at once."""
+        """Of Qwen's tower. window: mel frames that it is to see at once, at most a Whisper's."""
+        most = 2 * len(self.positions)
+        if window > most:
+            raise LcoError(
+                f"{self.source.given} sees {most} mel frames at once; a window of {window} is wider"
+            )
         numbers = [name.split(".")[1] for name in self.tensors if name.startswith("layers.")]
         return AudioSizes(
             hidden=self.positions.shape[1],

