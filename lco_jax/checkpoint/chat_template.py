@@ -29,29 +29,37 @@ _SYSTEM = """\
 {%- endif -%}
 """
 _USER = {"role": "user", "content": "some text of a user"}
-_USER_TURN = f"<|im_start|>user\n{_USER['content']}<|im_end|>\n<|im_start|>assistant\n"
+_SYSTEM_TURN = {"role": "system", "content": "be brief"}
+_ANSWER = {"role": "assistant", "content": "an answer"}
 _CHATS = (  # what templates differ in
     [_USER],
-    [{"role": "system", "content": "be brief"}, _USER],
-    [_USER, {"role": "assistant", "content": "an answer"}],
-    [_USER, {"role": "assistant", "content": "an answer"}, _USER],
+    [_SYSTEM_TURN, _USER],
+    [_USER, _ANSWER],
+    [_USER, _ANSWER, _USER],
 )
 
 
-def chat_template(media: dict[str, str], beginning: str = "") -> str:
+def chat_template(media: dict[str, str], beginning: str = "", first: str = "") -> str:
     """The template of conversations.
 
     media: the tokens that stand for each kind of media. beginning: what stands before a
-    conversation that has no system turn, such as the system turn of a model's maker.
+    conversation that has no system turn, such as the system turn of a model's maker. first: what
+    stands before any conversation.
     """
-    branches = (
+    branches = [
         f"if part['type'] == '{kind}' -%}}{{{{- '{tokens}' -}}}}\n"
         for kind, tokens in media.items()
+    ]
+    system = _SYSTEM.replace("BEGINNING", _quoted(beginning)) if beginning else ""
+    template = _TEMPLATE.replace("SYSTEM", system).replace(
+        "MEDIA", "{%- " + "{%- el".join(branches)
     )
-    # jinja reads \n, \" and \\ as JSON does, but no halves of a letter, which ASCII would need
-    quoted = json.dumps(beginning, ensure_ascii=False)
-    system = _SYSTEM.replace("BEGINNING", quoted) if beginning else ""
-    return _TEMPLATE.replace("SYSTEM", system).replace("MEDIA", "{%- " + "{%- el".join(branches))
+    return f"{{{{- {_quoted(first)} -}}}}\n{template}" if first else template
+
+
+def _quoted(text: str) -> str:
+    """A text as jinja reads it, which is as JSON but for letters that ASCII takes apart."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def extended(template: str, tokens: dict[str, str], media: dict[str, str], where: str) -> str:
@@ -60,8 +68,14 @@ def extended(template: str, tokens: dict[str, str], media: dict[str, str], where
     tokens: bos_token and so on. media: as `chat_template` has it. where: names the model in errors.
     Raises if the template is not ChatML.
     """
-    beginning = _render(template, tokens, _CHATS[0], True, where).removesuffix(_USER_TURN)
-    ours = chat_template(media, beginning)
+
+    def before(chat: list[dict[str, str]]) -> str:
+        """What the template puts before the turns of a chat."""
+        turns = _render(chat_template(media), tokens, chat, True, where)
+        return _render(template, tokens, chat, True, where).removesuffix(turns)
+
+    first = before([_SYSTEM_TURN, _USER])
+    ours = chat_template(media, before([_USER]).removeprefix(first), first)
     for chat in _CHATS:
         for asks in (True, False):
             theirs = _render(template, tokens, chat, asks, where)

@@ -130,7 +130,7 @@ def check_tensors(found: Mapping[str, tuple[int, ...]], sizes: DecoderConfig, wh
             raise LcoError(f"{where} has no {key}{hint}")
         if found[key] != shape:
             raise LcoError(f"{where}: {key} has shape {found[key]}, and must have {shape}")
-    for key in found.keys() - wanted.keys() - {HEAD}:
+    for key in sorted(found.keys() - wanted.keys() - {HEAD}):
         if not _UNUSED.fullmatch(key):
             raise LcoError(f"{where}: {key:.80} has no place in Qwen2.5's decoder")
 
