@@ -661,6 +661,10 @@ WHISPER = {
         _tensors(**{"model.encoder.embed_positions.weight": None}),
         "has no embed_positions.weight",
     ),
+    "positions that are no numbers": (
+        _tensors(**{"model.encoder.embed_positions.weight": np.full((60, 40), np.nan, "f4")}),
+        "holds NaN",
+    ),
     "short": (
         _tensors(**{"model.encoder.embed_positions.weight": sinusoids(20, 40)}),
         "sees 40 mel frames at once; a window of 120 is wider",

@@ -94,6 +94,7 @@ def _check(encoder: Encoder, folder: Path) -> None:
             raise LcoError(f"{folder} has no {name} of {axes} axes, which an encoder has")
     if positions.ndim != 2 or positions.shape[1] % 2 or positions.shape[1] < 4:
         raise LcoError(f"{folder}: the encoder's positions have shape {positions.shape}")
+    check_finite(positions, f"{folder}: the encoder's positions")
     if np.abs(positions - sinusoids(*positions.shape)).max() > POSITIONS_DIFFER:
         raise LcoError(f"{folder}: the encoder's positions are not Whisper's sinusoids")
     if positions.shape[1] % encoder.heads:
