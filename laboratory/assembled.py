@@ -78,6 +78,12 @@ QUESTIONS = (  # what the language model is asked, to see what tuning costs it
     "What is the language of Brazil?",
 )
 
+# other words for what the test shows
+OTHER_WORDS = (
+    "puppy", "kitten", "pony", "stallion", "aircraft", "jet", "vehicle", "van", "sailboat",
+    "vessel", "pickup", "toad", "stag", "doe", "animal", "number", "digit", "speak", "voice",
+)  # fmt: skip
+
 
 @dataclass
 class Bench:
@@ -191,10 +197,10 @@ def _make_world(bench: Bench) -> dict[str, Any]:
     if not bench.world.exists():
         data_dir = Path(config.data_dir)
         real.write(bench.world, data_dir, bench.seed, real.Sizes(**config.sizes))
-        _write_plain_texts(bench.world / PLAIN, data_dir)
+        write_text(bench.world / PLAIN, "".join(_plain_texts(data_dir)))
     _make_base(bench)
     _write_own_answers(bench)
-    texts = sum(1 for _ in open(bench.world / PLAIN, encoding="utf-8"))
+    texts = len((bench.world / PLAIN).read_text(encoding="utf-8").splitlines())
     return {"seed": bench.seed, "chance": classes.chance(bench.kinds), "plain_texts": texts}
 
 
@@ -208,14 +214,19 @@ def _make_base(bench: Bench) -> None:
         )
 
 
-def _write_plain_texts(file: Path, data_dir: Path) -> None:
-    """Triplets of SNLI in which no class of the test occurs."""
-    named = {
-        name for kind in real.KINDS.values() for names in kind.names.values() for name in names
-    }
-    words = sorted({re.sub(r"^(a|an) ", "", name) for name in named} | set(OTHER_WORDS))
-    pattern = re.compile(rf"\b({'|'.join(map(re.escape, words))})(e?s)?\b", re.IGNORECASE)
-    lines = []
+def _class_words() -> re.Pattern[str]:
+    """A pattern of every word that says what a test shows."""
+    words = set(OTHER_WORDS)
+    for kind in real.KINDS.values():
+        for names in kind.names.values():
+            words |= {re.sub(r"^(a|an) ", "", name) for name in names}
+    choices = "|".join(map(re.escape, sorted(words)))
+    return re.compile(rf"\b({choices})(e?s)?\b", re.IGNORECASE)
+
+
+def _plain_texts(data_dir: Path) -> Iterator[str]:
+    """Triplets of SNLI in which no class of the test occurs, as lines of a jsonl."""
+    pattern = _class_words()
     for split in ("train", "test"):
         about = {"kind": "tfds", "name": "snli", "split": split, "data_dir": str(data_dir / "tfds")}
         source = open_source("snli", about)
@@ -223,15 +234,7 @@ def _write_plain_texts(file: Path, data_dir: Path) -> None:
             texts = [record.anchor, record.positive, *record.negatives]
             if not any(pattern.search(str(text)) for text in texts):
                 line = dict(zip(("anchor", "positive", "negative"), texts, strict=False))
-                lines.append(json.dumps(line) + "\n")
-    write_text(file, "".join(lines))
-
-
-# other words for what the test shows
-OTHER_WORDS = (
-    "puppy", "kitten", "pony", "stallion", "aircraft", "jet", "vehicle", "van", "sailboat",
-    "vessel", "pickup", "toad", "stag", "doe", "animal", "number", "digit", "speak", "voice",
-)  # fmt: skip
+                yield json.dumps(line) + "\n"
 
 
 def _write_own_answers(bench: Bench) -> None:
