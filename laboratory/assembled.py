@@ -198,6 +198,7 @@ def _make_world(bench: Bench) -> dict[str, Any]:
         data_dir = Path(config.data_dir)
         real.write(bench.world, data_dir, bench.seed, real.Sizes(**config.sizes))
         write_text(bench.world / PLAIN, "".join(_plain_texts(data_dir)))
+        _part_heldout(bench.world / "heldout")
     _make_base(bench)
     _write_own_answers(bench)
     texts = len((bench.world / PLAIN).read_text(encoding="utf-8").splitlines())
@@ -212,6 +213,20 @@ def _make_base(bench: Bench) -> None:
         assemble(
             bench.base, _part(config.language), _part(config.audio), fresh=fresh, seed=bench.seed
         )
+
+
+def _part_heldout(folder: Path) -> None:
+    """A file of held-out answers for each kind: what generates well is measured by kind."""
+    lines: dict[str, list[str]] = {name: [] for name in real.KINDS}
+    kinds = {}
+    for name, kind in real.KINDS.items():
+        kinds |= {kind.canonical(label): name for label in kind.names}
+    for file in sorted(folder.glob("*.jsonl")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            lines[kinds[json.loads(line)["positive"]]].append(f"{line}\n")
+        file.unlink()
+    for name, some in lines.items():
+        write_text(folder / f"{name}.jsonl", "".join(some))
 
 
 def _class_words() -> re.Pattern[str]:
