@@ -4,8 +4,10 @@
     python -m laboratory --config=configs/lab.py:short    one seed, a small world: a smoke test
     python -m laboratory --config=configs/lab.py:real --config.data_dir=DIR
     python -m laboratory --config=configs/lab.py:smollm2 --config.data_dir=DIR
+    python -m laboratory --config=configs/lab.py:sentences
 
-The last is on a real language model, SmolLM2-135M, with Whisper's ears; it takes hours.
+The last two are on a real language model, SmolLM2-135M, and take hours: one gives it Whisper's ears
+and fresh eyes, the other compares configs/smollm2.py with the recipe in torch.
 
 DIR holds tfds/ (cifar10 and mnist as array_record files) and fsdd/ (the wav files of the Free
 Spoken Digit Dataset). docs/laboratory.md explains what is measured, and how a claim is decided. The
@@ -19,7 +21,7 @@ from ml_collections import ConfigDict, config_dict
 from laboratory import backbone, real, worlds
 from lco_jax.configs import base
 
-FORMS = ("", "short", "real", "smollm2")
+FORMS = ("", "short", "real", "smollm2", "sentences")
 
 
 def get_config(form: str = "") -> ConfigDict:
@@ -28,6 +30,8 @@ def get_config(form: str = "") -> ConfigDict:
         raise ValueError(f"there is no form {form!r}; there are: {', '.join(FORMS[1:])}")
     if form == "smollm2":
         return _smollm2()
+    if form == "sentences":
+        return _sentences()
     config = ConfigDict()
     config.name = f"lab_{form}" if form else "lab"
     config.world = "made"
@@ -127,6 +131,16 @@ def _smollm2() -> ConfigDict:
     config.rates = ConfigDict(
         {"plain": 3e-4, "classes": 3e-4, "full": 3e-5, "projection": 1e-3, "pairs": 3e-4}
     )
+    return config
+
+
+def _sentences() -> ConfigDict:
+    """configs/smollm2.py and the recipe in torch, by seed (laboratory/sentences.py)."""
+    config = ConfigDict()
+    config.name = "lab_sentences"
+    config.world = "sentences"
+    config.seeds = (10, 11, 12, 13, 14)
+    config.sts = ("builtin:stsb-dev", "builtin:stsb-test")
     return config
 
 
