@@ -14,7 +14,7 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 @pytest.fixture
 def world(tmp_path):
-    """Test files of three kinds, two items of each of ten classes, as `laboratory.real` has them."""
+    """Test files of three kinds, two items of each of ten classes, as `laboratory.real` writes."""
     (tmp_path / "tests").mkdir()
     Image.new("RGB", (56, 56)).save(tmp_path / "black.png")
     for kind, test, caption in (
@@ -53,7 +53,7 @@ def states(kinds, noise):
 def test_perfect_states_give_one_and_noise_gives_chance(world):
     kinds = classes.read_kinds(world)
     found = classes.measure(states(kinds, 0.0), lambda x: x, kinds)["representation"]
-    assert found == {name: 1.0 for name in found}
+    assert found == dict.fromkeys(found, 1.0)
     assert len(found) == 8
     noisy = classes.measure(states(kinds, 1e3), lambda x: x, kinds)["representation"]
     guess = classes.chance(kinds)
