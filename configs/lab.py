@@ -108,7 +108,7 @@ def _smollm2() -> ConfigDict:
     config.vision = ConfigDict({"hidden": 256, "layers": 4, "heads": 4, "mlp": 512, "patch": 7})
     config.audio_window = 200  # mel frames that the encoder sees at once: two seconds
     config.sizes = asdict(real.Sizes())
-    config.stages = (0, 20, 40, 80, 160, 320)  # steps of generative training
+    config.stages = (0, 10, 20, 40, 80, 160)  # steps of generative training
     config.ways = ("plain", "classes", "full", "projection", "pairs")
     config.mix = ConfigDict({"image": 0.6, "audio": 0.4})
     config.answers = 60
@@ -120,7 +120,7 @@ def _smollm2() -> ConfigDict:
     config.pretrain.train.batch_size = 24
     config.pretrain.optimizer.learning_rate = 1e-3
     config.pretrain.optimizer.schedule = "constant"  # so that checkpoints compare
-    config.pretrain.checkpoint.every = 20
+    config.pretrain.checkpoint.every = 10
     config.contrast = _training("contrast")
     config.contrast.lora.dropout = 0.0
     config.contrast.train.batch_size = 48
