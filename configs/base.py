@@ -41,9 +41,11 @@ def _set_model(config: ConfigDict) -> None:
 
     config.tune = ConfigDict()
     # lora: adapters; full: every parameter of the decoder, in float32; projection: a matrix behind
-    # the frozen model
+    # the frozen model; none: nothing of it, for pretrain
     config.tune.decoder = "lora"
-    config.tune.towers = "none"  # for pretrain also projectors or all
+    # for pretrain also projectors, or towers by name (visual, vision_tower, audio_tower), between
+    # commas, or all
+    config.tune.towers = "none"
 
     config.lora = ConfigDict()
     config.lora.rank = 16

@@ -98,7 +98,7 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
     _print_summary(config, mesh, sources, training, total_steps)
     named = {f"held-out data {name}": source for name, source in held_out.items()}
     towers = _towers_for(checkpoint, {**named, **sources}, media)
-    if training.tune.towers != "none":
+    if training.tune.trains_towers:
         towers = list(checkpoint.towers)
     model, params = _load(config, checkpoint, mesh, towers, generative)
     return Job(
