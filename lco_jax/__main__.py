@@ -16,6 +16,7 @@ from lco_jax.core.errors import LcoError, run_main
 VERBS = {
     "train": "contrastive training of a multimodal LLM, on text or on any modality",
     "pretrain": "generative training, which comes before it",
+    "assemble": "a multimodal LLM of parts: a language model, a Whisper, a vision tower",
     "convert": "training runs and adapters to merged models; average several",
     "embed": "a file or folder of inputs to vectors",
     "evaluate": "benchmarks of mteb, or your own files",

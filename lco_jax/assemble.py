@@ -73,9 +73,10 @@ def main() -> None:
     print("\n".join(summary(note)))
     print(f"written: {args.output}")
     print(
-        "the projectors know nothing yet; on records of media with texts they learn:\n"
+        "what is fresh knows nothing yet; it learns from records of media with texts:\n"
         f"  python -m lco_jax.pretrain --config=pretrain --config.model.path={args.output} "
-        f"--config.tune.towers={towers_to_tune(note)} --config.data.sources…"
+        f"--config.tune.decoder=none --config.tune.towers={towers_to_tune(note)} "
+        "--config.data.sources.bundled.path=RECORDS.jsonl --config.eval.path="
     )
 
 
@@ -123,8 +124,9 @@ def summary(note: dict[str, Any]) -> list[str]:
 
 def towers_to_tune(note: dict[str, Any]) -> str:
     """What config.tune.towers is to be, so that nothing stays as it was drawn."""
-    is_fresh = FRESH in (note["audio tower"]["name"], note["vision tower"]["name"])
-    return "all" if is_fresh else "projectors"
+    names = {"audio tower": "audio_tower", "vision tower": "visual"}
+    fresh = [name for part, name in names.items() if note[part]["name"] == FRESH]
+    return ",".join(["projectors", *fresh])
 
 
 if __name__ == "__main__":

