@@ -105,11 +105,8 @@ def _smollm2() -> ConfigDict:
     config.seeds = (10, 11, 12, 13, 14)  # rates and steps were chosen on seed 0
     config.language = "smollm2-135m"
     config.audio = "whisper-base"
-    config.captioner = asdict(
-        replace(
-            backbone.Geometry(), vision_hidden=192, vision_depth=4, vision_heads=4, vision_mlp=512
-        )
-    )
+    eyes = {"vision_hidden": 192, "vision_depth": 4, "vision_heads": 4, "vision_mlp": 512}
+    config.captioner = asdict(backbone.Geometry(**eyes, patch=14))
     config.audio_window = 200  # mel frames that the encoder sees at once: two seconds
     config.sizes = asdict(real.Sizes())
     config.stages = (0, 10, 20, 40, 80, 160)  # steps of generative training
