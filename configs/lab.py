@@ -105,7 +105,8 @@ def _smollm2() -> ConfigDict:
     config.seeds = (10, 11, 12, 13, 14)  # rates and steps were chosen on seed 0
     config.language = "smollm2-135m"
     config.audio = "whisper-base"
-    config.vision = ConfigDict({"hidden": 256, "layers": 4, "heads": 4, "mlp": 512, "patch": 7})
+    eyes = {"vision_hidden": 192, "vision_depth": 4, "vision_heads": 4, "vision_mlp": 512}
+    config.captioner = asdict(backbone.Geometry(**eyes, patch=14))
     config.audio_window = 200  # mel frames that the encoder sees at once: two seconds
     config.sizes = asdict(real.Sizes())
     config.stages = (0, 10, 20, 40, 80, 160)  # steps of generative training
@@ -114,6 +115,10 @@ def _smollm2() -> ConfigDict:
     config.answers = 60
     config.answer_tokens = 24
     config.sts = ("builtin:stsb-test",)
+    config.eyes = _pretraining()  # of the captioner
+    config.eyes.train.batch_size = 64
+    config.eyes.train.steps = 1500
+    config.eyes.checkpoint.every = 250
     config.pretrain = _training("pretrain")
     config.pretrain.tune.decoder = "none"
     config.pretrain.tune.towers = "projectors,visual"

@@ -1,13 +1,13 @@
 """The experiment on a real language model: learn to say, then open by text.
 
-A language model gets ears (Whisper's encoder) and eyes (a fresh tower). Generative training teaches
-the projectors, and the eyes, to put into the language model what media show; the language model
-stays as it is. So one adapter, trained on texts alone, fits the checkpoints of every stage: it
-never saw a tower.
+A language model gets ears (Whisper's encoder) and eyes (a vision tower that a small captioner was
+trained with, from nothing). Generative training teaches the projectors, and the eyes, to put into
+the language model what media show; the language model stays as it is. So one adapter, trained on
+texts alone, fits the checkpoints of every stage: it never saw a tower.
 
-A seed is a world (which speakers and classes are held out, which media), fresh towers, the order of
-the data and the adapters. Each run's numbers are in a file of their own, and an experiment that is
-started again does only what is missing.
+A seed is a world (which speakers and classes are held out, which media), eyes, projectors, the
+order of the data and the adapters. Each run's numbers are in a file of their own, and an experiment
+that is started again does only what is missing.
 """
 
 import json
@@ -25,8 +25,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from laboratory import classes, measure, real
-from lco_jax.checkpoint import omni
+from laboratory import backbone, classes, measure, real, worlds
 from lco_jax.checkpoint.assembly import Fresh, assemble
 from lco_jax.checkpoint.export import export_merged
 from lco_jax.core import lora
@@ -42,6 +41,7 @@ from lco_jax.train import train
 from lco_jax.training import tuning
 from lco_jax.training.run import tuned_of_run
 
+SEEN = ("photo", "written")  # kinds of what eyes see
 PLAIN, CLASSES, MEDIA = "contrast/plain.jsonl", "contrast/text.jsonl", "contrast/media.jsonl"
 # what is tuned on, and what differs from LoRA: `plain` texts speak of none of the test's classes
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -129,7 +129,7 @@ def experiment(config: ConfigDict, workdir: Path, command: str) -> dict[str, Any
         )
     write_json(file, content)
     results: dict[str, Any] = {"config": content, "command": command, "worlds": [], "runs": []}
-    per_seed = 2 + len(config.ways) + len(list(_wanted(config)))
+    per_seed = 3 + len(config.ways) + len(list(_wanted(config)))
     with tqdm(total=per_seed * len(config.seeds), desc="laboratory", unit="part") as bar:
         for seed in config.seeds:
             bench = Bench(config, workdir / f"seed-{seed}", seed)
@@ -176,7 +176,7 @@ def _once(bench: Bench, name: str, make: Callable[[], dict[str, Any]], bar: tqdm
 
 def _tidy(bench: Bench) -> None:
     """Remove what is large and can be made again."""
-    for name in ("base", "best"):
+    for name in ("base", "best", "blank"):
         shutil.rmtree(bench.folder / name, ignore_errors=True)
 
 
@@ -192,26 +192,44 @@ def _part(name: str) -> str | Path:
 
 
 def _make_world(bench: Bench) -> dict[str, Any]:
-    """The world, with texts that do not speak of its classes, and a language model's answers."""
+    """The world, with texts that do not speak of its classes."""
     config = bench.config
     if not bench.world.exists():
         data_dir = Path(config.data_dir)
         real.write(bench.world, data_dir, bench.seed, real.Sizes(**config.sizes))
         write_text(bench.world / PLAIN, "".join(_plain_texts(data_dir)))
         _part_heldout(bench.world / "heldout")
-    _make_base(bench)
-    _write_own_answers(bench)
     texts = len((bench.world / PLAIN).read_text(encoding="utf-8").splitlines())
     return {"seed": bench.seed, "chance": classes.chance(bench.kinds), "plain_texts": texts}
 
 
+def _open_eyes(bench: Bench) -> dict[str, Any]:
+    """A small captioner, trained from nothing; its vision tower is what the base takes."""
+    blank, settings = bench.folder / "blank", bench.config.eyes.copy_and_resolve_references()
+    geometry = backbone.Geometry(**bench.config.captioner)
+    backbone.write(blank, worlds.texts(bench.world), bench.seed, geometry)
+    images = str(bench.world / "generative/image.jsonl")
+    settings.data.sources = {"image": {"kind": "jsonl", "path": images}}
+    settings.eval.path = ",".join(str(bench.world / f"heldout/{k}.jsonl") for k in SEEN)
+    settings.model.path, settings.seed = str(blank), bench.seed
+    results = pretrain(settings, bench.folder / "eyes")
+    if not results:
+        raise SystemExit("stopped; the same command goes on")
+    return {"loss": results["after"]["loss"]}
+
+
 def _make_base(bench: Bench) -> None:
+    """The assembled model."""
     config = bench.config
     if not bench.base.exists():
-        vision = omni.VisionSizes(**config.vision)
-        fresh = Fresh(vision=vision, audio=replace(Fresh().audio, window=config.audio_window))
+        fresh = Fresh(audio=replace(Fresh().audio, window=config.audio_window))
         assemble(
-            bench.base, _part(config.language), _part(config.audio), fresh=fresh, seed=bench.seed
+            bench.base,
+            _part(config.language),
+            _part(config.audio),
+            bench.folder / "eyes" / "merged",
+            fresh,
+            bench.seed,
         )
 
 
@@ -278,6 +296,7 @@ def _generate(bench: Bench) -> dict[str, Any]:
         for name, weight in config.mix.items()
         if weight
     }
+    _write_own_answers(bench)
     settings.model.path, settings.seed, settings.train.steps = str(bench.base), bench.seed, last
     settings.checkpoint.keep = math.ceil(last / settings.checkpoint.every)
     results = pretrain(settings, bench.folder / "generator")
@@ -327,6 +346,7 @@ def _runs(bench: Bench, bar: tqdm) -> Iterator[dict[str, Any]]:
     """Every run of a seed."""
     wanted = [*_wanted(bench.config)]
     missing = [name for name in wanted if not (bench.folder / "parts" / _name(*name)).exists()]
+    opened = _once(bench, "eyes", partial(_open_eyes, bench), bar)
     if missing:
         _make_base(bench)
     generated = _once(bench, "generator", partial(_generate, bench), bar)
@@ -338,7 +358,7 @@ def _runs(bench: Bench, bar: tqdm) -> Iterator[dict[str, Any]]:
         name = _name(steps, way).removesuffix(".json")
         run = _once(bench, name, partial(_measure, bench, steps, way), bar)
         if way == "none" and steps == bench.config.stages[-1]:
-            run["seconds"] += generated["seconds"]
+            run["seconds"] += opened["seconds"] + generated["seconds"]
         if steps == bench.config.stages[-1] and way in tuned:
             run |= {key: value for key, value in tuned[way].items() if key != "seconds"}
             run["seconds"] += tuned[way]["seconds"]
