@@ -305,7 +305,7 @@ def _vision(args: argparse.Namespace, folder: Path, preset: str, weights: str, m
     import jax
     import jax.numpy as jnp
 
-    from lco_jax.checkpoint.hf import abstract_params, tower_module
+    from lco_jax.checkpoint.shapes import abstract_params, tower_module
     from lco_jax.core.sharding import ROWS, row_shards, shardings, with_shardings
     from lco_jax.models.model import Model
 

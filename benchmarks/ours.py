@@ -26,8 +26,9 @@ from benchmarks.flops import Work, forward_flops, step_flops
 from benchmarks.presets import LORA, ON_DEVICE, PRESETS
 from lco_jax import OmniEmbedder, make_mesh
 from lco_jax.checkpoint import builtin
-from lco_jax.checkpoint.hf import abstract_params, load_model, open_checkpoint
+from lco_jax.checkpoint.hf import load_model, open_checkpoint
 from lco_jax.checkpoint.peft import layer_tensors, read_peft
+from lco_jax.checkpoint.shapes import abstract_params
 from lco_jax.core import lora
 from lco_jax.core.packing import Batch, common_length
 from lco_jax.core.quantize import quantize

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from lco_jax.checkpoint import builtin
-from lco_jax.checkpoint.hf import abstract_params, per_layer, tower_module
 from lco_jax.checkpoint.peft import write_peft
+from lco_jax.checkpoint.shapes import abstract_params, per_layer, tower_module
 from lco_jax.checkpoint.tensors import write_tensors
 from lco_jax.core import lora
 from lco_jax.core.files import write_json, written_aside

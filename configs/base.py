@@ -41,9 +41,11 @@ def _set_model(config: ConfigDict) -> None:
 
     config.tune = ConfigDict()
     # lora: adapters; full: every parameter of the decoder, in float32; projection: a matrix behind
-    # the frozen model
+    # the frozen model; none: nothing of it, for pretrain
     config.tune.decoder = "lora"
-    config.tune.towers = "none"  # for pretrain also projectors or all
+    # for pretrain also projectors, or towers by name (visual, vision_tower, audio_tower), between
+    # commas, or all
+    config.tune.towers = "none"
 
     config.lora = ConfigDict()
     config.lora.rank = 16
@@ -121,6 +123,8 @@ def _set_surroundings(config: ConfigDict) -> None:
     config.eval = ConfigDict()
     # held-out records, jsonl, each file scored by itself; "": none
     config.eval.path = "assets:lab/text.jsonl,assets:lab/image.jsonl,assets:lab/audio.jsonl"
+    # pairs with people's scores, each file scored by itself; builtin:stsb-dev is fetched; "": none
+    config.eval.sts = ""
     config.eval.batch_size = 64
 
     config.export = ConfigDict()

@@ -3,6 +3,11 @@
     python -m laboratory --config=configs/lab.py          three seeds, in under 40 minutes
     python -m laboratory --config=configs/lab.py:short    one seed, a small world: a smoke test
     python -m laboratory --config=configs/lab.py:real --config.data_dir=DIR
+    python -m laboratory --config=configs/lab.py:smollm2 --config.data_dir=DIR
+    python -m laboratory --config=configs/lab.py:sentences
+
+The last two are on a real language model, SmolLM2-135M, and take hours: one gives it Whisper's ears
+and fresh eyes, the other compares configs/smollm2.py with the recipe in torch.
 
 DIR holds tfds/ (cifar10 and mnist as array_record files) and fsdd/ (the wav files of the Free
 Spoken Digit Dataset). docs/laboratory.md explains what is measured, and how a claim is decided. The
@@ -16,13 +21,17 @@ from ml_collections import ConfigDict, config_dict
 from laboratory import backbone, real, worlds
 from lco_jax.configs import base
 
-FORMS = ("", "short", "real")
+FORMS = ("", "short", "real", "smollm2", "sentences")
 
 
 def get_config(form: str = "") -> ConfigDict:
     """form: one of `FORMS`."""
     if form not in FORMS:
-        raise ValueError(f"there is no form {form!r}; there are: short, real")
+        raise ValueError(f"there is no form {form!r}; there are: {', '.join(FORMS[1:])}")
+    if form == "smollm2":
+        return _smollm2()
+    if form == "sentences":
+        return _sentences()
     config = ConfigDict()
     config.name = f"lab_{form}" if form else "lab"
     config.world = "made"
@@ -85,6 +94,59 @@ def _make_real(config: ConfigDict) -> None:
     config.templates = ("{}",)
     config.stages = (0, 300, 1000)
     config.mix = ConfigDict({"image": 0.45, "audio": 0.35, "text": 0.2, "gist": 0.0})
+
+
+def _smollm2() -> ConfigDict:
+    """A real language model, which gets ears and eyes (laboratory/assembled.py)."""
+    config = ConfigDict()
+    config.name = "lab_smollm2"
+    config.world = "assembled"
+    config.data_dir = config_dict.placeholder(str)
+    config.seeds = (10, 11, 12, 13, 14)  # rates and steps were chosen on seed 0
+    config.language = "smollm2-135m"
+    config.audio = "whisper-base"
+    eyes = {"vision_hidden": 192, "vision_depth": 4, "vision_heads": 4, "vision_mlp": 512}
+    config.captioner = asdict(backbone.Geometry(**eyes, patch=14))
+    config.audio_window = 200  # mel frames that the encoder sees at once: two seconds
+    config.sizes = asdict(real.Sizes())
+    config.stages = (0, 10, 20, 40, 80, 160)  # steps of generative training
+    config.ways = ("plain", "classes", "full", "projection", "pairs")
+    config.mix = ConfigDict({"image": 0.6, "audio": 0.4})
+    config.answers = 60
+    config.answer_tokens = 24
+    config.sts = ("builtin:stsb-test",)
+    config.eyes = _pretraining()  # of the captioner
+    config.eyes.train.batch_size = 64
+    config.eyes.train.steps = 1500
+    config.eyes.checkpoint.every = 250
+    config.pretrain = _training("pretrain")
+    config.pretrain.tune.decoder = "none"
+    config.pretrain.tune.towers = "projectors,visual"
+    config.pretrain.train.batch_size = 24
+    config.pretrain.optimizer.learning_rate = 1e-3
+    config.pretrain.optimizer.schedule = "constant"  # so that checkpoints compare
+    config.pretrain.checkpoint.every = 10
+    config.contrast = _training("contrast")
+    config.contrast.lora.dropout = 0.0
+    config.contrast.train.batch_size = 48
+    config.contrast.train.steps = 20
+    config.contrast.optimizer.warmup_steps = 4
+    config.contrast.export.merged = False
+    config.pretrain.export.merged = False
+    config.rates = ConfigDict(
+        {"plain": 3e-4, "classes": 3e-4, "full": 3e-5, "projection": 1e-3, "pairs": 3e-4}
+    )
+    return config
+
+
+def _sentences() -> ConfigDict:
+    """configs/smollm2.py and the recipe in torch, by seed (laboratory/sentences.py)."""
+    config = ConfigDict()
+    config.name = "lab_sentences"
+    config.world = "sentences"
+    config.seeds = (10, 11, 12, 13, 14)
+    config.sts = ("builtin:stsb-dev", "builtin:stsb-test")
+    return config
 
 
 def _make_short(config: ConfigDict) -> None:

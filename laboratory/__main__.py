@@ -4,6 +4,9 @@
     python -m laboratory --config=configs/lab.py:short        # three minutes; decides nothing
     python -m laboratory --config=configs/lab.py:real --config.data_dir=DIR
                                                               # photos, written and spoken digits
+    python -m laboratory --config=configs/lab.py:smollm2 --config.data_dir=DIR
+                                                              # a real language model; hours
+    python -m laboratory --config=configs/lab.py:sentences    # STS-B by us and by torch; hours
 
 It writes report.md, its pictures and results.json into the output folder. The same command resumes
 it.
@@ -17,14 +20,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import shlex
 import sys
 
-from laboratory.run import experiment
+from laboratory import assembled, run, sentences
 from lco_jax.core.errors import run_main
 from lco_jax.training import cli
 
 
 def main() -> int:
     """Parse the command line, run."""
-    experiment(*cli.start(__doc__), shlex.join(["python", "-m", "laboratory", *sys.argv[1:]]))
+    config, output = cli.start(__doc__)
+    command = shlex.join(["python", "-m", "laboratory", *sys.argv[1:]])
+    experiments = {"assembled": assembled.experiment, "sentences": sentences.experiment}
+    experiments.get(config.world, run.experiment)(config, output, command)
     return 0
 
 

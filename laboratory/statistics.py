@@ -116,9 +116,13 @@ def over_seeds(runs: Sequence[Run], value: Callable[[int], float | None]) -> Est
     """The mean of `value` (of a seed) with Student's interval over seeds; without two seeds there
     is no interval.
     """
-    found = np.array([one for one in map(value, seeds_of(runs)) if one is not None])
-    if not found.size:
-        return None
+    found = [one for one in map(value, seeds_of(runs)) if one is not None]
+    return interval(found) if found else None
+
+
+def interval(values: Sequence[float]) -> Estimate:
+    """The mean of one value or more, with Student's interval if there are two."""
+    found = np.asarray(values, float)
     if found.size < 2:
         return Estimate(float(found.mean()), None, None, 1)
     half = float(t.ppf(0.975, found.size - 1) * found.std(ddof=1) / math.sqrt(found.size))
@@ -132,16 +136,17 @@ def scaling(
     x: Callable[[Run], float | None],
     y: Callable[[Run], float | None],
     least_steps: int = 0,
+    method: str = METHOD,
 ) -> Points:
     """A point for every seed and generator: x of it before contrastive learning, y after text-only
     LoRA.
 
-    least_steps: leaves out generators that were trained less.
+    method: what that is called. least_steps: leaves out generators that were trained less.
     """
     found = []
     for run in runs:
         if run["tune"] == "none" and run["generative_steps"] >= least_steps:
-            point = x(run), y(find(runs, run["seed"], run["generative_steps"], METHOD) or {})
+            point = x(run), y(find(runs, run["seed"], run["generative_steps"], method) or {})
             found += [] if None in point else [(*point, run["seed"])]
     return Points(*(np.array([row[i] for row in found], float) for i in range(3)))
 

@@ -5,6 +5,8 @@
         --tasks=STSBenchmark,CIFAR10 --output=DIR
     python -m lco_jax.evaluate --model=exports/vl7b --seadoc=SeaDoc/ --output=DIR
     python -m lco_jax.evaluate --model=exports/vl7b --input=mine.jsonl --kind=retrieval --output=DIR
+    python -m lco_jax.evaluate --model=builtin:smollm2 --input=builtin:stsb-test --kind=sts \\
+        --output=DIR
 
 Writes OUTPUT/results.md and results.png (published numbers beside ours), OUTPUT/results/MODEL/
 REVISION/… (mteb's own JSON, with model_meta.json, whose experiment_kwargs name every cap) and
@@ -58,7 +60,7 @@ def parse_args() -> argparse.Namespace:
         "--seadoc",
         help="a folder with corpus/, query/ and qrels/ in parquet, or a hub data set",
     )
-    files = "your own records or folder; needs no mteb"
+    files = "your own records or folder, or builtin:stsb-dev or -test; needs no mteb"
     add_path(parser, "--input", files, earlier=["--data"], required=False)
     add_path(parser, "--output", "the folder for results and vectors", earlier=["--out"])
     add_corpus_flags(parser, on_error="raise", part_size=PART_INPUTS, max_length=MAX_LENGTH)

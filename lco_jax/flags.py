@@ -7,6 +7,7 @@ help does not list them.
 import argparse
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -38,8 +39,9 @@ def new_parser(command: str, doc: str | None) -> argparse.ArgumentParser:
     """A parser whose help is the module's docstring. command: the module's name within the
     package.
     """
+    name = sys.argv[0]  # of `lco embed`, what was typed
     return argparse.ArgumentParser(
-        prog=f"python -m lco_jax.{command}",
+        prog=name if name.startswith("lco ") else f"python -m lco_jax.{command}",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

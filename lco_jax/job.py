@@ -24,6 +24,7 @@ from lco_jax.data.processor import Processor
 from lco_jax.data.records import answer_of
 from lco_jax.data.scan import ListSource, Source, fingerprint
 from lco_jax.data.sources import JsonlSource
+from lco_jax.evaluation.sts import ScoredPairs, open_pairs
 from lco_jax.models.model import Model
 from lco_jax.training import tuning
 from lco_jax.training.folder import check_outputs
@@ -40,7 +41,7 @@ class Job:
 
     home: the run's folder. workdir: the folder that programs write to: home itself, or a local copy
     of it if home is on a bucket. params: the model's, without adapters. held_out: the records of
-    each held-out file.
+    each held-out file. pairs: those of each file of scored pairs.
     """
 
     config: ConfigDict
@@ -55,6 +56,7 @@ class Job:
     model: Model
     params: dict[str, Any]
     held_out: dict[str, ListSource]
+    pairs: dict[str, ScoredPairs]
     total_steps: int
 
     def tuned_params(self, tuned: dict[str, Any]) -> dict[str, Any]:
@@ -84,6 +86,7 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
     pipeline.check_mesh(mesh)
     sources = pipeline.open_sources(config.data)
     held_out = _open_held_out(config, generative)
+    pairs = _open_pairs(config, generative)
     total_steps = config.train.steps or _steps_of_epochs(config, sources)
     with reaching(home):
         if has_begun(home):
@@ -95,7 +98,7 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
     _print_summary(config, mesh, sources, training, total_steps)
     named = {f"held-out data {name}": source for name, source in held_out.items()}
     towers = _towers_for(checkpoint, {**named, **sources}, media)
-    if training.tune.towers != "none":
+    if training.tune.trains_towers:
         towers = list(checkpoint.towers)
     model, params = _load(config, checkpoint, mesh, towers, generative)
     return Job(
@@ -111,6 +114,7 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
         model=model,
         params=params,
         held_out=held_out,
+        pairs=pairs,
         total_steps=total_steps,
     )
 
@@ -241,6 +245,19 @@ def _open_held_out(config: ConfigDict, generative: bool) -> dict[str, ListSource
             for record in source:
                 answer_of(record)  # raises
     return held_out
+
+
+def _open_pairs(config: ConfigDict, generative: bool) -> dict[str, ScoredPairs]:
+    """The scored pairs by file."""
+    names = [name.strip() for name in config.eval.sts.split(",") if name.strip()]
+    if names and generative:
+        raise LcoError("config.eval.sts goes with lco_jax.train; this model makes no embeddings")
+    pairs = dict(map(open_pairs, names))
+    if len(pairs) < len(names):
+        raise LcoError(
+            f"config.eval.sts={config.eval.sts} holds two files of one name; scores go by names"
+        )
+    return pairs
 
 
 def _towers_for(

@@ -126,7 +126,7 @@ def _fit_memory(
 
 def _without_frozen_towers(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     """The parameters that the step takes, and those of towers that run in programs of their own."""
-    towers = {} if job.training.tune.towers != "none" else job.model.towers
+    towers = {} if job.training.tune.trains_towers else job.model.towers
     apart = {name: job.params[name] for name in towers}
     return {name: tree for name, tree in job.params.items() if name not in apart}, apart
 

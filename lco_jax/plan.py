@@ -20,7 +20,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from lco_jax.checkpoint.hf import Checkpoint, abstract_params, open_geometry
+from lco_jax.checkpoint.hf import Checkpoint, open_geometry
+from lco_jax.checkpoint.shapes import abstract_params
 from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.files import write_json
 from lco_jax.core.sharding import AXES, make_mesh

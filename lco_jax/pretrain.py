@@ -71,7 +71,7 @@ def _make_step(job: Job, model: Model) -> Step:
         job.config.seed,
         job.mesh,
         training.shardings,
-        trains_towers=training.tune.towers != "none",
+        trains_towers=training.tune.trains_towers,
     )
 
 

@@ -15,8 +15,9 @@ from lco_jax.analysis import measures
 from lco_jax.analysis.measures import Side, measure_layers
 from lco_jax.analysis.pairs import draw_pairs
 from lco_jax.analysis.token_cost import token_cost
-from lco_jax.checkpoint.hf import abstract_params, open_checkpoint
+from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.checkpoint.peft import write_peft
+from lco_jax.checkpoint.shapes import abstract_params
 from lco_jax.core import lora
 from lco_jax.data.sources import JsonlSource
 

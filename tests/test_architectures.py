@@ -13,7 +13,7 @@ import torch
 import transformers
 from flax.traverse_util import flatten_dict
 
-from lco_jax.checkpoint.hf import abstract_params, per_layer, tower_module
+from lco_jax.checkpoint.shapes import abstract_params, per_layer, tower_module
 from lco_jax.core.sharding import make_mesh, shardings
 from lco_jax.models.config import DecoderConfig
 from lco_jax.models.registry import find_backbone

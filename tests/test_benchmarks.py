@@ -23,7 +23,7 @@ from benchmarks.fuzz.case import Case
 from benchmarks.fuzz.command import KINDS, Runs
 from benchmarks.presets import PRESETS
 from lco_jax.checkpoint import builtin
-from lco_jax.checkpoint.hf import abstract_params
+from lco_jax.checkpoint.shapes import abstract_params
 from lco_jax.core import lora
 from lco_jax.core.packing import PackedTokens
 from lco_jax.models.decoder import REMAT_POLICIES, Decoder

@@ -15,8 +15,9 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from lco_jax import LcoError, make_mesh
-from lco_jax.checkpoint.hf import abstract_params, load_decoder, open_checkpoint
+from lco_jax.checkpoint.hf import load_decoder, open_checkpoint
 from lco_jax.checkpoint.peft import match_adapters, read_peft, write_peft
+from lco_jax.checkpoint.shapes import abstract_params
 from lco_jax.checkpoint.tensors import TensorFolder
 from lco_jax.core import lora
 from lco_jax.core.files import read_json, write_json

@@ -16,8 +16,9 @@ from sentence_transformers import SentenceTransformer
 
 from lco_jax import LcoError, OmniEmbedder
 from lco_jax.checkpoint.export import export_merged
-from lco_jax.checkpoint.hf import abstract_params, open_checkpoint
+from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.checkpoint.peft import read_peft, write_peft
+from lco_jax.checkpoint.shapes import abstract_params
 from lco_jax.core import lora
 
 CONFIG = lora.LoraConfig(rank=4, alpha=8)

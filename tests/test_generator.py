@@ -15,8 +15,9 @@ from PIL import Image
 from reference_media import answer_losses, audio, generated, image, picture, user, video
 
 from lco_jax import LcoError, OmniGenerator, generate, make_mesh
-from lco_jax.checkpoint.hf import abstract_params, open_checkpoint
+from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.checkpoint.peft import write_peft
+from lco_jax.checkpoint.shapes import abstract_params
 from lco_jax.core import lora
 from lco_jax.core.files import read_json, write_json
 from lco_jax.data.prompts import as_messages, asked

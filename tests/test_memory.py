@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lco_jax import LcoError, make_mesh
-from lco_jax.checkpoint.hf import abstract_params
+from lco_jax.checkpoint.shapes import abstract_params
 from lco_jax.core import lora
 from lco_jax.core.stream_shapes import Shape
 from lco_jax.models.config import DecoderConfig

@@ -15,7 +15,8 @@ from sentence_transformers import SentenceTransformer
 from configs import pretrain as settings
 from lco_jax import LcoError, OmniEmbedder, make_mesh
 from lco_jax.checkpoint.export import export_merged
-from lco_jax.checkpoint.hf import load_model, open_checkpoint, per_layer
+from lco_jax.checkpoint.hf import load_model, open_checkpoint
+from lco_jax.checkpoint.shapes import per_layer
 from lco_jax.core import lora
 from lco_jax.core.packing import Batch
 from lco_jax.core.sharding import shardings

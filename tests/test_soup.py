@@ -17,8 +17,9 @@ from test_export import load, tokens_of
 from lco_jax import LcoError, OmniEmbedder, convert
 from lco_jax.checkpoint import soup
 from lco_jax.checkpoint.export import export_merged
-from lco_jax.checkpoint.hf import abstract_params, open_checkpoint
+from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.checkpoint.peft import read_peft, write_peft
+from lco_jax.checkpoint.shapes import abstract_params
 from lco_jax.core import lora
 from lco_jax.evaluation import local_tasks
 

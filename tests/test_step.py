@@ -11,8 +11,9 @@ import torch
 from safetensors.numpy import load_file
 
 from lco_jax import make_mesh
-from lco_jax.checkpoint.hf import abstract_params, load_model, open_checkpoint
+from lco_jax.checkpoint.hf import load_model, open_checkpoint
 from lco_jax.checkpoint.peft import write_peft
+from lco_jax.checkpoint.shapes import abstract_params
 from lco_jax.core import lora
 from lco_jax.data import pipeline
 from lco_jax.data.layouts import floor_of

@@ -24,6 +24,8 @@ from tokenizers import (
     trainers,
 )
 
+from lco_jax.checkpoint.chat_template import chat_template
+from lco_jax.checkpoint.gguf import QWEN2_SPLIT
 from lco_jax.core.files import write_json, write_text
 
 ASSETS = Path(__file__).resolve().parent.parent / "lco_jax" / "assets"
@@ -46,30 +48,6 @@ SPECIALS = [
     "<|image_pad|>",
     "<|video_pad|>",
 ]
-# how Qwen2 splits text before BPE, a constant of the tokenizer's file format
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-SYSTEM{{- '<|im_start|>' + message['role'] + '\\n' -}}
-{%- if message['content'] is string -%}
-{{- message['content'] -}}
-{%- else -%}
-{%- for part in message['content'] -%}
-MEDIA{%- else -%}{{- part['text'] -}}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{- '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
-SYSTEM = """\
-{%- if loop.first and message['role'] != 'system' -%}
-{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
-{%- endif -%}
-"""
 PREPROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor",
     "processor_class": "Qwen2_5_VLProcessor",
@@ -81,6 +59,7 @@ PREPROCESSOR = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 MEDIA = {kind: f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video")}
 PROMPT = (
     "system\nYou are a helpful assistant. user\n"
@@ -96,7 +75,7 @@ def write(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     ids = {token: tokenizer.token_to_id(token) for token in SPECIALS}
     write_json(folder / "tokenizer_config.json", tokenizer_config(ids))
-    write_json(folder / "chat_template.json", {"chat_template": chat_template(MEDIA)})
+    write_json(folder / "chat_template.json", {"chat_template": chat_template(MEDIA, SYSTEM)})
     config = model_config(ids, tokenizer.get_vocab_size())
     write_json(folder / "config.json", config)
     shapes = ",\n".join(
@@ -131,23 +110,11 @@ def tokenizer_config(ids: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def chat_template(media: dict[str, str], system: str = SYSTEM) -> str:
-    """The template. media: the tokens of each kind of media. system: its beginning, if it has
-    one."""
-    branches = (
-        f"if part['type'] == '{kind}' -%}}{{{{- '{tokens}' -}}}}\n"
-        for kind, tokens in media.items()
-    )
-    return CHAT_TEMPLATE.replace("SYSTEM", system).replace(
-        "MEDIA", "{%- " + "{%- el".join(branches)
-    )
-
-
 def make_tokenizer(texts: Iterable[str], vocabulary: int, specials: Sequence[str]) -> Tokenizer:
     """Train a byte-level BPE tokenizer of so many tokens, and the special ones after them."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
+    split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()

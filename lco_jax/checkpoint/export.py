@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lco_jax.checkpoint.hf import DTYPES, Checkpoint, open_checkpoint, per_layer
+from lco_jax.checkpoint.hf import DTYPES, Checkpoint, open_checkpoint
 from lco_jax.checkpoint.sentence_transformers import (
     read_projection,
     write_modules,
     write_projection,
 )
+from lco_jax.checkpoint.shapes import per_layer
 from lco_jax.checkpoint.tensors import (
     INDEX,
+    SHARD_BYTES,
     TensorFolder,
     check_finite,
     is_float,
@@ -34,7 +36,6 @@ from lco_jax.data.prompts import ChatTokenizer
 
 # tokenizer, templates, processors, generation config, and a full Omni's speakers, which it needs
 COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "spk_dict.pt")
-SHARD_BYTES = 5 * 10**9
 
 
 class _Merged:

@@ -5,10 +5,10 @@ The key table of each backbone (`models/registry.py`) says which key is which pa
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lco_jax.checkpoint import builtin
 from lco_jax.checkpoint.sentence_transformers import read_projection
+from lco_jax.checkpoint.shapes import abstract_params, per_layer, tower_module
 from lco_jax.checkpoint.tensors import TensorFolder
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import check_is_file, read_json, resolve
 from lco_jax.core.lora import DECODER_LINEARS, Tree
-from lco_jax.core.packing import PackedTokens
 from lco_jax.core.quantize import quantize as quantize_matrix
 from lco_jax.core.sharding import shardings, with_shardings
 from lco_jax.models.attention import IMPLEMENTATIONS
@@ -43,7 +43,6 @@ ADAPTER = "adapter_config.json"
 # Sizes up to this one are not compared with the tensors: some, as windows, are no tensor's width.
 _ANY_SIZE = 4096
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-_STACK = re.compile(r"(layers|blocks)\.(.+)")  # parameters that are stacked along a leading axis
 
 
 @dataclass(frozen=True)
@@ -207,24 +206,6 @@ def _check_keys(
 # ---- parameters as shapes
 
 
-@lru_cache(maxsize=64)  # opening, loading and training each ask for it, and tracing takes time
-def abstract_params(module: DecoderConfig | nn.Module, dtype: Any = jnp.float32) -> Tree:
-    """The parameter tree of a decoder or a tower as shapes and dtypes, nothing allocated."""
-    key = jax.random.key(0)
-    if isinstance(module, DecoderConfig):
-        params = jax.eval_shape(Decoder(module).init, key, _one_token())["params"]
-    else:
-        params = jax.eval_shape(module.init, key, **module.example())["params"]
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
-
-
-def _one_token() -> PackedTokens:
-    one = jnp.zeros((1, 1), jnp.int32)
-    per_axis = jnp.zeros((1, 1, 3), jnp.int32)
-    rows = (jnp.zeros((1, 1, 1), jnp.int32),)
-    return PackedTokens(one, per_axis, one, one, rows, one, one)
-
-
 def abstract_model(checkpoint: Checkpoint) -> Tree:
     """Every part of a checkpoint as shapes: decoder, towers, and a head that is not tied."""
     parts = _abstract_parts(checkpoint)
@@ -238,25 +219,6 @@ def _abstract_parts(checkpoint: Checkpoint) -> Tree:
     for name, config in checkpoint.towers.items():
         parts[name] = abstract_params(tower_module(checkpoint.backbone, name, config))
     return parts
-
-
-def tower_module(backbone: Backbone, name: str, config: Any, dtype: Any = jnp.float32) -> nn.Module:
-    """The tower `name` of a backbone."""
-    return backbone.towers[name][0](config, dtype=dtype)
-
-
-def per_layer(params: Tree) -> Iterator[tuple[str, str, Any, int | None]]:
-    """(path in the tree, name in a checkpoint, leaf, layer) of every parameter.
-
-    A leaf that is stacked along its layers comes once a layer, in order; others have no layer.
-    """
-    for path, leaf in flatten_dict(params, sep=".").items():
-        match = _STACK.fullmatch(path)
-        if match is None:
-            yield path, path, leaf, None
-            continue
-        for layer in range(leaf.shape[0]):
-            yield path, f"{match[1]}.{layer}.{match[2]}", leaf, layer
 
 
 def abstract_decoder(checkpoint: Checkpoint, mesh: Mesh, dtype: Any, quantize: str = "") -> Tree:

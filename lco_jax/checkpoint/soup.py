@@ -16,9 +16,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
-from lco_jax.checkpoint.hf import Checkpoint, abstract_params, open_checkpoint
+from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from lco_jax.checkpoint.peft import layer_tensors, match_adapters, read_peft
 from lco_jax.checkpoint.peft_config import CONFIG
+from lco_jax.checkpoint.shapes import abstract_params
 from lco_jax.checkpoint.tensors import is_float
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, resolve

@@ -17,6 +17,7 @@ from lco_jax.core.errors import LcoError, explained, printable
 from lco_jax.core.files import check_is_file, read_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9  # of one file that we write, by default
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 DTYPES = {  # by safetensors' names
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,

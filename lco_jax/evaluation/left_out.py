@@ -1,14 +1,23 @@
-"""What an evaluation of a user's files leaves out, counted, with reasons."""
+"""What an evaluation of a user's files leaves out, counted, with reasons.
+
+Dimensions: N inputs, D hidden.
+"""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lco_jax.core.errors import LcoError
+from lco_jax.core.finite import check_vectors
 from lco_jax.data.folder import rest_in_words
 from lco_jax.data.skipped import skipped_in_words, write_skipped
+
+# contents as `OmniEmbedder.encode` takes them, text never bare -> unit vectors [N, D]
+Encode = Callable[[list[Any]], np.ndarray]
 
 
 class LeftOut:
@@ -59,3 +68,18 @@ class LeftOut:
         """The end of a sentence that says that nothing is left: the first reason."""
         reasons = [*self.reasons, *self.inputs.values()]
         return f"; {len(reasons):,} skipped, the first: {reasons[0]}" if reasons else ""
+
+
+def embed_all(
+    encode: Encode, inputs: list[Any], left_out: LeftOut
+) -> tuple[np.ndarray, np.ndarray]:
+    """(vectors, [N, D]; which inputs have one, bool [N]). Raises for a model that makes no
+    vectors.
+    """
+    vectors = encode(inputs)
+    there = np.ones(len(inputs), bool)
+    there[list(left_out.inputs)] = False
+    if not there.any():
+        raise LcoError(f"nothing could be embedded{left_out.why_nothing()}")
+    check_vectors(vectors[there])
+    return vectors, there

@@ -11,19 +11,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import pearsonr, spearmanr
 
 from lco_jax.core.errors import LcoError, check_keys, explained
 from lco_jax.core.files import write_json
-from lco_jax.core.finite import check_vectors
-from lco_jax.data.lines import ending_of, files_of
-from lco_jax.evaluation.left_out import LeftOut
-from lco_jax.evaluation.local_files import read_beir, read_labelled, read_pairs, read_records
+from lco_jax.data.lines import files_of
+from lco_jax.evaluation.left_out import Encode, LeftOut, embed_all
+from lco_jax.evaluation.local_files import read_beir, read_labelled, read_records
 from lco_jax.evaluation.plots import plot_confusion, plot_ranks, plot_scores
 from lco_jax.evaluation.retrieval import best_ranks, ranks, retrieval_metrics
+from lco_jax.evaluation.sts import agreement, is_builtin, open_pairs
 
-# contents as `OmniEmbedder.encode` takes them, text never bare -> unit vectors [N, D]
-Encode = Callable[[list[Any]], np.ndarray]
 TEMPLATES = {
     "image": "a photo of a {}",
     "video": "a video of {}",
@@ -53,7 +50,7 @@ def retrieval(
     """
     read = read_beir if path.is_dir() else read_records
     queries, documents, relevance = read(path, media_root, left_out)
-    vectors, there = _embed(encode, queries + documents, left_out)
+    vectors, there = embed_all(encode, queries + documents, left_out)
     n = len(queries)
     asked, relevance = _askable(there[:n], there[n:], relevance, left_out)
     candidates = vectors[n:][there[n:]]
@@ -68,19 +65,6 @@ def retrieval(
         numbers,
         lambda file: plot_ranks(file, best, len(candidates)),
     )
-
-
-def _embed(encode: Encode, inputs: list[Any], left_out: LeftOut) -> tuple[np.ndarray, np.ndarray]:
-    """(vectors, [N, D]; which inputs have one, bool [N]). Raises for a model that makes no
-    vectors.
-    """
-    vectors = encode(inputs)
-    there = np.ones(len(inputs), bool)
-    there[list(left_out.inputs)] = False
-    if not there.any():
-        raise LcoError(f"nothing could be embedded{left_out.why_nothing()}")
-    check_vectors(vectors[there])
-    return vectors, there
 
 
 def _askable(
@@ -116,47 +100,19 @@ def sts(
 ) -> Outcome:
     """Semantic textual similarity: the correlation of cosines with people's scores.
 
-    Spearman's, in which tied ranks share their mean, and Pearson's. path: a .jsonl of contents of
-    any modality, or texts in a .csv, .tsv or .txt (tabs). columns: content, content and score, by
-    name, or, in a table without a header, by number; by default "a,b,score" in a .jsonl, else
-    "0,1,2".
+    path, columns: as `sts.open_pairs` has them.
     """
-    default = "a,b,score" if ending_of(path) == ".jsonl" else "0,1,2"
-    names = (columns or default).split(",")
-    if len(names) != 3:
-        raise LcoError(f"the columns are {columns!r}; name three: a content, another, the score")
-    first, second, given = read_pairs(path, media_root, names, left_out)
-    _check_scores(given, path, left_out)
-    vectors, there = _embed(encode, first + second, left_out)
-    both = there[: len(given)] & there[len(given) :]
-    scores = np.array(given)[both].tolist()
-    _check_scores(scores, path, left_out)
-    vectors = vectors.astype(np.float64)
-    cosines = (vectors[: len(given)] * vectors[len(given) :]).sum(axis=1)[both]
-    if np.ptp(cosines) < 1e-6:
-        raise LcoError(
-            "all pairs have the same cosine: this model tells nothing apart, and nothing correlates"
-        )
-    spearman = float(spearmanr(cosines, scores).statistic)
-    pearson = float(pearsonr(cosines, scores).statistic)
+    _, pairs = open_pairs(str(path), media_root, columns, left_out)
+    found = agreement(encode, pairs, left_out)
     numbers = {
-        "spearman": spearman,
-        "pearson": pearson,
-        "pairs": len(scores),
+        "spearman": found.spearman,
+        "pearson": found.pearson,
+        "pairs": len(found.scores),
     }
     return Outcome(
         numbers,
-        lambda file: plot_scores(file, scores, cosines, spearman),
+        lambda file: plot_scores(file, found.scores, found.cosines, found.spearman),
     )
-
-
-def _check_scores(scores: Sequence[float], path: Path, left_out: LeftOut) -> None:
-    """Raise where nothing can correlate with people's scores."""
-    if len(set(scores)) < 2:
-        raise LcoError(
-            f"{path} has {len(scores)} pairs and fewer than two different scores: "
-            f"nothing to correlate with{left_out.why_nothing()}"
-        )
 
 
 def zeroshot(
@@ -185,7 +141,7 @@ def zeroshot(
             f"{path} has {len(labels)} class ({', '.join(labels)}), and there must be two or more"
         )
     templates = [template] if isinstance(template, str) else template or [_template_for(items)]
-    vectors, there = _embed(encode, items + _prompts(templates, labels), left_out)
+    vectors, there = embed_all(encode, items + _prompts(templates, labels), left_out)
     n = len(items)
     if not there[n:].all():
         raise LcoError(left_out.inputs[n + int(np.argmin(there[n:]))])
@@ -303,7 +259,7 @@ def evaluate(
     left_out: LeftOut | None = None,
     **options: Any,
 ) -> Outcome:
-    """Evaluate a model on the files at `path`.
+    """Evaluate a model on the files at `path`, or of kind sts on one of `sts.BUILTIN`.
 
     encode: called once, after all files are read. kind: one of `KINDS`; options: that kind's. None
     means that an option is not given. left_out: what is done with bad records; by default the first
@@ -314,8 +270,12 @@ def evaluate(
     function, takes, _ = KINDS[kind]
     given = {key: value for key, value in options.items() if value is not None}
     check_keys(given, takes, f"evaluation of kind {kind}")
-    with explained(f"{path} cannot be read", OSError):
-        os.stat(files_of(Path(path))[0])
+    if is_builtin(str(path)):
+        if kind != "sts":
+            raise LcoError(f"{path} holds scored pairs, and goes with the kind sts")
+    else:
+        with explained(f"{path} cannot be read", OSError):
+            os.stat(files_of(Path(path))[0])
     outcome = function(encode, Path(path), left_out or LeftOut(), **given)
     for name, number in outcome.numbers.items():
         if not math.isfinite(number):

@@ -21,12 +21,15 @@ from jax import Array
 from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
 
-# value of config.tune.decoder or .towers -> pattern of the parameters that are trained in full
-DECODER = {"lora": None, "full": r"(decoder|head)\..+", "projection": None}
+# value of config.tune.decoder, and words of .towers -> pattern of what is trained in full
+DECODER = {"lora": None, "full": r"(decoder|head)\..+", "projection": None, "none": None}
 TOWERS = {
     "none": None,
     "projectors": r"(visual\.merger|vision_tower\.projector|audio_tower\.proj)\..+",
     "all": r"(visual|vision_tower|audio_tower)\..+",
+    "visual": r"visual\..+",
+    "vision_tower": r"vision_tower\..+",
+    "audio_tower": r"audio_tower\..+",
 }
 
 Tree = dict[str, Any]
@@ -34,20 +37,28 @@ Tree = dict[str, Any]
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """decoder: a key of `DECODER`; towers: of `TOWERS`."""
+    """decoder: a key of `DECODER`; towers: keys of `TOWERS`, between commas."""
 
     decoder: str = "lora"
     towers: str = "none"
 
     def __post_init__(self) -> None:
         for key, known in (("decoder", DECODER), ("towers", TOWERS)):
-            value = getattr(self, key)
-            if value not in known:
-                raise LcoError(f"config.tune.{key} is {value!r}; it is one of: {', '.join(known)}")
+            for word in getattr(self, key).split(","):
+                if word not in known:
+                    words = ", ".join(known)
+                    raise LcoError(f"config.tune.{key} has {word!r}; it is one of: {words}")
+        if self.decoder == "none" and not self.trains_towers:
+            raise LcoError("config.tune trains nothing: decoder and towers are both none")
+
+    @property
+    def trains_towers(self) -> bool:
+        """Whether anything of a tower is trained."""
+        return any(TOWERS[word] for word in self.towers.split(","))
 
     def in_full(self, path: str) -> bool:
         """Whether the parameter at a dotted path is trained in full."""
-        patterns = DECODER[self.decoder], TOWERS[self.towers]
+        patterns = [DECODER[self.decoder], *(TOWERS[word] for word in self.towers.split(","))]
         return any(pattern and re.fullmatch(pattern, path) for pattern in patterns)
 
 

@@ -74,6 +74,20 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Words:
+    """Some of these words, between commas."""
+
+    words: tuple[str, ...]
+
+    def allows(self, value: Any) -> bool:
+        return isinstance(value, str) and set(value.split(",")) <= set(self.words)
+
+    def __str__(self) -> str:
+        *others, last = self.words
+        return f"{', '.join(others)} or {last}, or several of them between commas"
+
+
+@dataclass(frozen=True)
 class Kind:
     """A value of a type. words: how people call it."""
 
@@ -114,7 +128,7 @@ RULES: dict[str, Rule] = {
     "model.remat": Choice(("auto", *REMAT_POLICIES)),
     "model.attention": Choice(tuple(IMPLEMENTATIONS)),
     "tune.decoder": Choice(tuple(DECODER)),
-    "tune.towers": Choice(tuple(TOWERS)),
+    "tune.towers": Words(tuple(TOWERS)),
     "lora.rank": AT_LEAST_1,
     "lora.alpha": ABOVE_0,
     "lora.dropout": FRACTION,
@@ -148,6 +162,7 @@ RULES: dict[str, Rule] = {
     "checkpoint.every": AT_LEAST_1,
     "checkpoint.keep": AT_LEAST_1,
     "eval.path": TEXT,
+    "eval.sts": TEXT,
     "eval.batch_size": OrNone(AT_LEAST_1),
     "export.merged": FLAG,
     "export.dtype": Choice(tuple(DTYPES)),

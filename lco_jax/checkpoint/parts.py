@@ -1,0 +1,66 @@
+"""What a model is made of, for the note that lies beside it: names, licences and checksums."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from lco_jax.core.files import read_json
+from lco_jax.core.wheels import SOURCE
+
+README = "README.md"
+_LICENCE = re.compile(r"^license:[ \t]*[\"']?([\w.+-]+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a part comes from.
+
+    given: as the user has it, a hub id or a path. files: what was read. licence: where known.
+    """
+
+    given: str | Path
+    files: tuple[Path, ...]
+    licence: str | None = None
+
+    def note(self) -> dict[str, Any]:
+        """Its name, its licence and the SHA-256 of its files; no path of this machine."""
+        path = Path(self.given).expanduser()
+        name = path.absolute().name if path.exists() else str(self.given)
+        return {
+            "name": name,
+            "licence": self.licence,
+            "sha256": {file.name: _sha256(file) for file in self.files},
+        }
+
+
+def source_of(given: str | Path, folder: Path, patterns: Sequence[str]) -> Source:
+    """The source of a part that is the files of `folder` which match one of the patterns."""
+    files = [
+        file
+        for file in sorted(folder.iterdir())
+        if file.is_file() and any(fnmatch(file.name, pattern) for pattern in patterns)
+    ]
+    return Source(given, tuple(files), licence_of(folder))
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence in a README.md as the hub has it, or in the note of what was fetched."""
+    if (folder / SOURCE).is_file():
+        licence = read_json(folder / SOURCE).get("licence")
+        return licence if isinstance(licence, str) else None
+    if (folder / README).is_file():
+        text = (folder / README).read_text(encoding="utf-8", errors="replace")
+        # the README's head is YAML between two lines of dashes
+        head = text.split("\n---", 1)[0] if text.startswith("---") else ""
+        found = _LICENCE.search(head)
+        return found[1] if found else None
+    return None
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
