@@ -11,7 +11,7 @@ from lco_jax.checkpoint.parts import Source, source_of
 from lco_jax.checkpoint.tensors import TensorFolder
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, resolve
-from lco_jax.data.pixels import processor_config
+from lco_jax.data.processor_files import PICTURE_RULES, read_settings
 from lco_jax.models.qwen_vision import VisionConfig
 from lco_jax.models.registry import Backbone, find_backbone
 
@@ -94,7 +94,7 @@ def _processor(folder: Path) -> dict[str, Any]:
     """What the image processor of a checkpoint has of `_SETTINGS`; nothing where it has none."""
     if not any((folder / name).exists() for name in PROCESSOR_FILES):
         return {}
-    config, _ = processor_config(folder, "image_processor")
+    config, _ = read_settings(folder, "image_processor", PICTURE_RULES)
     settings = {key: config[key] for key in _SETTINGS if config.get(key) is not None}
     size = config.get("size")
     if isinstance(size, dict):  # as transformers 5 spells the limits
