@@ -31,7 +31,6 @@ from lco_jax.checkpoint.export import export_merged
 from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, write_json, write_text
-from lco_jax.core.wheels import PUBLISHED, fetch
 from lco_jax.data.sources import open_source
 from lco_jax.evaluation.sts import agreement, open_pairs, read_scored
 from lco_jax.generator import OmniGenerator
@@ -183,14 +182,6 @@ def _tidy(bench: Bench) -> None:
 # ---- the world and the generators
 
 
-def _part(name: str) -> str | Path:
-    """A path or hub id as it is; of a part that is published in wheels, what was fetched."""
-    if name not in PUBLISHED:
-        return name
-    folder = fetch(name)
-    return next(folder.glob("*.gguf"), folder)
-
-
 def _make_world(bench: Bench) -> dict[str, Any]:
     """The world, with texts that do not speak of its classes."""
     config = bench.config
@@ -225,8 +216,8 @@ def _make_base(bench: Bench) -> None:
         fresh = Fresh(audio=replace(Fresh().audio, window=config.audio_window))
         assemble(
             bench.base,
-            _part(config.language),
-            _part(config.audio),
+            config.language,
+            config.audio,
             bench.folder / "eyes" / "merged",
             fresh,
             bench.seed,
