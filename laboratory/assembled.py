@@ -271,7 +271,8 @@ def _write_own_answers(bench: Bench) -> None:
         for question, ids, text in zip(QUESTIONS, answers, texts, strict=True)
         if np.isin(ids, bench.model.ends).any()  # the answer came to its end
     ]
-    write_text(bench.world / "heldout" / "text.jsonl", "".join(lines))
+    if lines:
+        write_text(bench.world / "heldout" / "text.jsonl", "".join(lines))
 
 
 def _generate(bench: Bench) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lco_jax.analysis.measures import Side, anisotropy, unbiased_cka
+from lco_jax.analysis.measures import RESOLUTION, Side, anisotropy, unbiased_cka
 from lco_jax.core.errors import LcoError
 from lco_jax.data.records import Reader, as_input
 
@@ -138,6 +138,14 @@ def _by_layer(media: np.ndarray, texts: np.ndarray, kind: Kind) -> dict[str, lis
         side, other = Side(state, "media", 2), Side(text[kind.labels], "text", 2)
         found["anisotropy"].append(anisotropy(side))
         found["anisotropy_of_text"].append(anisotropy(Side(text, "text", 2)))
-        found["cka"].append(unbiased_cka(side, other))
+        found["cka"].append(_cka(side, other))
         found["accuracy"].append(_accuracy(_unit(state) @ _unit(text).T, kind.labels))
     return found
+
+
+def _cka(media: Side, text: Side) -> float | None:
+    """Unbiased CKA; None where all states of a side are the same."""
+    for side in (media, text):
+        if np.ptp(side.unit, axis=0).max() <= RESOLUTION:
+            return None
+    return unbiased_cka(media, text)

@@ -1,0 +1,98 @@
+"""The laboratory's experiment on a language model, whole, on tiny parts and tiny sets of data."""
+
+import dataclasses
+import json
+
+import pytest
+import reference_parts as parts
+from test_laboratory_real import data_dir  # noqa: F401 (a fixture)
+from tfds_files import TEXT, class_label, write_tfds
+
+from configs import lab
+from laboratory import assembled, assembled_report, backbone, real
+
+LABELS = ("entailment", "neutral", "contradiction")
+NLI = [
+    ("A man is cooking in a kitchen.", "A man is making food.", "The kitchen is empty."),
+    ("Two women are talking on a bench.", "Women are sitting.", "Women are swimming."),
+    ("A dog runs.", "An animal runs.", "A dog sleeps."),
+]
+
+
+@pytest.fixture(scope="module")
+def sets(data_dir):  # noqa: F811
+    """CIFAR-10, MNIST, spoken digits and SNLI."""
+    rows = [
+        {"premise": text.encode(), "hypothesis": other.encode(), "label": label}
+        for text, entailed, contradicted in NLI
+        for other, label in ((entailed, 0), (contradicted, 2))
+    ]
+    features = {"premise": TEXT, "hypothesis": TEXT, "label": class_label(3)}
+    rows_of = {"train": rows, "test": rows[:2]}
+    write_tfds(data_dir / "tfds", "snli", features, rows_of, {"label": LABELS})
+    return data_dir
+
+
+@pytest.fixture(scope="module")
+def config(sets, tmp_path_factory):
+    """The configuration of the real experiment, with everything as small as it can be."""
+    folder = tmp_path_factory.mktemp("tiny parts")
+    parts.build_language("llama_tied", folder / "language")
+    parts.build_whisper(folder / "ears")
+    pairs = folder / "pairs.csv"
+    lines = [f"a man {i},a woman {i},{i % 6}" for i in range(8)]
+    pairs.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    config = lab.get_config("smollm2")
+    config.data_dir = str(sets)
+    config.seeds = (0,)
+    config.ways = ("plain", "projection", "pairs")
+    config.language, config.audio = str(folder / "language"), str(folder / "ears")
+    config.audio_window = 120
+    config.captioner = dataclasses.asdict(backbone.Geometry(patch=14))
+    config.sizes = dataclasses.asdict(real.small())
+    config.stages = (0, 1, 2)
+    config.answers, config.answer_tokens = 3, 2
+    config.sts = (str(pairs),)
+    for training, steps in ((config.eyes, 2), (config.pretrain, 2), (config.contrast, 2)):
+        training.train.batch_size, training.train.steps = 2, steps
+        training.optimizer.warmup_steps = 1
+        training.checkpoint.every = 1
+    return config
+
+
+@pytest.mark.slow
+def test_the_experiment_runs_and_goes_on(config, tmp_path):
+    results = assembled.experiment(config, tmp_path / "lab", "the command")
+    runs = {(run["seed"], run["generative_steps"], run["tune"]): run for run in results["runs"]}
+    ways = ("none", *config.ways)
+    wanted = {(0, "none"), (0, "plain"), (1, "none"), (1, "plain"), *((2, way) for way in ways)}
+    assert runs.keys() == {(0, *run) for run in wanted}
+    for (_, steps, way), run in runs.items():
+        assert all(0 <= value <= 1 for value in run["representation"].values())
+        assert ("text" in run) == (steps == 2 and way != "pairs")
+        assert ("generative" in run) == (way == "none" or steps == 2)
+    # the language model is frozen in generative training: texts keep their states, media do not
+    first, last = (runs[0, steps, "none"]["layers"]["photo"] for steps in (0, 2))
+    assert first["anisotropy_of_text"] == last["anisotropy_of_text"]
+    assert first["anisotropy"] != last["anisotropy"]
+    plain = (tmp_path / "lab/seed-0/world/contrast/plain.jsonl").read_text(encoding="utf-8")
+    texts = [json.loads(line)["anchor"] for line in plain.splitlines()]
+    assert texts == [NLI[0][0], NLI[0][0]]  # the others name classes: "two" and "dog"
+
+    calls = [tmp_path / "lab/seed-0/parts" / f"{name}.json" for name in ("run-plain-2", "eyes")]
+    before = calls[1].stat().st_mtime_ns
+    calls[0].unlink()
+    again = assembled.experiment(config, tmp_path / "lab", "the command")
+    assert calls[1].stat().st_mtime_ns == before
+
+    def numbers(found):
+        return [
+            {key: value for key, value in run.items() if key != "seconds"} for run in found["runs"]
+        ]
+
+    assert numbers(again) == numbers(results)
+    sentences = {"command": "", "before": {}, "runs": []}
+    sentences["before"] = {"pairs": 0.1}
+    sentences["runs"] = [{"seed": 0, "way": "ours", "scores": {"pairs": 0.2}}]
+    assembled_report.write(again, sentences, tmp_path / "page")
+    assert "undecided" in (tmp_path / "page" / "report.md").read_text(encoding="utf-8")
