@@ -77,6 +77,19 @@ def test_the_notebook_that_trains_runs(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_notebook_of_a_language_model_runs(monkeypatch, tmp_path):
+    pairs = tmp_path / "pairs.csv"
+    lines = [f"a man {i},{'a man' if i % 2 else 'stocks'} {i},{i % 2}" for i in range(6)]
+    pairs.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    given = {"MODEL": "builtin:tiny", "STS": str(pairs), "STEPS": 2, "OUT": str(tmp_path / "run")}
+    shown = run_notebook(monkeypatch, "smollm2", **given)
+    assert len(shown["image/png"]) == 1
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    before, after = (results[when]["pairs"]["spearman"] for when in ("before", "after"))
+    assert f"pairs: Spearman {before:.3f} before, {after:.3f} after" in "".join(shown["text"])
+
+
+@pytest.mark.slow
 def test_the_laboratory_runs_in_its_notebook_and_goes_on(monkeypatch, tmp_path):
     """A second start writes the report again, and measures only the run that is missing."""
     out = tmp_path / "lab"
