@@ -5,6 +5,7 @@ it. A folder of the hub is read, or one of CTranslate2 (`model.bin`), as faster-
 """
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -135,6 +136,9 @@ def _take(tensors: dict[str, np.ndarray], name: str, where: Path) -> np.ndarray:
     return tensors.pop(name)
 
 
+Take = Callable[[str], np.ndarray]  # the name of a variable of CTranslate2's encoder -> float32
+
+
 def _read_ctranslate2(folder: Path, source: Source) -> Encoder:
     file = folder / "model.bin"
     stored = _read_variables(file)
@@ -151,23 +155,28 @@ def _read_ctranslate2(folder: Path, source: Source) -> Encoder:
         tensors[f"{name}.bias"] = take(f"{name}/bias")
     layers = {name.split("/")[1] for name in stored if name.startswith("encoder/layer_")}
     for layer in sorted(layers - {"layer_norm"}):
-        ours = f"layers.{layer.removeprefix('layer_')}"
-        for theirs, name in _LAYER:
-            tensors[f"{ours}.{name}"] = take(f"{layer}/{theirs}")
-        for part in ("weight", "bias"):
-            together = take(f"{layer}/self_attention/linear_0/{part}")
-            if len(together) % 3:
-                raise LcoError(f"{file}: {layer}'s queries, keys and values are of unequal widths")
-            for kind, values in zip("qkv", np.split(together, 3), strict=True):
-                tensors[f"{ours}.self_attn.{kind}_proj.{part}"] = values
-        # 0 in Whisper, and not stored by Qwen
-        del tensors[f"{ours}.self_attn.k_proj.bias"]
+        tensors |= _layer_of_ctranslate2(take, layer, file)
     tensors["ln_post.weight"] = take("layer_norm/gamma")
     tensors["ln_post.bias"] = take("layer_norm/beta")
     heads = _take(stored, "encoder/num_heads", file)
     if heads.size != 1 or not 0 < heads.item() < 2**15:
         raise LcoError(f"{file}: encoder/num_heads must be one number above 0")
     return Encoder(int(heads.item()), tensors, take("position_encodings/encodings"), source)
+
+
+def _layer_of_ctranslate2(take: Take, layer: str, file: Path) -> dict[str, np.ndarray]:
+    """The tensors of a layer, such as layer_0, by their names in Qwen's tower."""
+    ours = f"layers.{layer.removeprefix('layer_')}"
+    tensors = {f"{ours}.{name}": take(f"{layer}/{theirs}") for theirs, name in _LAYER}
+    for part in ("weight", "bias"):
+        together = take(f"{layer}/self_attention/linear_0/{part}")
+        if len(together) % 3:
+            raise LcoError(f"{file}: {layer}'s queries, keys and values are of unequal widths")
+        for kind, values in zip("qkv", np.split(together, 3), strict=True):
+            tensors[f"{ours}.self_attn.{kind}_proj.{part}"] = values
+    # 0 in Whisper, and not stored by Qwen
+    del tensors[f"{ours}.self_attn.k_proj.bias"]
+    return tensors
 
 
 def _read_variables(file: Path) -> dict[str, np.ndarray]:

@@ -152,20 +152,24 @@ def zeroshot(
     by_template = vectors[n:].reshape(len(templates), len(labels), -1)
     classes = _directions(by_template.mean(axis=0), labels)
     rank, confusion = _classify(vectors[:n][kept], classes, target[kept])
+    return Outcome(
+        _accuracies(rank, confusion),
+        lambda file: plot_confusion(file, confusion, list(labels)),
+    )
+
+
+def _accuracies(rank: np.ndarray, confusion: np.ndarray) -> dict[str, float]:
+    """The numbers of a classification. rank, confusion: as `_classify` has them."""
     items_of_class = confusion.sum(axis=1)
     measured = items_of_class > 0  # not all of them were skipped
     recalls = confusion.diagonal()[measured] / items_of_class[measured]
-    numbers = {
+    return {
         "accuracy_at_1": float((rank <= 1).mean()),
         "accuracy_at_5": float((rank <= 5).mean()),
         "balanced_accuracy": float(recalls.mean()),
-        "items": int(kept.sum()),
-        "classes": len(labels),
+        "items": len(rank),
+        "classes": len(confusion),
     }
-    return Outcome(
-        numbers,
-        lambda file: plot_confusion(file, confusion, list(labels)),
-    )
 
 
 def _classify(
