@@ -112,12 +112,12 @@ def _smollm2() -> ConfigDict:
     config.stages = (0, 10, 20, 40, 80, 160)  # steps of generative training
     config.ways = ("plain", "classes", "full", "projection", "pairs")
     config.mix = ConfigDict({"image": 0.6, "audio": 0.4})
-    config.answers = 60
+    config.answers = 30
     config.answer_tokens = 24
     config.sts = ("builtin:stsb-test",)
     config.eyes = _pretraining()  # of the captioner
     config.eyes.train.batch_size = 64
-    config.eyes.train.steps = 1500
+    config.eyes.train.steps = 1000
     config.eyes.checkpoint.every = 250
     config.pretrain = _training("pretrain")
     config.pretrain.tune.decoder = "none"
@@ -128,7 +128,7 @@ def _smollm2() -> ConfigDict:
     config.pretrain.checkpoint.every = 10
     config.contrast = _training("contrast")
     config.contrast.lora.dropout = 0.0
-    config.contrast.train.batch_size = 48
+    config.contrast.train.batch_size = 32
     config.contrast.train.steps = 20
     config.contrast.optimizer.warmup_steps = 4
     config.contrast.export.merged = False

@@ -50,6 +50,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "projection": (PLAIN, {"tune.decoder": "projection"}),
     "pairs": (MEDIA, {"train.two_way": True, "train.ignore_duplicates": True}),
 }
+OF_TEXT = ("none", "plain", "classes")  # ways whose sentences are measured: it takes minutes
 QUESTIONS = (  # what the language model is asked, to see what tuning costs it
     "What is the capital of France?",
     "What is the capital of Italy?",
@@ -377,8 +378,8 @@ def _measure(bench: Bench, steps: int, way: str) -> dict[str, Any]:
         run["generative"] = measure.generate_quality(
             bench.model, bench.world, config.answers, config.answer_tokens
         )
-    if steps == best and way != "pairs":
-        run["text"] = _text_quality(bench, projection)
+    if steps == best and way in OF_TEXT:
+        run["text"] = _text_quality(bench, way)
     return run
 
 
@@ -395,14 +396,19 @@ def _params(bench: Bench, steps: int, way: str) -> dict[str, Any]:
     return params
 
 
-def _text_quality(bench: Bench, projection: dict[str, Any] | None) -> dict[str, float]:
-    """{file: Spearman's correlation} of scored pairs of sentences."""
-    params = dict(bench.model.params)
-    if projection is not None:
-        params["projection"] = projection
-    bench.model.params = params
+def _text_quality(bench: Bench, way: str) -> dict[str, float]:
+    """{file: Spearman's correlation} of scored pairs of sentences.
+
+    Before tuning it is the language model's, the same for all seeds.
+    """
+    file = bench.folder.parent / "text-before.json"
+    if way == "none" and file.exists():
+        return read_json(file)
     sick = Path(bench.config.data_dir) / "sts" / "SICK_trial.txt"
     pairs = dict(map(open_pairs, bench.config.sts))
     if sick.exists():
         pairs["sick"] = read_scored(sick, columns="sentence_A,sentence_B,relatedness_score")
-    return {name: agreement(bench.model.encode, some).spearman for name, some in pairs.items()}
+    found = {name: agreement(bench.model.encode, some).spearman for name, some in pairs.items()}
+    if way == "none":
+        write_json(file, found)
+    return found
