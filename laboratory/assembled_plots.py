@@ -188,8 +188,11 @@ def _line(
     if not rows:
         return
     table = np.array(rows, float)  # [seeds, L + 1]
-    found = [stats.interval(column[~np.isnan(column)]) for column in table.T[1:]]
-    layers = np.arange(1, table.shape[1])
+    defined = ~np.isnan(table).any(axis=0)
+    layers = np.flatnonzero(defined)
+    if not layers.size:
+        return
+    found = [stats.interval(column) for column in table.T[layers]]
     style = "--" if way == "none" else "-"
     axes.plot(layers, [one.mean for one in found], style, color=COLOURS[kind], label=name)
     if found[0].low is not None:

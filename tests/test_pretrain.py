@@ -220,16 +220,43 @@ def test_a_run_learns_resumes_and_is_where_training_starts(tmp_path, monkeypatch
     assert np.array_equal(params["projection"]["weight"], tuned.params["projection"]["weight"])
 
 
+@pytest.mark.parametrize(
+    ("towers", "trained"),
+    [
+        ("projectors", {"visual.merger.ln_q", "audio_tower.proj.weight"}),
+        ("visual", {"visual.merger.ln_q", "visual.blocks.norm1"}),
+        (
+            "projectors,visual",
+            {"visual.merger.ln_q", "visual.blocks.norm1", "audio_tower.proj.weight"},
+        ),
+    ],
+)
+def test_towers_are_trained_by_name(towers, trained):
+    paths = {
+        "visual.merger.ln_q",
+        "visual.blocks.norm1",
+        "audio_tower.proj.weight",
+        "audio_tower.layers.fc1",
+        "decoder.norm.weight",
+    }
+    tune = tuning.TuneConfig("none", towers)
+    assert {path for path in paths if tune.in_full(path)} == trained
+
+
 def test_what_cannot_be_tuned_says_so(tmp_path):
     for keys, says in (
-        ({"tune.decoder": "half"}, "lora, full or projection"),
-        ({"tune.towers": "some"}, "none, projectors or all"),
+        ({"tune.decoder": "half"}, "lora, full, projection or none"),
+        ({"tune.towers": "some"}, "none, projectors, all, visual, "),
+        ({"tune.towers": "projectors,some"}, "several of them between commas"),
+        ({"tune.decoder": "none"}, "trains nothing"),
         ({"tune.decoder": "full", "model.quantize": "nf4"}, "quantised"),
     ):
         with pytest.raises(LcoError, match=says):
             pretrain(short(**keys), tmp_path)
     with pytest.raises(LcoError, match="pretrain"):
         train(short(**{"tune.towers": "all"}), tmp_path)
+    with pytest.raises(LcoError, match="trains nothing"):
+        train(short(**{"tune.decoder": "none"}), tmp_path)
     (tmp_path / "data.jsonl").write_text('{"anchor": "a", "positive": {"image_path": "a.png"}}')
     Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
     config = short(**{"train.batch_size": 1})
