@@ -18,6 +18,7 @@ def get_config(recipe: str = "") -> ConfigDict:
     config.name = "smollm2"
     config.model.path = "builtin:smollm2"
     config.data.sources = {"snli": {"kind": "jsonl", "path": "assets:snli_triplets.jsonl"}}
+    config.train.batch_size = 32
     config.train.steps = 25
     config.lora.dropout = 0.0
     config.optimizer.learning_rate = 3e-4
