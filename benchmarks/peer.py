@@ -38,6 +38,18 @@ def import_torchvision() -> None:
             import_torchvision.operators.define(schema)
 
 
+def embed(model: torch.nn.Module, sequences: list[list[int]]) -> torch.Tensor:
+    """The last position after the final norm, [n, D] float32, unit length; left padding."""
+    width = max(map(len, sequences))
+    pads = [width - len(ids) for ids in sequences]
+    ids = torch.tensor(
+        [[0] * pad + ids for pad, ids in zip(pads, sequences, strict=True)], device=DEVICE
+    )
+    mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=DEVICE)
+    out = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+    return functional.normalize(out.hidden_states[-1][:, -1].float(), dim=-1)
+
+
 class Recipe:
     """The model and how it is called."""
 
@@ -86,18 +98,9 @@ class Recipe:
         self.done = 0
 
     def embed(self, sequences: list[list[int]]) -> torch.Tensor:
-        """The last position after the final norm, [n, D] float32, unit length."""
-        width = max(map(len, sequences))
-        pads = [width - len(ids) for ids in sequences]
-        ids = torch.tensor(
-            [[0] * pad + ids for pad, ids in zip(pads, sequences, strict=True)], device=DEVICE
-        )
-        mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=DEVICE)
+        """As the function, in the recipe's precision."""
         with torch.autocast(DEVICE, torch.bfloat16) if self.half else contextlib.nullcontext():
-            out = self.model(
-                input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
-            )
-        return functional.normalize(out.hidden_states[-1][:, -1].float(), dim=-1)
+            return embed(self.model, sequences)
 
     def finish(self) -> dict[str, Any]:
         """Memory and versions."""

@@ -16,7 +16,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,12 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from laboratory import backbone, classes, measure, real, worlds
+from laboratory.shared import SeedFolder, check_stages, claim, finished, once
 from lco_jax.checkpoint.assembly import Fresh, assemble
 from lco_jax.checkpoint.export import export_merged
 from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
-from lco_jax.core.files import read_json, write_json, write_text
+from lco_jax.core.files import write_json, write_text
 from lco_jax.data.sources import open_source
 from lco_jax.evaluation.sts import agreement, open_pairs, read_scored
 from lco_jax.generator import OmniGenerator
@@ -85,17 +86,8 @@ OTHER_WORDS = (
 )  # fmt: skip
 
 
-@dataclass
-class Bench:
-    """One seed's folder, and what is in it."""
-
-    config: ConfigDict
-    folder: Path
-    seed: int
-
-    @property
-    def world(self) -> Path:
-        return self.folder / "world"
+class Bench(SeedFolder):
+    """One seed's folder, and the model in it."""
 
     @property
     def base(self) -> Path:
@@ -121,14 +113,9 @@ class Bench:
 def experiment(config: ConfigDict, workdir: Path, command: str) -> dict[str, Any]:
     """Run or go on; writes results.json into `workdir` and returns its content."""
     _check(config)
-    content = json.loads(config.to_json())
-    file = workdir / "config.json"
-    if file.exists() and read_json(file) != content:
-        raise LcoError(
-            f"{workdir} holds an experiment of another configuration; give another --output"
-        )
-    write_json(file, content)
-    results: dict[str, Any] = {"config": content, "command": command, "worlds": [], "runs": []}
+    results: dict[str, Any] = {"config": claim(workdir, config), "command": command}
+    results |= {"worlds": [], "runs": []}
+    # the world, eyes, a generator, its tunings and its runs
     per_seed = 3 + len(config.ways) + len(list(_wanted(config)))
     with tqdm(total=per_seed * len(config.seeds), desc="laboratory", unit="part") as bar:
         for seed in config.seeds:
@@ -145,14 +132,9 @@ def experiment(config: ConfigDict, workdir: Path, command: str) -> dict[str, Any
 
 def _check(config: ConfigDict) -> None:
     """Raise, by key, for what no experiment can have."""
-    stages, every = list(config.stages), config.pretrain.checkpoint.every
-    if not stages or stages != sorted(set(stages)) or stages[0] != 0 or stages[-1] == 0:
-        raise LcoError(f"config.stages is {stages}; give 0 and steps of training, ascending")
-    if uneven := [steps for steps in stages if steps % every]:
-        raise LcoError(
-            f"config.stages has {uneven[0]}, which is no multiple of "
-            f"config.pretrain.checkpoint.every={every}: there is no checkpoint of it"
-        )
+    check_stages(config)
+    if config.stages[0] != 0:
+        raise LcoError(f"config.stages begins with {config.stages[0]}; begin with 0, no training")
     if strange := [way for way in config.ways if way not in WAYS]:
         raise LcoError(f"config.ways has {strange[0]!r}; these are: {', '.join(WAYS)}")
     if not config.data_dir:
@@ -163,15 +145,16 @@ def _check(config: ConfigDict) -> None:
 
 
 def _once(bench: Bench, name: str, make: Callable[[], dict[str, Any]], bar: tqdm) -> dict[str, Any]:
-    """The content of the seed's file of this name, made if it is absent, with the seconds."""
-    file = bench.folder / "parts" / f"{name}.json"
-    if not file.exists():
+    """The seed's part of this name, made if it is absent, and the seconds that it took."""
+
+    def timed() -> dict[str, Any]:
         began = time.perf_counter()
         bar.set_postfix_str(f"seed {bench.seed}: {name}")
-        made = make()
-        write_json(file, {**made, "seconds": time.perf_counter() - began})
+        return {**make(), "seconds": time.perf_counter() - began}
+
+    part = once(bench.folder / "parts" / f"{name}.json", timed)
     bar.update()
-    return read_json(file)
+    return part
 
 
 def _tidy(bench: Bench) -> None:
@@ -185,14 +168,13 @@ def _tidy(bench: Bench) -> None:
 
 def _make_world(bench: Bench) -> dict[str, Any]:
     """The world, with texts that do not speak of its classes."""
-    config = bench.config
-    if not bench.world.exists():
-        data_dir = Path(config.data_dir)
-        real.write(bench.world, data_dir, bench.seed, real.Sizes(**config.sizes))
-        write_text(bench.world / PLAIN, "".join(_plain_texts(data_dir)))
-        _part_heldout(bench.world / "heldout")
-    texts = len((bench.world / PLAIN).read_text(encoding="utf-8").splitlines())
-    return {"seed": bench.seed, "chance": classes.chance(bench.kinds), "plain_texts": texts}
+    config, data_dir = bench.config, Path(bench.config.data_dir)
+    shutil.rmtree(bench.world, ignore_errors=True)  # of a start that was killed in the midst
+    real.write(bench.world, data_dir, bench.seed, real.Sizes(**config.sizes))
+    texts = [*_plain_texts(data_dir)]
+    write_text(bench.world / PLAIN, "".join(texts))
+    _part_heldout(bench.world / "heldout")
+    return {"seed": bench.seed, "chance": classes.chance(bench.kinds), "plain_texts": len(texts)}
 
 
 def _open_eyes(bench: Bench) -> dict[str, Any]:
@@ -204,9 +186,7 @@ def _open_eyes(bench: Bench) -> dict[str, Any]:
     settings.data.sources = {"image": {"kind": "jsonl", "path": images}}
     settings.eval.path = ",".join(str(bench.world / f"heldout/{k}.jsonl") for k in SEEN)
     settings.model.path, settings.seed = str(blank), bench.seed
-    results = pretrain(settings, bench.folder / "eyes")
-    if not results:
-        raise SystemExit("stopped; the same command goes on")
+    results = finished(pretrain(settings, bench.folder / "eyes"))
     return {"loss": results["after"]["loss"]}
 
 
@@ -266,10 +246,9 @@ def _write_own_answers(bench: Bench) -> None:
     """heldout/text.jsonl: questions, and what the language model says before anything."""
     limit = bench.config.answer_tokens
     answers = bench.model.generate_ids(list(QUESTIONS), limit, prompt="")
-    texts = bench.model.generate(list(QUESTIONS), limit, prompt="")
     lines = [
-        json.dumps({"anchor": question, "positive": text}) + "\n"
-        for question, ids, text in zip(QUESTIONS, answers, texts, strict=True)
+        json.dumps({"anchor": question, "positive": bench.model.text_of(ids)}) + "\n"
+        for question, ids in zip(QUESTIONS, answers, strict=True)
         if np.isin(ids, bench.model.ends).any()  # the answer came to its end
     ]
     if lines:
@@ -292,9 +271,7 @@ def _generate(bench: Bench) -> dict[str, Any]:
     _write_own_answers(bench)
     settings.model.path, settings.seed, settings.train.steps = str(bench.base), bench.seed, last
     settings.checkpoint.keep = math.ceil(last / settings.checkpoint.every)
-    results = pretrain(settings, bench.folder / "generator")
-    if not results:
-        raise SystemExit("stopped; the same command goes on")
+    results = finished(pretrain(settings, bench.folder / "generator"))
     return {"trained_parameters": results["trained_parameters"]}
 
 
@@ -310,9 +287,7 @@ def _tune(bench: Bench, way: str) -> dict[str, Any]:
     settings.data.sources = {"contrast": {"kind": "jsonl", "path": str(bench.world / data)}}
     settings.model.path = str(_best(bench) if way == "pairs" else bench.base)
     settings.seed = bench.seed
-    results = train(settings, bench.folder / way)
-    if not results:
-        raise SystemExit("stopped; the same command goes on")
+    results = finished(train(settings, bench.folder / way))
     return {key: results[key] for key in ("trained_parameters", "first_loss", "last_loss")}
 
 
@@ -338,9 +313,10 @@ def _wanted(config: ConfigDict) -> Iterator[tuple[int, str]]:
 def _runs(bench: Bench, bar: tqdm) -> Iterator[dict[str, Any]]:
     """Every run of a seed."""
     wanted = [*_wanted(bench.config)]
-    missing = [name for name in wanted if not (bench.folder / "parts" / _name(*name)).exists()]
+    parts = bench.folder / "parts"
+    missing = [run for run in wanted if not (parts / f"{_name(*run)}.json").exists()]
     opened = _once(bench, "eyes", partial(_open_eyes, bench), bar)
-    if missing:
+    if missing:  # which needs the base, and a finished seed has none
         _make_base(bench)
     generated = _once(bench, "generator", partial(_generate, bench), bar)
     tuned = {
@@ -348,8 +324,7 @@ def _runs(bench: Bench, bar: tqdm) -> Iterator[dict[str, Any]]:
         for way in bench.config.ways
     }
     for steps, way in wanted:
-        name = _name(steps, way).removesuffix(".json")
-        run = _once(bench, name, partial(_measure, bench, steps, way), bar)
+        run = _once(bench, _name(steps, way), partial(_measure, bench, steps, way), bar)
         if way == "none" and steps == bench.config.stages[-1]:
             run["seconds"] += opened["seconds"] + generated["seconds"]
         if steps == bench.config.stages[-1] and way in tuned:
@@ -359,7 +334,7 @@ def _runs(bench: Bench, bar: tqdm) -> Iterator[dict[str, Any]]:
 
 
 def _name(steps: int, way: str) -> str:
-    return f"run-{way}-{steps}.json"
+    return f"run-{way}-{steps}"
 
 
 def _measure(bench: Bench, steps: int, way: str) -> dict[str, Any]:
@@ -401,14 +376,13 @@ def _text_quality(bench: Bench, way: str) -> dict[str, float]:
 
     Before tuning it is the language model's, the same for all seeds.
     """
-    file = bench.folder.parent / "text-before.json"
-    if way == "none" and file.exists():
-        return read_json(file)
+    measured = partial(_agreements, bench)
+    return once(bench.folder.parent / "text-before.json", measured) if way == "none" else measured()
+
+
+def _agreements(bench: Bench) -> dict[str, float]:
     sick = Path(bench.config.data_dir) / "sts" / "SICK_trial.txt"
     pairs = dict(map(open_pairs, bench.config.sts))
     if sick.exists():
         pairs["sick"] = read_scored(sick, columns="sentence_A,sentence_B,relatedness_score")
-    found = {name: agreement(bench.model.encode, some).spearman for name, some in pairs.items()}
-    if way == "none":
-        write_json(file, found)
-    return found
+    return {name: agreement(bench.model.encode, some).spearman for name, some in pairs.items()}

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from laboratory import statistics as stats
 from laboratory.statistics import Estimate, Run, number
+from lco_jax.evaluation import plots
 
 KINDS = ("spoken", "written", "photo")
 COLOURS = {"spoken": "#d55e00", "written": "#0072b2", "photo": "#009e73", "text": "#555555"}
@@ -32,10 +33,9 @@ STYLE = {"none": ("white", "o"), "plain": (None, "o"), "classes": (None, "^")}
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure beside itself in both formats. path: without an ending."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a figure in both formats. path: without an ending."""
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    figure.savefig(path.with_suffix(".png"), dpi=160)
+    plots.save(figure, path.with_suffix(".png"))
 
 
 def mean(runs: Sequence[Run], steps: int, way: str, *path: str) -> Estimate | None:
@@ -110,18 +110,7 @@ def plot_law(path: Path, runs: Sequence[Run], chance: Callable[[str], float | No
 
 def law(runs: Sequence[Run], kind: str) -> stats.Points:
     """x: minus the loss of held-out answers before tuning; y: both directions after it."""
-    return stats.scaling(runs, stats.negative_loss(kind), both_ways(kind), 1, method="plain")
-
-
-def both_ways(kind: str) -> Callable[[Run], float | None]:
-    """Media to text and text to media, the mean."""
-
-    def value(run: Run) -> float | None:
-        keys = f"{kind}_to_text", f"text_to_{kind}"
-        each = [number(run, "representation", key) for key in keys]
-        return None if None in each else stats.mean_of(each)
-
-    return value
+    return stats.scaling(runs, stats.negative_loss(kind), stats.retrieval(kind), 1, method="plain")
 
 
 def plot_layers(path: Path, runs: Sequence[Run]) -> None:
@@ -183,7 +172,7 @@ def _line(
     """A measure over layers: the mean over seeds and a band of its interval."""
     rows = []
     for run in stats.of_all_seeds(runs, steps, way):
-        values = run["layers"][kind][measure]
+        values = run["layers"][measure][kind]
         rows.append([np.nan if value is None else value for value in values])
     if not rows:
         return

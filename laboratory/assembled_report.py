@@ -15,8 +15,8 @@ from typing import Any
 from laboratory import assembled_plots as plots
 from laboratory import statistics as stats
 from laboratory.assembled_plots import KINDS, NAMES, PAIRS
-from laboratory.claims import AS_GOOD, RULE, VERDICTS, Claim
-from laboratory.report import _interval, _table
+from laboratory.claims import AS_GOOD, RULE, VERDICTS, Claim, between
+from laboratory.report import guess_of, interval, table
 from laboratory.statistics import Estimate, Run, number
 from lco_jax.core.errors import run_main
 from lco_jax.core.files import read_json, write_json, write_text
@@ -29,7 +29,7 @@ WAYS = {
     "projection": "a projection, texts without the classes",
     "pairs": "LoRA, media with their texts",
 }
-Value = Callable[[Run], float | None]
+Value = Callable[[Run | None], float | None]
 
 
 def main() -> int:
@@ -47,7 +47,7 @@ def main() -> int:
 
 def write(results: dict[str, Any], sentences: dict[str, Any], folder: Path) -> None:
     """Write report.md, the figures, and both results."""
-    runs, guess = results["runs"], partial(_guess, results["worlds"])
+    runs, guess = results["runs"], partial(guess_of, results["worlds"])
     folder.mkdir(parents=True, exist_ok=True)
     items = 10 * results["config"]["sizes"]["tests"]
     plots.plot_sentences(folder / "sentences", sentences)
@@ -119,11 +119,11 @@ def _of_sentences(sentences: dict[str, Any]) -> Iterator[tuple[str, str, Estimat
 
 def _of_media(runs: Sequence[Run]) -> Iterator[tuple[str, str, Estimate | None, float]]:
     best = stats.qualities(runs)[-1]
-    gain = partial(_difference, runs, (best, "plain"), (best, "none"))
+    gain = partial(between, runs, (best, "plain"), (best, "none"))
     for kind in KINDS:
         what = "accuracy and precision after less before, best generator"
         text = f"tuning on texts without the classes improves text ↔ {NAMES[kind]}"
-        yield text, what, gain(plots.both_ways(kind)), 0
+        yield text, what, gain(stats.retrieval(kind)), 0
     text = "it improves written ↔ spoken digits, which nothing ever paired"
     yield text, "accuracy after less before, both ways", gain(crossed), 0
     for kind in KINDS:
@@ -131,52 +131,25 @@ def _of_media(runs: Sequence[Run]) -> Iterator[tuple[str, str, Estimate | None, 
         text = f"the better it says, the better it represents: {NAMES[kind]}"
         yield text, "Pearson, minus the loss before with text ↔ media after", r, 0
     for other in ("full", "projection"):
-        value = _difference(runs, (best, "plain"), (best, other), everything)
+        value = between(runs, (best, "plain"), (best, other), stats.retrieval(*KINDS))
         text = f"LoRA is at least as good as {'all weights' if other == 'full' else 'a projection'}"
         yield text, f"text ↔ media, LoRA less {other}, equal steps and data", value, AS_GOOD
-    value = _difference(runs, (best, "classes"), (best, "pairs"), everything)
+    value = between(runs, (best, "classes"), (best, "pairs"), stats.retrieval(*KINDS))
     text = "tuning on texts about the classes is at least as good as on pairs of media and text"
     yield text, "text ↔ media, texts less pairs, equal steps and records", value, AS_GOOD
     for kind in KINDS:
-        fall = _difference(runs, (best, "none"), (best, "plain"), _last("anisotropy", kind))
+        anisotropy = partial(stats.last_layer, measure="anisotropy", kind=kind)
+        fall = between(runs, (best, "none"), (best, "plain"), anisotropy)
         text = f"anisotropy of {NAMES[kind]} falls, which tuning never saw"
         yield text, "mean cosine at the last layer, before less after", fall, 0
-        rise = gain(_last("cka", kind))
+        rise = gain(partial(stats.last_layer, measure="cka", kind=kind))
         yield f"{NAMES[kind]} align with text", "unbiased CKA, after less before", rise, 0
 
 
-def crossed(run: Run) -> float | None:
+def crossed(run: Run | None) -> float | None:
     """Written to spoken digits and back, the mean."""
     both = [number(run, "representation", f"{a}_to_{b}") for a, b in (KINDS[:2], KINDS[1::-1])]
     return None if None in both else stats.mean_of(both)
-
-
-def everything(run: Run) -> float | None:
-    """Text ↔ media, the mean of all kinds."""
-    return stats.mean_of([plots.both_ways(kind)(run) for kind in KINDS])
-
-
-def _last(measure: str, kind: str) -> Value:
-    def value(run: Run) -> float | None:
-        values = run["layers"][kind][measure]
-        return number({"last": values[-1]}, "last")
-
-    return value
-
-
-def _difference(
-    runs: Sequence[Run], one: tuple[int, str], other: tuple[int, str], value: Value
-) -> Estimate | None:
-    """Over seeds: one run's value less another's of the same seed."""
-
-    def of_seed(seed: int) -> float | None:
-        both = [stats.find(runs, seed, *which) for which in (one, other)]
-        if None in both:
-            return None
-        first, second = map(value, both)
-        return None if first is None or second is None else first - second
-
-    return stats.over_seeds(runs, of_seed)
 
 
 # ---- tables
@@ -188,13 +161,13 @@ def _verdicts(claims: Sequence[Claim]) -> list[str]:
             claim.text,
             f"**{claim.verdict}**",
             claim.quantity,
-            _interval(claim.estimate, 3),
+            interval(claim.estimate, 3),
             f"{claim.edge:g}",
             str(claim.estimate.n),
         ]
         for claim in claims
     ]
-    return [*RULE, "", *_table(["claim", "verdict", "quantity", "value", "edge", "n"], rows)]
+    return [*RULE, "", *table(["claim", "verdict", "quantity", "value", "edge", "n"], rows)]
 
 
 def _sentences(sentences: dict[str, Any]) -> list[str]:
@@ -206,7 +179,7 @@ def _sentences(sentences: dict[str, Any]) -> list[str]:
         ]
         rows.append([file.replace("stsb", "STS-B"), f"{before:.3f}", *cells])
     head = ["Spearman", "before", "after, `lco_jax.train`", "after, the recipe in torch and peft"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _opened(runs: Sequence[Run], guess: Callable[[str], float | None]) -> list[str]:
@@ -216,7 +189,7 @@ def _opened(runs: Sequence[Run], guess: Callable[[str], float | None]) -> list[s
         cells = [_cell(plots.mean(runs, best, way, "representation", key)) for way in ways]
         rows.append([key.replace("_to_", " → "), f"{guess(key) or 0:.3f}", *cells])
     head = ["", "chance", "before", "texts without the classes", "texts about the classes"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _law(runs: Sequence[Run]) -> list[str]:
@@ -225,10 +198,10 @@ def _law(runs: Sequence[Run]) -> list[str]:
         for kind in KINDS:
             loss = plots.mean(runs, steps, "none", "generative", kind, "loss")
             exact = plots.mean(runs, steps, "none", "generative", kind, "exact")
-            ways = [_over(runs, steps, way, plots.both_ways(kind)) for way in ("none", "plain")]
+            ways = [_over(runs, steps, way, stats.retrieval(kind)) for way in ("none", "plain")]
             rows.append([f"{steps}", NAMES[kind], _cell(loss), _cell(exact), *map(_cell, ways)])
     head = ["steps", "of", "loss", "exact answers", "text ↔ media before", "after"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _ways(runs: Sequence[Run]) -> list[str]:
@@ -236,13 +209,13 @@ def _ways(runs: Sequence[Run]) -> list[str]:
     for way, name in WAYS.items():
         if not stats.of_all_seeds(runs, best, way):
             continue
-        cells = [_cell(_over(runs, best, way, plots.both_ways(kind))) for kind in KINDS]
+        cells = [_cell(_over(runs, best, way, stats.retrieval(kind))) for kind in KINDS]
         cells.append(_cell(_over(runs, best, way, crossed)))
         files = dict.fromkeys(key for run in runs for key in run.get("text", {}))
         cells += [_cell(plots.mean(runs, best, way, "text", file)) for file in files]
         rows.append([name, *cells])
     head = ["tuned", *(f"text ↔ {NAMES[kind]}" for kind in KINDS), "written ↔ spoken", *files]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _costs(runs: Sequence[Run]) -> list[str]:
@@ -255,15 +228,11 @@ def _costs(runs: Sequence[Run]) -> list[str]:
         if any(cells):
             rows.append([name, *cells])
     head = [f"{kind}: {m}" for kind in ("own answers", *NAMES.values()) for m in ("loss", "exact")]
-    return _table(["tuned", *head], rows)
+    return table(["tuned", *head], rows)
 
 
 def _over(runs: Sequence[Run], steps: int, way: str, value: Value) -> Estimate | None:
-    def of_seed(seed: int) -> float | None:
-        run = stats.find(runs, seed, steps, way)
-        return None if run is None else value(run)
-
-    return stats.over_seeds(runs, of_seed)
+    return stats.over_seeds(runs, lambda seed: value(stats.find(runs, seed, steps, way)))
 
 
 def _cell(found: Estimate | None) -> str:
@@ -276,11 +245,6 @@ def _cell(found: Estimate | None) -> str:
 def _scores(sentences: dict[str, Any], way: str, file: str) -> dict[int, float]:
     """{seed: Spearman}."""
     return {run["seed"]: run["scores"][file] for run in sentences["runs"] if run["way"] == way}
-
-
-def _guess(worlds: Sequence[dict[str, Any]], name: str) -> float | None:
-    """What chance gives, the mean over worlds."""
-    return stats.mean_of([number(world, "chance", name) for world in worlds])
 
 
 if __name__ == "__main__":

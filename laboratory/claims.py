@@ -14,7 +14,7 @@ RULE = (
     "One rule decides all: a claim held where the 95 % interval of its quantity is above the edge,",
     "it did not hold where the interval is below, and it is undecided otherwise, or where there is",
     "no interval (one seed). Quantities are such that the claim says they are high. The edge is 0,",
-    'except for "at least as good" (at most two points of recall@1 worse) and "at chance" (at most',
+    'except for "at least as good" (at most two points worse) and "at chance" (at most',
     "five above). Intervals of differences are Student's over seeds, paired by seed; intervals of",
     "correlations are a bootstrap's with seeds as clusters. Nothing is corrected for number.",
 )
@@ -76,7 +76,7 @@ def _claims(
         )
     if least == 0 < best:
         everything = stats.retrieval(*MODALITIES)
-        need = _between(runs, (best, METHOD), (0, METHOD), everything)
+        need = between(runs, (best, METHOD), (0, METHOD), everything)
         yield (
             "generative training is needed",
             "recall@1 tuned, best generator less untrained",
@@ -101,7 +101,7 @@ def _claims(
         ("projection", "LoRA is better than a linear projection", 0),
         ("clip", "text-only LoRA is at least as good as tuning on media and captions", AS_GOOD),
     ):
-        value = _between(
+        value = between(
             runs, (best, METHOD), (best, other), lambda run: retrieval_of(run, *MODALITIES)
         )
         yield text, f"recall@1, LoRA less {other}, best generator", value, edge
@@ -142,7 +142,7 @@ def _less(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a - b
 
 
-def _between(
+def between(
     runs: Sequence[Run],
     one: tuple[int, str],
     other: tuple[int, str],
@@ -162,4 +162,4 @@ def _change(
 ) -> Estimate | None:
     """After text-only LoRA less before; sign -1: before less after."""
     ways = [(steps, METHOD), (steps, "none")][::sign]
-    return _between(runs, ways[0], ways[1], value)
+    return between(runs, ways[0], ways[1], value)

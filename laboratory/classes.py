@@ -6,7 +6,6 @@ All numbers come from one pass that stores the states of every layer.
 Dimensions: N media, C classes, L layers, D hidden.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from laboratory.probes import rows_of
 from lco_jax.analysis.measures import RESOLUTION, Side, anisotropy, unbiased_cka
-from lco_jax.core.errors import LcoError
-from lco_jax.data.records import Reader, as_input
+from lco_jax.data.records import as_input
 
 TESTS = {"photo": "image", "written": "digit", "spoken": "audio"}  # kind -> name of its test file
 LAYERS = ("anisotropy", "anisotropy_of_text", "cka", "accuracy")
@@ -35,17 +34,11 @@ def read_kinds(world: Path) -> dict[str, Kind]:
     """{photo, written, spoken: its test media}, of a world that `laboratory.real` wrote."""
     kinds = {}
     for name, test in TESTS.items():
-        file = world / "tests" / f"zeroshot_{test}.jsonl"
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        captions = sorted({row["label"] for row in rows})
-        media = []
-        for i, row in enumerate(rows):
-            reader = Reader(f"{file}:{i + 1}", str(file.parent), lambda path: Path(path).exists())
-            media.append(as_input(reader.side(row["media"], "media")))
-        labels = np.array([captions.index(row["label"]) for row in rows])
+        rows = [*rows_of(world / "tests" / f"zeroshot_{test}.jsonl", "media", "label")]
+        captions = sorted({row["label"] for row, _ in rows})
+        media = [as_input(reader.side(row["media"], "media")) for row, reader in rows]
+        labels = np.array([captions.index(row["label"]) for row, _ in rows])
         kinds[name] = Kind(media, labels, captions)
-    if not kinds:
-        raise LcoError(f"{world}/tests has no media")
     return kinds
 
 
@@ -60,7 +53,7 @@ def measure(
 
     representation: of each kind `KIND_to_text` (the nearest caption is the right one),
     `text_to_KIND` (mean average precision of the class's media among all), and `written_to_spoken`
-    and back (the nearest item is of the same digit). layers: {kind: {one of `LAYERS`: a number
+    and back (the nearest item is of the same digit). layers: {one of `LAYERS`: {kind: a number
     before the first layer and after each}}; cka is of media with their captions, accuracy is
     `KIND_to_text`.
     """
@@ -73,10 +66,11 @@ def measure(
         found[f"{name}_to_text"] = _accuracy(similarity, kind.labels)
         found[f"text_to_{name}"] = _mean_precision(similarity.T, kind.labels)
     for one, other in (("written", "spoken"), ("spoken", "written")):
-        labels = _spoken_labels(kinds[other], kinds[one])
+        labels = _digits_of(kinds[other], kinds[one])
         nearest = (ends[one] @ ends[other].T).argmax(axis=1)
         found[f"{one}_to_{other}"] = float((labels[nearest] == kinds[one].labels).mean())
-    layers = {name: _by_layer(media[name], texts[name], kind) for name, kind in kinds.items()}
+    by_kind = {name: _by_layer(media[name], texts[name], kind) for name, kind in kinds.items()}
+    layers = {of: {name: values[of] for name, values in by_kind.items()} for of in LAYERS}
     return {"representation": found, "layers": layers}
 
 
@@ -91,7 +85,7 @@ def chance(kinds: dict[str, Kind]) -> dict[str, float]:
     return found
 
 
-def _spoken_labels(documents: Kind, queries: Kind) -> np.ndarray:
+def _digits_of(documents: Kind, queries: Kind) -> np.ndarray:
     """The labels of the documents as numbers of the queries' classes: both are the ten digits."""
     digits = [caption.rpartition(" ")[2] for caption in queries.captions]
     numbers = [digits.index(caption.rpartition(" ")[2]) for caption in documents.captions]

@@ -8,8 +8,6 @@ one-way InfoNCE over positives and hard negatives, AdamW under the same schedule
 adapter in peft's files. Order of the data and first values are torch's own.
 """
 
-import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from ml_collections import ConfigDict
 from torch.nn import functional
 from tqdm import tqdm
 
-from benchmarks.peer import import_torchvision
+from benchmarks.peer import LINEARS, embed, import_torchvision
 
 import_torchvision()  # before transformers looks for it
 
@@ -33,8 +31,8 @@ from lco_jax.data.pipeline import open_sources  # noqa: E402
 from lco_jax.data.processor import Processor  # noqa: E402
 from lco_jax.data.prompts import as_messages  # noqa: E402
 from lco_jax.training import cli  # noqa: E402
+from lco_jax.training.optimizer import OptimizerConfig, learning_rate  # noqa: E402
 
-LINEARS = r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 MICRO = 16  # texts in one pass
 
 
@@ -84,16 +82,6 @@ def read_triplets(config: ConfigDict, processor: Processor) -> list[list[list[in
     ]
 
 
-def embed(model: Any, sequences: list[list[int]]) -> torch.Tensor:
-    """The last position after the final norm, [n, D], unit length."""
-    width = max(map(len, sequences))
-    pads = [width - len(ids) for ids in sequences]
-    ids = torch.tensor([[0] * pad + ids for pad, ids in zip(pads, sequences, strict=True)])
-    mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
-    out = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
-    return functional.normalize(out.hidden_states[-1][:, -1], dim=-1)
-
-
 def fit(model: Any, triplets: list[list[list[int]]], config: ConfigDict) -> list[float]:
     """Train; the loss of every step."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -105,14 +93,11 @@ def fit(model: Any, triplets: list[list[list[int]]], config: ConfigDict) -> list
         eps=settings.eps,
         weight_decay=settings.weight_decay,
     )
-    steps, warmup = config.train.steps, settings.warmup_steps
-
-    def rate(step: int) -> float:
-        if step < warmup:
-            return step / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    steps = config.train.steps
+    rate = learning_rate(OptimizerConfig(**settings), steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: float(rate(step)) / settings.learning_rate
+    )
     losses = []
     order: list[int] = []
     for _ in tqdm(range(steps), desc="recipe", unit="step"):
@@ -149,4 +134,4 @@ def gradient(model: Any, batch: list[list[list[int]]], temperature: float) -> fl
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    run_main(main)

@@ -41,7 +41,7 @@ def write(results: dict[str, Any], folder: Path) -> None:
             f"the results hold two runs of seed, generative_steps and tune {twice[0]}; keep one"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    guess = partial(_guess, results.get("worlds") or [])
+    guess = partial(guess_of, results.get("worlds") or [])
 
     def kind_guess(kind: str) -> float | None:
         return stats.mean_of([guess(f"text_to_{kind}"), guess(f"{kind}_to_text")])
@@ -101,7 +101,7 @@ def _verdicts(results: dict[str, Any]) -> list[str]:
     count = {kind: sum(claim.verdict == kind for claim in decided) for kind in claims.VERDICTS}
     rows = []
     for claim in decided:
-        value, n = _interval(claim.estimate, 3), str(claim.estimate.n)
+        value, n = interval(claim.estimate, 3), str(claim.estimate.n)
         rows.append(
             [claim.text, f"**{claim.verdict}**", claim.quantity, value, f"{claim.edge:g}", n]
         )
@@ -114,7 +114,7 @@ def _verdicts(results: dict[str, Any]) -> list[str]:
         *lines,
         *claims.RULE,
         "",
-        *_table(["claim", "verdict", "quantity", "value", "edge", "n"], rows),
+        *table(["claim", "verdict", "quantity", "value", "edge", "n"], rows),
     ]
 
 
@@ -129,7 +129,7 @@ def _before_after(runs: Sequence[Run], guess: Guess) -> list[str]:
         cells = [_change(runs, count, _at("representation", name)) for count in steps]
         if any(cells) and not name.startswith("minimal."):
             rows.append([_spoken(name), _plain(guess(name)), *cells])
-    return _table(["before → after", "chance", *(f"{count:,} steps" for count in steps)], rows)
+    return table(["before → after", "chance", *(f"{count:,} steps" for count in steps)], rows)
 
 
 def _generation(runs: Sequence[Run]) -> list[str]:
@@ -142,7 +142,7 @@ def _generation(runs: Sequence[Run]) -> list[str]:
                 for name in ("loss", "exact", "cer")
             ]
             rows += [[f"{count:,}", kind, *cells]] if any(cells) else []
-    return _table(["steps", "of", "loss, nats a token", "exact", "character error rate"], rows)
+    return table(["steps", "of", "loss, nats a token", "exact", "character error rate"], rows)
 
 
 def _scaling(runs: Sequence[Run]) -> list[str]:
@@ -160,9 +160,9 @@ def _scaling(runs: Sequence[Run]) -> list[str]:
                 if r is not None and rank is not None:
                     slope = "" if r.mean is None else f"{np.polyfit(points.x, points.y, 1)[0]:+.3f}"
                     rows.append(
-                        [kind, label, which, str(r.n), slope, _interval(r, 2), _interval(rank, 2)]
+                        [kind, label, which, str(r.n), slope, interval(r, 2), interval(rank, 2)]
                     )
-    return _table(["of", "quality before", "generators", "n", "slope", "Pearson", "Spearman"], rows)
+    return table(["of", "quality before", "generators", "n", "slope", "Pearson", "Spearman"], rows)
 
 
 def _tuning(runs: Sequence[Run]) -> list[str]:
@@ -174,7 +174,7 @@ def _tuning(runs: Sequence[Run]) -> list[str]:
     for way, name in report_plots.WAYS.items():
         cells = [_over(runs, best, way, value) for value in values.values()]
         rows += [[name, *cells]] if any(cells) else []
-    return _table(["tuned", *values], rows)
+    return table(["tuned", *values], rows)
 
 
 def _layers(runs: Sequence[Run]) -> list[str]:
@@ -190,7 +190,7 @@ def _layers(runs: Sequence[Run]) -> list[str]:
             _change(runs, best, partial(stats.last_layer, measure=x, kind=kind)) for x in names
         ]
         rows += [[kind, *cells]] if any(cells) else []
-    return _table(["last layer, before → after", *names.values()], rows)
+    return table(["last layer, before → after", *names.values()], rows)
 
 
 def _minimal(runs: Sequence[Run], guess: Guess) -> list[str]:
@@ -204,7 +204,7 @@ def _minimal(runs: Sequence[Run], guess: Guess) -> list[str]:
             if cell
             else []
         )
-    return _table(["attribute", "chance", "before → after"], rows)
+    return table(["attribute", "chance", "before → after"], rows)
 
 
 def _theory(runs: Sequence[Run]) -> list[str]:
@@ -228,7 +228,7 @@ def _theory(runs: Sequence[Run]) -> list[str]:
         "bound on I(medium; text)",
         "KL(Q ‖ P)",
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _at(*path: str) -> Value:
@@ -253,7 +253,7 @@ def _over(runs: Sequence[Run], steps: int, tune: str, value: Value) -> str:
     return f"{mean} ± {np.std(there, ddof=1):{form}}" if len(there) > 1 else mean
 
 
-def _guess(worlds: Sequence[dict[str, Any]], name: str) -> float | None:
+def guess_of(worlds: Sequence[dict[str, Any]], name: str) -> float | None:
     """What chance gives, the mean over worlds."""
     return stats.mean_of([number(world, "chance", name) for world in worlds])
 
@@ -272,7 +272,7 @@ def _plain(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def _interval(estimate: stats.Estimate, digits: int) -> str:
+def interval(estimate: stats.Estimate, digits: int) -> str:
     mean, low, high, _ = estimate
     if mean is None:
         return "does not vary"
@@ -281,7 +281,7 @@ def _interval(estimate: stats.Estimate, digits: int) -> str:
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Markdown, without the columns that are empty throughout; nothing where there are no rows."""
     kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
     if not kept:

@@ -5,22 +5,21 @@ Each run's numbers are in a file of their own, and a laboratory that is started 
 what is missing.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from laboratory import backbone, measure, real, report, theory, worlds
+from laboratory.shared import SeedFolder, check_stages, claim, finished, once
 from lco_jax.checkpoint.export import export_merged
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.checkpoint.sentence_transformers import read_projection
 from lco_jax.core.errors import LcoError
-from lco_jax.core.files import on_bucket, read_json, write_json
 from lco_jax.generator import OmniGenerator
 from lco_jax.job import say
 from lco_jax.pretrain import pretrain
@@ -38,16 +37,8 @@ WAYS: dict[
 }
 
 
-class Bench(NamedTuple):
-    """One seed's folder, and what is in it."""
-
-    config: ConfigDict
-    folder: Path
-    seed: int
-
-    @property
-    def world(self) -> Path:
-        return self.folder / "world"
+class Bench(SeedFolder):
+    """One seed's folder, its generators and what they were tuned to."""
 
     def stage(self, steps: int) -> Path:
         """The generator after so many steps."""
@@ -63,18 +54,8 @@ def experiment(config: ConfigDict, workdir: Path, command: str) -> dict[str, Any
     the latter.
     """
     _check(config)
-    if on_bucket(workdir):
-        raise LcoError(
-            f"--output={workdir}: the laboratory works in a folder; copy it to a bucket at the end"
-        )
-    content = json.loads(config.to_json())
-    if (workdir / "config.json").exists() and read_json(workdir / "config.json") != content:
-        raise LcoError(
-            f"{workdir} holds an experiment of another configuration; give another --output"
-        )
-    write_json(workdir / "config.json", content)
     results: dict[str, Any] = {
-        "config": content,
+        "config": claim(workdir, config),
         "command": command,
         "minutes": 0.0,
         "worlds": [],
@@ -82,7 +63,7 @@ def experiment(config: ConfigDict, workdir: Path, command: str) -> dict[str, Any
     }
     for seed in config.seeds:
         bench = Bench(config, workdir / f"seed-{seed}", seed)
-        results["worlds"].append(_once(bench.folder / "world.json", partial(_make_world, bench)))
+        results["worlds"].append(once(bench.folder / "world.json", partial(_make_world, bench)))
         results["runs"] += _runs(bench)
     timed = [one["seconds"] for one in (*results["worlds"], *results["runs"])]
     results["minutes"] = sum(sum(seconds.values()) for seconds in timed) / 60
@@ -93,18 +74,9 @@ def experiment(config: ConfigDict, workdir: Path, command: str) -> dict[str, Any
 
 def _check(config: ConfigDict) -> None:
     """Raise, by key, for what no experiment can have."""
-    stages, every = list(config.stages), config.pretrain.checkpoint.every
-    if not stages or stages != sorted(set(stages)) or stages[0] < 0 or stages[-1] == 0:
-        raise LcoError(
-            f"config.stages is {stages}; name steps of generative training, in ascending order"
-        )
+    check_stages(config)
     if strange := [way for way in config.ways if way not in WAYS]:
         raise LcoError(f"config.ways has {strange[0]!r}; these are: {', '.join(WAYS)}")
-    if uneven := [steps for steps in stages if steps % every]:
-        raise LcoError(
-            f"config.stages has {uneven[0]}, which is no multiple of "
-            f"config.pretrain.checkpoint.every={every}: there is no checkpoint of it"
-        )
     if config.world not in ("made", "real"):
         raise LcoError(f"config.world is {config.world!r}; it is one of: made, real")
     if config.world == "real" and not config.data_dir:
@@ -112,13 +84,6 @@ def _check(config: ConfigDict) -> None:
             "config.data_dir is missing: the folder with tfds/ (cifar10, mnist as array_record) "
             "and fsdd/"
         )
-
-
-def _once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `file` holds, made if it does not exist."""
-    if not file.exists():
-        write_json(file, make())
-    return read_json(file)
 
 
 def _make_world(bench: Bench) -> dict[str, Any]:
@@ -146,7 +111,7 @@ def _runs(bench: Bench) -> Iterator[dict[str, Any]]:
     ways.
     """
     config, best = bench.config, bench.config.stages[-1]
-    generated = _once(bench.folder / "pretrained.json", partial(_generate, bench))
+    generated = once(bench.folder / "pretrained.json", partial(_generate, bench))
     generator: list[OmniGenerator] = []
 
     def load(folder: Path) -> OmniGenerator:
@@ -161,7 +126,7 @@ def _runs(bench: Bench) -> Iterator[dict[str, Any]]:
     for steps in config.stages:
         for way in ("none", "lora", *(config.ways if steps == best else ())):
             make = partial(_run, bench, steps, way, load)
-            run = _once(bench.folder / "runs" / f"{way}-{steps}.json", make)
+            run = once(bench.folder / "runs" / f"{way}-{steps}.json", make)
             if way == "none" and steps == best:
                 run["seconds"]["pretrain"] = generated["seconds"]
             yield run
@@ -188,8 +153,7 @@ def _generate(bench: Bench) -> dict[str, Any]:
         config.stages[-1],
     )
     settings.checkpoint.keep = math.ceil(config.stages[-1] / settings.checkpoint.every)
-    if not pretrain(settings, workdir):
-        raise SystemExit("stopped; the same command goes on")
+    finished(pretrain(settings, workdir))
     for steps in config.stages:
         if not bench.stage(steps).exists():
             source, tuned, lora, _ = tuned_of_run(workdir, steps)
@@ -206,10 +170,7 @@ def _tune(bench: Bench, steps: int, way: str) -> dict[str, Any]:
     settings.optimizer.learning_rate = bench.config.rates[way]
     settings.data.sources = {"contrast": {"kind": "jsonl", "path": str(bench.world / data)}}
     settings.model.path, settings.seed = str(bench.stage(steps)), bench.seed
-    results = train(settings, bench.tuned(steps, way))
-    if not results:
-        raise SystemExit("stopped; the same command goes on")
-    return results
+    return finished(train(settings, bench.tuned(steps, way)))
 
 
 def _run(

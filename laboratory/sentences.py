@@ -4,7 +4,6 @@ Each adapter is trained by `lco_jax.train` or by `laboratory.recipe`, and all ar
 same programs. What is there is not made again.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -15,12 +14,13 @@ from typing import Any
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from laboratory.shared import claim, finished, once
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.checkpoint.peft import read_adapter
 from lco_jax.configs import smollm2
 from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
-from lco_jax.core.files import read_json, write_json
+from lco_jax.core.files import write_json
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation.sts import agreement, open_pairs
 from lco_jax.job import say
@@ -31,10 +31,10 @@ WAYS = ("ours", "recipe")
 
 def experiment(config: ConfigDict, workdir: Path, command: str) -> dict[str, Any]:
     """Run or go on; writes results.json into `workdir` and returns its content."""
-    write_json(workdir / "config.json", json.loads(config.to_json()))
+    claim(workdir, config)
     embedder = OmniEmbedder.from_pretrained("builtin:smollm2", modalities=["text"])
     score = partial(_score, config, embedder, embedder.params)
-    results: dict[str, Any] = {"command": command, "before": _once(workdir / "before.json", score)}
+    results: dict[str, Any] = {"command": command, "before": once(workdir / "before.json", score)}
     results["runs"] = []
     with tqdm(total=len(WAYS) * len(config.seeds), desc="sentences", unit="run") as bar:
         for seed in config.seeds:
@@ -43,7 +43,7 @@ def experiment(config: ConfigDict, workdir: Path, command: str) -> dict[str, Any
                 bar.set_postfix_str(f"seed {seed}: {way}")
                 if not (folder / "adapter" / "adapter_config.json").exists():
                     _train(way, seed, folder)
-                found = _once(folder / "scores.json", partial(score, folder / "adapter"))
+                found = once(folder / "scores.json", partial(score, folder / "adapter"))
                 results["runs"].append({"seed": seed, "way": way, "scores": found})
                 bar.update()
     write_json(workdir / "results.json", results)
@@ -52,19 +52,12 @@ def experiment(config: ConfigDict, workdir: Path, command: str) -> dict[str, Any
     return results
 
 
-def _once(file: Path, make: Any) -> dict[str, Any]:
-    if not file.exists():
-        write_json(file, make())
-    return read_json(file)
-
-
 def _train(way: str, seed: int, folder: Path) -> None:
     """Train one adapter."""
     if way == "ours":
         settings = smollm2.get_config()
         settings.seed, settings.eval.sts = seed, ""
-        if not train(settings, folder):
-            raise SystemExit("stopped; the same command goes on")
+        finished(train(settings, folder))
         return
     command = [sys.executable, "-m", "laboratory.recipe", "--config=smollm2"]
     command += [f"--config.seed={seed}", f"--output={folder}"]

@@ -150,8 +150,7 @@ def answer_and_score(args: argparse.Namespace) -> None:
         answers, skipped = _generate(args, contents, names, Contents(len(records), kinds, int))
         if len(skipped) == len(records):
             raise LcoError(f"--input={args.input} holds no record that could be answered")
-        answered = [i for i in range(len(records)) if i not in skipped]
-        scores = score([answers[i] for i in answered], [references[i] for i in answered])
+        scores = _score(answers, references)
         if skipped or malformed:
             scores["skipped"] = len(skipped) + malformed
         rows = zip(names, answers, references, strict=True)
@@ -166,6 +165,13 @@ def answer_and_score(args: argparse.Namespace) -> None:
     print(f"scores: {args.output / 'results.json'}; answers: answers.jsonl beside it")
     if skipped:
         print(skipped_in_words(args.output / "answers.jsonl", len(skipped)))
+
+
+def _score(answers: Sequence[str | None], references: Sequence[str]) -> dict[str, float]:
+    """The scores of the answers that are there; None is one of a skipped record."""
+    pairs = zip(answers, references, strict=True)
+    answered = [(answer, reference) for answer, reference in pairs if answer is not None]
+    return score(*map(list, zip(*answered, strict=True)))
 
 
 def _records(args: argparse.Namespace) -> tuple[list[Record], list[str], int]:

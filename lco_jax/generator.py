@@ -66,14 +66,13 @@ class OmniGenerator(OmniEmbedder):
 
         options: as `generate_ids` has them.
         """
-        answers: list[str | None] = []
-        for ids in self.generate_ids(inputs, max_new_tokens, **options):
-            if ids is None:
-                answers.append(None)
-                continue
-            spoken = ids[~np.isin(ids, self.ends)]
-            answers.append(self.tokenizer.tokenizer.decode(spoken, skip_special_tokens=True))
-        return answers
+        answers = self.generate_ids(inputs, max_new_tokens, **options)
+        return [None if ids is None else self.text_of(ids) for ids in answers]
+
+    def text_of(self, ids: np.ndarray) -> str:
+        """An answer's token ids as text, without those that end its turn."""
+        spoken = ids[~np.isin(ids, self.ends)]
+        return self.tokenizer.tokenizer.decode(spoken, skip_special_tokens=True)
 
     def generate_ids(
         self,

@@ -97,9 +97,8 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
     training = Training.build(config, checkpoint, total_steps, mesh)
     _print_summary(config, mesh, sources, training, total_steps)
     named = {f"held-out data {name}": source for name, source in held_out.items()}
-    towers = _towers_for(checkpoint, {**named, **sources}, media)
-    if training.tune.trains_towers:
-        towers = list(checkpoint.towers)
+    needed = _towers_for(checkpoint, {**named, **sources}, media)
+    towers = list(checkpoint.towers) if training.tune.trains_towers else needed
     model, params = _load(config, checkpoint, mesh, towers, generative)
     return Job(
         config=config,
@@ -231,15 +230,11 @@ def _print_summary(
 
 def _open_held_out(config: ConfigDict, generative: bool) -> dict[str, ListSource]:
     """The held-out records by file. Those of a generative run have answers."""
-    paths = [path.strip() for path in config.eval.path.split(",") if path.strip()]
     held_out = {}
-    for path in paths:
+    for path in _listed(config.eval.path):
         source = JsonlSource(local_copy(path), config.data.on_bad)
         held_out[source.path.stem] = ListSource(list(source), source.skipped)
-    if len(held_out) < len(paths):
-        raise LcoError(
-            f"config.eval.path={config.eval.path} holds two files of one name; scores go by names"
-        )
+    _check_names(held_out, "path", config)
     if generative:
         for source in held_out.values():
             for record in source:
@@ -249,15 +244,24 @@ def _open_held_out(config: ConfigDict, generative: bool) -> dict[str, ListSource
 
 def _open_pairs(config: ConfigDict, generative: bool) -> dict[str, ScoredPairs]:
     """The scored pairs by file."""
-    names = [name.strip() for name in config.eval.sts.split(",") if name.strip()]
+    names = _listed(config.eval.sts)
     if names and generative:
         raise LcoError("config.eval.sts goes with lco_jax.train; this model makes no embeddings")
     pairs = dict(map(open_pairs, names))
-    if len(pairs) < len(names):
-        raise LcoError(
-            f"config.eval.sts={config.eval.sts} holds two files of one name; scores go by names"
-        )
+    _check_names(pairs, "sts", config)
     return pairs
+
+
+def _listed(names: str) -> list[str]:
+    """What stands between commas."""
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _check_names(opened: Mapping[str, Any], key: str, config: ConfigDict) -> None:
+    """Raise where two files of config.eval.KEY have one name. opened: the files by their names."""
+    given = config.eval[key]
+    if len(opened) < len(_listed(given)):
+        raise LcoError(f"config.eval.{key}={given} holds two files of one name; scores go by names")
 
 
 def _towers_for(

@@ -14,7 +14,7 @@ import argparse
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.core.errors import LcoError, explained, run_main
-from lco_jax.core.files import read_json, write_json
+from lco_jax.core.files import read_own, write_json
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Contents, Corpus, scan
 from lco_jax.data.folder import rest_in_words
@@ -204,7 +204,8 @@ def _read_index(parts: VectorParts, dimension: int) -> tuple[list[str], np.ndarr
     """
     manifest = parts.output.parent / "manifest.json"
     if manifest.exists():
-        same_work(_read_manifest(manifest), parts.work, manifest.parent, parts.flag)
+        advice = f"remove {manifest.parent}, and the same command embeds all again"
+        same_work(read_own(manifest, advice), parts.work, manifest.parent, parts.flag)
     elif parts.output.exists():
         raise LcoError(f"{parts.output} is of no index of ours; give another {parts.flag}")
     write_json(manifest, parts.work)
@@ -213,15 +214,6 @@ def _read_index(parts: VectorParts, dimension: int) -> tuple[list[str], np.ndarr
         width = f"{vectors.shape[1]} dimensions, and the model's {dimension}"
         raise LcoError(f"{parts.output}: its vectors have {width}; remove it")
     return known, vectors
-
-
-def _read_manifest(manifest: Path) -> dict[str, Any]:
-    """The work that made an index. Raises where its file is damaged."""
-    try:
-        return read_json(manifest)
-    except LcoError as error:
-        advice = f"remove {manifest.parent}, and the same command embeds all again"
-        raise LcoError(f"{error}; {advice}") from error
 
 
 def _read_table(parts: VectorParts) -> tuple[list[str], np.ndarray]:

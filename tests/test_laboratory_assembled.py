@@ -94,14 +94,14 @@ def test_texts_that_speak_of_a_class_are_known(text, speaks):
 def run(seed, steps, way, level):
     names = [f"{kind}_to_text" for kind in classes.TESTS] + [f"text_to_{k}" for k in classes.TESTS]
     names += ["written_to_spoken", "spoken_to_written"]
-    layer = {name: [None, 0.5, level] for name in classes.LAYERS}
+    layers = {kind: [None, 0.5, level] for kind in classes.TESTS}
     quality = {"loss": 3 - 2 * level, "exact": level, "cer": 0.5}
     return {
         "seed": seed,
         "generative_steps": steps,
         "tune": way,
         "representation": dict.fromkeys(names, level + seed / 1000),
-        "layers": dict.fromkeys(classes.TESTS, layer),
+        "layers": dict.fromkeys(classes.LAYERS, layers),
         "generative": dict.fromkeys([*classes.TESTS, "text"], quality),
         "text": {"stsb-test": level},
     }

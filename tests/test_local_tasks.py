@@ -110,7 +110,7 @@ def test_records_by_either_name_and_what_says_the_same_is_there_once(tmp_path):
         },
         {"query": {"text": "y"}, "document": "three"},
     )
-    queries, documents, relevance = local_files.read_records(path, None)
+    queries, documents, relevance = local_files.read_records(path, None, LeftOut())
     image = ({"type": "image", "image": str(tmp_path / "a.png")},)
     assert queries == [{"text": "x"}, {"text": "y"}]
     assert documents == [{"text": "one"}, {"text": "three"}, {"text": "two"}, image]
@@ -136,7 +136,7 @@ def beir(folder, qrels="q1\td1\t2\nq1\td2\t0\nq2\t7\t1\n"):
 
 
 def test_a_folder_as_beirs(tmp_path):
-    queries, documents, relevance = local_files.read_beir(beir(tmp_path), None)
+    queries, documents, relevance = local_files.read_beir(beir(tmp_path), None, LeftOut())
     assert queries == [{"text": "question 1"}, {"text": "question 2"}]  # nobody judged the third
     image = {"type": "image", "image": str(tmp_path / "a.png")}
     assert documents == [
@@ -149,7 +149,7 @@ def test_a_folder_as_beirs(tmp_path):
     write_lines(
         tmp_path / "qrels.jsonl", {"query-id": "q1", "corpus-id": "d1", "score": 2, "more": 1}
     )
-    assert local_files.read_beir(tmp_path, None)[2] == [{0: 2.0}]
+    assert local_files.read_beir(tmp_path, None, LeftOut())[2] == [{0: 2.0}]
 
 
 # ---- STS

@@ -26,6 +26,7 @@ from tokenizers import (
 
 from lco_jax.checkpoint.chat_template import chat_template
 from lco_jax.checkpoint.gguf import QWEN2_SPLIT
+from lco_jax.checkpoint.omni import picture_settings
 from lco_jax.core.files import write_json, write_text
 
 ASSETS = Path(__file__).resolve().parent.parent / "lco_jax" / "assets"
@@ -48,17 +49,6 @@ SPECIALS = [
     "<|image_pad|>",
     "<|video_pad|>",
 ]
-PREPROCESSOR = {
-    "image_processor_type": "Qwen2VLImageProcessor",
-    "processor_class": "Qwen2_5_VLProcessor",
-    "patch_size": PATCH,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "min_pixels": 3136,
-    "max_pixels": 12845056,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 MEDIA = {kind: f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video")}
 PROMPT = (
@@ -83,7 +73,8 @@ def write(folder: Path) -> None:
         for name, shape in tensor_shapes(config).items()
     )
     write_text(folder.with_name(f"{folder.name}_shapes.json"), f"{{\n{shapes}\n}}\n")
-    write_json(folder / "preprocessor_config.json", PREPROCESSOR)
+    pictures = picture_settings("Qwen2_5_VLProcessor", PATCH)
+    write_json(folder / "preprocessor_config.json", pictures)
 
 
 def tokenizer_config(ids: dict[str, int]) -> dict[str, Any]:

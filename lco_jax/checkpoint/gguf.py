@@ -6,6 +6,7 @@ for its own kind of rope; here they are put back in the hub's order.
 
 import dataclasses
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,32 +66,36 @@ def read_gguf(file: Path, given: str | Path) -> Language:
     tensors = {_hub_key(tensor.name): tensor for tensor in reader.tensors}
     sizes = _sizes(fields, tensors, file)
     check_tensors({key: _shape(tensor) for key, tensor in tensors.items()}, sizes, file)
-    in_pairs = fields["general.architecture"] == "llama"
-
-    def read(key: str) -> np.ndarray:
-        tensor = tensors[key]
-        with explained(f"{file}: {tensor.name} cannot be dequantised", NotImplementedError):
-            values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        check_finite(values, f"{file}: {tensor.name}")
-        return _in_hub_order(key, values, sizes) if in_pairs else values
-
     template = fields.get("tokenizer.chat_template")
     if not isinstance(template, str):
         raise LcoError(f"{file} has no chat template; an instruction-tuned model has one")
     tokenizer = plain(_tokenizer(fields, file), sizes.vocab_size, file)
+    in_pairs = fields["general.architecture"] == "llama"
     licence = fields.get("general.license") or licence_of(file.parent)
     return Language(
         sizes=sizes,
         tokenizer=tokenizer,
         chat_template=template,
         ends=check_ends(_ends(fields), tokenizer, file),
-        read=read,
+        read=partial(_read, file, tensors, in_pairs=in_pairs, sizes=sizes),
         source=Source(given, (file,), str(licence) if licence else None),
         where=file,
     )
 
 
 # ---- tensors
+
+
+def _read(
+    file: Path, tensors: dict[str, ReaderTensor], key: str, in_pairs: bool, sizes: DecoderConfig
+) -> np.ndarray:
+    """A tensor in float32. in_pairs: whether rows of queries and keys are in llama.cpp's order."""
+    tensor = tensors[key]
+    # what gguf raises for a type that it writes and does not read
+    with explained(f"{file}: {tensor.name} cannot be dequantised", NotImplementedError):
+        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+    check_finite(values, f"{file}: {tensor.name}")
+    return _in_hub_order(key, values, sizes) if in_pairs else values
 
 
 def _hub_key(name: str) -> str:

@@ -158,11 +158,11 @@ def thinker_config(
     }
 
 
-def preprocessor_config(patch: int, mel_bins: int) -> dict[str, Any]:
-    """What preprocessor_config.json holds: the hub's, for other patches and mel bins."""
+def picture_settings(processor: str, patch: int) -> dict[str, Any]:
+    """The settings of Qwen2.5's image processor. processor: the class that has it."""
     return {
         "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2_5OmniProcessor",
+        "processor_class": processor,
         "patch_size": patch,
         "temporal_patch_size": 2,
         "merge_size": 2,
@@ -170,6 +170,13 @@ def preprocessor_config(patch: int, mel_bins: int) -> dict[str, Any]:
         "max_pixels": 12845056,
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+
+
+def preprocessor_config(patch: int, mel_bins: int) -> dict[str, Any]:
+    """What preprocessor_config.json holds: the hub's, for other patches and mel bins."""
+    return {
+        **picture_settings("Qwen2_5OmniProcessor", patch),
         "feature_extractor_type": "WhisperFeatureExtractor",
         "feature_size": mel_bins,
         "sampling_rate": 16000,

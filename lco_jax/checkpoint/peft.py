@@ -142,9 +142,10 @@ def read_adapter(
     pairs, saved = read_pairs(file, config, our_name)
     pairs = _of_layers_that_run(pairs, checkpoint, file)
     whole = _saved_head(file, saved, config, checkpoint)
+    adapts_head = whole is not None or HEAD in pairs
     if not head:
         pairs.pop(HEAD, None)
-    elif (whole is not None or HEAD in pairs) and "head" not in params:
+    elif adapts_head and "head" not in params:
         raise LcoError(f"{file} adapts lm_head, which {checkpoint.folder} ties to embed_tokens")
     depths = {part: _depth(tree) for part, tree in params.items()}
     trees, lora_config = _trees(file, pairs, config, depths)

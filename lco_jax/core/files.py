@@ -274,6 +274,14 @@ def read_json(path: AnyPath) -> dict[str, Any]:
     return content
 
 
+def read_own(path: AnyPath, advice: str) -> dict[str, Any]:
+    """As `read_json`, of a file that we wrote. advice: what to do where it is damaged."""
+    try:
+        return read_json(path)
+    except LcoError as error:
+        raise LcoError(f"{error}; {advice}") from error
+
+
 def fingerprint(files: Iterable[tuple[str, os.stat_result]]) -> str:
     """Text that differs when files have changed: how many, and a digest of names, sizes and times
     of change.

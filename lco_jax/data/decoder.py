@@ -16,25 +16,30 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from lco_jax.core.errors import LcoError
+from lco_jax.data import light_process
 from lco_jax.data.media import MediaConfig, MediaFile, took_too_long
 from lco_jax.data.pipes import Patience, Pipe, SleptTooLong
 
 # (height, width) of a picture -> the (height, width) that it is resized to
 SizeRule = Callable[[int, int], tuple[int, int]]
-PACKAGES = Path(__file__).parents[2]  # where this package lies
 PIPE_BYTES = 1 << 20  # of a pipe; Linux has 65,536, and a picture would take ten turns
-SPARE_BYTES = 1 << 23  # that a process keeps for the next file
+ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "2",
+    # what a process keeps for the next file; without it a picture's memory goes back to the
+    # system, and comes anew for the next one
+    "MALLOC_TOP_PAD_": str(1 << 23),
+}
 # How long a process may sleep over a file: so many times its CPU time, and at least so many
 # seconds. What a busy machine makes slow must not be dropped. A process that waits for a CPU does
 # not sleep, so the load of CPUs does not count at all. The load of disks and of memory does: with
@@ -143,15 +148,7 @@ class _Worker:
 
     def __init__(self):
         self.files = 0
-        command = (sys.executable, "-P", "-m", "lco_jax.data.decode_process", str(os.getpid()))
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,  # a process that forks must not send what a buffer holds once more
-            cwd="/",
-            env=_environment(),
-        )
+        self.process = light_process.start("lco_jax.data.decode_process", ENVIRONMENT)
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         for pipe in (self.process.stdin, self.process.stdout):
@@ -206,22 +203,11 @@ class _Worker:
         self.replies.close()
 
 
-def _environment() -> dict[str, str]:
-    """That of this process, with the same places for imports and few threads."""
-    places = [str(PACKAGES), *(os.path.abspath(place) for place in sys.path if place)]
-    few_threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
-    # without it a picture's memory goes back to the system, and comes anew for the next one
-    spare = {"MALLOC_TOP_PAD_": str(SPARE_BYTES)}
-    return {**os.environ, **few_threads, **spare, "PYTHONPATH": os.pathsep.join(places)}
-
-
 def send(stream: Any, message: dict[str, Any], content: bytes | memoryview = b"") -> None:
-    """Write a message to a stream without a buffer, which may take a part at a time."""
+    """Write a message to a stream without a buffer."""
     line = json.dumps({**message, "bytes": len(content)}).encode() + b"\n"
     for part in (line, content):
-        rest = memoryview(part)
-        while rest:
-            rest = rest[stream.write(rest) :]
+        light_process.write_all(stream, part)
 
 
 def receive(stream: BinaryIO) -> dict[str, Any]:

@@ -7,20 +7,18 @@ is first needed, serves one request after another, and ends with this process.
 """
 
 import atexit
+import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lco_jax.core.errors import LcoError
+from lco_jax.data import light_process
 from lco_jax.data.content import Messages
 
-PACKAGES = Path(__file__).parents[2]  # where this package lies
 SECONDS = 10.0  # of CPU time for a request; a chat takes some hundredths of a millisecond
 MORE_BYTES = 256 << 20  # of memory, beyond what a request itself needs
 Reply = dict[str, Any]
@@ -112,24 +110,16 @@ class _Process:
     """The process, which answers one request after another."""
 
     def __init__(self):
-        places = [str(PACKAGES), *(os.path.abspath(place) for place in sys.path if place)]
-        self.popen = subprocess.Popen(
-            (sys.executable, "-P", "-m", "lco_jax.data.foreign_process", str(os.getpid())),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd="/",
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
-        )
+        self.popen = light_process.start("lco_jax.data.foreign_process")
+        assert self.popen.stdout is not None
+        self.replies = io.BufferedReader(self.popen.stdout)  # type: ignore[type-var]
 
     def ask(self, line: bytes) -> Reply:
         """The reply to a line. Whatever is raised meanwhile ends the process."""
-        assert self.popen.stdin is not None
-        assert self.popen.stdout is not None
         answer = b""
         try:
-            self.popen.stdin.write(line)
-            self.popen.stdin.flush()
-            answer = self.popen.stdout.readline()
+            light_process.write_all(self.popen.stdin, line)
+            answer = self.replies.readline()
         except BrokenPipeError:
             pass  # it has ended
         except BaseException:  # such as Ctrl-C: its answer would be taken for that of another

@@ -31,7 +31,7 @@ from lco_jax.core.files import (
     listing,
     on_bucket,
     reaching,
-    read_json,
+    read_own,
     replace,
     write_bytes,
     write_json,
@@ -365,12 +365,8 @@ class VectorParts:
 
 def _read_description(path: AnyPath) -> dict[str, Any]:
     """What the file says of a work. Raises where it is damaged."""
-    try:
-        return read_json(path)
-    except LcoError as error:
-        damaged = path.parent if path.name == DESCRIPTION else path
-        advice = f"remove {damaged}, and the same command begins anew"
-        raise LcoError(f"{error}; {advice}") from error
+    damaged = path.parent if path.name == DESCRIPTION else path
+    return read_own(path, f"remove {damaged}, and the same command begins anew")
 
 
 def _digest(work: Mapping[str, Any]) -> str:

@@ -41,9 +41,13 @@ class LeftOut:
         try:
             yield
         except LcoError as error:
-            if not self.skips:
-                raise
-            self.reasons.append(str(error))
+            self.refuse(error)
+
+    def refuse(self, error: LcoError) -> None:
+        """Raise, or count it where bad records are skipped."""
+        if not self.skips:
+            raise error
+        self.reasons.append(str(error))
 
     @property
     def skipped(self) -> int:

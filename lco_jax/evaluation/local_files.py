@@ -8,7 +8,7 @@ import csv
 import math
 import os
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,11 @@ NAMES = {
 Queries = tuple[list[Any], list[Any], list[dict[int, float]]]  # queries, documents, relevance
 
 
-def read_records(path: Path, media_root: Path | None, left_out: LeftOut | None = None) -> Queries:
+def read_records(path: Path, media_root: Path | None, left_out: LeftOut) -> Queries:
     """Queries, documents, and for each query {document's index: 1.0} of a .jsonl of records.
 
     Equal contents are one query, or one document. left_out: what is done with bad records.
     """
-    left_out = left_out or LeftOut()
     root = os.path.abspath(media_root or path.parent)
     queries: dict[Hashable, Any] = {}
     documents: dict[Hashable, Any] = {}
@@ -75,31 +74,14 @@ def _records_of(line: Any, where: str, root: str) -> Iterator[Record]:
         parse_record(line, where)  # raises
 
 
-def read_beir(folder: Path, media_root: Path | None, left_out: LeftOut | None = None) -> Queries:
+def read_beir(folder: Path, media_root: Path | None, left_out: LeftOut) -> Queries:
     """Queries that have a relevant document, all documents, and for each query {index: grade}.
 
     left_out: what is done with bad records, and how many queries have no relevant document.
     """
-    left_out = left_out or LeftOut()
     queries = _by_id(folder / "queries.jsonl", media_root, left_out)
     documents = _by_id(folder / "corpus.jsonl", media_root, left_out)
-    index_of = {name: index for index, name in enumerate(documents)}
-    file = _qrels(folder)
-    relevance: dict[str, dict[int, float]] = {}
-    for row, where in _rows(file, header=True):
-        with left_out.record():
-            cells = _cells(row, ("query-id", "corpus-id", "score"), where)
-            query, document = str(cells[0]), str(cells[1])
-            if query not in queries:
-                raise LcoError(f"{where}: {folder / 'queries.jsonl'} has no _id {query!r}")
-            if document not in documents:
-                raise LcoError(f"{where}: {folder / 'corpus.jsonl'} has no _id {document!r}")
-            grade = _number(cells[2], where)
-            if grade > 0:
-                relevance.setdefault(query, {})[index_of[document]] = grade
-    if not relevance:
-        nothing = "has no score above 0, and so no relevant document"
-        raise LcoError(f"{file} {nothing}{left_out.why_nothing()}")
+    relevance = _grades(folder, queries, documents, left_out)
     if unasked := len(queries) - len(relevance):
         left_out.others["queries without a relevant document"] += unasked
     asked = [queries[name] for name in relevance]
@@ -108,6 +90,30 @@ def read_beir(folder: Path, media_root: Path | None, left_out: LeftOut | None = 
         list(documents.values()),
         list(relevance.values()),
     )
+
+
+def _grades(
+    folder: Path, queries: Container[str], documents: Iterable[str], left_out: LeftOut
+) -> dict[str, dict[int, float]]:
+    """{query: {index of a relevant document: grade}}. Raises if there is none."""
+    file = _qrels(folder)
+    index_of = {name: index for index, name in enumerate(documents)}
+    relevance: dict[str, dict[int, float]] = {}
+    for row, where in _rows(file, header=True):
+        with left_out.record():
+            cells = _cells(row, ("query-id", "corpus-id", "score"), where)
+            query, document = str(cells[0]), str(cells[1])
+            if query not in queries:
+                raise LcoError(f"{where}: {folder / 'queries.jsonl'} has no _id {query!r}")
+            if document not in index_of:
+                raise LcoError(f"{where}: {folder / 'corpus.jsonl'} has no _id {document!r}")
+            grade = _number(cells[2], where)
+            if grade > 0:
+                relevance.setdefault(query, {})[index_of[document]] = grade
+    if not relevance:
+        nothing = "has no score above 0, and so no relevant document"
+        raise LcoError(f"{file} {nothing}{left_out.why_nothing()}")
+    return relevance
 
 
 def _qrels(folder: Path) -> Path:
@@ -198,9 +204,8 @@ def _check_classes(path: Path, labels: Sequence[str], left_out: LeftOut) -> None
     for folder in sorted(path.iterdir()):
         hidden = folder.name.startswith(".")
         if folder.is_dir() and not hidden and folder.name not in labels:
-            with left_out.record():
-                what = "holds no image, video or audio file; fill it or remove it"
-                raise LcoError(f"the class {folder} {what}")
+            what = "holds no image, video or audio file; fill it or remove it"
+            left_out.refuse(LcoError(f"the class {folder} {what}"))
 
 
 def _matched(path: Path, name: str, pattern: str) -> str:

@@ -149,8 +149,7 @@ def zeroshot(
     if not kept.any():
         raise LcoError(f"{path} holds no item that could be embedded{left_out.why_nothing()}")
     vectors = vectors.astype(np.float64)
-    by_template = vectors[n:].reshape(len(templates), len(labels), -1)
-    classes = _directions(by_template.mean(axis=0), labels)
+    classes = _directions(vectors[n:], labels)
     rank, confusion = _classify(vectors[:n][kept], classes, target[kept])
     return Outcome(
         _accuracies(rank, confusion),
@@ -190,8 +189,13 @@ def _classify(
     return rank, confusion
 
 
-def _directions(classes: np.ndarray, labels: Sequence[str]) -> np.ndarray:
-    """Classes' vectors [C, D] with unit length. Raises for one that has no direction."""
+def _directions(prompts: np.ndarray, labels: Sequence[str]) -> np.ndarray:
+    """The classes' unit vectors [C, D]: the means of their templates. Raises for one that has no
+    direction.
+
+    prompts [T · C, D]: as `_prompts` has them.
+    """
+    classes = prompts.reshape(-1, len(labels), prompts.shape[-1]).mean(axis=0)
     lengths = np.linalg.norm(classes, axis=1, keepdims=True)
     for label, length in zip(labels, lengths[:, 0], strict=True):
         if length < LEAST_LENGTH:

@@ -43,11 +43,13 @@ class TuneConfig:
     towers: str = "none"
 
     def __post_init__(self) -> None:
-        for key, known in (("decoder", DECODER), ("towers", TOWERS)):
-            for word in getattr(self, key).split(","):
-                if word not in known:
-                    words = ", ".join(known)
-                    raise LcoError(f"config.tune.{key} has {word!r}; it is one of: {words}")
+        if self.decoder not in DECODER:
+            known = ", ".join(DECODER)
+            raise LcoError(f"config.tune.decoder is {self.decoder!r}; it is one of: {known}")
+        for word in self.towers.split(","):
+            if word not in TOWERS:
+                known = ", ".join(TOWERS)
+                raise LcoError(f"config.tune.towers has {word!r}; it is one of: {known}")
         if self.decoder == "none" and not self.trains_towers:
             raise LcoError("config.tune trains nothing: decoder and towers are both none")
 
