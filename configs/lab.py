@@ -108,8 +108,8 @@ def _smollm2() -> ConfigDict:
     eyes = {"vision_hidden": 192, "vision_depth": 4, "vision_heads": 4, "vision_mlp": 512}
     config.captioner = asdict(backbone.Geometry(**eyes, patch=14))
     config.audio_window = 200  # mel frames that the encoder sees at once: two seconds
-    config.sizes = asdict(real.Sizes())
-    config.stages = (0, 10, 20, 40, 80, 160)  # steps of generative training
+    config.sizes = asdict(real.Sizes(tests=10))  # media of a class
+    config.stages = (0, 10, 20, 40, 60, 100, 160)  # steps of generative training
     config.ways = ("plain", "classes", "full", "projection", "pairs")
     config.mix = ConfigDict({"image": 0.6, "audio": 0.4})
     config.answers = 30
@@ -129,7 +129,7 @@ def _smollm2() -> ConfigDict:
     config.contrast = _training("contrast")
     config.contrast.lora.dropout = 0.0
     config.contrast.train.batch_size = 32
-    config.contrast.train.steps = 20
+    config.contrast.train.steps = 16
     config.contrast.optimizer.warmup_steps = 4
     config.contrast.export.merged = False
     config.pretrain.export.merged = False

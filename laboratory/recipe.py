@@ -114,22 +114,14 @@ def fit(model: Any, triplets: list[list[list[int]]], config: ConfigDict) -> list
 
 
 def gradient(model: Any, batch: list[list[list[int]]], temperature: float) -> float:
-    """The loss of a batch, with its gradient in place.
-
-    As in GradCache, vectors come first and gradients afterwards, so that memory holds one pass.
-    """
+    """The loss of a batch, with its gradient in place. Small passes have little padding."""
     texts = [triplet[side] for side in range(3) for triplet in batch]
-    passes = [range(i, min(i + MICRO, len(texts))) for i in range(0, len(texts), MICRO)]
-    with torch.no_grad():
-        vectors = torch.cat([embed(model, [texts[i] for i in some]) for some in passes])
-    vectors.requires_grad_()
+    passes = [texts[i : i + MICRO] for i in range(0, len(texts), MICRO)]
+    vectors = torch.cat([embed(model, some) for some in passes])
     size = len(batch)
     logits = vectors[:size] @ vectors[size:].T / temperature
     loss = functional.cross_entropy(logits, torch.arange(size))
     loss.backward()
-    for some in passes:
-        part = embed(model, [texts[i] for i in some])
-        (part * vectors.grad[some.start : some.stop]).sum().backward()
     return float(loss)
 
 

@@ -61,7 +61,8 @@ def _train(way: str, seed: int, folder: Path) -> None:
         return
     command = [sys.executable, "-m", "laboratory.recipe", "--config=smollm2"]
     command += [f"--config.seed={seed}", f"--output={folder}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
+    environment = {**os.environ}
+    environment.pop("OMP_NUM_THREADS", None)  # the laboratory's own: torch takes every core
     if subprocess.run(command, env=environment).returncode:
         raise LcoError(f"{' '.join(command)} failed; what it printed says why")
 
