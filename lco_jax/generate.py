@@ -116,23 +116,33 @@ def answer(args: argparse.Namespace) -> None:
     items = list(corpus.items())
     contents = [item.content for item in items]
     answers, skipped = _generate(args, contents, [item.where for item in items], found)
-    lines = _json_lines(
-        {"id": item.id, "answer": answer} for item, answer in zip(items, answers, strict=True)
-    )
+    ids = [item.id for item in items]
+    pairs = zip(ids, answers, strict=True)
+    lines = _json_lines({"id": name, "answer": answer} for name, answer in pairs)
     notes = sys.stdout
     if args.output is None:
+        notes = sys.stderr
         print(lines, end="")
-        notes = sys.stderr  # and warnings have said which inputs were skipped, and why
-        if skipped:
+        if skipped:  # warnings have said which, and why
             print(f"{len(skipped):,} of {len(items):,} were skipped", file=notes)
     else:
-        write_text(args.output, lines)
-        print(f"{len(items):,} answers: {args.output}")
-        write_skipped(args.output, _rows(skipped, [item.id for item in items]))
-        if skipped:
-            print(skipped_in_words(args.output, len(skipped)))
+        _write_answers(args.output, lines, _rows(skipped, ids))
+        _print_written(args.output, len(items), len(skipped))
     if corpus.listing and corpus.listing.left_out:
         print(rest_in_words(corpus.listing.left_out), file=notes)
+
+
+def _print_written(file: Path, inputs: int, skipped: int) -> None:
+    """How many answers a file has, and how many inputs have none."""
+    print(f"{inputs:,} answers: {file}")
+    if skipped:
+        print(skipped_in_words(file, skipped))
+
+
+def _write_answers(file: Path, lines: str, skipped: list[dict[str, Any]]) -> None:
+    """The answers, and beside them the list of what was skipped."""
+    write_text(file, lines)
+    write_skipped(file, skipped)
 
 
 def _rows(skipped: Mapping[int, str], ids: Sequence[Any]) -> list[dict[str, Any]]:
@@ -158,8 +168,7 @@ def answer_and_score(args: argparse.Namespace) -> None:
             {"where": name, "answer": answer, "reference": reference}
             for name, answer, reference in rows
         )
-        write_text(folder / "answers.jsonl", lines)
-        write_skipped(folder / "answers.jsonl", _rows(skipped, names))
+        _write_answers(folder / "answers.jsonl", lines, _rows(skipped, names))
         write_json(folder / "results.json", {**scores, "flags": _flags(args)})
     _print_scores(scores)
     print(f"scores: {args.output / 'results.json'}; answers: answers.jsonl beside it")

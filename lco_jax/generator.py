@@ -111,14 +111,27 @@ class OmniGenerator(OmniEmbedder):
             here = range(first, first + len(block))
             where = {i: names[i] if names else f"input {i}" for i in here}
             good = self._good_of(block, where, max_new_tokens, raises)
-            ready = [block[i] for i in good]
-            found = self._generate(ready, max_new_tokens, batch_size or AT_ONCE, progress)
-            generated += [None] * len(block)
-            for i, ids in zip(good, found, strict=True):
-                generated[first + i] = ids
-            if progress is not None:
-                progress.update(len(block) - len(good))
+            at_once = batch_size or AT_ONCE
+            generated += self._answer_block(block, good, max_new_tokens, at_once, progress)
         return generated
+
+    def _answer_block(
+        self,
+        block: Sequence[Processed | LcoError],
+        good: Sequence[int],
+        max_new_tokens: int,
+        batch_size: int,
+        progress: tqdm | None,
+    ) -> list[np.ndarray | None]:
+        """The token ids of each answer of a block; None where an input is not among the `good`."""
+        ready = [block[i] for i in good]
+        found = self._generate(ready, max_new_tokens, batch_size, progress)
+        if progress is not None:
+            progress.update(len(block) - len(good))
+        answers: list[np.ndarray | None] = [None] * len(block)
+        for i, ids in zip(good, found, strict=True):
+            answers[i] = ids
+        return answers
 
     def _good_of(
         self,

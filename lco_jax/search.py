@@ -12,7 +12,7 @@ install 'lco-jax[search]'.
 
 import argparse
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -185,17 +185,23 @@ def update(
         if not parts.folder.units() and known and entries.keys() == set(known):
             return known, vectors
         done = _keys_of_parts(parts)
-        finite = np.isfinite(vectors).all(axis=1)
-        lacking = entries.keys() - done
-        kept = [row for row, key in enumerate(known) if key in lacking and finite[row]]
-        if kept:
-            ids = [known[row] for row in kept]
-            unit = _next_units(parts, len(kept), len(kept))[0]
-            parts.folder.write(unit, part_table(ids, vectors[kept], {}))
-            done.update(ids)
+        done |= _keep_known(parts, known, vectors, entries.keys() - done)
         _embed_new(parts, entries, done, found, embedder, args)
         parts.join(parts.folder.units(), embedder.dimension, str, recorded=False)
     return _read_table(parts)
+
+
+def _keep_known(
+    parts: VectorParts, known: Sequence[str], vectors: np.ndarray, lacking: Set[str]
+) -> set[str]:
+    """Write what the index had of the keys that the parts lack; returns those keys."""
+    finite = np.isfinite(vectors).all(axis=1)
+    kept = [row for row, key in enumerate(known) if key in lacking and finite[row]]
+    ids = [known[row] for row in kept]
+    if kept:
+        unit = _next_units(parts, len(kept), len(kept))[0]
+        parts.folder.write(unit, part_table(ids, vectors[kept], {}))
+    return set(ids)
 
 
 def _read_index(parts: VectorParts, dimension: int) -> tuple[list[str], np.ndarray]:

@@ -87,11 +87,7 @@ def assemble(
     fit.
     """
     check_target(Path(output))
-    parts = Parts(
-        language=read_language(language),
-        audio=None if audio is None else read_whisper(audio),
-        vision=None if vision is None else read_vision(vision),
-    )
+    parts = _read_parts(language, audio, vision)
     model = parts.language
     template = extended(model.chat_template, model.end_tokens, omni.MARKERS, str(model.where))
     config = _config(parts, fresh or Fresh())
@@ -108,6 +104,15 @@ def assemble(
         sizes = {key: 4 * math.prod(shape) for key, shape in shapes.items()}
         write_shards(aside, sizes, tensor, SHARD_BYTES)
     return note
+
+
+def _read_parts(language: str | Path, audio: str | Path | None, vision: str | Path | None) -> Parts:
+    """The parts that `assemble` is given. Raises for what cannot be read."""
+    return Parts(
+        language=read_language(language),
+        audio=None if audio is None else read_whisper(audio),
+        vision=None if vision is None else read_vision(vision),
+    )
 
 
 # ---- configuration

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -132,28 +133,29 @@ def read_adapter(
     config = read_config(folder / CONFIG)
     file = folder / WEIGHTS
     params = abstract_model(checkpoint)
-
-    def our_name(module: str) -> str:
-        name = _decoder_name(module) or _name_in(checkpoint, module)
-        if name is None:
-            raise LcoError(f"{file}: unknown key {PREFIX}{module}")
-        return name
-
-    pairs, saved = read_pairs(file, config, our_name)
+    pairs, saved = read_pairs(file, config, partial(_our_name, checkpoint, file))
     pairs = _of_layers_that_run(pairs, checkpoint, file)
     whole = _saved_head(file, saved, config, checkpoint)
-    adapts_head = whole is not None or HEAD in pairs
     if not head:
+        whole = None
         pairs.pop(HEAD, None)
-    elif adapts_head and "head" not in params:
+    if (whole is not None or HEAD in pairs) and "head" not in params:
         raise LcoError(f"{file} adapts lm_head, which {checkpoint.folder} ties to embed_tokens")
     depths = {part: _depth(tree) for part, tree in params.items()}
     trees, lora_config = _trees(file, pairs, config, depths)
     for part, tree in trees.items():
         trees[part] = match_adapters(tree, params[part], str(path_or_id))
-    if head and whole is not None:
+    if whole is not None:
         trees["head"] = {"weight": whole}
     return trees, lora_config
+
+
+def _our_name(checkpoint: Checkpoint, file: Path, module: str) -> str:
+    """Our name of a module that an adapter names."""
+    name = _decoder_name(module) or _name_in(checkpoint, module)
+    if name is None:
+        raise LcoError(f"{file}: unknown key {PREFIX}{module}")
+    return name
 
 
 def _of_layers_that_run(

@@ -160,8 +160,6 @@ class CaptionedSource(Source):
         fps: float | None = None,
         on_bad: str = "error",
     ):
-        import tensorflow_datasets as tfds
-
         Scan(on_bad)  # checks the word; no row is scanned
         self.name, self.where = f"the TFDS dataset {name!r}", f"tfds:{name}/{split}"
         self.reverse = reverse
@@ -172,21 +170,18 @@ class CaptionedSource(Source):
         self.kind = kinds[self.feature]
         self.modalities = Source.modalities | {self.kind}
         self.rate = self._rate(features[self.feature], sampling_rate, fps)
-        # We decode all images in one way. TFDS's way depends on what is installed, and takes
-        # palettes for greys.
-        images = [key for key, kind in kinds.items() if kind == "image"]
-        self.rows = dataset.rows({key: tfds.decode.SkipDecoding() for key in images})
+        self.rows = dataset.rows(_images_as_stored(kinds))
         fields = {key: features[key] for key in features if key not in kinds}
         self.caption = Caption(caption, list(fields), values, self.name)
-        self.labels = {
-            key: field.names
-            for key, field in fields.items()
-            if isinstance(field, tfds.features.ClassLabel)
-        }
+        self.labels = _label_names(fields)
+        self._check_first(split)
+        self.version = f"{len(self.rows):,} rows of {dataset.version}"
+
+    def _check_first(self, split: str) -> None:
+        """Raise if there is no row, or if the first has no caption."""
         if not len(self.rows):
             raise LcoError(f"{self.name} ({split}) is empty")
-        self[0]  # raises for a caption that cannot be made
-        self.version = f"{len(self.rows):,} rows of {dataset.version}"
+        self[0]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -275,6 +270,25 @@ def _media_kinds(features: Mapping[str, Any]) -> dict[str, str]:
         for kind, cls in classes.items()
         if isinstance(feature, cls)
     }
+
+
+def _images_as_stored(kinds: Mapping[str, str]) -> dict[str, Any]:
+    """TFDS's decoders that leave images encoded. kinds: those of the features of media.
+
+    We decode all images in one way. TFDS's way depends on what is installed, and takes palettes
+    for greys.
+    """
+    import tensorflow_datasets as tfds
+
+    return {name: tfds.decode.SkipDecoding() for name, kind in kinds.items() if kind == "image"}
+
+
+def _label_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The names of the classes of each feature that is a label."""
+    import tensorflow_datasets as tfds
+
+    label = tfds.features.ClassLabel
+    return {name: one.names for name, one in features.items() if isinstance(one, label)}
 
 
 def _plain(value: Any) -> Any:

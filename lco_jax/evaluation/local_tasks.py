@@ -141,20 +141,27 @@ def zeroshot(
             f"{path} has {len(labels)} class ({', '.join(labels)}), and there must be two or more"
         )
     templates = [template] if isinstance(template, str) else template or [_template_for(items)]
-    vectors, there = embed_all(encode, items + _prompts(templates, labels), left_out)
     n = len(items)
-    if not there[n:].all():
-        raise LcoError(left_out.inputs[n + int(np.argmin(there[n:]))])
-    kept = there[:n]
-    if not kept.any():
-        raise LcoError(f"{path} holds no item that could be embedded{left_out.why_nothing()}")
+    vectors, there = embed_all(encode, items + _prompts(templates, labels), left_out)
+    _check_classified(there[:n], there[n:], path, left_out)
     vectors = vectors.astype(np.float64)
     classes = _directions(vectors[n:], labels)
+    kept = there[:n]
     rank, confusion = _classify(vectors[:n][kept], classes, target[kept])
     return Outcome(
         _accuracies(rank, confusion),
         lambda file: plot_confusion(file, confusion, list(labels)),
     )
+
+
+def _check_classified(
+    has_item: np.ndarray, has_prompt: np.ndarray, path: Path, left_out: LeftOut
+) -> None:
+    """Raise unless all prompts of classes and at least one item have a vector."""
+    if not has_prompt.all():
+        raise LcoError(left_out.inputs[len(has_item) + int(np.argmin(has_prompt))])
+    if not has_item.any():
+        raise LcoError(f"{path} holds no item that could be embedded{left_out.why_nothing()}")
 
 
 def _accuracies(rank: np.ndarray, confusion: np.ndarray) -> dict[str, float]:
