@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from lco_jax.analysis.layer_plots import plot_generator, plot_layers, plot_space
 from lco_jax.analysis.measures import ALIGNMENT, CCA_DIMENSIONS, DEFINITIONS, Side, measure_layers
@@ -30,6 +29,7 @@ from lco_jax.analysis.pairs import Captions, Pairs, draw_pairs
 from lco_jax.analysis.token_cost import Losses, token_cost
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.checkpoint.peft import read_adapter
+from lco_jax.core.console import progress_bar, say
 from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.files import write_json, write_text, written_aside
 from lco_jax.core.shapes import keep_compiled
@@ -85,7 +85,7 @@ def main() -> None:
         f"--captions={args.captions}": captioned,
     }
     _check_models(models, drawn)
-    print(f"{_counted(pairs)}, drawn with seed {args.seed} ({_left_out(pairs)})")
+    say(f"{_counted(pairs)}, drawn with seed {args.seed} ({_left_out(pairs)})")
     keep_compiled()
     findings = Findings({}, {}, {})
     with written_aside(args.output) as folder:
@@ -94,7 +94,7 @@ def main() -> None:
         facts = _facts(args, pairs)
         facts["generator"] = token_cost(findings.losses, args.seed) if findings.losses else None
         _write(folder, facts, findings)
-    print((args.output / "analysis.md").read_text(encoding="utf-8"))
+    say((args.output / "analysis.md").read_text(encoding="utf-8"))
 
 
 def _models(args: argparse.Namespace) -> Models:
@@ -205,7 +205,7 @@ def _look(
 def _losses(model: OmniGenerator, captions: Captions, name: str, max_length: int | None) -> Losses:
     """The losses of the captions' tokens."""
     inputs, answers, prompt = captions
-    with tqdm(total=len(inputs), desc=name, unit="input") as bar:
+    with progress_bar(total=len(inputs), desc=name, unit="input") as bar:
         return model.token_losses(
             inputs, answers, prompt=prompt, max_length=max_length, progress=bar
         )
@@ -219,7 +219,7 @@ def _states(
     max_length: int | None,
 ) -> np.ndarray:
     """The states of one side's inputs, [L + 1, N, D]. path: of the model."""
-    with tqdm(total=len(inputs), desc=name, unit="input") as bar:
+    with progress_bar(total=len(inputs), desc=name, unit="input") as bar:
         states = model.encode_layers(inputs, max_length=max_length, progress=bar)
     if not np.isfinite(states).all():
         raise LcoError(f"{path} has states that are not finite ({name}); try --dtype=float32")

@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 from lco_jax.checkpoint.assembly import FRESH, Fresh, assemble
+from lco_jax.core.console import say
 from lco_jax.core.errors import LcoError, run_main
 from lco_jax.flags import add_path, new_parser
 
@@ -70,9 +71,9 @@ def main() -> None:
     note = assemble(
         args.output, args.language, args.audio, args.vision, fresh_sizes(args), args.seed
     )
-    print("\n".join(summary(note)))
-    print(f"written: {args.output}")
-    print(
+    say("\n".join(summary(note)))
+    say(f"written: {args.output}")
+    say(
         "what is fresh knows nothing yet; it learns from records of media with texts:\n"
         f"  python -m lco_jax.pretrain --config=pretrain --config.model.path={args.output} "
         f"--config.tune.decoder=none --config.tune.towers={towers_to_tune(note)} "

@@ -28,6 +28,7 @@ one, or of that at --ray=ADDRESS.
 """
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -42,6 +43,7 @@ import jax
 from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
+from lco_jax.core.console import progress_bar, say
 from lco_jax.core.errors import PREEMPTED, LcoError, run_main
 from lco_jax.core.files import AnyPath, as_path, on_bucket, reaching
 from lco_jax.data.bucket_folder import BucketFolder
@@ -64,6 +66,7 @@ from lco_jax.unit_embedder import UnitEmbedder, open_corpus
 ROUNDS = 3  # over units without a good part, before the disk is not trusted any more
 Load = partial[UnitEmbedder]
 INPUT_STATE = "what --input holds"  # among the flags of a work
+logger = logging.getLogger(__name__)
 
 
 def parse_args() -> argparse.Namespace:
@@ -127,16 +130,16 @@ def main() -> int:
         record = parts.finished()
         if record:
             done = f"this very command has made its {record['vectors']:,} vectors"
-            print(f"{args.output} is complete: {done}")
+            say(f"{args.output} is complete: {done}")
         else:
             record = _embed(args, corpus, media, checkpoint, parts)
-            print(f"{record['vectors']:,} vectors of {record['dimension']}: {args.output}")
+            say(f"{record['vectors']:,} vectors of {record['dimension']}: {args.output}")
     if skipped := skipped_in_words(args.output, record["skipped"]):
-        print(skipped)
+        say(skipped)
     if changes := changes_in_words(record.get("since listed", {})):
-        print(changes)
+        say(changes)
     if rest := rest_in_words(record.get("left out", {})):
-        print(rest)
+        say(rest)
     return 0
 
 
@@ -214,7 +217,7 @@ def _what_is_kept(corpus: Corpus | BucketFolder, parts: VectorParts, total: int)
         done = parts.rows_done()
         if done and not _has_moved(corpus, parts):
             kept = f"{done:,} of {total:,} vectors are kept in {parts.folder.path}"
-            print(f"{kept}; the same command goes on from there", file=sys.stderr)
+            logger.warning("%s; the same command goes on from there", kept)
         raise
 
 
@@ -226,7 +229,7 @@ def _make_parts(
     left = parts.left(units)
     total = sum(unit.rows for unit in units)
     done = total - sum(unit.rows for unit in left)
-    with tqdm(total=total, initial=done, desc="embedding", unit="input") as progress:
+    with progress_bar(total=total, initial=done, desc="embedding", unit="input") as progress:
         for _ in range(ROUNDS):
             if left:
                 run(args, load, left, progress)
@@ -258,7 +261,9 @@ def _look(
     known = parts.description()
     if known is None:
         strict = args.on_error == "raise"  # then what is missing is found before hours of work
-        items = tqdm(corpus.items(strict), desc="checking", unit="input", leave=False, delay=2)
+        items = progress_bar(
+            corpus.items(strict), desc="checking", unit="input", leave=False, delay=2
+        )
         with items:
             found = scan(items, media, strict)
         if corpus.listing is not None:

@@ -15,7 +15,7 @@ task and embeds no input a second time. With --input it writes OUTPUT/results.js
 """
 
 import argparse
-import sys
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from importlib.util import find_spec
@@ -26,6 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
+from lco_jax.core.console import progress_bar, say
 from lco_jax.core.errors import LcoError, explained, run_main
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.inference import EmbeddedBlock
@@ -46,6 +47,7 @@ from lco_jax.flags import (
 PART_INPUTS = 2048  # inputs that are embedded between two writes: what a kill can cost
 MANY = 256  # from so many inputs on, it pays to start processes that prepare media
 MAX_LENGTH = 300  # tokens of a text, as in the reference's evaluation
+logger = logging.getLogger(__name__)
 
 
 def parse_args() -> argparse.Namespace:
@@ -108,11 +110,11 @@ def evaluate_files(args: argparse.Namespace, media: MediaConfig) -> None:
     left_out = LeftOut(skips=args.on_error == "skip")
     numbers = evaluate_and_write(encode, args.kind, args.input, args.output, left_out, **options)
     for name, number in numbers.items():
-        print(f"{name:>20} {number:,.4g}")
+        say(f"{name:>20} {number:,.4g}")
     results = args.output / "results.json"
-    print(f"written: {results} and {args.kind}.png")
+    say(f"written: {results} and {args.kind}.png")
     for line in left_out.in_words(results):
-        print(line)
+        say(line)
 
 
 def evaluate_tasks(args: argparse.Namespace, media: MediaConfig) -> int:
@@ -139,7 +141,7 @@ def evaluate_tasks(args: argparse.Namespace, media: MediaConfig) -> int:
     stored = StoredVectors(args.output / "embeddings", what_made_them)
     encoder = Encoder(encode_blocks, meta, stored, media)
     failed = _run_tasks(tasks, encoder, args, caps)
-    print(
+    say(
         f"{encoder.embedded:,} inputs embedded, {encoder.found:,} found in {stored.folder}\n"
         f"{len(tasks) - failed} of {len(tasks)} tasks measured: {args.output / 'results.md'}"
     )
@@ -160,7 +162,7 @@ def _run_tasks(
     benchmark = args.benchmark or "tasks"
     notes = {**caps, "mteb": MTEB_VERSION}
     found = []
-    progress = tqdm(tasks, desc="tasks", unit="task")
+    progress = progress_bar(tasks, desc="tasks", unit="task")
     for task in progress:
         progress.set_postfix_str(task.metadata.name)
         found.append(run_task(encoder, task, args.output))
@@ -169,7 +171,7 @@ def _run_tasks(
         write_report(args.output, _name(args), benchmark, found, notes)
     failed = [one for one in found if one.score is None]
     for one in failed:
-        print(f"{one.task}: {one.reason}", file=sys.stderr)
+        logger.error("%s: %s", one.task, one.reason)
     return len(failed)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lco_jax.checkpoint.hf import Checkpoint
+from lco_jax.core import console
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath, fingerprint, local_path
 from lco_jax.core.quantize import KINDS
@@ -43,6 +44,7 @@ def new_parser(command: str, doc: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=name if name.startswith("lco ") else f"python -m lco_jax.{command}",
         description=doc,
+        parents=[console.flags()],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import open_checkpoint
+from lco_jax.core.console import progress_bar, say
 from lco_jax.core.errors import LcoError, explained, run_main
 from lco_jax.core.files import read_own, write_json
 from lco_jax.core.shapes import keep_compiled
@@ -94,7 +94,7 @@ def main() -> int:
         host = f"[{args.host}]" if ":" in args.host else args.host
         counts = ", ".join(f"{count:,} {kind}" for kind, count in library.counts.items())
         rest = f" ({notes})" if notes else ""
-        print(f"{counts}: http://{host}:{socket_.getsockname()[1]}{rest}", flush=True)
+        say(f"{counts}: http://{host}:{socket_.getsockname()[1]}{rest}")
         app = server.app(LOOPBACK if args.host in LOOPBACK else ("*",))
         http_server(app).run(sockets=[socket_])
     return 0
@@ -277,7 +277,7 @@ def _embed_new(
     taken = iter(new)
     inputs = [(unit, [next(taken) for _ in range(unit.rows)]) for unit in units]
     total = len(done) + len(new)
-    with tqdm(total=total, initial=len(done), desc="embedding", unit="input") as progress:
+    with progress_bar(total=total, initial=len(done), desc="embedding", unit="input") as progress:
         options = {"workers": workers(args, found.has_media), "progress": progress}
         options["block_inputs"] = args.part_size
         embed_units(embedder, inputs, parts.folder, args, options)

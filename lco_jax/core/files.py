@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import fsspec
-import jax
 from etils import epath
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -171,6 +170,8 @@ def local_workdir(home: AnyPath, pattern: str) -> Path:
     """
     if not on_bucket(home):
         return expanded(home)
+    import jax  # heavy; most who import this file do without
+
     name = os.fspath(home).partition("://")[2].replace("/", "_")
     folder = cache_folder() / "workdirs" / f"{name}-{jax.process_index()}"
     shutil.rmtree(folder, ignore_errors=True)
