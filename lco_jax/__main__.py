@@ -11,7 +11,7 @@ import sys
 from importlib import import_module
 
 from lco_jax import __version__
-from lco_jax.core.errors import LcoError, run_main
+from lco_jax.core.errors import DONE, LcoError, run_main
 
 VERBS = {
     "train": "contrastive training of a multimodal LLM, on text or on any modality",
@@ -37,10 +37,10 @@ def run() -> int | None:
     verb, *rest = sys.argv[1:] or ["--help"]
     if verb in ("--help", "-h", "help"):
         print(usage())
-        return 0
+        return DONE
     if verb in ("--version", "version"):
         print(f"lco-jax {__version__}")
-        return 0
+        return DONE
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, 1)
         meant = f"; did you mean {near[0]!r}?" if near else ""

@@ -28,7 +28,7 @@ from lco_jax.checkpoint.hf import DTYPES, open_checkpoint
 from lco_jax.checkpoint.peft import has_adapters, read_adapter, write_peft
 from lco_jax.core import lora
 from lco_jax.core.console import say
-from lco_jax.core.errors import LcoError, run_main
+from lco_jax.core.errors import DONE, LcoError, run_main
 from lco_jax.core.files import as_path, local_path, write_json
 from lco_jax.core.sharding import replicated
 from lco_jax.embedder import OmniEmbedder
@@ -116,7 +116,7 @@ def main() -> int:
         _soup(args)
     else:
         _export(args)
-    return 0
+    return DONE
 
 
 def _shard_bytes(args: argparse.Namespace) -> int:

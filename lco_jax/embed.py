@@ -28,7 +28,6 @@ one, or of that at --ray=ADDRESS.
 """
 
 import argparse
-import logging
 import os
 import signal
 import sys
@@ -44,7 +43,7 @@ from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from lco_jax.core.console import progress_bar, say
-from lco_jax.core.errors import PREEMPTED, LcoError, run_main
+from lco_jax.core.errors import DONE, PREEMPTED, LcoError, run_main
 from lco_jax.core.files import AnyPath, as_path, on_bucket, reaching
 from lco_jax.data.bucket_folder import BucketFolder
 from lco_jax.data.corpus import Contents, Corpus, scan
@@ -66,7 +65,6 @@ from lco_jax.unit_embedder import UnitEmbedder, open_corpus
 ROUNDS = 3  # over units without a good part, before the disk is not trusted any more
 Load = partial[UnitEmbedder]
 INPUT_STATE = "what --input holds"  # among the flags of a work
-logger = logging.getLogger(__name__)
 
 
 def parse_args() -> argparse.Namespace:
@@ -140,7 +138,7 @@ def main() -> int:
         say(changes)
     if rest := rest_in_words(record.get("left out", {})):
         say(rest)
-    return 0
+    return DONE
 
 
 def _leave(signal_number: int, frame: FrameType | None) -> None:
@@ -217,7 +215,7 @@ def _what_is_kept(corpus: Corpus | BucketFolder, parts: VectorParts, total: int)
         done = parts.rows_done()
         if done and not _has_moved(corpus, parts):
             kept = f"{done:,} of {total:,} vectors are kept in {parts.folder.path}"
-            logger.warning("%s; the same command goes on from there", kept)
+            say(f"{kept}; the same command goes on from there", aside=True)
         raise
 
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from lco_jax.core.console import progress_bar, say
-from lco_jax.core.errors import LcoError, explained, run_main
+from lco_jax.core.errors import DONE, FAILED, LcoError, explained, run_main
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.inference import EmbeddedBlock
 from lco_jax.data.media import MediaConfig
@@ -71,7 +71,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Evaluate; 1 if a task failed."""
+    """Evaluate; `FAILED` if a task could not be measured."""
     args = parse_args()
     given = [args.benchmark, args.tasks, args.seadoc, args.input]
     if given.count(None) != len(given) - 1:
@@ -83,7 +83,7 @@ def main() -> int:
     if args.input is None:
         return evaluate_tasks(args, media)
     evaluate_files(args, media)
-    return 0
+    return DONE
 
 
 def evaluate_files(args: argparse.Namespace, media: MediaConfig) -> None:
@@ -118,7 +118,7 @@ def evaluate_files(args: argparse.Namespace, media: MediaConfig) -> None:
 
 
 def evaluate_tasks(args: argparse.Namespace, media: MediaConfig) -> int:
-    """mteb's tasks, and SeaDoc; 1 if a task failed."""
+    """mteb's tasks, and SeaDoc; `FAILED` if one could not be measured."""
     if find_spec("mteb") is None:
         raise LcoError("benchmarks need mteb, which is not installed: pip install 'lco-jax[eval]'")
     from lco_jax.evaluation.adapter import Encoder, find_tasks, model_meta
@@ -146,7 +146,7 @@ def evaluate_tasks(args: argparse.Namespace, media: MediaConfig) -> int:
         f"{len(tasks) - failed} of {len(tasks)} tasks measured: {args.output / 'results.md'}"
     )
     stored.close()
-    return 1 if failed else 0
+    return FAILED if failed else DONE
 
 
 def _run_tasks(

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from lco_jax.checkpoint.hf import Checkpoint
 from lco_jax.core import console
@@ -36,12 +36,21 @@ ToPath = Callable[[str], AnyPath]
 M = TypeVar("M", bound=OmniEmbedder)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are JSON, too, where that was asked for."""
+
+    def error(self, message: str) -> NoReturn:
+        if console.in_json():
+            raise LcoError(message)
+        super().error(message)
+
+
 def new_parser(command: str, doc: str | None) -> argparse.ArgumentParser:
     """A parser whose help is the module's docstring. command: the module's name within the
     package.
     """
     name = sys.argv[0]  # of `lco embed`, what was typed
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=name if name.startswith("lco ") else f"python -m lco_jax.{command}",
         description=doc,
         parents=[console.flags()],

@@ -25,7 +25,7 @@ from typing import Any
 
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.core.console import progress_bar, say
-from lco_jax.core.errors import LcoError, run_main
+from lco_jax.core.errors import DONE, LcoError, run_main
 from lco_jax.core.files import write_json, write_text, written_aside
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Contents, Corpus, scan
@@ -103,7 +103,7 @@ def main() -> int:
         answer_and_score(args)
     else:
         answer(args)
-    return 0
+    return DONE
 
 
 def answer(args: argparse.Namespace) -> None:

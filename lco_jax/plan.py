@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from lco_jax.checkpoint.hf import Checkpoint, open_geometry
 from lco_jax.checkpoint.shapes import abstract_params
-from lco_jax.core.errors import LcoError, run_main
+from lco_jax.core.errors import DONE, LcoError, run_main
 from lco_jax.core.files import write_json
 from lco_jax.core.sharding import AXES, make_mesh
 from lco_jax.core.stream_shapes import Shape
@@ -353,7 +353,7 @@ def main() -> int:
     print(table(result))
     if args.output:
         write_json(args.output, result)
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import pyarrow.parquet
 
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.core.console import progress_bar, say
-from lco_jax.core.errors import LcoError, explained, run_main
+from lco_jax.core.errors import DONE, LcoError, explained, run_main
 from lco_jax.core.files import read_own, write_json
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Contents, Corpus, scan
@@ -97,7 +97,7 @@ def main() -> int:
         say(f"{counts}: http://{host}:{socket_.getsockname()[1]}{rest}")
         app = server.app(LOOPBACK if args.host in LOOPBACK else ("*",))
         http_server(app).run(sockets=[socket_])
-    return 0
+    return DONE
 
 
 def _listening(args: argparse.Namespace) -> socket.socket:

@@ -103,12 +103,19 @@ def speaking(manner: Manner) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=IGNORED_WARNINGS)
+            logging.captureWarnings(manner.as_json)
             yield
     finally:
+        logging.captureWarnings(False)
         _manner = before
         root.removeHandler(handler)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def in_json() -> bool:
+    """Whether --log-format=json was asked for."""
+    return _manner.as_json
 
 
 # ---- lines

@@ -100,7 +100,7 @@ class StepReports:
             self.has_begun = True
             self.compiling.close()
             self.pace.restart()
-            self.bar.set_description("training")
+            self.bar.set_description_str("training")
         self.pending = step, dict(metrics), where
 
     def flush(self, compiled: bool = False) -> None:
