@@ -53,7 +53,7 @@ class Findings(NamedTuple):
     losses: dict[str, Losses]
 
 
-def parse_args() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = new_parser("analyze", __doc__)
     add = parser.add_argument
@@ -71,12 +71,12 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the draw and of the bootstrap (default: 0)")
     add("--max-length", type=int, help="cut texts to so many tokens")
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
     """Draw pairs, look at one model, then at the other, then write everything at once."""
-    args = parse_args()
+    args = make_parser().parse_args()
     models = _models(args)
     pairs = _draw(args)
     captioned = _draw_captions(args) if args.captions else pairs

@@ -29,7 +29,7 @@ WHISPER_FRAMES = 3000  # mel frames that a Whisper sees at once
 LARGEST = 2**20  # of a size of the vision tower
 
 
-def parse_args() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = new_parser("assemble", __doc__)
     parser.add_argument(
@@ -60,12 +60,12 @@ def parse_args() -> argparse.Namespace:
         help="mel frames that the audio tower, fresh or not, sees at once; 100 are a second "
         "(default: %(default)s)",
     )
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
     """Assemble, and say what was made."""
-    args = parse_args()
+    args = make_parser().parse_args()
     if args.seed < 0:
         raise LcoError(f"--seed={args.seed}: it must be at least 0")
     note = assemble(

@@ -40,7 +40,7 @@ from lco_jax.training.run import tuned_of_run
 SOUP_FLAGS = ("adapters", "models", "weights", "rank", "merge", "greedy", "validate", "kind")
 
 
-def parse_args() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = new_parser("convert", __doc__)
     parser.add_argument(
@@ -69,7 +69,7 @@ def parse_args() -> argparse.Namespace:
         "--max-shard-size", type=float, default=5.0, metavar="GB", help="of one file (default: 5)"
     )
     _add_soup_flags(parser)
-    return parser.parse_args()
+    return parser
 
 
 def _add_soup_flags(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +109,7 @@ def _add_soup_flags(parser: argparse.ArgumentParser) -> None:
 
 def main() -> int:
     """Export or average, and print where."""
-    args = parse_args()
+    args = make_parser().parse_args()
     if args.max_shard_size <= 0:
         raise LcoError(f"--max-shard-size is {args.max_shard_size}; it must be positive")
     if args.command == "soup":

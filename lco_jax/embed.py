@@ -67,7 +67,7 @@ Load = partial[UnitEmbedder]
 INPUT_STATE = "what --input holds"  # among the flags of a work
 
 
-def parse_args() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = new_parser("embed", __doc__)
     add_path(parser, "--input", ".txt, .jsonl, .parquet or a folder of media", kind=as_path)
@@ -95,7 +95,7 @@ def parse_args() -> argparse.Namespace:
         help="what an actor takes, as Ray calls it (default: GPU=1, TPU=1 or CPU=1)",
     )
     add_corpus_flags(parser, on_error="raise", media_root=as_path)
-    return parser.parse_args()
+    return parser
 
 
 def _resources(text: str) -> dict[str, float]:
@@ -112,7 +112,7 @@ def _resources(text: str) -> dict[str, float]:
 
 def main() -> int:
     """Check every input, then embed unit by unit; the output appears when it is complete."""
-    args = parse_args()
+    args = make_parser().parse_args()
     with reaching(args.output):
         _check_flags(args)
     signal.signal(signal.SIGTERM, _leave)

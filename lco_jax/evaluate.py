@@ -50,7 +50,7 @@ MAX_LENGTH = 300  # tokens of a text, as in the reference's evaluation
 logger = logging.getLogger(__name__)
 
 
-def parse_args() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = new_parser("evaluate", __doc__)
     parser.add_argument(
@@ -67,12 +67,12 @@ def parse_args() -> argparse.Namespace:
     add_path(parser, "--output", "the folder for results and vectors", earlier=["--out"])
     add_corpus_flags(parser, on_error="raise", part_size=PART_INPUTS, max_length=MAX_LENGTH)
     add_flags(parser, "--input")
-    return parser.parse_args()
+    return parser
 
 
 def main() -> int:
     """Evaluate; `FAILED` if a task could not be measured."""
-    args = parse_args()
+    args = make_parser().parse_args()
     given = [args.benchmark, args.tasks, args.seadoc, args.input]
     if given.count(None) != len(given) - 1:
         raise LcoError("give one of --benchmark, --tasks, --seadoc and --input")

@@ -49,8 +49,8 @@ from lco_jax.generator import OmniGenerator
 logger = logging.getLogger(__name__)
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line. The earlier --data means --score --input."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = new_parser("generate", __doc__)
     add_path(parser, "--input", "inputs, or records for --score", required=False)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
@@ -72,7 +72,12 @@ def parse_args() -> argparse.Namespace:
     )
     add_on_error(parser, "raise")
     add_model_flags(parser)
-    args = parser.parse_args()
+    return parser
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags. The earlier --data means --score --input."""
+    args = make_parser().parse_args()
     if args.data is not None:
         if args.input is not None:
             raise LcoError("--data is short for --score --input; give one of them")

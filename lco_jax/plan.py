@@ -316,7 +316,8 @@ def _sizes(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The command line, without the keys of the configuration."""
     parser = new_parser("plan", __doc__)
     parser.add_argument("--device", required=True, choices=DEVICES)
     where = parser.add_mutually_exclusive_group(required=True)
@@ -340,7 +341,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Parse the command line, plan, print."""
-    args, rest = _parser().parse_known_args()
+    args, rest = make_parser().parse_known_args()
     devices = args.devices or math.prod(args.mesh)
     device = DEVICES[args.device]
     if args.price is not None:

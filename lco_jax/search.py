@@ -53,7 +53,7 @@ FIRST_QUERY = {
 }
 
 
-def parse_args() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = new_parser("search", __doc__)
     add_path(parser, "--input", "a folder of media, a .jsonl or a .txt, as of embed")
@@ -74,12 +74,12 @@ def parse_args() -> argparse.Namespace:
         "--ann", action="store_true", help=f"an HNSW graph for fewer than {EXACT:,} vectors, too"
     )
     add_corpus_flags(parser, on_error="skip", part_size=MEDIA_A_UNIT)
-    return parser.parse_args()
+    return parser
 
 
 def main() -> int:
     """Embed what the index lacks, then serve the page until Ctrl-C."""
-    args = parse_args()
+    args = make_parser().parse_args()
     with explained("search needs more packages: pip install 'lco-jax[search]'", ImportError):
         from lco_jax.searching.server import LOOPBACK, Server, http_server
     if args.input.suffix == ".parquet":

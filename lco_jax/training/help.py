@@ -17,7 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lco_jax.core import console
-from lco_jax.training.values import RULES
+from lco_jax.training.values import FLAG, RULES, Choice, Words
 
 COLUMNS = 100
 LEFT = 36  # columns of a flag or of a key with its value
@@ -57,6 +57,13 @@ def help_text(doc: str | None, flags: Mapping[str, str], config: ConfigDict, nam
             for key in inside:
                 lines += _entry(f"  {key}={_shown(keys[key])}", _about(key, keys[key]))
     return "\n".join(lines)
+
+
+def keys_with_values() -> dict[str, tuple[str, ...] | None]:
+    """Every key that has a rule, with the words that it may be; None where others may be, too."""
+    words = {key: rule.words for key, rule in RULES.items() if isinstance(rule, Choice | Words)}
+    flags = {key: ("True", "False") for key, rule in RULES.items() if rule is FLAG}
+    return dict.fromkeys(RULES) | words | flags
 
 
 def _flags_of_every_program() -> list[str]:
