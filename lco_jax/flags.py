@@ -135,7 +135,8 @@ def add_model_flags(
     for field in fields(MediaConfig):
         flag, text = _flag(field.name), field.metadata["meaning"]
         if field.type is bool:
-            group.add_argument(flag, action="store_true", help=text)
+            text = f"{text} (default: {'yes' if field.default else 'no'})"
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
             default = "" if field.default is None else f" (default: {field.default:,})"
             group.add_argument(

@@ -210,7 +210,7 @@ def held_out_progress(when: str, total: int = 0) -> tqdm:
     return console.progress_bar(
         desc=f"held out, {when}",
         total=total,
-        unit="input",
+        unit=" inputs",
         leave=False,
         disable=jax.process_index() != 0,
     )

@@ -12,8 +12,9 @@ import pyarrow.parquet
 import pytest
 import reference
 
-from lco_jax import LcoError, train
+from lco_jax import LcoError, MediaConfig, embed, train
 from lco_jax.core.errors import run_main
+from lco_jax.flags import media_config
 from lco_jax.training import cli
 from lco_jax.training.help import COMMENTS, comments_of
 from lco_jax.training.values import RULES
@@ -274,6 +275,20 @@ def test_comments_are_those_beside_and_above():
 
 
 # ---- embed
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed"),
+    [
+        ([], {}),
+        (["--no-upright"], {"upright": False}),
+        (["--allow-remote", "--fps=1"], {"allow_remote": True, "fps": 1.0}),
+    ],
+)
+def test_caps_that_no_flag_sets_are_the_defaults(flags, changed):
+    """Of embed, search, evaluate and generate: a photo is upright, as in Python."""
+    given = ["--model=m", "--input=a.txt", "--output=a.npy", *flags]
+    assert media_config(embed.make_parser().parse_args(given)) == MediaConfig(**changed)
 
 
 def test_embed_a_txt(tmp_path, tiny):

@@ -61,9 +61,8 @@ def flags() -> argparse.ArgumentParser:
     """The flags that every program takes, as a parent of its parser."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     group = parser.add_argument_group("what is printed")
-    much = group.add_mutually_exclusive_group()
-    much.add_argument("--quiet", action="store_true", help="warnings and errors alone")
-    much.add_argument("--verbose", action="store_true", help="also shapes, kernels and the like")
+    group.add_argument("--quiet", action="store_true", help="warnings and errors alone")
+    group.add_argument("--verbose", action="store_true", help="also shapes, kernels and the like")
     group.add_argument(
         "--log-format",
         choices=FORMATS,
@@ -79,6 +78,8 @@ def take_flags(arguments: list[str]) -> Manner:
     them. Raises `argparse.ArgumentError`.
     """
     given, arguments[:] = flags().parse_known_args(arguments)
+    if given.quiet and given.verbose:
+        raise argparse.ArgumentError(None, "--quiet and --verbose exclude each other")
     by_environment = os.environ.get(ENVIRONMENT, "") not in ("", "0")
     return Manner(
         quiet=given.quiet,
