@@ -226,7 +226,7 @@ def test_help_says_what_there_is(parse, capsys, flag):
 
 def test_help_has_every_key_with_its_comment_and_what_it_may_be(parse, capsys):
     with pytest.raises(SystemExit):
-        parse("--help", CONFIG)
+        parse("--help", "--config=base")
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 100
     keys = text[text.index("the run:\n") :]

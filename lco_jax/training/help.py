@@ -48,7 +48,7 @@ def help_text(doc: str | None, flags: Mapping[str, str], config: ConfigDict, nam
     for flag, text in flags.items():
         lines += _entry(f"  --{flag}", text)
     title = f"keys, with the values of --config={name}; each is a flag, as --config.train.epochs=3"
-    lines += ["", *_flags_of_every_program(), "", f"{title}:"]
+    lines += ["", *_flags_of_every_program(), "", *textwrap.wrap(f"{title}:", COLUMNS)]
     keys = _keys(config)
     for section, title in SECTIONS.items():
         inside = [key for key in keys if _section(key) == section]
