@@ -1,5 +1,6 @@
 """Contrastive training, from the opened job to its scores: what `lco_jax.train` runs."""
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from lco_jax.evaluation.sts import agreement
 from lco_jax.job import Job, held_out_progress, open_job, say
 from lco_jax.models.model import Model
 from lco_jax.outputs import finish
+from lco_jax.results import Results
 from lco_jax.training.folder import held
 from lco_jax.training.run import check_config
 from lco_jax.training.step import Step, make_train_step
@@ -31,15 +33,15 @@ class Scores(NamedTuple):
     spearman: dict[str, float]
 
 
-def train(config: ConfigDict, output: AnyPath) -> dict[str, Any]:
-    """As `lco_jax.train.train`."""
+def train(config: ConfigDict, output: str | os.PathLike[str]) -> Results:
+    """As `lco_jax.train.train`, with the configuration that its arguments make."""
     if config.tune.towers != "none":
         raise LcoError(
             "config.tune.towers goes with lco_jax.pretrain; contrastive training freezes towers"
         )
     check_config(config)
     with held(output) as home:
-        return _train(config, home)
+        return Results(_train(config, home), home, config.model.path)
 
 
 def _train(config: ConfigDict, home: AnyPath) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Generative training, from the opened job to its answers: what `lco_jax.pretrain` runs."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from lco_jax.generator import OmniGenerator
 from lco_jax.job import Job, held_out_progress, open_job, say
 from lco_jax.models.model import Model
 from lco_jax.outputs import finish
+from lco_jax.results import Results
 from lco_jax.training.folder import held
 from lco_jax.training.run import check_config
 from lco_jax.training.step import Step, make_pretrain_step
@@ -20,11 +22,11 @@ from lco_jax.training.step import Step, make_pretrain_step
 ANSWERED = 4  # held-out prompts
 
 
-def pretrain(config: ConfigDict, output: AnyPath) -> dict[str, Any]:
-    """As `lco_jax.pretrain.pretrain`."""
+def pretrain(config: ConfigDict, output: str | os.PathLike[str]) -> Results:
+    """As `lco_jax.pretrain.pretrain`, with the configuration that its arguments make."""
     check_config(config)
     with held(output) as home:
-        return _pretrain(config, home)
+        return Results(_pretrain(config, home), home, config.model.path)
 
 
 def _pretrain(config: ConfigDict, home: AnyPath) -> dict[str, Any]:

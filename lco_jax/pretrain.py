@@ -1,6 +1,7 @@
 """Generative training: what a checkpoint says about text, images, audio and video.
 
-    python -m lco_jax.pretrain --config=pretrain [--output=runs/pretrain] [--config.KEY=VALUE …]
+    python -m lco_jax.pretrain --config=pretrain [--data=my.jsonl] [--eval=heldout.jsonl]
+        [--output=runs/pretrain] [--config.KEY=VALUE …]
 
 It comes before contrastive training (the paper's continual generative pretraining). A record's
 anchor is the prompt, followed by a question if it is media alone. Its positive is the answer, whose
@@ -11,24 +12,31 @@ held-out loss before and after, in nats a token, and the trained model's answers
 held-out prompts.
 """
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from lco_jax.core.errors import run_main
-from lco_jax.core.files import AnyPath
+from lco_jax.data.given import Given
+from lco_jax.results import Results
 from lco_jax.training import cli
 
 
-def pretrain(config: ConfigDict, output: AnyPath) -> dict[str, Any]:
-    """Run or resume in the folder `output`; returns the content of its results.json.
-
-    Returns {} if SIGTERM ended the run early (after saving it). Raises if another trainer works in
-    the folder.
-    """
+def pretrain(
+    config: str | os.PathLike[str] | ConfigDict,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    data: Given | Mapping[str, Any] | None = None,
+    eval: Given | None = None,
+    **keys: Any,
+) -> Results:
+    """Run or resume in the folder `output`; everything is as for `lco_jax.train`."""
     from lco_jax import generative  # heavy, as jax is; help and a finished run do without
 
-    return generative.pretrain(config, output)
+    config = cli.configured(config, data, eval, keys)
+    return generative.pretrain(config, output or f"runs/{config.name}")
 
 
 def main() -> int:

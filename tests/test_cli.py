@@ -12,9 +12,10 @@ import pyarrow.parquet
 import pytest
 import reference
 
-from lco_jax import LcoError, MediaConfig, embed, train
+from lco_jax import LcoError, MediaConfig, embed
 from lco_jax.core.errors import run_main
 from lco_jax.flags import media_config
+from lco_jax.train import main
 from lco_jax.training import cli
 from lco_jax.training.help import COMMENTS, comments_of
 from lco_jax.training.values import RULES
@@ -243,7 +244,7 @@ def test_help_has_every_key_with_its_comment_and_what_it_may_be(parse, capsys):
 def test_a_user_sees_one_line_and_status_2(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train", CONFIG, "--config.train.stps=3"])
     with pytest.raises(SystemExit) as done:
-        run_main(train.main)
+        run_main(main)
     assert done.value.code == 2
     out, err = capsys.readouterr()
     assert out == ""
