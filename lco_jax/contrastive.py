@@ -115,12 +115,16 @@ def _evaluate(
             scores.spearman[name] = agreement(encode, pairs).spearman
     embedder.params = {}
     if when == "before":  # a table says it again, hours later
-        recalls = [f"{name} {found.recall_at_1:.3f}" for name, found in scores.retrieval.items()]
-        spearmans = [f"{name} {value:.3f}" for name, value in scores.spearman.items()]
-        recall = [f"recall@1 of {', '.join(recalls)}"] if recalls else []
-        spearman = [f"Spearman of {', '.join(spearmans)}"] if spearmans else []
-        say(f"held out, before training: {'; '.join(recall + spearman)}", _as_json(scores))
+        say(f"held out, before training: {_in_brief(scores)}", _as_json(scores))
     return scores
+
+
+def _in_brief(scores: Scores) -> str:
+    """One number a file, on one line."""
+    recalls = [f"{name} {found.recall_at_1:.3f}" for name, found in scores.retrieval.items()]
+    spearmans = [f"{name} {value:.3f}" for name, value in scores.spearman.items()]
+    measured = {"recall@1": recalls, "Spearman": spearmans}
+    return "; ".join(f"{what} of {', '.join(found)}" for what, found in measured.items() if found)
 
 
 def _as_json(scores: Scores) -> dict[str, dict[str, float]]:

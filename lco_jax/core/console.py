@@ -15,7 +15,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -31,7 +31,7 @@ KNOWN_BETTER = "may be present on this machine"
 # of orbax, where a checkpoint is read without its shardings
 IGNORED_WARNINGS = ".*Sharding info not provided.*"
 IN_A_TERMINAL, IN_A_FILE = 0.5, 10.0  # seconds between two pictures of a bar
-ENVIRONMENT = "LCO_JAX_DEBUG"
+DEBUG_VARIABLE = "LCO_JAX_DEBUG"  # of the environment: --debug for every command
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def take_flags(arguments: list[str]) -> Manner:
     given, arguments[:] = flags().parse_known_args(arguments)
     if given.quiet and given.verbose:
         raise argparse.ArgumentError(None, "--quiet and --verbose exclude each other")
-    by_environment = os.environ.get(ENVIRONMENT, "") not in ("", "0")
+    by_environment = os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
     return Manner(
         quiet=given.quiet,
         verbose=given.verbose,
@@ -232,9 +232,8 @@ def waiting(what: str, shown: bool = True) -> Iterator[None]:
     line = progress_bar(
         desc=what, bar_format="{desc} … {elapsed}", leave=not _is_terminal(), disable=not shown
     )
-    with ticking(line):
+    with closing(line), ticking(line):
         yield
-    line.close()
 
 
 @contextmanager

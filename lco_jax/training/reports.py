@@ -80,7 +80,7 @@ class StepReports:
         self.bar = progress_bar(
             total=total_steps,
             initial=first_step,
-            desc="compiling",
+            desc="compiling" if first_step < total_steps else "training",
             bar_format=BAR,
             disable=not is_writer,
         )
