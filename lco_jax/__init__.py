@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from lco_jax.data.media import MediaConfig
     from lco_jax.embedder import OmniEmbedder
     from lco_jax.generator import OmniGenerator
+    from lco_jax.hub import push_to_hub
 
 __version__ = "0.1.0"
-__all__ = ["LcoError", "MediaConfig", "OmniEmbedder", "OmniGenerator", "make_mesh"]
+__all__ = ["LcoError", "MediaConfig", "OmniEmbedder", "OmniGenerator", "make_mesh", "push_to_hub"]
 # Imported when they are asked for: the processes that decode media do without jax.
 PLACES = {
     "LcoError": "lco_jax.core.errors",
@@ -24,6 +25,7 @@ PLACES = {
     "MediaConfig": "lco_jax.data.media",
     "OmniEmbedder": "lco_jax.embedder",
     "OmniGenerator": "lco_jax.generator",
+    "push_to_hub": "lco_jax.hub",
 }
 
 

@@ -1,5 +1,6 @@
 """What a finished run leaves: adapter, merged model, loss curve, results.json."""
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from lco_jax.checkpoint.card import adapter_card
 from lco_jax.checkpoint.export import export_merged
 from lco_jax.checkpoint.peft import has_adapters, write_peft
 from lco_jax.core.files import on_bucket, write_json
@@ -15,6 +17,7 @@ from lco_jax.evaluation.plots import plot_loss
 from lco_jax.job import Job, say
 from lco_jax.loop import Loop
 from lco_jax.training import tuning
+from lco_jax.training.card import about_run
 from lco_jax.training.metrics import read_metrics
 
 CURVE = ("loss", "learning_rate")  # what the curve shows of a line of metrics
@@ -52,7 +55,6 @@ def _tuned_on_host(loop: Loop) -> dict[str, Any]:
 def _write(
     job: Job, tuned: dict[str, Any], scores: dict[str, Any], pictures: Mapping[str, Path]
 ) -> dict[str, Any]:
-    outputs = _export(job, tuned)
     curve = job.workdir / "loss.png"
     lines = read_metrics(job.workdir / "metrics.jsonl")
     lines = [line for line in lines if all(isinstance(line.get(key), float) for key in CURVE)]
@@ -63,13 +65,18 @@ def _write(
         plot_loss(curve, steps, losses, [line["learning_rate"] for line in lines])
         pictures["loss curve"] = curve
         say(f"\nloss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last\n")
+    held_out = {**job.held_out, **{name: one.scores for name, one in job.pairs.items()}}
     results = {
+        "objective": "generative" if job.layout.generative else "contrastive",
         "steps": job.total_steps,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "trained_parameters": tuning.count(job.training.tuned),
+        "records": {name: len(source) for name, source in job.sources.items()},
+        "held_out": {name: len(one) for name, one in held_out.items()},
         **scores,
     }
+    outputs = _export(job, tuned, results)
     write_json(job.workdir / "results.json", results)
     job.upload()
     for title, path in {**outputs, **pictures}.items():
@@ -77,14 +84,18 @@ def _write(
     return results
 
 
-def _export(job: Job, tuned: dict[str, Any]) -> dict[str, Path]:
+def _export(job: Job, tuned: dict[str, Any], results: dict[str, Any]) -> dict[str, Path]:
     """Write the trained parameters as files for others: title -> folder."""
-    config, lora = job.config, job.training.lora
+    config, lora, base = job.config, job.training.lora, job.config.model.path
+    run = json.loads(config.to_json()) | {"total_steps": job.total_steps}
+    about = about_run(run, results, job.total_steps)
     outputs = {}
     if has_adapters(tuned.get("decoder", {})):
         outputs["adapter"] = job.workdir / "adapter"
-        write_peft(outputs["adapter"], tuned["decoder"], lora, config.model.path)
+        card = adapter_card(job.checkpoint, base, about, lora)
+        write_peft(outputs["adapter"], tuned["decoder"], lora, base, card)
     if config.export.merged:
         outputs["merged model"] = job.workdir / "merged"
-        export_merged(config.model.path, outputs["merged model"], tuned, lora, config.export.dtype)
+        dtype = config.export.dtype
+        export_merged(base, outputs["merged model"], tuned, lora, dtype, about=about)
     return outputs

@@ -146,7 +146,8 @@ def _print_scores(before: Scores, after: Scores) -> None:
 
 def _as_json(scores: Scores) -> dict[str, dict[str, float]]:
     numbers = {
-        name: {"recall_at_1": x.recall_at_1, "mrr": x.mrr} for name, x in scores.retrieval.items()
+        name: {"recall_at_1": x.recall_at_1, "mrr": x.mrr, "candidates": x.candidates}
+        for name, x in scores.retrieval.items()
     }
     return numbers | {name: {"spearman": value} for name, value in scores.spearman.items()}
 
