@@ -155,7 +155,8 @@ def _export(args: argparse.Namespace) -> None:
         about = _about_run(args, step)
     elif args.adapter:
         tuned, config = read_adapter(args.adapter, open_checkpoint(source), head=True)
-        about = About(f"{{base}} with the adapter {_shown(args.adapter)} added to its weights.")
+        made = f"{{base}} with the adapter {_shown(args.adapter)} added to its weights."
+        about = About(made, "with an adapter")
     _write_merged(args, source, args.output, tuned, config, about)
     if args.input is not None and has_adapters(tuned.get("decoder", {})):
         folder = beside(args.output, "adapter")
@@ -235,7 +236,7 @@ def _about_soup(
     words = "A soup is the weighted average of what several runs learned (arXiv 2203.05482)."
     made = f"A soup of {len(rows)} {kind}, averaged with lco-jax; the base is {{base}}."
     members = Section("Members", f"{words} {greedy}".strip(), ("member", "weight"), rows)
-    return About(made, relation="merge", sections=(members,))
+    return About(made, "a soup", relation="merge", sections=(members,))
 
 
 def _check_soup_flags(args: argparse.Namespace) -> None:

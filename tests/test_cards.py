@@ -165,6 +165,7 @@ def test_a_card_inherits_what_is_known_of_its_base(cases, tmp_path):
 
 def test_an_assembled_models_card_lists_its_parts(tmp_path):
     export_merged("builtin:tiny", tmp_path / "model", dtype="float32")
+    (tmp_path / "model" / "README.md").unlink()
     note = {"language model": {"name": "a|b", "licence": "MIT"}, "vision tower": {"name": "fresh"}}
     write_json(tmp_path / "model" / "parts.json", note)
     card = assembled_card(tmp_path / "model", open_checkpoint(tmp_path / "model"))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
@@ -49,17 +49,28 @@ class Section:
 class About:
     """What is known of how an export was made.
 
-    made: a sentence, in which {base} is the base's name. objective: "contrastive", "generative", or
-    "" where it is not known. relation: to its base, as the hub names it: finetune, adapter or
-    merge. datasets: ids of the hub. results: the figures of `sections` for the front matter.
+    made: a sentence, in which {base} is the base's name. what: the same in a few words, for the
+    title. objective: "contrastive", "generative", or "" where it is not known. relation: of a
+    merged model to its base, as the hub names it. datasets: ids of the hub. results: the figures
+    of `sections` for the front matter.
     """
 
     made: str = ""
+    what: str = "exported"
     objective: str = ""
     relation: str = "finetune"
     datasets: tuple[str, ...] = ()
     sections: tuple[Section, ...] = ()
     results: tuple[EvalResult, ...] = ()
+
+
+class _Form(NamedTuple):
+    """What an export is. kind: merged, adapter or assembled. lora: an adapter's settings."""
+
+    kind: str
+    has_modules: bool = False  # of sentence-transformers
+    projected: bool = False
+    lora: LoraConfig | None = None
 
 
 def merged_card(
@@ -70,31 +81,22 @@ def merged_card(
     folder: its files, without a card. checkpoint, source: its base, opened, and as it was given.
     projected: whether it has a projection.
     """
-    base = base_of(source)
-    has_modules = (folder / "modules.json").exists()
+    form = _Form("merged", (folder / "modules.json").exists(), projected)
     made = about.made or "This is {base} in another dtype or other files, and nothing else."
-    library = "transformers"
-    if has_modules and about.objective != "generative":
-        library = "sentence-transformers"
-    facts = {
-        "kind": "merged",
-        "has_modules": has_modules,
-        "projected": projected,
-        "lora": None,
-    }
-    about = replace(about, made=made)
-    return _card(checkpoint, base, about, library, facts)
+    return _card(checkpoint, base_of(source), replace(about, made=made), form)
 
 
 def adapter_card(
     checkpoint: Checkpoint, source: str | Path, about: About, config: LoraConfig
 ) -> str:
     """The card of an adapter. checkpoint, source: its base, opened, and as it was given."""
-    base = base_of(source)
-    made = about.made or "This is an adapter of {base}."
-    about = replace(about, made=made, relation="adapter")
-    facts = {"kind": "adapter", "has_modules": False, "projected": False, "lora": config}
-    return _card(checkpoint, base, about, "peft", facts)
+    about = replace(
+        about,
+        made=about.made or "This is an adapter of {base}.",
+        what=f"{about.what} (adapter)",
+        relation="adapter",
+    )
+    return _card(checkpoint, base_of(source), about, _Form("adapter", lora=config))
 
 
 def assembled_card(folder: Path, checkpoint: Checkpoint) -> str:
@@ -103,10 +105,10 @@ def assembled_card(folder: Path, checkpoint: Checkpoint) -> str:
     about = About(
         "A model made of parts by lco-jax. Whatever is fresh was drawn at random and has learned "
         "nothing yet; the language model answers as it did before.",
+        what="assembled",
         objective="generative",
     )
-    facts = {"kind": "assembled", "has_modules": False, "projected": False, "lora": None}
-    return _card(checkpoint, base, about, "transformers", facts)
+    return _card(checkpoint, base, about, _Form("assembled"))
 
 
 def at_hub(card: str, repo_id: str) -> str:
@@ -121,35 +123,18 @@ def write_card(folder: Path, card: str) -> None:
     write_text(folder / README, card)
 
 
-def _card(
-    checkpoint: Checkpoint, base: Base, about: About, library: str, facts: dict[str, Any]
-) -> str:
-    """Front matter and body."""
+def _card(checkpoint: Checkpoint, base: Base, about: About, form: _Form) -> str:
+    """Front matter and body. checkpoint, base: what the export was made from."""
     licence = licence_keys(checkpoint.folder, base)
-    head = front_matter(checkpoint.folder)
-    title = f"{base.name}, {_how(about, facts['kind'])}"
-    modalities = checkpoint.backbone.modalities
-    base_model = base.hub_id or head.get("base_model")
-    data = ModelCardData(
-        base_model=base_model,
-        base_model_relation=about.relation if base_model else None,
-        datasets=list(about.datasets) or None,
-        language=head.get("language"),
-        library_name=library,
-        pipeline_tag=_pipeline_tag(checkpoint, about),
-        tags=["lco-jax", "multimodal", *modalities, *_extra_tags(about, facts), PAPER],
-        model_name=title,
-        eval_results=list(about.results) or None,
-        **licence,
-    )
-    if not about.results:
-        data.pop("model_name")
+    title = f"{base.name}, {about.what}"
+    head = _front_matter(checkpoint, base, about, form, licence, title)
     environment = Environment(
         trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True
     )
     environment.filters |= {"cell": _cell, "literal": json.dumps, "quoted": shlex.quote}
+    modalities = checkpoint.backbone.modalities
     body = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
-        **facts,
+        **form._asdict(),
         title=title,
         about=replace(about, made=about.made.replace("{base}", base.name)),
         base=base,
@@ -167,16 +152,57 @@ def _card(
         where=_WHERE,
         version=version("lco-jax"),
     )
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
+    return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}"))
 
 
-def _how(about: About, kind: str) -> str:
-    """What stands behind the base's name in a title."""
-    if kind == "assembled":
-        return "assembled"
-    what = {"contrastive": "tuned for embeddings", "generative": "tuned to answer"}
-    words = what.get(about.objective, "merged" if about.relation == "merge" else "exported")
-    return f"{words} (adapter)" if kind == "adapter" else words
+def _front_matter(
+    checkpoint: Checkpoint,
+    base: Base,
+    about: About,
+    form: _Form,
+    licence: dict[str, str],
+    title: str,
+) -> ModelCardData:
+    """What the hub reads. A base that is not on the hub hands down what its own card says."""
+    of_base = front_matter(checkpoint.folder)
+    base_model = base.hub_id or of_base.get("base_model")
+    library, pipeline = _programs(checkpoint, about, form)
+    return ModelCardData(
+        base_model=base_model,
+        base_model_relation=about.relation if base_model else None,
+        datasets=list(about.datasets) or None,
+        language=of_base.get("language"),
+        library_name=library,
+        pipeline_tag=pipeline,
+        tags=_tags(checkpoint, about, form),
+        model_name=title if about.results else None,
+        eval_results=list(about.results) or None,
+        **licence,
+    )
+
+
+def _programs(checkpoint: Checkpoint, about: About, form: _Form) -> tuple[str, str]:
+    """The hub's names of the library that loads an export, and of what it does."""
+    if about.objective == "generative":
+        hears = "audio" in checkpoint.backbone.modalities
+        pipeline = "any-to-any" if hears else "image-text-to-text"
+    else:
+        pipeline = "feature-extraction"
+    if form.kind == "adapter":
+        return "peft", pipeline
+    embeds = form.has_modules and about.objective != "generative"
+    return "sentence-transformers" if embeds else "transformers", pipeline
+
+
+def _tags(checkpoint: Checkpoint, about: About, form: _Form) -> list[str]:
+    tags = ["lco-jax", "multimodal", *checkpoint.backbone.modalities]
+    if form.lora is not None:
+        tags.append("lora")
+    if form.has_modules:
+        tags.append("sentence-transformers")
+    if about.objective != "generative":
+        tags.append("sentence-similarity")
+    return [*tags, PAPER]
 
 
 def _licence_in_words(keys: dict[str, str]) -> str:
@@ -184,21 +210,6 @@ def _licence_in_words(keys: dict[str, str]) -> str:
     name = keys.get("license_name") or keys.get("license", "")
     link = keys.get("license_link")
     return f"[{name}]({link})" if link else name
-
-
-def _pipeline_tag(checkpoint: Checkpoint, about: About) -> str:
-    if about.objective != "generative":
-        return "feature-extraction"
-    return "any-to-any" if "audio" in checkpoint.backbone.modalities else "image-text-to-text"
-
-
-def _extra_tags(about: About, facts: dict[str, Any]) -> list[str]:
-    tags = ["lora"] if facts["lora"] is not None else []
-    if facts["has_modules"]:
-        tags.append("sentence-transformers")
-    if about.objective != "generative":
-        tags.append("sentence-similarity")
-    return tags
 
 
 def _link(base: Base) -> str:

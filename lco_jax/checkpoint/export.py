@@ -92,7 +92,7 @@ def export_merged(
     checkpoint = open_checkpoint(source)
     tuned = tuned or {}
     if tuned and about is None:
-        about = About("This is {base} with what was trained added to its weights.")
+        about = About("This is {base} with what was trained added to its weights.", "tuned")
     projection = np.asarray(tuned["projection"]["weight"]) if "projection" in tuned else None
     merged = _Merged(checkpoint, tuned, config)
     write_model(checkpoint, output, merged, dtype, max_shard_bytes, projection, source, about)

@@ -23,6 +23,14 @@ METRICS = {  # key in results.json -> its name, and how it was measured
     ),
     "loss": ("loss", "the loss is in nats for each token of the held-out answers"),
 }
+_MADE = {
+    "contrastive": "{base}, tuned for embeddings by a contrastive loss, with lco-jax.",
+    "generative": "{base}, trained with lco-jax to give the answers of its records.",
+}
+_SHOWN = {  # of the configuration; a run of an earlier version may lack some
+    "train": ("batch_size", "temperature", "two_way", "ignore_duplicates"),
+    "data": ("max_length", "max_negatives"),
+}
 _METHODS = {
     "lora": "LoRA of the decoder's matrices",
     "full": "every parameter of the decoder",
@@ -43,15 +51,13 @@ def about_run(config: Config, results: Mapping[str, Any], step: int) -> About:
     if results.get("steps") == step and results.get("after"):
         sections.append(_scores(config, results))
         scores = _eval_results(results)
-    what = {
-        "contrastive": "tuned for embeddings by a contrastive loss",
-        "generative": "trained to say what it is asked",
-    }.get(objective, "tuned")
+    what = {"contrastive": "tuned for embeddings", "generative": "trained to answer"}
     sources = _sources(config).values()
     paths = [str(one.get("path", "")) for one in sources if one["kind"] == "parquet"]
     datasets = {hub_id_of(path) for path in paths} - {None}
     return About(
-        made=f"{{base}}, {what}, with [lco-jax](https://arxiv.org/abs/2510.11693).",
+        made=_MADE.get(objective, "{base}, tuned with lco-jax."),
+        what=what.get(objective, "tuned"),
         objective=objective,
         datasets=tuple(sorted(datasets)),
         sections=tuple(sections),
@@ -88,7 +94,7 @@ def _what(source: Mapping[str, Any]) -> str:
 
 def _recipe(config: Config, step: int) -> Section:
     """The values that matter, by their keys."""
-    tune, lora, train = config["tune"], config["lora"], config["train"]
+    tune, lora = config["tune"], config["lora"]
     rows: list[tuple[str, Any]] = [("trained", _METHODS[tune["decoder"]])]
     if tune["towers"] != "none":
         rows.append(("towers trained, too", tune["towers"]))
@@ -96,13 +102,13 @@ def _recipe(config: Config, step: int) -> Section:
         rows += [(f"lora.{key}", lora[key]) for key in ("rank", "alpha", "dropout", "use_rslora")]
         rows.append(("lora.targets", f"`{lora['targets']}`"))
     rows.append(("steps", f"{step:,} of {config['total_steps']:,}"))
-    rows += [(f"train.{key}", train[key]) for key in ("batch_size", "temperature", "two_way")]
-    rows += [(f"data.{key}", config["data"][key]) for key in ("max_length", "max_negatives")]
+    for part, keys in _SHOWN.items():
+        rows += [(f"{part}.{key}", config[part][key]) for key in keys if key in config[part]]
     rows += [(f"optimizer.{key}", value) for key, value in config["optimizer"].items()]
     rows += [("model.dtype", config["model"]["dtype"]), ("seed", config["seed"])]
     if config["model"]["quantize"]:
         rows.append(("model.quantize", f"{config['model']['quantize']}, in training"))
-    words = "The values that matter; docs/training.md explains each key."
+    words = "The values that matter, by the keys of lco-jax's configuration."
     return Section("Recipe", words, ("key", "value"), rows)
 
 
