@@ -274,9 +274,6 @@ def _average_adapters(args: argparse.Namespace, weights: list[float]) -> None:
     report["rank"] = adapter[1].rank
     about = _about_soup("adapters", args.adapters, weights, _greedy_in_words(args, report))
     _write_adapter(args, adapter, report, spectra, about)
-    if args.merge:
-        folder = beside(args.output, "merged")
-        _write_merged(args, args.model, folder, {"decoder": adapter[0]}, adapter[1], about)
 
 
 def _write_adapter(
@@ -286,7 +283,9 @@ def _write_adapter(
     spectra: dict[str, np.ndarray] | None,
     about: About,
 ) -> None:
-    """Write an adapter with its report and, of a reduced one, a plot of the singular values."""
+    """Write an adapter with its report and, of a reduced one, a plot of the singular values; then
+    the merged model, if it is asked for.
+    """
     card = adapter_card(open_checkpoint(args.model), args.model, about, adapter[1])
     write_peft(args.output, *adapter, args.model, card)
     write_json(args.output / "soup.json", report)
@@ -297,6 +296,9 @@ def _write_adapter(
         error = report["relative_error"]
         worst = f"{error['max']:.3g} in the worst matrix"
         print(f"relative error of the delta: {error['overall']:.3g} overall, {worst}")
+    if args.merge:
+        folder = beside(args.output, "merged")
+        _write_merged(args, args.model, folder, {"decoder": adapter[0]}, adapter[1], about)
 
 
 def _greedy_in_words(args: argparse.Namespace, report: dict[str, Any]) -> str:

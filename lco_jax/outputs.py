@@ -65,8 +65,19 @@ def _write(
         plot_loss(curve, steps, losses, [line["learning_rate"] for line in lines])
         pictures["loss curve"] = curve
         say(f"\nloss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last\n")
+    results = _results(job, losses, scores)
+    outputs = _export(job, tuned, results)
+    write_json(job.workdir / "results.json", results)
+    job.upload()
+    for title, path in {**outputs, **pictures}.items():
+        say(f"{title:14}{job.home / path.relative_to(job.workdir)}")
+    return results
+
+
+def _results(job: Job, losses: list[float], scores: dict[str, Any]) -> dict[str, Any]:
+    """The content of results.json. losses: of the steps."""
     held_out = {**job.held_out, **{name: one.scores for name, one in job.pairs.items()}}
-    results = {
+    return {
         "objective": "generative" if job.layout.generative else "contrastive",
         "steps": job.total_steps,
         "first_loss": losses[0] if losses else None,
@@ -76,12 +87,6 @@ def _write(
         "held_out": {name: len(one) for name, one in held_out.items()},
         **scores,
     }
-    outputs = _export(job, tuned, results)
-    write_json(job.workdir / "results.json", results)
-    job.upload()
-    for title, path in {**outputs, **pictures}.items():
-        say(f"{title:14}{job.home / path.relative_to(job.workdir)}")
-    return results
 
 
 def _export(job: Job, tuned: dict[str, Any], results: dict[str, Any]) -> dict[str, Path]:

@@ -136,11 +136,7 @@ def write_model(
         _copy_files(checkpoint.folder, aside, dtype)
         if projection is not None:
             write_projection(aside, projection)
-        if not checkpoint.backbone.prefix:  # transformers' AutoModel has no full Qwen2.5-Omni
-            _write_modules(checkpoint, aside, projection is not None)
-        source = checkpoint.folder if source is None else source
-        card = merged_card(aside, checkpoint, source, about or About(), projection is not None)
-        write_card(aside, card)
+        _describe(checkpoint, aside, projection is not None, source, about or About())
         write_shards(aside, sizes, rounded, max_shard_bytes)
         open_checkpoint(aside)
 
@@ -174,7 +170,17 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     return changed
 
 
-def _write_modules(checkpoint: Checkpoint, folder: Path, projected: bool) -> None:
-    template = ChatTokenizer(checkpoint.folder).tokenizer.chat_template
-    hidden_size, modalities = checkpoint.config.hidden_size, checkpoint.backbone.modalities
-    write_modules(folder, template, hidden_size, modalities, projected)
+def _describe(
+    checkpoint: Checkpoint,
+    folder: Path,
+    projected: bool,
+    source: str | Path | None,
+    about: About,
+) -> None:
+    """Write what sentence-transformers and people read. projected: whether it has a projection."""
+    if not checkpoint.backbone.prefix:  # transformers' AutoModel has no full Qwen2.5-Omni
+        template = ChatTokenizer(checkpoint.folder).tokenizer.chat_template
+        hidden_size, modalities = checkpoint.config.hidden_size, checkpoint.backbone.modalities
+        write_modules(folder, template, hidden_size, modalities, projected)
+    source = checkpoint.folder if source is None else source
+    write_card(folder, merged_card(folder, checkpoint, source, about, projected))

@@ -94,13 +94,7 @@ def _what(source: Mapping[str, Any]) -> str:
 
 def _recipe(config: Config, step: int) -> Section:
     """The values that matter, by their keys."""
-    tune, lora = config["tune"], config["lora"]
-    rows: list[tuple[str, Any]] = [("trained", _METHODS[tune["decoder"]])]
-    if tune["towers"] != "none":
-        rows.append(("towers trained, too", tune["towers"]))
-    if tune["decoder"] == "lora":
-        rows += [(f"lora.{key}", lora[key]) for key in ("rank", "alpha", "dropout", "use_rslora")]
-        rows.append(("lora.targets", f"`{lora['targets']}`"))
+    rows = _trained(config)
     rows.append(("steps", f"{step:,} of {config['total_steps']:,}"))
     for part, keys in _SHOWN.items():
         rows += [(f"{part}.{key}", config[part][key]) for key in keys if key in config[part]]
@@ -110,6 +104,18 @@ def _recipe(config: Config, step: int) -> Section:
         rows.append(("model.quantize", f"{config['model']['quantize']}, in training"))
     words = "The values that matter, by the keys of lco-jax's configuration."
     return Section("Recipe", words, ("key", "value"), rows)
+
+
+def _trained(config: Config) -> list[tuple[str, Any]]:
+    """Which parameters were trained, and how."""
+    tune, lora = config["tune"], config["lora"]
+    rows: list[tuple[str, Any]] = [("trained", _METHODS[tune["decoder"]])]
+    if tune["towers"] != "none":
+        rows.append(("towers trained, too", tune["towers"]))
+    if tune["decoder"] == "lora":
+        rows += [(f"lora.{key}", lora[key]) for key in ("rank", "alpha", "dropout", "use_rslora")]
+        rows.append(("lora.targets", f"`{lora['targets']}`"))
+    return rows
 
 
 def _scores(config: Config, results: Mapping[str, Any]) -> Section:
