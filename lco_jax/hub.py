@@ -25,6 +25,7 @@ from lco_jax.checkpoint.card import at_hub
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.checkpoint.parts import README
 from lco_jax.checkpoint.peft_config import CONFIG
+from lco_jax.checkpoint.peft_pairs import WEIGHTS
 from lco_jax.core.errors import LcoError, check_bool, explained
 from lco_jax.core.files import expanded, read_json
 
@@ -58,7 +59,7 @@ def check_export(folder: Path) -> None:
     """Raise for a folder that holds no export, or one that would be of no use to others."""
     if (folder / "checkpoints").is_dir():
         raise LcoError(f"{folder} is a training run; its exports are in merged/ and adapter/")
-    if (folder / CONFIG).is_file():
+    if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
         base = str(read_json(folder / CONFIG).get("base_model_name_or_path"))
         check_base(base_of(base), str(folder))
     elif (folder / "config.json").is_file():

@@ -260,17 +260,22 @@ def blocks(card):
     return found
 
 
-def run_blocks(code, folder):
-    """Run a heading's code in a folder, each block in a process; returns the last one's vectors."""
+def run_block(language, code, folder):
+    """Run a block in a folder, in a process of its own; returns what it prints."""
+    command = [sys.executable, "-c", code]
+    if language == "sh":
+        command = ["bash", "-ec", code.replace("python ", f"{sys.executable} ", 1)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def vectors_of(blocks, folder):
+    """Run a heading's blocks in a folder; returns the vectors of the last one."""
     file = folder.parent / "vectors.npy"
-    for language, block in code:
-        if language == "sh":
-            command = ["bash", "-ec", block.replace("python ", f"{sys.executable} ", 1)]
-        else:
-            store = f"import numpy\nnumpy.save({str(file)!r}, numpy.asarray(vectors))\n"
-            command = [sys.executable, "-c", block + store]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+    store = f"import numpy\nnumpy.save({str(file)!r}, numpy.asarray(vectors))\n"
+    for language, code in blocks:
+        run_block(language, code + store if language == "python" else code, folder)
     return np.load(file)
 
 
@@ -290,7 +295,7 @@ def test_the_code_of_the_cards_runs_word_for_word(cases, tmp_path, family):
     for kind in ("merged", "adapter"):
         folder = tmp_path / kind
         for heading, code in blocks((folder / "README.md").read_text()).items():
-            ran[kind, heading] = np.abs(run_blocks(code, folder) - want).max()
+            ran[kind, heading] = np.abs(vectors_of(code, folder) - want).max()
     assert ran.keys() == {
         ("merged", "sentence-transformers"),
         ("merged", "transformers"),
@@ -301,6 +306,23 @@ def test_the_code_of_the_cards_runs_word_for_word(cases, tmp_path, family):
         ("adapter", "sentence-transformers"),
     }
     assert max(ran.values()) < 1e-5, ran
+
+
+@pytest.mark.slow
+def test_the_code_of_a_generators_cards_runs_word_for_word(cases, tmp_path):
+    """transformers, with PEFT for the adapter, gives our answers."""
+    path, about = cases["vl"].path, About(objective="generative")
+    adapters = adapters_of(path)
+    card = adapter_card(open_checkpoint(path), path, about, CONFIG)
+    write_peft(tmp_path / "adapter", adapters, CONFIG, str(path), card)
+    export_merged(path, tmp_path / "merged", {"decoder": adapters}, CONFIG, "float32", about=about)
+    answers = []
+    for kind in ("merged", "adapter"):
+        found = blocks((tmp_path / kind / "README.md").read_text())
+        assert found.keys() == {"lco-jax", "transformers"}
+        for ((language, code),) in found.values():
+            answers.append(run_block(language, code, tmp_path / kind))
+    assert len(set(answers)) == 1, answers
 
 
 def test_the_code_of_a_card_on_the_hub_names_the_repository():

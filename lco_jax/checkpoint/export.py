@@ -134,9 +134,7 @@ def write_model(
 
     with progress, written_aside(output) as aside:
         _copy_files(checkpoint.folder, aside, dtype)
-        if projection is not None:
-            write_projection(aside, projection)
-        _describe(checkpoint, aside, projection is not None, source, about or About())
+        _describe(checkpoint, aside, projection, source, about or About())
         write_shards(aside, sizes, rounded, max_shard_bytes)
         open_checkpoint(aside)
 
@@ -173,11 +171,14 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 def _describe(
     checkpoint: Checkpoint,
     folder: Path,
-    projected: bool,
+    projection: np.ndarray | None,
     source: str | Path | None,
     about: About,
 ) -> None:
-    """Write what sentence-transformers and people read. projected: whether it has a projection."""
+    """Write what sentence-transformers and people read."""
+    projected = projection is not None
+    if projection is not None:
+        write_projection(folder, projection)
     if not checkpoint.backbone.prefix:  # transformers' AutoModel has no full Qwen2.5-Omni
         template = ChatTokenizer(checkpoint.folder).tokenizer.chat_template
         hidden_size, modalities = checkpoint.config.hidden_size, checkpoint.backbone.modalities
