@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ from lco_jax.core import lora
 from lco_jax.core.files import write_json, written_aside
 from lco_jax.training.card import about_run
 
+ROOT = Path(__file__).parent.parent
 CONFIG = lora.LoraConfig(rank=4, alpha=8)
 RUN = {
     "model": {"path": "builtin:tiny", "dtype": "float32", "quantize": ""},
@@ -260,12 +262,23 @@ def blocks(card):
     return found
 
 
+# where torchvision's build does not fit torch's, transformers cannot load a processor of videos
+TORCHVISION = "from benchmarks.peer import import_torchvision\nimport_torchvision()\n"
+
+
 def run_block(language, code, folder):
-    """Run a block in a folder, in a process of its own; returns what it prints."""
+    """Run a block in a folder, in a process of its own; returns what it prints.
+
+    Those of lco-jax run where torch cannot be imported, as every process of these tests.
+    """
+    env = dict(os.environ)
     command = [sys.executable, "-c", code]
     if language == "sh":
         command = ["bash", "-ec", code.replace("python ", f"{sys.executable} ", 1)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    elif "lco_jax" not in code:
+        command[-1] = TORCHVISION + code
+        env["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
