@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lco_jax.data.media import MediaConfig
     from lco_jax.embedder import OmniEmbedder
     from lco_jax.generator import OmniGenerator
+    from lco_jax.hub import push_to_hub
     from lco_jax.pretrain import pretrain
     from lco_jax.train import train
 
@@ -27,6 +28,7 @@ __all__ = [
     "OmniGenerator",
     "make_mesh",
     "pretrain",
+    "push_to_hub",
     "train",
 ]
 # Imported when they are asked for: the processes that decode media do without jax.
@@ -37,6 +39,7 @@ PLACES = {
     "OmniEmbedder": "lco_jax.embedder",
     "OmniGenerator": "lco_jax.generator",
     "pretrain": "lco_jax.pretrain",
+    "push_to_hub": "lco_jax.hub",
     "train": "lco_jax.train",
 }
 

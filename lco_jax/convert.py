@@ -7,10 +7,14 @@
     python -m lco_jax.convert soup --model=BASE --adapters A B C --greedy --validate=dev.csv \\
         --kind=sts --output=soup
     python -m lco_jax.convert soup --models M1 M2 --output=averaged
+    python -m lco_jax.convert --input=runs/vl7b --push=owner/name --private
 
 Writes a merged model in the hub's layout to OUTPUT and, of a run, its PEFT adapter to
 OUTPUT-adapter. A soup of adapters is an adapter with a soup.json (and OUTPUT-merged); a soup of
 models is a model. Each file is read back and compared when it is written.
+
+--push uploads to the Hugging Face hub what OUTPUT holds. Without --output it uploads what is there:
+a run's merged/ and adapter/, or the exported folder that --input names.
 """
 
 import argparse
@@ -22,20 +26,25 @@ from typing import Any
 import jax
 import numpy as np
 
+from lco_jax import hub
 from lco_jax.checkpoint import soup
+from lco_jax.checkpoint.base import hub_id_of
+from lco_jax.checkpoint.card import About, Section, adapter_card
 from lco_jax.checkpoint.export import export_merged, write_model
 from lco_jax.checkpoint.hf import DTYPES, open_checkpoint
 from lco_jax.checkpoint.peft import has_adapters, read_adapter, write_peft
 from lco_jax.core import lora
 from lco_jax.core.console import say
 from lco_jax.core.errors import DONE, LcoError, run_main
-from lco_jax.core.files import as_path, local_path, write_json
+from lco_jax.core.files import as_path, local_path, reaching, read_json, write_json
 from lco_jax.core.sharding import replicated
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation import local_tasks
 from lco_jax.evaluation.plots import plot_spectrum
 from lco_jax.flags import add_path, new_parser
+from lco_jax.training.card import about_run
 from lco_jax.training.run import tuned_of_run
+from lco_jax.uploads import add_push_flags, beside, check_upload_flags, config_of, pushed_folders
 
 SOUP_FLAGS = ("adapters", "models", "weights", "rank", "merge", "greedy", "validate", "kind")
 
@@ -61,13 +70,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--adapter", help="a PEFT adapter folder or hub id (default: the model as it is)"
     )
-    add_path(parser, "--output", "the folder to write", earlier=["--out"])
+    output = "the folder to write (without it, --push uploads what is there)"
+    add_path(parser, "--output", output, earlier=["--out"], required=False)
     parser.add_argument(
         "--dtype", choices=list(DTYPES), default="bfloat16", help="of models (default: bfloat16)"
     )
     parser.add_argument(
         "--max-shard-size", type=float, default=5.0, metavar="GB", help="of one file (default: 5)"
     )
+    add_push_flags(parser)
     _add_soup_flags(parser)
     return parser
 
@@ -113,9 +124,19 @@ def main() -> int:
     if args.max_shard_size <= 0:
         raise LcoError(f"--max-shard-size is {args.max_shard_size}; it must be positive")
     if args.command == "soup":
-        _soup(args)
+        _check_soup_flags(args)
+    elif args.output is None:
+        check_upload_flags(args)
     else:
+        _check_export_flags(args)
+    pushed = pushed_folders(args)
+    api = hub.open_repositories(list(pushed), args.private or None) if pushed else None
+    if args.command == "soup":
+        _soup(args)
+    elif args.output is not None:
         _export(args)
+    for repo_id, folder in pushed.items():
+        say(f"uploaded {folder}: {hub.upload(api, folder, repo_id)}")
     return DONE
 
 
@@ -128,18 +149,29 @@ def _shard_bytes(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> None:
     """Write the merged model, and the adapter of a run."""
-    _check_export_flags(args)
-    source, tuned, config = args.model, {}, None
+    source, tuned, config, about = args.model, {}, None, None
     if args.input is not None:
         source, tuned, config, step = tuned_of_run(args.input, args.step)
         say(f"{args.input}: step {step}, trained from {source}")
+        about = _about_run(args, step)
     elif args.adapter:
         tuned, config = read_adapter(args.adapter, open_checkpoint(source), head=True)
-    _write_merged(args, source, args.output, tuned, config)
+        made = f"{{base}} with the adapter {_shown(args.adapter)} added to its weights."
+        about = About(made, "with an adapter")
+    _write_merged(args, source, args.output, tuned, config, about)
     if args.input is not None and has_adapters(tuned.get("decoder", {})):
-        folder = args.output.with_name(f"{args.output.name}-adapter")
-        write_peft(folder, tuned["decoder"], config, source)
+        folder = beside(args.output, "adapter")
+        card = adapter_card(open_checkpoint(source), source, about, config)
+        write_peft(folder, tuned["decoder"], config, source, card)
         say(f"adapter: {folder}")
+
+
+def _about_run(args: argparse.Namespace, step: int) -> About:
+    """What the cards of a run's step tell."""
+    with reaching(args.input):
+        file = args.input / "results.json"
+        results = read_json(file) if file.exists() else {}
+    return about_run(config_of(args), results, step)
 
 
 def _write_merged(
@@ -148,9 +180,15 @@ def _write_merged(
     output: Path,
     tuned: dict[str, Any],
     config: lora.LoraConfig | None,
+    about: About | None,
 ) -> None:
-    export_merged(source, output, tuned, config, args.dtype, _shard_bytes(args))
+    export_merged(source, output, tuned, config, args.dtype, _shard_bytes(args), about)
     say(f"merged model ({args.dtype}): {output}")
+
+
+def _shown(name: str) -> str:
+    """An adapter or a model as a card names it: a hub id, or the end of a path."""
+    return hub_id_of(name) or "/".join(Path(name).parts[-2:])
 
 
 def _check_export_flags(args: argparse.Namespace) -> None:
@@ -172,18 +210,39 @@ def _check_export_flags(args: argparse.Namespace) -> None:
 
 def _soup(args: argparse.Namespace) -> None:
     """Average adapters or models."""
-    _check_soup_flags(args)
     names = args.adapters or args.models
     weights = soup.normalized_weights(args.weights, len(names))
     if args.adapters:
         _average_adapters(args, weights)
         return
     checkpoint, average = soup.average_models(names, weights)
-    write_model(checkpoint, args.output, average, args.dtype, _shard_bytes(args))
+    about = _about_soup("models", names, weights)
+    write_model(
+        checkpoint,
+        args.output,
+        average,
+        args.dtype,
+        _shard_bytes(args),
+        source=names[0],
+        about=about,
+    )
     say(f"average of {len(names)} models ({args.dtype}): {args.output}")
 
 
+def _about_soup(
+    kind: str, names: Sequence[str], weights: Sequence[float], greedy: str = ""
+) -> About:
+    """What the cards of a soup tell. kind: of its members. greedy: how they were chosen."""
+    rows = [(_shown(name), weight) for name, weight in zip(names, weights, strict=True) if weight]
+    words = "A soup is the weighted average of what several runs learned (arXiv 2203.05482)."
+    made = f"A soup of {len(rows)} {kind}, averaged with lco-jax; the base is {{base}}."
+    members = Section("Members", f"{words} {greedy}".strip(), ("member", "weight"), rows)
+    return About(made, "a soup", relation="merge", sections=(members,))
+
+
 def _check_soup_flags(args: argparse.Namespace) -> None:
+    if args.output is None:
+        raise LcoError("a soup needs --output, the folder to write")
     sources = ("input", "adapter", "model", "adapters", "models")
     given = {name for name in sources if getattr(args, name)}
     if given not in ({"model", "adapters"}, {"models"}):
@@ -214,10 +273,8 @@ def _average_adapters(args: argparse.Namespace, weights: list[float]) -> None:
         adapter, spectra = soup.reduce_rank(adapter, args.rank)
         report["relative_error"] = soup.rank_errors(spectra, args.rank)
     report["rank"] = adapter[1].rank
-    _write_adapter(args, adapter, report, spectra)
-    if args.merge:
-        folder = args.output.with_name(f"{args.output.name}-merged")
-        _write_merged(args, args.model, folder, {"decoder": adapter[0]}, adapter[1])
+    about = _about_soup("adapters", args.adapters, weights, _greedy_in_words(args, report))
+    _write_adapter(args, adapter, report, spectra, about)
 
 
 def _write_adapter(
@@ -225,9 +282,13 @@ def _write_adapter(
     adapter: soup.Adapter,
     report: dict[str, Any],
     spectra: dict[str, np.ndarray] | None,
+    about: About,
 ) -> None:
-    """Write an adapter with its report and, of a reduced one, a plot of the singular values."""
-    write_peft(args.output, *adapter, args.model)
+    """Write an adapter with its report and, of a reduced one, a plot of the singular values; then
+    the merged model, if it is asked for.
+    """
+    card = adapter_card(open_checkpoint(args.model), args.model, about, adapter[1])
+    write_peft(args.output, *adapter, args.model, card)
     write_json(args.output / "soup.json", report)
     count = sum(1 for one in report["adapters"] if one["weight"])
     say(f"average of {count} adapters, of rank {report['rank']}: {args.output}")
@@ -236,6 +297,22 @@ def _write_adapter(
         error = report["relative_error"]
         worst = f"{error['max']:.3g} in the worst matrix"
         say(f"relative error of the delta: {error['overall']:.3g} overall, {worst}")
+    if args.merge:
+        folder = beside(args.output, "merged")
+        _write_merged(args, args.model, folder, {"decoder": adapter[0]}, adapter[1], about)
+
+
+def _greedy_in_words(args: argparse.Namespace, report: dict[str, Any]) -> str:
+    """How a greedy soup was chosen, with the score it was chosen by; "" for another soup."""
+    if "greedy" not in report:
+        return ""
+    best = [step["together"] for step in report["greedy"] if step["kept"]][-1]
+    number = local_tasks.KINDS[args.kind][2]
+    return (
+        f"These were kept of {len(args.adapters)}, because each did not lower {number} on "
+        f"{Path(args.validate).name}, which is {best:.4f} with all of them. That number chose the "
+        "members, so it is no score on held-out data."
+    )
 
 
 def _equal_weights(chosen: Sequence[int], count: int) -> list[float]:

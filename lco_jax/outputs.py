@@ -1,11 +1,13 @@
 """What a finished run leaves: adapter, merged model, loss curve, results.json."""
 
+import json
 import shutil
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
+from lco_jax.checkpoint.card import adapter_card
 from lco_jax.checkpoint.export import export_merged
 from lco_jax.checkpoint.peft import has_adapters, write_peft
 from lco_jax.core.console import say_all
@@ -14,6 +16,7 @@ from lco_jax.evaluation.plots import plot_loss
 from lco_jax.job import Job
 from lco_jax.loop import Loop
 from lco_jax.training import tuning
+from lco_jax.training.card import about_run
 from lco_jax.training.finished import report
 from lco_jax.training.metrics import read_metrics
 
@@ -49,7 +52,6 @@ def _tuned_on_host(loop: Loop) -> dict[str, Any]:
 
 
 def _write(job: Job, tuned: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
-    _export(job, tuned)
     lines = read_metrics(job.workdir / "metrics.jsonl")
     lines = [line for line in lines if all(isinstance(line.get(key), float) for key in CURVE)]
     losses = [line["loss"] for line in lines]
@@ -57,24 +59,38 @@ def _write(job: Job, tuned: dict[str, Any], scores: dict[str, Any]) -> dict[str,
         steps = [line["step"] for line in lines]
         rates = [line["learning_rate"] for line in lines]
         plot_loss(job.workdir / "loss.png", steps, losses, rates)
-    results = {
-        "steps": job.total_steps,
-        "first_loss": losses[0] if losses else None,
-        "last_loss": losses[-1] if losses else None,
-        "trained_parameters": tuning.count(job.training.tuned),
-        **scores,
-    }
+    results = _results(job, losses, scores)
+    _export(job, tuned, results)
     write_json(job.workdir / "results.json", results)  # the last: it says that all is there
     job.upload()
     say_all(report(results, job.workdir, job.home), results)
     return results
 
 
-def _export(job: Job, tuned: dict[str, Any]) -> None:
+def _results(job: Job, losses: list[float], scores: dict[str, Any]) -> dict[str, Any]:
+    """The content of results.json. losses: of the steps."""
+    held_out = {**job.held_out, **{name: one.scores for name, one in job.pairs.items()}}
+    return {
+        "objective": "generative" if job.layout.generative else "contrastive",
+        "steps": job.total_steps,
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+        "trained_parameters": tuning.count(job.training.tuned),
+        "records": {name: len(source) for name, source in job.sources.items()},
+        "held_out": {name: len(one) for name, one in held_out.items()},
+        **scores,
+    }
+
+
+def _export(job: Job, tuned: dict[str, Any], results: dict[str, Any]) -> None:
     """Write the trained parameters as files for others."""
-    config, lora = job.config, job.training.lora
+    config, lora, base = job.config, job.training.lora, job.config.model.path
+    run = json.loads(config.to_json()) | {"total_steps": job.total_steps}
+    about = about_run(run, results, job.total_steps)
     if has_adapters(tuned.get("decoder", {})):
-        write_peft(job.workdir / "adapter", tuned["decoder"], lora, config.model.path)
+        card = adapter_card(job.checkpoint, base, about, lora)
+        write_peft(job.workdir / "adapter", tuned["decoder"], lora, base, card)
     if config.export.merged:
         merged = job.workdir / "merged"
-        export_merged(config.model.path, merged, tuned, lora, config.export.dtype)
+        dtype = config.export.dtype
+        export_merged(base, merged, tuned, lora, dtype, about=about)

@@ -9,8 +9,10 @@ import numpy as np
 import peft
 import pytest
 import reference
+import reference_media
 import torch
 import transformers
+from PIL import Image
 from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
 
@@ -114,6 +116,29 @@ def test_sentence_transformers_loads_the_merged_model(adapted):
     assert (
         np.abs(model.encode(chat) - OmniEmbedder.from_pretrained(merged).encode(chat)).max() < 1e-5
     )
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llava_mistral",
+        *(
+            pytest.param(x, marks=pytest.mark.slow)
+            for x in ("vl", "omni", "llava_llama", "llava_qwen2")
+        ),
+    ],
+)
+def test_sentence_transformers_embeds_texts_pictures_and_both(adapted, family):
+    """Pictures of sizes that have to be resized, as `encode` resizes them."""
+    _, merged, _, want = adapted[family]
+    model = SentenceTransformer(str(merged), device="cpu")
+    assert np.abs(model.encode(reference.TEXTS) - want).max() < 1e-5
+    wide, tall = (
+        Image.fromarray(reference_media.picture(*spec)) for spec in ((1, 60, 131), (2, 250, 90))
+    )
+    inputs = [wide, tall, {"image": wide, "text": "a fox"}, "a fox"]
+    ours = OmniEmbedder.from_pretrained(merged)
+    assert np.abs(model.encode(inputs) - ours.encode(inputs)).max() < 1e-5
 
 
 def test_our_loader_reads_the_merged_model_and_vision_is_untouched(adapted, cases):

@@ -187,6 +187,9 @@ def test_a_soup_of_adapters_is_the_soup_of_their_merged_models(
     assert set(ours) == set(theirs)
     assert max(np.abs(ours.read(key) - theirs.read(key)).max() for key in ours) < 1e-6
     assert json.loads((tmp_path / "a" / "soup.json").read_text())["adapters"][0]["weight"] == 0.5
+    assert f"| {tmp_path.name}/m1 | 0.2 |" in (tmp_path / "m" / "README.md").read_text()
+    for name in ("a", "a-merged"):
+        assert "A soup of 3 adapters" in (tmp_path / name / "README.md").read_text()
     embedder = OmniEmbedder.from_pretrained(path, adapter=tmp_path / "a")
     got, want = (
         embedder.encode(reference.TEXTS),
@@ -239,6 +242,11 @@ def test_a_greedy_soup_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert report["rank"] == 3
     assert 0.1 < report["relative_error"]["overall"] < report["relative_error"]["max"] < 1
     assert (tmp_path / "out" / "spectrum.png").exists()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "A soup of 2 adapters" in card
+    assert f"| {tmp_path.name}/2 | 0.5 |" in card
+    assert f"{tmp_path.name}/1" not in card
+    assert f"ndcg_at_10 on dev.jsonl, which is {steps[adapters[2]]['together']:.4f}" in card
     out = capsys.readouterr().out
     assert "relative error of the delta" in out
     alone = OmniEmbedder.from_pretrained("builtin:tiny", adapter=adapters[0])

@@ -306,6 +306,10 @@ def test_the_whole_job(tmp_path, monkeypatch):
         before, after = (results[when][kind]["mrr"] for when in ("before", "after"))
         assert 0 < before < after - 0.03 <= 1, kind
     assert list((tmp_path / "tensorboard").iterdir())
+    scores = [results[when]["text"]["recall_at_1"] for when in ("before", "after")]
+    line = "| text | recall@1 | 200 anchors, 399 candidates | {:.3f} | {:.3f} |".format(*scores)
+    for name in ("adapter", "merged"):
+        assert line in (tmp_path / name / "README.md").read_text(), name
     texts = ["A man rides a horse.", "Two dogs are running."]
     merged = OmniEmbedder.from_pretrained(tmp_path / "merged").encode(texts)
     adapted = OmniEmbedder.from_pretrained("builtin:lab", adapter=tmp_path / "adapter").encode(
@@ -317,6 +321,7 @@ def test_the_whole_job(tmp_path, monkeypatch):
         sys, "argv", ["convert", f"--workdir={tmp_path}", f"--out={out}", "--dtype=float32"]
     )
     assert convert.main() == 0
+    assert line in (out / "README.md").read_text()
     again = OmniEmbedder.from_pretrained(out).encode(texts)
     assert np.abs(again - merged).max() < 1e-6
     assert (

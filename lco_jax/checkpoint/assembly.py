@@ -16,14 +16,13 @@ import numpy as np
 from lco_jax.checkpoint import omni
 from lco_jax.checkpoint.chat_template import extended
 from lco_jax.checkpoint.language import HEAD, Language, read_language
-from lco_jax.checkpoint.parts import Source
+from lco_jax.checkpoint.parts import NOTE, Source
 from lco_jax.checkpoint.tensors import SHARD_BYTES, write_shards
 from lco_jax.checkpoint.vision import Tower, read_vision
 from lco_jax.checkpoint.whisper import Encoder, read_whisper
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import check_target, write_json, write_text, written_aside
 
-NOTE = "parts.json"  # in the folder: what it was made of
 EMBEDDINGS = "model.embed_tokens.weight"
 _VOCABULARY_MULTIPLE = 64  # matrix products of such sizes are faster
 FRESH = "fresh"  # in the place of a name

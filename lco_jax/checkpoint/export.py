@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from lco_jax.checkpoint.card import About, merged_card, write_card
 from lco_jax.checkpoint.hf import DTYPES, Checkpoint, open_checkpoint
 from lco_jax.checkpoint.sentence_transformers import (
     read_projection,
@@ -80,18 +81,21 @@ def export_merged(
     config: LoraConfig | None = None,
     dtype: str = "bfloat16",
     max_shard_bytes: int = SHARD_BYTES,
+    about: About | None = None,
 ) -> None:
     """Write `source` with its trained parameters as a Hugging Face folder, as `write_model` does.
 
     tuned: the trainable parameters of a training state (`training/tuning.py`), or the adapters by
     part as `peft.read_adapter` reads them; None exports the source in another dtype or split.
-    config: the adapters'.
+    config: the adapters'. about: what its card tells of how it was made.
     """
     checkpoint = open_checkpoint(source)
     tuned = tuned or {}
+    if tuned and about is None:
+        about = About("This is {base} with what was trained added to its weights.", "tuned")
     projection = np.asarray(tuned["projection"]["weight"]) if "projection" in tuned else None
     merged = _Merged(checkpoint, tuned, config)
-    write_model(checkpoint, output, merged, dtype, max_shard_bytes, projection)
+    write_model(checkpoint, output, merged, dtype, max_shard_bytes, projection, source, about)
 
 
 def write_model(
@@ -101,12 +105,15 @@ def write_model(
     dtype: str = "bfloat16",
     max_shard_bytes: int = SHARD_BYTES,
     projection: np.ndarray | None = None,
+    source: str | Path | None = None,
+    about: About | None = None,
 ) -> None:
     """Write a model like `checkpoint` aside, read back each file, then rename the folder.
 
     tensor: makes the tensor of a key. Floating-point tensors are written in `dtype`, all others as
     they are. projection: a matrix [D, D] for the pooled states, by default the checkpoint's, if it
-    has one.
+    has one. source, about: for the card, the checkpoint as it was given, by default its folder, and
+    how the model was made.
     """
     if dtype not in DTYPES:
         raise LcoError(f"dtype {dtype!r} is not supported; these are: {', '.join(DTYPES)}")
@@ -127,10 +134,7 @@ def write_model(
 
     with progress, written_aside(output) as aside:
         _copy_files(checkpoint.folder, aside, dtype)
-        if projection is not None:
-            write_projection(aside, projection)
-        if not checkpoint.backbone.prefix:  # transformers' AutoModel has no full Qwen2.5-Omni
-            _write_modules(checkpoint, aside, projection is not None)
+        _describe(checkpoint, aside, projection, source, about or About())
         write_shards(aside, sizes, rounded, max_shard_bytes)
         open_checkpoint(aside)
 
@@ -164,7 +168,20 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     return changed
 
 
-def _write_modules(checkpoint: Checkpoint, folder: Path, projected: bool) -> None:
-    template = ChatTokenizer(checkpoint.folder).tokenizer.chat_template
-    hidden_size, modalities = checkpoint.config.hidden_size, checkpoint.backbone.modalities
-    write_modules(folder, template, hidden_size, modalities, projected)
+def _describe(
+    checkpoint: Checkpoint,
+    folder: Path,
+    projection: np.ndarray | None,
+    source: str | Path | None,
+    about: About,
+) -> None:
+    """Write what sentence-transformers and people read."""
+    projected = projection is not None
+    if projection is not None:
+        write_projection(folder, projection)
+    if not checkpoint.backbone.prefix:  # transformers' AutoModel has no full Qwen2.5-Omni
+        template = ChatTokenizer(checkpoint.folder).tokenizer.chat_template
+        hidden_size, modalities = checkpoint.config.hidden_size, checkpoint.backbone.modalities
+        write_modules(folder, template, hidden_size, modalities, projected)
+    source = checkpoint.folder if source is None else source
+    write_card(folder, merged_card(folder, checkpoint, source, about, projected))

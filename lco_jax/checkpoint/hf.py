@@ -37,7 +37,8 @@ from lco_jax.models.registry import Backbone, find_backbone
 
 # No code, and no pickle that is ever opened: a full Qwen2.5-Omni needs its speakers copied along.
 CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
-CHECKPOINT_FILES = [*CONFIG_FILES, "*.safetensors", "spk_dict.pt"]
+# README.md names the licence.
+CHECKPOINT_FILES = [*CONFIG_FILES, "*.safetensors", "spk_dict.pt", "README.md"]
 HEAD = "lm_head.weight"
 ADAPTER = "adapter_config.json"
 # Sizes up to this one are not compared with the tensors: some, as windows, are no tensor's width.

@@ -12,6 +12,7 @@ from lco_jax.core.files import read_json
 from lco_jax.core.wheels import SOURCE
 
 README = "README.md"
+NOTE = "parts.json"  # in the folder of an assembled model: what it was made of
 _LICENCE = re.compile(r"^license:[ \t]*[\"']?([\w.+-]+)", re.MULTILINE)
 
 
@@ -59,6 +60,14 @@ def licence_of(folder: Path) -> str | None:
         found = _LICENCE.search(head)
         return found[1] if found else None
     return None
+
+
+def parts_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the note of an assembled model says of each part; empty for another model."""
+    if not (folder / NOTE).is_file():
+        return {}
+    note = read_json(folder / NOTE)
+    return {part: one for part, one in note.items() if isinstance(one, dict)}
 
 
 def _sha256(file: Path) -> str:

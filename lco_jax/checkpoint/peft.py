@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from lco_jax.checkpoint.base import base_of
+from lco_jax.checkpoint.card import write_card
 from lco_jax.checkpoint.hf import HEAD, Checkpoint, abstract_model
 from lco_jax.checkpoint.peft_config import CONFIG, PeftConfig, read_config
 from lco_jax.checkpoint.peft_pairs import PREFIX, WEIGHTS, Pair, read_pairs
@@ -58,10 +60,11 @@ def has_adapters(tuned: Tree) -> bool:
 # ---- writing
 
 
-def write_peft(folder: Path, adapters: Tree, config: LoraConfig, base: str) -> None:
+def write_peft(folder: Path, adapters: Tree, config: LoraConfig, base: str, card: str = "") -> None:
     """Write the adapter's folder aside, read back each file, then rename the folder.
 
-    base: the checkpoint it belongs to, as PEFT's `base_model_name_or_path`.
+    base: the checkpoint it belongs to, as it was given; PEFT gets a hub id with its commit, or an
+    absolute path (`base.base_of`). card: the content of README.md; "" for none.
     """
     tensors: dict[str, np.ndarray] = {}
     modules = set()
@@ -72,10 +75,12 @@ def write_peft(folder: Path, adapters: Tree, config: LoraConfig, base: str) -> N
         tensors[f"{stem}.lora_B.weight"] = b
     for key, value in tensors.items():
         check_finite(value, f"the adapter for {folder}: {key}")
+    found = base_of(base)
     content = {
         "peft_type": "LORA",
         "task_type": "FEATURE_EXTRACTION",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": found.location,
+        "revision": found.revision,
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
@@ -88,6 +93,8 @@ def write_peft(folder: Path, adapters: Tree, config: LoraConfig, base: str) -> N
     with written_aside(folder) as aside:
         write_tensors(aside / WEIGHTS, tensors)
         write_json(aside / CONFIG, content)
+        if card:
+            write_card(aside, card)
         read_peft(aside)
 
 

@@ -108,4 +108,14 @@ def _transformer(template: str, modalities: Sequence[str]) -> dict[str, Any]:
         "modality_config": modality_config,
         "module_output_name": "token_embeddings",
         "processing_kwargs": {"chat_template": chat_template},
+        "processor_kwargs": _resized_by_pil("video" in modalities),
     }
+
+
+def _resized_by_pil(takes_video: bool) -> dict[str, Any]:
+    """What makes a processor resize images with PIL, as ours does, and not with torchvision.
+
+    transformers hands these to each part of a processor. A processor of videos has no backend
+    "pil" and raises for it, so there the older spelling is the one that says it of images alone.
+    """
+    return {"use_fast": False} if takes_video else {"backend": "pil"}

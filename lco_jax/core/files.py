@@ -13,6 +13,7 @@ import logging
 import os
 import posixpath
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -313,16 +314,16 @@ def written_aside(target: AnyPath, first_wins: bool = False) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder, reaching(target):
             check_target(target)
             yield Path(folder)
-            (Path(folder) / MARK).touch()
+            _mark(Path(folder))
             upload(Path(folder), target)
         return
     check_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
-    aside.chmod(0o755)
+    aside = target.with_name(f".{target.name}.{os.urandom(4).hex()}.tmp")
+    aside.mkdir()
     try:
         yield aside
-        (aside / MARK).touch()
+        _mark(aside)
         if first_wins:
             with suppress(OSError):  # it is there already
                 aside.rename(target)
@@ -334,6 +335,17 @@ def written_aside(target: AnyPath, first_wins: bool = False) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _mark(folder: Path) -> None:
+    """Mark a folder as complete. Its files may be read as the umask says: those of safetensors, and
+    of whatever else writes to a temporary file first, are 0600.
+    """
+    (folder / MARK).touch()
+    mode = stat.S_IMODE((folder / MARK).stat().st_mode)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def check_target(target: AnyPath) -> None:

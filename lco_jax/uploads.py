@@ -1,0 +1,94 @@
+"""`lco convert --push`: which folders are uploaded, and to which repositories."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lco_jax import hub
+from lco_jax.checkpoint.base import base_of
+from lco_jax.checkpoint.peft_config import CONFIG
+from lco_jax.core.errors import LcoError
+from lco_jax.core.files import on_bucket, reaching, read_json
+
+
+def add_push_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of an upload."""
+    group = parser.add_argument_group("the hub (the token is HF_TOKEN's, or hf auth login's)")
+    group.add_argument(
+        "--push", metavar="OWNER/NAME", help="upload to this repository; it is made if need be"
+    )
+    group.add_argument(
+        "--push-what",
+        choices=["merged", "adapter", "both"],
+        help="by default what OUTPUT holds; of both, the second is OWNER/NAME-adapter or -merged",
+    )
+    group.add_argument("--private", action="store_true", help="make the repository private")
+
+
+def beside(folder: Path, kind: str) -> Path:
+    """Where the second of two outputs lies."""
+    return folder.with_name(f"{folder.name}-{kind}")
+
+
+def check_upload_flags(args: argparse.Namespace) -> None:
+    """Raise unless the flags upload what is there already."""
+    if not args.push:
+        raise LcoError("give --output, the folder to write, or --push, to upload what is there")
+    if args.input is None or args.model or args.adapter or args.step is not None:
+        raise LcoError("without --output, --push goes with --input alone: a run, or an export")
+    if on_bucket(args.input):
+        raise LcoError(f"{args.input} is on a bucket; give --output, from which --push uploads")
+
+
+def pushed_folders(args: argparse.Namespace) -> dict[str, Path]:
+    """{repository: folder} of what is to be uploaded, checked as far as it is there already."""
+    if not args.push:
+        if args.private or args.push_what:
+            raise LcoError("--private and --push-what go with --push")
+        return {}
+    there = _outputs(args) if args.output is not None else _exports_at(args.input)
+    first = next(iter(there))
+    kinds = list(there) if args.push_what == "both" else [args.push_what or first]
+    if args.push_what == "both" and len(there) < 2:
+        raise LcoError(f"--push-what=both: there is only one export, {there[first]}")
+    for kind in kinds:
+        if kind not in there:
+            raise LcoError(f"--push-what={kind}: there is only {first}, {there[first]}")
+        if args.output is None:
+            hub.check_export(there[kind])
+        elif kind == "adapter":
+            hub.check_base(base_of(_source(args)), str(there[kind]))
+    names = [args.push, *(f"{args.push}-{kind}" for kind in kinds[1:])]
+    return {name: there[kind] for name, kind in zip(names, kinds, strict=True)}
+
+
+def _outputs(args: argparse.Namespace) -> dict[str, Path]:
+    """What a command will write: kind -> folder. The first is OUTPUT."""
+    if args.adapters:
+        merged = {"merged": beside(args.output, "merged")} if args.merge else {}
+        return {"adapter": args.output, **merged}
+    outputs = {"merged": args.output}
+    if args.input is not None and config_of(args)["tune"]["decoder"] == "lora":
+        outputs["adapter"] = beside(args.output, "adapter")
+    return outputs
+
+
+def _exports_at(folder: Path) -> dict[str, Path]:
+    """The exports that a run has, or the one that a folder is: kind -> folder."""
+    if not (folder / "checkpoints").is_dir():
+        return {"adapter" if (folder / CONFIG).is_file() else "merged": folder}
+    there = {kind: folder / kind for kind in ("merged", "adapter") if (folder / kind).is_dir()}
+    if not there:
+        raise LcoError(f"{folder} has neither merged/ nor adapter/ yet; give --output to export it")
+    return there
+
+
+def _source(args: argparse.Namespace) -> str:
+    """The base of an adapter that a command will write."""
+    return args.model if args.input is None else config_of(args)["model"]["path"]
+
+
+def config_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The configuration of the run that is exported."""
+    with reaching(args.input):
+        return read_json(args.input / "config.json")
