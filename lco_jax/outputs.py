@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from lco_jax.checkpoint.export import export_merged
 from lco_jax.checkpoint.peft import has_adapters, write_peft
 from lco_jax.core.files import on_bucket, write_json
-from lco_jax.evaluation.plots import plot_loss, subject_of
+from lco_jax.evaluation.plots import plot_loss
 from lco_jax.job import Job, say
 from lco_jax.loop import Loop
 from lco_jax.training import tuning
@@ -49,13 +49,6 @@ def _tuned_on_host(loop: Loop) -> dict[str, Any]:
     return found["tuned"]
 
 
-def _subject(job: Job) -> str:
-    config = job.config
-    sources = ", ".join(config.data.sources)
-    counted = f"{job.total_steps:,} steps of {config.train.batch_size}"
-    return subject_of(config.model.path, sources, counted)
-
-
 def _write(
     job: Job, tuned: dict[str, Any], scores: dict[str, Any], pictures: Mapping[str, Path]
 ) -> dict[str, Any]:
@@ -67,8 +60,7 @@ def _write(
     pictures = dict(pictures)
     if lines:  # the file may have been lost, and the training not
         steps = [line["step"] for line in lines]
-        rates = [line["learning_rate"] for line in lines]
-        plot_loss(curve, _subject(job), steps, losses, rates)
+        plot_loss(curve, steps, losses, [line["learning_rate"] for line in lines])
         pictures["loss curve"] = curve
         say(f"\nloss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last\n")
     results = {

@@ -26,7 +26,7 @@ from lco_jax.core.errors import PREEMPTED, LcoError, run_main
 from lco_jax.core.files import AnyPath
 from lco_jax.data.records import Content, as_input
 from lco_jax.embedder import OmniEmbedder
-from lco_jax.evaluation.plots import plot_similarity, subject_of
+from lco_jax.evaluation.plots import plot_similarity
 from lco_jax.evaluation.retrieval import Retrieval, retrieval
 from lco_jax.evaluation.sts import agreement
 from lco_jax.job import Job, open_job, say
@@ -84,8 +84,7 @@ def _plot(job: Job, before: dict[str, Retrieval], after: dict[str, Retrieval]) -
     picture = job.workdir / "similarity.png"
     if jax.process_index() == 0:
         pairs = {name: (before[name].similarity, after[name].similarity) for name in after}
-        subject = subject_of(job.config.model.path, "held-out records")
-        plot_similarity(picture, subject, pairs)
+        plot_similarity(picture, pairs)
     return {"similarities": picture}
 
 
