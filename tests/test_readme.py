@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ class Block(NamedTuple):
 
 def blocks():
     found = [*BLOCK.findall(README), ("", "")]
-    for (language, text), (next_language, next_text) in zip(found, found[1:], strict=False):
+    for (language, text), (next_language, next_text) in pairwise(found):
         if language != "text":
             yield Block(language, text, next_text if next_language == "text" else "")
 
