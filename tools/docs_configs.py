@@ -11,6 +11,7 @@ from lco_jax.training.cli import CONFIGS, names
 
 ASSIGNED = re.compile(r"\s*config\.([\w.]+) = ")
 SECTIONS = {"": "The run"}  # keys without a section
+BAR = r"\|"  # a bar within a cell of a table
 
 
 def configs() -> str:
@@ -59,8 +60,8 @@ def _differences(name: str, base: Mapping[str, Any]) -> str:
 
 
 def _row(key: str, value: Any, what: str) -> str:
-    what = what.replace("|", r"\|")
-    return f"| `{key}` | `{value!r}` | {what} |"
+    cells = [f"`{key}`", f"`{value!r}`", what]
+    return f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |"
 
 
 def _values(name: str) -> dict[str, Any]:
