@@ -35,6 +35,7 @@ from lco_jax.core.files import write_json, write_text, written_aside
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.sources import open_file
 from lco_jax.embedder import OmniEmbedder
+from lco_jax.evaluation.plots import subject_of
 from lco_jax.flags import add_path, new_parser
 from lco_jax.generator import OmniGenerator
 
@@ -247,15 +248,17 @@ def _write(folder: Path, facts: dict[str, Any], findings: Findings) -> None:
     layers, cost = findings.layers, facts["generator"]
     write_json(folder / "analysis.json", facts | layers)
     write_text(folder / "analysis.md", _summary(facts, layers))
-    plot_layers(folder / "anisotropy.png", layers, ["anisotropy"])
+    subject = subject_of(facts["model"], Path(facts["input"]).name, f"{facts['pairs']:,} pairs")
+    plot_layers(folder / "anisotropy.png", subject, layers, ["anisotropy"])
     alignment = [measure.__name__ for measure in ALIGNMENT]
     chance = facts["k"] / (facts["pairs"] - 1)
-    plot_layers(folder / "alignment.png", layers, alignment, chance)
-    plot_layers(folder / "gap.png", layers, ["modality_gap"])
-    plot_space(folder / "space.png", findings.last, facts["sides"])
+    plot_layers(folder / "alignment.png", subject, layers, alignment, chance)
+    plot_layers(folder / "gap.png", subject, layers, ["modality_gap"])
+    plot_space(folder / "space.png", subject, findings.last, facts["sides"])
     if cost and "difference" in cost:
         plot_generator(
             folder / "generator.png",
+            subject,
             findings.losses,
             cost["difference"],
         )

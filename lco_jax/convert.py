@@ -40,7 +40,7 @@ from lco_jax.core.files import as_path, local_path, reaching, read_json, write_j
 from lco_jax.core.sharding import replicated
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation import local_tasks
-from lco_jax.evaluation.plots import plot_spectrum
+from lco_jax.evaluation.plots import plot_spectrum, subject_of
 from lco_jax.flags import add_path, new_parser
 from lco_jax.training.card import about_run
 from lco_jax.training.run import tuned_of_run
@@ -293,7 +293,8 @@ def _write_adapter(
     count = sum(1 for one in report["adapters"] if one["weight"])
     say(f"average of {count} adapters, of rank {report['rank']}: {args.output}")
     if spectra is not None:
-        plot_spectrum(args.output / "spectrum.png", spectra, args.rank)
+        subject = subject_of(args.model, f"average of {count} adapters")
+        plot_spectrum(args.output / "spectrum.png", subject, spectra, args.rank)
         error = report["relative_error"]
         worst = f"{error['max']:.3g} in the worst matrix"
         say(f"relative error of the delta: {error['overall']:.3g} overall, {worst}")

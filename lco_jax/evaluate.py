@@ -109,7 +109,10 @@ def evaluate_files(args: argparse.Namespace, media: MediaConfig) -> None:
 
     options = options_of(args)
     left_out = LeftOut(skips=args.on_error == "skip")
-    numbers = evaluate_and_write(encode, args.kind, args.input, args.output, left_out, **options)
+    model = " + ".join(filter(None, [args.model, args.adapter]))
+    numbers = evaluate_and_write(
+        encode, args.kind, args.input, args.output, left_out, model, **options
+    )
     for name, number in numbers.items():
         say(f"{name:>20} {number:,.4g}")
     results = args.output / "results.json"

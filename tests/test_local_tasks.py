@@ -234,9 +234,11 @@ def test_zeroshot_is_sklearns(tmp_path, layout):
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            local_tasks, "plot_confusion", lambda _, counts, names: drawn.append((counts, names))
+            local_tasks,
+            "plot_confusion",
+            lambda _, subject, counts, names: drawn.append((counts, names)),
         )
-        local_tasks.evaluate(encode, "zeroshot", path, **options).plot(None)
+        local_tasks.evaluate(encode, "zeroshot", path, **options).plot(None, "")
     np.testing.assert_array_equal(drawn[0][0], confusion_matrix(target, top[:, 0]))
     assert drawn[0][1] == labels
 

@@ -1,4 +1,7 @@
-"""Pictures of an analysis, as PNG. A colour is a modality; before is dashed, after is solid."""
+"""Pictures of an analysis, as PNG. A colour is a modality; before is dashed, after is solid.
+
+subject, of every picture: the model, the data, and the number of pairs.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +34,7 @@ JOINED = 200  # pairs joined by lines: what an eye can follow
 
 def plot_layers(
     path: Path,
+    subject: str,
     runs: Mapping[str, Mapping[str, Any]],
     measures: Sequence[str],
     chance: float | None = None,
@@ -42,8 +46,7 @@ def plot_layers(
     """
     columns = min(len(measures), 3)
     rows = len(measures) // columns
-    size = (3 + 2.6 * columns, 1 + 2.6 * len(measures) / columns)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = _figure(subject, 3 + 2.6 * columns, 1.6 + 2.6 * len(measures) / columns)
     panels = figure.subplots(rows, columns, sharex=True, squeeze=False).flat
     for axes, measure in zip(panels, measures, strict=True):
         for run, found in runs.items():
@@ -54,8 +57,9 @@ def plot_layers(
         axes.set_title(TITLES.get(measure, measure))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)
-    figure.axes[0].legend(frameon=False)
-    figure.supxlabel("layer")
+    for axes in figure.axes[-columns:]:
+        axes.set_xlabel("layer")
+    _put_legend(figure, figure.axes[0])
     figure.savefig(path, dpi=150)
 
 
@@ -79,6 +83,7 @@ def _plot_measure(axes: Axes, run: str, found: Any) -> None:
 
 def plot_space(
     path: Path,
+    subject: str,
     runs: Mapping[str, tuple[np.ndarray, np.ndarray]],
     names: Iterable[str],
 ) -> None:
@@ -86,12 +91,12 @@ def plot_space(
 
     runs: "before" and perhaps "after" -> the two sides, each [N, D], of unit length.
     """
-    figure = Figure(figsize=(1 + 4.5 * len(runs), 4.8), layout="constrained")
+    figure = _figure(subject, 1 + 4.5 * len(runs), 5.4)
     panels = figure.subplots(1, len(runs), squeeze=False).flat
     for axes, (run, sides) in zip(panels, runs.items(), strict=True):
         axes.set_title(run)
         _plot_pairs(axes, np.concatenate(sides), names)
-    axes.legend(frameon=False)
+    _put_legend(figure, axes)
     figure.savefig(path, dpi=150)
 
 
@@ -126,6 +131,7 @@ def _plot_pairs(axes: Axes, points: np.ndarray, names: Iterable[str]) -> None:
 
 def plot_generator(
     path: Path,
+    subject: str,
     losses: Mapping[str, Losses],
     mean: Mapping[str, float],
 ) -> None:
@@ -135,7 +141,7 @@ def plot_generator(
     """
     before, after = (sums / counts for sums, counts in losses.values())
     label = f"mean {mean['nats_per_token']:+.3f}, 95 % interval"
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    figure = _figure(subject, 6.4, 4.2)
     axes = figure.subplots()
     axes.hist(after - before, bins="sturges", color="0.8")
     axes.yaxis.get_major_locator().set_params(integer=True)
@@ -151,7 +157,21 @@ def plot_generator(
     axes.set_title("what the generator pays")
     axes.set(
         xlabel="after minus before, nats per token",
-        ylabel="captions",
+        ylabel=f"captions ({len(before):,} in all)",
     )
-    axes.legend(frameon=False)
+    _put_legend(figure, axes)
     figure.savefig(path, dpi=150)
+
+
+def _figure(subject: str, width: float, height: float) -> Figure:
+    """An empty picture of a size in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(subject, fontsize="medium", color="0.35")
+    return figure
+
+
+def _put_legend(figure: Figure, axes: Axes) -> None:
+    """What the lines and colours of one panel mean, below all panels, where it covers nothing."""
+    lines, labels = axes.get_legend_handles_labels()
+    columns = 2 if len(labels) == 4 else 3
+    figure.legend(lines, labels, loc="outside lower center", ncols=columns, frameon=False)

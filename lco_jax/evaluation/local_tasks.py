@@ -17,7 +17,7 @@ from lco_jax.core.files import write_json
 from lco_jax.data.lines import files_of
 from lco_jax.evaluation.left_out import Encode, LeftOut, embed_all
 from lco_jax.evaluation.local_files import read_beir, read_labelled, read_records
-from lco_jax.evaluation.plots import plot_confusion, plot_ranks, plot_scores
+from lco_jax.evaluation.plots import plot_confusion, plot_ranks, plot_scores, subject_of
 from lco_jax.evaluation.retrieval import best_ranks, ranks, retrieval_metrics
 from lco_jax.evaluation.sts import agreement, is_builtin, open_pairs
 
@@ -32,10 +32,10 @@ LEAST_LENGTH = 1e-6  # of the mean of unit vectors; what rounding leaves is no d
 
 
 class Outcome(NamedTuple):
-    """numbers: name -> value; plot: draws them into a file."""
+    """numbers: name -> value; plot: draws them into a file, under a line that says of what."""
 
     numbers: dict[str, float]
-    plot: Callable[[Path], None]
+    plot: Callable[[Path, str], None]
 
 
 def retrieval(
@@ -63,7 +63,7 @@ def retrieval(
     best = best_ranks(ranked)
     return Outcome(
         numbers,
-        lambda file: plot_ranks(file, best, len(candidates)),
+        lambda file, subject: plot_ranks(file, subject, best, len(candidates)),
     )
 
 
@@ -111,7 +111,9 @@ def sts(
     }
     return Outcome(
         numbers,
-        lambda file: plot_scores(file, found.scores, found.cosines, found.spearman),
+        lambda file, subject: plot_scores(
+            file, subject, found.scores, found.cosines, found.spearman
+        ),
     )
 
 
@@ -150,7 +152,7 @@ def zeroshot(
     rank, confusion = _classify(vectors[:n][kept], classes, target[kept])
     return Outcome(
         _accuracies(rank, confusion),
-        lambda file: plot_confusion(file, confusion, list(labels)),
+        lambda file, subject: plot_confusion(file, subject, confusion, list(labels)),
     )
 
 
@@ -305,18 +307,19 @@ def evaluate_and_write(
     path: str | Path,
     out: Path,
     left_out: LeftOut | None = None,
+    model: str = "",
     **options: Any,
 ) -> dict[str, float]:
     """As `evaluate`; writes results.json and KIND.png into `out`, and returns the numbers.
 
     The results also have how many records were skipped and what else is left out, and a list beside
-    them has the reasons.
+    them has the reasons. model: its name, for the picture.
     """
     left_out = left_out or LeftOut()
     numbers, plot = evaluate(encode, kind, path, left_out, **options)
     with explained(f"{out} cannot be written", OSError):
         out.mkdir(parents=True, exist_ok=True)
-        plot(out / f"{kind}.png")
+        plot(out / f"{kind}.png", subject_of(model, Path(path).name))
         left_out.write_reasons(out / "results.json")
         write_json(
             out / "results.json",

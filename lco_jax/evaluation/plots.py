@@ -1,4 +1,7 @@
-"""Pictures of a training run and of an evaluation, written as PNG."""
+"""Pictures of a training run and of an evaluation, written as PNG.
+
+subject, of every picture: what it shows, as `subject_of` says it.
+"""
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +13,14 @@ from matplotlib.figure import Figure
 
 SHOWN = 24  # records in the similarity picture: what a page can show
 NAMED = 40  # classes whose names fit beside a confusion matrix
+END = 44  # letters of a name that a title has room for; a path tells most at its end
+LEAST_VALUE = 1e-6  # of the largest singular value: what lies below is rounding
+
+
+def subject_of(model: str, data: str, counted: str = "") -> str:
+    """The line above a picture: the model, the data, and how much of it there is."""
+    names = [name if len(name) <= END else f"…{name[1 - END :]}" for name in (model, data)]
+    return ", ".join(filter(None, [*names, counted]))
 
 
 def plot_loss(
@@ -17,11 +28,12 @@ def plot_loss(
     steps: list[int],
     losses: list[float],
     rates: list[float],
+    subject: str = "",
 ) -> None:
     """The training loss, its running mean, and the learning rate behind it."""
     width = max(len(losses) // 20, 1)
     means = np.convolve(losses, np.ones(width) / width, "valid")
-    with _picture(path, (7, 4)) as axes:
+    with _picture(path, subject, (7, 4)) as axes:
         rate_axes = axes.twinx()
         rate_axes.fill_between(steps, rates, color="0.92", zorder=0)
         rate_axes.set_ylabel("learning rate", color="0.6")
@@ -43,15 +55,18 @@ def plot_loss(
         )
         axes.set(xlabel="step", ylabel="InfoNCE loss")
         axes.set_ylim(bottom=0)
-        axes.legend(frameon=False)
+        axes.figure.legend(loc="outside lower right", ncols=2, frameon=False)
 
 
-def plot_similarity(path: Path, found: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+def plot_similarity(
+    path: Path, found: Mapping[str, tuple[np.ndarray, np.ndarray]], subject: str = ""
+) -> None:
     """Cosines of held-out anchors and positives before and after; the right pairs are the diagonal.
 
     found: the name of a row of panels -> (before, after), each [N, N].
     """
-    figure = Figure(figsize=(9, 4.2 * len(found)), layout="constrained")
+    figure = Figure(figsize=(9, 0.4 + 4.2 * len(found)), layout="constrained")
+    figure.suptitle(subject, fontsize="medium", color="0.35")
     rows = figure.subplots(len(found), 2, squeeze=False)
     for panels, (name, both) in zip(rows, found.items(), strict=True):
         shown = [cosines[:SHOWN, :SHOWN] for cosines in both]
@@ -61,7 +76,7 @@ def plot_similarity(path: Path, found: Mapping[str, tuple[np.ndarray, np.ndarray
             axes.set(
                 title=f"{name}, {title}",
                 xlabel="positive",
-                ylabel="anchor",
+                ylabel=f"anchor, {len(cosines)} of {len(both[0]):,}",
             )
         figure.colorbar(image, ax=panels, label="cosine")
     save(figure, path)
@@ -69,6 +84,7 @@ def plot_similarity(path: Path, found: Mapping[str, tuple[np.ndarray, np.ndarray
 
 def plot_bars(
     path: Path,
+    subject: str,
     scores: Mapping[str, float],
     ours: Container[str],
     label: str,
@@ -76,75 +92,75 @@ def plot_bars(
     """A bar for each score, the highest first; the bars named in `ours` stand out."""
     names = sorted(scores, key=scores.__getitem__)
     colours = ["tab:blue" if name in ours else "0.75" for name in names]
-    with _picture(path, (8, 1.2 + 0.3 * len(names))) as axes:
+    with _picture(path, subject, (8, 1.5 + 0.3 * len(names))) as axes:
         bars = axes.barh(names, [scores[name] for name in names], color=colours)
         axes.bar_label(bars, fmt="%.1f", padding=3)
         axes.set_xlabel(label)
         axes.margins(x=0.1, y=0.01)
 
 
-def plot_ranks(path: Path, best: np.ndarray, documents: int) -> None:
+def plot_ranks(path: Path, subject: str, best: np.ndarray, documents: int) -> None:
     """The share of queries with a relevant document among the first k.
 
     best: the rank of each query's first relevant document, [N]. documents: how many there are.
     """
     first = np.unique(np.geomspace(1, documents, 200).astype(int))
     shares = [(best <= k).mean() for k in first]
-    median = np.median(best)
-    with _picture(path, (6, 4)) as axes:
+    median = int(np.ceil(np.median(best)))
+    with _picture(path, subject, (6, 4)) as axes:
         axes.semilogx(first, shares, color="tab:blue", drawstyle="steps-post")
-        label = f"half of the queries: {median:,.0f}"
+        label = f"half of the queries find one among the first {median:,}"
         axes.axvline(median, color="0.6", linestyle=":", label=label)
         axes.set_xlabel(f"first k of {documents:,} documents")
         axes.set_ylabel(f"share of {len(best):,} queries that find one")
         axes.set_ylim(0, 1.02)
-        axes.legend(frameon=False)
+        axes.figure.legend(loc="outside lower right", frameon=False)
 
 
 def plot_scores(
     path: Path,
+    subject: str,
     scores: Sequence[float],
     cosines: np.ndarray,
     spearman: float,
 ) -> None:
     """A point for each pair: the score that people gave, and the cosine."""
     alpha = max(0.05, min(1.0, 300 / len(scores)))
-    with _picture(path, (6, 4)) as axes:
+    with _picture(path, subject, (6, 4)) as axes:
         axes.scatter(scores, cosines, s=9, alpha=alpha, linewidths=0)
-        axes.set_title(f"Spearman {spearman:.3f}, {len(scores):,} pairs")
-        axes.set(xlabel="score", ylabel="cosine")
+        axes.set_xlabel(f"people's score of {len(scores):,} pairs; Spearman {spearman:.3f}")
+        axes.set_ylabel("cosine")
 
 
-def plot_confusion(path: Path, counts: np.ndarray, labels: Sequence[str]) -> None:
+def plot_confusion(path: Path, subject: str, counts: np.ndarray, labels: Sequence[str]) -> None:
     """The share of each class (a row) that was taken for each class. counts: [C, C]."""
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    with _picture(path, (6, 5)) as axes:
+    with _picture(path, subject, (6, 5)) as axes:
         image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis")
         if len(labels) <= NAMED:
             axes.set_xticks(range(len(labels)), labels, rotation=90)
             axes.set_yticks(range(len(labels)), labels)
-        axes.set(xlabel="taken for", ylabel="class")
+        axes.set(xlabel="taken for", ylabel=f"class of {counts.sum():,.0f} items")
         axes.figure.colorbar(image, ax=axes, label="share of the class")
 
 
-def plot_spectrum(path: Path, spectra: Mapping[str, np.ndarray], rank: int) -> None:
+def plot_spectrum(path: Path, subject: str, spectra: Mapping[str, np.ndarray], rank: int) -> None:
     """Singular values of each matrix's delta, and the rank that is kept. spectra: by name."""
-    highest = max(1e-8, *(values.max() for values in spectra.values()))
-    with _picture(path, (6, 4)) as axes:
+    highest = max(values.max(initial=0.0) for values in spectra.values())
+    with _picture(path, subject, (6, 4)) as axes:
         for values in spectra.values():
-            numbers = range(1, len(values) + 1)
-            shown = np.maximum(values, 1e-12)
-            axes.semilogy(
-                numbers,
+            shown = values[values > highest * LEAST_VALUE]
+            axes.plot(
+                range(1, len(shown) + 1),
                 shown,
                 color="tab:blue",
                 alpha=0.3,
                 linewidth=0.8,
             )
-        axes.axvline(rank + 0.5, color="tab:red", label=f"kept: {rank}")
-        axes.set_ylim(bottom=highest * 1e-4)
-        axes.set(xlabel="number", ylabel="singular value")
-        axes.legend(frameon=False)
+        axes.axvline(rank + 0.5, color="tab:red", label=f"kept: the first {rank}")
+        axes.set_yscale("log")
+        axes.set(xlabel="number", ylabel=f"singular values of {len(spectra):,} matrices")
+        axes.figure.legend(loc="outside lower right", frameon=False)
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -155,8 +171,9 @@ def save(figure: Figure, path: Path) -> None:
 
 
 @contextmanager
-def _picture(path: Path, size: tuple[float, float]) -> Iterator[Axes]:
+def _picture(path: Path, subject: str, size: tuple[float, float]) -> Iterator[Axes]:
     """Axes to draw into; the picture is written at the end. size: width and height in inches."""
     figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(subject, fontsize="medium", color="0.35")
     yield figure.subplots()
     save(figure, path)

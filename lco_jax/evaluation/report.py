@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lco_jax.core.files import ASSETS, read_json, write_text
-from lco_jax.evaluation.plots import plot_bars
+from lco_jax.evaluation.plots import plot_bars, subject_of
 
 
 class TaskScore(NamedTuple):
@@ -36,6 +36,7 @@ def write_report(
     lines = [f"# {benchmark}: {model}", ""]
     scores = {one.task: one.score for one in found if one.score is not None}
     published = read_json(ASSETS / "published.json").get(benchmark)
+    subject = subject_of(model, benchmark, f"{len(scores):,} tasks")
     if scores and published:
         complete = len(scores) == len(found) == published["tasks"]
         ours = model if complete else f"{model}, {len(scores)} tasks only"
@@ -44,9 +45,9 @@ def write_report(
             ours: np.mean(list(scores.values())),
         }
         lines += _ranking(means, ours, published)
-        plot_bars(out / "results.png", means, [ours], published["what"])
+        plot_bars(out / "results.png", subject, means, [ours], published["what"])
     elif scores:
-        plot_bars(out / "results.png", scores, scores.keys(), "score")
+        plot_bars(out / "results.png", subject, scores, scores.keys(), "score")
     lines += [*_task_rows(found), *_mean_rows(found), ""]
     lines += [f"- {name}: {note}" for name, note in notes.items()]
     write_text(out / "results.md", "\n".join([*lines, ""]))
