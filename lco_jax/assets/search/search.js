@@ -164,7 +164,7 @@ async function search() {
     return lay([]);
   }
   const { results, like, seconds } = answer;
-  if (like) choose({ like: like.key, name: like.label, picture: pictureOf(like) });
+  if (like && like.key === example?.like) choose({ like: like.key, name: like.label, picture: pictureOf(like) });
   const took = `${number(Math.round(1000 * seconds.encode))} ms to embed, ${(1000 * seconds.search).toFixed(1)} ms to search`;
   say(results.length ? `The ${number(results.length)} nearest · ${took}` : "Nothing else of this kind is in the index.");
   lay(results);
