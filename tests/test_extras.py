@@ -240,7 +240,8 @@ def test_a_command_that_fails_stops_a_notebook(tmp_path):
     with pytest.raises(CellExecutionError, match="CalledProcessError"):
         client.execute()
     _, failed, last = notebook.cells
-    assert "No such file or directory: 'no such file'" in failed.outputs[0].text
+    printed = "".join(output.get("text", "") for output in failed.outputs)
+    assert "No such file or directory: 'no such file'" in printed
     assert not last.outputs
 
 
