@@ -78,7 +78,7 @@ class Server:
         self.queries = queries
         self.about = about
         self.most = most
-        self.small = Thumbnails(media)
+        self.small_picture = Thumbnails(media)
         self.model = asyncio.Lock()
         self.arriving = asyncio.Semaphore(ARRIVING)
         self.with_media = asyncio.Semaphore(WITH_MEDIA)
@@ -246,7 +246,7 @@ class Server:
         if file.kind == "audio":
             raise HTTPException(404, "Sounds have no thumbnails.")
         async with _turn(self.thumbnails):
-            content = await run_in_threadpool(self.small, file)
+            content = await run_in_threadpool(self.small_picture, file)
         headers = {"cache-control": "private, max-age=86400"}
         return Response(content, headers=headers, media_type="image/webp")
 
