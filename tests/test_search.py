@@ -35,9 +35,10 @@ from lco_jax.data.parts import Unit, VectorParts
 from lco_jax.data.vectors import part_table
 from lco_jax.searching import connections, nearest
 from lco_jax.searching import server as server_module
-from lco_jax.searching.library import Entry, Library
+from lco_jax.searching.library import Entry, File, Library
 from lco_jax.searching.nearest import Nearest, with_graph
 from lco_jax.searching.server import LOOPBACK, Server, http_server
+from lco_jax.searching.thumbnails import Thumbnails
 
 ROOT = Path(__file__).parents[1]
 
@@ -290,12 +291,15 @@ def test_only_what_was_indexed_is_served_and_nothing_runs(client, tmp_path):
     os.remove(tmp_path / "red.png")
     os.symlink(tmp_path / "secret.png", tmp_path / "red.png")
     for door in ("media", "thumbnail"):
+        changed = client.get(f"/{door}/{red}")
+        assert changed.status_code == 410
+        since = "since it was indexed; start the search again."
+        assert changed.json()["error"] == f"The file has changed {since}"
+    os.remove(tmp_path / "red.png")
+    for door in ("media", "thumbnail"):
         gone = client.get(f"/{door}/{red}")
         assert gone.status_code == 410
-        assert (
-            gone.json()["error"]
-            == "The file has changed or is gone since it was indexed; start the search again."
-        )
+        assert gone.json()["error"] == f"The file is gone {since}"
 
 
 @pytest.mark.parametrize(
@@ -356,7 +360,7 @@ def test_a_file_is_served_only_while_it_is_the_very_one_that_was_indexed(client,
         for door in ("media", "thumbnail"):
             gone = client.get(f"/{door}/{red}")
             assert gone.status_code == 410, door
-        assert "changed or is gone" in ask(client, 410, like=key, text="x")
+        assert "has changed" in ask(client, 410, like=key, text="x")
     path.unlink()
     os.mkfifo(path)
     assert client.get(f"/media/{red}").status_code == 410
@@ -390,6 +394,27 @@ def test_thumbnails_are_upright_and_within_the_caps(tmp_path):
         refused = thumbnail(**caps)
         assert refused.status_code == 422
         assert next(iter(caps)) in refused.json()["error"]
+
+
+def test_a_clip_has_a_small_picture_of_a_frame_which_is_made_once(tmp_path):
+    path = tmp_path / "clip.webm"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libvpx", rate=8, width=640, height=320, pix_fmt="yuv420p")
+        for level in [0] * 4 + [200] * 12:  # it begins in black
+            grey = np.full((320, 640, 3), level, np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(grey)))
+        file.mux(stream.encode(None))
+    file, thumbnails = File.of("video", str(path)), Thumbnails(MediaConfig())
+    content = thumbnails(file)
+    shown = Image.open(io.BytesIO(content)).convert("L")
+    assert shown.size == (480, 240)
+    assert np.asarray(shown).mean() == pytest.approx(200, abs=8)
+    assert thumbnails(file) is content
+    with pytest.raises(LcoError, match="max_image_pixels"):
+        Thumbnails(MediaConfig(max_image_pixels=1000))(file)
+    os.utime(path, (5, 5))
+    with pytest.raises(LcoError, match="The file has changed"):
+        thumbnails(file)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 0])
@@ -876,12 +901,13 @@ def test_the_page_in_a_browser(cases, tmp_path):
             )
             == 3
         )
-        for tag, length in (("audio", 0.75), ("video", 1.5)):
-            until(f"document.querySelector('{tag}').readyState >= 1")
-            player = page.locator(tag).first
-            assert player.evaluate("x => x.duration") == pytest.approx(length, abs=0.2)
-            player.evaluate("x => x.play()")
-            until(f"document.querySelector('{tag}').currentTime > 0.05")
+        for name, tag, length in (("low.wav", "audio", 0.75), ("clip.webm", "video", 1.5)):
+            page.get_by_role("button", name=f"Play {name}").click()
+            item = "[...document.querySelectorAll('#results li')].find(x => x.querySelector"
+            item = f"{item}('.label').textContent === '{name}')"
+            until(f"{item}.querySelector('{tag}').currentTime > 0.05")
+            duration = page.evaluate(f"{item}.querySelector('{tag}').duration")
+            assert duration == pytest.approx(length, abs=0.2)
         until("[...document.querySelectorAll('#results img')].every(x => x.naturalWidth > 0)")
 
         settle(
@@ -923,3 +949,194 @@ def test_the_page_in_a_browser(cases, tmp_path):
         os.utime(pictures[0], (5, 5))
         with pytest.raises(urllib.error.HTTPError, match="410"):
             urllib.request.urlopen(f"{url}/{shown}")
+
+
+LONG = "photograph of the harbour in the evening, seen from the hill, number {}"
+
+
+@pytest.fixture
+def site(tmp_path):
+    """The page of a folder with long names, served: (its address, the folder, whom it serves)."""
+    folder = tmp_path / "files"
+    picture(folder / f"{LONG.format(1)}.png", 1), picture(folder / f"{LONG.format(2)}.png", 2)
+    sound(folder / f"{LONG.format(3)}.wav", 300), sound(folder / "short.wav", 400)
+    clip(folder / f"{LONG.format(4)}.webm", 4)
+    described = {"image": f"{folder}/{LONG.format(2)}.png", "text": "and its words " * 20}
+    lines = [described, "a text " * 80]
+    (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    items = [*Corpus(folder).items(), *Corpus(folder / "in.jsonl").items()]
+    entries = [Entry.of(item, folder) for item in items]
+    library = Library(entries, unit(len(entries), 4), lambda vectors, *_: Nearest(vectors))
+    with listening(new_server(library, Colours()).app(LOOPBACK)) as (host, port):
+        yield f"http://{host}:{port}/", folder
+
+
+def search_for(page, text):
+    page.fill("#text", text)
+    with page.expect_response("**/search"):
+        page.keyboard.press("Enter")
+    page.wait_for_selector("body:not(.busy)")
+
+
+def query_of(page):
+    """The address after the path, and what the page searches with."""
+    page.wait_for_selector("body:not(.busy)")
+    kind = page.locator("fieldset :checked").get_attribute("value")
+    chosen = page.text_content("#chosen")
+    return page.url.partition("?")[2], page.input_value("#text"), kind, chosen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1200, 400])
+def test_controls_and_the_ends_of_names_are_within_their_card(site, width):
+    url, _ = site
+    with browser.page(viewport={"width": width, "height": 900}) as page:
+        page.goto(url)
+        page.wait_for_selector("#results li")
+        for item in page.locator("#results li").all():
+            for inner, outer in ((".player > *", ".media"), (".label", "xpath=."), ("p", ".media")):
+                room = item.locator(outer).first.bounding_box()
+                for part in item.locator(inner).all():
+                    at = part.bounding_box()
+                    if at is None:  # the time of what is not loaded
+                        continue
+                    assert room["x"] <= at["x"]
+                    assert at["x"] + at["width"] <= room["x"] + room["width"], (inner, at, room)
+                    assert room["y"] <= at["y"]
+                    assert at["y"] + at["height"] <= room["y"] + room["height"], (inner, at, room)
+            for slider in item.locator(".place").all():
+                assert slider.bounding_box()["width"] > 40
+        label = page.locator("#results .label", has_text="number 4").first
+        head = label.locator(".head")
+        assert head.evaluate("x => x.scrollWidth > x.clientWidth"), "it is not cut"
+        end = label.evaluate(
+            "x => { const r = document.createRange(); r.selectNode(x.lastChild);"
+            " return r.getBoundingClientRect().right; }"
+        )
+        room = label.bounding_box()
+        assert end <= room["x"] + room["width"]
+        label.evaluate("x => getSelection().selectAllChildren(x)")
+        assert page.evaluate("getSelection().toString()") == f"{LONG.format(4)}.webm"
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.slow
+def test_a_sound_has_two_stops_of_the_tab_key_and_is_played_with_keys(site):
+    url, _ = site
+    with browser.page() as page:
+        page.goto(url)
+        page.wait_for_selector("#results li")
+        item = page.locator("#results li", has_text="short.wav")
+        first, last = item.get_by_role("button").all()
+        first.focus()
+        page.keyboard.press("Tab")
+        assert last.evaluate("x => x === document.activeElement")
+        page.keyboard.press("Tab")
+        assert not item.evaluate("x => x.contains(document.activeElement)")
+
+        page.get_by_role("button", name="Play short.wav").focus()
+        heard = item.locator("audio")
+        page.keyboard.press("ArrowRight")
+        assert heard.evaluate("x => x.currentTime") == pytest.approx(0.075, abs=0.02)
+        page.keyboard.press("Space")
+        page.get_by_role("button", name="Pause short.wav").wait_for()
+        page.keyboard.press("Space")
+        page.get_by_role("button", name="Play short.wav").wait_for()
+
+
+@pytest.mark.slow
+def test_each_cause_has_a_message_of_its_own(site):
+    url, folder = site
+    (folder / f"{LONG.format(1)}.png").unlink()
+    os.utime(folder / f"{LONG.format(2)}.png", (5, 5))
+    content = (folder / "short.wav").read_bytes()
+    about = os.stat(folder / "short.wav")
+    (folder / "short.wav").write_bytes(b"x" * len(content))
+    os.utime(folder / "short.wav", ns=(about.st_atime_ns, about.st_mtime_ns))
+    since = "since it was indexed; start the search again."
+    causes = {
+        f"{LONG.format(1)}.png": f"The file is gone {since}",
+        f"{LONG.format(2)}.png": f"The file has changed {since}",
+        "short.wav": "This browser cannot show it.",
+    }
+    with browser.page() as page:
+        page.goto(url)
+        for name, cause in causes.items():
+            item = page.locator("#results li", has=page.locator(f".label[title='{name}']"))
+            assert item.locator(".none").text_content() == cause
+        page.goto(f"{url}?like={'0' * 32}")
+        page.wait_for_selector("#said.bad")
+        assert page.inner_text("#said").startswith("There is no such entry")
+        page.route("**/search", lambda route: route.abort())
+        page.fill("#text", "a")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("body:not(.busy)")
+        assert page.inner_text("#said") == "The server does not answer; is it still running?"
+        page.unroute("**/search")
+        failed = {"status": 500, "body": "Internal Server Error"}
+        page.route("**/search", lambda route: route.fulfill(**failed))
+        page.keyboard.press("Enter")
+        page.wait_for_selector("body:not(.busy)")
+        assert page.inner_text("#said") == "The server failed; what it printed says why."
+
+
+@pytest.mark.slow
+def test_the_address_has_the_query(site, tmp_path):
+    """So that reloads, shared links, and the keys for back and forward work."""
+    url, folder = site
+    with browser.page() as page:
+        page.goto(url)
+        page.wait_for_selector("#results li")
+        search_for(page, "a ship & 1+1")
+        assert query_of(page) == ("text=a+ship+%26+1%2B1", "a ship & 1+1", "", "")
+        found = page.locator("#results .label").all_text_contents()
+        with page.expect_response("**/search"):
+            page.get_by_role("radio", name="Images").check()
+        both = ("text=a+ship+%26+1%2B1&kind=image", "a ship & 1+1", "image", "")
+        assert query_of(page) == both
+        assert page.title() == "a ship & 1+1 · Search · lco-jax"
+        images = page.locator("#results .label").all_text_contents()
+        assert len(images) < len(found)
+        with page.expect_response("**/search"):
+            page.reload()
+        assert query_of(page) == both
+        assert page.locator("#results .label").all_text_contents() == images
+
+        with page.expect_response("**/search"):
+            page.get_by_role("button", name=f"Search with {LONG.format(2)}.png").click()
+        address, *like = query_of(page)
+        assert re.fullmatch(r"like=[0-9a-f]{32}&kind=image", address)
+        assert like == ["", "image", f"{LONG.format(2)}.png"]
+        with page.expect_response("**/search"):
+            page.go_back()
+        assert query_of(page) == both
+        with page.expect_response("**/search"):
+            page.go_forward()
+        assert query_of(page) == (address, *like)
+        with page.expect_response("**/search"):
+            page.goto(f"{url}?{address}")  # a shared link
+        assert query_of(page) == (address, *like)
+
+        with page.expect_response("**/search"):
+            page.set_input_files("#file", folder / f"{LONG.format(2)}.png")
+        name = f"{LONG.format(2)}.png"
+        assert query_of(page) == ("kind=image", "", "image", name)
+        left = f"{name} is not in the address of this page"
+        assert page.inner_text("#hint") == f"{left}: give it again after a reload."
+        search_for(page, "b")
+        page.click("#chosen")
+        search_for(page, "c")
+        assert "not in the address" not in page.inner_text("#hint")
+        with page.expect_response("**/search"):
+            page.go_back()
+        assert query_of(page) == ("text=b&kind=image", "b", "image", name)
+        page.reload()
+        page.wait_for_selector("#said.bad")
+        assert page.inner_text("#said") == f"{left}; give it again."
+        assert query_of(page) == ("text=b&kind=image", "b", "image", "")
+
+        page.fill("#text", "long " * 3000)
+        with page.expect_response("**/search"):
+            page.keyboard.press("Enter")
+        assert query_of(page)[0] == "kind=image"
+        assert page.inner_text("#hint").startswith("The text is not in the address")

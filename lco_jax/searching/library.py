@@ -11,12 +11,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, reason
 from lco_jax.data.content import ADDRESS, is_conversation
 from lco_jax.data.corpus import CorpusItem
 from lco_jax.searching.nearest import Nearest
 
 TEXT_SHOWN = 600  # letters of a text that the page shows
+
+
+class NotAsListed(LcoError):
+    """A file is no longer the one that was listed."""
 
 
 class File(NamedTuple):
@@ -38,28 +42,29 @@ class File(NamedTuple):
         """Its size and time of change in ns, which a copy of the folder keeps."""
         return None if self.about is None else [self.about.st_size, self.about.st_mtime_ns]
 
-    def open(self) -> int | None:
-        """A descriptor of the very file that was listed; None where it is gone or another one.
+    def open(self) -> int:
+        """A descriptor of the very file that was listed. Raises `NotAsListed` where it is gone, is
+        another one, or cannot be read.
 
         A link or another file in its place has another number, also of equal size and time.
         """
         try:
             # a pipe in its place must not be waited for
             descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
-        except (OSError, ValueError):
-            return None
+        except FileNotFoundError as error:
+            gone = "The file is gone since it was indexed; start the search again."
+            raise NotAsListed(gone) from error
+        except (OSError, ValueError) as error:
+            raise NotAsListed(f"The file cannot be read: {reason(error)}.") from error
         if self.about is None or _identity(os.fstat(descriptor)) != _identity(self.about):
             os.close(descriptor)
-            return None
+            changed = "The file has changed since it was indexed; start the search again."
+            raise NotAsListed(changed)
         return descriptor
 
-    def is_as_listed(self) -> bool:
-        """Whether the path still leads to the very file that was listed."""
-        descriptor = self.open()
-        if descriptor is None:
-            return False
-        os.close(descriptor)
-        return True
+    def check(self) -> None:
+        """Raise `NotAsListed` unless the path still leads to the very file that was listed."""
+        os.close(self.open())
 
 
 def _identity(about: os.stat_result) -> tuple[int, ...]:

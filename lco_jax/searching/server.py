@@ -4,14 +4,12 @@ Everything that a request names is looked up among the entries; no path comes fr
 """
 
 import asyncio
-import io
 import logging
 import mimetypes
 import os
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,18 +29,16 @@ from starlette.types import Receive, Scope, Send
 from lco_jax.core.errors import LcoError, printable
 from lco_jax.core.files import ASSETS
 from lco_jax.data.content import MEDIA
-from lco_jax.data.images import load_image
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.names import media_kind
 from lco_jax.searching.connections import BoundedBody, Connection
-from lco_jax.searching.library import Entry, File, Library
+from lco_jax.searching.library import Entry, File, Library, NotAsListed
 from lco_jax.searching.queries import Queries
+from lco_jax.searching.thumbnails import Thumbnails
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 RESULTS = 200  # entries of an answer
 SOME = 24  # entries that the page shows before a search
-THUMBNAIL = 480  # pixels of its longer side
-THUMBNAIL_SECONDS = 10.0  # to decode it; less where --decode-seconds is
 QUERY_LETTERS = 20_000  # of a query's text: the model would embed it for minutes
 SMALL = 1_000_000  # bytes of a query that is kept in memory
 # at a time: larger queries that arrive, queries with media on their way, thumbnails
@@ -60,7 +56,6 @@ HEADERS = [  # of every answer
 ]
 FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 BUSY = "Others are searching; try again in a minute."
-CHANGED = "The file has changed or is gone since it was indexed; start the search again."
 
 
 class Server:
@@ -83,8 +78,7 @@ class Server:
         self.queries = queries
         self.about = about
         self.most = most
-        seconds = min(media.decode_seconds, THUMBNAIL_SECONDS)
-        self.caps_on_thumbnails = replace(media, decode_seconds=seconds)
+        self.small_picture = Thumbnails(media)
         self.model = asyncio.Lock()
         self.arriving = asyncio.Semaphore(ARRIVING)
         self.with_media = asyncio.Semaphore(WITH_MEDIA)
@@ -134,7 +128,7 @@ class Server:
         """A form with any of text, file and like (an entry's key), and the kinds to look among.
 
         like alone is that entry's vector; everything else is embedded, together. By default all
-        kinds are looked at.
+        kinds are looked at. The answer has the entry of like, too.
         """
         self._check(request)
         async with self._form(request) as form:
@@ -155,7 +149,8 @@ class Server:
         found = await run_in_threadpool(self.library.nearest, vector, kinds, RESULTS + 1)
         results = [_shown(one, cosine) for one, cosine in found if one is not entry]
         took = {"encode": seconds, "search": time.monotonic() - began}
-        return JSONResponse({"results": results[:RESULTS], "seconds": took})
+        like = None if entry is None else _shown(entry, None)
+        return JSONResponse({"results": results[:RESULTS], "like": like, "seconds": took})
 
     @asynccontextmanager
     async def _form(self, request: Request) -> AsyncIterator[FormData]:
@@ -183,8 +178,8 @@ class Server:
         if entry is not None and not parts:
             return self.library.vector(entry.key), 0.0
         if entry is not None:
-            if not all(file.is_as_listed() for file in entry.files):
-                raise HTTPException(410, CHANGED)
+            for file in entry.files:
+                file.check()
             parts = entry.parts + parts
         ready = await run_in_threadpool(self.queries.prepare, parts, name)
         async with _turn(self.model):
@@ -243,32 +238,17 @@ class Server:
         file = self._file(request)
         type_ = mimetypes.guess_type(file.path)[0] or ""
         inert = type_.startswith(f"{file.kind}/") and "xml" not in type_
-        descriptor = file.open()
-        if descriptor is None:
-            raise HTTPException(410, CHANGED)
-        return _OpenFile(descriptor, type_ if inert else "application/octet-stream")
+        return _OpenFile(file.open(), type_ if inert else "application/octet-stream")
 
     async def thumbnail(self, request: Request) -> Response:
-        """An image as a small WebP, upright, also of formats that browsers do not read."""
+        """A small picture of an image, or of a clip."""
         file = self._file(request)
-        if file.kind != "image":
-            raise HTTPException(404, "Only images have thumbnails.")
+        if file.kind == "audio":
+            raise HTTPException(404, "Sounds have no thumbnails.")
         async with _turn(self.thumbnails):
-            content = await run_in_threadpool(self._small, file)
+            content = await run_in_threadpool(self.small_picture, file)
         headers = {"cache-control": "private, max-age=86400"}
         return Response(content, headers=headers, media_type="image/webp")
-
-    def _small(self, file: File) -> bytes:
-        """The bytes of an image's thumbnail."""
-        if not file.is_as_listed():
-            raise HTTPException(410, CHANGED)
-        image = load_image(file.path, "thumbnail", self.caps_on_thumbnails)
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        content = io.BytesIO()
-        image.save(content, "WEBP", quality=90)
-        if not file.is_as_listed():  # it may have been another one meanwhile
-            raise HTTPException(410, CHANGED)
-        return content.getvalue()
 
 
 class _OpenFile(FileResponse):
@@ -333,7 +313,7 @@ async def _refuse(request: Request, error: Exception) -> Response:
         return Response(status_code=400)  # nobody reads it
     if isinstance(error, HTTPException):
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-    return JSONResponse({"error": str(error)}, 422)
+    return JSONResponse({"error": str(error)}, 410 if isinstance(error, NotAsListed) else 422)
 
 
 def http_server(app: Starlette) -> uvicorn.Server:
