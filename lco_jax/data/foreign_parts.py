@@ -1,11 +1,10 @@
 """Parts of chats as OpenAI, vLLM and Qwen spell them -> ours."""
 
-import binascii
 from base64 import b64decode
 from collections.abc import Mapping
 from typing import Any
 
-from lco_jax.core.errors import LcoError, check_keys
+from lco_jax.core.errors import LcoError, check_keys, explained
 
 ADDRESSED = {f"{kind}_url": kind for kind in ("image", "video", "audio")}
 SOUND = "input_audio"
@@ -56,7 +55,5 @@ def _encoded(given: Any, label: str) -> bytes:
     if not isinstance(data, str):
         raise LcoError(f'{label} must be {{"data": base64, "format": "wav"}}')
     check_keys(given, ("data", "format"), label)
-    try:
-        return b64decode(data, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise LcoError(f"{label}.data is not valid base64: {error}") from error
+    with explained(f"{label}.data is not valid base64", ValueError):
+        return b64decode("".join(data.split()), validate=True)

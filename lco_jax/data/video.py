@@ -95,12 +95,12 @@ def frames_of_decoder(
 
     It decodes in this process, without the bounds that files have.
     """
+    with decoding(label):
+        total = int(decoder.metadata.num_frames)
+        rate = float(decoder.metadata.average_fps)
+    keep = partial(frames_to_keep, rate=rate, config=config)
+    numbers = choice.frames(total, rate, keep, label)
     with _decoders_lock, decoding(label):  # a decoder may be in several inputs
-        known = decoder.metadata
-        total, rate = known.num_frames, float(known.average_fps)
-        numbers = choice.frames(
-            total, rate, partial(frames_to_keep, rate=rate, config=config), label
-        )
         return as_numpy(decoder.get_frames_at(numbers).data)
 
 
