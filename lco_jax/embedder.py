@@ -216,15 +216,20 @@ class OmniEmbedder(SentenceMethods):
             progress=bar,
             names=names,
         )
-        vectors = np.zeros((len(items), self.dimension), np.float32)
+        vectors = self._gathered(blocks, len(items))
+        if progress is None:
+            bar.close()
+        return form.of(vectors, single)
+
+    def _gathered(self, blocks: Iterable[EmbeddedBlock], count: int) -> np.ndarray:
+        """The vectors of all blocks, [N, D]. Sets `skipped`."""
+        vectors = np.zeros((count, self.dimension), np.float32)
         skipped = {}
         for block in blocks:
             vectors[block.first : block.first + len(block.vectors)] = block.vectors
             skipped |= block.skipped
         self.skipped = skipped
-        if progress is None:
-            bar.close()
-        return form.of(vectors, single)
+        return vectors
 
     def encode_blocks(
         self,

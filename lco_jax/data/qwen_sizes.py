@@ -29,16 +29,9 @@ def size_rule_of(
     sides = [name for name in SIDES if name in part]
     if sides:
         return _fixed(part, sides, factor, where)
-    least, most = (part.get(name, limit) for name, limit in zip(PIXELS, limits, strict=False))
-    numbers = is_number(least, Integral) and is_number(most, Integral)
-    if not numbers or not 0 < least <= most:
-        raise LcoError(
-            f"{where}: min_pixels {least!r:.40} and max_pixels {most!r:.40} must be whole "
-            "numbers above 0, in this order"
-        )
+    least, most = part.get("min_pixels", limits[0]), part.get("max_pixels", limits[1])
     total = part.get("total_pixels")
-    if total is not None and (not is_number(total, Integral) or total <= 0):
-        raise LcoError(f"{where}: total_pixels is {total!r:.40}; it must be a whole number above 0")
+    _check_pixels(least, most, total, where)
 
     def rule(height: int, width: int, frames: int = 1) -> tuple[int, int]:
         room = most
@@ -48,6 +41,18 @@ def size_rule_of(
         return smart_resize(height, width, factor, least, room)
 
     return rule
+
+
+def _check_pixels(least: Any, most: Any, total: Any, where: str) -> None:
+    """Raise for numbers of pixels that cannot be. total: None if it is not given."""
+    numbers = is_number(least, Integral) and is_number(most, Integral)
+    if not numbers or not 0 < least <= most:
+        raise LcoError(
+            f"{where}: min_pixels {least!r:.40} and max_pixels {most!r:.40} must be whole "
+            "numbers above 0, in this order"
+        )
+    if total is not None and (not is_number(total, Integral) or total <= 0):
+        raise LcoError(f"{where}: total_pixels is {total!r:.40}; it must be a whole number above 0")
 
 
 def _fixed(part: Mapping[str, Any], sides: list[str], factor: int, where: str) -> SizeRule:
