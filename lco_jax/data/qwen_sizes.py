@@ -36,7 +36,8 @@ def size_rule_of(
     def rule(height: int, width: int, frames: int = 1) -> tuple[int, int]:
         room = most
         if total is not None:
-            share = max(min(limits[1], total / frames * FACTOR), int(least * ROOM))
+            together = frames + frames % FACTOR  # the last fills up its patch
+            share = max(min(limits[1], total / together * FACTOR), int(least * ROOM))
             room = min(most if "max_pixels" in part else share, share)
         return smart_resize(height, width, factor, least, room)
 
