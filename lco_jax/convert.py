@@ -347,7 +347,7 @@ def _score(
     tree, config = soup.average_adapters(adapters, _equal_weights(chosen, len(adapters)))
     tree = jax.device_put(tree, replicated(embedder.mesh))
     embedder.params = {**embedder.params, "decoder": lora.attach(base, tree, config)}
-    encode = partial(embedder.encode, show_progress=True)
+    encode = partial(embedder.encode, show_progress_bar=True)
     outcome = local_tasks.evaluate(encode, args.kind, args.validate, **local_tasks.options_of(args))
     main_number = local_tasks.KINDS[args.kind][2]
     value = outcome.numbers[main_number]

@@ -16,7 +16,7 @@ from jax import Array
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from lco_jax.arguments import as_vectors, check_on_error, check_passes, check_types
+from lco_jax.arguments import check_on_error, check_options, check_passes, check_types
 from lco_jax.checkpoint import peft
 from lco_jax.checkpoint.hf import load_model, open_checkpoint
 from lco_jax.core import lora
@@ -41,15 +41,18 @@ from lco_jax.data.media import MediaConfig
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import ChatTokenizer, Prompt
 from lco_jax.data.tower_rows import Processed
+from lco_jax.description import Origin, described
 from lco_jax.models.decoder import Decoder
 from lco_jax.models.model import MediaPrograms, Model
 from lco_jax.models.pooling import pool, project
+from lco_jax.sentence_methods import SentenceMethods
+from lco_jax.vector_form import VectorForm, unit
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class OmniEmbedder:
+class OmniEmbedder(SentenceMethods):
     """Embeds text, images, audio, video and any mix of them. Build one with `from_pretrained`.
 
     skipped: index -> why, for the inputs that the last `encode(…, on_error="skip")` skipped.
@@ -58,10 +61,12 @@ class OmniEmbedder:
     LOADS_HEAD = False  # whether `from_pretrained` loads the vocabulary head
 
     def __init__(self, model: Model, params: dict[str, Any], processor: Processor, mesh: Mesh):
+        super().__init__()
         self.model = model
         self.params = params
         self.processor = processor
         self.mesh = mesh
+        self.origin: Origin | None = None
         self.skipped: dict[int, str] = {}
         self.towers = MediaPrograms(model, mesh)
         self.decoder_shapes = ShapeLog("decoder")
@@ -121,7 +126,13 @@ class OmniEmbedder:
         )
         if adapted is not None:
             params = lora.with_adapters(params, *adapted, mesh, beside=bool(quantize))
-        return cls(model, params, processor, mesh)
+        embedder = cls(model, params, processor, mesh)
+        merged = None if adapter is None else str(adapter)
+        embedder.origin = Origin(str(path_or_id), checkpoint.backbone.model_type, merged, quantize)
+        return embedder
+
+    def __repr__(self) -> str:
+        return described(self)
 
     @property
     def dimension(self) -> int:
@@ -138,40 +149,44 @@ class OmniEmbedder:
         """What can be embedded: "text", and which of "image", "video", "audio" there are."""
         return self.processor.modalities
 
-    def supports(self, modality: str | Sequence[str]) -> bool:
-        """Whether a modality, or a mix of several, can be embedded; "message": chat messages."""
-        if not isinstance(modality, str | Iterable):
-            known = ", ".join(self.modalities)
-            raise LcoError(f"modality is {modality!r:.60}; give one of {known}")
-        asked = {modality} if isinstance(modality, str) else set(modality)
-        return asked <= {*self.modalities, "message"}
-
     def encode(
         self,
         inputs: Any,
+        prompt_name: str | None = None,
+        prompt: Prompt | None = None,
         batch_size: int | None = None,
-        normalize: bool = True,
-        show_progress: bool = False,
+        show_progress_bar: bool | None = None,
+        output_value: str = "sentence_embedding",
+        precision: str | None = "float32",
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: Any = None,
+        normalize_embeddings: bool = True,
+        truncate_dim: int | None = None,
         *,
-        prompt: str | None = None,
         max_length: int | None = None,
         on_error: str = "raise",
         workers: int = 0,
         max_tokens: int = MAX_TOKENS,
         progress: tqdm | None = None,
         names: Sequence[str] | None = None,
-    ) -> np.ndarray:
+        **others: Any,
+    ) -> Any:
         """Embed a list of inputs of any kinds -> float32 [N, D], in their order; one input -> [D].
 
         An input is a string, a PIL image, an array, a path or URL of a media file, {"text": …,
         "image": …, "audio": …, "video": …} with any of these, {"array": …, "sampling_rate": …} or
         {"array": …, "fps": …}, or a list of chat messages. Every input but messages gets `prompt`,
-        by default the reference's for its modality.
+        or the one that is called `prompt_name` in `prompts`, by default the reference's for its
+        modality. Unlike sentence-transformers' it stands after the input.
 
         batch_size: the most inputs in a forward pass (None: any number). max_tokens: the most
             tokens of a device in it, unless one input has more. They change the speed, and vectors
             by rounding alone (3e-7 in float32, 3e-3 in bfloat16).
-        normalize: vectors have unit length; if False, they are the final norm's output.
+        show_progress_bar: None shows none.
+        normalize_embeddings: vectors have unit length; if False, they are the final norm's output.
+        precision, truncate_dim, convert_to_numpy, convert_to_tensor: as `VectorForm` has them.
+        output_value, device: "sentence_embedding", and the devices that the model is on.
         max_length: cut texts to so many tokens before the prompt (the reference's evaluation cuts
             at 300). By default nothing is cut, and an input beyond the model's context raises.
         on_error: "raise", or "skip": a bad input's vector is NaN, and `skipped` says why.
@@ -179,18 +194,22 @@ class OmniEmbedder:
         progress: a bar to advance, instead of a new one.
         names: what errors call the inputs, by default "input 0" and so on.
         """
-        check_bool(show_progress=show_progress)
+        check_options(others, output_value, device, self.mesh)
+        show = False if show_progress_bar is None else show_progress_bar
+        check_bool(show_progress_bar=show)
+        form = VectorForm(
+            normalize_embeddings, precision, truncate_dim, convert_to_numpy, convert_to_tensor
+        )
         items, single = as_list(inputs)
+        form.check(len(items), self.dimension, on_error == "skip")
         bar = progress
         if progress is None:
-            bar = progress_bar(
-                total=len(items), desc="embedding", unit="input", disable=not show_progress
-            )
+            bar = progress_bar(total=len(items), desc="embedding", unit="input", disable=not show)
         blocks = self.encode_blocks(
             items,
             batch_size,
-            normalize,
-            prompt=prompt,
+            normalize_embeddings,
+            prompt=self._prompt_of(prompt_name, prompt),
             max_length=max_length,
             on_error=on_error,
             workers=workers,
@@ -198,21 +217,26 @@ class OmniEmbedder:
             progress=bar,
             names=names,
         )
-        vectors = np.zeros((len(items), self.dimension), np.float32)
+        vectors = self._gathered(blocks, len(items))
+        if progress is None:
+            bar.close()
+        return form.of(vectors, single)
+
+    def _gathered(self, blocks: Iterable[EmbeddedBlock], count: int) -> np.ndarray:
+        """The vectors of all blocks, [N, D]. Sets `skipped`."""
+        vectors = np.zeros((count, self.dimension), np.float32)
         skipped = {}
         for block in blocks:
             vectors[block.first : block.first + len(block.vectors)] = block.vectors
             skipped |= block.skipped
         self.skipped = skipped
-        if progress is None:
-            bar.close()
-        return vectors[0] if single else vectors
+        return vectors
 
     def encode_blocks(
         self,
         inputs: Iterable[Any],
         batch_size: int | None = None,
-        normalize: bool = True,
+        normalize_embeddings: bool = True,
         *,
         prompt: str | None = None,
         max_length: int | None = None,
@@ -231,7 +255,7 @@ class OmniEmbedder:
         Blocks depend on these and on the inputs, never on time.
         """
         check_at_least_1(batch_size=batch_size, block_inputs=block_inputs)
-        check_bool(normalize=normalize)
+        check_bool(normalize_embeddings=normalize_embeddings)
         check_passes(max_tokens, progress)
         check_on_error(on_error)
         check_several(inputs)
@@ -242,18 +266,10 @@ class OmniEmbedder:
         first = 0
         for ready in one_ahead(blocks):
             block = self._embed_block(first, ready, batch_size, max_tokens, progress)
-            if normalize:
-                block.vectors = _unit(block.vectors)
+            if normalize_embeddings:
+                block.vectors = unit(block.vectors)
             yield block
             first += len(ready)
-
-    @staticmethod
-    def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Cosines of each row of a [N, D] with each row of b [M, D] -> [N, M]; [D] is one row."""
-        a, b = as_vectors(a, "a"), as_vectors(b, "b")
-        if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-            raise LcoError(f"vectors of shapes {a.shape} and {b.shape} cannot be compared")
-        return _unit(a) @ _unit(b).T
 
     def _embed_block(
         self,
@@ -381,7 +397,3 @@ def _pooled(
     """`pool`, and then the model's projection of last states, if it has one."""
     pooled = pool(decoder, params["decoder"], tokens, media, of)
     return project(pooled, params) if of == "last" else pooled
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

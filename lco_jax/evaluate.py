@@ -97,12 +97,12 @@ def evaluate_files(args: argparse.Namespace, media: MediaConfig) -> None:
         embedder = load_embedder(args, open_checkpoint(args.model), media, None)
         vectors = embedder.encode(
             contents,
-            args.batch_size,
+            batch_size=args.batch_size,
             prompt=args.prompt,
             max_length=args.max_length,
             on_error=args.on_error,
             workers=args.workers or 0,
-            show_progress=True,
+            show_progress_bar=True,
         )
         left_out.inputs = dict(embedder.skipped)
         return vectors

@@ -566,9 +566,9 @@ def test_videos_are_upright(matrix, turn):
     upright = [np.asarray(Image.fromarray(frame).transpose(turn)) for frame in stored]
     asked = []
 
-    def size_rule(*size):
-        asked.append(size)
-        return size
+    def size_rule(height, width, _):
+        asked.append((height, width))
+        return height, width
 
     frames = load_video(phone, "x", CONFIG, size_rule).frames
     np.testing.assert_array_equal(frames, np.stack(upright))

@@ -50,7 +50,7 @@ def test_one_input_gives_one_vector_and_none_give_none(embedder):
 
 
 def test_normalize_is_a_choice(embedder):
-    raw, unit = embedder.encode(TEXTS, normalize=False), embedder.encode(TEXTS)
+    raw, unit = embedder.encode(TEXTS, normalize_embeddings=False), embedder.encode(TEXTS)
     lengths = np.linalg.norm(raw, axis=1)
     assert (np.abs(lengths - 1) > 0.1).all()
     np.testing.assert_allclose(raw / lengths[:, None], unit, atol=1e-6)
@@ -351,8 +351,8 @@ def test_arrays_of_torch_and_jax_are_arrays(tiny):
         ({"workers": None}, "workers is None"),
         ({"workers": -1}, "workers is -1"),
         ({"on_error": None}, "on_error is None"),
-        ({"normalize": "no"}, "normalize is 'no'"),
-        ({"show_progress": "x"}, "show_progress is 'x'"),
+        ({"normalize_embeddings": "no"}, "normalize_embeddings is 'no'"),
+        ({"show_progress_bar": "x"}, "show_progress_bar is 'x'"),
         ({"progress": True}, "progress is True"),
         ({"prompt": 5}, "prompt is int 5; give a string"),
         ({"names": ["one"]}, "there are 2 inputs, and 1 names"),
@@ -401,7 +401,7 @@ def test_one_text_is_not_its_letters(embedder):
         (["a"], "give vectors"),
         ([[1, 2], [3]], "give vectors"),
         (None, "give vectors"),
-        (np.full(4, np.inf), "a holds infinity"),
+        (np.full(4, np.inf), "embeddings1 holds infinity"),
     ],
 )
 def test_similarity_of_what_are_no_vectors_of_one_width(a, says):

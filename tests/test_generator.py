@@ -64,7 +64,7 @@ def test_layers_and_answers_equal_transformers(cases, family):
         )
         assert error.max() < 1e-5
     assert (
-        np.abs(layers[-1] - model.encode(conversations, normalize=False)).max()
+        np.abs(layers[-1] - model.encode(conversations, normalize_embeddings=False)).max()
         < 1e-6 * np.abs(layers[-1]).max()
     )
 

@@ -61,9 +61,14 @@ sys.meta_path.insert(0, Absent())
 find_spec = importlib.util.find_spec
 absent = ("torch", "torchvision", "tensorflow")
 importlib.util.find_spec = lambda name, *a: None if name in absent else find_spec(name, *a)
-from lco_jax import OmniEmbedder
-vectors = OmniEmbedder.from_pretrained("builtin:tiny").encode(["one", {"text": "two"}])
+from lco_jax import LcoError, OmniEmbedder
+model = OmniEmbedder.from_pretrained("builtin:tiny")
+vectors = model.encode(["one", {"text": "two"}])
 assert vectors.shape == (2, 128) and abs((vectors**2).sum(1) - 1).max() < 1e-5
+try:
+    model.encode(["one"], convert_to_tensor=True)
+except LcoError as error:
+    assert str(error).startswith("torch is not installed; leave convert_to_tensor")
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -24,9 +24,10 @@ from PIL import Image, ImageFile, ImageOps
 
 from lco_jax import LcoError
 from lco_jax.data.audio import MIN_SAMPLES, audio_tokens, decode_audio, load_audio
+from lco_jax.data.frame_choice import sampled_indices
 from lco_jax.data.images import load_image, load_pixels
 from lco_jax.data.media import MediaConfig, MediaFile, resolve
-from lco_jax.data.video import Video, load_video, sampled_indices
+from lco_jax.data.video import Video, load_video
 
 CONFIG = MediaConfig()
 RNG = np.random.default_rng(0)
@@ -817,14 +818,14 @@ def test_how_many_frames_are_taken(count, rate, config, kept):
 def test_frames_are_resized_one_by_one():
     asked = []
 
-    def size_rule(*size):
-        asked.append(size)
+    def size_rule(*size_and_count):
+        asked.append(size_and_count)
         return 28, 56
 
     content = film("ffv1", "matroska", pixels="bgr0")
     frames = load_video(content, "input 3", CONFIG, size_rule).frames
     assert (asked, frames.shape, numbers(frames)) == (
-        [(32, 48)],
+        [(32, 48, 6)],
         (6, 28, 56, 3),
         [0, 6, 12, 17, 23, 29],
     )
@@ -836,7 +837,7 @@ def test_frames_are_resized_one_by_one():
         np.testing.assert_array_equal(
             load_video(source, "input 3", CONFIG, size_rule).frames, wanted
         )
-    assert asked[1:] == [(24, 32)] * 2
+    assert asked[1:] == [(24, 32, 5)] * 2
 
 
 def test_a_torn_or_lying_file_gives_the_frames_that_exist():
@@ -1050,7 +1051,7 @@ def load_torn(kind, content):
             assert np.isfinite(samples).all()
             assert len(samples) >= MIN_SAMPLES
         else:
-            video = load_video(content, "input 3", config, lambda height, width: (28, 28))
+            video = load_video(content, "input 3", config, lambda *_: (28, 28))
             assert video.frames.dtype == np.uint8
             assert video.frames.shape[1:] == (28, 28, 3)
             assert video.frames.shape[0] > 0

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lco_jax.core.bins import bucket
-from lco_jax.data.qwen import smart_resize
+from lco_jax.data.qwen_sizes import smart_resize
 from lco_jax.data.tower_rows import (
     Patches,
     PatchRows,

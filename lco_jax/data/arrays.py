@@ -33,6 +33,13 @@ def as_numpy(value: Any) -> np.ndarray:
     return value if isinstance(value, np.ndarray | np.generic) else np.asarray(value)
 
 
+def decoder_kind(value: Any) -> str | None:
+    """The kind of medium that a decoder of torchcodec or datasets gives; None for other values."""
+    if hasattr(value, "get_all_samples"):
+        return "audio"
+    return "video" if hasattr(value, "get_frames_at") else None
+
+
 def is_table(value: Any) -> bool:
     """Whether this is a table of columns, such as a DataFrame of pandas or polars."""
     return hasattr(value, "columns") and hasattr(value, "shape")

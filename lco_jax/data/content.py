@@ -16,9 +16,10 @@ import numpy as np
 from PIL import Image
 
 from lco_jax.core.errors import LcoError, check_keys
-from lco_jax.data.arrays import medium_of_array, with_arrays, with_rate
+from lco_jax.data.arrays import decoder_kind, medium_of_array, with_arrays, with_rate
+from lco_jax.data.foreign_parts import in_our_words
 from lco_jax.data.lazy import LazyImage
-from lco_jax.data.names import kind_named, media_kind
+from lco_jax.data.names import kind_named, kind_of_bytes, media_kind
 
 Part = dict[str, Any]
 Content = str | tuple[Part, ...]
@@ -31,10 +32,14 @@ SOURCES = {  # the keys of a part, one of which holds its text or medium
     "text": ("text",),
     **{kind: (kind, f"{kind}_path", "url", "path") for kind in MEDIA},
 }
-OPTIONS = {  # what a part may set for its own medium, in place of `MediaConfig`
+SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+OPTIONS = {  # what a part may set for its own medium, in place of `MediaConfig`; Qwen's words
     "text": (),
-    "image": ("min_pixels", "max_pixels"),
-    "video": ("min_pixels", "max_pixels", "fps", "max_frames"),
+    "image": SIZES,
+    "video": (
+        *(*SIZES, "total_pixels", "fps", "max_frames", "nframes"),
+        *("video_start", "video_end"),
+    ),
     "audio": (),
 }
 FIELD_KEYS = (*FIELDS, "content")
@@ -128,6 +133,7 @@ class Reader:
         return parts
 
     def _part(self, part: Mapping, label: str) -> Part:
+        part = in_our_words(part, label)
         kind = part["type"]
         if kind not in KINDS:
             types = ", ".join(KINDS)
@@ -200,6 +206,7 @@ def as_content(given: Any, where: str) -> Content | Messages:
     A string that ends like a media file is one (as in sentence-transformers), and must then exist.
     So is a data: URI of a kind. A string that names any other file is an error; {"text": …} is
     always text. Arrays of 3 axes are images and of 4 axes videos; sound needs its sampling rate.
+    {"bytes": …, "path": …} is of the kind that its path ends like, or its bytes begin like.
     """
     check_not_open(given, f"{where} is {type(given).__name__}")
     given = with_arrays(given, where)
@@ -209,8 +216,10 @@ def as_content(given: Any, where: str) -> Content | Messages:
         given = {_array_kind(given, where): given}
     elif isinstance(given, Mapping) and "array" in given:
         given = medium_of_array(given)
-    elif hasattr(given, "get_all_samples"):
-        given = {"audio": given}
+    elif isinstance(given, Mapping) and given and given.keys() <= {"bytes", "path"}:
+        given = _undecoded(given, where)
+    elif decoder_kind(given):
+        given = {decoder_kind(given): given}
     elif isinstance(given, str | os.PathLike):
         name = given.strip() if isinstance(given, str) else given  # a line may have its end
         kind = kind_named(name, where)
@@ -236,6 +245,17 @@ def _array_kind(array: np.ndarray, where: str) -> str:
             'a grey picture as {"image": array}'
         )
     return kinds[array.ndim]
+
+
+def _undecoded(given: Mapping, where: str) -> dict[str, Any]:
+    """A medium of datasets that is not decoded, {"bytes": …, "path": …}, with its kind."""
+    kind = media_kind(given.get("path")) or kind_of_bytes(given.get("bytes"))
+    if kind is None:
+        give = 'give {"image": …}, {"audio": …} or {"video": …} with it'
+        raise LcoError(
+            f"{where} is encoded, and neither its path nor its bytes tell its kind; {give}"
+        )
+    return {kind: given}
 
 
 def is_conversation(given: Any) -> bool:

@@ -26,6 +26,7 @@ from lco_jax.core.bounds import OutOfTimeError, bounded
 from lco_jax.core.errors import LcoError
 from lco_jax.data.audio import decode_audio, decode_sound_of_video, resample
 from lco_jax.data.decoder import SizeRule, receive, send
+from lco_jax.data.frame_choice import FrameChoice
 from lco_jax.data.images import decode_image
 from lco_jax.data.lazy import Opened
 from lco_jax.data.media import MediaConfig, MediaFile, took_too_long
@@ -54,7 +55,8 @@ def _decode(request: Request, file: MediaFile, size_rule: SizeRule | None) -> np
             case "samples":
                 array = _decode_samples(file, request["rate"])
             case _:
-                array = decode_video(file, config, size_rule)
+                choice = FrameChoice(**request["choice"])
+                array = decode_video(file, config, size_rule, choice)
         return np.ascontiguousarray(array)
 
 
@@ -103,10 +105,10 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
 
 
 def _ask_for_size(
-    requests: BinaryIO, replies: BinaryIO, height: int, width: int
+    requests: BinaryIO, replies: BinaryIO, height: int, width: int, *frames: int
 ) -> tuple[int, int]:
-    """The size that the parent wants a picture of this size to have."""
-    send(replies, {"size": [height, width]})
+    """The size that the parent wants a picture of this size to have. frames: as of `SizeRule`."""
+    send(replies, {"size": [height, width, *frames]})
     asked_height, asked_width = receive(requests)["size"]
     return asked_height, asked_width
 

@@ -29,8 +29,9 @@ from lco_jax.data import light_process
 from lco_jax.data.media import MediaConfig, MediaFile, took_too_long
 from lco_jax.data.pipes import Patience, Pipe, SleptTooLong
 
-# (height, width) of a picture -> the (height, width) that it is resized to
-SizeRule = Callable[[int, int], tuple[int, int]]
+# (height, width) of a picture, or of a frame and how many there are -> the (height, width) that it
+# is resized to
+SizeRule = Callable[..., tuple[int, int]]
 PIPE_BYTES = 1 << 20  # of a pipe; Linux has 65,536, and a picture would take ten turns
 ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
@@ -61,7 +62,8 @@ def decode(
 
     kind: "image", "audio", "sound" (of a video), "samples" or "video". size_rule: asked here, for
     the size of the first picture. more: rate, of "samples", in Hz; opened, of an image that was a
-    PIL image (`lazy.Opened`). Raises for a file that is torn, too big or too slow.
+    PIL image (`lazy.Opened`); choice, of a video (`FrameChoice`). Raises for a file that is torn,
+    too big or too slow.
     """
     request = {"kind": kind, "label": file.label, "config": _plain(config), **more}
     request["has_size_rule"] = size_rule is not None

@@ -102,6 +102,12 @@ class FrameReader:
             known = stream.codec_context.name in SEEKABLE
             return _index(sent) if known else _Index(len(sent))
 
+    def count(self) -> int:
+        """How many frames there are. Every frame is decoded."""
+        for _ in self.all_decoded(()):
+            pass
+        return self.found
+
     def all_decoded(self, wanted: Iterable[int]) -> Iterator[np.ndarray]:
         """The frames of these numbers, as uint8 [X, Y, 3]. Every frame is decoded."""
         self.found = 0

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from lco_jax.core.errors import LcoError, check_at_least_1, is_number
-from lco_jax.data.arrays import is_table
+from lco_jax.data.arrays import decoder_kind, is_table
 from lco_jax.data.content import Messages, as_content, check_not_open, describe
 from lco_jax.data.lazy import LazyImage, lazy_image
 from lco_jax.data.names import media_kind
@@ -253,7 +253,7 @@ def as_list(inputs: Any) -> tuple[list[Any], bool]:
 def check_several(inputs: Any) -> None:
     """Raise for a single input where several are iterated, and for what `check_inputs` refuses."""
     check_inputs(inputs)
-    if isinstance(inputs, ONE) or hasattr(inputs, "get_all_samples"):
+    if isinstance(inputs, ONE) or decoder_kind(inputs):
         raise LcoError(f"inputs is a single {type(inputs).__name__}; give a list of inputs")
 
 
@@ -271,7 +271,7 @@ def check_inputs(inputs: Any) -> None:
         raise LcoError(f'{what}; give {{"image": …}}, {{"audio": …}} or {{"video": …}}')
     if getattr(inputs, "shape", None) == () and not isinstance(inputs, str):
         raise LcoError(f"{what} without axes; give a list of inputs, or a single one")
-    if not isinstance(inputs, Iterable | ONE) and not hasattr(inputs, "get_all_samples"):
+    if not isinstance(inputs, Iterable | ONE) and not decoder_kind(inputs):
         raise LcoError(f"{what}; give a list of inputs, or a single one")
 
 
@@ -279,7 +279,7 @@ def is_single(inputs: Any) -> bool:
     """Whether this is one input, and not a list of inputs."""
     if hasattr(inputs, "__array__") and hasattr(inputs, "ndim"):
         return inputs.ndim > 1  # with one axis it is a list of strings
-    if isinstance(inputs, ONE) or hasattr(inputs, "get_all_samples"):
+    if isinstance(inputs, ONE) or decoder_kind(inputs):
         return True
     return isinstance(inputs, list) and bool(inputs) and all(map(_is_message, inputs))
 

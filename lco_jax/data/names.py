@@ -28,6 +28,12 @@ UNREAD = (
     *("cr2", "cr3", "nef", "arw", "dng", "orf", "rw2", "raf", "rmvb", "mxf", "swf", "y4m"),
     *("ape", "dsf", "dff", "wv", "midi", "mid"),
 )
+# what files of a single kind begin with; MP4, Matroska and Ogg may be sound or video
+BEGINNINGS = {
+    "image": re.compile(rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|II\*\0|MM\0\*", re.DOTALL),
+    "audio": re.compile(rb"RIFF....WAVE|fLaC|ID3", re.DOTALL),
+    "video": re.compile(rb"RIFF....AVI ", re.DOTALL),
+}
 DATA_OF_A_KIND = re.compile(r"data:(image|video|audio)[/;]", re.IGNORECASE)
 ENCODED_DATA = re.compile(r"data:[^,\s]*;base64,", re.IGNORECASE)
 # bytes of the longest path, and of the longest name in it, that a system takes
@@ -43,6 +49,13 @@ def media_kind(source: Any) -> str | None:
         found = DATA_OF_A_KIND.match(name)
         return found[1].lower() if found else None
     return KIND_OF_ENDING.get(_ending(name))
+
+
+def kind_of_bytes(content: Any) -> str | None:
+    """The kind of medium that an encoded file has by its first bytes, where they tell, or None."""
+    if not isinstance(content, bytes):
+        return None
+    return next((kind for kind, start in BEGINNINGS.items() if start.match(content)), None)
 
 
 def _ending(name: str) -> str:

@@ -7,10 +7,8 @@ models. Where transformers 4.57 and 5.x differ (the positions of Qwen2.5-VL's vi
 default: LCO was trained with it.
 """
 
-import math
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from numbers import Integral
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,10 +17,11 @@ import numpy as np
 from einops import rearrange
 from transformers import WhisperFeatureExtractor
 
-from lco_jax.core.errors import LcoError, is_number
+from lco_jax.core.errors import LcoError
 from lco_jax.data.audio import load_audio
 from lco_jax.data.codec import Expansion, MediaCodec, of_medium
 from lco_jax.data.decoder import SizeRule
+from lco_jax.data.frame_choice import FrameChoice
 from lco_jax.data.images import load_pixels
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.positions import frame_times, grid_positions, interleave, line_positions
@@ -36,6 +35,7 @@ from lco_jax.data.processor_files import (
     pixel_limits,
     read_settings,
 )
+from lco_jax.data.qwen_sizes import size_rule_of
 from lco_jax.data.tower_rows import Patches, PatchRows, Segments, chunk_rows, chunks_of
 from lco_jax.data.video import load_video
 
@@ -157,7 +157,7 @@ class QwenMedia(MediaCodec):
         return min(self.media.video_min_pixels or least, most), most
 
     def load(self, part: dict[str, Any], where: str) -> Patches | Segments | Clip:
-        """The medium of a chat part, which may have min_pixels and max_pixels for itself."""
+        """The medium of a chat part, which may have `content.OPTIONS` for itself."""
         kind = part["type"]
         if kind == "image":
             return self._image(part, where)
@@ -169,16 +169,7 @@ class QwenMedia(MediaCodec):
 
     def _size_rule(self, part: dict[str, Any], limits: tuple[int, int], where: str) -> SizeRule:
         """limits: the fewest and most pixels, for a part that asks for no others."""
-        least = part.get("min_pixels", limits[0])
-        most = part.get("max_pixels", limits[1])
-        numbers = is_number(least, Integral) and is_number(most, Integral)
-        if not numbers or not 0 < least <= most:
-            raise LcoError(
-                f"{where}: min_pixels {least!r:.40} and max_pixels {most!r:.40} must be whole "
-                "numbers above 0, in this order"
-            )
-        factor = self.patch * self.merge
-        return partial(smart_resize, factor=factor, min_pixels=least, max_pixels=most)
+        return size_rule_of(part, limits, self.patch * self.merge, where)
 
     def _image(self, part: dict[str, Any], where: str) -> Patches:
         size_rule = self._size_rule(part, self.image_pixels, where)
@@ -187,7 +178,9 @@ class QwenMedia(MediaCodec):
 
     def _video(self, part: dict[str, Any], where: str) -> Clip:
         size_rule = self._size_rule(part, self.video_pixels, where)
-        video = load_video(part["video"], where, self._caps_of(part, where), size_rule)
+        choice = FrameChoice.of_part(part, where)
+        caps = self._caps_of(part, where)
+        video = load_video(part["video"], where, caps, size_rule, choice)
         sound = None
         if video.audio is not None:
             if not self.omni:
@@ -301,18 +294,3 @@ class QwenMedia(MediaCodec):
             end,
             media,
         )
-
-
-def smart_resize(
-    height: int, width: int, factor: int, min_pixels: int, max_pixels: int
-) -> tuple[int, int]:
-    """Upstream's size: multiples of `factor`, nearest to the given ones, scaled into the limits."""
-    sides = (height, width)
-    rounded = [round(side / factor) * factor for side in sides]  # Python rounds half to even
-    if math.prod(rounded) > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        rounded = [max(factor, math.floor(side / shrink / factor) * factor) for side in sides]
-    elif math.prod(rounded) < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        rounded = [math.ceil(side * grow / factor) * factor for side in sides]
-    return rounded[0], rounded[1]

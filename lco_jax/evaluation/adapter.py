@@ -24,7 +24,7 @@ from lco_jax.core.console import progress_bar
 from lco_jax.core.errors import LcoError, reason
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.prompts import KINDS
-from lco_jax.data.video import frames_to_keep, sampled_indices
+from lco_jax.data.video import frames_of_decoder
 from lco_jax.evaluation.report import TaskScore
 from lco_jax.evaluation.seadoc import SeaDoc
 from lco_jax.evaluation.stored_vectors import StoredVectors, digest
@@ -208,10 +208,7 @@ class Encoder(AbsEncoder):
             samples = value.get_all_samples()
             return _sound(samples.data, samples.sample_rate)
         if hasattr(value, "get_frames_at"):  # torchcodec's VideoDecoder
-            total = value.metadata.num_frames
-            rate = float(value.metadata.average_fps)
-            indices = sampled_indices(total, frames_to_keep(total, rate, self.media))
-            return np.asarray(value.get_frames_at(indices.tolist()).data)
+            return frames_of_decoder(value, self.media, "a video")
         return np.asarray(value) if type(value).__module__.startswith("torch") else value
 
 
