@@ -93,7 +93,7 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
     with reaching(home):
         if has_begun(home):
             check_same_run(home, config, total_steps, fingerprints(sources))
-    workdir = local_workdir(home, "*.jsonl")
+    workdir = local_workdir(home, "*.jsonl", jax.process_index())
     checkpoint = open_checkpoint(config.model.path)
     processor, layout = open_layout(config, sources, checkpoint, generative)
     training = Training.build(config, checkpoint, total_steps, mesh)
