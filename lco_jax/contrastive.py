@@ -99,7 +99,7 @@ def _evaluate(
         progress.total += len(inputs)
         return embedder.encode(
             inputs,
-            config.eval.batch_size,
+            batch_size=config.eval.batch_size,
             max_length=config.data.max_length,
             progress=progress,
         )
