@@ -21,7 +21,8 @@ from lco_jax.training.metrics import MetricsLog, keep_before
 
 WORST = 8  # records that are named
 RECENT = 50  # steps whose pace counts
-BAR = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} steps, {elapsed}{postfix}"
+# fits in 80 columns; what stands last is cut where it does not
+BAR = "{desc}: {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} steps, {elapsed}{postfix}"
 logger = logging.getLogger(__name__)
 
 
@@ -144,13 +145,15 @@ class StepReports:
         self.bar.update()
 
     def _postfix(self, step: int, loss: float) -> str:
-        """What stands behind the bar: the loss, the speed, and the time that is left."""
-        parts = [f"loss {loss:.3f}"]
+        """What stands behind the bar: the time that is left, the speed, and the loss."""
+        parts = []
         if seconds := self.pace.seconds:
             left = (self.total_steps - step - 1) * seconds
-            parts.append(f"{self.batch_size / seconds:,.0f} records/s")
-            parts.append(f"{tqdm.format_interval(left)} left")
-        return ", ".join(parts)
+            parts = [
+                f"{tqdm.format_interval(left)} left",
+                f"{self.batch_size / seconds:,.0f} records/s",
+            ]
+        return ", ".join([*parts, f"loss {loss:.3f}"])
 
     def close(self) -> None:
         """End the bar and the log."""
