@@ -168,7 +168,7 @@ def test_the_bar_says_compiling_until_the_first_step_is_under_way(tmp_path, caps
     made.flush()
     made.close()
     last = capsys.readouterr().err.split("\r")[-1]
-    shown = r"training: +6%\|.*\| 4/62 steps, 00:0\d, 00:0\d left, [\d,]+ records/s, loss 0\.500"
+    shown = r"training: +6%\|.*\| 4/62 in 00:0\d, 00:0\d left, [\d,]+ records/s, loss 0\.500"
     assert re.fullmatch(shown, last.strip())
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
 

@@ -21,8 +21,8 @@ from lco_jax.training.metrics import MetricsLog, keep_before
 
 WORST = 8  # records that are named
 RECENT = 50  # steps whose pace counts
-# fits in 80 columns; what stands last is cut where it does not
-BAR = "{desc}: {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} steps, {elapsed}{postfix}"
+# in 80 columns; what stands last is cut where numbers are long
+BAR = "{desc}: {percentage:3.0f}%|{bar:8}| {n_fmt}/{total_fmt} in {elapsed}{postfix}"
 logger = logging.getLogger(__name__)
 
 
