@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from lco_jax.core.errors import LcoError, explained, run_main
+from lco_jax.core.extras import install_line
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.inference import EmbeddedBlock
 from lco_jax.data.media import MediaConfig
@@ -118,7 +119,8 @@ def evaluate_files(args: argparse.Namespace, media: MediaConfig) -> None:
 def evaluate_tasks(args: argparse.Namespace, media: MediaConfig) -> int:
     """mteb's tasks, and SeaDoc; 1 if a task failed."""
     if find_spec("mteb") is None:
-        raise LcoError("benchmarks need mteb, which is not installed: pip install 'lco-jax[eval]'")
+        needs = "benchmarks need mteb, which is not installed"
+        raise LcoError(f"{needs}: {install_line('eval')}")
     from lco_jax.evaluation.adapter import Encoder, find_tasks, model_meta
     from lco_jax.evaluation.stored_vectors import StoredVectors
 

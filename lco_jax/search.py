@@ -6,8 +6,7 @@ machine serves.
     --port=9000
 
 The index, --output, has a vector for each input. Started again, the command embeds what is new or
-has changed and forgets what is gone; after a kill it goes on from there. Needs the extra: pip
-install 'lco-jax[search]'.
+has changed and forgets what is gone; after a kill it goes on from there. Needs the extra `search`.
 """
 
 import argparse
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.core.errors import LcoError, explained, run_main
+from lco_jax.core.extras import install_line
 from lco_jax.core.files import read_own, write_json
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Contents, Corpus, scan
@@ -80,7 +80,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     """Embed what the index lacks, then serve the page until Ctrl-C."""
     args = parse_args()
-    with explained("search needs more packages: pip install 'lco-jax[search]'", ImportError):
+    with explained(f"search needs more packages: {install_line('search')}", ImportError):
         from lco_jax.searching.server import LOOPBACK, Server, http_server
     if args.input.suffix == ".parquet":
         raise LcoError(f"--input={args.input}: search takes a folder of media, a .jsonl or a .txt")

@@ -23,6 +23,7 @@ import pytest
 from PIL import Image
 
 from lco_jax import LcoError, MediaConfig
+from lco_jax.core.extras import install_line
 from lco_jax.data.corpus import Corpus, scan
 from lco_jax.data.parts import DESCRIPTION, PartsFolder, Unit, VectorParts, cut
 from lco_jax.data.vectors import part_table
@@ -857,7 +858,7 @@ def test_ray_needs_its_package_and_flags_that_fit(tmp_path, run_embed, monkeypat
     command = [f"--input={tmp_path / 'in.txt'}", f"--output={tmp_path / 'out.npy'}"]
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "lco_jax.data.ray_actors", raising=False)
-    assert "pip install 'lco-jax[ray]'" in run_embed(*command, "--ray")[2]
+    assert install_line("ray") in run_embed(*command, "--ray")[2]
     for flags, words in (
         (["--actors=2"], "--actors and --actor-resources go with --ray"),
         (["--ray", "--actors=0"], "--actors=0: it must be at least 1"),

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lco_jax import OmniEmbedder, evaluate
 from lco_jax.core.errors import LcoError
+from lco_jax.core.extras import install_line
 from lco_jax.core.files import ASSETS, read_json
 from lco_jax.evaluation.report import TaskScore, write_report
 from lco_jax.evaluation.stored_vectors import StoredVectors, digest
@@ -274,7 +275,7 @@ def test_without_mteb(run, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
     status, _, err = run("--tasks=STS12", f"--output={tmp_path}")
     assert status == 2
-    assert "pip install 'lco-jax[eval]'" in err
+    assert install_line("eval") in err
 
 
 CORPUS = [

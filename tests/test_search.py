@@ -27,6 +27,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from lco_jax import LcoError, MediaConfig, OmniEmbedder, search
+from lco_jax.core.extras import install_line
 from lco_jax.core.finite import check_vectors
 from lco_jax.data.corpus import Corpus
 from lco_jax.data.images import load_image
@@ -775,7 +776,7 @@ def test_mistakes_are_one_sentence(monkeypatch, run_command, tmp_path):
     assert "cannot be listened on" in said(f"--input={tmp_path}", "--host=192.0.2.1")
     assert "holds no image, video or audio file" in said(f"--input={tmp_path}", "--port=0")
     monkeypatch.setitem(sys.modules, "lco_jax.searching.server", None)
-    assert "pip install 'lco-jax[search]'" in said(f"--input={tmp_path}")
+    assert install_line("search") in said(f"--input={tmp_path}")
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from lco_jax.core.errors import LcoError, explained, reason
+from lco_jax.core.extras import install_line
 
 ASSETS = Path(__file__).parent.parent / "assets"
 MARK = ".written-by-lco-jax"  # in output folders that are complete
@@ -61,7 +62,7 @@ def as_path(text: str) -> AnyPath:
         raise LcoError(f"{text}: give a path of a disk, perhaps a mounted one, or {known}")
     package, extra = BUCKETS[scheme]
     if importlib.util.find_spec(package) is None:
-        raise LcoError(f"{text} needs a package more: pip install 'lco-jax[{extra}]'")
+        raise LcoError(f"{text} needs a package more: {install_line(extra)}")
     return epath.Path(text)
 
 
@@ -105,7 +106,7 @@ def reaching(path: str | os.PathLike[str]) -> Iterator[None]:
         why = reason(error)
         if isinstance(error, ImportError):
             extra = BUCKETS[os.fspath(path).partition("://")[0]][1]
-            why = f"pip install 'lco-jax[{extra}]'"
+            why = install_line(extra)
         elif isinstance(error, FileNotFoundError):
             why = "there is no such bucket or object"
         message = f"{path} cannot be read or written: {why}; docs/training.md says what it takes"

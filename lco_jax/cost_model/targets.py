@@ -1,7 +1,7 @@
 """Devices of machines that are not here, for XLA's compilers, which need no device.
 
-The wheel `libtpu` has the TPU's compiler (`pip install 'lco-jax[plan-tpu]'`), jax's CUDA plugin the
-GPU's (`lco-jax[plan-gpu]`). Programs are compiled for these devices; nothing can run on them.
+The wheel `libtpu` has the TPU's compiler (the extra `plan-tpu`), jax's CUDA plugin the GPU's
+(`plan-gpu`). Programs are compiled for these devices; nothing can run on them.
 """
 
 import importlib.util
@@ -12,6 +12,7 @@ import jax
 from jax.experimental import topologies
 
 from lco_jax.core.errors import LcoError
+from lco_jax.core.extras import install_line
 from lco_jax.cost_model.hardware import Hardware
 
 GPU_PLUGINS = ("xla_cuda13", "xla_cuda12")
@@ -108,11 +109,11 @@ def missing(backend: str) -> str:
     """What a backend's compiler lacks, and how to install it; "" if it lacks nothing."""
     if backend == "tpu":
         found = importlib.util.find_spec("libtpu")
-        return "" if found else "libtpu is not installed (pip install 'lco-jax[plan-tpu]')"
+        return "" if found else f"libtpu is not installed ({install_line('plan-tpu')})"
     found = importlib.util.find_spec("jax_plugins") and any(
         importlib.util.find_spec(f"jax_plugins.{name}") for name in GPU_PLUGINS
     )
-    package = "no CUDA plugin of jax is installed (pip install 'lco-jax[plan-gpu]')"
+    package = f"no CUDA plugin of jax is installed ({install_line('plan-gpu')})"
     return "" if found else package
 
 

@@ -20,11 +20,12 @@ from typing import Any
 from tqdm import tqdm
 
 from lco_jax.core.errors import PEER_LOST, PREEMPTED, LcoError, explained, reason
+from lco_jax.core.extras import install_line
 from lco_jax.core.files import on_bucket
 from lco_jax.data.parts import PartsFolder, Unit
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-with explained("--ray needs more packages: pip install 'lco-jax[ray]'", ImportError):
+with explained(f"--ray needs more packages: {install_line('ray')}", ImportError):
     import ray
     from ray.exceptions import RayActorError, RayError, RayTaskError
 

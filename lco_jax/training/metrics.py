@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lco_jax.core.errors import LcoError
+from lco_jax.core.extras import install_line
 from lco_jax.core.files import write_text
 
 # package, the key that asks for it, our extra
@@ -120,6 +121,4 @@ def _optional(module: str, key: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise LcoError(
-            f"{key} needs the package {module}: pip install 'lco-jax[{extra}]'"
-        ) from error
+        raise LcoError(f"{key} needs the package {module}: {install_line(extra)}") from error
