@@ -59,7 +59,7 @@ def _set_data(config: ConfigDict) -> None:
     """What is read, and the caps on it."""
     config.data = ConfigDict()
     # name -> kind (jsonl, tfds, files, parquet), the arguments of that kind, and optionally its
-    # weight in the mixture (by default its size)
+    # weight in the mixture (by default its size). --data sets them
     config.data.sources = {
         "bundled": {
             "kind": "jsonl",
@@ -101,7 +101,7 @@ def _set_training(config: ConfigDict) -> None:
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 2e-3  # the peak
     config.optimizer.schedule = "cosine"  # or linear, constant
-    config.optimizer.warmup_steps = 10
+    config.optimizer.warmup_steps = 10  # at most a fifth of a run whose steps follow from epochs
     config.optimizer.beta1 = 0.9
     config.optimizer.beta2 = 0.999
     config.optimizer.eps = 1e-8
@@ -121,8 +121,10 @@ def _set_surroundings(config: ConfigDict) -> None:
     config.checkpoint.keep = 2
 
     config.eval = ConfigDict()
-    # held-out records, jsonl, each file scored by itself; "": none
+    # held-out records, each file or dataset scored by itself; "": none. --eval sets it
     config.eval.path = "assets:lab/text.jsonl,assets:lab/image.jsonl,assets:lab/audio.jsonl"
+    # the share of data.sources that is measured and never trained on (lco_jax/data/held_out.py)
+    config.eval.share = 0.0
     # pairs with people's scores, each file scored by itself; builtin:stsb-dev is fetched; "": none
     config.eval.sts = ""
     config.eval.batch_size = 64

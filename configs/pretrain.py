@@ -8,7 +8,9 @@
 The first runs anywhere: `builtin:tiny` learns to answer a sentence with a paraphrase. The second is
 the paper's way to better embeddings of pages (SeaDoc): Qwen2.5-VL reads text off pages at high
 resolution. General captions are mixed in so that it forgets nothing. An anchor is a page, with or
-without a question; its positive is the text on the page.
+without a question; its positive is the text on the page. --data=pages.jsonl,captions.jsonl is
+shorter, but mixes them by their sizes. Published numbers of this step are not at hand. It was tried
+on `builtin:tiny` and tiny random checkpoints, and never on the real weights.
 """
 
 from ml_collections import ConfigDict, config_dict

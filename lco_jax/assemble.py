@@ -76,7 +76,7 @@ def main() -> None:
         "what is fresh knows nothing yet; it learns from records of media with texts:\n"
         f"  python -m lco_jax.pretrain --config=pretrain --config.model.path={args.output} "
         f"--config.tune.decoder=none --config.tune.towers={towers_to_tune(note)} "
-        "--config.data.sources.bundled.path=RECORDS.jsonl --config.eval.path="
+        "--data=RECORDS.jsonl"
     )
 
 

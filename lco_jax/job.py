@@ -16,21 +16,23 @@ from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, load_model, open_checkpoint
 from lco_jax.core.errors import LcoError, check_keys
-from lco_jax.core.files import AnyPath, local_copy, local_workdir, on_bucket, reaching, upload
+from lco_jax.core.files import AnyPath, local_workdir, on_bucket, reaching, upload
 from lco_jax.core.sharding import make_mesh
 from lco_jax.data import mixture, pipeline
+from lco_jax.data.given import is_bundled, sources_of
+from lco_jax.data.held_out import SMALL, Split, split
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.processor import Processor
 from lco_jax.data.records import answer_of
 from lco_jax.data.scan import ListSource, Source, fingerprint
-from lco_jax.data.sources import JsonlSource
+from lco_jax.data.sources import open_source
 from lco_jax.evaluation.sts import ScoredPairs, open_pairs
 from lco_jax.models.model import Model
 from lco_jax.training import tuning
 from lco_jax.training.folder import check_outputs
 from lco_jax.training.metrics import check_packages
 from lco_jax.training.run import check_same_run, has_begun
-from lco_jax.training.state import Training
+from lco_jax.training.state import Training, warmup_steps
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +86,8 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
     check_outputs(home, config)
     mesh = make_mesh(**config.mesh)
     pipeline.check_mesh(mesh)
-    sources = pipeline.open_sources(config.data)
-    held_out = _open_held_out(config, generative)
+    sources, share = open_sources(config)
+    held_out = _open_held_out(config, share, generative)
     pairs = _open_pairs(config, generative)
     total_steps = config.train.steps or _steps_of_epochs(config, sources)
     with reaching(home):
@@ -95,6 +97,7 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
     checkpoint = open_checkpoint(config.model.path)
     processor, layout = open_layout(config, sources, checkpoint, generative)
     training = Training.build(config, checkpoint, total_steps, mesh)
+    _say_warmup(config, total_steps)
     _print_summary(config, mesh, sources, training, total_steps)
     named = {f"held-out data {name}": source for name, source in held_out.items()}
     needed = _towers_for(checkpoint, {**named, **sources}, media)
@@ -123,6 +126,15 @@ def _steps_of_epochs(config: ConfigDict, sources: Mapping[str, Source]) -> int:
     return max(int(config.train.epochs * records / config.train.batch_size), 1)
 
 
+def _say_warmup(config: ConfigDict, total_steps: int) -> None:
+    """That the warm-up is shorter than the configuration has it, if it is."""
+    given, taken = config.optimizer.warmup_steps, warmup_steps(config, total_steps)
+    if taken < given:
+        say(
+            f"{taken:,} steps of warm-up, and not {given:,}: there are {total_steps:,} steps in all"
+        )
+
+
 def _media_config(config: ConfigDict) -> MediaConfig:
     """The caps on media. Raises by the key of what is none."""
     given = config.data.media
@@ -142,8 +154,13 @@ def open_data(
     config: ConfigDict, checkpoint: Checkpoint
 ) -> tuple[dict[str, Source], Processor, pipeline.Layout]:
     """The sources of a run, and what `open_layout` makes for them."""
-    sources = pipeline.open_sources(config.data)
+    sources = open_sources(config).training
     return sources, *open_layout(config, sources, checkpoint)
+
+
+def open_sources(config: ConfigDict) -> Split:
+    """The sources of a run, and what `config.eval.share` holds out of them."""
+    return split(pipeline.open_sources(config.data), config.eval.share)
 
 
 def open_layout(
@@ -228,18 +245,56 @@ def _print_summary(
         say(f"{skipped:,} bad records skipped")
 
 
-def _open_held_out(config: ConfigDict, generative: bool) -> dict[str, ListSource]:
-    """The held-out records by file. Those of a generative run have answers."""
-    held_out = {}
-    for path in _listed(config.eval.path):
-        source = JsonlSource(local_copy(path), config.data.on_bad)
-        held_out[source.path.stem] = ListSource(list(source), source.skipped)
-    _check_names(held_out, "path", config)
+def _open_held_out(
+    config: ConfigDict, share: Mapping[str, ListSource], generative: bool
+) -> dict[str, ListSource]:
+    """The held-out records by file or source. Those of a generative run have answers.
+
+    share: what is held out of the sources.
+    """
+    _say_share(config, share)
+    held_out = dict(share)
+    for name, spec in _held_out_specs(config).items():
+        source = open_source(name, spec, config.data.on_bad, "config.eval.path")
+        if name in held_out:
+            both = f"config.eval.path and config.data.sources both have {name!r}"
+            raise LcoError(
+                f"{both}, and scores go by names; rename one, or set config.eval.share=0"
+            )
+        held_out[name] = ListSource(list(source), source.skipped)
     if generative:
         for source in held_out.values():
             for record in source:
                 answer_of(record)  # raises
     return held_out
+
+
+def _say_share(config: ConfigDict, share: Mapping[str, ListSource]) -> None:
+    """What is held out of the run's own data."""
+    count = sum(map(len, share.values()))
+    if count:
+        why = f"config.eval.share is {config.eval.share:g}"
+        say(f"{count:,} of the records are held out, and never trained on ({why})")
+    elif config.eval.share:
+        few = f"sources of fewer than {SMALL} records are trained on as a whole"
+        say(f"nothing is held out of the data: {few}; --eval names other records")
+
+
+def _held_out_specs(config: ConfigDict) -> dict[str, dict[str, Any]]:
+    """The sources that `config.eval.path` names.
+
+    Those that ship with the package say nothing of other data, and are left out with them.
+    """
+    if not config.eval.path.strip():
+        return {}
+    specs = sources_of(config.eval.path, "config.eval.path")
+    if any(map(is_bundled, config.data.sources.values())):
+        return specs
+    bundled = [name for name, spec in specs.items() if is_bundled(spec)]
+    if bundled:
+        left_out = f"{', '.join(bundled)} of the package (--eval names other records)"
+        say(f"not measured, since the data are your own: {left_out}")
+    return {name: specs[name] for name in specs if name not in bundled}
 
 
 def _open_pairs(config: ConfigDict, generative: bool) -> dict[str, ScoredPairs]:

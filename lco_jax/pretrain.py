@@ -1,6 +1,7 @@
 """Generative training: what a checkpoint says about text, images, audio and video.
 
-    python -m lco_jax.pretrain --config=pretrain [--output=runs/pretrain] [--config.KEY=VALUE …]
+    python -m lco_jax.pretrain --config=pretrain [--data=my.jsonl] [--eval=heldout.jsonl]
+        [--output=runs/pretrain] [--config.KEY=VALUE …]
 
 It comes before contrastive training (the paper's continual generative pretraining). A record's
 anchor is the prompt, followed by a question if it is media alone. Its positive is the answer, whose
@@ -11,7 +12,8 @@ held-out loss before and after, in nats a token, and the trained model's answers
 held-out prompts.
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,11 +22,13 @@ from ml_collections import ConfigDict
 from lco_jax import loop
 from lco_jax.core.errors import PREEMPTED, run_main
 from lco_jax.core.files import AnyPath
+from lco_jax.data.given import Given
 from lco_jax.data.records import answer_of, as_input
 from lco_jax.generator import OmniGenerator
 from lco_jax.job import Job, open_job, say
 from lco_jax.models.model import Model
 from lco_jax.outputs import finish
+from lco_jax.results import Results
 from lco_jax.training import cli
 from lco_jax.training.folder import held
 from lco_jax.training.run import check_config
@@ -34,15 +38,19 @@ from lco_jax.training.watch import peers
 ANSWERED = 4  # held-out prompts
 
 
-def pretrain(config: ConfigDict, output: AnyPath) -> dict[str, Any]:
-    """Run or resume in the folder `output`; returns the content of its results.json.
-
-    Returns {} if SIGTERM ended the run early (after saving it). Raises if another trainer works in
-    the folder.
-    """
+def pretrain(
+    config: str | os.PathLike[str] | ConfigDict,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    data: Given | Mapping[str, Any] | None = None,
+    eval: Given | None = None,
+    **keys: Any,
+) -> Results:
+    """Run or resume in the folder `output`; everything is as for `lco_jax.train`."""
+    config = cli.configured(config, data, eval, keys)
     check_config(config)
-    with held(output) as home:
-        return _pretrain(config, home)
+    with held(output or f"runs/{config.name}") as home:
+        return Results(_pretrain(config, home), home, config.model.path)
 
 
 def _pretrain(config: ConfigDict, home: AnyPath) -> dict[str, Any]:

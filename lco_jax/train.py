@@ -1,9 +1,11 @@
 """The main job: contrastive training of a multimodal LLM's decoder, on text or on any modality.
 
-    python -m lco_jax.train --config=base [--output=runs/base] [--config.KEY=VALUE …]
+    python -m lco_jax.train --config=base [--data=my.jsonl] [--eval=heldout.jsonl]
+        [--output=runs/base] [--config.KEY=VALUE …]
 
-Any key of the config can be set on the command line, e.g. --config.optimizer.learning_rate=1e-3 or
---config.data.sources.bundled.path=my.jsonl. A folder that is given again resumes its run. It holds
+Any key of the config can be set on the command line, e.g. --config.optimizer.learning_rate=1e-3.
+Without --eval, a share of --data is held out. A folder that is given again resumes its run. It
+holds
 
     adapter/  merged/          the PEFT adapter (of LoRA) and the merged Hugging Face model
     metrics.jsonl              one line a step
@@ -12,7 +14,8 @@ Any key of the config can be set on the command line, e.g. --config.optimizer.le
     checkpoints/  config.json  what resuming needs
 """
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +27,7 @@ from ml_collections import ConfigDict
 from lco_jax import loop
 from lco_jax.core.errors import PREEMPTED, LcoError, run_main
 from lco_jax.core.files import AnyPath
+from lco_jax.data.given import Given
 from lco_jax.data.records import Content, as_input
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation.plots import plot_similarity
@@ -32,6 +36,7 @@ from lco_jax.evaluation.sts import agreement
 from lco_jax.job import Job, open_job, say
 from lco_jax.models.model import Model
 from lco_jax.outputs import finish
+from lco_jax.results import Results
 from lco_jax.training import cli
 from lco_jax.training.folder import held
 from lco_jax.training.run import check_config
@@ -46,19 +51,40 @@ class Scores(NamedTuple):
     spearman: dict[str, float]
 
 
-def train(config: ConfigDict, output: AnyPath) -> dict[str, Any]:
-    """Run or resume in the folder `output`; returns the content of its results.json.
+def train(
+    config: str | os.PathLike[str] | ConfigDict,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    data: Given | Mapping[str, Any] | None = None,
+    eval: Given | None = None,
+    **keys: Any,
+) -> Results:
+    """Run or resume in the folder `output`; the arguments are those of the command line.
 
-    Returns {} if SIGTERM ended the run early (after saving it). Raises if another trainer works in
-    the folder.
+        from lco_jax import train
+
+        run = train("qwen2_5_vl_3b", "runs/mine", data="my.jsonl", train__steps=100)
+        print(run["before"], run["after"], run.adapter)
+        model = run.embedder()
+
+    config: a name (base, base:paper), a file (mine.py) or a ConfigDict, which stays as it is.
+    output: the run's folder, by default runs/NAME. data: your own data in the place of the
+    configuration's: a file, pattern, folder or dataset, several between commas or in a list, or
+    what config.data.sources holds. eval: held-out data, or "none"; by default a share of `data`.
+    keys: of the configuration, with __ for each dot. A dict of dotted keys is unpacked likewise:
+    **{"train.steps": 100}.
+
+    Returns the content of results.json, which is empty if SIGTERM ended the run early (after saving
+    it). Raises `LcoError` for a mistake, and if another trainer works in the folder.
     """
+    config = cli.configured(config, data, eval, keys)
     if config.tune.towers != "none":
         raise LcoError(
             "config.tune.towers goes with lco_jax.pretrain; contrastive training freezes towers"
         )
     check_config(config)
-    with held(output) as home:
-        return _train(config, home)
+    with held(output or f"runs/{config.name}") as home:
+        return Results(_train(config, home), home, config.model.path)
 
 
 def _train(config: ConfigDict, home: AnyPath) -> dict[str, Any]:

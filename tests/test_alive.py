@@ -113,7 +113,7 @@ def test_a_record_that_makes_nan_is_found(tmp_path, monkeypatch):
         f"--config.data.sources.bundled.path={tmp_path / 'a.jsonl'}",
     ]
     args = cli.parse(["train", *flags], "")
-    train.train(args.config, tmp_path)
+    train(args.config, tmp_path)
     found = incidents(tmp_path)
     assert len(found) == 2  # one batch of each epoch
     blamed = [{one["record"] for one in line["records"] if not one["finite"]} for line in found]

@@ -11,8 +11,9 @@ import pyarrow.parquet
 import pytest
 import reference
 
-from lco_jax import LcoError, train
+from lco_jax import LcoError
 from lco_jax.core.errors import run_main
+from lco_jax.train import main
 from lco_jax.training import cli
 
 ROOT = Path(__file__).parents[1]
@@ -222,7 +223,7 @@ def test_help_says_what_there_is(parse, capsys, flag):
 def test_a_user_sees_one_line_and_status_2(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train", CONFIG, "--config.train.stps=3"])
     with pytest.raises(SystemExit) as done:
-        run_main(train.main)
+        run_main(main)
     assert done.value.code == 2
     out, err = capsys.readouterr()
     assert out == ""

@@ -1033,6 +1033,19 @@ def test_parquet_with_a_missing_column_is_an_error(tmp_path):
     )
 
 
+def test_parquet_needs_no_negatives(tmp_path):
+    path = write_table(tmp_path / "x.parquet", anchor=["a"], positive=["p"], other=["o"])
+    assert parquet_source(path, Columns())[0].sides == ("a", "p")
+    write_table(tmp_path / "y.parquet", anchor=["b"], positive=["q"], negatives=[["n", "m"]])
+    both = parquet_source(f"{tmp_path}/*.parquet", Columns())
+    assert [record.sides for record in both] == [("a", "p"), ("b", "q", "n", "m")]
+    write_table(tmp_path / "z.parquet", anchor=["b"], positive=["q"], Negativ=["n"])
+    with pytest.raises(LcoError, match=r"z\.parquet has a column 'Negativ'; write 'negative'"):
+        parquet_source(f"{tmp_path}/z.parquet", Columns())
+    with pytest.raises(LcoError, match="has no column 'negative'"):
+        parquet_source(path, Columns(negatives="negative"))
+
+
 def test_parquet_bad_rows_are_named_or_skipped(tmp_path):
     path = write_table(
         tmp_path / "x.parquet", anchor=["a", None, "c"], positive=["p", "q", ""], negative=["n"] * 3

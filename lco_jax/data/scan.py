@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ class Source(Protocol):
     skipped: how many bad ones were left out. max_negatives: the most of a record. modalities: the
     kinds of all records' parts, and "text". digests: a number of each record, the same for equal
     ones (int64 [N]); None where records are not read when the source is opened. version: what
-    tells such data from changed ones.
+    tells the data from changed ones, where digests cannot.
     """
 
     skipped: int = 0
@@ -36,13 +36,16 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Record: ...
 
+    def __iter__(self) -> Iterator[Record]:
+        return (self[index] for index in range(len(self)))
+
 
 def fingerprint(source: Source) -> str:
     """Text that differs when a source has other records, or has them in another order.
 
     "" where that cannot be told. What the files hold that records name does not count.
     """
-    if source.digests is None:
+    if source.version or source.digests is None:
         return source.version
     digest = blake2b(source.digests.tobytes(), digest_size=8).hexdigest()
     return f"{len(source):,} records with digest {digest}"
@@ -111,6 +114,8 @@ def _digest(given: Any) -> int:
 
 class ListSource(list[Record]):
     """Records in memory."""
+
+    version = ""
 
     def __init__(
         self, records: Sequence[Record], skipped: int = 0, digests: np.ndarray | None = None

@@ -6,20 +6,23 @@ Every source gives its records by index.
 import inspect
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 from ml_collections import ConfigDict
 
 from lco_jax.core.errors import LcoError, check_keys, explained
-from lco_jax.core.files import ASSETS, local_copy, read_json, resolve
+from lco_jax.core.files import ASSETS, local_copy, resolve
 from lco_jax.data.captions import FilesSource
 from lco_jax.data.content import MEDIA
-from lco_jax.data.lines import ending_of, files_of, is_pattern, unpacked
-from lco_jax.data.records import Record, file_lookup, listed, parse_record
+from lco_jax.data.given import file_source
+from lco_jax.data.lines import files_of, is_pattern, unpacked
+from lco_jax.data.records import ALIKE, NEGATIVES, Record, file_lookup, listed, parse_record
 from lco_jax.data.scan import ListSource, Scan, Source
 from lco_jax.data.tables import open_table
 from lco_jax.data.tfds import CaptionedSource, nli_source
@@ -27,7 +30,7 @@ from lco_jax.data.tfds import CaptionedSource, nli_source
 KINDS = ("jsonl", "tfds", "files", "parquet")
 
 
-class JsonlSource:
+class JsonlSource(Source):
     """The reference's jsonl, one record a line. In memory is the offset of each line.
 
     path: a file, perhaps packed (.jsonl.gz), or with * several files.
@@ -71,12 +74,21 @@ class JsonlSource:
                 offset += len(line)
 
     def __getitem__(self, index: int) -> Record:
-        which, offset, number = self.lines[index]
+        (record,) = self._read(self.lines[index, 0], self.lines[[index]])
+        return record
+
+    def __iter__(self) -> Iterator[Record]:
+        """All records, with each file opened once."""
+        for which in range(len(self.files)):
+            yield from self._read(which, self.lines[self.lines[:, 0] == which])
+
+    def _read(self, which: int, lines: np.ndarray) -> Iterator[Record]:
+        """Records of one file. lines: where they are."""
         gone = f"{self.files[which]} can no longer be read"
-        with explained(gone, OSError), self.copies[which].open("rb") as lines:
-            lines.seek(offset)
-            line = lines.readline()
-        return self._parse(line, which, number)
+        with explained(gone, OSError), self.copies[which].open("rb") as content:
+            for _, offset, number in lines:
+                content.seek(offset)
+                yield self._parse(content.readline(), which, number)
 
     def _parse(
         self, line: bytes, which: int, number: int, exists: Callable[[str], bool] | None = None
@@ -92,22 +104,24 @@ class JsonlSource:
 class Columns:
     """Names of the columns of a table.
 
-    Each holds contents, spelt as in jsonl; those of `negatives` may hold lists of them.
+    Each holds contents, spelt as in jsonl; those of `negatives` may hold lists of them. None: those
+    of "negative" and "negatives" that the table has.
     kinds: the media (image, audio, video) that some columns hold: paths, encoded bytes, or structs
     of both ({"bytes": …, "path": …}, as Hugging Face datasets have).
     """
 
     anchor: str = "anchor"
     positive: str = "positive"
-    negatives: Sequence[str] = ("negative",)
+    negatives: Sequence[str] | None = None
     kinds: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         if isinstance(self.negatives, str):  # a configuration may name a single column
             object.__setattr__(self, "negatives", (self.negatives,))
+        names = [*self.names, *(NEGATIVES if self.negatives is None else ())]
         for name, kind in self.kinds.items():
-            if name not in self.names:
-                there = ", ".join(self.names)
+            if name not in names:
+                there = ", ".join(names)
                 raise LcoError(f"columns.kinds names {name!r}, which is none of: {there}")
             if kind not in MEDIA:
                 kinds = ", ".join(MEDIA)
@@ -115,12 +129,23 @@ class Columns:
 
     @property
     def names(self) -> list[str]:
-        """All of them."""
-        return [self.anchor, self.positive, *self.negatives]
+        """All of them that are given."""
+        return [self.anchor, self.positive, *(self.negatives or ())]
+
+    def within(self, table: pyarrow.parquet.ParquetFile, where: Path) -> "Columns":
+        """The same, with the negatives that a table has. Raises for a slip of their names."""
+        if self.negatives is not None:
+            return self
+        there = table.schema_arrow.names
+        for name in set(there) - {*self.names, *NEGATIVES}:
+            if meant := get_close_matches(name.lower(), NEGATIVES, 1, ALIKE):
+                raise LcoError(f"{where} has a column {name!r}; write {meant[0]!r}")
+        return replace(self, negatives=[name for name in NEGATIVES if name in there])
 
     def record(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row as `parse_record` takes it."""
-        cells = [(name, cell) for name in self.negatives for cell in listed(row[name])]
+        negatives = self.negatives or ()
+        cells = [(name, cell) for name in negatives for cell in listed(row[name])]
         return {
             "anchor": self._content(self.anchor, row[self.anchor]),
             "positive": self._content(self.positive, row[self.positive]),
@@ -150,9 +175,10 @@ def parquet_source(
     for file in _parquet_files(path, files):
         root = os.path.abspath(media_root or file.parent)
         with open_table(file, columns.names) as table:
-            rows = table.read(columns.names).to_pylist()
+            own = columns.within(table, file)
+            rows = table.read(own.names).to_pylist()
         for number, row in enumerate(rows):
-            scan.check(parse_record, columns.record(row), f"{file}, row {number}", root, exists)
+            scan.check(parse_record, own.record(row), f"{file}, row {number}", root, exists)
     scan.finish(path)
     return ListSource(scan.kept, scan.skipped, scan.digests)
 
@@ -169,9 +195,14 @@ def _parquet_files(path: str, files: str) -> list[Path]:
     return found
 
 
-def open_source(name: str, spec: Mapping[str, Any], on_bad: str = "error") -> Source:
-    """Open an entry of `config.data.sources`: its kind (of `KINDS`) and that kind's arguments."""
-    return _open(spec, f"config.data.sources.{name}", on_bad)
+def open_source(
+    name: str, spec: Mapping[str, Any], on_bad: str = "error", key: str = "config.data.sources"
+) -> Source:
+    """Open an entry of `config.data.sources`: its kind (of `KINDS`) and that kind's arguments.
+
+    key: what errors call the mapping that holds the entry.
+    """
+    return _open(spec, f"{key}.{name}", on_bad)
 
 
 def open_file(path: Path, media_root: Path | None = None, on_bad: str = "error") -> Source:
@@ -181,11 +212,8 @@ def open_file(path: Path, media_root: Path | None = None, on_bad: str = "error")
     media_root: as for `JsonlSource`; it replaces that of the .json file. on_bad: "error", or
     "skip": bad records are left out and counted.
     """
-    if path.suffix == ".json":
-        spec = read_json(path)
-    elif ending_of(path) in (".jsonl", ".parquet"):
-        spec = {"kind": ending_of(path)[1:], "path": str(path)}
-    else:
+    spec = file_source(path)
+    if spec is None:
         described = "a .json file that describes a source of them"
         raise LcoError(f"{path}: give a .jsonl or .parquet file of records, or {described}")
     if media_root is not None:

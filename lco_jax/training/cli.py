@@ -2,10 +2,12 @@
 
 import keyword
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
@@ -15,12 +17,17 @@ from ml_collections import ConfigDict, config_flags
 from lco_jax.core.errors import LcoError, explained
 from lco_jax.core.files import AnyPath, as_path, expanded
 from lco_jax.core.shapes import keep_compiled
+from lco_jax.data.given import Given
+from lco_jax.training.own_data import set_data
 from lco_jax.training.values import hint
 from lco_jax.training.watch import leave_on_sigterm, meeting
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FLAGS = {
     "config": "a configuration: a name (base, base:paper) or a file (configs/base.py, mine.py)",
+    "data": "your own data in the place of the configuration's: files of records (.jsonl or "
+    ".parquet), patterns, folders, hf://datasets/OWNER/NAME/FILES.parquet, tfds:NAME; with commas",
+    "eval": "held-out data, named likewise, or none; by default a share of --data",
     "output": "the run's folder (or gs://…); by default runs/NAME",
     "distributed": "join the processes of a TPU pod or Slurm job",
     "coordinator": "HOST:PORT of process 0, for several processes",
@@ -54,6 +61,7 @@ def parse(argv: Sequence[str], doc: str | None) -> flags.FlagValues:
     wants_help = any(arg in ("--help", "-h", "-help") for arg in argv[1:])
     name, argv = _split_config(argv)
     config = ConfigDict() if name is None and wants_help else _load(name)
+    argv = _take_data(argv, config)
     _check_keys(argv, config)
     argv = _in_brackets(argv, config)
     values = _flags(argv, config)
@@ -103,12 +111,30 @@ def names() -> list[str]:
 
 def _split_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     """The value of --config, and the other arguments."""
+    values, rest = _split(argv, "config")
+    return values.config, rest
+
+
+def _take_data(argv: Sequence[str], config: ConfigDict) -> list[str]:
+    """The arguments without --data and --eval, which replace parts of the configuration.
+
+    They come first: other flags may set keys of the sources that --data names.
+    """
+    values, rest = _split(argv, "data", "eval")
+    if config:  # --help alone has none
+        set_data(config, values.data, values.eval)
+    return rest
+
+
+def _split(argv: Sequence[str], *names: str) -> tuple[flags.FlagValues, list[str]]:
+    """Some flags with their values, and the other arguments."""
     values = flags.FlagValues()
-    flags.DEFINE_string("config", None, FLAGS["config"], flag_values=values)
-    values.set_gnu_getopt()  # a flag's value may stand before --config
+    for name in names:
+        flags.DEFINE_string(name, None, FLAGS[name], flag_values=values)
+    values.set_gnu_getopt()  # these flags may stand behind the value of another
     with explained("the flags are wrong", flags.Error):
         rest = values(argv, known_only=True)
-    return values.config, rest
+    return values, rest
 
 
 def _load(name: str | None) -> ConfigDict:
@@ -134,6 +160,45 @@ def _load(name: str | None) -> ConfigDict:
         kind = type(config).__name__
         raise LcoError(f"--config={name}: get_config() must return a ConfigDict, and not a {kind}")
     return config
+
+
+def configured(
+    config: str | os.PathLike[str] | ConfigDict,
+    data: Given | Mapping[str, Any] | None = None,
+    evaluation: Given | None = None,
+    keys: Mapping[str, Any] | None = None,
+) -> ConfigDict:
+    """The configuration that a call from Python asks for, as flags do on a command line.
+
+    config: what --config takes, or a configuration, which stays as it is. data, evaluation: as for
+    `set_data`. keys: values of keys, spelt train__steps or train.steps. Raises for what a flag
+    would be refused for.
+    """
+    if isinstance(config, ConfigDict):
+        config = config.copy_and_resolve_references()
+    elif isinstance(config, str | os.PathLike):
+        config = _load(os.fspath(config))
+    else:
+        kind = type(config).__name__
+        raise LcoError(f"config is a {kind}; give a name, a file or a ConfigDict")
+    set_data(config, data, evaluation)
+    for name, value in (keys or {}).items():
+        _set_key(config, name, value)
+    return config
+
+
+def _set_key(config: ConfigDict, name: str, value: Any) -> None:
+    """Set the key that a keyword argument names."""
+    key = name.replace("__", ".")
+    known = flatten_dict(config.to_dict(), keep_empty_nodes=True, sep=".")
+    below = [one for one in known if one.startswith(f"{key}.")]
+    if below:
+        example = below[0].replace(".", "__")
+        raise LcoError(f"{name} is a section of the config; set its keys, as in {example}=…")
+    if key not in known:
+        raise LcoError(f"{name}={value!r:.60}: the config has no key {key!r}{hint(key, known)}")
+    with explained(f"{name}={value!r:.60} is wrong", *FLAG_ERRORS):
+        config.update_from_flattened_dict({key: value})
 
 
 def _check_keys(argv: Sequence[str], config: ConfigDict) -> None:

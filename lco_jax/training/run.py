@@ -15,10 +15,13 @@ from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath, reaching, read_json, write_json
 from lco_jax.core.sharding import make_mesh
 from lco_jax.training.state import Training
-from lco_jax.training.values import REMOVED, check_values
+from lco_jax.training.values import ADDED, REMOVED, check_values
 
 # Keys that may differ when a run is resumed: they change no loss, or only how long the run is.
-FREE = ("mesh", "checkpoint", "eval", "export", "log", "name", "data.threads", "train.patience")
+FREE = (
+    *("mesh", "checkpoint", "export", "log", "name", "data.threads", "train.patience"),
+    *("eval.path", "eval.sts", "eval.batch_size"),  # the share is not trained on
+)
 DATA = "data_was"  # in config.json: source -> fingerprint of its records
 
 
@@ -42,7 +45,7 @@ def check_same_run(
     now = _flat(config) | {"total_steps": total_steps}
     earlier = read_json(path)
     data = earlier.pop(DATA, {})
-    earlier = flatten_dict(earlier, keep_empty_nodes=True, sep=".")
+    earlier = ADDED | flatten_dict(earlier, keep_empty_nodes=True, sep=".")
     for key in sorted((earlier.keys() | now.keys()) - REMOVED.keys()):
         is_free = key in FREE or key.partition(".")[0] in FREE
         if earlier.get(key) != now.get(key) and not is_free:

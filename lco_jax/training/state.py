@@ -40,6 +40,16 @@ def state_shardings(tuned: dict[str, Any], tx: Optimizer, mesh: Mesh) -> State:
     return {"step": replicated(mesh), "tuned": by_rule, "optimizer": moments}
 
 
+def warmup_steps(config: Mapping[str, Any], total_steps: int) -> int:
+    """The steps of a run's warm-up: those of its configuration.
+
+    Where the run's length follows from its data, they are at most a fifth of it: the recipes were
+    made for a certain number of records.
+    """
+    steps = config["optimizer"]["warmup_steps"]
+    return steps if config["train"]["steps"] else min(steps, total_steps // 5)
+
+
 @dataclass(frozen=True)
 class Training:
     """What a run trains and how, a function of its configuration and checkpoint alone.
@@ -65,7 +75,8 @@ class Training:
                 "config.model.quantize goes with config.tune.decoder = lora or projection: "
                 "a quantised decoder cannot be trained in full"
             )
-        tx = make_optimizer(OptimizerConfig(**config["optimizer"]), total_steps)
+        optimizer = {**config["optimizer"], "warmup_steps": warmup_steps(config, total_steps)}
+        tx = make_optimizer(OptimizerConfig(**optimizer), total_steps)
         init = partial(tuning.init, tune=tune, config=lora_config)
         tuned = jax.eval_shape(init, jax.random.key(0), abstract_model(checkpoint))
         return cls(lora_config, tune, tx, tuned, state_shardings(tuned, tx, mesh))

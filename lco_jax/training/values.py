@@ -118,6 +118,7 @@ FLAG, TEXT = Kind(bool, "True or False"), Kind(str, "a text")
 AT_LEAST_1, AT_LEAST_0 = Whole(1), Whole(0)
 ABOVE_0, NOT_NEGATIVE = Number(0.0), Number(0.0, may_be_least=True)
 FRACTION = Number(0.0, below=1.0, may_be_least=True)
+LESS_THAN_HALF = Number(0.0, below=0.5, may_be_least=True)
 RULES: dict[str, Rule] = {
     "name": TEXT,
     "seed": Whole(0, below=SEEDS),
@@ -162,6 +163,7 @@ RULES: dict[str, Rule] = {
     "checkpoint.every": AT_LEAST_1,
     "checkpoint.keep": AT_LEAST_1,
     "eval.path": TEXT,
+    "eval.share": LESS_THAN_HALF,
     "eval.sts": TEXT,
     "eval.batch_size": OrNone(AT_LEAST_1),
     "export.merged": FLAG,
@@ -172,6 +174,8 @@ RULES: dict[str, Rule] = {
 ELSEWHERE = ("data.sources.", "data.media.")  # what opens them checks them
 # Keys of earlier versions, and the value under which a configuration that still sets them runs.
 REMOVED = {"train.candidates": "auto", "train.spike": 20.0}
+# Keys that runs of earlier versions do not have, and the value that does what these did.
+ADDED = {"eval.share": 0.0}
 
 
 def check_values(flat: Mapping[str, Any]) -> None:

@@ -1,0 +1,127 @@
+"""A share of a run's own records that is measured and never trained on."""
+
+from collections.abc import Mapping
+from hashlib import blake2b
+from typing import NamedTuple
+
+import numpy as np
+
+from lco_jax.core.errors import LcoError
+from lco_jax.data.content import Content
+from lco_jax.data.records import Record, content_key
+from lco_jax.data.scan import ListSource, Source, fingerprint
+
+LEAST, MOST = 10, 500  # records that are held out
+SMALL = 20  # a source with fewer records is trained on as a whole
+
+
+class Split(NamedTuple):
+    """The sources without what is held out, and what is held out of each, by name."""
+
+    training: dict[str, Source]
+    held_out: dict[str, ListSource]
+
+
+def split(sources: Mapping[str, Source], share: float) -> Split:
+    """Hold out `share` of the different records of all sources, as `wanted` has it.
+
+    Which ones is a function of the records alone: of no seed and no order, so that it is the same
+    in every process and whenever a run resumes. Of equal records one is held out, and none is
+    trained on. Records are equal if anchor and positive are, in either order; letters' case and
+    spaces do not count. Rows that are read on demand (TFDS with captions) count as different.
+    """
+    large = {name: source for name, source in sources.items() if len(source) >= SMALL}
+    if not share or not large:
+        return Split(dict(sources), {})
+    groups, numbers = _groups_and_numbers(sources)
+    of_source = np.repeat(list(sources), list(map(len, sources.values())))
+    by_number = np.argsort(numbers, kind="stable")
+    by_number = by_number[np.isin(of_source[by_number], list(large))]
+    firsts = np.sort(np.unique(groups[by_number], return_index=True)[1])  # one of each group
+    chosen = by_number[firsts[: wanted(len(firsts), share)]]
+    is_trained_on = ~np.isin(groups, groups[chosen])
+    is_chosen = np.isin(np.arange(len(groups)), chosen)
+
+    training, held_out = dict(sources), {}
+    for name, source in sources.items():
+        own = of_source == name
+        kept, out = (np.flatnonzero(these[own]) for these in (is_trained_on, is_chosen))
+        if len(kept) < len(source):
+            training[name] = Rest(name, source, kept)
+        if len(out):
+            held_out[name] = ListSource([source[int(index)] for index in out])
+    return Split(training, held_out)
+
+
+def wanted(different: int, share: float) -> int:
+    """How many of so many different records are held out.
+
+    The share of them, but at least ten (of fewer than 50, a fifth) and at most 500; none of fewer
+    than 20.
+    """
+    if different < SMALL:
+        return 0
+    return min(MOST, max(round(share * different), min(LEAST, different // 5)))
+
+
+class Rest(Source):
+    """The records of a source that are trained on. indices: theirs, int [N]."""
+
+    def __init__(self, name: str, whole: Source, indices: np.ndarray):
+        if not len(indices):
+            raise LcoError(
+                f"config.eval.share leaves nothing of config.data.sources.{name}: all of its "
+                "records are held out, as copies of others; leave the source out"
+            )
+        self.whole, self.indices = whole, indices
+        self.skipped, self.max_negatives = whole.skipped, whole.max_negatives
+        self.modalities = whole.modalities
+        self.digests = None if whole.digests is None else whole.digests[indices]
+        out = len(whole) - len(indices)
+        self.version = f"{fingerprint(whole)}, without {out:,} that are held out"
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.whole[int(self.indices[index])]
+
+
+def _groups_and_numbers(sources: Mapping[str, Source]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each record of all sources, both int64 [N]: a number that equal records share, and one by
+    which they are chosen, as random as a hash is.
+
+    The latter is that of its line or row, which names media as they are spelt: a folder that has
+    moved keeps its held-out records.
+    """
+    groups: list[int] = []
+    numbers: list[int] = []
+    for name, source in sources.items():
+        if source.digests is None:
+            rows = [_number(f"{name}\0{index}") for index in range(len(source))]
+            groups += rows
+            numbers += rows
+        else:
+            groups += map(_number_of_pair, iter(source))
+            numbers += source.digests.tolist()
+    return np.array(groups, np.int64), np.array(numbers, np.int64)
+
+
+def _number_of_pair(record: Record) -> int:
+    keys = sorted(repr(content_key(_plain(side))) for side in (record.anchor, record.positive))
+    return _number("\0".join(keys))
+
+
+def _plain(content: Content) -> Content:
+    """A content with its texts in small letters and with single spaces."""
+    if isinstance(content, str):
+        return " ".join(content.casefold().split())
+    return tuple(
+        {**part, "text": _plain(part["text"])} if part["type"] == "text" else part
+        for part in content
+    )
+
+
+def _number(text: str) -> int:
+    digest = blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
