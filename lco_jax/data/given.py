@@ -39,7 +39,7 @@ def sources_of(given: Given, flag: str) -> dict[str, Spec]:
     given: names between commas; of a list each item is a name as it stands. flag: what errors call
     it. Raises for what is none of the forms above, and where two have one name.
     """
-    items = _items(given)
+    items = _items(given, flag)
     if not items:
         raise LcoError(f"{flag} is empty; give {TAKEN}")
     specs = [_spec(item, flag) for item in items]
@@ -67,10 +67,13 @@ def is_bundled(spec: Mapping[str, Any]) -> bool:
     return str(spec.get("path")).startswith(ASSETS)
 
 
-def _items(given: Given) -> list[str]:
+def _items(given: Given, flag: str) -> list[str]:
     """The single names. A file whose name has a comma is one."""
+    if isinstance(given, list | tuple) and all(isinstance(one, str | os.PathLike) for one in given):
+        return list(map(os.fspath, given))
     if not isinstance(given, str | os.PathLike):
-        return [os.fspath(item) for item in given]
+        kind = type(given).__name__
+        raise LcoError(f"{flag} is a {kind}; name files: records go into a .jsonl, one a line")
     text = os.fspath(given)
     if os.path.exists(expanded(text)):
         return [text]
@@ -152,6 +155,8 @@ def _name(item: str, with_folder: bool = False) -> str:
     """A name for a source: of its file or dataset, perhaps with that of the folder."""
     if item.startswith(HUB):
         parts = item.removeprefix(HUB).split("/")[:2]
+    elif item.startswith(TFDS):
+        parts = item.split(":")[:2]  # a version or configuration may follow
     else:
         parts = re.split(r"[/:]", item.rstrip("/"))[-2:]
         parts[-1] = re.sub(r"(\.jsonl|\.parquet|\.json)?(\.gz)?$", "", parts[-1])

@@ -25,7 +25,7 @@ def set_data(
     """
     if data is None and evaluation is None:
         return
-    if isinstance(data, Mapping):
+    if isinstance(data, Mapping | ConfigDict):
         config.data.sources = dict(data)
     elif data is not None:
         config.data.sources = sources_of(data, "--data")
