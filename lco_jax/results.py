@@ -1,11 +1,13 @@
 """What a run gives back in Python: its numbers, and where its files are."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath
-from lco_jax.embedder import OmniEmbedder
+
+if TYPE_CHECKING:
+    from lco_jax.embedder import OmniEmbedder
 
 
 class Results(dict[str, Any]):
@@ -25,11 +27,13 @@ class Results(dict[str, Any]):
         folder = self.output / name
         return folder if self and folder.is_dir() else None
 
-    def embedder(self, **options: Any) -> OmniEmbedder:
+    def embedder(self, **options: Any) -> "OmniEmbedder":
         """The tuned model. options: those of `OmniEmbedder.from_pretrained`.
 
         Raises if the run wrote neither an adapter nor a merged model.
         """
+        from lco_jax.embedder import OmniEmbedder  # heavy, and not needed for the numbers
+
         if self.merged is not None:
             return OmniEmbedder.from_pretrained(self.merged, **options)
         if self.adapter is not None:

@@ -16,7 +16,7 @@ ALLOWED = {
     "evaluation": {"core", "data"},
     "analysis": {"core", "data"},
     "searching": {"core", "data"},
-    "training": {"core", "models", "checkpoint"},
+    "training": {"core", "models", "checkpoint", "data"},
     "cost_model": {"core", "models", "checkpoint", "training"},
 }
 
