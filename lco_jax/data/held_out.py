@@ -30,21 +30,22 @@ def split(sources: Mapping[str, Source], share: float) -> Split:
     trained on. Records are equal if anchor and positive are, in either order; letters' case and
     spaces do not count. Rows that are read on demand (TFDS with captions) count as different.
     """
-    large = {name: source for name, source in sources.items() if len(source) >= SMALL}
-    if not share or not large:
+    sizes = np.array(list(map(len, sources.values())))
+    large = np.flatnonzero(sizes >= SMALL)
+    if not share or not len(large):
         return Split(dict(sources), {})
     groups, numbers = _groups_and_numbers(sources)
-    of_source = np.repeat(list(sources), list(map(len, sources.values())))
+    of_source = np.repeat(np.arange(len(sizes)), sizes)
     by_number = np.argsort(numbers, kind="stable")
-    by_number = by_number[np.isin(of_source[by_number], list(large))]
+    by_number = by_number[np.isin(of_source[by_number], large)]
     firsts = np.sort(np.unique(groups[by_number], return_index=True)[1])  # one of each group
     chosen = by_number[firsts[: wanted(len(firsts), share)]]
     is_trained_on = ~np.isin(groups, groups[chosen])
     is_chosen = np.isin(np.arange(len(groups)), chosen)
 
     training, held_out = dict(sources), {}
-    for name, source in sources.items():
-        own = of_source == name
+    for number, (name, source) in enumerate(sources.items()):
+        own = of_source == number
         kept, out = (np.flatnonzero(these[own]) for these in (is_trained_on, is_chosen))
         if len(kept) < len(source):
             training[name] = Rest(name, source, kept)
