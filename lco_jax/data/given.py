@@ -75,7 +75,7 @@ def _items(given: Given, flag: str) -> list[str]:
         kind = type(given).__name__
         raise LcoError(f"{flag} is a {kind}; name files: records go into a .jsonl, one a line")
     text = os.fspath(given)
-    if os.path.exists(expanded(text)):
+    if text and os.path.exists(expanded(text)):
         return [text]
     return [item.strip() for item in text.split(",") if item.strip()]
 

@@ -31,27 +31,34 @@ def split(sources: Mapping[str, Source], share: float) -> Split:
     spaces do not count. Rows that are read on demand (TFDS with captions) count as different.
     """
     sizes = np.array(list(map(len, sources.values())))
-    large = np.flatnonzero(sizes >= SMALL)
-    if not share or not len(large):
-        return Split(dict(sources), {})
-    groups, numbers = _groups_and_numbers(sources)
     of_source = np.repeat(np.arange(len(sizes)), sizes)
-    by_number = np.argsort(numbers, kind="stable")
-    by_number = by_number[np.isin(of_source[by_number], large)]
-    firsts = np.sort(np.unique(groups[by_number], return_index=True)[1])  # one of each group
-    chosen = by_number[firsts[: wanted(len(firsts), share)]]
-    is_trained_on = ~np.isin(groups, groups[chosen])
-    is_chosen = np.isin(np.arange(len(groups)), chosen)
-
+    if not share or not (sizes >= SMALL).any():
+        return Split(dict(sources), {})
+    groups, chosen = _chosen(sources, share, np.flatnonzero(sizes[of_source] >= SMALL))
+    copies = np.isin(groups, groups[chosen])
     training, held_out = dict(sources), {}
     for number, (name, source) in enumerate(sources.items()):
-        own = of_source == number
-        kept, out = (np.flatnonzero(these[own]) for these in (is_trained_on, is_chosen))
-        if len(kept) < len(source):
-            training[name] = Rest(name, source, kept)
+        own = np.flatnonzero(of_source == number)
+        if copies[own].any():
+            training[name] = Rest(name, source, np.flatnonzero(~copies[own]))
+        out = np.flatnonzero(np.isin(own, chosen))
         if len(out):
             held_out[name] = ListSource([source[int(index)] for index in out])
     return Split(training, held_out)
+
+
+def _chosen(
+    sources: Mapping[str, Source], share: float, candidates: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(a number of each record, the same for equal ones; which records are held out).
+
+    Both are int64 [N] or shorter; records of all sources are counted through. candidates: those
+    that may be held out.
+    """
+    groups, numbers = _groups_and_numbers(sources)
+    by_number = candidates[np.argsort(numbers[candidates], kind="stable")]
+    firsts = np.sort(np.unique(groups[by_number], return_index=True)[1])  # one of each group
+    return groups, by_number[firsts[: wanted(len(firsts), share)]]
 
 
 def wanted(different: int, share: float) -> int:
