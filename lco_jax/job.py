@@ -130,8 +130,9 @@ def _say_warmup(config: ConfigDict, total_steps: int) -> None:
     """That the warm-up is shorter than the configuration has it, if it is."""
     given, taken = config.optimizer.warmup_steps, warmup_steps(config, total_steps)
     if taken < given:
+        more = "a smaller config.train.batch_size makes more"
         say(
-            f"{taken:,} steps of warm-up, and not {given:,}: there are {total_steps:,} steps in all"
+            f"warm-up of {taken:,} steps and not {given:,}, since there are {total_steps:,}; {more}"
         )
 
 
