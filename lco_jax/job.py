@@ -97,7 +97,6 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
     checkpoint = open_checkpoint(config.model.path)
     processor, layout = open_layout(config, sources, checkpoint, generative)
     training = Training.build(config, checkpoint, total_steps, mesh)
-    _say_warmup(config, total_steps)
     _print_summary(config, mesh, sources, training, total_steps)
     named = {f"held-out data {name}": source for name, source in held_out.items()}
     needed = _towers_for(checkpoint, {**named, **sources}, media)
@@ -244,6 +243,7 @@ def _print_summary(
     skipped = sum(source.skipped for source in sources.values())
     if skipped:
         say(f"{skipped:,} bad records skipped")
+    _say_warmup(config, total_steps)
 
 
 def _open_held_out(
