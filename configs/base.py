@@ -101,7 +101,7 @@ def _set_training(config: ConfigDict) -> None:
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 2e-3  # the peak
     config.optimizer.schedule = "cosine"  # or linear, constant
-    config.optimizer.warmup_steps = 10  # at most a fifth of a run whose steps follow from epochs
+    config.optimizer.warmup_steps = 10
     config.optimizer.beta1 = 0.9
     config.optimizer.beta2 = 0.999
     config.optimizer.eps = 1e-8
