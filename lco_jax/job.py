@@ -256,6 +256,7 @@ def _print_summary(
     skipped = sum(source.skipped for source in sources.values())
     if skipped:
         say(f"{skipped:,} bad records skipped")
+    _say_warmup(config, total_steps)
 
 
 def _open_held_out(
