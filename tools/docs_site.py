@@ -82,7 +82,7 @@ def api() -> str:
 
 def _autodoc(name: str) -> str:
     value = getattr(lco_jax, name)
-    options = ["   :members:", "   :show-inheritance:"]
+    options = ["   :members:"]
     caps = ""
     if not inspect.isclass(value):
         kind, options = "autofunction", []
@@ -90,6 +90,7 @@ def _autodoc(name: str) -> str:
         kind, options = "autoexception", []
     else:
         kind = "autoclass"
+        options += ["   :show-inheritance:"] * (value.__base__ is not object)
     if value is MediaConfig:
         options, caps = [], _caps()  # its fields are a table
     directive = "\n".join([f".. {kind}:: lco_jax.{name}", *options])
