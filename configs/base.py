@@ -15,7 +15,7 @@ from lco_jax.configs import recipes
 def get_config(recipe: str = "") -> ConfigDict:
     """The base configuration, with `recipe` ("", "paper" or "reference") applied."""
     config = ConfigDict()
-    config.name = "base"
+    config.name = "base"  # of the folder runs/NAME, and of the run in Weights & Biases
     config.seed = 0  # of the adapter, the data order and dropout
     _set_model(config)
     _set_data(config)
@@ -48,9 +48,9 @@ def _set_model(config: ConfigDict) -> None:
     config.tune.towers = "none"
 
     config.lora = ConfigDict()
-    config.lora.rank = 16
-    config.lora.alpha = 32.0
-    config.lora.dropout = 0.05
+    config.lora.rank = 16  # of the product that is added to each matrix
+    config.lora.alpha = 32.0  # the product is scaled by alpha / rank
+    config.lora.dropout = 0.05  # of what goes into the product, while it is trained
     config.lora.use_rslora = False  # scale by alpha / sqrt(rank) instead of alpha / rank
     config.lora.targets = r"layers\.(self_attn|mlp)\.\w+_proj"  # must match a full module path
 
@@ -87,8 +87,8 @@ def _set_training(config: ConfigDict) -> None:
     config.train = ConfigDict()
     config.train.batch_size = 64  # records of a global batch; all of their texts are candidates
     config.train.steps = 0  # 0: as many as `epochs` makes
-    config.train.epochs = 1.0
-    config.train.temperature = 0.03
+    config.train.epochs = 1.0  # passes over the records, where `steps` is 0
+    config.train.temperature = 0.03  # of InfoNCE; cosines are divided by it
     config.train.two_way = False  # CLIP's loss: positives find their anchors, too
     # a candidate with the same content as an anchor's positive is no negative of that anchor
     config.train.ignore_duplicates = False
@@ -101,12 +101,12 @@ def _set_training(config: ConfigDict) -> None:
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 2e-3  # the peak
     config.optimizer.schedule = "cosine"  # or linear, constant
-    config.optimizer.warmup_steps = 10
-    config.optimizer.beta1 = 0.9
-    config.optimizer.beta2 = 0.999
-    config.optimizer.eps = 1e-8
-    config.optimizer.weight_decay = 0.0
-    config.optimizer.clip_norm = 1.0
+    config.optimizer.warmup_steps = 10  # over which the rate rises from 0 to the peak
+    config.optimizer.beta1 = 0.9  # of AdamW's mean of gradients
+    config.optimizer.beta2 = 0.999  # of its mean of their squares
+    config.optimizer.eps = 1e-8  # in its denominator
+    config.optimizer.weight_decay = 0.0  # of AdamW
+    config.optimizer.clip_norm = 1.0  # longer gradients are cut to this norm; 0: none is
 
 
 def _set_surroundings(config: ConfigDict) -> None:
@@ -117,20 +117,20 @@ def _set_surroundings(config: ConfigDict) -> None:
     config.mesh.tensor = 1  # ways that a matrix product is split
 
     config.checkpoint = ConfigDict()
-    config.checkpoint.every = 50  # steps
-    config.checkpoint.keep = 2
+    config.checkpoint.every = 50  # steps between two checkpoints
+    config.checkpoint.keep = 2  # the newest ones
 
     config.eval = ConfigDict()
     # held-out records, jsonl, each file scored by itself; "": none
     config.eval.path = "assets:lab/text.jsonl,assets:lab/image.jsonl,assets:lab/audio.jsonl"
     # pairs with people's scores, each file scored by itself; builtin:stsb-dev is fetched; "": none
     config.eval.sts = ""
-    config.eval.batch_size = 64
+    config.eval.batch_size = 64  # the most inputs in a forward pass; None: any number
 
     config.export = ConfigDict()
     config.export.merged = True  # write the merged model beside the adapter
-    config.export.dtype = "float32"  # or bfloat16
+    config.export.dtype = "float32"  # of the merged model, or bfloat16
 
     config.log = ConfigDict()
-    config.log.tensorboard = False
-    config.log.wandb_project = ""
+    config.log.tensorboard = False  # write metrics for TensorBoard, too
+    config.log.wandb_project = ""  # a project of Weights & Biases; "": none

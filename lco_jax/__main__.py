@@ -2,6 +2,7 @@
 
 lco train --config=base
 lco embed --model=… --input=… --output=…
+lco completion bash > FILE     what a shell needs to complete programs, flags and paths
 
 `python -m lco_jax.train` is the same as `lco train`. It is also `python -m lco_jax train`.
 """
@@ -11,7 +12,7 @@ import sys
 from importlib import import_module
 
 from lco_jax import __version__
-from lco_jax.core.errors import LcoError, run_main
+from lco_jax.core.errors import DONE, LcoError, run_main
 
 VERBS = {
     "train": "contrastive training of a multimodal LLM, on text or on any modality",
@@ -37,10 +38,15 @@ def run() -> int | None:
     verb, *rest = sys.argv[1:] or ["--help"]
     if verb in ("--help", "-h", "help"):
         print(usage())
-        return 0
+        return DONE
     if verb in ("--version", "version"):
         print(f"lco-jax {__version__}")
-        return 0
+        return DONE
+    if verb == "completion":
+        from lco_jax.completion import script
+
+        print(script(VERBS, *rest))
+        return DONE
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, 1)
         meant = f"; did you mean {near[0]!r}?" if near else ""
@@ -60,6 +66,7 @@ def usage() -> str:
             *programs,
             "",
             "lco PROGRAM --help lists the flags of a program.",
+            "lco completion bash (zsh, tcsh, fish) prints what completes them in a shell.",
         ]
     )
 

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from lco_jax.analysis.layer_plots import plot_generator, plot_layers, plot_space
 from lco_jax.analysis.measures import ALIGNMENT, CCA_DIMENSIONS, DEFINITIONS, Side, measure_layers
@@ -30,6 +29,7 @@ from lco_jax.analysis.pairs import Captions, Pairs, draw_pairs
 from lco_jax.analysis.token_cost import Losses, token_cost
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.checkpoint.peft import read_adapter
+from lco_jax.core.console import progress_bar, say
 from lco_jax.core.errors import LcoError, run_main
 from lco_jax.core.files import write_json, write_text, written_aside
 from lco_jax.core.shapes import keep_compiled
@@ -54,7 +54,7 @@ class Findings(NamedTuple):
     losses: dict[str, Losses]
 
 
-def parse_args() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = new_parser("analyze", __doc__)
     add = parser.add_argument
@@ -72,12 +72,12 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the draw and of the bootstrap (default: 0)")
     add("--max-length", type=int, help="cut texts to so many tokens")
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
     """Draw pairs, look at one model, then at the other, then write everything at once."""
-    args = parse_args()
+    args = make_parser().parse_args()
     models = _models(args)
     pairs = _draw(args)
     captioned = _draw_captions(args) if args.captions else pairs
@@ -86,7 +86,7 @@ def main() -> None:
         f"--captions={args.captions}": captioned,
     }
     _check_models(models, drawn)
-    print(f"{_counted(pairs)}, drawn with seed {args.seed} ({_left_out(pairs)})")
+    say(f"{_counted(pairs)}, drawn with seed {args.seed} ({_left_out(pairs)})")
     keep_compiled()
     findings = Findings({}, {}, {})
     with written_aside(args.output) as folder:
@@ -95,7 +95,7 @@ def main() -> None:
         facts = _facts(args, pairs)
         facts["generator"] = token_cost(findings.losses, args.seed) if findings.losses else None
         _write(folder, facts, findings)
-    print((args.output / "analysis.md").read_text(encoding="utf-8"))
+    say((args.output / "analysis.md").read_text(encoding="utf-8"))
 
 
 def _models(args: argparse.Namespace) -> Models:
@@ -206,7 +206,7 @@ def _look(
 def _losses(model: OmniGenerator, captions: Captions, name: str, max_length: int | None) -> Losses:
     """The losses of the captions' tokens."""
     inputs, answers, prompt = captions
-    with tqdm(total=len(inputs), desc=name, unit="input") as bar:
+    with progress_bar(total=len(inputs), desc=name, unit="input") as bar:
         return model.token_losses(
             inputs, answers, prompt=prompt, max_length=max_length, progress=bar
         )
@@ -220,7 +220,7 @@ def _states(
     max_length: int | None,
 ) -> np.ndarray:
     """The states of one side's inputs, [L + 1, N, D]. path: of the model."""
-    with tqdm(total=len(inputs), desc=name, unit="input") as bar:
+    with progress_bar(total=len(inputs), desc=name, unit="input") as bar:
         states = model.encode_layers(inputs, max_length=max_length, progress=bar)
     if not np.isfinite(states).all():
         raise LcoError(f"{path} has states that are not finite ({name}); try --dtype=float32")

@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 from lco_jax.checkpoint.assembly import FRESH, Fresh, assemble
+from lco_jax.core.console import say
 from lco_jax.core.errors import LcoError, run_main
 from lco_jax.flags import add_path, new_parser
 
@@ -28,7 +29,7 @@ WHISPER_FRAMES = 3000  # mel frames that a Whisper sees at once
 LARGEST = 2**20  # of a size of the vision tower
 
 
-def parse_args() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = new_parser("assemble", __doc__)
     parser.add_argument(
@@ -59,20 +60,20 @@ def parse_args() -> argparse.Namespace:
         help="mel frames that the audio tower, fresh or not, sees at once; 100 are a second "
         "(default: %(default)s)",
     )
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
     """Assemble, and say what was made."""
-    args = parse_args()
+    args = make_parser().parse_args()
     if args.seed < 0:
         raise LcoError(f"--seed={args.seed}: it must be at least 0")
     note = assemble(
         args.output, args.language, args.audio, args.vision, fresh_sizes(args), args.seed
     )
-    print("\n".join(summary(note)))
-    print(f"written: {args.output}")
-    print(
+    say("\n".join(summary(note)))
+    say(f"written: {args.output}")
+    say(
         "what is fresh knows nothing yet; it learns from records of media with texts:\n"
         f"  python -m lco_jax.pretrain --config=pretrain --config.model.path={args.output} "
         f"--config.tune.decoder=none --config.tune.towers={towers_to_tune(note)} "

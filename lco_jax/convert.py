@@ -27,7 +27,8 @@ from lco_jax.checkpoint.export import export_merged, write_model
 from lco_jax.checkpoint.hf import DTYPES, open_checkpoint
 from lco_jax.checkpoint.peft import has_adapters, read_adapter, write_peft
 from lco_jax.core import lora
-from lco_jax.core.errors import LcoError, run_main
+from lco_jax.core.console import say
+from lco_jax.core.errors import DONE, LcoError, run_main
 from lco_jax.core.files import as_path, local_path, write_json
 from lco_jax.core.sharding import replicated
 from lco_jax.embedder import OmniEmbedder
@@ -39,7 +40,7 @@ from lco_jax.training.run import tuned_of_run
 SOUP_FLAGS = ("adapters", "models", "weights", "rank", "merge", "greedy", "validate", "kind")
 
 
-def parse_args() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = new_parser("convert", __doc__)
     parser.add_argument(
@@ -68,7 +69,7 @@ def parse_args() -> argparse.Namespace:
         "--max-shard-size", type=float, default=5.0, metavar="GB", help="of one file (default: 5)"
     )
     _add_soup_flags(parser)
-    return parser.parse_args()
+    return parser
 
 
 def _add_soup_flags(parser: argparse.ArgumentParser) -> None:
@@ -108,14 +109,14 @@ def _add_soup_flags(parser: argparse.ArgumentParser) -> None:
 
 def main() -> int:
     """Export or average, and print where."""
-    args = parse_args()
+    args = make_parser().parse_args()
     if args.max_shard_size <= 0:
         raise LcoError(f"--max-shard-size is {args.max_shard_size}; it must be positive")
     if args.command == "soup":
         _soup(args)
     else:
         _export(args)
-    return 0
+    return DONE
 
 
 def _shard_bytes(args: argparse.Namespace) -> int:
@@ -131,14 +132,14 @@ def _export(args: argparse.Namespace) -> None:
     source, tuned, config = args.model, {}, None
     if args.input is not None:
         source, tuned, config, step = tuned_of_run(args.input, args.step)
-        print(f"{args.input}: step {step}, trained from {source}")
+        say(f"{args.input}: step {step}, trained from {source}")
     elif args.adapter:
         tuned, config = read_adapter(args.adapter, open_checkpoint(source), head=True)
     _write_merged(args, source, args.output, tuned, config)
     if args.input is not None and has_adapters(tuned.get("decoder", {})):
         folder = args.output.with_name(f"{args.output.name}-adapter")
         write_peft(folder, tuned["decoder"], config, source)
-        print(f"adapter: {folder}")
+        say(f"adapter: {folder}")
 
 
 def _write_merged(
@@ -149,7 +150,7 @@ def _write_merged(
     config: lora.LoraConfig | None,
 ) -> None:
     export_merged(source, output, tuned, config, args.dtype, _shard_bytes(args))
-    print(f"merged model ({args.dtype}): {output}")
+    say(f"merged model ({args.dtype}): {output}")
 
 
 def _check_export_flags(args: argparse.Namespace) -> None:
@@ -179,7 +180,7 @@ def _soup(args: argparse.Namespace) -> None:
         return
     checkpoint, average = soup.average_models(names, weights)
     write_model(checkpoint, args.output, average, args.dtype, _shard_bytes(args))
-    print(f"average of {len(names)} models ({args.dtype}): {args.output}")
+    say(f"average of {len(names)} models ({args.dtype}): {args.output}")
 
 
 def _check_soup_flags(args: argparse.Namespace) -> None:
@@ -229,13 +230,13 @@ def _write_adapter(
     write_peft(args.output, *adapter, args.model)
     write_json(args.output / "soup.json", report)
     count = sum(1 for one in report["adapters"] if one["weight"])
-    print(f"average of {count} adapters, of rank {report['rank']}: {args.output}")
+    say(f"average of {count} adapters, of rank {report['rank']}: {args.output}")
     if spectra is not None:
         subject = subject_of(args.model, f"average of {count} adapters")
         plot_spectrum(args.output / "spectrum.png", subject, spectra, args.rank)
         error = report["relative_error"]
         worst = f"{error['max']:.3g} in the worst matrix"
-        print(f"relative error of the delta: {error['overall']:.3g} overall, {worst}")
+        say(f"relative error of the delta: {error['overall']:.3g} overall, {worst}")
 
 
 def _equal_weights(chosen: Sequence[int], count: int) -> list[float]:
@@ -274,16 +275,16 @@ def _score(
     main_number = local_tasks.KINDS[args.kind][2]
     value = outcome.numbers[main_number]
     names = " + ".join(args.adapters[i] for i in chosen)
-    print(f"{main_number} {value:.4f}: {names}", flush=True)
+    say(f"{main_number} {value:.4f}: {names}")
     return value
 
 
 def _print_steps(steps: list[dict[str, Any]]) -> None:
-    print(f"\n{'alone':>8}{'soup':>8}  kept")
+    say(f"\n{'alone':>8}{'soup':>8}  kept")
     for step in steps:
         scores = f"{step['alone']:8.4f}{step['together']:8.4f}"
         kept = "yes" if step["kept"] else "no"
-        print(f"{scores}  {kept:5}{step['adapter']}")
+        say(f"{scores}  {kept:5}{step['adapter']}")
 
 
 if __name__ == "__main__":

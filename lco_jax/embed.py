@@ -42,7 +42,8 @@ import jax
 from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
-from lco_jax.core.errors import PREEMPTED, LcoError, run_main
+from lco_jax.core.console import progress_bar, say
+from lco_jax.core.errors import DONE, PREEMPTED, LcoError, run_main
 from lco_jax.core.files import AnyPath, as_path, on_bucket, reaching
 from lco_jax.data.bucket_folder import BucketFolder
 from lco_jax.data.corpus import Contents, Corpus, scan
@@ -66,7 +67,7 @@ Load = partial[UnitEmbedder]
 INPUT_STATE = "what --input holds"  # among the flags of a work
 
 
-def parse_args() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = new_parser("embed", __doc__)
     add_path(parser, "--input", ".txt, .jsonl, .parquet or a folder of media", kind=as_path)
@@ -94,7 +95,7 @@ def parse_args() -> argparse.Namespace:
         help="what an actor takes, as Ray calls it (default: GPU=1, TPU=1 or CPU=1)",
     )
     add_corpus_flags(parser, on_error="raise", media_root=as_path)
-    return parser.parse_args()
+    return parser
 
 
 def _resources(text: str) -> dict[str, float]:
@@ -111,7 +112,7 @@ def _resources(text: str) -> dict[str, float]:
 
 def main() -> int:
     """Check every input, then embed unit by unit; the output appears when it is complete."""
-    args = parse_args()
+    args = make_parser().parse_args()
     with reaching(args.output):
         _check_flags(args)
     signal.signal(signal.SIGTERM, _leave)
@@ -127,17 +128,17 @@ def main() -> int:
         record = parts.finished()
         if record:
             done = f"this very command has made its {record['vectors']:,} vectors"
-            print(f"{args.output} is complete: {done}")
+            say(f"{args.output} is complete: {done}")
         else:
             record = _embed(args, corpus, media, checkpoint, parts)
-            print(f"{record['vectors']:,} vectors of {record['dimension']}: {args.output}")
+            say(f"{record['vectors']:,} vectors of {record['dimension']}: {args.output}")
     if skipped := skipped_in_words(args.output, record["skipped"]):
-        print(skipped)
+        say(skipped)
     if changes := changes_in_words(record.get("since listed", {})):
-        print(changes)
+        say(changes)
     if rest := rest_in_words(record.get("left out", {})):
-        print(rest)
-    return 0
+        say(rest)
+    return DONE
 
 
 def _leave(signal_number: int, frame: FrameType | None) -> None:
@@ -214,7 +215,7 @@ def _what_is_kept(corpus: Corpus | BucketFolder, parts: VectorParts, total: int)
         done = parts.rows_done()
         if done and not _has_moved(corpus, parts):
             kept = f"{done:,} of {total:,} vectors are kept in {parts.folder.path}"
-            print(f"{kept}; the same command goes on from there", file=sys.stderr)
+            say(f"{kept}; the same command goes on from there", aside=True)
         raise
 
 
@@ -226,7 +227,7 @@ def _make_parts(
     left = parts.left(units)
     total = sum(unit.rows for unit in units)
     done = total - sum(unit.rows for unit in left)
-    with tqdm(total=total, initial=done, desc="embedding", unit="input") as progress:
+    with progress_bar(total=total, initial=done, desc="embedding", unit="input") as progress:
         for _ in range(ROUNDS):
             if left:
                 run(args, load, left, progress)
@@ -258,7 +259,9 @@ def _look(
     known = parts.description()
     if known is None:
         strict = args.on_error == "raise"  # then what is missing is found before hours of work
-        items = tqdm(corpus.items(strict), desc="checking", unit="input", leave=False, delay=2)
+        items = progress_bar(
+            corpus.items(strict), desc="checking", unit="input", leave=False, delay=2
+        )
         with items:
             found = scan(items, media, strict)
         if corpus.listing is not None:

@@ -20,6 +20,7 @@ from lco_jax.arguments import as_vectors, check_on_error, check_passes, check_ty
 from lco_jax.checkpoint import peft
 from lco_jax.checkpoint.hf import load_model, open_checkpoint
 from lco_jax.core import lora
+from lco_jax.core.console import progress_bar
 from lco_jax.core.errors import LcoError, check_at_least_1, check_bool
 from lco_jax.core.finite import check_results, check_vectors
 from lco_jax.core.packing import PackedTokens
@@ -182,7 +183,9 @@ class OmniEmbedder:
         items, single = as_list(inputs)
         bar = progress
         if progress is None:
-            bar = tqdm(total=len(items), desc="embedding", unit="input", disable=not show_progress)
+            bar = progress_bar(
+                total=len(items), desc="embedding", unit="input", disable=not show_progress
+            )
         blocks = self.encode_blocks(
             items,
             batch_size,

@@ -15,7 +15,7 @@ task and embeds no input a second time. With --input it writes OUTPUT/results.js
 """
 
 import argparse
-import sys
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from importlib.util import find_spec
@@ -26,7 +26,8 @@ import numpy as np
 from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
-from lco_jax.core.errors import LcoError, explained, run_main
+from lco_jax.core.console import progress_bar, say
+from lco_jax.core.errors import DONE, FAILED, LcoError, explained, run_main
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.inference import EmbeddedBlock
 from lco_jax.data.media import MediaConfig
@@ -46,9 +47,10 @@ from lco_jax.flags import (
 PART_INPUTS = 2048  # inputs that are embedded between two writes: what a kill can cost
 MANY = 256  # from so many inputs on, it pays to start processes that prepare media
 MAX_LENGTH = 300  # tokens of a text, as in the reference's evaluation
+logger = logging.getLogger(__name__)
 
 
-def parse_args() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = new_parser("evaluate", __doc__)
     parser.add_argument(
@@ -65,12 +67,12 @@ def parse_args() -> argparse.Namespace:
     add_path(parser, "--output", "the folder for results and vectors", earlier=["--out"])
     add_corpus_flags(parser, on_error="raise", part_size=PART_INPUTS, max_length=MAX_LENGTH)
     add_flags(parser, "--input")
-    return parser.parse_args()
+    return parser
 
 
 def main() -> int:
-    """Evaluate; 1 if a task failed."""
-    args = parse_args()
+    """Evaluate; `FAILED` if a task could not be measured."""
+    args = make_parser().parse_args()
     given = [args.benchmark, args.tasks, args.seadoc, args.input]
     if given.count(None) != len(given) - 1:
         raise LcoError("give one of --benchmark, --tasks, --seadoc and --input")
@@ -81,7 +83,7 @@ def main() -> int:
     if args.input is None:
         return evaluate_tasks(args, media)
     evaluate_files(args, media)
-    return 0
+    return DONE
 
 
 def evaluate_files(args: argparse.Namespace, media: MediaConfig) -> None:
@@ -111,15 +113,15 @@ def evaluate_files(args: argparse.Namespace, media: MediaConfig) -> None:
         encode, args.kind, args.input, args.output, left_out, model, **options
     )
     for name, number in numbers.items():
-        print(f"{name:>20} {number:,.4g}")
+        say(f"{name:>20} {number:,.4g}")
     results = args.output / "results.json"
-    print(f"written: {results} and {args.kind}.png")
+    say(f"written: {results} and {args.kind}.png")
     for line in left_out.in_words(results):
-        print(line)
+        say(line)
 
 
 def evaluate_tasks(args: argparse.Namespace, media: MediaConfig) -> int:
-    """mteb's tasks, and SeaDoc; 1 if a task failed."""
+    """mteb's tasks, and SeaDoc; `FAILED` if one could not be measured."""
     if find_spec("mteb") is None:
         raise LcoError("benchmarks need mteb, which is not installed: pip install 'lco-jax[eval]'")
     from lco_jax.evaluation.adapter import Encoder, find_tasks, model_meta
@@ -142,12 +144,12 @@ def evaluate_tasks(args: argparse.Namespace, media: MediaConfig) -> int:
     stored = StoredVectors(args.output / "embeddings", what_made_them)
     encoder = Encoder(encode_blocks, meta, stored, media)
     failed = _run_tasks(tasks, encoder, args, caps)
-    print(
+    say(
         f"{encoder.embedded:,} inputs embedded, {encoder.found:,} found in {stored.folder}\n"
         f"{len(tasks) - failed} of {len(tasks)} tasks measured: {args.output / 'results.md'}"
     )
     stored.close()
-    return 1 if failed else 0
+    return FAILED if failed else DONE
 
 
 def _run_tasks(
@@ -163,7 +165,7 @@ def _run_tasks(
     benchmark = args.benchmark or "tasks"
     notes = {**caps, "mteb": MTEB_VERSION}
     found = []
-    progress = tqdm(tasks, desc="tasks", unit="task")
+    progress = progress_bar(tasks, desc="tasks", unit="task")
     for task in progress:
         progress.set_postfix_str(task.metadata.name)
         found.append(run_task(encoder, task, args.output))
@@ -172,7 +174,7 @@ def _run_tasks(
         write_report(args.output, _name(args), benchmark, found, notes)
     failed = [one for one in found if one.score is None]
     for one in failed:
-        print(f"{one.task}: {one.reason}", file=sys.stderr)
+        logger.error("%s: %s", one.task, one.reason)
     return len(failed)
 
 

@@ -11,9 +11,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from lco_jax.checkpoint.hf import Checkpoint
+from lco_jax.core import console
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath, fingerprint, local_path
 from lco_jax.core.quantize import KINDS
@@ -35,14 +36,24 @@ ToPath = Callable[[str], AnyPath]
 M = TypeVar("M", bound=OmniEmbedder)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are JSON, too, where that was asked for."""
+
+    def error(self, message: str) -> NoReturn:
+        if console.in_json():
+            raise LcoError(message)
+        super().error(message)
+
+
 def new_parser(command: str, doc: str | None) -> argparse.ArgumentParser:
     """A parser whose help is the module's docstring. command: the module's name within the
     package.
     """
     name = sys.argv[0]  # of `lco embed`, what was typed
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=name if name.startswith("lco ") else f"python -m lco_jax.{command}",
         description=doc,
+        parents=[console.flags()],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
@@ -124,7 +135,8 @@ def add_model_flags(
     for field in fields(MediaConfig):
         flag, text = _flag(field.name), field.metadata["meaning"]
         if field.type is bool:
-            group.add_argument(flag, action="store_true", help=text)
+            text = f"{text} (default: {'yes' if field.default else 'no'})"
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
             default = "" if field.default is None else f" (default: {field.default:,})"
             group.add_argument(

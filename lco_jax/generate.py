@@ -19,15 +19,13 @@ by "Describe the above image." and the like.
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from lco_jax.checkpoint.hf import open_checkpoint
-from lco_jax.core.errors import LcoError, run_main
+from lco_jax.core.console import progress_bar, say
+from lco_jax.core.errors import DONE, LcoError, run_main
 from lco_jax.core.files import write_json, write_text, written_aside
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Contents, Corpus, scan
@@ -51,8 +49,8 @@ from lco_jax.generator import OmniGenerator
 logger = logging.getLogger(__name__)
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line. The earlier --data means --score --input."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = new_parser("generate", __doc__)
     add_path(parser, "--input", "inputs, or records for --score", required=False)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
@@ -74,7 +72,12 @@ def parse_args() -> argparse.Namespace:
     )
     add_on_error(parser, "raise")
     add_model_flags(parser)
-    args = parser.parse_args()
+    return parser
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags. The earlier --data means --score --input."""
+    args = make_parser().parse_args()
     if args.data is not None:
         if args.input is not None:
             raise LcoError("--data is short for --score --input; give one of them")
@@ -105,7 +108,7 @@ def main() -> int:
         answer_and_score(args)
     else:
         answer(args)
-    return 0
+    return DONE
 
 
 def answer(args: argparse.Namespace) -> None:
@@ -119,24 +122,22 @@ def answer(args: argparse.Namespace) -> None:
     ids = [item.id for item in items]
     pairs = zip(ids, answers, strict=True)
     lines = _json_lines({"id": name, "answer": answer} for name, answer in pairs)
-    notes = sys.stdout
     if args.output is None:
-        notes = sys.stderr
         print(lines, end="")
         if skipped:  # warnings have said which, and why
-            print(f"{len(skipped):,} of {len(items):,} were skipped", file=notes)
+            say(f"{len(skipped):,} of {len(items):,} were skipped", aside=True)
     else:
         _write_answers(args.output, lines, _rows(skipped, ids))
         _print_written(args.output, len(items), len(skipped))
     if corpus.listing and corpus.listing.left_out:
-        print(rest_in_words(corpus.listing.left_out), file=notes)
+        say(rest_in_words(corpus.listing.left_out), aside=args.output is None)
 
 
 def _print_written(file: Path, inputs: int, skipped: int) -> None:
     """How many answers a file has, and how many inputs have none."""
-    print(f"{inputs:,} answers: {file}")
+    say(f"{inputs:,} answers: {file}")
     if skipped:
-        print(skipped_in_words(file, skipped))
+        say(skipped_in_words(file, skipped))
 
 
 def _write_answers(file: Path, lines: str, skipped: list[dict[str, Any]]) -> None:
@@ -171,9 +172,9 @@ def answer_and_score(args: argparse.Namespace) -> None:
         _write_answers(folder / "answers.jsonl", lines, _rows(skipped, names))
         write_json(folder / "results.json", {**scores, "flags": _flags(args)})
     _print_scores(scores)
-    print(f"scores: {args.output / 'results.json'}; answers: answers.jsonl beside it")
+    say(f"scores: {args.output / 'results.json'}; answers: answers.jsonl beside it")
     if skipped:
-        print(skipped_in_words(args.output / "answers.jsonl", len(skipped)))
+        say(skipped_in_words(args.output / "answers.jsonl", len(skipped)))
 
 
 def _score(answers: Sequence[str | None], references: Sequence[str]) -> dict[str, float]:
@@ -207,10 +208,10 @@ def _records(args: argparse.Namespace) -> tuple[list[Record], list[str], int]:
 
 
 def _print_scores(scores: Mapping[str, float]) -> None:
-    print("| score | |\n|---|---|")
+    say("| score | |\n|---|---|")
     for name, value in scores.items():
         shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-        print(f"| {name} | {shown} |")
+        say(f"| {name} | {shown} |")
 
 
 def _flags(args: argparse.Namespace) -> dict[str, Any]:
@@ -232,7 +233,7 @@ def _generate(
     modalities = modalities_of(checkpoint, found, media, args.on_error == "raise")
     model = load_embedder(args, checkpoint, media, modalities, OmniGenerator)
     prompt = {} if args.prompt is None else {"prompt": args.prompt}
-    with tqdm(total=len(contents), desc="answering", unit="input") as progress:
+    with progress_bar(total=len(contents), desc="answering", unit="input") as progress:
         answers = model.generate(
             contents,
             args.max_new_tokens,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, load_model, open_checkpoint
+from lco_jax.core import console
 from lco_jax.core.errors import LcoError, check_keys
 from lco_jax.core.files import AnyPath, local_copy, local_workdir, on_bucket, reaching, upload
 from lco_jax.core.sharding import make_mesh
@@ -91,11 +91,11 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
     with reaching(home):
         if has_begun(home):
             check_same_run(home, config, total_steps, fingerprints(sources))
-    workdir = local_workdir(home, "*.jsonl")
+    workdir = local_workdir(home, "*.jsonl", jax.process_index())
     checkpoint = open_checkpoint(config.model.path)
     processor, layout = open_layout(config, sources, checkpoint, generative)
     training = Training.build(config, checkpoint, total_steps, mesh)
-    _print_summary(config, mesh, sources, training, total_steps)
+    _print_summary(config, home, mesh, sources, training, total_steps)
     named = {f"held-out data {name}": source for name, source in held_out.items()}
     needed = _towers_for(checkpoint, {**named, **sources}, media)
     towers = list(checkpoint.towers) if training.tune.trains_towers else needed
@@ -199,30 +199,42 @@ def batches_of(
     return pipeline.local_batches(stream, layout, processor, config.data.max_length)
 
 
-def say(line: str) -> None:
-    """Print for people, once for all processes, beside a progress bar."""
+def say(line: str, metrics: Mapping[str, Any] | None = None) -> None:
+    """Tell people something, once for all processes. metrics: as of `console.say`."""
     if jax.process_index() == 0:
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        console.say(line, metrics)
+
+
+def held_out_progress(when: str, total: int = 0) -> tqdm:
+    """A bar of inputs that are held out. Whoever finds more of them adds to its total."""
+    return console.progress_bar(
+        desc=f"held out, {when}",
+        total=total,
+        unit=" inputs",
+        leave=False,
+        disable=jax.process_index() != 0,
+    )
 
 
 def _print_summary(
     config: ConfigDict,
+    home: AnyPath,
     mesh: Mesh,
     sources: Mapping[str, Source],
     training: Training,
     total_steps: int,
 ) -> None:
-    """The devices, the data, and the trainable parameters."""
-    devices = f"{mesh.size} × {jax.devices()[0].device_kind}"
-    say(f"{config.model.path} on {devices}, mesh {dict(mesh.shape)}")
-    records = sum(map(len, sources.values()))
-    steps = f"{total_steps:,} steps of {config.train.batch_size}"
+    """The model, how it is trained, the devices and the data."""
     method = config.tune.decoder
     if method == "lora":
-        method = f"LoRA rank {config.lora.rank}"
+        method = f"LoRA of rank {config.lora.rank}"
     trainable = f"{tuning.count(training.tuned):,} trainable parameters"
-    say(f"{records:,} records, {steps}, {method}: {trainable}")
+    say(f"{config.model.path}: {method}, {trainable}")
+    records = sum(map(len, sources.values()))
+    steps = f"{total_steps:,} steps of {config.train.batch_size}"
+    devices = f"{mesh.size} × {jax.devices()[0].device_kind}"
+    say(f"{records:,} records, {steps}, on {devices}: {home}")
+    logger.debug("mesh %s", dict(mesh.shape))
     skipped = sum(source.skipped for source in sources.values())
     if skipped:
         say(f"{skipped:,} bad records skipped")

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from lco_jax.training.step import Step
 from lco_jax.training.watch import Preemption, Watchdog, peers
 
 MakeStep = Callable[[Model], Step]
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -119,7 +121,7 @@ def _fit_memory(
     chosen = memory.choose_for(
         job.config, job.model.decoder.config, others, towers, state, job.mesh, shape_of, lower
     )
-    say(str(chosen))
+    logger.debug("%s", chosen)
     job.model, train_step = made(chosen.remat)
     return train_step, chosen.chunk_tokens
 

@@ -1,8 +1,6 @@
 """What a finished run leaves: adapter, merged model, loss curve, results.json."""
 
 import shutil
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,26 +8,27 @@ from jax.experimental import multihost_utils
 
 from lco_jax.checkpoint.export import export_merged
 from lco_jax.checkpoint.peft import has_adapters, write_peft
+from lco_jax.core.console import say_all
 from lco_jax.core.files import on_bucket, write_json
 from lco_jax.evaluation.plots import plot_loss
-from lco_jax.job import Job, say
+from lco_jax.job import Job
 from lco_jax.loop import Loop
 from lco_jax.training import tuning
+from lco_jax.training.finished import report
 from lco_jax.training.metrics import read_metrics
 
 CURVE = ("loss", "learning_rate")  # what the curve shows of a line of metrics
 
 
-def finish(loop: Loop, scores: dict[str, Any], pictures: Mapping[str, Path]) -> dict[str, Any]:
+def finish(loop: Loop, scores: dict[str, Any]) -> dict[str, Any]:
     """Let one process write the outputs and list them; returns the content of results.json.
 
-    scores: further content of results.json. pictures: title -> file, of pictures that are there.
-    The other processes wait, because one that leaves early ends the job for all; they return the
-    number of steps alone.
+    scores: further content of results.json. The other processes wait, because one that leaves early
+    ends the job for all; they return the number of steps alone.
     """
     results = {"steps": loop.job.total_steps}
     if jax.process_index() == 0:
-        results = _write(loop.job, _tuned_on_host(loop), scores, pictures)
+        results = _write(loop.job, _tuned_on_host(loop), scores)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("exported")
     if on_bucket(loop.job.home):
@@ -49,20 +48,15 @@ def _tuned_on_host(loop: Loop) -> dict[str, Any]:
     return found["tuned"]
 
 
-def _write(
-    job: Job, tuned: dict[str, Any], scores: dict[str, Any], pictures: Mapping[str, Path]
-) -> dict[str, Any]:
-    outputs = _export(job, tuned)
-    curve = job.workdir / "loss.png"
+def _write(job: Job, tuned: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
+    _export(job, tuned)
     lines = read_metrics(job.workdir / "metrics.jsonl")
     lines = [line for line in lines if all(isinstance(line.get(key), float) for key in CURVE)]
     losses = [line["loss"] for line in lines]
-    pictures = dict(pictures)
     if lines:  # the file may have been lost, and the training not
         steps = [line["step"] for line in lines]
-        plot_loss(curve, steps, losses, [line["learning_rate"] for line in lines])
-        pictures["loss curve"] = curve
-        say(f"\nloss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last\n")
+        rates = [line["learning_rate"] for line in lines]
+        plot_loss(job.workdir / "loss.png", steps, losses, rates)
     results = {
         "steps": job.total_steps,
         "first_loss": losses[0] if losses else None,
@@ -70,21 +64,17 @@ def _write(
         "trained_parameters": tuning.count(job.training.tuned),
         **scores,
     }
-    write_json(job.workdir / "results.json", results)
+    write_json(job.workdir / "results.json", results)  # the last: it says that all is there
     job.upload()
-    for title, path in {**outputs, **pictures}.items():
-        say(f"{title:14}{job.home / path.relative_to(job.workdir)}")
+    say_all(report(results, job.workdir, job.home), results)
     return results
 
 
-def _export(job: Job, tuned: dict[str, Any]) -> dict[str, Path]:
-    """Write the trained parameters as files for others: title -> folder."""
+def _export(job: Job, tuned: dict[str, Any]) -> None:
+    """Write the trained parameters as files for others."""
     config, lora = job.config, job.training.lora
-    outputs = {}
     if has_adapters(tuned.get("decoder", {})):
-        outputs["adapter"] = job.workdir / "adapter"
-        write_peft(outputs["adapter"], tuned["decoder"], lora, config.model.path)
+        write_peft(job.workdir / "adapter", tuned["decoder"], lora, config.model.path)
     if config.export.merged:
-        outputs["merged model"] = job.workdir / "merged"
-        export_merged(config.model.path, outputs["merged model"], tuned, lora, config.export.dtype)
-    return outputs
+        merged = job.workdir / "merged"
+        export_merged(config.model.path, merged, tuned, lora, config.export.dtype)

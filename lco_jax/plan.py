@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from lco_jax.checkpoint.hf import Checkpoint, open_geometry
 from lco_jax.checkpoint.shapes import abstract_params
-from lco_jax.core.errors import LcoError, run_main
+from lco_jax.core.errors import DONE, LcoError, run_main
 from lco_jax.core.files import write_json
 from lco_jax.core.sharding import AXES, make_mesh
 from lco_jax.core.stream_shapes import Shape
@@ -316,7 +316,8 @@ def _sizes(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The command line, without the keys of the configuration."""
     parser = new_parser("plan", __doc__)
     parser.add_argument("--device", required=True, choices=DEVICES)
     where = parser.add_mutually_exclusive_group(required=True)
@@ -340,7 +341,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Parse the command line, plan, print."""
-    args, rest = _parser().parse_known_args()
+    args, rest = make_parser().parse_known_args()
     devices = args.devices or math.prod(args.mesh)
     device = DEVICES[args.device]
     if args.price is not None:
@@ -353,7 +354,7 @@ def main() -> int:
     print(table(result))
     if args.output:
         write_json(args.output, result)
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import open_checkpoint
-from lco_jax.core.errors import LcoError, explained, run_main
+from lco_jax.core.console import progress_bar, say
+from lco_jax.core.errors import DONE, LcoError, explained, run_main
 from lco_jax.core.files import read_own, write_json
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Contents, Corpus, scan
@@ -53,7 +53,7 @@ FIRST_QUERY = {
 }
 
 
-def parse_args() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = new_parser("search", __doc__)
     add_path(parser, "--input", "a folder of media, a .jsonl or a .txt, as of embed")
@@ -74,12 +74,12 @@ def parse_args() -> argparse.Namespace:
         "--ann", action="store_true", help=f"an HNSW graph for fewer than {EXACT:,} vectors, too"
     )
     add_corpus_flags(parser, on_error="skip", part_size=MEDIA_A_UNIT)
-    return parser.parse_args()
+    return parser
 
 
 def main() -> int:
     """Embed what the index lacks, then serve the page until Ctrl-C."""
-    args = parse_args()
+    args = make_parser().parse_args()
     with explained("search needs more packages: pip install 'lco-jax[search]'", ImportError):
         from lco_jax.searching.server import LOOPBACK, Server, http_server
     if args.input.suffix == ".parquet":
@@ -94,10 +94,10 @@ def main() -> int:
         host = f"[{args.host}]" if ":" in args.host else args.host
         counts = ", ".join(f"{count:,} {kind}" for kind, count in library.counts.items())
         rest = f" ({notes})" if notes else ""
-        print(f"{counts}: http://{host}:{socket_.getsockname()[1]}{rest}", flush=True)
+        say(f"{counts}: http://{host}:{socket_.getsockname()[1]}{rest}")
         app = server.app(LOOPBACK if args.host in LOOPBACK else ("*",))
         http_server(app).run(sockets=[socket_])
-    return 0
+    return DONE
 
 
 def _listening(args: argparse.Namespace) -> socket.socket:
@@ -277,7 +277,7 @@ def _embed_new(
     taken = iter(new)
     inputs = [(unit, [next(taken) for _ in range(unit.rows)]) for unit in units]
     total = len(done) + len(new)
-    with tqdm(total=total, initial=len(done), desc="embedding", unit="input") as progress:
+    with progress_bar(total=total, initial=len(done), desc="embedding", unit="input") as progress:
         options = {"workers": workers(args, found.has_media), "progress": progress}
         options["block_inputs"] = args.part_size
         embed_units(embedder, inputs, parts.folder, args, options)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,12 @@ import pyarrow.parquet
 import pytest
 import reference
 
-from lco_jax import LcoError, train
+from lco_jax import LcoError, MediaConfig, embed, train
 from lco_jax.core.errors import run_main
+from lco_jax.flags import media_config
 from lco_jax.training import cli
+from lco_jax.training.help import COMMENTS, comments_of
+from lco_jax.training.values import RULES
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "configs" / "base.py"
@@ -206,10 +210,11 @@ def test_help_says_what_there_is(parse, capsys, flag):
         "--output",
         "--num-processes",
         "--debug",
+        "--quiet",
         "--config",
-        f"steps: {steps}",
-        "sources:",
-        "chunk_tokens: 0",
+        f"  train.steps={steps} ",
+        "  data.sources.bundled.kind=jsonl ",
+        "[cosine, linear or constant]",
     ):
         assert part in out
     assert "--workdir" not in out
@@ -217,6 +222,22 @@ def test_help_says_what_there_is(parse, capsys, flag):
         parse(flag)
     assert done.value.code == 0
     assert "What the job does." in capsys.readouterr().out
+
+
+def test_help_has_every_key_with_its_comment_and_what_it_may_be(parse, capsys):
+    with pytest.raises(SystemExit):
+        parse("--help", "--config=base")
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    keys = text[text.index("the run:\n") :]
+    entries = re.findall(r"^  ([\w.]+)=(.*(?:\n {36}.*)*)", keys, re.MULTILINE)
+    about = {key: " ".join(rest.split()) for key, rest in entries}
+    assert set(RULES) <= about.keys()
+    for key, rule in RULES.items():
+        assert about[key].endswith(f" [{rule}]")
+        assert COMMENTS[key], f"{key} has no comment in configs/base.py"
+        assert " ".join(COMMENTS[key].split()) in about[key]
+    assert about["data.media.fps"].endswith("frames a second that are taken of a video [a number]")
 
 
 def test_a_user_sees_one_line_and_status_2(monkeypatch, capsys):
@@ -231,7 +252,43 @@ def test_a_user_sees_one_line_and_status_2(monkeypatch, capsys):
     assert err.count("\n") == 1
 
 
+def test_comments_are_those_beside_and_above():
+    source = """
+    config.a = ConfigDict()  # a section
+    # above,
+    # on two lines
+    config.a.b = 1  # and beside
+    config.a.c = {
+        "d": 1,  # of what is in it
+    }
+
+    # of nothing
+
+    config.a.e = 2
+"""
+    assert comments_of(source) == {
+        "a": "a section",
+        "a.b": "above, on two lines and beside",
+        "a.c": "of what is in it",
+        "a.e": "",
+    }
+
+
 # ---- embed
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed"),
+    [
+        ([], {}),
+        (["--no-upright"], {"upright": False}),
+        (["--allow-remote", "--fps=1"], {"allow_remote": True, "fps": 1.0}),
+    ],
+)
+def test_caps_that_no_flag_sets_are_the_defaults(flags, changed):
+    """Of embed, search, evaluate and generate: a photo is upright, as in Python."""
+    given = ["--model=m", "--input=a.txt", "--output=a.npy", *flags]
+    assert media_config(embed.make_parser().parse_args(given)) == MediaConfig(**changed)
 
 
 def test_embed_a_txt(tmp_path, tiny):

@@ -61,3 +61,39 @@ def test_a_program_fails_as_it_does_alone(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("error:") == 1
     assert "builtin:none" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def completions(tmp_path_factory):
+    """What bash offers for the last of some words."""
+    pytest.importorskip("shtab")
+    made = call("completion", "bash")
+    assert made.returncode == 0, made.stderr
+    script = tmp_path_factory.mktemp("bash") / "lco"
+    script.write_text(made.stdout)
+
+    def offered(*words):
+        code = (
+            'source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); '
+            '_shtab_lco; printf "%s\\n" "${COMPREPLY[@]}"'
+        )
+        command = ["bash", "-c", code, "bash", str(script), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+    return offered
+
+
+def test_a_shell_completes_programs_flags_values_and_paths(completions, tmp_path):
+    (tmp_path / "mine.jsonl").touch()
+    assert completions("lco", "pre") == ["pretrain"]
+    assert completions("lco", "train", "--config.model.dt") == ["--config.model.dtype"]
+    assert completions("lco", "train", "--config.export.merged", "") == ["True", "False"]
+    assert "smollm2" in completions("lco", "train", "--config", "")
+    assert completions("lco", "embed", "--quan") == ["--quantize"]
+    assert completions("lco", "embed", "--input", f"{tmp_path}/mi") == [f"{tmp_path}/mine.jsonl"]
+
+
+def test_a_shell_that_is_not_known_is_one_sentence():
+    done = call("completion", "ksh")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "bash, zsh, tcsh, fish" in done.stderr

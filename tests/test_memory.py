@@ -1,6 +1,7 @@
 """What fits: the choice as memory shrinks, what it costs, and runs that choose."""
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,11 +177,12 @@ def run(tmp_path, monkeypatch, cache):
 
 
 @pytest.mark.slow
-def test_the_program_that_was_compiled_for_the_choice_is_the_runs(run, tmp_path, capfd):
+def test_the_program_that_was_compiled_for_the_choice_is_the_runs(run, tmp_path, caplog):
     """A run asks, compiles its step only once, and knows the answer at the second start."""
+    caplog.set_level(logging.DEBUG, "lco_jax.loop")
     first = run("first")
     assert len(run.told) == 1
-    assert "remat mlp, the batch in one chunk: 0." in capfd.readouterr().out
+    assert "remat mlp, the batch in one chunk: 0." in caplog.text
     (known,) = (tmp_path / "kept" / "memory").iterdir()
     assert json.loads(known.read_text())["bytes"] > 2**20
     with pytest.MonkeyPatch.context() as patch:
@@ -192,8 +194,9 @@ def test_the_program_that_was_compiled_for_the_choice_is_the_runs(run, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_run_with_little_memory_chunks_and_learns_the_same(run, monkeypatch, capfd):
+def test_a_run_with_little_memory_chunks_and_learns_the_same(run, monkeypatch, caplog):
     """Chunks change no loss, and a run resumes on a device with another memory."""
+    caplog.set_level(logging.DEBUG, "lco_jax.loop")
     auto = "--config.train.chunk_tokens=-1"
     fixed = run("fixed", "--config.model.remat=full")
     real = memory.choose
@@ -204,8 +207,9 @@ def test_a_run_with_little_memory_chunks_and_learns_the_same(run, monkeypatch, c
 
     monkeypatch.setattr(memory, "choose", little)
     chunked = run("auto", auto)
-    assert "remat full, chunks of" in capfd.readouterr().out
+    assert "remat full, chunks of" in caplog.text
+    caplog.clear()
     assert np.abs(np.subtract(fixed, chunked)).max() < 1e-5
     monkeypatch.setattr(memory, "choose", real)
     assert run("auto", auto) == chunked  # resumed
-    assert "the batch in one chunk" in capfd.readouterr().out
+    assert "the batch in one chunk" in caplog.text

@@ -607,7 +607,7 @@ def start(monkeypatch, load, tmp_path):
             "--workers=0",
         ]
         monkeypatch.setattr(sys, "argv", ["search", *flags, *args])
-        library, _, notes = search.prepare(search.parse_args())
+        library, _, notes = search.prepare(search.make_parser().parse_args())
         return library, sorted(item.where for item in embedded), notes
 
     return start

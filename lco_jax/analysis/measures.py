@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 from scipy.sparse.linalg import svds
-from tqdm import tqdm
 
+from lco_jax.core.console import progress_bar
 from lco_jax.core.errors import LcoError
 
 # unit vectors no farther apart are the same in float32, in which models compute
@@ -232,7 +232,7 @@ def measure_layers(a: np.ndarray, b: np.ndarray, names: tuple[str, str], k: int)
     found: dict[str, Any] = {"anisotropy": {name: [] for name in names}}
     found |= {measure.__name__: [] for measure in BETWEEN}
     undefined: list[dict[str, Any]] = []
-    layers = zip(tqdm(a, desc="measuring", unit="layer"), b, strict=True)
+    layers = zip(progress_bar(a, desc="measuring", unit="layer"), b, strict=True)
     for layer, (states_a, states_b) in enumerate(layers):
         sides = (
             Side(states_a, names[0], k),

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import DTYPES, Checkpoint, open_checkpoint
 from lco_jax.checkpoint.sentence_transformers import (
@@ -29,6 +28,7 @@ from lco_jax.checkpoint.tensors import (
     is_float,
     write_shards,
 )
+from lco_jax.core.console import progress_bar
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, write_json, written_aside
 from lco_jax.core.lora import LoraConfig
@@ -117,7 +117,7 @@ def write_model(
         key: math.prod(checkpoint.tensors.shape(key)) * written.itemsize
         for key, written in dtypes.items()
     }
-    progress = tqdm(total=len(sizes), desc="writing", unit="tensor", leave=False, delay=2)
+    progress = progress_bar(total=len(sizes), desc="writing", unit="tensor", leave=False, delay=2)
 
     def rounded(key: str) -> np.ndarray:
         progress.update()

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from lco_jax.checkpoint.peft import layer_tensors, match_adapters, read_peft
 from lco_jax.checkpoint.peft_config import CONFIG
 from lco_jax.checkpoint.shapes import abstract_params
 from lco_jax.checkpoint.tensors import is_float
+from lco_jax.core.console import progress_bar
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, resolve
 from lco_jax.core.lora import LoraConfig, Tree
@@ -106,7 +106,7 @@ def reduce_rank(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, np.ndar
     matrices = list(layer_tensors(tree))
     factors: dict[str, list[np.ndarray]] = defaultdict(list)
     spectra = {}
-    for layer, module, a, b in tqdm(matrices, desc="reducing", unit="matrix", delay=2):
+    for layer, module, a, b in progress_bar(matrices, desc="reducing", unit="matrix", delay=2):
         left, values, right = _svd_of_product(config.scale * b, a)
         spectra[f"{layer}.{module}"] = values
         root = np.sqrt(values[:rank])

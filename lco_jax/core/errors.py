@@ -1,19 +1,22 @@
 """How a command ends: a user's mistake is one sentence, a bug is a traceback."""
 
+import argparse
 import errno
 import os
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, NoReturn
 
-from lco_jax.core.console import unbroken
+from lco_jax.core import console
+from lco_jax.core.pipes import unbroken
 
-# Exit statuses after which the same command is to be started again: SIGTERM stopped the process;
-# another process is gone or hangs.
+# The exit statuses of all programs; docs/exit-codes.md says what each of them means.
+DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+# After these the same command is to be started again: SIGTERM stopped the process; another process
+# is gone or hangs.
 PREEMPTED, PEER_LOST = 75, 76
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # Status codes of jax's errors that blame a program or its size, and never another process.
@@ -88,52 +91,53 @@ def check_keys(given: Iterable[Any], known: Iterable[str], where: str) -> None:
 def run_main(main: Callable[[], int | None]) -> None:
     """Run an entry point and end the process with its status.
 
-    An `LcoError` becomes one line on stderr and status 2. With --debug anywhere on the command
-    line, or LCO_JAX_DEBUG=1 in the environment, its traceback comes before that line.
+    An `LcoError` becomes one line on stderr and status `MISTAKE`. The flags of `core/console.py`
+    are taken off the command line first: `main` never sees them. With --debug, the traceback of an
+    `LcoError` comes before its line.
     """
     with unbroken():
-        _run(main, _wants_debug())
+        arguments = sys.argv[1:]
+        try:
+            manner = console.take_flags(arguments)
+        except argparse.ArgumentError as error:
+            _end(MISTAKE, f"error: {error}")
+        sys.argv[1:] = arguments
+        with console.speaking(manner):
+            _run(main, manner)
 
 
-def _run(main: Callable[[], int | None], debug: bool) -> None:
+def _run(main: Callable[[], int | None], manner: console.Manner) -> None:
     """Run an entry point, and explain how it ends."""
     try:
         sys.exit(main())
     except LcoError as error:
-        _end(2, f"error: {error}", debug)
+        _end(MISTAKE, f"error: {error}", manner.debug)
     except KeyboardInterrupt:
-        _end(130, "interrupted", debug)
+        _end(INTERRUPTED, "interrupted", manner.debug)
     except OSError as error:
         if error.errno in DISK_FULL:
             file = error.filename or "a file"
-            _end(2, f"error: {file}: {reason(error)}; make room, then try again", debug)
-        _fail()
+            message = f"error: {file}: {reason(error)}; make room, then try again"
+            _end(MISTAKE, message, manner.debug)
+        _fail(manner)
     except Exception:  # one of several processes must not wait for the others
-        _fail()
+        _fail(manner)
 
 
-def _wants_debug() -> bool:
-    """Whether --debug or LCO_JAX_DEBUG is set; commands never see the flag."""
-    if "--debug" in sys.argv:
-        sys.argv.remove("--debug")
-        return True
-    return os.environ.get("LCO_JAX_DEBUG", "") not in ("", "0")
-
-
-def _end(status: int, message: str, debug: bool) -> NoReturn:
+def _end(status: int, message: str, debug: bool = False) -> NoReturn:
     """End for a reason that a sentence explains."""
     if debug:
-        traceback.print_exc()
-    print(message, file=sys.stderr)
+        console.last_traceback()
+    console.last_words(message)
     leave(status)
 
 
-def _fail() -> NoReturn:
-    """End with the traceback of the exception that is being handled, and status 1."""
-    if not _is_one_of_several():
+def _fail(manner: console.Manner) -> NoReturn:
+    """End with the traceback of the exception that is being handled, and status `FAILED`."""
+    if not _is_one_of_several() and not manner.as_json:
         raise
-    traceback.print_exc()
-    leave(1)
+    console.last_traceback()
+    leave(FAILED)
 
 
 def _is_one_of_several() -> bool:

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import fsspec
-import jax
 from etils import epath
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -164,15 +163,15 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
-def local_workdir(home: AnyPath, pattern: str) -> Path:
-    """Where the programs of a run at `home` write: there, unless that is on a bucket.
+def local_workdir(home: AnyPath, pattern: str, process: int) -> Path:
+    """Where a process of a run at `home` writes: there, unless that is on a bucket.
 
-    Then it is a folder of this process in the cache, with the bucket's files that match `pattern`.
+    Then it is a folder of its own in the cache, with the bucket's files that match `pattern`.
     """
     if not on_bucket(home):
         return expanded(home)
     name = os.fspath(home).partition("://")[2].replace("/", "_")
-    folder = cache_folder() / "workdirs" / f"{name}-{jax.process_index()}"
+    folder = cache_folder() / "workdirs" / f"{name}-{process}"
     shutil.rmtree(folder, ignore_errors=True)
     with reaching(home):
         names = [name for name in listing(home) if fnmatch(name, pattern)]

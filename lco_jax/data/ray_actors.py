@@ -5,9 +5,9 @@ another one and hands its units out again. Ray's own restarts would keep units f
 machine does not come back.
 """
 
+import logging
 import os
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -38,6 +38,7 @@ START_SECONDS = 1200.0  # the longest time without an actor that has started
 OBJECT_STORE = 2**27  # bytes, of a local cluster: next to nothing goes through it
 # a process that takes all chips of a host must not wait for the slice's other hosts
 TPU_BOUNDS = {4: "2,2,1", 8: "2,4,1"}
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def run_on_ray(
         except RayTaskError:  # a bug: its traceback
             raise
         except RayError as error:  # Ray itself, or the machine with its head
-            print(f"Ray was lost: {reason(error)}", file=sys.stderr)
+            logger.warning("Ray was lost: %s", reason(error))
             raise SystemExit(PEER_LOST) from error
         finally:
             driver.stop()

@@ -19,8 +19,8 @@ from datasets import disable_progress_bars
 from mteb.abstasks import AbsTask
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
-from tqdm import tqdm
 
+from lco_jax.core.console import progress_bar
 from lco_jax.core.errors import LcoError, reason
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.prompts import KINDS
@@ -158,7 +158,7 @@ class Encoder(AbsEncoder):
         rows = _undecoded(inputs.dataset)
         keys = []
         missing: dict[bytes, int] = {}  # digest -> row
-        bar = tqdm(
+        bar = progress_bar(
             range(len(rows)),
             desc=f"{where}: reading",
             unit="input",
@@ -182,7 +182,7 @@ class Encoder(AbsEncoder):
         keys, numbers = list(missing), list(missing.values())
         contents = (self.content(rows[i]) for i in numbers)
         names = (f"{where}, row {i}" for i in numbers)
-        with tqdm(
+        with progress_bar(
             total=len(missing),
             desc=where,
             unit="input",

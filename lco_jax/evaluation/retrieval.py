@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
+from lco_jax.core.console import progress_bar
 from lco_jax.data.records import Content, Record, content_key
 
 Encode = Callable[[list[Content]], np.ndarray]  # contents -> unit vectors [N, D]
@@ -95,7 +95,7 @@ def _count_irrelevant_above(
     """How many documents that are not relevant score as high as each relevant one: int [R]."""
     counts = [np.zeros(len(indices), np.int64) for indices in relevant]
     starts = range(0, len(documents), DOCUMENTS)
-    for first in tqdm(starts, desc="ranking", unit="block", leave=False, delay=2):
+    for first in progress_bar(starts, desc="ranking", unit="block", leave=False, delay=2):
         block = documents[first : first + DOCUMENTS].astype(np.float64).T
         for start in range(0, len(queries), QUERIES):
             products = (queries[start : start + QUERIES] @ block).astype(np.float32)

@@ -69,7 +69,7 @@ def _choose(query: Array, segment_ids: Array | None, asked: str) -> str:
     )
     if line not in _logged:
         _logged.add(line)
-        logger.info(line)
+        logger.debug(line)
     return chosen
 
 

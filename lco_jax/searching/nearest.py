@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from lco_jax.core.console import progress_bar, say
 from lco_jax.core.errors import explained
 from lco_jax.core.files import replace
 
@@ -67,7 +67,7 @@ def with_graph(vectors: np.ndarray, keys: list[str], folder: Path, name: str) ->
     with explained(f"{folder} cannot be written", OSError, RuntimeError):
         _store(graph, folder, name, digest)
     nearest = Nearest(vectors, graph)
-    print(f"graph of {name}: recall@{NEIGHBOURS} {recall(nearest):.3f} against exact search")
+    say(f"graph of {name}: recall@{NEIGHBOURS} {recall(nearest):.3f} against exact search")
     return nearest
 
 
@@ -95,7 +95,7 @@ def _store(graph: Any, folder: Path, name: str, digest: str) -> None:
 
 def _fill(graph: Any, vectors: np.ndarray, name: str) -> None:
     """Add vectors to a graph; their keys are their rows."""
-    with tqdm(total=len(vectors), desc=f"graph of {name}", unit="vector") as progress:
+    with progress_bar(total=len(vectors), desc=f"graph of {name}", unit="vector") as progress:
         for start in range(0, len(vectors), ADDED_AT_ONCE):
             block = vectors[start : start + ADDED_AT_ONCE]
             graph.add(np.arange(start, start + len(block)), block)

@@ -1,22 +1,22 @@
-"""The command line of training jobs: the configuration, whose keys are flags, and the processes."""
+"""The command line of training jobs: the configuration, whose keys are flags, and the processes.
+
+What is heavy, as jax is, is imported where it is used: help, mistakes and a finished run need none
+of it, and come at once.
+"""
 
 import keyword
-import logging
 import sys
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import jax
 from absl import flags
-from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 
-from lco_jax.core.errors import LcoError, explained
+from lco_jax.core.console import say, say_all
+from lco_jax.core.errors import DONE, PREEMPTED, LcoError, explained
 from lco_jax.core.files import AnyPath, as_path, expanded
-from lco_jax.core.shapes import keep_compiled
-from lco_jax.training.values import hint
-from lco_jax.training.watch import leave_on_sigterm, meeting
+from lco_jax.training.finished import report, results_if_finished
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FLAGS = {
@@ -26,7 +26,6 @@ FLAGS = {
     "coordinator": "HOST:PORT of process 0, for several processes",
     "num-processes": "how many processes",
     "process-id": "which of them this is",
-    "debug": "show the traceback of every error",
     "help": "this text",
 }
 # what absl and ml_collections raise for a value or a key that they cannot take
@@ -43,7 +42,29 @@ def start(doc: str | None) -> tuple[ConfigDict, AnyPath]:
     """This process's (configuration, output folder), after it has joined the other processes."""
     args = parse(sys.argv, doc)
     join_processes(args)
-    return args.config, as_path(args.output or f"runs/{args.config.name}")
+    return args.config, _output(args)
+
+
+def run(doc: str | None, job: Callable[[ConfigDict, AnyPath], dict[str, Any]]) -> int:
+    """Parse the command line and do a job that begins or resumes; a finished one is told of.
+
+    job: (configuration, output folder) -> results; {} if SIGTERM ended it. Returns the exit status.
+    """
+    args = parse(sys.argv, doc)
+    output = _output(args)
+    if results := results_if_finished(output, args.config):
+        say(f"{output} holds this very run, which is finished; another --output begins a new one")
+        say_all(report(results, output, output), results)
+        return DONE
+    join_processes(args)
+    from lco_jax.training.watch import peers
+
+    with peers():
+        return DONE if job(args.config, output) else PREEMPTED
+
+
+def _output(args: flags.FlagValues) -> AnyPath:
+    return as_path(args.output or f"runs/{args.config.name}")
 
 
 def parse(argv: Sequence[str], doc: str | None) -> flags.FlagValues:
@@ -53,7 +74,7 @@ def parse(argv: Sequence[str], doc: str | None) -> flags.FlagValues:
     """
     wants_help = any(arg in ("--help", "-h", "-help") for arg in argv[1:])
     name, argv = _split_config(argv)
-    config = ConfigDict() if name is None and wants_help else _load(name)
+    config = _load("base" if name is None and wants_help else name)
     _check_keys(argv, config)
     argv = _in_brackets(argv, config)
     values = _flags(argv, config)
@@ -64,8 +85,10 @@ def parse(argv: Sequence[str], doc: str | None) -> flags.FlagValues:
             f"{rest[1]!r} is no flag; flags look like --output=runs/mine (--help lists them)"
         )
     if wants_help:
-        _print_help(doc, config)
-        sys.exit(0)
+        from lco_jax.training.help import help_text
+
+        print(help_text(doc, FLAGS, config, name or "base"))
+        sys.exit(DONE)
     return values
 
 
@@ -83,14 +106,6 @@ def _flags(argv: Sequence[str], config: ConfigDict) -> flags.FlagValues:
     for earlier, name in EARLIER.items():
         flags.DEFINE_alias(earlier, name, flag_values=values)
     return values
-
-
-def _print_help(doc: str | None, config: ConfigDict) -> None:
-    print(doc)
-    for name, text in FLAGS.items():
-        print(f"  --{name}: {text}")
-    if config:
-        print(f"\nKeys and values of the configuration:\n\n{config}")
 
 
 # ---- the configuration
@@ -138,7 +153,7 @@ def _load(name: str | None) -> ConfigDict:
 
 def _check_keys(argv: Sequence[str], config: ConfigDict) -> None:
     """Raise for a flag that sets a key which the configuration does not have."""
-    known = flatten_dict(config.to_dict(), keep_empty_nodes=True, sep=".")
+    known = {".".join(path): value for path, value in _leaves(config.to_dict())}
     for arg in argv[1:]:
         flag = arg.lstrip("-").partition("=")[0].removeprefix("no")
         key = flag.removeprefix("config.")
@@ -147,7 +162,20 @@ def _check_keys(argv: Sequence[str], config: ConfigDict) -> None:
         if " " in key:
             raise LcoError(f"--{flag}: no flag has a space; set it in the configuration's file")
         if not any(f"{name}.".startswith(f"{key}.") for name in known):
+            from lco_jax.training.values import hint
+
             raise LcoError(f"--{flag}: the config has no key {key!r}{hint(key, known)}")
+
+
+def _leaves(
+    tree: Mapping[str, Any], above: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path, value) of every key that is no section, or an empty one."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, (*above, name))
+        else:
+            yield (*above, name), value
 
 
 def _in_brackets(argv: Sequence[str], config: ConfigDict) -> list[str]:
@@ -156,7 +184,7 @@ def _in_brackets(argv: Sequence[str], config: ConfigDict) -> list[str]:
     ml_collections reads keys as Python does; a source may be called my-photos.
     """
     spelt = {}
-    for path in flatten_dict(config.to_dict(), keep_empty_nodes=True):
+    for path, _ in _leaves(config.to_dict()):
         for end in range(1, len(path) + 1):
             spelt[".".join(path[:end])] = "".join(map(_as_python, path[:end]))
     return [argv[0], *(_rewritten(arg, spelt) for arg in argv[1:])]
@@ -181,6 +209,11 @@ def _rewritten(arg: str, spelt: Mapping[str, str]) -> str:
 
 def join_processes(args: flags.FlagValues) -> None:
     """Join the other processes, if the flags ask for it, and set this one up."""
+    import jax
+
+    from lco_jax.core.shapes import keep_compiled
+    from lco_jax.training.watch import leave_on_sigterm, meeting
+
     explicit = (args.coordinator, args["num-processes"].value, args["process-id"].value)
     asked = [value is not None for value in explicit]
     if any(asked) and not all(asked):
@@ -194,16 +227,4 @@ def join_processes(args: flags.FlagValues) -> None:
                 initialization_timeout=2 * seconds,
             )
     leave_on_sigterm()  # jax's own handler only takes note
-    _set_up_logging()
     keep_compiled()
-
-
-def _set_up_logging() -> None:
-    logging.basicConfig(
-        level=logging.WARNING, format="%(levelname).1s %(name)s: %(message)s", force=True
-    )
-    # orbax reports every save, and logs the tracebacks of what it raises
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    logging.getLogger("lco_jax").setLevel(logging.INFO)  # compiled programs, chosen kernels
-    warnings.filterwarnings("ignore", message=".*Sharding info not provided.*")

@@ -22,6 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lco_jax.core.console import waiting
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import cache_folder, write_text
 from lco_jax.core.packing import Answers, Batch, PackedTokens
@@ -191,7 +192,7 @@ def refused_bytes(error: jax.errors.JaxRuntimeError) -> int:
 def remembered_bytes(lowered: jax.stages.Lowered, what: str) -> int:
     """The memory of a program: from the disk, or from its compiler if the disk does not know it.
 
-    what: the program's name, logged before compiling. The key is the program and what compiles it.
+    what: the program's name. The key is the program and what compiles it.
     The processes of a run look up together, or compile together.
     """
     device = jax.local_devices()[0]
@@ -200,9 +201,10 @@ def remembered_bytes(lowered: jax.stages.Lowered, what: str) -> int:
     file = cache_folder() / "memory" / f"{blake2b(key.encode(), digest_size=16).hexdigest()}.json"
     known = _read(file)
     if _largest_of_all(MIB if known is None else 0):
-        logger.info("compiling the training step with %s", what)
+        logger.debug("compiling the training step with %s", what)
         try:
-            known = peak_bytes(lowered.compile())
+            with waiting("compiling the training step", shown=jax.process_index() == 0):
+                known = peak_bytes(lowered.compile())
         except jax.errors.JaxRuntimeError as error:
             known = refused_bytes(error)
         known = _largest_of_all(known)

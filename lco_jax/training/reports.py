@@ -4,7 +4,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,44 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from lco_jax.core.console import progress_bar, say_metrics, ticking
 from lco_jax.core.errors import LcoError
 from lco_jax.training.metrics import MetricsLog, keep_before
 
 WORST = 8  # records that are named
+RECENT = 50  # steps whose pace counts
+# in 80 columns; what stands last is cut where numbers are long
+BAR = "{desc}: {percentage:3.0f}%|{bar:8}| {n_fmt}/{total_fmt} in {elapsed}{postfix}"
 logger = logging.getLogger(__name__)
+
+
+class Pace:
+    """How fast steps are. Time in which a program was compiled does not count.
+
+    clock: seconds, as of `time.perf_counter`.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self.clock = clock
+        self.since = clock()
+        self.recent = deque[float](maxlen=RECENT)
+
+    def restart(self) -> None:
+        """Call when the first step is under way: it was compiled until now."""
+        self.since = self.clock()
+
+    def step_ended(self, compiled: bool) -> float:
+        """The seconds since the last step ended. compiled: whether a program was, meanwhile."""
+        since, self.since = self.since, self.clock()
+        seconds = self.since - since
+        if not compiled:
+            self.recent.append(seconds)
+        return seconds
+
+    @property
+    def seconds(self) -> float | None:
+        """Of a step, the mean of recent ones; None before there is any."""
+        return sum(self.recent) / len(self.recent) if self.recent else None
 
 
 class StepReports:
@@ -39,27 +74,41 @@ class StepReports:
         self.pending: tuple[int, dict[str, Any], tuple[str, ...]] | None = None
         self.skipped = self.log.skipped if self.log else 0
         self.skipped_in_a_row = 0
-        self.since = time.perf_counter()
-        self.bar = tqdm(
+        self.has_begun = False
+        self.programs = 0  # that the steps have needed so far
+        self.pace = Pace()
+        self.total_steps = total_steps
+        self.bar = progress_bar(
             total=total_steps,
             initial=first_step,
-            desc="training",
-            unit="step",
+            desc="compiling" if first_step < total_steps else "training",
+            bar_format=BAR,
             disable=not is_writer,
-            mininterval=0.5,
         )
+        self.compiling = ExitStack()
+        self.compiling.enter_context(ticking(self.bar))
 
     def record(self, step: int, metrics: Mapping[str, Any], where: tuple[str, ...]) -> None:
-        """Queue the metrics of `step`, and report the step before.
+        """Queue the metrics of `step`, which has begun, and report the step before.
 
         where: the file and line of each record in this process's share of the batch: record
         p + i · P of the batch is the i-th of process p among P.
         """
-        self.flush()
+        programs = metrics.get("programs", 0)
+        self.flush(compiled=programs > self.programs)
+        self.programs = programs
+        if not self.has_begun:
+            self.has_begun = True
+            self.compiling.close()
+            self.pace.restart()
+            self.bar.set_description_str("training")
         self.pending = step, dict(metrics), where
 
-    def flush(self) -> None:
-        """Report the queued step. Raises when too many steps in a row were not finite."""
+    def flush(self, compiled: bool = False) -> None:
+        """Report the queued step. Raises when too many steps in a row were not finite.
+
+        compiled: whether a program of the next step was compiled meanwhile.
+        """
         if self.pending is None:
             return
         step, metrics, where = self.pending
@@ -74,7 +123,7 @@ class StepReports:
             share = slice(jax.process_index(), None, jax.process_count())
             losses = jax.device_get(record_losses)[share]
             report_incident(self.incidents, step, values["loss"], losses, where)
-        self._write(step, values)
+        self._write(step, values, compiled)
         if self.skipped_in_a_row >= self.max_nonfinite:
             raise LcoError(
                 f"the loss or its gradient was not finite in {self.skipped_in_a_row} steps in a "
@@ -82,24 +131,33 @@ class StepReports:
                 f"records in {self.incidents.name}"
             )
 
-    def _write(self, step: int, values: dict[str, float]) -> None:
+    def _write(self, step: int, values: dict[str, float], compiled: bool) -> None:
         """Write a line and move the bar."""
-        since, self.since = self.since, time.perf_counter()
-        seconds = self.since - since
-        records_per_second = self.batch_size / seconds
+        seconds = self.pace.step_ended(compiled)
         line = {key: _json_number(value) for key, value in values.items()}
         line["tokens_per_s"] = line.pop("tokens") / seconds
-        line["records_per_s"] = records_per_second
+        line["records_per_s"] = self.batch_size / seconds
         line["skipped_steps"] = self.skipped
         if self.log:
             self.log.write(step, line)
-        self.bar.set_postfix(
-            loss=f"{values['loss']:.4f}", rate=f"{records_per_second:.0f}/s", refresh=False
-        )
+            say_metrics(f"step {step}", {"step": step, **line})
+        self.bar.set_postfix_str(self._postfix(step, values["loss"]), refresh=False)
         self.bar.update()
+
+    def _postfix(self, step: int, loss: float) -> str:
+        """What stands behind the bar: the time that is left, the speed, and the loss."""
+        parts = []
+        if seconds := self.pace.seconds:
+            left = (self.total_steps - step - 1) * seconds
+            parts = [
+                f"{tqdm.format_interval(left)} left",
+                f"{self.batch_size / seconds:,.0f} records/s",
+            ]
+        return ", ".join([*parts, f"loss {loss:.3f}"])
 
     def close(self) -> None:
         """End the bar and the log."""
+        self.compiling.close()
         self.bar.close()
         if self.log:
             self.log.close()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 
+from lco_jax.core.console import last_traceback, last_words
 from lco_jax.core.errors import PEER_LOST, PREEMPTED, PeerLost, leave, peer_is_gone
 
 MEETING_SECONDS = 300  # within which all processes must have met
@@ -109,11 +110,10 @@ def peers() -> Iterator[None]:
     except (jax.errors.JaxRuntimeError, PeerLost, TimeoutError) as error:
         if not peer_is_gone(error):
             raise
-        traceback.print_exc()
-        print(
+        last_traceback()
+        last_words(
             f"\n{_this_process()}: another process is gone, or late; its last words say why. "
-            "The same command resumes from the newest checkpoint",
-            file=sys.stderr,
+            "The same command resumes from the newest checkpoint"
         )
         # the others depend on process 0, which keeps jax's coordination service
         leave(PEER_LOST, seconds=0.0 if jax.process_index() else 1.0)
@@ -171,7 +171,7 @@ class Watchdog(threading.Thread):
 
 def _end_at_once(status: int, message: str) -> None:
     """End the process from a thread or a handler, without waiting for anything."""
-    print(message, file=sys.stderr, flush=True)
+    last_words(message)
     os._exit(status)
 
 
