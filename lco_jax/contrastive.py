@@ -14,7 +14,7 @@ from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath
 from lco_jax.data.records import Content, as_input
 from lco_jax.embedder import OmniEmbedder
-from lco_jax.evaluation.plots import plot_similarity
+from lco_jax.evaluation.plots import plot_similarity, subject_of
 from lco_jax.evaluation.retrieval import Retrieval, retrieval
 from lco_jax.evaluation.sts import agreement
 from lco_jax.job import Job, held_out_progress, open_job, say
@@ -64,7 +64,8 @@ def _plot(job: Job, before: dict[str, Retrieval], after: dict[str, Retrieval]) -
     """Draw the held-out cosines, if there are any."""
     if after and jax.process_index() == 0:
         pairs = {name: (before[name].similarity, after[name].similarity) for name in after}
-        plot_similarity(job.workdir / "similarity.png", pairs)
+        subject = subject_of(job.config.model.path, "held-out records")
+        plot_similarity(job.workdir / "similarity.png", subject, pairs)
 
 
 def _make_step(job: Job, model: Model) -> Step:

@@ -12,7 +12,7 @@ from lco_jax.checkpoint.export import export_merged
 from lco_jax.checkpoint.peft import has_adapters, write_peft
 from lco_jax.core.console import say_all
 from lco_jax.core.files import on_bucket, write_json
-from lco_jax.evaluation.plots import plot_loss
+from lco_jax.evaluation.plots import plot_loss, subject_of
 from lco_jax.job import Job
 from lco_jax.loop import Loop
 from lco_jax.training import tuning
@@ -51,6 +51,13 @@ def _tuned_on_host(loop: Loop) -> dict[str, Any]:
     return found["tuned"]
 
 
+def _subject(job: Job) -> str:
+    config = job.config
+    sources = ", ".join(config.data.sources)
+    counted = f"{job.total_steps:,} steps of {config.train.batch_size}"
+    return subject_of(config.model.path, sources, counted)
+
+
 def _write(job: Job, tuned: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
     lines = read_metrics(job.workdir / "metrics.jsonl")
     lines = [line for line in lines if all(isinstance(line.get(key), float) for key in CURVE)]
@@ -58,7 +65,7 @@ def _write(job: Job, tuned: dict[str, Any], scores: dict[str, Any]) -> dict[str,
     if lines:  # the file may have been lost, and the training not
         steps = [line["step"] for line in lines]
         rates = [line["learning_rate"] for line in lines]
-        plot_loss(job.workdir / "loss.png", steps, losses, rates)
+        plot_loss(job.workdir / "loss.png", _subject(job), steps, losses, rates)
     results = _results(job, losses, scores)
     _export(job, tuned, results)
     write_json(job.workdir / "results.json", results)  # the last: it says that all is there

@@ -1,4 +1,4 @@
-"""The documentation: whole tables, links that lead somewhere, a comment for each key that is shown.
+"""The documentation: whole tables, links that lead somewhere, each configuration.
 
 `.ci/run` builds the site, with warnings as errors.
 """
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lco_jax.training.cli import CONFIGS, names
-from tools.docs_configs import configs, key_comments
+from lco_jax.training.cli import names
+from tools.docs_configs import configs
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -58,13 +58,3 @@ def test_each_configuration_is_on_the_page():
     for name in names():
         assert f"\n## {name}\n" in f"\n{page}"
     assert "| `model.quantize` | `''` | store the frozen decoder's matrices as int8" in page
-
-
-def test_comments_stand_above_a_key_or_behind_it():
-    comments = key_comments(CONFIGS / "base.py")
-    assert comments["seed"] == "of the adapter, the data order and dropout"
-    assert comments["model.path"].startswith("a folder, a hub id, or")
-    assert comments["mesh"].startswith("devices; -1:")
-    remat = comments["model.remat"]
-    assert remat.startswith("What a layer stores for its backward pass")
-    assert remat.endswith("as the compiler reports it.")

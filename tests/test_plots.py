@@ -15,7 +15,7 @@ LOSSES = (RNG.random(8), np.full(8, 4))
 PICTURES = {
     "ranks": lambda path: plots.plot_ranks(path, SUBJECT, np.array([1, 2, 2, 9]), 10),
     "spectrum": lambda path: plots.plot_spectrum(path, SUBJECT, {"q": np.array([2, 1, 1e-17])}, 1),
-    "loss": lambda path: plots.plot_loss(path, [1, 2], [2.0, 1.0], [0.0, 1e-3], SUBJECT),
+    "loss": lambda path: plots.plot_loss(path, SUBJECT, [1, 2], [2.0, 1.0], [0.0, 1e-3]),
     "layers": lambda path: layer_plots.plot_layers(path, SUBJECT, {"before": LAYERS}, ["cka"], 0.1),
     "sides": lambda path: layer_plots.plot_layers(
         path, SUBJECT, {"before": LAYERS, "after": LAYERS}, ["anisotropy"]

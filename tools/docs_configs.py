@@ -1,15 +1,13 @@
 """The configurations as a page of the documentation: their texts, keys, values and comments."""
 
 import ast
-import re
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from lco_jax.training.cli import CONFIGS, names
+from lco_jax.training.help import comments_of
 
-ASSIGNED = re.compile(r"\s*config\.([\w.]+) = ")
 SECTIONS = {"": "The run"}  # keys without a section
 BAR = r"\|"  # a bar within a cell of a table
 
@@ -24,22 +22,9 @@ def configs() -> str:
     return "\n".join(sections)
 
 
-def key_comments(file: Path) -> dict[str, str]:
-    """The comment of each key that a configuration's file assigns: above it, or behind it."""
-    comments: dict[str, str] = {}
-    above: list[str] = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        key = ASSIGNED.match(line)
-        _, _, behind = line.partition("  # ")
-        if key:
-            comments[key[1]] = " ".join([*above, behind]).strip()
-        above = [*above, line.strip("# ")] if line.strip().startswith("# ") else []
-    return comments
-
-
 def _key_tables(values: Mapping[str, Any]) -> Iterator[str]:
     """A table for each section of the keys of base."""
-    comments = key_comments(CONFIGS / "base.py")
+    comments = _comments("base")
     sections: dict[str, list[str]] = {}
     for key, comment in comments.items():  # in the order of the file
         if key in values:
@@ -53,7 +38,7 @@ def _key_tables(values: Mapping[str, Any]) -> Iterator[str]:
 
 def _differences(name: str, base: Mapping[str, Any]) -> str:
     """What a configuration sets to another value than base does, and why if it says so."""
-    comments = key_comments(CONFIGS / f"{name}.py")
+    comments = _comments(name)
     differing = {key: value for key, value in _values(name).items() if base.get(key) != value}
     rows = [_row(key, value, comments.get(key, "")) for key, value in differing.items()]
     return "\n".join(["| what differs from base | value | |", "|---|---|---|", *rows])
@@ -81,5 +66,13 @@ def _flat(tree: Mapping[str, Any], start: str = "") -> Iterator[tuple[str, Any]]
 
 def _text(name: str) -> str:
     """The docstring of a configuration's file."""
-    module = ast.parse((CONFIGS / f"{name}.py").read_text(encoding="utf-8"))
-    return ast.get_docstring(module) or ""
+    return ast.get_docstring(ast.parse(_source(name))) or ""
+
+
+def _comments(name: str) -> dict[str, str]:
+    """Key -> its comment in a configuration's file."""
+    return comments_of(_source(name))
+
+
+def _source(name: str) -> str:
+    return (CONFIGS / f"{name}.py").read_text(encoding="utf-8")

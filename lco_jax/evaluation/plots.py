@@ -25,10 +25,10 @@ def subject_of(model: str, data: str, counted: str = "") -> str:
 
 def plot_loss(
     path: Path,
+    subject: str,
     steps: list[int],
     losses: list[float],
     rates: list[float],
-    subject: str = "",
 ) -> None:
     """The training loss, its running mean, and the learning rate behind it."""
     width = max(len(losses) // 20, 1)
@@ -59,7 +59,7 @@ def plot_loss(
 
 
 def plot_similarity(
-    path: Path, found: Mapping[str, tuple[np.ndarray, np.ndarray]], subject: str = ""
+    path: Path, subject: str, found: Mapping[str, tuple[np.ndarray, np.ndarray]]
 ) -> None:
     """Cosines of held-out anchors and positives before and after; the right pairs are the diagonal.
 
