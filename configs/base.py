@@ -98,6 +98,7 @@ def _set_training(config: ConfigDict) -> None:
     # a process ends when no step ends for this number of seconds (six times it for the first)
     config.train.patience = 300.0
 
+    _set_loss(config)
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 2e-3  # the peak
     config.optimizer.schedule = "cosine"  # or linear, constant
@@ -107,6 +108,28 @@ def _set_training(config: ConfigDict) -> None:
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.0
     config.optimizer.clip_norm = 1.0
+
+
+def _set_loss(config: ConfigDict) -> None:
+    """What may be added to the paper's loss; the defaults add nothing."""
+    config.loss = ConfigDict()
+    # temperatures of text, image, video and audio in place of train.temperature; (): that one for
+    # all. A pair has the mean of its two contents'.
+    config.loss.temperatures = ()
+    config.loss.learn_temperature = False  # train them, from these values
+    # prefixes of vectors that are embeddings, too (Matryoshka): (512, 256, 128)
+    config.loss.matryoshka = ()
+    config.loss.matryoshka_weights = ()  # of the whole vector and of each prefix; (): equal
+    # a candidate that scores above the positive less the margin is no negative. Whose scores: own
+    # (this model's), base (the model before tuning); "": all are negatives
+    config.loss.false_negatives = ""
+    config.loss.false_negative_margin = 0.0
+    config.loss.hard_weight = 1.0  # how many times a record's own hard negatives count
+    # learn a teacher's scores, teacher_scores of a record: kl, margin_mse, or "": no
+    config.loss.teacher = ""
+    config.loss.teacher_weight = 1.0
+    config.loss.teacher_temperature = 1.0  # of the teacher's softmax, for kl
+    config.loss.coral = 0.0  # weight of a term that aligns the covariances of modalities
 
 
 def _set_surroundings(config: ConfigDict) -> None:

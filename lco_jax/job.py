@@ -29,6 +29,7 @@ from lco_jax.models.model import Model
 from lco_jax.training import tuning
 from lco_jax.training.folder import check_outputs
 from lco_jax.training.metrics import check_packages
+from lco_jax.training.objective import LossConfig
 from lco_jax.training.run import check_same_run, has_begun
 from lco_jax.training.state import Training
 
@@ -95,6 +96,7 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
     checkpoint = open_checkpoint(config.model.path)
     processor, layout = open_layout(config, sources, checkpoint, generative)
     training = Training.build(config, checkpoint, total_steps, mesh)
+    _check_objective(training.objective, sources, checkpoint)
     _print_summary(config, mesh, sources, training, total_steps)
     named = {f"held-out data {name}": source for name, source in held_out.items()}
     needed = _towers_for(checkpoint, {**named, **sources}, media)
@@ -174,8 +176,21 @@ def open_layout(
         chunk_tokens=config.train.chunk_tokens,
         on_bad=config.data.on_bad,
         generative=generative,
+        teacher=bool(config.loss.teacher) and not generative,
     )
     return processor, layout
+
+
+def _check_objective(
+    objective: LossConfig, sources: Mapping[str, Source], checkpoint: Checkpoint
+) -> None:
+    """Raise for a loss that this model or these data cannot have."""
+    objective.check_dimension(checkpoint.config.hidden_size)
+    if objective.teacher and not any(source.has_teacher for source in sources.values()):
+        raise LcoError(
+            f"config.loss.teacher is {objective.teacher!r}, and no record has teacher_scores: a "
+            "list of numbers, of the positive and of each negative"
+        )
 
 
 def batches_of(

@@ -18,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lco_jax import loop
-from lco_jax.core.errors import PREEMPTED, run_main
+from lco_jax.core.errors import PREEMPTED, LcoError, run_main
 from lco_jax.core.files import AnyPath
 from lco_jax.data.records import answer_of, as_input
 from lco_jax.generator import OmniGenerator
@@ -27,6 +27,7 @@ from lco_jax.models.model import Model
 from lco_jax.outputs import finish
 from lco_jax.training import cli
 from lco_jax.training.folder import held
+from lco_jax.training.objective import LossConfig
 from lco_jax.training.run import check_config
 from lco_jax.training.step import Step, make_pretrain_step
 from lco_jax.training.watch import peers
@@ -41,6 +42,8 @@ def pretrain(config: ConfigDict, output: AnyPath) -> dict[str, Any]:
     the folder.
     """
     check_config(config)
+    if added := LossConfig.of(config).added:
+        raise LcoError(f"config.loss.{added[0]} goes with lco_jax.train; this loss is generative")
     with held(output) as home:
         return _pretrain(config, home)
 

@@ -95,12 +95,10 @@ def _make_step(job: Job, model: Model) -> Step:
         model,
         training.tx,
         training.lora,
-        config.train.temperature,
+        training.objective,
         config.seed,
         job.mesh,
         training.shardings,
-        ignore_duplicates=config.train.ignore_duplicates,
-        two_way=config.train.two_way,
     )
 
 

@@ -22,6 +22,7 @@ from lco_jax.data.prompts import ChatTokenizer
 from lco_jax.data.records import Record
 from lco_jax.data.sources import JsonlSource
 from lco_jax.training.losses import info_nce
+from lco_jax.training.objective import LossConfig
 from lco_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from lco_jax.training.state import init_state, state_shardings
 from lco_jax.training.step import make_train_step, make_update
@@ -62,7 +63,7 @@ def run(
     losses, metrics = [], {}
     with jax.set_mesh(mesh):
         state, places = begin(adapters, tx, mesh)
-        step = make_train_step(model, tx, config, TEMPERATURE, 0, mesh, places)
+        step = make_train_step(model, tx, config, LossConfig(TEMPERATURE), 0, mesh, places)
         for local in batches:
             state, metrics = step(
                 state, params, pipeline.global_batch(local, layout, processor.rows, mesh)
@@ -227,7 +228,7 @@ def test_a_step_that_is_not_finite_changes_nothing(cases, records):
     with jax.set_mesh(mesh):
         batch = pipeline.global_batch(local, layout, processor.rows, mesh)
         state, places = begin(adapters, tx, mesh)
-        step = make_train_step(model, tx, config, 0.03, 0, mesh, places)
+        step = make_train_step(model, tx, config, LossConfig(), 0, mesh, places)
         before = jax.device_get(state)
         after, metrics = step(state, broken, batch)
         assert not bool(metrics["finite"])
