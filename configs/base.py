@@ -69,6 +69,12 @@ def _set_data(config: ConfigDict) -> None:
     # error: a bad record stops the run by file and line; skip: it is left out and reported
     config.data.on_bad = "error"
     config.data.batches = "mixed"  # or homogeneous: all records of a batch from one source
+    # of a mixed batch: so many records one after another come from one source, as its neighbours'
+    # negatives; it divides train.batch_size
+    config.data.sub_batch = 1
+    # a source without a weight has that of its size to the power of 1 / this temperature; large
+    # ones draw all sources alike
+    config.data.sampling_temperature = 1.0
     config.data.threads = 2  # that read and prepare records
     config.data.media = ConfigDict()  # caps, the reference's; lco_jax.MediaConfig documents them
     config.data.media.image_max_side = 700  # an image is shrunk to this number of pixels, squared

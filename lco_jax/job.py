@@ -201,17 +201,24 @@ def batches_of(
     Contrastive training, whose records are each other's negatives, wants each of them once in a
     batch. Logs what the data do not allow.
     """
-    weights = {}
-    for name, source in sources.items():
-        weights[name] = config.data.sources[name].get("weight", len(source))
+    weights = weights_of(config, sources)
     one_source = len(sources) == 1 or config.data.batches == "homogeneous"
-    run = layout.batch_size if config.data.batches == "homogeneous" else 1
+    run = layout.batch_size if config.data.batches == "homogeneous" else config.data.sub_batch
     once = 0 if layout.generative else layout.batch_size
     stream = pipeline.record_stream(sources, weights, config.seed, run, once)
     if once and not config.train.ignore_duplicates and jax.process_index() == 0:
         for line in mixture.repeats(sources, weights, layout.batch_size, one_source):
             logger.warning("%s", line)
     return pipeline.local_batches(stream, layout, processor, config.data.max_length)
+
+
+def weights_of(config: ConfigDict, sources: Mapping[str, Source]) -> dict[str, float]:
+    """How often each source is drawn: its weight, or what its size makes of it."""
+    weights = {}
+    for name, source in sources.items():
+        by_size = len(source) ** (1 / config.data.sampling_temperature)
+        weights[name] = config.data.sources[name].get("weight", by_size)
+    return weights
 
 
 def say(line: str) -> None:

@@ -4,6 +4,7 @@ Each of them is a content (`content.py`): a text or a tuple of parts. Media are 
 encoded bytes, lists of a video's frames or, from TFDS, decoded arrays.
 """
 
+import math
 import os
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
@@ -114,7 +115,7 @@ def _scores(given: Any, candidates: int, where: str) -> tuple[float, ...]:
     if given is None:
         return ()
     scores = given.tolist() if isinstance(given, np.ndarray) else given
-    if not isinstance(scores, list) or not all(is_number(one) for one in scores):
+    if not isinstance(scores, list) or not all(map(_is_finite, scores)):
         raise LcoError(
             f"{where}: teacher_scores is {describe(given)}; it must be a list of numbers, of the "
             "positive and of each negative"
@@ -125,6 +126,10 @@ def _scores(given: Any, candidates: int, where: str) -> tuple[float, ...]:
             "candidates: the positive and each negative"
         )
     return tuple(map(float, scores))
+
+
+def _is_finite(value: Any) -> bool:
+    return is_number(value) and math.isfinite(value)
 
 
 def _required(reader: Reader, given: Mapping, name: str) -> Content:

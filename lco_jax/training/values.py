@@ -150,6 +150,8 @@ RULES: dict[str, Rule] = {
     "lora.targets": TEXT,
     "data.on_bad": Choice(("error", "skip")),
     "data.batches": Choice(("mixed", "homogeneous")),
+    "data.sub_batch": AT_LEAST_1,
+    "data.sampling_temperature": ABOVE_0,
     "data.threads": AT_LEAST_1,
     "data.max_negatives": Whole(-1),
     "data.max_length": OrNone(AT_LEAST_1),
@@ -225,6 +227,16 @@ def _check_together(flat: Mapping[str, Any]) -> None:
         raise LcoError(
             f"config.optimizer.warmup_steps is {warmup}; it must be less than config.train.steps, "
             f"which is {steps}"
+        )
+    if flat["train.batch_size"] % flat["data.sub_batch"]:
+        raise LcoError(
+            f"config.data.sub_batch is {flat['data.sub_batch']}; it must divide "
+            f"config.train.batch_size, which is {flat['train.batch_size']}"
+        )
+    if flat["data.sub_batch"] > 1 and flat["data.batches"] == "homogeneous":
+        raise LcoError(
+            "config.data.sub_batch goes with config.data.batches=mixed; homogeneous batches are "
+            "of one source as a whole"
         )
     try:
         re.compile(flat["lora.targets"])
