@@ -41,6 +41,7 @@ from lco_jax.data.tower_rows import Processed
 from lco_jax.models.decoder import Decoder
 from lco_jax.models.model import Model
 from lco_jax.training import tuning
+from lco_jax.training.objective import LossConfig
 from lco_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
 from lco_jax.training.state import init_state, state_shardings
 from lco_jax.training.step import contrastive_loss, embed_chunks, make_train_step
@@ -112,7 +113,9 @@ class Training:
         with jax.set_mesh(self.mesh):
             init = jax.jit(lambda tuned: init_state(tuned, tx), out_shardings=places)
             self.state = init(self.tuned)
-        self.step = make_train_step(self.model, tx, self.config, TEMPERATURE, 0, self.mesh, places)
+        self.step = make_train_step(
+            self.model, tx, self.config, LossConfig(TEMPERATURE), 0, self.mesh, places
+        )
         self.layout = self._layout()
 
     def _layout(self) -> pipeline.Layout:
@@ -200,7 +203,9 @@ def _loss(
     decoder: Decoder, config: lora.LoraConfig, tuned: Any, params: Any, batch: Batch
 ) -> tuple:
     """The loss, and the embeddings that it was made of."""
-    loss, _ = contrastive_loss(tuned, params, batch, None, decoder, config, TEMPERATURE, 0)
+    loss, _ = contrastive_loss(
+        tuned, params, batch, None, decoder, config, LossConfig(TEMPERATURE), 0
+    )
     embeddings = embed_chunks(decoder, tuning.attach(params, tuned, config), batch.tokens)
     return loss, embeddings.reshape(-1, embeddings.shape[-1])[batch.sequences]
 

@@ -69,6 +69,12 @@ def _set_data(config: ConfigDict) -> None:
     # error: a bad record stops the run by file and line; skip: it is left out and reported
     config.data.on_bad = "error"
     config.data.batches = "mixed"  # or homogeneous: all records of a batch from one source
+    # of a mixed batch: so many records one after another come from one source, as its neighbours'
+    # negatives; it divides train.batch_size
+    config.data.sub_batch = 1
+    # a source without a weight has that of its size to the power of 1 / this temperature; large
+    # ones draw all sources alike
+    config.data.sampling_temperature = 1.0
     config.data.threads = 2  # that read and prepare records
     config.data.media = ConfigDict()  # caps, the reference's; lco_jax.MediaConfig documents them
     config.data.media.image_max_side = 700  # an image is shrunk to this number of pixels, squared
@@ -98,6 +104,7 @@ def _set_training(config: ConfigDict) -> None:
     # a process ends when no step ends for this number of seconds (six times it for the first)
     config.train.patience = 300.0
 
+    _set_loss(config)
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 2e-3  # the peak
     config.optimizer.schedule = "cosine"  # or linear, constant
@@ -108,6 +115,28 @@ def _set_training(config: ConfigDict) -> None:
     config.optimizer.eps = 1e-8  # in its denominator
     config.optimizer.weight_decay = 0.0  # of AdamW
     config.optimizer.clip_norm = 1.0  # longer gradients are cut to this norm; 0: none is
+
+
+def _set_loss(config: ConfigDict) -> None:
+    """What may be added to the paper's loss; the defaults add nothing."""
+    config.loss = ConfigDict()
+    # temperatures of text, image, video and audio in place of train.temperature; (): that one for
+    # all. A pair has the mean of its two contents'.
+    config.loss.temperatures = ()
+    config.loss.learn_temperature = False  # train them, from these values
+    # prefixes of vectors that are embeddings, too (Matryoshka): (512, 256, 128)
+    config.loss.matryoshka = ()
+    config.loss.matryoshka_weights = ()  # of the whole vector and of each prefix; (): equal
+    # a candidate that scores above the positive less the margin is no negative. Whose scores: own
+    # (this model's), base (the model before tuning); "": all are negatives
+    config.loss.false_negatives = ""
+    config.loss.false_negative_margin = 0.0
+    config.loss.hard_weight = 1.0  # how many times a record's own hard negatives count
+    # learn a teacher's scores, teacher_scores of a record: kl, margin_mse, or "": no
+    config.loss.teacher = ""
+    config.loss.teacher_weight = 1.0
+    config.loss.teacher_temperature = 1.0  # of the teacher's softmax, for kl
+    config.loss.coral = 0.0  # weight of a term that aligns the covariances of modalities
 
 
 def _set_surroundings(config: ConfigDict) -> None:

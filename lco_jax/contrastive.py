@@ -70,17 +70,15 @@ def _plot(job: Job, before: dict[str, Retrieval], after: dict[str, Retrieval]) -
 
 def _make_step(job: Job, model: Model) -> Step:
     """The training step: forward pass, InfoNCE, gradients, AdamW."""
-    config, training = job.config, job.training
+    training = job.training
     return make_train_step(
         model,
         training.tx,
         training.lora,
-        config.train.temperature,
-        config.seed,
+        training.objective,
+        job.config.seed,
         job.mesh,
         training.shardings,
-        ignore_duplicates=config.train.ignore_duplicates,
-        two_way=config.train.two_way,
     )
 
 

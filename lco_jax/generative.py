@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lco_jax import loop
+from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath
 from lco_jax.data.records import answer_of, as_input
 from lco_jax.generator import OmniGenerator
@@ -16,6 +17,7 @@ from lco_jax.models.model import Model
 from lco_jax.outputs import finish
 from lco_jax.results import Results
 from lco_jax.training.folder import held
+from lco_jax.training.objective import LossConfig
 from lco_jax.training.run import check_config
 from lco_jax.training.step import Step, make_pretrain_step
 
@@ -25,6 +27,8 @@ ANSWERED = 4  # held-out prompts
 def pretrain(config: ConfigDict, output: str | os.PathLike[str]) -> Results:
     """As `lco_jax.pretrain.pretrain`, with the configuration that its arguments make."""
     check_config(config)
+    if added := LossConfig.of(config).added:
+        raise LcoError(f"config.loss.{added[0]} goes with lco_jax.train; this loss is generative")
     with held(output) as home:
         return Results(_pretrain(config, home), home, config.model.path)
 

@@ -31,6 +31,7 @@ from lco_jax.models.model import Model
 from lco_jax.training import tuning
 from lco_jax.training.folder import check_outputs
 from lco_jax.training.metrics import check_packages
+from lco_jax.training.objective import LossConfig
 from lco_jax.training.run import check_same_run, has_begun
 from lco_jax.training.state import Training, warmup_steps
 
@@ -97,6 +98,7 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
     checkpoint = open_checkpoint(config.model.path)
     processor, layout = open_layout(config, sources, checkpoint, generative)
     training = Training.build(config, checkpoint, total_steps, mesh)
+    _check_objective(training.objective, sources, checkpoint)
     _say_warmup(config, total_steps)
     _print_summary(config, home, mesh, sources, training, total_steps)
     named = {f"held-out data {name}": source for name, source in held_out.items()}
@@ -192,8 +194,21 @@ def open_layout(
         chunk_tokens=config.train.chunk_tokens,
         on_bad=config.data.on_bad,
         generative=generative,
+        teacher=bool(config.loss.teacher) and not generative,
     )
     return processor, layout
+
+
+def _check_objective(
+    objective: LossConfig, sources: Mapping[str, Source], checkpoint: Checkpoint
+) -> None:
+    """Raise for a loss that this model or these data cannot have."""
+    objective.check_dimension(checkpoint.config.hidden_size)
+    if objective.teacher and not any(source.has_teacher for source in sources.values()):
+        raise LcoError(
+            f"config.loss.teacher is {objective.teacher!r}, and no record has teacher_scores: a "
+            "list of numbers, of the positive and of each negative"
+        )
 
 
 def batches_of(
@@ -204,17 +219,24 @@ def batches_of(
     Contrastive training, whose records are each other's negatives, wants each of them once in a
     batch. Logs what the data do not allow.
     """
-    weights = {}
-    for name, source in sources.items():
-        weights[name] = config.data.sources[name].get("weight", len(source))
+    weights = weights_of(config, sources)
     one_source = len(sources) == 1 or config.data.batches == "homogeneous"
-    run = layout.batch_size if config.data.batches == "homogeneous" else 1
+    run = layout.batch_size if config.data.batches == "homogeneous" else config.data.sub_batch
     once = 0 if layout.generative else layout.batch_size
     stream = pipeline.record_stream(sources, weights, config.seed, run, once)
     if once and not config.train.ignore_duplicates and jax.process_index() == 0:
         for line in mixture.repeats(sources, weights, layout.batch_size, one_source):
             logger.warning("%s", line)
     return pipeline.local_batches(stream, layout, processor, config.data.max_length)
+
+
+def weights_of(config: ConfigDict, sources: Mapping[str, Source]) -> dict[str, float]:
+    """How often each source is drawn: its weight, or what its size makes of it."""
+    weights = {}
+    for name, source in sources.items():
+        by_size = len(source) ** (1 / config.data.sampling_temperature)
+        weights[name] = config.data.sources[name].get("weight", by_size)
+    return weights
 
 
 def say(line: str, metrics: Mapping[str, Any] | None = None) -> None:

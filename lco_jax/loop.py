@@ -137,7 +137,8 @@ def _abstract_batch(job: Job, layout: pipeline.Layout) -> Batch:
     """A batch of a planned layout, as shapes on the mesh."""
     media = memory.abstract_media(job.processor.rows, layout.media_floor, job.mesh)
     sides = layout.batch_size, layout.sides
-    return memory.abstract_batch(layout.floor, sides, len(layout.prefix), job.mesh, media)
+    prefix, teacher = len(layout.prefix), layout.teacher
+    return memory.abstract_batch(layout.floor, sides, prefix, job.mesh, media, teacher)
 
 
 def run(loop: Loop) -> bool:

@@ -330,6 +330,19 @@ def test_a_bug_is_no_bad_input(workers):
         list(prepare_ahead(Preparation(None), [("text", "input 0")], workers))
 
 
+def test_a_teachers_scores_are_of_every_candidate():
+    given = {"anchor": "a", "positive": "p", "negative": ["m", "n"]}
+    scored = parse_record({**given, "teacher_scores": [0.9, 0.5, 1]}, "here")
+    assert scored.teacher_scores == (0.9, 0.5, 1.0)
+    assert not scored.ignored
+    assert parse_record({**given, "teacher_scores": None}, "here").teacher_scores == ()
+    with pytest.raises(LcoError, match="here: teacher_scores has 2 numbers, and there are 3 cand"):
+        parse_record({**given, "teacher_scores": [0.9, 0.5]}, "here")
+    for wrong in ("0.9", [0.9, "0.5", 1.0], [0.9, True, 1.0], 0.9, [0.9, float("nan"), 1.0]):
+        with pytest.raises(LcoError, match=r"here: teacher_scores is .* must be a list of numbers"):
+            parse_record({**given, "teacher_scores": wrong}, "here")
+
+
 def test_negatives_are_one_side_or_several():
     parts = [image("i.png"), text("t")]
     for given, count in (

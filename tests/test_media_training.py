@@ -27,6 +27,7 @@ from lco_jax.models.model import MediaPrograms
 from lco_jax.train import train
 from lco_jax.training.losses import info_nce
 from lco_jax.training.metrics import read_metrics
+from lco_jax.training.objective import LossConfig
 from lco_jax.training.step import contrastive_loss
 
 TEMPERATURE = 0.05
@@ -79,7 +80,9 @@ def our_gradient(path, records, adapters, mesh, chunk_tokens=400):
         tokens = MediaPrograms(model, mesh)(params, batch.media)
         loss = jax.value_and_grad(contrastive_loss, has_aux=True)
         run = jax.jit(
-            lambda a: loss(a, params, batch, tokens, model.decoder, CONFIG, TEMPERATURE, 0)
+            lambda a: loss(
+                a, params, batch, tokens, model.decoder, CONFIG, LossConfig(TEMPERATURE), 0
+            )
         )
         (value, _), gradient = run({"decoder": adapters})
     return float(value), jax.device_get(gradient["decoder"])

@@ -21,7 +21,7 @@ from lco_jax.data.prompts import ChatTokenizer, as_messages
 from lco_jax.data.records import Record
 from lco_jax.data.scan import ListSource
 from lco_jax.data.sources import JsonlSource
-from lco_jax.job import open_layout
+from lco_jax.job import open_layout, weights_of
 
 PREFIX = np.zeros(0, np.int32)
 LAYOUT = Layout(batch_size=8, max_negatives=2, prefix=PREFIX)
@@ -87,6 +87,27 @@ def test_sources_of_a_mixture_keep_their_epochs():
     of_a = np.array([where for where in seen if where[0] == "a"][:98]).reshape(14, 7)
     assert (np.sort(of_a) == [f"a:{i}" for i in range(7)]).all()
     assert len({tuple(epoch) for epoch in of_a}) > 7
+
+
+def test_sub_batches_are_of_one_source():
+    """Of 16 records four times four; both sources stand in most batches."""
+    sources = {"a": numbered(40, "a"), "b": numbered(60, "b")}
+    stream = record_stream(sources, {"a": 1.0, "b": 1.0}, 0, run=4, batch_size=16)
+    names = np.array([stream[i].where[0] for i in range(16 * 20)]).reshape(20, 4, 4)
+    assert (names == names[:, :, :1]).all()
+    assert np.mean([len(set(batch.flat)) == 2 for batch in names]) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("temperature", "weights"), [(1.0, [100.0, 25.0]), (2.0, [10.0, 5.0]), (1e9, [1.0, 1.0])]
+)
+def test_sources_without_a_weight_are_drawn_by_their_size(temperature, weights):
+    config = base.get_config()
+    config.data.sampling_temperature = temperature
+    config.data.sources = {"a": {"kind": "jsonl"}, "b": {"kind": "jsonl"}, "c": {"weight": 7.0}}
+    sources = {"a": numbered(100), "b": numbered(25), "c": numbered(3)}
+    found = weights_of(config, sources)
+    np.testing.assert_allclose(list(found.values()), [*weights, 7.0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, "much"])

@@ -99,7 +99,7 @@ def test_memory_is_that_of_the_run(tmp_path, monkeypatch, on_cpu):
         given = (
             training.tx,
             training.lora,
-            config.train.temperature,
+            training.objective,
             config.seed,
             mesh,
             training.shardings,

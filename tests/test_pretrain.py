@@ -32,6 +32,7 @@ from lco_jax.pretrain import pretrain
 from lco_jax.train import train
 from lco_jax.training import tuning
 from lco_jax.training.metrics import read_metrics
+from lco_jax.training.objective import LossConfig
 from lco_jax.training.step import contrastive_loss, generative_loss
 
 LORA = lora.LoraConfig(rank=4, alpha=8)
@@ -288,7 +289,9 @@ def test_two_ways_are_the_mean_of_each(tmp_path):
         patched.setattr(
             "lco_jax.training.step.embed_chunks", lambda *_: vectors.reshape(1, 1, 15, 8)
         )
-        options = {"decoder": None, "config": LORA, "temperature": 0.1, "seed": 0}
+        options = {"decoder": None, "config": LORA, "seed": 0}
         for two_way, value in ((False, want[0]), (True, np.mean(want))):
-            loss, _ = contrastive_loss({}, {}, batch, None, two_way=two_way, **options)
+            loss, _ = contrastive_loss(
+                {}, {}, batch, None, objective=LossConfig(0.1, two_way), **options
+            )
             assert abs(float(loss) - value) < 1e-5

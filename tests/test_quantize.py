@@ -38,6 +38,7 @@ from lco_jax.data.processor import Processor
 from lco_jax.data.sources import JsonlSource
 from lco_jax.models.model import Model
 from lco_jax.train import train
+from lco_jax.training.objective import LossConfig
 from lco_jax.training.optimizer import OptimizerConfig, make_optimizer
 from lco_jax.training.run import check_config, check_same_run
 from lco_jax.training.state import init_state, state_shardings
@@ -228,7 +229,7 @@ def losses(params, decoder, mesh=(1, 1, 1), steps=3):
     with jax.set_mesh(mesh):
         places = state_shardings(tuned, tx, mesh)
         state = jax.jit(lambda a: init_state(a, tx), out_shardings=places)(tuned)
-        step = make_train_step(Model(decoder, {}), tx, config, 0.03, 0, mesh, places)
+        step = make_train_step(Model(decoder, {}), tx, config, LossConfig(), 0, mesh, places)
         local = pipeline._prepare(records, layout, processor, None, 1, 0)
         batch = pipeline.global_batch(local, layout, processor.rows, mesh)
         for _ in range(steps):

@@ -1,5 +1,7 @@
 """The training step: the reference's loss and gradient, the same on any mesh and in any chunks."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,7 @@ from lco_jax.data.prompts import ChatTokenizer
 from lco_jax.data.records import Record
 from lco_jax.data.sources import JsonlSource
 from lco_jax.training.losses import info_nce
+from lco_jax.training.objective import LossConfig
 from lco_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from lco_jax.training.state import init_state, state_shardings
 from lco_jax.training.step import make_train_step, make_update
@@ -42,9 +45,12 @@ def begin(adapters, tx, mesh):
     return jax.jit(lambda tuned: init_state(tuned, tx), out_shardings=places)(tuned), places
 
 
+PAPER = LossConfig(TEMPERATURE)
+
+
 def run(
     path, records, adapters=None, *, mesh=(1, 1, 1), chunk_tokens=0, steps=STEPS, batch=BATCH,
-    dropout=0.0, negatives=1,
+    dropout=0.0, negatives=1, objective=PAPER,
 ):  # fmt: skip
     """Train from `path`; returns (losses, adapters, metrics of the last step)."""
     mesh = make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
@@ -55,14 +61,20 @@ def run(
         adapters = lora.init(jax.random.key(0), params["decoder"], config)
     tx = make_optimizer(OptimizerConfig(learning_rate=4e-4, warmup_steps=5), STEPS)
     processor = Processor(checkpoint.folder)
-    layout = pipeline.Layout(batch, negatives, processor.tokenizer.prefix, chunk_tokens)
+    layout = pipeline.Layout(
+        batch,
+        negatives,
+        processor.tokenizer.prefix,
+        chunk_tokens,
+        teacher=bool(objective.teacher),
+    )
     chosen = [[records[(i * batch + j) % len(records)] for j in range(batch)] for i in range(steps)]
     batches = [pipeline._prepare(some, layout, processor, None, 1, 0) for some in chosen]
     layout = floor_of(batches, layout, processor, mesh)
     losses, metrics = [], {}
     with jax.set_mesh(mesh):
         state, places = begin(adapters, tx, mesh)
-        step = make_train_step(model, tx, config, TEMPERATURE, 0, mesh, places)
+        step = make_train_step(model, tx, config, objective, 0, mesh, places)
         for local in batches:
             state, metrics = step(
                 state, params, pipeline.global_batch(local, layout, processor.rows, mesh)
@@ -168,6 +180,21 @@ def test_chunked_and_sharded_step_in_short(records):
 
 
 @pytest.mark.slow
+def test_what_is_added_to_the_loss_is_the_same_in_chunks_and_on_a_mesh(records):
+    added = {"matryoshka": (64, 16), "false_negatives": "base", "hard_weight": 2.0, "teacher": "kl"}
+    objective = LossConfig(TEMPERATURE, two_way=True, **added)
+    taught = [replace(r, teacher_scores=(0.9, 0.1 * (i % 7))) for i, r in enumerate(records)]
+    options = {"steps": 3, "dropout": 0.1, "objective": objective}
+    plain, adapters, metrics = run("builtin:tiny", taught, **options)
+    other, others, _ = run("builtin:tiny", taught, mesh=(2, 2, 2), chunk_tokens=40, **options)
+    assert metrics["teacher_loss"] > 0
+    assert metrics["false_negatives"] > 0
+    assert np.abs(plain - other).max() < 1e-5
+    for got, want in zip(jax.tree.leaves(others), jax.tree.leaves(adapters), strict=True):
+        assert np.linalg.norm(got - want) < 1e-3 * np.linalg.norm(want)
+
+
+@pytest.mark.slow
 def test_dropout_moves_the_loss(records, one_device):
     """Or the tests above would show nothing."""
     without, _, _ = run("builtin:tiny", records, steps=12, dropout=0.0)
@@ -227,7 +254,7 @@ def test_a_step_that_is_not_finite_changes_nothing(cases, records):
     with jax.set_mesh(mesh):
         batch = pipeline.global_batch(local, layout, processor.rows, mesh)
         state, places = begin(adapters, tx, mesh)
-        step = make_train_step(model, tx, config, 0.03, 0, mesh, places)
+        step = make_train_step(model, tx, config, LossConfig(), 0, mesh, places)
         before = jax.device_get(state)
         after, metrics = step(state, broken, batch)
         assert not bool(metrics["finite"])

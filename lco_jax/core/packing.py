@@ -104,9 +104,12 @@ class Answers:
     record: Array
 
 
+MODALITIES = ("text", "image", "video", "audio")  # bit k of a content's kinds is MODALITIES[k]
+
+
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens", "sequences", "content", "media", "answers"],
+    data_fields=["tokens", "sequences", "content", "media", "answers", "kinds", "teacher"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -122,10 +125,13 @@ class Batch:
         text.
     answers: the tokens that generative training predicts, sharded as streams are; None in
         contrastive training.
+    kinds: int32 [B, 2 + M], replicated: the modalities of each content, as bits; 0 where there is
+        none.
+    teacher: float32 [B, 2 + M], replicated: a teacher's scores of anchor and content, NaN where
+        there is none; None without a teacher.
 
-    With P > 1 processes, `sequences` and `content` are [B / P, R, 2 + M] and sharded as streams
-    are. Record p + i · P is in row i of the first stream of process p. The step gathers them
-    (`gathered`).
+    With P > 1 processes, these tables are [B / P, R, 2 + M] and sharded as streams are. Record
+    p + i · P is in row i of the first stream of process p. The step gathers them (`gathered`).
     """
 
     tokens: PackedTokens
@@ -133,9 +139,11 @@ class Batch:
     content: Array
     media: dict[str, dict[str, Array]]
     answers: Answers | None = None
+    kinds: Array | None = None
+    teacher: Array | None = None
 
     def gathered(self, processes: int) -> "Batch":
-        """The batch with `sequences` and `content` of all processes' records: [B, 2 + M]."""
+        """The batch with the tables of all processes' records: [B, 2 + M] each."""
         if processes == 1:
             return self
 
@@ -144,7 +152,9 @@ class Batch:
             by_process = table.reshape(count, processes, streams // processes, sides)
             return by_process[:, :, 0].reshape(count * processes, sides)
 
-        return replace(self, sequences=gather(self.sequences), content=gather(self.content))
+        names = ("sequences", "content", "kinds", "teacher")
+        tables = {name: getattr(self, name) for name in names}
+        return replace(self, **jax.tree.map(gather, tables))
 
 
 @dataclass(frozen=True)

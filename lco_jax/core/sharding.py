@@ -49,6 +49,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (rf"{_TOWER_LAYER}(proj|out_proj|down_proj|fc2)\.weight", (None, "fsdp", None)),
     (rf"{_TOWER_LAYER}(qkv|[qkv]|\w+_proj|fc1)\.weight", (None, None, "fsdp")),
     (rf"{_TOWER}\..+", REPLICATED),  # the rest is small
+    (r"log_temperatures", REPLICATED),
 )
 
 

@@ -25,7 +25,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lco_jax.core.errors import LcoError, is_number
 from lco_jax.core.exchange import Exchange
-from lco_jax.core.packing import Answers, Batch, PackedTokens, fill, fill_answers
+from lco_jax.core.packing import (
+    MODALITIES,
+    Answers,
+    Batch,
+    PackedTokens,
+    fill,
+    fill_answers,
+)
 from lco_jax.core.sharding import ROWS, replicated, row_shards
 from lco_jax.core.stream_shapes import padded_shape
 from lco_jax.data import mixture
@@ -38,6 +45,7 @@ from lco_jax.data.share import Layout, LocalBatch, Share, pack_batch
 from lco_jax.data.sources import open_source
 from lco_jax.data.tower_rows import Processed, TowerRows
 
+TEXT = 1 << MODALITIES.index("text")  # the bits of a text's modalities
 MAX_SIDES = 1024  # a dropout identity is record · MAX_SIDES + side
 
 logger = logging.getLogger(__name__)
@@ -153,6 +161,8 @@ def _prepare(
         record=np.array([one.record * stride + offset for one, _ in kept], np.int64),
         side=np.array([one.side for one, _ in kept], np.int64),
         content=np.array([_number(one.content) for one, _ in kept], np.int32),
+        kinds=np.array([_kinds(one.content) for one, _ in kept], np.int32),
+        teacher=np.array([_score(records[one.record], one.side) for one, _ in kept], np.float32),
         skipped=tuple(skipped.values()),
         where=tuple(record.where for record in records),
     )
@@ -222,6 +232,18 @@ def _number(content: Content) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
+def _kinds(content: Content) -> int:
+    """The modalities of a content, as bits."""
+    if isinstance(content, str):
+        return TEXT
+    return sum(1 << MODALITIES.index(kind) for kind in {part["type"] for part in content})
+
+
+def _score(record: Record, side: int) -> float:
+    """A teacher's score of a record's anchor with another of its contents; NaN without one."""
+    return record.teacher_scores[side - 1] if side and record.teacher_scores else math.nan
+
+
 # ---- shares -> batches on the mesh
 
 
@@ -263,11 +285,11 @@ def to_devices(share: Share, mesh: Mesh) -> Batch:
     tokens, answers = to_mesh(by_chunk, jax.tree.map(in_chunks, (tokens, answers)))
     media = to_mesh(NamedSharding(mesh, PartitionSpec(ROWS)), share.media_rows())
     if jax.process_count() == 1:
-        sequences, content = to_mesh(replicated(mesh), tables)
+        on_mesh = to_mesh(replicated(mesh), tables)
     else:
-        split_tables = tuple(_in_first_stream(table, share.shards) for table in tables)
-        sequences, content = to_mesh(by_chunk, split_tables)
-    return Batch(tokens, sequences, content, media, answers)
+        split = {name: _in_first_stream(table, share.shards) for name, table in tables.items()}
+        on_mesh = to_mesh(by_chunk, split)
+    return Batch(tokens=tokens, media=media, answers=answers, **on_mesh)
 
 
 def _fill(share: Share) -> tuple[PackedTokens, Answers | None, list[np.ndarray]]:
@@ -286,10 +308,8 @@ def _fill(share: Share) -> tuple[PackedTokens, Answers | None, list[np.ndarray]]
     return tokens, answers, slots
 
 
-def _tables(
-    share: Share, slots: list[np.ndarray], slots_of_stream: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """`sequences` and `content` of this process's records: int32 [B / P, 2 + M] each.
+def _tables(share: Share, slots: list[np.ndarray], slots_of_stream: int) -> dict[str, np.ndarray]:
+    """The tables of a `Batch` for this process's records: [B / P, 2 + M] each.
 
     slots: for each stream, its sequences' slots.
     """
@@ -301,19 +321,25 @@ def _tables(
     for members, slots_of_members in zip(share.members, slots, strict=True):
         slot[members] = slots_of_members
 
-    size = (layout.batch_size // processes, layout.sides)
-    at = (local.record // processes, local.side)
-    sequences = np.full(size, -1, np.int32)
-    sequences[at] = stream * slots_of_stream + slot
-    content = np.full(size, -1, np.int32)
-    content[at] = local.content
-    return sequences, content
+    def table(values: np.ndarray | int, absent: float, dtype: Any = np.int32) -> np.ndarray:
+        filled = np.full((layout.batch_size // processes, layout.sides), absent, dtype)
+        filled[local.record // processes, local.side] = values
+        return filled
+
+    tables = {
+        "sequences": table(stream * slots_of_stream + slot, -1),
+        "content": table(local.content, -1),
+        "kinds": table(TEXT if local.kinds is None else local.kinds, 0),
+    }
+    if layout.teacher:
+        tables["teacher"] = table(local.teacher, math.nan, np.float32)
+    return tables
 
 
 def _in_first_stream(table: np.ndarray, shards: int) -> np.ndarray:
     """[B / P, 2 + M] -> [B / P, R / P, 2 + M]: the table, and -1 for the other streams."""
     records, sides = table.shape
-    streams = np.full((records, shards, sides), -1, np.int32)
+    streams = np.full((records, shards, sides), -1, table.dtype)
     streams[:, 0] = table
     return streams
 

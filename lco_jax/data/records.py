@@ -4,6 +4,7 @@ Each of them is a content (`content.py`): a text or a tuple of parts. Media are 
 encoded bytes, lists of a video's frames or, from TFDS, decoded arrays.
 """
 
+import math
 import os
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
@@ -14,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, is_number
 from lco_jax.data.content import Content, Messages, Reader, describe, is_parts
 
 FILES_REMEMBERED = 100_000
 NEGATIVES = ("negative", "negatives")
-KEYS = ("anchor", "positive", *NEGATIVES)
+KEYS = ("anchor", "positive", *NEGATIVES, "teacher_scores")
 ALIKE = 0.9  # how like one of them a key is that must be a slip: positves is, positive_id is not
 
 
@@ -27,6 +28,8 @@ ALIKE = 0.9  # how like one of them a key is that must be a slip: positves is, p
 class Record:
     """The contents of one record. `where` names its origin (file and line) for errors.
 
+    teacher_scores: a teacher's scores of the anchor with the positive and with each negative; ()
+        without a teacher.
     ignored: the keys that it has beside them.
     """
 
@@ -34,6 +37,7 @@ class Record:
     positive: Content
     negatives: tuple[Content, ...]
     where: str
+    teacher_scores: tuple[float, ...] = ()
     ignored: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -83,6 +87,7 @@ def parse_record(
 ) -> Record:
     """Read {"anchor": content, "positive": content, "negative": content, a list of them or absent}.
 
+    With "teacher_scores", too: a list of numbers, of the positive and of each negative.
     A content is all that `Reader.side` takes. Other keys are ignored, unless they are slips
     of these; so is None in a list of negatives. where, root, exists: as for `content.Reader`.
     """
@@ -101,7 +106,30 @@ def parse_record(
     for key in ignored:
         if meant := get_close_matches(key.lower(), KEYS, 1, ALIKE):
             raise LcoError(f"{where}: the record has {key!r}; write {meant[0]!r}")
-    return Record(anchor, positive, tuple(negatives), where, ignored)
+    scores = _scores(given.get("teacher_scores"), 1 + len(negatives), where)
+    return Record(anchor, positive, tuple(negatives), where, scores, ignored)
+
+
+def _scores(given: Any, candidates: int, where: str) -> tuple[float, ...]:
+    """A teacher's scores; () where there are none."""
+    if given is None:
+        return ()
+    scores = given.tolist() if isinstance(given, np.ndarray) else given
+    if not isinstance(scores, list) or not all(map(_is_finite, scores)):
+        raise LcoError(
+            f"{where}: teacher_scores is {describe(given)}; it must be a list of numbers, of the "
+            "positive and of each negative"
+        )
+    if len(scores) != candidates:
+        raise LcoError(
+            f"{where}: teacher_scores has {len(scores)} numbers, and there are {candidates} "
+            "candidates: the positive and each negative"
+        )
+    return tuple(map(float, scores))
+
+
+def _is_finite(value: Any) -> bool:
+    return is_number(value) and math.isfinite(value)
 
 
 def _required(reader: Reader, given: Mapping, name: str) -> Content:

@@ -21,7 +21,8 @@ class Source(Protocol):
     """Records by index.
 
     skipped: how many bad ones were left out. max_negatives: the most of a record. modalities: the
-    kinds of all records' parts, and "text". digests: a number of each record, the same for equal
+    kinds of all records' parts, and "text". has_teacher: whether records have a teacher's scores.
+    digests: a number of each record, the same for equal
     ones (int64 [N]); None where records are not read when the source is opened. version: what
     tells the data from changed ones, where digests cannot.
     """
@@ -29,6 +30,7 @@ class Source(Protocol):
     skipped: int = 0
     max_negatives: int = 0
     modalities: frozenset[str] = frozenset({"text"})
+    has_teacher: bool = False
     digests: np.ndarray | None = None
     version: str = ""
 
@@ -63,6 +65,7 @@ class Scan:
         self.on_bad = on_bad
         self.skipped = self.max_negatives = 0
         self.modalities = Source.modalities
+        self.has_teacher = False
         self.kept: list[Any] = []
         self.ignored = Counter[str]()
         self._digests: list[int] = []
@@ -90,6 +93,7 @@ class Scan:
             return
         self.max_negatives = max(self.max_negatives, len(record.negatives))
         self.modalities |= record.modalities
+        self.has_teacher |= bool(record.teacher_scores)
         self.ignored.update(record.ignored)
         self.kept.append(record if keep is None else keep)
         self._digests.append(_digest(given))
@@ -124,3 +128,4 @@ class ListSource(list[Record]):
         self.skipped, self.digests = skipped, digests
         self.max_negatives = max((len(record.negatives) for record in records), default=0)
         self.modalities = Source.modalities.union(*(record.modalities for record in records))
+        self.has_teacher = any(record.teacher_scores for record in records)

@@ -28,6 +28,9 @@ class LocalBatch:
 
     record, side, content: for each input, the number of its record in the global batch, its side
         (0: anchor, 1: positive, then negatives), and a number that equals that of equal contents.
+    kinds: for each input, the bits of its modalities; None where all are texts.
+    teacher: for each input, a teacher's score of it with its record's anchor, NaN where there is
+        none; None without a teacher.
     skipped: why records were skipped (`on_bad` "skip").
     where: the origin of every record of the share, in order.
     """
@@ -38,6 +41,8 @@ class LocalBatch:
     content: np.ndarray
     skipped: tuple[str, ...] = ()
     where: tuple[str, ...] = ()
+    kinds: np.ndarray | None = None
+    teacher: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Layout:
     chunk_tokens: how many tokens besides the prefix a stream of a chunk has at most, unless one
         sequence has more; 0: a batch is one chunk.
     on_bad: "error" stops the run at a record whose media cannot be read; "skip" skips the record.
+    teacher: batches have a teacher's scores.
     generative: a record is one sequence, its anchor with its positive as the answer.
     floor, media_floor: the least shapes of streams and tower rows (`data/layouts.py`).
     """
@@ -58,6 +64,7 @@ class Layout:
     chunk_tokens: int = 0
     on_bad: str = "error"
     generative: bool = False
+    teacher: bool = False
     floor: Shape = field(default_factory=Shape)
     media_floor: MediaShape = field(default_factory=dict)
 

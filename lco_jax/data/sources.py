@@ -59,6 +59,7 @@ class JsonlSource(Source):
         self.lines = np.array(scan.kept, np.int64)
         self.skipped, self.max_negatives = scan.skipped, scan.max_negatives
         self.modalities, self.digests = scan.modalities, scan.digests
+        self.has_teacher = scan.has_teacher
 
     def __len__(self) -> int:
         return len(self.lines)

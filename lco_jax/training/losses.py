@@ -1,7 +1,8 @@
-"""The contrastive loss.
+"""InfoNCE: each anchor's positive among all candidates of the batch.
 
-Dimensions: B records, M hard negatives a record, D hidden, N candidates = B · (1 + M), P shards of
-the records, T tiles of a shard's records; b anchors of a tile, over all shards.
+Dimensions: B records, M hard negatives a record, D hidden, G of a guide's vectors, N candidates =
+B · (1 + M), P shards of the records, T tiles of a shard's records; b anchors of a tile, over all
+shards.
 """
 
 from typing import NamedTuple
@@ -16,36 +17,80 @@ from lco_jax.core.sharding import ROWS, constrain, current_row_shards
 TILE_SCORES = 2**25  # anchors × candidates that a device compares at once (128 MiB of float32)
 
 
+class Negatives(NamedTuple):
+    """Which candidates are negatives, and how much they count; by default the paper's.
+
+    margin: a candidate whose score is above the positive's less this margin is no negative of that
+        anchor: it may be a second positive. None: all are negatives. (GISTEmbed, Solatorio 2024,
+        arXiv 2402.16829, whose margin is 0.)
+    guide: vectors of unit length [B, 2 + M, G] of another model, whose cosines are those scores.
+        None: the batch's own cosines.
+    hard_weight: how many times a record's own hard negatives count in its sum over candidates.
+    """
+
+    margin: float | None = None
+    guide: Array | None = None
+    hard_weight: float = 1.0
+
+
+PAPER = Negatives()
+
+
+class Sides(NamedTuple):
+    """What `info_nce` is given of each content of each record, [B, 2 + M, …]."""
+
+    vectors: Array
+    present: Array
+    content: Array | None
+    temperature: float | Array
+    guide: Array | None
+
+
 class Anchors(NamedTuple):
-    """vectors: [b, D]; present: [b]; index, content: [b], those of their positives."""
+    """vectors: [b, D]; present: [b]; index, content: [b], those of their positives; record: [b].
+
+    temperature: [b], or None where all pairs have one. guide: [b, G], or None.
+    """
 
     vectors: Array
     present: Array
     index: Array
     content: Array
+    record: Array
+    temperature: Array | None
+    guide: Array | None
 
 
 class Candidates(NamedTuple):
-    """vectors: [N, D]; present: [N]; index: [N], distinct, lowest for positives; content: [N]."""
+    """vectors: [N, D]; present: [N]; index: [N], distinct, lowest for positives; content: [N].
+
+    record: [N]. temperature: [N] or None. guide: [N, G] or None.
+    """
 
     vectors: Array
     present: Array
     index: Array
     content: Array
+    record: Array
+    temperature: Array | None
+    guide: Array | None
 
 
 class Comparison(NamedTuple):
     """What each of b anchors finds among the candidates, [b] each.
 
-    logsumexp: over the logits of its positive and its negatives. positive, negatives: the cosine of
-    the former, and the sum of those of the latter, of which there are `count`. before, after: the
+    logsumexp: over the logits of its positive and its negatives. logit: the positive's. positive,
+    negatives: the cosine of the former, and the sum of those of the latter, of which there are
+    `count`. false: how many others the margin takes for positives. before, after: the
     highest logit of the negatives whose index is below or above the positive's.
     """
 
     logsumexp: Array
+    logit: Array
     positive: Array
     negatives: Array
     count: Array
+    false: Array
     before: Array
     after: Array
 
@@ -53,20 +98,24 @@ class Comparison(NamedTuple):
 def info_nce(
     embeddings: Array,
     present: Array,
-    temperature: float,
+    temperature: float | Array,
     content: Array | None = None,
     tile_scores: int = TILE_SCORES,
+    negatives: Negatives = PAPER,
 ) -> tuple[Array, dict[str, Array]]:
     """One-way InfoNCE of every anchor against all positives and all hard negatives of the batch.
 
     embeddings: float32 [B, 2 + M, D], normalised: anchor, positive, negatives of each record.
     present: bool [B, 2 + M], False where a record has no such negative, and throughout for a record
     that was left out.
+    temperature: of all pairs; or [B, 2 + M], that of each content, and a pair has the mean of both
+    (e5-omni, Chen et al. 2026, arXiv 2601.03666).
     content: int [B, 2 + M], equal for equal contents. If it is given, a candidate with the content
     of an anchor's positive is no negative of that anchor (captions of a few classes repeat in every
     batch).
     tile_scores: beyond this number of scores a device, anchors are compared in tiles, and the B × N
     matrix never exists.
+    negatives: which candidates are negatives, and their weight.
 
     Returns the mean loss and its metrics. Among them `record_losses` [B]: NaN where a record's own
     embeddings are not finite, inf where those of another record are the cause, -inf where there is
@@ -82,13 +131,16 @@ def info_nce(
         return constrain(tiles_first, None, ROWS)
 
     def compare(tile: Anchors) -> Comparison:
-        return _compare(tile, candidates, temperature)
+        return _compare(tile, candidates, temperature, negatives)
 
-    anchors, candidates = _split(embeddings, present, content, shards * tiles)
+    sides = Sides(embeddings, present, content, temperature, negatives.guide)
+    anchors, candidates = _split(sides, shards * tiles)
     anchors = jax.tree.map(tiled, anchors)
     found = jax.lax.map(compare if tiles == 1 else jax.checkpoint(compare), anchors)
-    losses = found.logsumexp - found.positive / temperature
-    metrics = _means(found, losses, anchors.present, temperature)
+    losses = found.logsumexp - found.logit
+    metrics = _means(found, losses, anchors.present)
+    if negatives.margin is None:
+        del metrics["false_negatives"]
     by_record = rearrange(losses, "t (p b) -> (p t b)", p=shards)[:records]
     metrics["record_losses"] = _blamed(by_record, embeddings, present)
     return metrics["loss"], metrics
@@ -99,74 +151,115 @@ def _tiles(anchors: int, candidates: int, tile_scores: int) -> int:
     return min(-(-anchors * candidates // tile_scores), anchors)
 
 
-def _split(
-    embeddings: Array, present: Array, content: Array | None, multiple: int
-) -> tuple[Anchors, Candidates]:
+def _split(sides: Sides, multiple: int) -> tuple[Anchors, Candidates]:
     """All anchors, and all candidates, which every device holds.
 
     Absent records make B a multiple of `multiple`.
     """
-    if content is None:
-        content = jnp.arange(present.size).reshape(present.shape)
-    missing = -len(present) % multiple
+    missing = -len(sides.present) % multiple
+    temperature = sides.temperature if jnp.ndim(sides.temperature) == 2 else None
 
     def padded(x: Array) -> Array:
-        return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+        """Zeros are of no consequence, as nothing is present; a temperature of 0 would make NaN."""
+        rest = 1 if x is temperature else 0
+        return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), constant_values=rest)
 
-    def of_candidates(x: Array) -> Array:
-        return constrain(rearrange(x, "b s ... -> (b s) ..."))
+    def of_anchors(x: Array | None) -> Array | None:
+        return None if x is None else padded(x)[:, 0]
 
-    embeddings, present, content = padded(embeddings), padded(present), padded(content)
-    records, sides = present.shape
-    index = jnp.arange(records * (sides - 1)).reshape(sides - 1, records).T
+    def of_candidates(x: Array | None) -> Array | None:
+        return None if x is None else constrain(rearrange(padded(x)[:, 1:], "b s ... -> (b s) ..."))
+
+    records, width = len(sides.present) + missing, sides.present.shape[1]
+    index = jnp.arange(records * (width - 1)).reshape(width - 1, records).T
+    record = jnp.broadcast_to(jnp.arange(records)[:, None], index.shape)
+    content = sides.content
+    if content is None:
+        content = jnp.arange(sides.present.size).reshape(sides.present.shape)
     anchors = Anchors(
-        vectors=embeddings[:, 0],
-        present=present[:, 0],
+        vectors=of_anchors(sides.vectors),
+        present=of_anchors(sides.present),
         index=index[:, 0],
-        content=content[:, 1],
+        content=padded(content)[:, 1],
+        record=record[:, 0],
+        temperature=of_anchors(temperature),
+        guide=of_anchors(sides.guide),
     )
     candidates = Candidates(
-        vectors=of_candidates(embeddings[:, 1:]),
-        present=of_candidates(present[:, 1:]),
-        index=of_candidates(index),
-        content=of_candidates(content[:, 1:]),
+        vectors=of_candidates(sides.vectors),
+        present=of_candidates(sides.present),
+        index=constrain(index.reshape(-1)),
+        content=of_candidates(content),
+        record=constrain(record.reshape(-1)),
+        temperature=of_candidates(temperature),
+        guide=of_candidates(sides.guide),
     )
     return anchors, candidates
 
 
-def _compare(anchors: Anchors, candidates: Candidates, temperature: float) -> Comparison:
+def _compare(
+    anchors: Anchors, candidates: Candidates, temperature: float | Array, negatives: Negatives
+) -> Comparison:
     """Compare b anchors with all candidates."""
-    cosines = jnp.einsum(
-        "bd,nd->bn", anchors.vectors, candidates.vectors, precision=jax.lax.Precision.HIGHEST
-    )
+    cosines = _cosines(anchors.vectors, candidates.vectors)
     is_positive = candidates.index == anchors.index[:, None]
     is_before = candidates.index < anchors.index[:, None]
     differs = candidates.content != anchors.content[:, None]
-    is_negative = candidates.present & ~is_positive & differs
+    is_other = candidates.present & ~is_positive & differs
+    is_false = is_other & _near_the_positive(anchors, candidates, cosines, is_positive, negatives)
+    is_negative = is_other & ~is_false
+    if anchors.temperature is not None:
+        temperature = (anchors.temperature[:, None] + candidates.temperature) / 2
     logits = jnp.where(is_negative | is_positive, cosines / temperature, -jnp.inf)
+    weighted = logits
+    if negatives.hard_weight != 1:
+        is_own = is_negative & (candidates.record == anchors.record[:, None])
+        weighted = logits + jnp.where(is_own, jnp.log(negatives.hard_weight), 0.0)
 
     def highest(chosen: Array) -> Array:
         return jnp.max(jnp.where(chosen, jax.lax.stop_gradient(logits), -jnp.inf), axis=-1)
 
     return Comparison(
-        logsumexp=jax.nn.logsumexp(logits, axis=-1),
+        logsumexp=jax.nn.logsumexp(weighted, axis=-1),
+        logit=jnp.sum(jnp.where(is_positive, logits, 0.0), axis=-1),
         positive=jnp.sum(jnp.where(is_positive, cosines, 0.0), axis=-1),
         negatives=jnp.sum(jnp.where(is_negative, cosines, 0.0), axis=-1),
         count=jnp.sum(is_negative, axis=-1).astype(jnp.float32),
+        false=jnp.sum(is_false, axis=-1).astype(jnp.float32),
         before=highest(is_negative & is_before),
         after=highest(is_negative & ~is_before),
     )
 
 
-def _means(
-    found: Comparison, losses: Array, present: Array, temperature: float
-) -> dict[str, Array]:
+def _cosines(a: Array, b: Array) -> Array:
+    """Of unit vectors [b, D] with [N, D]: [b, N]."""
+    return jnp.einsum("bd,nd->bn", a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _near_the_positive(
+    anchors: Anchors,
+    candidates: Candidates,
+    cosines: Array,
+    is_positive: Array,
+    negatives: Negatives,
+) -> Array:
+    """Whose score is above that of the anchor's positive, less the margin: bool [b, N]."""
+    if negatives.margin is None:
+        return jnp.zeros_like(is_positive)
+    scores = cosines if anchors.guide is None else _cosines(anchors.guide, candidates.guide)
+    scores = jax.lax.stop_gradient(scores)
+    of_positive = jnp.sum(jnp.where(is_positive, scores, 0.0), axis=-1, keepdims=True)
+    return scores > of_positive - negatives.margin
+
+
+def _means(found: Comparison, losses: Array, present: Array) -> dict[str, Array]:
     """The batch's metrics. present: of the anchors. All are [T, b].
 
     A batch without any record has the mean NaN, so that its step is skipped.
     """
-    logit = found.positive / temperature
-    is_first = (found.before < logit) & (found.after <= logit)  # of equals, the first counts
+    is_first = (found.before < found.logit) & (
+        found.after <= found.logit
+    )  # of equals, the first counts
     records = jnp.sum(present)
 
     def total(x: Array) -> Array:
@@ -177,6 +270,7 @@ def _means(
         "accuracy": total(is_first) / records,
         "positive_similarity": total(found.positive) / records,
         "negative_similarity": total(found.negatives) / jnp.maximum(total(found.count), 1),
+        "false_negatives": total(found.false) / records,
     }
 
 

@@ -354,10 +354,12 @@ def abstract_batch(
     prefix: int,
     mesh: Mesh,
     media: Mapping[str, Any] | None = None,
+    teacher: bool = False,
 ) -> Batch:
     """A batch as shapes on the mesh.
 
-    sides: [B, 2 + M]. prefix: tokens that all texts share. media: as `Batch` has it.
+    sides: [B, 2 + M]. prefix: tokens that all texts share. media: as `Batch` has it. teacher:
+    whether it has a teacher's scores.
     """
     sharding = NamedSharding(mesh, PartitionSpec(None, ROWS))
     leading = shape.chunks, row_shards(mesh)
@@ -371,7 +373,8 @@ def abstract_batch(
         split = sides[0] // processes, row_shards(mesh), sides[1]
         table = jax.ShapeDtypeStruct(split, jnp.int32, sharding=sharding)
     tokens = abstract_tokens(shape, leading, prefix, sharding)
-    return Batch(tokens, table, table, dict(media or {}), answers)
+    scores = table.update(dtype=jnp.float32) if teacher else None
+    return Batch(tokens, table, table, dict(media or {}), answers, kinds=table, teacher=scores)
 
 
 def abstract_media(

@@ -16,6 +16,7 @@ from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
 from lco_jax.core.sharding import replicated, shardings, with_shardings
 from lco_jax.training import tuning
+from lco_jax.training.objective import LossConfig
 from lco_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
 
 # {"step": int32, "tuned": tree, "optimizer": optax state}; a checkpoint holds all of it
@@ -50,6 +51,20 @@ def warmup_steps(config: Mapping[str, Any], total_steps: int) -> int:
     return steps if config["train"]["steps"] else min(steps, total_steps // 5)
 
 
+def _init_tuned(
+    key: jax.Array,
+    params: dict[str, Any],
+    tune: tuning.TuneConfig,
+    config: lora.LoraConfig,
+    objective: LossConfig,
+) -> dict[str, Any]:
+    """The trainable parameters of step 0: the model's, and those of the loss."""
+    tuned = tuning.init(key, params, tune, config)
+    if objective.learn_temperature:
+        tuned[tuning.OF_LOSS] = jnp.log(jnp.array(objective.first_temperatures))
+    return tuned
+
+
 @dataclass(frozen=True)
 class Training:
     """What a run trains and how, a function of its configuration and checkpoint alone.
@@ -59,6 +74,7 @@ class Training:
 
     lora: lora.LoraConfig
     tune: tuning.TuneConfig
+    objective: LossConfig
     tx: Optimizer
     tuned: dict[str, Any]
     shardings: State
@@ -67,9 +83,15 @@ class Training:
     def build(
         cls, config: Mapping[str, Any], checkpoint: Checkpoint, total_steps: int, mesh: Mesh
     ) -> "Training":
-        """From config.lora, tune and optimizer, and the checkpoint's shapes; allocates nothing."""
+        """From the configuration and the checkpoint's shapes; allocates nothing."""
         lora_config = lora.LoraConfig(**config["lora"])
         tune = tuning.TuneConfig(**config["tune"])
+        objective = LossConfig.of(config)
+        if objective.false_negatives == "base" and tune.decoder == "full":
+            raise LcoError(
+                "config.loss.false_negatives=base goes with config.tune.decoder = lora or "
+                "projection: a model that is trained in full replaces the model before tuning"
+            )
         if config["model"]["quantize"] and tune.decoder == "full":
             raise LcoError(
                 "config.model.quantize goes with config.tune.decoder = lora or projection: "
@@ -77,24 +99,25 @@ class Training:
             )
         optimizer = {**config["optimizer"], "warmup_steps": warmup_steps(config, total_steps)}
         tx = make_optimizer(OptimizerConfig(**optimizer), total_steps)
-        init = partial(tuning.init, tune=tune, config=lora_config)
+        init = partial(_init_tuned, tune=tune, config=lora_config, objective=objective)
         tuned = jax.eval_shape(init, jax.random.key(0), abstract_model(checkpoint))
-        return cls(lora_config, tune, tx, tuned, state_shardings(tuned, tx, mesh))
+        return cls(lora_config, tune, objective, tx, tuned, state_shardings(tuned, tx, mesh))
 
     def fresh(self, params: dict[str, Any], seed: int = 0) -> State:
         """Step 0: new adapters, and a copy of those of `params` that are trained in full."""
 
         def init(key: jax.Array, params: dict[str, Any]) -> State:
-            tuned = tuning.init(key, params, self.tune, self.lora)
-            return init_state(tuned, self.tx)
+            return init_state(self._init(key, params), self.tx)
 
         return jax.jit(init, out_shardings=self.shardings)(jax.random.key(seed), params)
 
     def untrained(self, params: dict[str, Any], seed: int = 0) -> dict[str, Any]:
         """The trainable parameters of step 0, with which the model is still the checkpoint's."""
-        init = partial(tuning.init, tune=self.tune, config=self.lora)
-        compiled = jax.jit(init, out_shardings=self.shardings["tuned"])
+        compiled = jax.jit(self._init, out_shardings=self.shardings["tuned"])
         return compiled(jax.random.key(seed), params)
+
+    def _init(self, key: jax.Array, params: dict[str, Any]) -> dict[str, Any]:
+        return _init_tuned(key, params, self.tune, self.lora, self.objective)
 
     @property
     def abstract(self) -> State:

@@ -26,7 +26,7 @@ from lco_jax.models.model import MediaPrograms, Model
 from lco_jax.models.pooling import embed
 from lco_jax.models.streams import take
 from lco_jax.training import tuning
-from lco_jax.training.losses import info_nce
+from lco_jax.training.objective import Labels, LossConfig, contrastive
 from lco_jax.training.optimizer import Optimizer
 from lco_jax.training.state import State
 
@@ -45,36 +45,29 @@ def contrastive_loss(
     media: Array | None,
     decoder: Decoder,
     config: lora.LoraConfig,
-    temperature: float,
+    objective: LossConfig,
     seed: Array | int,
-    ignore_duplicates: bool = False,
-    two_way: bool = False,
 ) -> tuple[Array, Metrics]:
-    """InfoNCE of a global batch under the trainable parameters `tuned` and the frozen `params`.
+    """`contrastive` of a global batch under the trainable parameters `tuned` and frozen `params`.
 
-    media: the batch's media tokens. seed: the step's dropout key. ignore_duplicates: as of
-    `info_nce` with the batch's content. two_way: the mean of this loss and of that of each positive
-    among all anchors (CLIP's, Radford et al. 2021, arXiv 2103.00020).
+    media: the batch's media tokens. seed: the step's dropout key.
     """
-    params = tuning.attach(params, tuned, config)
-    embeddings = embed_chunks(decoder, params, batch.tokens.with_seed(seed), media)
+    tuned_params = tuning.attach(params, tuned, config)
+    labels = Labels(batch.sequences >= 0, batch.content, batch.kinds, batch.teacher)
+    seeded = replace(batch, tokens=batch.tokens.with_seed(seed))
+    embeddings = _by_record(decoder, tuned_params, seeded, media)
+    guide = None
+    if objective.false_negatives == "base":
+        guide = jax.lax.stop_gradient(_by_record(decoder, params, batch, media))
+    return contrastive(embeddings, labels, objective, tuned.get("log_temperatures"), guide)
+
+
+def _by_record(decoder: Decoder, params: Params, batch: Batch, media: Array | None) -> Array:
+    """The embeddings of each record's contents: [B, 2 + M, D]."""
+    embeddings = embed_chunks(decoder, params, batch.tokens, media)
     embeddings = embeddings.reshape(-1, embeddings.shape[-1])
     embeddings = constrain(embeddings)  # every device needs every candidate
-    by_record = embeddings[jnp.maximum(batch.sequences, 0)]  # [B, 2 + M, D]
-    present = batch.sequences >= 0
-    content = batch.content if ignore_duplicates else None
-    loss, metrics = info_nce(by_record, present, temperature, content)
-    if not two_way:
-        return loss, metrics
-
-    def swapped(x: Array) -> Array:
-        return x[:, 1::-1]  # positive, anchor
-
-    content = None if content is None else swapped(content)
-    other, others = info_nce(swapped(by_record), swapped(present), temperature, content)
-    metrics["loss"] = (loss + other) / 2
-    metrics["record_losses"] = (metrics["record_losses"] + others["record_losses"]) / 2
-    return metrics["loss"], metrics
+    return embeddings[jnp.maximum(batch.sequences, 0)]
 
 
 def generative_loss(
@@ -219,19 +212,17 @@ def make_train_step(
     model: Model,
     tx: Optimizer,
     config: lora.LoraConfig,
-    temperature: float,
+    objective: LossConfig,
     seed: int,
     mesh: Mesh,
     state_sharding: State,
-    **options: Any,
 ) -> Step:
-    """The contrastive step. options: as of `contrastive_loss`."""
+    """The contrastive step."""
     loss = partial(
         contrastive_loss,
         decoder=model.decoder,
         config=config,
-        temperature=temperature,
-        **options,
+        objective=objective,
     )
     update = make_update(loss, tx, seed, mesh, state_sharding)
     return Step("training step", update, MediaPrograms(model, mesh))

@@ -4,7 +4,8 @@ Dimensions: D hidden; those of a LoRA factor are in `core/lora.py`.
 
 The tree is {"decoder": …, tower: …, "head": …, "projection": …}. It mirrors the parameters: LoRA
 factors stand in the place of the decoder's matrices, arrays in the place of parameters that are
-trained in full, in float32 whatever the model's dtype is. The projection is no part of the
+trained in full, in float32 whatever the model's dtype is. Beside them may be "log_temperatures",
+which belong to the loss and to no model. The projection is no part of the
 checkpoint's model: a matrix [D, D] behind it (the paper's "linear projection only"), which begins
 as the identity, or as the one that the checkpoint has.
 """
@@ -31,6 +32,8 @@ TOWERS = {
     "vision_tower": r"vision_tower\..+",
     "audio_tower": r"audio_tower\..+",
 }
+
+OF_LOSS = "log_temperatures"  # a trainable parameter that is no part of the model
 
 Tree = dict[str, Any]
 
@@ -92,7 +95,8 @@ def frozen(params: Tree, tune: TuneConfig) -> Tree:
 
 
 def attach(params: Tree, tuned: Tree, config: lora.LoraConfig) -> Tree:
-    """`params` (frozen or all) with the trainable parameters in their places."""
+    """`params` (frozen or all) with the trainable parameters of the model in their places."""
+    tuned = {part: tree for part, tree in tuned.items() if part != OF_LOSS}
     decoder = lora.attach(params.get("decoder", {}), tuned.get("decoder", {}), config)
     flat = flatten_dict(params, sep=".") | flatten_dict(tuned, sep=".")
     others = {path: x for path, x in flat.items() if not path.startswith("decoder.")}

@@ -13,6 +13,7 @@ from lco_jax.core.errors import LcoError, is_number
 from lco_jax.core.quantize import KINDS
 from lco_jax.models.attention import IMPLEMENTATIONS
 from lco_jax.models.decoder import REMAT_POLICIES
+from lco_jax.training.objective import GUIDES, TEACHERS
 from lco_jax.training.tuning import DECODER, TOWERS
 
 SEEDS = 2**31  # of grain and of jax
@@ -114,6 +115,19 @@ class OrNone:
         return f"{self.rule}, or None"
 
 
+@dataclass(frozen=True)
+class Several:
+    """A list of values that another rule allows, perhaps empty."""
+
+    rule: Rule
+
+    def allows(self, value: Any) -> bool:
+        return isinstance(value, list | tuple) and all(map(self.rule.allows, value))
+
+    def __str__(self) -> str:
+        return f"a list, each {self.rule}"
+
+
 FLAG, TEXT = Kind(bool, "True or False"), Kind(str, "a text")
 AT_LEAST_1, AT_LEAST_0 = Whole(1), Whole(0)
 ABOVE_0, NOT_NEGATIVE = Number(0.0), Number(0.0, may_be_least=True)
@@ -137,6 +151,8 @@ RULES: dict[str, Rule] = {
     "lora.targets": TEXT,
     "data.on_bad": Choice(("error", "skip")),
     "data.batches": Choice(("mixed", "homogeneous")),
+    "data.sub_batch": AT_LEAST_1,
+    "data.sampling_temperature": ABOVE_0,
     "data.threads": AT_LEAST_1,
     "data.max_negatives": Whole(-1),
     "data.max_length": OrNone(AT_LEAST_1),
@@ -149,6 +165,17 @@ RULES: dict[str, Rule] = {
     "train.chunk_tokens": Whole(-1),
     "train.max_nonfinite": AT_LEAST_1,
     "train.patience": NOT_NEGATIVE,
+    "loss.temperatures": Several(ABOVE_0),
+    "loss.learn_temperature": FLAG,
+    "loss.matryoshka": Several(AT_LEAST_1),
+    "loss.matryoshka_weights": Several(ABOVE_0),
+    "loss.false_negatives": Choice(GUIDES),
+    "loss.false_negative_margin": Number(-2.0, below=2.0),
+    "loss.hard_weight": ABOVE_0,
+    "loss.teacher": Choice(TEACHERS),
+    "loss.teacher_weight": NOT_NEGATIVE,
+    "loss.teacher_temperature": ABOVE_0,
+    "loss.coral": NOT_NEGATIVE,
     "optimizer.learning_rate": NOT_NEGATIVE,
     "optimizer.schedule": Choice(("cosine", "linear", "constant")),
     "optimizer.warmup_steps": AT_LEAST_0,
@@ -204,6 +231,16 @@ def _check_together(flat: Mapping[str, Any]) -> None:
         raise LcoError(
             f"config.optimizer.warmup_steps is {warmup}; it must be less than config.train.steps, "
             f"which is {steps}"
+        )
+    if flat["train.batch_size"] % flat["data.sub_batch"]:
+        raise LcoError(
+            f"config.data.sub_batch is {flat['data.sub_batch']}; it must divide "
+            f"config.train.batch_size, which is {flat['train.batch_size']}"
+        )
+    if flat["data.sub_batch"] > 1 and flat["data.batches"] == "homogeneous":
+        raise LcoError(
+            "config.data.sub_batch goes with config.data.batches=mixed; homogeneous batches are "
+            "of one source as a whole"
         )
     try:
         re.compile(flat["lora.targets"])
