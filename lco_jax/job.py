@@ -17,7 +17,7 @@ from lco_jax.checkpoint.hf import Checkpoint, load_model, open_checkpoint
 from lco_jax.core import console
 from lco_jax.core.errors import LcoError, check_keys
 from lco_jax.core.files import AnyPath, local_workdir, on_bucket, reaching, upload
-from lco_jax.core.sharding import make_mesh
+from lco_jax.core.sharding import check_mesh, make_mesh
 from lco_jax.data import mixture, pipeline
 from lco_jax.data.given import is_bundled, sources_of
 from lco_jax.data.held_out import SMALL, Split, split
@@ -86,7 +86,7 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
     check_packages(config)
     check_outputs(home, config)
     mesh = make_mesh(**config.mesh)
-    pipeline.check_mesh(mesh)
+    check_mesh(mesh)
     sources, share = open_sources(config)
     held_out = _open_held_out(config, share, generative)
     pairs = _open_pairs(config, generative)

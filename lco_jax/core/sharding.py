@@ -87,6 +87,20 @@ def _parts(mesh: Any, axes: MeshAxes) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
+def check_mesh(mesh: Mesh) -> None:
+    """Raise unless each shard of the rows is on devices of one process."""
+    processes = jax.process_count()
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    by_shard = owners.reshape(row_shards(mesh), -1)
+    one_owner = (by_shard == by_shard[:, :1]).all()
+    in_order = np.repeat(np.arange(processes), row_shards(mesh) // processes or 1)
+    if not one_owner or not np.array_equal(by_shard[:, 0], in_order):
+        raise LcoError(
+            f"mesh {dict(mesh.shape)} over {processes} processes: the tensor axis must stay within "
+            "one process, and data × fsdp must be a multiple of the processes"
+        )
+
+
 def row_shards(mesh: Mesh) -> int:
     """In how many parts the rows of a batch are split."""
     return _parts(mesh, ROWS)

@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
-from hashlib import blake2b
 from itertools import islice
 from numbers import Real
 from typing import Any, NamedTuple
@@ -25,27 +24,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lco_jax.core.errors import LcoError, is_number
 from lco_jax.core.exchange import Exchange
-from lco_jax.core.packing import (
-    MODALITIES,
-    Answers,
-    Batch,
-    PackedTokens,
-    fill,
-    fill_answers,
-)
+from lco_jax.core.packing import Answers, Batch, PackedTokens, fill, fill_answers
 from lco_jax.core.sharding import ROWS, replicated, row_shards
 from lco_jax.core.stream_shapes import padded_shape
 from lco_jax.data import mixture
 from lco_jax.data.inputs import conversation, one_ahead
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import asked
-from lco_jax.data.records import Content, Record, answer_of, content_key
+from lco_jax.data.records import TEXT, Content, Record, answer_of, content_number, modality_bits
 from lco_jax.data.scan import Source
 from lco_jax.data.share import Layout, LocalBatch, Share, pack_batch
 from lco_jax.data.sources import open_source
 from lco_jax.data.tower_rows import Processed, TowerRows
 
-TEXT = 1 << MODALITIES.index("text")  # the bits of a text's modalities
 MAX_SIDES = 1024  # a dropout identity is record · MAX_SIDES + side
 
 logger = logging.getLogger(__name__)
@@ -160,9 +151,9 @@ def _prepare(
         inputs=[result for _, result in kept],
         record=np.array([one.record * stride + offset for one, _ in kept], np.int64),
         side=np.array([one.side for one, _ in kept], np.int64),
-        content=np.array([_number(one.content) for one, _ in kept], np.int32),
-        kinds=np.array([_kinds(one.content) for one, _ in kept], np.int32),
-        teacher=np.array([_score(records[one.record], one.side) for one, _ in kept], np.float32),
+        content=np.array([content_number(one.content) for one, _ in kept], np.int32),
+        kinds=np.array([modality_bits(one.content) for one, _ in kept], np.int32),
+        teacher=np.array([records[one.record].score(one.side) for one, _ in kept], np.float32),
         skipped=tuple(skipped.values()),
         where=tuple(record.where for record in records),
     )
@@ -226,39 +217,7 @@ def answered(
     return results
 
 
-def _number(content: Content) -> int:
-    """A number that is the same for equal contents, in every process."""
-    digest = blake2b(repr(content_key(content)).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little", signed=True)
-
-
-def _kinds(content: Content) -> int:
-    """The modalities of a content, as bits."""
-    if isinstance(content, str):
-        return TEXT
-    return sum(1 << MODALITIES.index(kind) for kind in {part["type"] for part in content})
-
-
-def _score(record: Record, side: int) -> float:
-    """A teacher's score of a record's anchor with another of its contents; NaN without one."""
-    return record.teacher_scores[side - 1] if side and record.teacher_scores else math.nan
-
-
 # ---- shares -> batches on the mesh
-
-
-def check_mesh(mesh: Mesh) -> None:
-    """Raise unless each shard of the rows is on devices of one process."""
-    processes = jax.process_count()
-    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
-    by_shard = owners.reshape(row_shards(mesh), -1)
-    one_owner = (by_shard == by_shard[:, :1]).all()
-    in_order = np.repeat(np.arange(processes), row_shards(mesh) // processes or 1)
-    if not one_owner or not np.array_equal(by_shard[:, 0], in_order):
-        raise LcoError(
-            f"mesh {dict(mesh.shape)} over {processes} processes: the tensor axis must stay within "
-            "one process, and data × fsdp must be a multiple of the processes"
-        )
 
 
 def global_batch(

@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 
 from lco_jax.core.errors import LcoError, is_number
+from lco_jax.core.packing import MODALITIES
 from lco_jax.data.content import Content, Messages, Reader, describe, is_parts
 
 FILES_REMEMBERED = 100_000
 NEGATIVES = ("negative", "negatives")
 KEYS = ("anchor", "positive", *NEGATIVES, "teacher_scores")
+TEXT = 1 << MODALITIES.index("text")  # the bits of a text's modalities
 ALIKE = 0.9  # how like one of them a key is that must be a slip: positves is, positive_id is not
 
 
@@ -45,6 +47,10 @@ class Record:
         """Anchor, positive, negatives."""
         return (self.anchor, self.positive, *self.negatives)
 
+    def score(self, side: int) -> float:
+        """A teacher's score of the anchor with another side; NaN without one."""
+        return self.teacher_scores[side - 1] if side and self.teacher_scores else math.nan
+
     @property
     def modalities(self) -> frozenset[str]:
         """The kinds of all parts, and "text"."""
@@ -60,6 +66,19 @@ def as_input(side: Content | Messages) -> Any:
 def content_key(side: Content) -> Hashable:
     """A value that is equal for equal contents. Arrays count by what they hold."""
     return _key_of(side)
+
+
+def content_number(side: Content) -> int:
+    """An int32 that is the same for equal contents, in every process."""
+    digest = blake2b(repr(content_key(side)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def modality_bits(side: Content) -> int:
+    """The modalities of a content, as bits of `MODALITIES`."""
+    if isinstance(side, str):
+        return TEXT
+    return sum(1 << MODALITIES.index(kind) for kind in {part["type"] for part in side})
 
 
 def _key_of(value: Any) -> Hashable:
