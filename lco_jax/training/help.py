@@ -33,6 +33,7 @@ SECTIONS = {
     "data": "data",
     "data.media": "caps on media",
     "train": "the loss and the batches",
+    "loss": "what is added to the loss",
     "optimizer": "the optimiser",
     "mesh": "devices",
     "checkpoint": "checkpoints",
