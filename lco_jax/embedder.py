@@ -112,8 +112,7 @@ class OmniEmbedder(SentenceMethods):
         chosen = chosen_modalities(modalities, checkpoint.backbone.modalities)
         context = checkpoint.config.max_position_embeddings
         processor = Processor(checkpoint.folder, context, media, video_positions, chosen)
-        reads = checkpoint.backbone.reads
-        towers = [name for name, kinds in reads.items() if set(kinds) & set(processor.modalities)]
+        towers = checkpoint.backbone.towers_for(processor.modalities)
         model, params = load_model(
             checkpoint,
             mesh,

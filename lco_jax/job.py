@@ -91,9 +91,7 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
     held_out = _open_held_out(config, share, generative)
     pairs = _open_pairs(config, generative)
     total_steps = config.train.steps or _steps_of_epochs(config, sources)
-    with reaching(home):
-        if has_begun(home):
-            check_same_run(home, config, total_steps, fingerprints(sources))
+    _check_begun(home, config, total_steps, sources)
     workdir = local_workdir(home, "*.jsonl", jax.process_index())
     checkpoint = open_checkpoint(config.model.path)
     processor, layout = open_layout(config, sources, checkpoint, generative)
@@ -101,9 +99,9 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
     _check_objective(training.objective, sources, checkpoint)
     _say_warmup(config, total_steps)
     _print_summary(config, home, mesh, sources, training, total_steps)
-    named = {f"held-out data {name}": source for name, source in held_out.items()}
-    needed = _towers_for(checkpoint, {**named, **sources}, media)
-    towers = list(checkpoint.towers) if training.tune.trains_towers else needed
+    towers = _towers_for(checkpoint, sources, held_out, media)
+    if training.tune.trains_towers:
+        towers = list(checkpoint.towers)
     model, params = _load(config, checkpoint, mesh, towers, generative)
     return Job(
         config=config,
@@ -121,6 +119,15 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
         pairs=pairs,
         total_steps=total_steps,
     )
+
+
+def _check_begun(
+    home: AnyPath, config: ConfigDict, total_steps: int, sources: Mapping[str, Source]
+) -> None:
+    """Raise if the folder holds another run."""
+    with reaching(home):
+        if has_begun(home):
+            check_same_run(home, config, total_steps, fingerprints(sources))
 
 
 def _steps_of_epochs(config: ConfigDict, sources: Mapping[str, Source]) -> int:
@@ -219,7 +226,7 @@ def batches_of(
     Contrastive training, whose records are each other's negatives, wants each of them once in a
     batch. Logs what the data do not allow.
     """
-    weights = weights_of(config, sources)
+    weights = mixture.weights_of(config.data, sources)
     one_source = len(sources) == 1 or config.data.batches == "homogeneous"
     run = layout.batch_size if config.data.batches == "homogeneous" else config.data.sub_batch
     once = 0 if layout.generative else layout.batch_size
@@ -228,15 +235,6 @@ def batches_of(
         for line in mixture.repeats(sources, weights, layout.batch_size, one_source):
             logger.warning("%s", line)
     return pipeline.local_batches(stream, layout, processor, config.data.max_length)
-
-
-def weights_of(config: ConfigDict, sources: Mapping[str, Source]) -> dict[str, float]:
-    """How often each source is drawn: its weight, or what its size makes of it."""
-    weights = {}
-    for name, source in sources.items():
-        by_size = len(source) ** (1 / config.data.sampling_temperature)
-        weights[name] = config.data.sources[name].get("weight", by_size)
-    return weights
 
 
 def say(line: str, metrics: Mapping[str, Any] | None = None) -> None:
@@ -356,12 +354,16 @@ def _check_names(opened: Mapping[str, Any], key: str, config: ConfigDict) -> Non
 
 
 def _towers_for(
-    checkpoint: Checkpoint, sources: Mapping[str, Source], media: MediaConfig
+    checkpoint: Checkpoint,
+    sources: Mapping[str, Source],
+    held_out: Mapping[str, Source],
+    media: MediaConfig,
 ) -> list[str]:
     """The towers that the data needs. Raises for data that the checkpoint does not take."""
     backbone = checkpoint.backbone
     used: set[str] = set()
-    for name, source in sources.items():
+    named = {f"held-out data {name}": source for name, source in held_out.items()}
+    for name, source in {**named, **sources}.items():
         refused = sorted(source.modalities - set(backbone.modalities))
         if refused:
             taken = ", ".join(backbone.modalities)
@@ -369,7 +371,7 @@ def _towers_for(
         used |= source.modalities
     if media.use_audio_in_video and "video" in used:
         used.add("audio")
-    return [tower for tower, kinds in backbone.reads.items() if used & set(kinds)]
+    return backbone.towers_for(used)
 
 
 def _load(

@@ -21,7 +21,7 @@ from lco_jax.data.prompts import ChatTokenizer, as_messages
 from lco_jax.data.records import Record
 from lco_jax.data.scan import ListSource
 from lco_jax.data.sources import JsonlSource
-from lco_jax.job import open_layout, weights_of
+from lco_jax.job import open_layout
 
 PREFIX = np.zeros(0, np.int32)
 LAYOUT = Layout(batch_size=8, max_negatives=2, prefix=PREFIX)
@@ -106,7 +106,7 @@ def test_sources_without_a_weight_are_drawn_by_their_size(temperature, weights):
     config.data.sampling_temperature = temperature
     config.data.sources = {"a": {"kind": "jsonl"}, "b": {"kind": "jsonl"}, "c": {"weight": 7.0}}
     sources = {"a": numbered(100), "b": numbered(25), "c": numbered(3)}
-    found = weights_of(config, sources)
+    found = mixture.weights_of(config.data, sources)
     np.testing.assert_allclose(list(found.values()), [*weights, 7.0], rtol=1e-6)
 
 

@@ -6,6 +6,7 @@ function of the position alone, so a run can resume anywhere, and every process 
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
+from typing import Any
 
 import grain
 import numpy as np
@@ -17,6 +18,18 @@ SPARES = 4  # times a batch: the most records that are looked through for one th
 FEW = 0.01  # of a source's records may repeat others without a word
 BATCHES_REMEMBERED = 64
 Key = tuple[int, int]
+
+
+def weights_of(config: Mapping[str, Any], sources: Mapping[str, Source]) -> dict[str, float]:
+    """How often each source is drawn: its weight, or what its size makes of it.
+
+    config: config.data.
+    """
+    weights = {}
+    for name, source in sources.items():
+        by_size = len(source) ** (1 / config["sampling_temperature"])
+        weights[name] = config["sources"][name].get("weight", by_size)
+    return weights
 
 
 def keys(

@@ -139,24 +139,27 @@ def _prepare(
     offset: int,
 ) -> LocalBatch:
     """Prepare records, the first of which has the number `offset`, the next `offset + stride`."""
-    contents = [
-        _Content(i, side, content)
-        for i, record in enumerate(records)
-        for side, content in enumerate(record.sides[: layout.sides])
-    ]
+    contents = list(_contents(records, layout.sides))
     results = _process(records, contents, layout, processor, max_length)
     skipped = _skipped(contents, results, layout.on_bad)
     kept = [pair for pair in zip(contents, results, strict=True) if pair[0].record not in skipped]
+    good = [one for one, _ in kept]
     return LocalBatch(
         inputs=[result for _, result in kept],
-        record=np.array([one.record * stride + offset for one, _ in kept], np.int64),
-        side=np.array([one.side for one, _ in kept], np.int64),
-        content=np.array([content_number(one.content) for one, _ in kept], np.int32),
-        kinds=np.array([modality_bits(one.content) for one, _ in kept], np.int32),
-        teacher=np.array([records[one.record].score(one.side) for one, _ in kept], np.float32),
+        record=np.array([one.record for one in good], np.int64) * stride + offset,
+        side=np.array([one.side for one in good], np.int64),
+        content=np.array([content_number(one.content) for one in good], np.int32),
+        kinds=np.array([modality_bits(one.content) for one in good], np.int32),
+        teacher=np.array([records[one.record].score(one.side) for one in good], np.float32),
         skipped=tuple(skipped.values()),
         where=tuple(record.where for record in records),
     )
+
+
+def _contents(records: Sequence[Record], sides: int) -> Iterator[_Content]:
+    for i, record in enumerate(records):
+        for side, content in enumerate(record.sides[:sides]):
+            yield _Content(i, side, content)
 
 
 def _skipped(
@@ -272,13 +275,7 @@ def _tables(share: Share, slots: list[np.ndarray], slots_of_stream: int) -> dict
 
     slots: for each stream, its sequences' slots.
     """
-    local, layout = share.local, share.layout
-    processes, me = jax.process_count(), jax.process_index()
-    chunk, shard = np.divmod(share.bins, share.shards)
-    stream = (chunk * processes + me) * share.shards + shard
-    slot = np.zeros(len(local.inputs), np.int64)
-    for members, slots_of_members in zip(share.members, slots, strict=True):
-        slot[members] = slots_of_members
+    local, layout, processes = share.local, share.layout, jax.process_count()
 
     def table(values: np.ndarray | int, absent: float, dtype: Any = np.int32) -> np.ndarray:
         filled = np.full((layout.batch_size // processes, layout.sides), absent, dtype)
@@ -286,13 +283,24 @@ def _tables(share: Share, slots: list[np.ndarray], slots_of_stream: int) -> dict
         return filled
 
     tables = {
-        "sequences": table(stream * slots_of_stream + slot, -1),
+        "sequences": table(_sequences(share, slots, slots_of_stream), -1),
         "content": table(local.content, -1),
         "kinds": table(TEXT if local.kinds is None else local.kinds, 0),
     }
     if layout.teacher:
         tables["teacher"] = table(local.teacher, math.nan, np.float32)
     return tables
+
+
+def _sequences(share: Share, slots: list[np.ndarray], slots_of_stream: int) -> np.ndarray:
+    """For each input its slot, of those of all streams of all processes."""
+    processes, me = jax.process_count(), jax.process_index()
+    chunk, shard = np.divmod(share.bins, share.shards)
+    stream = (chunk * processes + me) * share.shards + shard
+    slot = np.zeros(len(share.local.inputs), np.int64)
+    for members, slots_of_members in zip(share.members, slots, strict=True):
+        slot[members] = slots_of_members
+    return stream * slots_of_stream + slot
 
 
 def _in_first_stream(table: np.ndarray, shards: int) -> np.ndarray:

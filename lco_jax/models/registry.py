@@ -15,7 +15,7 @@ The full Qwen2.5-Omni also has `talker.*` and `token2wav.*`, which we ignore.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -87,6 +87,11 @@ class Backbone:
     def modalities(self) -> tuple[str, ...]:
         """What the family takes."""
         return ("text", *(kind for kinds in self.reads.values() for kind in kinds))
+
+    def towers_for(self, modalities: Iterable[str]) -> list[str]:
+        """The towers that read any of these modalities."""
+        wanted = set(modalities)
+        return [tower for tower, kinds in self.reads.items() if wanted & set(kinds)]
 
     def name_of(self, key: str) -> str | None:
         """Our name of a key without prefix, or None if it is not needed.

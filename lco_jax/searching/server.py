@@ -132,25 +132,30 @@ class Server:
         """
         self._check(request)
         async with self._form(request) as form:
-            text = _text_of(form.get("text", ""))
             entry = self._entry(str(form["like"])) if "like" in form else None
             kinds = self._kinds(form.getlist("kind"))
-            file = form.get("file")
-            words = [{"type": "text", "text": text}] if text.strip() else []
-            name = "the query"
-            has_media = bool(words and entry is not None and entry.files)
-            if isinstance(file, UploadFile):
-                kind, name, has_media = self._kind_of(file), _shown_name(file.filename), True
-            async with _turn(self.with_media) if has_media else nullcontext():
-                if isinstance(file, UploadFile):
-                    words.insert(0, {"type": kind, kind: await file.read()})
-                vector, seconds = await self._vector(request, words, entry, name)
+            vector, seconds = await self._vector_of_form(request, form, entry)
         began = time.monotonic()
         found = await run_in_threadpool(self.library.nearest, vector, kinds, RESULTS + 1)
         results = [_shown(one, cosine) for one, cosine in found if one is not entry]
         took = {"encode": seconds, "search": time.monotonic() - began}
         like = None if entry is None else _shown(entry, None)
         return JSONResponse({"results": results[:RESULTS], "like": like, "seconds": took})
+
+    async def _vector_of_form(
+        self, request: Request, form: FormData, entry: Entry | None
+    ) -> tuple[np.ndarray, float]:
+        """The vector of a form's text, file and entry together, and the seconds that it took."""
+        text, file = _text_of(form.get("text", "")), form.get("file")
+        words = [{"type": "text", "text": text}] if text.strip() else []
+        if isinstance(file, UploadFile):
+            kind, name = self._kind_of(file), _shown_name(file.filename)
+            async with _turn(self.with_media):
+                medium = {"type": kind, kind: await file.read()}
+                return await self._vector(request, [medium, *words], entry, name)
+        has_media = bool(words and entry is not None and entry.files)
+        async with _turn(self.with_media) if has_media else nullcontext():
+            return await self._vector(request, words, entry, "the query")
 
     @asynccontextmanager
     async def _form(self, request: Request) -> AsyncIterator[FormData]:

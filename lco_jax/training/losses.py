@@ -5,6 +5,7 @@ B · (1 + M), P shards of the records, T tiles of a shard's records; b anchors o
 shards.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -36,35 +37,13 @@ class Negatives(NamedTuple):
 PAPER = Negatives()
 
 
-class Sides(NamedTuple):
-    """What `info_nce` is given of each content of each record, [B, 2 + M, …]."""
+class Contents(NamedTuple):
+    """Contents of a batch: the anchors of a tile [b, …], or all candidates [N, …].
 
-    vectors: Array
-    present: Array
-    content: Array | None
-    temperature: float | Array
-    guide: Array | None
-
-
-class Anchors(NamedTuple):
-    """vectors: [b, D]; present: [b]; index, content: [b], those of their positives; record: [b].
-
-    temperature: [b], or None where all pairs have one. guide: [b, G], or None.
-    """
-
-    vectors: Array
-    present: Array
-    index: Array
-    content: Array
-    record: Array
-    temperature: Array | None
-    guide: Array | None
-
-
-class Candidates(NamedTuple):
-    """vectors: [N, D]; present: [N]; index: [N], distinct, lowest for positives; content: [N].
-
-    record: [N]. temperature: [N] or None. guide: [N, G] or None.
+    vectors: [·, D]. present: bool. index: of a candidate, distinct, lowest for positives; of an
+    anchor, that of its positive. content: equal for equal contents; of an anchor, that of its
+    positive. record: its number. temperature: None where all pairs have one. guide: [·, G], or
+    None.
     """
 
     vectors: Array
@@ -130,11 +109,11 @@ def info_nce(
         tiles_first = rearrange(x, "(p t b) ... -> t (p b) ...", p=shards, t=tiles)
         return constrain(tiles_first, None, ROWS)
 
-    def compare(tile: Anchors) -> Comparison:
+    def compare(tile: Contents) -> Comparison:
         return _compare(tile, candidates, temperature, negatives)
 
-    sides = Sides(embeddings, present, content, temperature, negatives.guide)
-    anchors, candidates = _split(sides, shards * tiles)
+    contents = _numbered(embeddings, present, content, temperature, negatives, shards * tiles)
+    anchors, candidates = _split(contents)
     anchors = jax.tree.map(tiled, anchors)
     found = jax.lax.map(compare if tiles == 1 else jax.checkpoint(compare), anchors)
     losses = found.logsumexp - found.logit
@@ -151,84 +130,107 @@ def _tiles(anchors: int, candidates: int, tile_scores: int) -> int:
     return min(-(-anchors * candidates // tile_scores), anchors)
 
 
-def _split(sides: Sides, multiple: int) -> tuple[Anchors, Candidates]:
-    """All anchors, and all candidates, which every device holds.
+def _numbered(
+    embeddings: Array,
+    present: Array,
+    content: Array | None,
+    temperature: float | Array,
+    negatives: Negatives,
+    multiple: int,
+) -> Contents:
+    """What `info_nce` is given, and the numbers of records and candidates: [B, 2 + M, …].
 
     Absent records make B a multiple of `multiple`.
     """
-    missing = -len(sides.present) % multiple
-    temperature = sides.temperature if jnp.ndim(sides.temperature) == 2 else None
-
-    def padded(x: Array) -> Array:
-        """Zeros are of no consequence, as nothing is present; a temperature of 0 would make NaN."""
-        rest = 1 if x is temperature else 0
-        return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), constant_values=rest)
-
-    def of_anchors(x: Array | None) -> Array | None:
-        return None if x is None else padded(x)[:, 0]
-
-    def of_candidates(x: Array | None) -> Array | None:
-        return None if x is None else constrain(rearrange(padded(x)[:, 1:], "b s ... -> (b s) ..."))
-
-    records, width = len(sides.present) + missing, sides.present.shape[1]
-    index = jnp.arange(records * (width - 1)).reshape(width - 1, records).T
-    record = jnp.broadcast_to(jnp.arange(records)[:, None], index.shape)
-    content = sides.content
+    missing = -len(present) % multiple
+    more = partial(_with_absent, missing=missing)
     if content is None:
-        content = jnp.arange(sides.present.size).reshape(sides.present.shape)
-    anchors = Anchors(
-        vectors=of_anchors(sides.vectors),
-        present=of_anchors(sides.present),
-        index=index[:, 0],
-        content=padded(content)[:, 1],
-        record=record[:, 0],
-        temperature=of_anchors(temperature),
-        guide=of_anchors(sides.guide),
+        content = jnp.arange(present.size).reshape(present.shape)
+    records, sides = len(present) + missing, present.shape[1]
+    index = jnp.arange(records * (sides - 1)).reshape(sides - 1, records).T
+    record = jnp.broadcast_to(jnp.arange(records)[:, None], (records, sides))
+    return Contents(
+        vectors=more(embeddings),
+        present=jnp.pad(present, [(0, missing), (0, 0)]),
+        index=_with_positives(index),
+        content=_with_positives(more(content)[:, 1:]),
+        record=record,
+        temperature=more(temperature) if jnp.ndim(temperature) == 2 else None,
+        guide=None if negatives.guide is None else more(negatives.guide),
     )
-    candidates = Candidates(
-        vectors=of_candidates(sides.vectors),
-        present=of_candidates(sides.present),
-        index=constrain(index.reshape(-1)),
-        content=of_candidates(content),
-        record=constrain(record.reshape(-1)),
-        temperature=of_candidates(temperature),
-        guide=of_candidates(sides.guide),
-    )
-    return anchors, candidates
+
+
+def _with_absent(x: Array, missing: int) -> Array:
+    """With so many more records, copies of the last."""
+    return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), mode="edge") if missing else x
+
+
+def _with_positives(of_candidates: Array) -> Array:
+    """The candidates' numbers [B, 1 + M], and before them, for the anchor, its positive's."""
+    return jnp.concatenate([of_candidates[:, :1], of_candidates], axis=1)
+
+
+def _split(contents: Contents) -> tuple[Contents, Contents]:
+    """The anchors [B, …], and all candidates [N, …], which every device holds."""
+
+    def of_candidates(x: Array) -> Array:
+        return constrain(rearrange(x[:, 1:], "b s ... -> (b s) ..."))
+
+    anchors = jax.tree.map(lambda x: x[:, 0], contents)
+    return anchors, jax.tree.map(of_candidates, contents)
 
 
 def _compare(
-    anchors: Anchors, candidates: Candidates, temperature: float | Array, negatives: Negatives
+    anchors: Contents, candidates: Contents, temperature: float | Array, negatives: Negatives
 ) -> Comparison:
     """Compare b anchors with all candidates."""
     cosines = _cosines(anchors.vectors, candidates.vectors)
     is_positive = candidates.index == anchors.index[:, None]
-    is_before = candidates.index < anchors.index[:, None]
     differs = candidates.content != anchors.content[:, None]
     is_other = candidates.present & ~is_positive & differs
     is_false = is_other & _near_the_positive(anchors, candidates, cosines, is_positive, negatives)
     is_negative = is_other & ~is_false
-    if anchors.temperature is not None:
-        temperature = (anchors.temperature[:, None] + candidates.temperature) / 2
-    logits = jnp.where(is_negative | is_positive, cosines / temperature, -jnp.inf)
-    weighted = logits
-    if negatives.hard_weight != 1:
-        is_own = is_negative & (candidates.record == anchors.record[:, None])
-        weighted = logits + jnp.where(is_own, jnp.log(negatives.hard_weight), 0.0)
-
-    def highest(chosen: Array) -> Array:
-        return jnp.max(jnp.where(chosen, jax.lax.stop_gradient(logits), -jnp.inf), axis=-1)
-
+    scaled = cosines / _of_pairs(temperature, anchors, candidates)
+    logits = jnp.where(is_negative | is_positive, scaled, -jnp.inf)
+    before, after = _highest(logits, is_negative, candidates.index < anchors.index[:, None])
+    is_own = is_negative & (candidates.record == anchors.record[:, None])
     return Comparison(
-        logsumexp=jax.nn.logsumexp(weighted, axis=-1),
-        logit=jnp.sum(jnp.where(is_positive, logits, 0.0), axis=-1),
-        positive=jnp.sum(jnp.where(is_positive, cosines, 0.0), axis=-1),
-        negatives=jnp.sum(jnp.where(is_negative, cosines, 0.0), axis=-1),
+        logsumexp=jax.nn.logsumexp(_weighted(logits, is_own, negatives.hard_weight), axis=-1),
+        logit=_sum(logits, is_positive),
+        positive=_sum(cosines, is_positive),
+        negatives=_sum(cosines, is_negative),
         count=jnp.sum(is_negative, axis=-1).astype(jnp.float32),
         false=jnp.sum(is_false, axis=-1).astype(jnp.float32),
-        before=highest(is_negative & is_before),
-        after=highest(is_negative & ~is_before),
+        before=before,
+        after=after,
     )
+
+
+def _of_pairs(temperature: float | Array, anchors: Contents, candidates: Contents) -> float | Array:
+    """The temperature of all pairs, or of each: [b, N]."""
+    if anchors.temperature is None:
+        return temperature
+    return (anchors.temperature[:, None] + candidates.temperature) / 2
+
+
+def _sum(x: Array, chosen: Array) -> Array:
+    """Of each anchor's chosen candidates: [b]."""
+    return jnp.sum(jnp.where(chosen, x, 0.0), axis=-1)
+
+
+def _weighted(logits: Array, is_own: Array, weight: float) -> Array:
+    """The logits, in which a record's own hard negatives count `weight` times."""
+    return logits if weight == 1 else logits + jnp.where(is_own, jnp.log(weight), 0.0)
+
+
+def _highest(logits: Array, is_negative: Array, is_before: Array) -> tuple[Array, Array]:
+    """The highest logit of the negatives before, and of those after the positive: [b] each."""
+    logits = jax.lax.stop_gradient(logits)
+
+    def highest(chosen: Array) -> Array:
+        return jnp.max(jnp.where(chosen, logits, -jnp.inf), axis=-1)
+
+    return highest(is_negative & is_before), highest(is_negative & ~is_before)
 
 
 def _cosines(a: Array, b: Array) -> Array:
@@ -237,8 +239,8 @@ def _cosines(a: Array, b: Array) -> Array:
 
 
 def _near_the_positive(
-    anchors: Anchors,
-    candidates: Candidates,
+    anchors: Contents,
+    candidates: Contents,
     cosines: Array,
     is_positive: Array,
     negatives: Negatives,
@@ -248,8 +250,7 @@ def _near_the_positive(
         return jnp.zeros_like(is_positive)
     scores = cosines if anchors.guide is None else _cosines(anchors.guide, candidates.guide)
     scores = jax.lax.stop_gradient(scores)
-    of_positive = jnp.sum(jnp.where(is_positive, scores, 0.0), axis=-1, keepdims=True)
-    return scores > of_positive - negatives.margin
+    return scores > _sum(scores, is_positive)[:, None] - negatives.margin
 
 
 def _means(found: Comparison, losses: Array, present: Array) -> dict[str, Array]:

@@ -262,17 +262,19 @@ def coral(embeddings: Array, labels: Labels) -> Array:
     """
     flat = embeddings.reshape(-1, embeddings.shape[-1])
     kinds = jnp.where(labels.present, labels.kinds, 0).reshape(-1)
-    covariances, counted = [], []
-    for bit in range(len(MODALITIES)):
-        of = (kinds == 1 << bit).astype(jnp.float32)[:, None]
-        count = of.sum()
-        centred = (flat - (of * flat).sum(axis=0) / jnp.maximum(count, 1)) * of
-        product = jnp.einsum("nd,ne->de", centred, centred, precision="highest")
-        covariances.append(product / jnp.maximum(count - 1, 1))
-        counted.append(count > 1)
+    found = [_covariance(flat, kinds == 1 << bit) for bit in range(len(MODALITIES))]
     total, pairs = jnp.float32(0.0), jnp.float32(0.0)
-    for a, b in combinations(range(len(MODALITIES)), 2):
-        both = (counted[a] & counted[b]).astype(jnp.float32)
-        total += both * jnp.sum((covariances[a] - covariances[b]) ** 2) / 4
+    for (a, some_of_a), (b, some_of_b) in combinations(found, 2):
+        both = (some_of_a & some_of_b).astype(jnp.float32)
+        total += both * jnp.sum((a - b) ** 2) / 4
         pairs += both
     return total / jnp.maximum(pairs, 1)
+
+
+def _covariance(vectors: Array, chosen: Array) -> tuple[Array, Array]:
+    """(the covariance [D, D] of the chosen of vectors [N, D], whether they are two or more)."""
+    of = chosen.astype(jnp.float32)[:, None]
+    count = of.sum()
+    centred = (vectors - (of * vectors).sum(axis=0) / jnp.maximum(count, 1)) * of
+    product = jnp.einsum("nd,ne->de", centred, centred, precision="highest")
+    return product / jnp.maximum(count - 1, 1), count > 1
