@@ -309,6 +309,20 @@ def test_a_source_of_copies_alone_is_named(tmp_path, my_file):
         split({"my": JsonlSource(my_file), "copies": copies}, 0.05)
 
 
+def test_what_is_left_knows_what_its_records_have(tmp_path):
+    """A teacher's scores: the loss asks for them before the first record is read."""
+    file = tmp_path / "taught.jsonl"
+    lines = [
+        json.dumps({"anchor": f"a{i}", "positive": f"p{i}", "teacher_scores": [0.5]})
+        for i in range(40)
+    ]
+    file.write_text("\n".join(lines))
+    whole = JsonlSource(file)
+    (rest,) = split({"taught": whole}, 0.2).training.values()
+    assert len(rest) < len(whole)
+    assert rest.has_teacher
+
+
 def test_a_source_that_is_not_scanned_holds_out_rows(my_file):
     class Rows(ListSource):
         def __init__(self):

@@ -83,7 +83,7 @@ class Rest(Source):
             )
         self.whole, self.indices = whole, indices
         self.skipped, self.max_negatives = whole.skipped, whole.max_negatives
-        self.modalities = whole.modalities
+        self.modalities, self.has_teacher = whole.modalities, whole.has_teacher
         self.digests = None if whole.digests is None else whole.digests[indices]
         out = len(whole) - len(indices)
         self.version = f"{fingerprint(whole)}, without {out:,} that are held out"
