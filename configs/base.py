@@ -130,11 +130,11 @@ def _set_loss(config: ConfigDict) -> None:
     # a candidate that scores above the positive less the margin is no negative. Whose scores: own
     # (this model's), base (the model before tuning); "": all are negatives
     config.loss.false_negatives = ""
-    config.loss.false_negative_margin = 0.0
+    config.loss.false_negative_margin = 0.0  # how far below the positive's score that begins
     config.loss.hard_weight = 1.0  # how many times a record's own hard negatives count
     # learn a teacher's scores, teacher_scores of a record: kl, margin_mse, or "": no
     config.loss.teacher = ""
-    config.loss.teacher_weight = 1.0
+    config.loss.teacher_weight = 1.0  # of what is learned of the teacher
     config.loss.teacher_temperature = 1.0  # of the teacher's softmax, for kl
     config.loss.coral = 0.0  # weight of a term that aligns the covariances of modalities
 

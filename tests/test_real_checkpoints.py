@@ -351,8 +351,9 @@ BAD = {  # family -> [(input, what is said of it)]
         ([{"role": 7, "content": "hi"}], "role is 7"),
         (limited(min_pixels="abc"), "min_pixels 'abc'"),
         (limited(min_pixels=9000, max_pixels=5000), "min_pixels 9000 and max_pixels 5000"),
-        (limited(resized_height=56), "unknown key 'resized_height'"),
-        (user(image(1, 56, 56, resized_height=56), "x"), "unknown key 'resized_height'"),
+        (limited(resized_height=56), "has resized_height alone; give resized_height and resized_w"),
+        (limited(shortest_edge=56), "unknown key 'shortest_edge'"),
+        (user(image(1, 56, 56, shortest_edge=56), "x"), "unknown key 'shortest_edge'"),
         ({"image": lambda: 0}, "image cannot be a function"),
         ({"image": []}, "its image is an empty list"),
         ({"video": [], "text": "hi"}, "its video is an empty list"),
@@ -455,10 +456,10 @@ def test_a_part_says_how_its_video_is_sampled(cases, film, given):
 def test_a_part_says_nothing_else(cases, kind):
     """The key is named before the medium is looked at."""
     (error,) = Preparation(Processor(cases["omni"].path))(
-        [([{"type": kind, kind: 0, "resized_width": 1}], "this one")]
+        [([{"type": kind, kind: 0, "shortest_edge": 1}], "this one")]
     )
     assert isinstance(error, LcoError)
-    assert str(error).startswith("this one[0] has the unknown key 'resized_width'")
+    assert str(error).startswith("this one[0] has the unknown key 'shortest_edge'")
 
 
 # ---- pixels

@@ -244,7 +244,7 @@ def test_training_scores_pairs_as_evaluate_does(stsb, run_command, tmp_path, cap
     results = train(config, tmp_path / "run")
     out = capsys.readouterr().out
     for name in ("stsb-dev", "mine"):
-        assert f"{name}, Spearman" in out
+        assert f"{name}: Spearman" in out
     for name, file in (("stsb-dev", "builtin:stsb-dev"), ("mine", mine)):
         status, _, error = run_command(
             evaluate, f"--model={tmp_path / 'run' / 'merged'}", "--kind=sts", f"--input={file}",

@@ -53,7 +53,7 @@ class Thumbnails:
         return content.getvalue()
 
 
-def _small(height: int, width: int) -> tuple[int, int]:
-    """(height, width) of a thumbnail. A small picture keeps its size."""
+def _small(height: int, width: int, frames: int = 1) -> tuple[int, int]:
+    """(height, width) of a thumbnail. A small picture keeps its size. frames: of a clip."""
     scale = min(1.0, SIDE / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))
