@@ -97,7 +97,6 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
     processor, layout = open_layout(config, sources, checkpoint, generative)
     training = Training.build(config, checkpoint, total_steps, mesh)
     _check_objective(training.objective, sources, checkpoint)
-    _say_warmup(config, total_steps)
     _print_summary(config, home, mesh, sources, training, total_steps)
     towers = _towers_for(checkpoint, sources, held_out, media)
     if training.tune.trains_towers:

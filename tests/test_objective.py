@@ -15,7 +15,7 @@ import torch
 from lco_jax import make_mesh
 from lco_jax.core.errors import LcoError
 from lco_jax.core.packing import MODALITIES
-from lco_jax.training import losses
+from lco_jax.training.losses import TILE_SCORES, Negatives, info_nce
 from lco_jax.training.objective import Labels, LossConfig, contrastive
 
 RECORDS, NEGATIVES, HIDDEN = 11, 2, 16
@@ -161,11 +161,9 @@ COMBINATIONS = {
 }
 
 
-@pytest.mark.parametrize("tile_scores", [losses.TILE_SCORES, 40])
 @pytest.mark.parametrize("name", COMBINATIONS)
-def test_loss_and_gradient_equal_torch(name, tile_scores, monkeypatch):
-    """In float64; tiles change nothing."""
-    monkeypatch.setattr(losses.info_nce, "__defaults__", (None, tile_scores, losses.PAPER))
+def test_loss_and_gradient_equal_torch(name):
+    """In float64."""
     config = LossConfig(temperature=0.06, **COMBINATIONS[name])
     embeddings, labels, guide = a_batch()
     with jax.enable_x64(True):
@@ -180,6 +178,25 @@ def test_loss_and_gradient_equal_torch(name, tile_scores, monkeypatch):
     np.testing.assert_allclose(float(loss), float(want.detach()), atol=1e-6)
     np.testing.assert_allclose(gradient, given.grad.numpy(), atol=1e-6)
     assert float(metrics["loss"]) == float(loss)
+
+
+@pytest.mark.parametrize("added", ["temperature", "own", "guide", "hard_weight"])
+def test_tiles_change_nothing(added):
+    embeddings, labels, guide = (jax.tree.map(jnp.asarray, one) for one in a_batch(3))
+    temperature = jnp.linspace(0.04, 0.09, labels.present.size).reshape(labels.present.shape)
+    negatives = {
+        "own": Negatives(margin=0.05),
+        "guide": Negatives(margin=0.0, guide=guide),
+        "hard_weight": Negatives(hard_weight=3.0),
+    }.get(added, Negatives())
+
+    def run(vectors, tile_scores):
+        scale = temperature if added == "temperature" else 0.06
+        return info_nce(vectors, labels.present, scale, labels.content, tile_scores, negatives)
+
+    step = jax.jit(jax.value_and_grad(run, has_aux=True), static_argnums=1)
+    want, got = step(embeddings, TILE_SCORES), step(embeddings, 40)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), got, want)
 
 
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2)])

@@ -23,6 +23,7 @@ from lco_jax.data.scan import ListSource, fingerprint
 from lco_jax.data.sources import JsonlSource, open_source
 from lco_jax.job import open_sources
 from lco_jax.training import cli
+from lco_jax.training.objective import LossConfig
 from lco_jax.training.run import check_same_run, claim_workdir
 from lco_jax.training.state import warmup_steps
 
@@ -367,13 +368,18 @@ def test_a_run_keeps_what_it_holds_out(tmp_path, my_file):
         check_same_run(home, config, 20, changed)
 
 
-def test_a_run_of_an_earlier_version_held_nothing_out(tmp_path):
+def test_a_run_of_an_earlier_version_held_nothing_out_and_added_nothing_to_the_loss(tmp_path):
     config = base.get_config()
     claim_workdir(tmp_path, config, 9)
     saved = read_json(tmp_path / "config.json")
-    del saved["eval"]["share"]
+    del saved["eval"]["share"], saved["loss"]
+    del saved["data"]["sub_batch"], saved["data"]["sampling_temperature"]
     (tmp_path / "config.json").write_text(json.dumps(saved))
     check_same_run(tmp_path, config, 9)
+    assert LossConfig.of(saved) == LossConfig.of(config)  # for `lco convert`, too
+    config.loss.matryoshka = (64,)
+    with pytest.raises(LcoError, match=r"holds a run with config\.loss\.matryoshka = \[\]"):
+        check_same_run(tmp_path, config, 9)
 
 
 @pytest.fixture

@@ -199,8 +199,8 @@ def _compare(
         logit=_sum(logits, is_positive),
         positive=_sum(cosines, is_positive),
         negatives=_sum(cosines, is_negative),
-        count=jnp.sum(is_negative, axis=-1).astype(jnp.float32),
-        false=jnp.sum(is_false, axis=-1).astype(jnp.float32),
+        count=_sum(1.0, is_negative),
+        false=_sum(1.0, is_false),
         before=before,
         after=after,
     )
@@ -213,7 +213,7 @@ def _of_pairs(temperature: float | Array, anchors: Contents, candidates: Content
     return (anchors.temperature[:, None] + candidates.temperature) / 2
 
 
-def _sum(x: Array, chosen: Array) -> Array:
+def _sum(x: Array | float, chosen: Array) -> Array:
     """Of each anchor's chosen candidates: [b]."""
     return jnp.sum(jnp.where(chosen, x, 0.0), axis=-1)
 

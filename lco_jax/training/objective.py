@@ -18,7 +18,7 @@ from lco_jax.core.errors import LcoError
 from lco_jax.core.packing import MODALITIES
 from lco_jax.training.losses import Negatives, info_nce
 
-FLAGS = ("two_way", "ignore_duplicates")  # of config.train
+OF_TRAIN = ("temperature", "two_way", "ignore_duplicates")  # what config.train has of it
 GUIDES = ("", "own", "base")
 TEACHERS = ("", "kl", "margin_mse")
 
@@ -44,7 +44,8 @@ class LossConfig:
     hard_weight: how many times a record's own hard negatives count.
     teacher: what is learned of a teacher's scores of a record's own candidates: "kl" (their
         softmax), "margin_mse" (their differences; Hofstätter et al. 2020, arXiv 2010.02666), "".
-        teacher_weight: of that term. teacher_temperature: of the teacher's softmax.
+        teacher_weight: of that term. teacher_temperature: of the teacher's softmax; ours has
+        `temperature`.
     coral: the weight of a term that aligns the covariances of modalities (Sun and Saenko 2016,
         arXiv 1607.01719).
     """
@@ -80,14 +81,19 @@ class LossConfig:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "LossConfig":
         """From config.train and config.loss."""
-        train = {key: config["train"][key] for key in ("temperature", *FLAGS)}
-        return cls(**train, **{key: _fixed(value) for key, value in config["loss"].items()})
+        train = {key: config["train"][key] for key in OF_TRAIN}
+        loss = config.get("loss", {})  # a run of an earlier version has none
+        return cls(**train, **{key: _fixed(value) for key, value in loss.items()})
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Key of config.loss -> its value in the paper."""
+        return {one.name: one.default for one in fields(cls) if one.name not in OF_TRAIN}
 
     @property
     def added(self) -> list[str]:
         """The keys of config.loss that are not the paper's."""
-        keys = [field.name for field in fields(self) if field.name not in ("temperature", *FLAGS)]
-        return [key for key in keys if getattr(self, key) != getattr(LossConfig, key)]
+        return [key for key, value in self.defaults().items() if getattr(self, key) != value]
 
     def check_dimension(self, dimension: int) -> None:
         """Raise for a prefix that is no part of vectors of this length."""
@@ -231,26 +237,35 @@ def teacher_loss(vectors: Array, labels: Labels, config: LossConfig) -> Array:
     scored = labels.present[:, 1:] & jnp.isfinite(scores)
     scores = jnp.where(scored, scores, 0.0)
     if config.teacher == "kl":
-        losses = _divergence(cosines / config.temperature, scores, scored, config)
-        counts = scored.sum(axis=-1) > 1
+        losses, counts = _divergence(cosines / config.temperature, scores, scored, config)
     else:
-        pairs = scored[:, 1:] & scored[:, :1]
-        error = (cosines[:, :1] - cosines[:, 1:]) - (scores[:, :1] - scores[:, 1:])
-        losses = jnp.sum(jnp.where(pairs, error**2, 0.0), axis=-1)
-        losses /= jnp.maximum(pairs.sum(axis=-1), 1)
-        counts = pairs.any(axis=-1)
+        losses, counts = _margin_errors(cosines, scores, scored)
     counts &= labels.present[:, 0]
     return jnp.sum(jnp.where(counts, losses, 0.0)) / jnp.maximum(counts.sum(), 1)
 
 
-def _divergence(logits: Array, scores: Array, scored: Array, config: LossConfig) -> Array:
-    """KL of the teacher's softmax from ours over a record's scored candidates: [B]."""
+def _divergence(
+    logits: Array, scores: Array, scored: Array, config: LossConfig
+) -> tuple[Array, Array]:
+    """(KL of the teacher's softmax from ours over a record's scored candidates [B], whether there
+    are two or more).
+    """
     lowest = jnp.finfo(logits.dtype).min
     ours = jax.nn.log_softmax(jnp.where(scored, logits, lowest), axis=-1)
     wanted = jnp.where(scored, scores / config.teacher_temperature, lowest)
     theirs = jax.nn.log_softmax(wanted, axis=-1)
     terms = jnp.exp(theirs) * (theirs - ours)
-    return jnp.sum(jnp.where(scored, terms, 0.0), axis=-1)
+    return jnp.sum(jnp.where(scored, terms, 0.0), axis=-1), scored.sum(axis=-1) > 1
+
+
+def _margin_errors(cosines: Array, scores: Array, scored: Array) -> tuple[Array, Array]:
+    """(the mean squared error of the positive's lead over each scored negative [B], whether there
+    is one).
+    """
+    pairs = scored[:, 1:] & scored[:, :1]
+    errors = (cosines[:, :1] - cosines[:, 1:]) - (scores[:, :1] - scores[:, 1:])
+    total = jnp.sum(jnp.where(pairs, errors**2, 0.0), axis=-1)
+    return total / jnp.maximum(pairs.sum(axis=-1), 1), pairs.any(axis=-1)
 
 
 def coral(embeddings: Array, labels: Labels) -> Array:

@@ -14,6 +14,7 @@ from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath, reaching, read_json, write_json
 from lco_jax.core.sharding import make_mesh
+from lco_jax.training.objective import LossConfig
 from lco_jax.training.state import Training
 from lco_jax.training.values import ADDED, REMOVED, check_values
 
@@ -28,6 +29,7 @@ DATA = "data_was"  # in config.json: source -> fingerprint of its records
 def check_config(config: ConfigDict) -> None:
     """Raise, by key, for a value that no run can have, unless another part checks it."""
     check_values(flatten_dict(config.to_dict(), keep_empty_nodes=True, sep="."))
+    LossConfig.of(config)
 
 
 def check_same_run(
@@ -45,7 +47,8 @@ def check_same_run(
     now = _flat(config) | {"total_steps": total_steps}
     earlier = read_json(path)
     data = earlier.pop(DATA, {})
-    earlier = ADDED | flatten_dict(earlier, keep_empty_nodes=True, sep=".")
+    added = json.loads(json.dumps(ADDED))  # as JSON has them
+    earlier = added | flatten_dict(earlier, keep_empty_nodes=True, sep=".")
     for key in sorted((earlier.keys() | now.keys()) - REMOVED.keys()):
         is_free = key in FREE or key.partition(".")[0] in FREE
         if earlier.get(key) != now.get(key) and not is_free:

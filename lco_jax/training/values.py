@@ -13,7 +13,7 @@ from lco_jax.core.errors import LcoError, is_number
 from lco_jax.core.quantize import KINDS
 from lco_jax.models.attention import IMPLEMENTATIONS
 from lco_jax.models.decoder import REMAT_POLICIES
-from lco_jax.training.objective import GUIDES, TEACHERS
+from lco_jax.training.objective import GUIDES, TEACHERS, LossConfig
 from lco_jax.training.tuning import DECODER, TOWERS
 
 SEEDS = 2**31  # of grain and of jax
@@ -202,7 +202,12 @@ ELSEWHERE = ("data.sources.", "data.media.")  # what opens them checks them
 # Keys of earlier versions, and the value under which a configuration that still sets them runs.
 REMOVED = {"train.candidates": "auto", "train.spike": 20.0}
 # Keys that runs of earlier versions do not have, and the value that does what these did.
-ADDED = {"eval.share": 0.0}
+ADDED = {
+    "eval.share": 0.0,
+    "data.sub_batch": 1,
+    "data.sampling_temperature": 1.0,
+    **{f"loss.{key}": value for key, value in LossConfig.defaults().items()},
+}
 
 
 def check_values(flat: Mapping[str, Any]) -> None:
