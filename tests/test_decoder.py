@@ -15,6 +15,7 @@ from multiprocessing.reduction import ForkingPickler
 import av
 import numpy as np
 import pillow_heif
+import psutil
 import pytest
 import soundfile
 import soxr
@@ -248,11 +249,7 @@ def test_a_decoder_that_dies_takes_one_file_with_it(kind):
 
 def _decoders(parent):
     """The processes that decode for another one."""
-    path = f"/proc/{parent}/task"
-    children = []
-    for thread in os.listdir(path):
-        with open(f"{path}/{thread}/children") as file:
-            children += map(int, file.read().split())
+    children = [child.pid for child in psutil.Process(parent).children()]
     return [one for one in children if b"decode_process" in _command(one)]
 
 

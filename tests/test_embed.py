@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -701,11 +702,7 @@ def test_texts_load_no_tower(tmp_path, run_embed, monkeypatch):
 
 def children(process):
     """Ids of the processes that descend from one."""
-    found = []
-    for task in Path(f"/proc/{process}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += [int(child), *children(child)]
-    return found
+    return [child.pid for child in psutil.Process(process).children(recursive=True)]
 
 
 def begin_embed(source, output, *flags, path=()):
