@@ -15,7 +15,6 @@ author = "The lco-jax authors"
 version = release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "tools.docs_site"]
-myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3  # links such as training.md#data, as GitHub makes them
 default_role = "literal"  # docstrings write `name`
 smartquotes = False  # --flag stays what one types

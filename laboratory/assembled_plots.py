@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from laboratory import statistics as stats
 from laboratory.statistics import Estimate, Run, number
-from lco_jax.evaluation import plots
+from lco_jax.core import pictures
 
 KINDS = ("spoken", "written", "photo")
 COLOURS = {"spoken": "#d55e00", "written": "#0072b2", "photo": "#009e73", "text": "#555555"}
@@ -35,7 +35,7 @@ STYLE = {"none": ("white", "o"), "plain": (None, "o"), "classes": (None, "^")}
 def save(figure: Figure, path: Path) -> None:
     """Write a figure in both formats. path: without an ending."""
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    plots.save(figure, path.with_suffix(".png"))
+    pictures.save(figure, path.with_suffix(".png"))
 
 
 def mean(runs: Sequence[Run], steps: int, way: str, *path: str) -> Estimate | None:

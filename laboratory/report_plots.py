@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from laboratory import statistics as stats
 from laboratory.statistics import METHOD, MODALITIES, Run, number, retrieval_of
-from lco_jax.evaluation.plots import save
+from lco_jax.core.pictures import save
 
 COLOURS = {
     "image": "#2b6cb0",

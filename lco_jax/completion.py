@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from importlib import import_module
 
 from lco_jax.core.errors import LcoError, explained
+from lco_jax.core.extras import install_line
 from lco_jax.core.files import as_path, local_path
 from lco_jax.flags import new_parser
 from lco_jax.training import cli
@@ -19,7 +20,8 @@ def script(programs: Mapping[str, str], *shell: str) -> str:
     """The script for one of `SHELLS`. programs: name -> what it does."""
     if len(shell) != 1 or shell[0] not in SHELLS:
         raise LcoError(f"lco completion takes one of: {', '.join(SHELLS)}")
-    with explained("lco completion needs a package more: pip install shtab", ImportError):
+    needs = f"lco completion needs a package more: {install_line('completion')}"
+    with explained(needs, ImportError):
         import shtab
     parser = argparse.ArgumentParser(prog="lco")
     parser.add_argument("--version", action="store_true")

@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
-from lco_jax.core.console import progress_bar, say
+from lco_jax.core.console import progress_bar, say, say_all
 from lco_jax.core.errors import DONE, FAILED, LcoError, explained, run_main
 from lco_jax.core.extras import install_line
 from lco_jax.core.shapes import keep_compiled
@@ -113,8 +113,7 @@ def evaluate_files(args: argparse.Namespace, media: MediaConfig) -> None:
     numbers = evaluate_and_write(
         encode, args.kind, args.input, args.output, left_out, model, **options
     )
-    for name, number in numbers.items():
-        say(f"{name:>20} {number:,.4g}")
+    say_all([f"{name:>20} {number:,.4g}" for name, number in numbers.items()], numbers)
     results = args.output / "results.json"
     say(f"written: {results} and {args.kind}.png")
     for line in left_out.in_words(results):

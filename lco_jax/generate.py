@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from lco_jax.checkpoint.hf import open_checkpoint
-from lco_jax.core.console import progress_bar, say
+from lco_jax.core.console import progress_bar, say, say_all
 from lco_jax.core.errors import DONE, LcoError, run_main
 from lco_jax.core.files import write_json, write_text, written_aside
 from lco_jax.core.shapes import keep_compiled
@@ -208,10 +208,11 @@ def _records(args: argparse.Namespace) -> tuple[list[Record], list[str], int]:
 
 
 def _print_scores(scores: Mapping[str, float]) -> None:
-    say("| score | |\n|---|---|")
+    lines = ["| score | |", "|---|---|"]
     for name, value in scores.items():
         shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-        say(f"| {name} | {shown} |")
+        lines.append(f"| {name} | {shown} |")
+    say_all(lines, scores)
 
 
 def _flags(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Generative training, from the opened job to its answers: what `lco_jax.pretrain` runs."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from lco_jax import loop
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath
-from lco_jax.data.records import answer_of, as_input
+from lco_jax.data.records import Record, answer_of, as_input
 from lco_jax.generator import OmniGenerator
 from lco_jax.job import Job, held_out_progress, open_job, say
 from lco_jax.models.model import Model
@@ -91,8 +91,12 @@ def _evaluate(
         say(of, {"loss": loss})
     texts = generator.generate(prompts[:answered]) if answered else []
     generator.params = {}
-    answers = [
+    return {"loss": loss}, _answers(records, texts)
+
+
+def _answers(records: Sequence[Record], texts: Sequence[str]) -> list[dict[str, Any]]:
+    """What the first records wanted, and what the model said."""
+    return [
         {"where": record.where, "wanted": record.positive, "said": text}
         for record, text in zip(records, texts, strict=False)
     ]
-    return {"loss": loss}, answers

@@ -65,7 +65,8 @@ def _write(job: Job, tuned: dict[str, Any], scores: dict[str, Any]) -> dict[str,
     if lines:  # the file may have been lost, and the training not
         steps = [line["step"] for line in lines]
         rates = [line["learning_rate"] for line in lines]
-        plot_loss(job.workdir / "loss.png", _subject(job), steps, losses, rates)
+        what = "nats a token" if job.layout.generative else "training loss"
+        plot_loss(job.workdir / "loss.png", _subject(job), steps, losses, rates, what)
     results = _results(job, losses, scores)
     _export(job, tuned, results)
     write_json(job.workdir / "results.json", results)  # the last: it says that all is there

@@ -20,7 +20,7 @@ import pyarrow
 import pyarrow.parquet
 
 from lco_jax.checkpoint.hf import open_checkpoint
-from lco_jax.core.console import progress_bar, say
+from lco_jax.core.console import progress_bar
 from lco_jax.core.errors import DONE, LcoError, explained, run_main
 from lco_jax.core.extras import install_line
 from lco_jax.core.files import read_own, write_json
@@ -94,7 +94,8 @@ def main() -> int:
         host = f"[{args.host}]" if ":" in args.host else args.host
         counts = ", ".join(f"{count:,} {kind}" for kind, count in library.counts.items())
         rest = f" ({notes})" if notes else ""
-        say(f"{counts}: http://{host}:{socket_.getsockname()[1]}{rest}")
+        # what the command is asked for, however much else is said
+        print(f"{counts}: http://{host}:{socket_.getsockname()[1]}{rest}", flush=True)
         app = server.app(LOOPBACK if args.host in LOOPBACK else ("*",))
         http_server(app).run(sockets=[socket_])
     return DONE

@@ -17,7 +17,7 @@ from lco_jax.core.errors import run_main
 from lco_jax.flags import media_config
 from lco_jax.train import main
 from lco_jax.training import cli
-from lco_jax.training.help import COMMENTS, comments_of
+from lco_jax.training.help import comments_of, comments_of_base
 from lco_jax.training.values import RULES
 
 ROOT = Path(__file__).parents[1]
@@ -236,8 +236,8 @@ def test_help_has_every_key_with_its_comment_and_what_it_may_be(parse, capsys):
     assert set(RULES) <= about.keys()
     for key, rule in RULES.items():
         assert about[key].endswith(f" [{rule}]")
-        assert COMMENTS[key], f"{key} has no comment in configs/base.py"
-        assert " ".join(COMMENTS[key].split()) in about[key]
+        assert comments_of_base()[key], f"{key} has no comment in configs/base.py"
+        assert " ".join(comments_of_base()[key].split()) in about[key]
     assert about["data.media.fps"].endswith("frames a second that are taken of a video [a number]")
 
 

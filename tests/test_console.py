@@ -112,11 +112,18 @@ def test_flags_that_cannot_be_are_one_sentence(run, flags):
     assert flags[-1].partition("=")[0] in err
 
 
-def test_nothing_stays_as_a_program_has_set_it(run):
+def test_nothing_stays_as_a_program_has_set_it(run, capsys):
     before = (logging.getLogger("lco_jax").level, list(logging.getLogger().handlers))
     run(program, "--quiet", "--log-format=json")
     assert (logging.getLogger("lco_jax").level, list(logging.getLogger().handlers)) == before
-    run(lambda: console.say("as ever"))
+    console.say("as ever")
+    assert capsys.readouterr().out == "as ever\n"
+
+
+def test_flags_that_exclude_each_other_are_json_where_json_was_asked_for(run):
+    status, out, err = run(program, "--log-format=json", "--quiet", "--verbose")
+    assert (status, out) == (2, "")
+    assert "exclude each other" in json.loads(err)["message"]
 
 
 @pytest.mark.parametrize("verb", lco.VERBS)

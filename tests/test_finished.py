@@ -105,7 +105,7 @@ assert not {{"jax", "transformers", "orbax", "grain"}} & set(sys.modules)
     assert f"adapter       {home}/adapter" in shown
 
 
-def test_the_table_has_a_row_a_file(home):
+def test_the_table_has_a_row_a_file():
     rows = [line.split("  ") for line in table(RESULTS) if line]
     cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
     assert cells == [

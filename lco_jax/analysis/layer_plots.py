@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from lco_jax.analysis.measures import principal
 from lco_jax.analysis.token_cost import Losses
+from lco_jax.core.pictures import new_figure, save
 
 SIDES = ("tab:blue", "tab:orange")  # colours of the two modalities
 BOTH = "tab:green"  # the colour of what they make together
@@ -46,7 +47,7 @@ def plot_layers(
     """
     columns = min(len(measures), 3)
     rows = len(measures) // columns
-    figure = _figure(subject, 3 + 2.6 * columns, 1.6 + 2.6 * len(measures) / columns)
+    figure = new_figure(subject, (3 + 2.6 * columns, 1.6 + 2.6 * len(measures) / columns))
     panels = figure.subplots(rows, columns, sharex=True, squeeze=False).flat
     for axes, measure in zip(panels, measures, strict=True):
         for run, found in runs.items():
@@ -60,7 +61,7 @@ def plot_layers(
     for axes in figure.axes[-columns:]:
         axes.set_xlabel("layer")
     _put_legend(figure, figure.axes[0])
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def _plot_measure(axes: Axes, run: str, found: Any) -> None:
@@ -91,13 +92,13 @@ def plot_space(
 
     runs: "before" and perhaps "after" -> the two sides, each [N, D], of unit length.
     """
-    figure = _figure(subject, 1 + 4.5 * len(runs), 5.4)
+    figure = new_figure(subject, (1 + 4.5 * len(runs), 5.4))
     panels = figure.subplots(1, len(runs), squeeze=False).flat
     for axes, (run, sides) in zip(panels, runs.items(), strict=True):
         axes.set_title(run)
         _plot_pairs(axes, np.concatenate(sides), names)
     _put_legend(figure, axes)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def _plot_pairs(axes: Axes, points: np.ndarray, names: Iterable[str]) -> None:
@@ -141,7 +142,7 @@ def plot_generator(
     """
     before, after = (sums / counts for sums, counts in losses.values())
     label = f"mean {mean['nats_per_token']:+.3f}, 95 % interval"
-    figure = _figure(subject, 6.4, 4.2)
+    figure = new_figure(subject, (6.4, 4.2))
     axes = figure.subplots()
     axes.hist(after - before, bins="sturges", color="0.8")
     axes.yaxis.get_major_locator().set_params(integer=True)
@@ -160,14 +161,7 @@ def plot_generator(
         ylabel=f"captions ({len(before):,} in all)",
     )
     _put_legend(figure, axes)
-    figure.savefig(path, dpi=150)
-
-
-def _figure(subject: str, width: float, height: float) -> Figure:
-    """An empty picture of a size in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(subject, fontsize="medium", color="0.35")
-    return figure
+    save(figure, path)
 
 
 def _put_legend(figure: Figure, axes: Axes) -> None:

@@ -100,7 +100,8 @@ def run_main(main: Callable[[], int | None]) -> None:
         try:
             manner = console.take_flags(arguments)
         except argparse.ArgumentError as error:
-            _end(MISTAKE, f"error: {error}")
+            with console.speaking(console.Manner(as_json="--log-format=json" in sys.argv)):
+                _end(MISTAKE, f"error: {error}")
         sys.argv[1:] = arguments
         with console.speaking(manner):
             _run(main, manner)

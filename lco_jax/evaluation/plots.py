@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+
+from lco_jax.core.pictures import new_figure, save
 
 SHOWN = 24  # records in the similarity picture: what a page can show
 NAMED = 40  # classes whose names fit beside a confusion matrix
@@ -29,8 +30,9 @@ def plot_loss(
     steps: list[int],
     losses: list[float],
     rates: list[float],
+    what: str = "training loss",
 ) -> None:
-    """The training loss, its running mean, and the learning rate behind it."""
+    """The training loss, its running mean, and the learning rate behind it. what: the loss is."""
     width = max(len(losses) // 20, 1)
     means = np.convolve(losses, np.ones(width) / width, "valid")
     with _picture(path, subject, (7, 4)) as axes:
@@ -53,7 +55,7 @@ def plot_loss(
             color="tab:blue",
             label=f"mean of {width}",
         )
-        axes.set(xlabel="step", ylabel="InfoNCE loss")
+        axes.set(xlabel="step", ylabel=what)
         axes.set_ylim(bottom=0)
         axes.figure.legend(loc="outside lower right", ncols=2, frameon=False)
 
@@ -65,8 +67,7 @@ def plot_similarity(
 
     found: the name of a row of panels -> (before, after), each [N, N].
     """
-    figure = Figure(figsize=(9, 0.4 + 4.2 * len(found)), layout="constrained")
-    figure.suptitle(subject, fontsize="medium", color="0.35")
+    figure = new_figure(subject, (9, 0.4 + 4.2 * len(found)))
     rows = figure.subplots(len(found), 2, squeeze=False)
     for panels, (name, both) in zip(rows, found.items(), strict=True):
         shown = [cosines[:SHOWN, :SHOWN] for cosines in both]
@@ -163,17 +164,9 @@ def plot_spectrum(path: Path, subject: str, spectra: Mapping[str, np.ndarray], r
         axes.figure.legend(loc="outside lower right", frameon=False)
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a picture under another name, then rename it: a kill leaves no half of a picture."""
-    aside = path.with_name(f".{path.name}")
-    figure.savefig(aside, dpi=150, format="png")
-    aside.replace(path)
-
-
 @contextmanager
 def _picture(path: Path, subject: str, size: tuple[float, float]) -> Iterator[Axes]:
-    """Axes to draw into; the picture is written at the end. size: width and height in inches."""
-    figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(subject, fontsize="medium", color="0.35")
+    """Axes to draw into; the picture is written at the end. size: as of `new_figure`."""
+    figure = new_figure(subject, size)
     yield figure.subplots()
     save(figure, path)

@@ -114,11 +114,10 @@ class Server:
         entries = list(self.library.entries.values())
         step = -(-len(entries) // SOME)
         some = [_shown(entry, None) for entry in entries[::step]]
-        counts = self.library.counts
         return JSONResponse(
             {
                 **self.about,
-                "counts": counts,
+                "counts": self.library.counts,
                 "most": self.most,
                 "some": some,
             }

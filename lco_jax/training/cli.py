@@ -203,7 +203,7 @@ def configured(
 def _set_key(config: ConfigDict, name: str, value: Any) -> None:
     """Set the key that a keyword argument names."""
     key = name.replace("__", ".")
-    known = {".".join(path): value for path, value in _leaves(config.to_dict())}
+    known = dotted(config.to_dict())
     below = [one for one in known if one.startswith(f"{key}.")]
     if below:
         example = below[0].replace(".", "__")
@@ -218,7 +218,7 @@ def _set_key(config: ConfigDict, name: str, value: Any) -> None:
 
 def _check_keys(argv: Sequence[str], config: ConfigDict) -> None:
     """Raise for a flag that sets a key which the configuration does not have."""
-    known = {".".join(path): value for path, value in _leaves(config.to_dict())}
+    known = dotted(config.to_dict())
     for arg in argv[1:]:
         flag = arg.lstrip("-").partition("=")[0].removeprefix("no")
         key = flag.removeprefix("config.")
@@ -230,6 +230,11 @@ def _check_keys(argv: Sequence[str], config: ConfigDict) -> None:
             from lco_jax.training.values import hint
 
             raise LcoError(f"--{flag}: the config has no key {key!r}{hint(key, known)}")
+
+
+def dotted(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted key -> value, of a configuration as a dict."""
+    return {".".join(path): value for path, value in _leaves(tree)}
 
 
 def _leaves(

@@ -8,8 +8,8 @@ import re
 import shlex
 import textwrap
 import tokenize
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Mapping
+from functools import cache, partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lco_jax.core import console
+from lco_jax.training.cli import dotted
 from lco_jax.training.values import FLAG, RULES, Choice, Words
 
 COLUMNS = 100
@@ -78,17 +79,9 @@ def _flags_of_every_program() -> list[str]:
 
 def _keys(config: ConfigDict) -> dict[str, Any]:
     """Dotted key -> value, in the order of configs/base.py."""
-    order = {key: place for place, key in enumerate(COMMENTS)}
-    leaves = dict(_leaves(config.to_dict(), ""))
+    order = {key: place for place, key in enumerate(comments_of_base())}
+    leaves = dotted(config.to_dict())
     return dict(sorted(leaves.items(), key=lambda leaf: order.get(_commented(leaf[0]), len(order))))
-
-
-def _leaves(tree: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{above}{name}.")
-        else:
-            yield f"{above}{name}", value
 
 
 def _commented(key: str) -> str:
@@ -111,7 +104,7 @@ def _about(key: str, value: Any) -> str:
     rule = RULES.get(key) or KINDS.get(type(value))
     if key.startswith(f"{SOURCES}.") and not key.endswith(".kind"):
         return ""  # the comment stands beside the kind
-    about = COMMENTS.get(_commented(key), "")
+    about = comments_of_base().get(_commented(key), "")
     return f"{about} [{rule}]" if rule else about
 
 
@@ -152,4 +145,7 @@ def _set_in(line: str) -> str | None:
     return found[1] if found else None
 
 
-COMMENTS = comments_of(BASE.read_text(encoding="utf-8"))
+@cache
+def comments_of_base() -> dict[str, str]:
+    """Key -> its comment in configs/base.py."""
+    return comments_of(BASE.read_text(encoding="utf-8"))
