@@ -38,7 +38,7 @@ RUN = {
         "max_length": 64,
         "max_negatives": -1,
     },
-    "train": {"batch_size": 64, "temperature": 0.03, "two_way": False},
+    "train": {"batch_size": 64, "temperature": 0.03, "two_way": False, "ignore_duplicates": True},
     "optimizer": {"learning_rate": 2e-3, "schedule": "cosine"},
     "seed": 0,
     "total_steps": 100,
@@ -111,6 +111,18 @@ def test_no_figure_that_was_not_measured(results, step):
     assert "## Results" not in card
     assert ModelCard(card).data.eval_results is None
     assert f"| steps | {step} of 100 |" in card
+
+
+def test_a_runs_card_has_what_was_added_to_the_loss():
+    """A temperature for each modality takes the place of the one."""
+    loss = {"temperatures": [0.02, 0.03, 0.04, 0.05], "matryoshka": [8, 16], "coral": 0.0}
+    rows = dict(about_run({**RUN, "loss": loss}, {}, 50).sections[1].rows)
+    assert rows["loss.temperatures"] == (0.02, 0.03, 0.04, 0.05)
+    assert rows["loss.matryoshka"] == (8, 16)
+    assert not {"train.temperature", "loss.coral"} & rows.keys()
+    rows = dict(about_run(RUN, {}, 50).sections[1].rows)
+    assert rows["train.temperature"] == 0.03
+    assert rows["train.ignore_duplicates"]
 
 
 def test_a_generative_runs_card_answers():
