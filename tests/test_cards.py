@@ -126,15 +126,22 @@ def test_a_runs_card_has_what_was_added_to_the_loss():
 
 
 def test_a_generative_runs_card_answers():
-    results = {"objective": "generative", "steps": 100, "held_out": {"dev": 8}}
+    """Also before the run has results; one of an earlier version tells its objective there."""
+    results = {"steps": 100, "held_out": {"dev": 8}}
     results |= {"before": {"loss": 5.0}, "after": {"loss": 2.5}}
-    card = adapter_card(
-        open_checkpoint("builtin:tiny"), "builtin:tiny", about_run(RUN, results, 100), CONFIG
-    )
+    told = {"objective": "generative"}
+    runs = [({**RUN, **told}, {}), ({**RUN, **told}, results), (RUN, {**results, **told})]
+    cards = []
+    for run, found in runs:
+        about = about_run(run, found, 100)
+        cards.append(adapter_card(open_checkpoint("builtin:tiny"), "builtin:tiny", about, CONFIG))
+        assert ModelCard(cards[-1]).data.pipeline_tag == "image-text-to-text"
+    assert cards[1] == cards[2]
+    card = cards[1]
     assert "| dev | loss | 8 answers | 5.000 | 2.500 |" in card
+    assert "| dev |" not in cards[0]
     assert "OmniGenerator" in card
     assert "OmniEmbedder" not in card
-    assert ModelCard(card).data.pipeline_tag == "image-text-to-text"
 
 
 def test_the_licence_of_a_base_comes_from_its_own_card(tmp_path):
@@ -175,6 +182,14 @@ def test_a_card_inherits_what_is_known_of_its_base(cases, tmp_path):
     export_merged(folder, tmp_path / "again", dtype="float32")
     data = ModelCard.load(tmp_path / "again" / "README.md").data
     assert (data.license, data.base_model, data.language) == ("mit", "owner/base", ["en", "de"])
+
+
+def test_a_checkpoint_that_is_open_is_not_opened_again_by_its_name(tmp_path):
+    """A hub id that is not in the cache, offline."""
+    checkpoint = open_checkpoint("builtin:tiny")
+    export_merged("owner/base", tmp_path / "out", dtype="float32", checkpoint=checkpoint)
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert data.base_model == "owner/base"
 
 
 def test_an_assembled_models_card_lists_its_parts(tmp_path):

@@ -187,6 +187,9 @@ def test_what_is_there_is_pushed(hub, exports, monkeypatch, tmp_path):
             "the base of o is builtin:tiny, which others do not have",
         ),
         (["soup", "--models", "A"], "a soup needs --output"),
+        (["--input=o", "--push=owner/x", "--merge"], "--merge goes with soup"),
+        (["--input=o", "--push=owner/x", "--dtype=float32"], "--dtype and .* go with --output"),
+        (["--input=o", "--push=owner/x", "--max-shard-size=1"], "shard-size go with --output"),
     ],
 )
 def test_mistakes_of_convert(hub, monkeypatch, tmp_path, flags, message):
@@ -195,3 +198,18 @@ def test_mistakes_of_convert(hub, monkeypatch, tmp_path, flags, message):
         run_convert(monkeypatch, *flags)
     assert list(tmp_path.iterdir()) == []
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("more", [["--push=owner/x"], []], ids=["pushed", "written"])
+def test_a_model_is_no_run(hub, exports, monkeypatch, tmp_path, more):
+    """Its config.json is no run's."""
+    flags = [f"--input={exports / 'merged'}", f"--output={tmp_path / 'o'}", *more]
+    with pytest.raises(LcoError, match="merged is no training run; give a model as --model"):
+        run_convert(monkeypatch, *flags)
+    assert hub.requests == []
+
+
+def test_the_help_of_convert_has_the_defaults():
+    shown = " ".join(convert.make_parser().format_help().split())
+    assert "of models (default: bfloat16)" in shown
+    assert "of one file (default: 5)" in shown

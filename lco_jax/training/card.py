@@ -46,7 +46,8 @@ def about_run(config: Config, results: Mapping[str, Any], step: int) -> About:
     config: the run's config.json. results: the content of its results.json, or {} if it has none
     yet. Scores of another step are left out.
     """
-    objective = str(results.get("objective", ""))
+    # a run of an earlier version has it in its results alone
+    objective = config.get("objective") or results.get("objective", "")
     sections = [_data(config, results), _recipe(config, step)]
     scores: tuple[EvalResult, ...] = ()
     if results.get("steps") == step and results.get("after"):
