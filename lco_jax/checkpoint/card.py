@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,9 @@ CLASSES = {  # of transformers, with the vocabulary head, by which PEFT names mo
 # How the code of a card on a disk names its folder, and the sentence that says so. `at_hub` names
 # the repository instead.
 _HERE = ('name = "."', "--adapter=.")
+# what names the base in the code of an adapter's card
+_CODE_FOR_A_BASE = re.compile(r'from_pretrained\(".*", adapter=')
+_FLAG_FOR_A_BASE = re.compile(r"--model=.* --adapter=")
 _WHERE = "The code below is to be run in this folder.\n"
 
 
@@ -111,8 +115,14 @@ def assembled_card(folder: Path, checkpoint: Checkpoint) -> str:
     return _card(checkpoint, base, about, _Form("assembled"))
 
 
-def at_hub(card: str, repo_id: str) -> str:
-    """A card whose code loads from the hub what it loaded from its folder."""
+def at_hub(card: str, repo_id: str, base_id: str = "") -> str:
+    """A card whose code loads from the hub what it loaded from its folder.
+
+    base_id: of the base of an adapter, in the place of a folder of this machine.
+    """
+    if base_id:
+        card = _CODE_FOR_A_BASE.sub(f'from_pretrained("{base_id}", adapter=', card)
+        card = _FLAG_FOR_A_BASE.sub(f"--model={base_id} --adapter=", card)
     assignment, flag = _HERE
     card = card.replace(assignment, f'name = "{repo_id}"').replace(flag, f"--adapter={repo_id}")
     return card.replace(_WHERE, "")
