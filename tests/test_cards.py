@@ -18,6 +18,7 @@ from lco_jax.checkpoint.base import base_of, licence_keys
 from lco_jax.checkpoint.card import About, Section, adapter_card, assembled_card, at_hub
 from lco_jax.checkpoint.export import export_merged
 from lco_jax.checkpoint.hf import open_checkpoint
+from lco_jax.checkpoint.parts import front_matter, licence_of, parts_of
 from lco_jax.checkpoint.peft import write_peft
 from lco_jax.checkpoint.shapes import abstract_params
 from lco_jax.core import lora
@@ -144,31 +145,37 @@ def test_a_generative_runs_card_answers():
     assert "OmniEmbedder" not in card
 
 
-def test_the_licence_of_a_base_comes_from_its_own_card(tmp_path):
+def licence_of_base(folder, base):
+    return licence_keys(folder, base, front_matter(folder), parts_of(folder))
+
+
+def test_the_licence_of_a_base_comes_from_its_own_card(tmp_path, caplog):
     base = base_of("builtin:tiny")
-    assert licence_keys(tmp_path, base_of(tmp_path)) == {}
+    assert licence_of_base(tmp_path, base_of(tmp_path)) == {}
     readme = tmp_path / "README.md"
     readme.write_text(
         "---\nlicense: other\nlicense_name: qwen-research\nlicense_link: LICENSE\nlanguage: [en]\n"
         "---\n# Base\n"
     )
     on_hub = base_of("Qwen/Qwen2.5-VL-3B-Instruct")
-    assert licence_keys(tmp_path, on_hub) == {
+    assert licence_of_base(tmp_path, on_hub) == {
         "license": "other",
         "license_name": "qwen-research",
         "license_link": "https://huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct/blob/main/LICENSE",
     }
-    readme.write_text("---\nlicense: [\n---\n")
-    assert licence_keys(tmp_path, base_of(tmp_path)) == {}
+    readme.write_text("---\nlicense: mit\ntags: [\n---\n")
+    assert licence_of(tmp_path) is None
+    assert licence_of_base(tmp_path, base_of(tmp_path)) == {}
+    assert "front matter is not valid YAML" in caplog.text
     readme.unlink()
     parts = {"language model": {"name": "a", "licence": "Apache-2.0"}}
     parts["vision tower"] = {"name": "fresh"}
     write_json(tmp_path / "parts.json", {**parts, "seed": 0})
-    assert licence_keys(tmp_path, base_of(tmp_path)) == {"license": "apache-2.0"}
+    assert licence_of_base(tmp_path, base_of(tmp_path)) == {"license": "apache-2.0"}
     parts["audio tower"] = {"name": "b", "licence": "MIT"}
     write_json(tmp_path / "parts.json", parts)
-    assert licence_keys(tmp_path, base_of(tmp_path)) == {}
-    assert licence_keys(tmp_path / "none", base) == {"license": "apache-2.0"}
+    assert licence_of_base(tmp_path, base_of(tmp_path)) == {}
+    assert licence_of_base(tmp_path / "none", base) == {"license": "apache-2.0"}
 
 
 def test_a_card_inherits_what_is_known_of_its_base(cases, tmp_path):

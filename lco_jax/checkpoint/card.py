@@ -6,7 +6,7 @@
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from lco_jax.checkpoint.base import HUB, Base, base_of, front_matter, licence_keys
+from lco_jax.checkpoint.base import HUB, Base, base_of, licence_keys
 from lco_jax.checkpoint.hf import DTYPES, Checkpoint
-from lco_jax.checkpoint.parts import README, parts_of
+from lco_jax.checkpoint.parts import README, front_matter, parts_of
 from lco_jax.core.files import ASSETS, write_text
 from lco_jax.core.lora import LoraConfig
 from lco_jax.data.prompts import PROMPTS
@@ -135,9 +135,9 @@ def write_card(folder: Path, card: str) -> None:
 
 def _card(checkpoint: Checkpoint, base: Base, about: About, form: _Form) -> str:
     """Front matter and body. checkpoint, base: what the export was made from."""
-    licence = licence_keys(checkpoint.folder, base)
-    title = f"{base.name}, {about.what}"
-    head = _front_matter(checkpoint, base, about, form, licence, title)
+    of_base, parts = front_matter(checkpoint.folder), parts_of(checkpoint.folder)
+    licence = licence_keys(checkpoint.folder, base, of_base, parts)
+    head = _front_matter(checkpoint, base, about, form, of_base, licence)
     environment = Environment(
         trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True
     )
@@ -145,12 +145,12 @@ def _card(checkpoint: Checkpoint, base: Base, about: About, form: _Form) -> str:
     modalities = checkpoint.backbone.modalities
     body = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         **form._asdict(),
-        title=title,
+        title=_title(base, about),
         about=replace(about, made=about.made.replace("{base}", base.name)),
         base=base,
         base_link=_link(base),
         licence=_licence_in_words(licence),
-        parts=parts_of(checkpoint.folder),
+        parts=parts,
         modalities=modalities,
         size=checkpoint.config.hidden_size,
         dtype=_dtype(checkpoint),
@@ -165,16 +165,22 @@ def _card(checkpoint: Checkpoint, base: Base, about: About, form: _Form) -> str:
     return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}"))
 
 
+def _title(base: Base, about: About) -> str:
+    return f"{base.name}, {about.what}"
+
+
 def _front_matter(
     checkpoint: Checkpoint,
     base: Base,
     about: About,
     form: _Form,
+    of_base: Mapping[str, Any],
     licence: dict[str, str],
-    title: str,
 ) -> ModelCardData:
-    """What the hub reads. A base that is not on the hub hands down what its own card says."""
-    of_base = front_matter(checkpoint.folder)
+    """What the hub reads. A base that is not on the hub hands down what its own card says.
+
+    of_base: the front matter of its own card.
+    """
     base_model = base.hub_id or of_base.get("base_model")
     library, pipeline = _programs(checkpoint, about, form)
     return ModelCardData(
@@ -185,7 +191,7 @@ def _front_matter(
         library_name=library,
         pipeline_tag=pipeline,
         tags=_tags(checkpoint, about, form),
-        model_name=title if about.results else None,
+        model_name=_title(base, about) if about.results else None,
         eval_results=list(about.results) or None,
         **licence,
     )
