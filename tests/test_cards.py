@@ -204,7 +204,7 @@ def test_an_assembled_models_card_lists_its_parts(tmp_path):
     (tmp_path / "model" / "README.md").unlink()
     note = {"language model": {"name": "a|b", "licence": "MIT"}, "vision tower": {"name": "fresh"}}
     write_json(tmp_path / "model" / "parts.json", note)
-    card = assembled_card(tmp_path / "model", open_checkpoint(tmp_path / "model"))
+    card = assembled_card("model", open_checkpoint(tmp_path / "model"))
     assert "| language model | a\\|b | MIT |" in card
     assert "| vision tower | fresh |  |" in card
     assert ModelCard(card).data.license == "mit"

@@ -103,9 +103,11 @@ def adapter_card(
     return _card(checkpoint, base_of(source), about, _Form("adapter", lora=config))
 
 
-def assembled_card(folder: Path, checkpoint: Checkpoint) -> str:
-    """The card of a model that `lco assemble` made, with its parts. checkpoint: the model."""
-    base = Base(folder.name, str(folder), None, str(folder))
+def assembled_card(name: str, checkpoint: Checkpoint) -> str:
+    """The card of a model that `assemble` made, with its parts. name: of its folder. checkpoint:
+    the model.
+    """
+    base = Base(name, name, None, name)
     about = About(
         "A model made of parts by lco-jax. Whatever is fresh was drawn at random and has learned "
         "nothing yet; the language model answers as it did before.",
