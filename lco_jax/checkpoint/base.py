@@ -1,6 +1,5 @@
 """The checkpoint that an export was made from, as others find it: its name, place and licence."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,10 @@ from huggingface_hub import try_to_load_from_cache
 from lco_jax.checkpoint import builtin
 from lco_jax.checkpoint.parts import fetched_licence
 from lco_jax.core.files import expanded, on_bucket
+from lco_jax.core.hub_ids import is_hub_id
 
 HUB = "https://huggingface.co"
 OUR_LICENCE = "apache-2.0"  # of the built-in checkpoints that programs of this repository made
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -54,9 +53,7 @@ def base_of(given: str | Path) -> Base:
 
 def hub_id_of(name: str) -> str | None:
     """A name that is the id of a repository of the hub, and no folder or file of this machine."""
-    if _HUB_ID.fullmatch(name) is None or name.startswith(".") or expanded(name).exists():
-        return None
-    return name
+    return name if is_hub_id(name) and not expanded(name).exists() else None
 
 
 def _revision(hub_id: str) -> str | None:
