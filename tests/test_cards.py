@@ -199,6 +199,22 @@ def test_a_checkpoint_that_is_open_is_not_opened_again_by_its_name(tmp_path):
     assert data.base_model == "owner/base"
 
 
+@pytest.mark.parametrize("family", ["vl", "omni", "omni_full"])
+def test_a_card_has_code_for_sentence_transformers_where_it_loads_the_model(
+    cases, tmp_path, family
+):
+    path = cases[family].path
+    export_merged(path, tmp_path / "merged", dtype="float32")
+    card = (tmp_path / "merged" / "README.md").read_text()
+    data, loads = ModelCard(card).data, family != "omni_full"
+    assert (tmp_path / "merged" / "modules.json").exists() == loads
+    assert data.library_name == ("sentence-transformers" if loads else "transformers")
+    assert ("sentence-transformers" in data.tags) == loads
+    for text in (card, adapter_card(open_checkpoint(path), path, About(), CONFIG)):
+        assert ("import SentenceTransformer" in text) == loads
+        assert ("cannot load a full Qwen2.5-Omni" in text) != loads
+
+
 def test_an_assembled_models_card_lists_its_parts(tmp_path):
     export_merged("builtin:tiny", tmp_path / "model", dtype="float32")
     (tmp_path / "model" / "README.md").unlink()

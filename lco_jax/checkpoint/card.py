@@ -20,7 +20,7 @@ from lco_jax.checkpoint.hf import DTYPES, Checkpoint
 from lco_jax.checkpoint.parts import README, front_matter, parts_of
 from lco_jax.core.files import ASSETS, write_text
 from lco_jax.core.lora import LoraConfig
-from lco_jax.data.prompts import PROMPTS
+from lco_jax.data.prompts import PROMPT, PROMPTS
 
 _TEMPLATE = ASSETS / "card.jinja"
 PAPER = "arxiv:2510.11693"
@@ -72,22 +72,18 @@ class _Form(NamedTuple):
     """What an export is. kind: merged, adapter or assembled. lora: an adapter's settings."""
 
     kind: str
-    has_modules: bool = False  # of sentence-transformers
     projected: bool = False
     lora: LoraConfig | None = None
 
 
-def merged_card(
-    folder: Path, checkpoint: Checkpoint, source: str | Path, about: About, projected: bool
-) -> str:
+def merged_card(checkpoint: Checkpoint, source: str | Path, about: About, projected: bool) -> str:
     """The card of a merged model.
 
-    folder: its files, without a card. checkpoint, source: its base, opened, and as it was given.
-    projected: whether it has a projection.
+    checkpoint, source: its base, opened, and as it was given. projected: whether it has a
+    projection.
     """
-    form = _Form("merged", (folder / "modules.json").exists(), projected)
     made = about.made or "This is {base} in another dtype or other files, and nothing else."
-    return _card(checkpoint, base_of(source), replace(about, made=made), form)
+    return _card(checkpoint, base_of(source), replace(about, made=made), _Form("merged", projected))
 
 
 def adapter_card(
@@ -157,10 +153,10 @@ def _card(checkpoint: Checkpoint, base: Base, about: About, form: _Form) -> str:
         size=checkpoint.config.hidden_size,
         dtype=_dtype(checkpoint),
         model_class=CLASSES[checkpoint.backbone.model_type],
-        full_omni=bool(checkpoint.backbone.prefix),
+        in_sentence_transformers=checkpoint.backbone.in_sentence_transformers,
         prompts={kind: PROMPTS[kind] for kind in (*modalities, "mixed")},
         # as the inside of an f-string of the code
-        prompt=json.dumps(PROMPTS["text"].replace("text", "{kind}")),
+        prompt_pattern=json.dumps(PROMPT),
         where=_WHERE,
         version=version("lco-jax"),
     )
@@ -208,15 +204,16 @@ def _programs(checkpoint: Checkpoint, about: About, form: _Form) -> tuple[str, s
         pipeline = "feature-extraction"
     if form.kind == "adapter":
         return "peft", pipeline
-    embeds = form.has_modules and about.objective != "generative"
-    return "sentence-transformers" if embeds else "transformers", pipeline
+    if checkpoint.backbone.in_sentence_transformers and about.objective != "generative":
+        return "sentence-transformers", pipeline
+    return "transformers", pipeline
 
 
 def _tags(checkpoint: Checkpoint, about: About, form: _Form) -> list[str]:
     tags = ["lco-jax", "multimodal", *checkpoint.backbone.modalities]
     if form.lora is not None:
         tags.append("lora")
-    if form.has_modules:
+    if form.kind == "merged" and checkpoint.backbone.in_sentence_transformers:
         tags.append("sentence-transformers")
     if about.objective != "generative":
         tags.append("sentence-similarity")

@@ -181,9 +181,9 @@ def _describe(
     projected = projection is not None
     if projection is not None:
         write_projection(folder, projection)
-    if not checkpoint.backbone.prefix:  # transformers' AutoModel has no full Qwen2.5-Omni
+    if checkpoint.backbone.in_sentence_transformers:
         template = ChatTokenizer(checkpoint.folder).tokenizer.chat_template
         hidden_size, modalities = checkpoint.config.hidden_size, checkpoint.backbone.modalities
         write_modules(folder, template, hidden_size, modalities, projected)
     source = checkpoint.folder if source is None else source
-    write_card(folder, merged_card(folder, checkpoint, source, about, projected))
+    write_card(folder, merged_card(checkpoint, source, about, projected))
