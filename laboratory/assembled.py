@@ -296,8 +296,8 @@ def _best(bench: Bench) -> Path:
     folder = bench.folder / "best"
     if not folder.exists():
         workdir, best = bench.folder / "generator", bench.config.stages[-1]
-        source, tuned, adapters, _ = tuned_of_run(workdir, best)
-        export_merged(source, folder, tuned, adapters, "float32")
+        run = tuned_of_run(workdir, best)
+        export_merged(run.source, folder, run.parameters, run.lora, "float32")
     return folder
 
 
@@ -364,10 +364,11 @@ def _params(bench: Bench, steps: int, way: str) -> dict[str, Any]:
     workdirs = [(bench.folder / "generator", steps)] * (steps > 0)
     workdirs += [(bench.folder / way, None)] * (way != "none")
     for workdir, step in workdirs:
-        _, tuned, config, _ = tuned_of_run(workdir, step)
+        run = tuned_of_run(workdir, step)
         # merged, so that all runs share the programs of plain arrays
-        decoder = lora.merge(params["decoder"], tuned.pop("decoder", {}), config)
-        params = {**tuning.attach(params, tuned, config), "decoder": decoder}
+        tuned = dict(run.parameters)
+        decoder = lora.merge(params["decoder"], tuned.pop("decoder", {}), run.lora)
+        params = {**tuning.attach(params, tuned, run.lora), "decoder": decoder}
     return params
 
 

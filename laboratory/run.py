@@ -156,8 +156,8 @@ def _generate(bench: Bench) -> dict[str, Any]:
     finished(pretrain(settings, workdir))
     for steps in config.stages:
         if not bench.stage(steps).exists():
-            source, tuned, lora, _ = tuned_of_run(workdir, steps)
-            export_merged(source, bench.stage(steps), tuned, lora, "float32")
+            run = tuned_of_run(workdir, steps)
+            export_merged(run.source, bench.stage(steps), run.parameters, run.lora, "float32")
     return {"seconds": time.perf_counter() - began}
 
 

@@ -20,8 +20,6 @@ from dataclasses import replace
 from typing import Any
 
 from lco_jax.checkpoint.assembly import FRESH, Fresh, assemble
-from lco_jax.checkpoint.card import assembled_card, write_card
-from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.core.console import say
 from lco_jax.core.errors import LcoError, run_main
 from lco_jax.flags import add_path, new_parser
@@ -73,7 +71,6 @@ def main() -> None:
     note = assemble(
         args.output, args.language, args.audio, args.vision, fresh_sizes(args), args.seed
     )
-    write_card(args.output, assembled_card(args.output, open_checkpoint(args.output)))
     say("\n".join(summary(note)))
     say(f"written: {args.output}")
     say(

@@ -18,7 +18,7 @@ a run's merged/ and adapter/, or the exported folder that --input names.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,21 +31,23 @@ from lco_jax.checkpoint import soup
 from lco_jax.checkpoint.base import hub_id_of
 from lco_jax.checkpoint.card import About, Section, adapter_card
 from lco_jax.checkpoint.export import export_merged, write_model
-from lco_jax.checkpoint.hf import DTYPES, open_checkpoint
+from lco_jax.checkpoint.hf import DTYPES, Checkpoint, open_checkpoint
 from lco_jax.checkpoint.peft import has_adapters, read_adapter, write_peft
+from lco_jax.checkpoint.tensors import SHARD_BYTES
 from lco_jax.core import lora
 from lco_jax.core.console import say
 from lco_jax.core.errors import DONE, LcoError, run_main
-from lco_jax.core.files import as_path, local_path, reaching, read_json, write_json
+from lco_jax.core.files import AnyPath, as_path, local_path, reaching, read_json, write_json
 from lco_jax.core.sharding import replicated
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation import local_tasks
 from lco_jax.evaluation.plots import plot_spectrum, subject_of
 from lco_jax.flags import add_path, new_parser
 from lco_jax.training.card import about_run
-from lco_jax.training.run import tuned_of_run
-from lco_jax.uploads import add_push_flags, beside, check_upload_flags, config_of, pushed_folders
+from lco_jax.training.run import run_config, tuned_of_run
+from lco_jax.uploads import add_push_flags, beside, check_upload_flags, pushed_folders
 
+DTYPE = "bfloat16"  # of what is written, where --dtype is not given
 SOUP_FLAGS = ("adapters", "models", "weights", "rank", "merge", "greedy", "validate", "kind")
 
 
@@ -72,12 +74,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     output = "the folder to write (without it, --push uploads what is there)"
     add_path(parser, "--output", output, earlier=["--out"], required=False)
-    parser.add_argument(
-        "--dtype", choices=list(DTYPES), default="bfloat16", help="of models (default: bfloat16)"
-    )
-    parser.add_argument(
-        "--max-shard-size", type=float, default=5.0, metavar="GB", help="of one file (default: 5)"
-    )
+    # no defaults, so that it is known whether they are given
+    parser.add_argument("--dtype", choices=list(DTYPES), help=f"of models (default: {DTYPE})")
+    size = f"of one file (default: {SHARD_BYTES / 1e9:g})"
+    parser.add_argument("--max-shard-size", type=float, metavar="GB", help=size)
     add_push_flags(parser)
     _add_soup_flags(parser)
     return parser
@@ -121,69 +121,87 @@ def _add_soup_flags(parser: argparse.ArgumentParser) -> None:
 def main() -> int:
     """Export or average, and print where."""
     args = make_parser().parse_args()
-    if args.max_shard_size <= 0:
+    if args.max_shard_size is not None and args.max_shard_size <= 0:
         raise LcoError(f"--max-shard-size is {args.max_shard_size}; it must be positive")
     if args.command == "soup":
         _check_soup_flags(args)
-    elif args.output is None:
-        check_upload_flags(args)
     else:
-        _check_export_flags(args)
-    pushed = pushed_folders(args)
+        _refuse_soup_flags(args)
+        if args.output is None:
+            check_upload_flags(args)
+        else:
+            _check_export_flags(args)
+    is_run = args.output is not None and args.input is not None
+    run = run_config(args.input) if is_run else None
+    pushed = pushed_folders(args, run)
     api = hub.open_repositories(list(pushed), args.private or None) if pushed else None
     if args.command == "soup":
         _soup(args)
+    elif run is not None:
+        _export_run(args, run)
     elif args.output is not None:
-        _export(args)
+        _export_model(args)
     for repo_id, folder in pushed.items():
         say(f"uploaded {folder}: {hub.upload(api, folder, repo_id)}")
     return DONE
 
 
 def _shard_bytes(args: argparse.Namespace) -> int:
-    return int(args.max_shard_size * 1e9)
+    return SHARD_BYTES if args.max_shard_size is None else int(args.max_shard_size * 1e9)
+
+
+def _dtype(args: argparse.Namespace) -> str:
+    return args.dtype or DTYPE
 
 
 # ---- exports
 
 
-def _export(args: argparse.Namespace) -> None:
-    """Write the merged model, and the adapter of a run."""
-    source, tuned, config, about = args.model, {}, None, None
-    if args.input is not None:
-        source, tuned, config, step = tuned_of_run(args.input, args.step)
-        say(f"{args.input}: step {step}, trained from {source}")
-        about = _about_run(args, step)
-    elif args.adapter:
-        tuned, config = read_adapter(args.adapter, open_checkpoint(source), head=True)
-        made = f"{{base}} with the adapter {_shown(args.adapter)} added to its weights."
-        about = About(made, "with an adapter")
-    _write_merged(args, source, args.output, tuned, config, about)
-    if args.input is not None and has_adapters(tuned.get("decoder", {})):
+def _export_run(args: argparse.Namespace, run: Mapping[str, Any]) -> None:
+    """Write the merged model and the adapter of a run. run: its configuration."""
+    found = tuned_of_run(args.input, args.step, run)
+    say(f"{args.input}: step {found.step}, trained from {found.source}")
+    about = about_run(run, _results(args.input), found.step)
+    base = found.source, found.checkpoint
+    _write_merged(args, args.output, base, found.parameters, found.lora, about)
+    if has_adapters(found.parameters.get("decoder", {})):
         folder = beside(args.output, "adapter")
-        card = adapter_card(open_checkpoint(source), source, about, config)
-        write_peft(folder, tuned["decoder"], config, source, card)
+        card = adapter_card(found.checkpoint, found.source, about, found.lora)
+        write_peft(folder, found.parameters["decoder"], found.lora, found.source, card)
         say(f"adapter: {folder}")
 
 
-def _about_run(args: argparse.Namespace, step: int) -> About:
-    """What the cards of a run's step tell."""
-    with reaching(args.input):
-        file = args.input / "results.json"
-        results = read_json(file) if file.exists() else {}
-    return about_run(config_of(args), results, step)
+def _results(workdir: AnyPath) -> dict[str, Any]:
+    """The content of a run's results.json; empty if it has none yet."""
+    with reaching(workdir):
+        file = workdir / "results.json"
+        return read_json(file) if file.exists() else {}
+
+
+def _export_model(args: argparse.Namespace) -> None:
+    """Write a model, perhaps with an adapter."""
+    checkpoint = open_checkpoint(args.model)
+    tuned, config, about = {}, None, None
+    if args.adapter:
+        tuned, config = read_adapter(args.adapter, checkpoint, head=True)
+        made = f"{{base}} with the adapter {_shown(args.adapter)} added to its weights."
+        about = About(made, "with an adapter")
+    _write_merged(args, args.output, (args.model, checkpoint), tuned, config, about)
 
 
 def _write_merged(
     args: argparse.Namespace,
-    source: str,
     output: Path,
+    base: tuple[str, Checkpoint],
     tuned: dict[str, Any],
     config: lora.LoraConfig | None,
     about: About | None,
 ) -> None:
-    export_merged(source, output, tuned, config, args.dtype, _shard_bytes(args), about)
-    say(f"merged model ({args.dtype}): {output}")
+    """base: as it was given, and opened."""
+    source, checkpoint = base
+    dtype, most = _dtype(args), _shard_bytes(args)
+    export_merged(source, output, tuned, config, dtype, most, about, checkpoint)
+    say(f"merged model ({dtype}): {output}")
 
 
 def _shown(name: str) -> str:
@@ -191,10 +209,13 @@ def _shown(name: str) -> str:
     return hub_id_of(name) or "/".join(Path(name).parts[-2:])
 
 
-def _check_export_flags(args: argparse.Namespace) -> None:
+def _refuse_soup_flags(args: argparse.Namespace) -> None:
     for name in SOUP_FLAGS:
         if getattr(args, name):
             raise LcoError(f"--{name} goes with soup: python -m lco_jax.convert soup …")
+
+
+def _check_export_flags(args: argparse.Namespace) -> None:
     if args.step is not None and args.input is None:
         raise LcoError("--step goes with --input")
     if (args.input is None) == (args.model is None):
@@ -221,12 +242,12 @@ def _soup(args: argparse.Namespace) -> None:
         checkpoint,
         args.output,
         average,
-        args.dtype,
+        _dtype(args),
         _shard_bytes(args),
         source=names[0],
         about=about,
     )
-    say(f"average of {len(names)} models ({args.dtype}): {args.output}")
+    say(f"average of {len(names)} models ({_dtype(args)}): {args.output}")
 
 
 def _about_soup(
@@ -259,7 +280,8 @@ def _check_soup_flags(args: argparse.Namespace) -> None:
 
 def _average_adapters(args: argparse.Namespace, weights: list[float]) -> None:
     """Average, choose and reduce as the flags say; then write."""
-    adapters = soup.read_adapters(args.adapters, open_checkpoint(args.model))
+    checkpoint = open_checkpoint(args.model)
+    adapters = soup.read_adapters(args.adapters, checkpoint)
     report: dict[str, Any] = {"model": args.model}
     if args.greedy:
         kept, report["greedy"] = _greedy(args, adapters)
@@ -274,11 +296,12 @@ def _average_adapters(args: argparse.Namespace, weights: list[float]) -> None:
         report["relative_error"] = soup.rank_errors(spectra, args.rank)
     report["rank"] = adapter[1].rank
     about = _about_soup("adapters", args.adapters, weights, _greedy_in_words(args, report))
-    _write_adapter(args, adapter, report, spectra, about)
+    _write_adapter(args, checkpoint, adapter, report, spectra, about)
 
 
 def _write_adapter(
     args: argparse.Namespace,
+    checkpoint: Checkpoint,
     adapter: soup.Adapter,
     report: dict[str, Any],
     spectra: dict[str, np.ndarray] | None,
@@ -287,7 +310,7 @@ def _write_adapter(
     """Write an adapter with its report and, of a reduced one, a plot of the singular values; then
     the merged model, if it is asked for.
     """
-    card = adapter_card(open_checkpoint(args.model), args.model, about, adapter[1])
+    card = adapter_card(checkpoint, args.model, about, adapter[1])
     write_peft(args.output, *adapter, args.model, card)
     write_json(args.output / "soup.json", report)
     count = sum(1 for one in report["adapters"] if one["weight"])
@@ -300,7 +323,8 @@ def _write_adapter(
         say(f"relative error of the delta: {error['overall']:.3g} overall, {worst}")
     if args.merge:
         folder = beside(args.output, "merged")
-        _write_merged(args, args.model, folder, {"decoder": adapter[0]}, adapter[1], about)
+        base = args.model, checkpoint
+        _write_merged(args, folder, base, {"decoder": adapter[0]}, adapter[1], about)
 
 
 def _greedy_in_words(args: argparse.Namespace, report: dict[str, Any]) -> str:
@@ -324,7 +348,7 @@ def _greedy(
     args: argparse.Namespace, adapters: Sequence[soup.Adapter]
 ) -> tuple[list[int], list[dict[str, Any]]]:
     """The adapters that the greedy soup keeps, and its steps. The base is loaded once."""
-    embedder = OmniEmbedder.from_pretrained(args.model, dtype=args.dtype)
+    embedder = OmniEmbedder.from_pretrained(args.model, dtype=_dtype(args))
     base = embedder.params["decoder"]
     kept, steps = soup.greedy(len(adapters), partial(_score, args, adapters, embedder, base))
     for step in steps:

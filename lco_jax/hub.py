@@ -70,6 +70,12 @@ def check_export(folder: Path) -> None:
         )
 
 
+def _base_id(folder: Path) -> str:
+    """The hub id of an adapter's base; "" for a model."""
+    config = folder / CONFIG
+    return str(read_json(config)["base_model_name_or_path"]) if config.is_file() else ""
+
+
 def check_base(base: Base, adapter: str) -> None:
     """Raise for the base of an adapter which only this machine has."""
     if base.hub_id is None:
@@ -126,7 +132,7 @@ def upload(api: HfApi, folder: Path, repo_id: str, message: str | None = None) -
             ignore_patterns=list(_LEFT_OUT),
         )
         if card.is_file():
-            content = at_hub(card.read_text(encoding="utf-8"), repo_id)
+            content = at_hub(card.read_text(encoding="utf-8"), repo_id, _base_id(folder))
             api.upload_file(
                 path_or_fileobj=content.encode(),
                 path_in_repo=README,

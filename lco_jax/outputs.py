@@ -79,7 +79,7 @@ def _results(job: Job, losses: list[float], scores: dict[str, Any]) -> dict[str,
     """The content of results.json. losses: of the steps."""
     held_out = {**job.held_out, **{name: one.scores for name, one in job.pairs.items()}}
     return {
-        "objective": "generative" if job.layout.generative else "contrastive",
+        "objective": job.layout.objective,
         "steps": job.total_steps,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
@@ -100,5 +100,5 @@ def _export(job: Job, tuned: dict[str, Any], results: dict[str, Any]) -> None:
         write_peft(job.workdir / "adapter", tuned["decoder"], lora, base, card)
     if config.export.merged:
         merged = job.workdir / "merged"
-        dtype = config.export.dtype
-        export_merged(base, merged, tuned, lora, dtype, about=about)
+        dtype, checkpoint = config.export.dtype, job.checkpoint
+        export_merged(base, merged, tuned, lora, dtype, about=about, checkpoint=checkpoint)

@@ -1,6 +1,7 @@
 """`lco convert --push`: which folders are uploaded, and to which repositories."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from lco_jax import hub
 from lco_jax.checkpoint.base import base_of
 from lco_jax.checkpoint.peft_config import CONFIG
 from lco_jax.core.errors import LcoError
-from lco_jax.core.files import on_bucket, reaching, read_json
+from lco_jax.core.files import on_bucket
 
 
 def add_push_flags(parser: argparse.ArgumentParser) -> None:
@@ -36,17 +37,25 @@ def check_upload_flags(args: argparse.Namespace) -> None:
         raise LcoError("give --output, the folder to write, or --push, to upload what is there")
     if args.input is None or args.model or args.adapter or args.step is not None:
         raise LcoError("without --output, --push goes with --input alone: a run, or an export")
+    if args.dtype or args.max_shard_size:
+        why = "without it, --push uploads what is there"
+        raise LcoError(f"--dtype and --max-shard-size go with --output; {why}")
     if on_bucket(args.input):
         raise LcoError(f"{args.input} is on a bucket; give --output, from which --push uploads")
 
 
-def pushed_folders(args: argparse.Namespace) -> dict[str, Path]:
-    """{repository: folder} of what is to be uploaded, checked as far as it is there already."""
+def pushed_folders(
+    args: argparse.Namespace, run: Mapping[str, Any] | None = None
+) -> dict[str, Path]:
+    """{repository: folder} of what is to be uploaded, checked as far as it is there already.
+
+    run: the configuration of the run that is to be exported, if it is one.
+    """
     if not args.push:
         if args.private or args.push_what:
             raise LcoError("--private and --push-what go with --push")
         return {}
-    there = _outputs(args) if args.output is not None else _exports_at(args.input)
+    there = _outputs(args, run) if args.output is not None else _exports_at(args.input)
     first = next(iter(there))
     kinds = list(there) if args.push_what == "both" else [args.push_what or first]
     if args.push_what == "both" and len(there) < 2:
@@ -57,18 +66,19 @@ def pushed_folders(args: argparse.Namespace) -> dict[str, Path]:
         if args.output is None:
             hub.check_export(there[kind])
         elif kind == "adapter":
-            hub.check_base(base_of(_source(args)), str(there[kind]))
+            base = args.model if run is None else run["model"]["path"]
+            hub.check_base(base_of(base), str(there[kind]))
     names = [args.push, *(f"{args.push}-{kind}" for kind in kinds[1:])]
     return {name: there[kind] for name, kind in zip(names, kinds, strict=True)}
 
 
-def _outputs(args: argparse.Namespace) -> dict[str, Path]:
+def _outputs(args: argparse.Namespace, run: Mapping[str, Any] | None) -> dict[str, Path]:
     """What a command will write: kind -> folder. The first is OUTPUT."""
     if args.adapters:
         merged = {"merged": beside(args.output, "merged")} if args.merge else {}
         return {"adapter": args.output, **merged}
     outputs = {"merged": args.output}
-    if args.input is not None and config_of(args)["tune"]["decoder"] == "lora":
+    if run is not None and run["tune"]["decoder"] == "lora":
         outputs["adapter"] = beside(args.output, "adapter")
     return outputs
 
@@ -81,14 +91,3 @@ def _exports_at(folder: Path) -> dict[str, Path]:
     if not there:
         raise LcoError(f"{folder} has neither merged/ nor adapter/ yet; give --output to export it")
     return there
-
-
-def _source(args: argparse.Namespace) -> str:
-    """The base of an adapter that a command will write."""
-    return args.model if args.input is None else config_of(args)["model"]["path"]
-
-
-def config_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The configuration of the run that is exported."""
-    with reaching(args.input):
-        return read_json(args.input / "config.json")

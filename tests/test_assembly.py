@@ -206,7 +206,8 @@ def test_a_gguf_gives_what_the_folder_gives(kind, languages, assembled, tmp_path
     assemble(tmp_path / "of_gguf", tmp_path / "model.gguf")
     assemble(tmp_path / "of_folder", folder)
     for file in sorted((tmp_path / "of_folder").iterdir()):
-        if file.name not in ("parts.json", "tokenizer.json"):
+        # parts.json and README.md name the part
+        if file.name not in ("parts.json", "README.md", "tokenizer.json"):
             assert file.read_bytes() == (tmp_path / "of_gguf" / file.name).read_bytes(), file.name
 
 
@@ -403,10 +404,10 @@ def test_the_same_arguments_make_the_same_bytes_and_a_seed_what_is_fresh(
 ):
     folder = languages["llama"][0]
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):
-        assemble(tmp_path / name, folder, whisper[0], fresh=window, seed=seed)
-    for file in (tmp_path / "one").iterdir():
-        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
-    one, other = tensors(tmp_path / "one"), tensors(tmp_path / "other")
+        assemble(tmp_path / name / "made", folder, whisper[0], fresh=window, seed=seed)
+    for file in (tmp_path / "one" / "made").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / "made" / file.name).read_bytes(), file.name
+    one, other = tensors(tmp_path / "one" / "made"), tensors(tmp_path / "other" / "made")
     changed = {key for key in one if not np.array_equal(one[key], other[key])}
     fresh = ("visual.", "audio_tower.proj.weight", "audio_tower.audio_bos_eos_token.weight")
     drawn = {key for key in one if key.startswith(fresh) and one[key].ndim > 1}
@@ -421,7 +422,10 @@ def test_the_note_names_parts_licences_and_checksums(languages, whisper, window,
     (whisper[0] / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\nlicense: none\n")
     note = assemble(tmp_path / "made", file, whisper[0], fresh=window)
     assert note == read_json(tmp_path / "made" / "parts.json")
-    assert str(tmp_path) not in (tmp_path / "made" / "parts.json").read_text()
+    card = (tmp_path / "made" / "README.md").read_text()
+    assert "# made, assembled" in card
+    assert "| audio tower | whisper | mit |" in card
+    assert str(tmp_path) not in card + (tmp_path / "made" / "parts.json").read_text()
     language, audio = note["language model"], note["audio tower"]
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     assert language["sha256"] == {"words.gguf": digest}

@@ -18,6 +18,7 @@ from lco_jax.checkpoint.base import base_of, licence_keys
 from lco_jax.checkpoint.card import About, Section, adapter_card, assembled_card, at_hub
 from lco_jax.checkpoint.export import export_merged
 from lco_jax.checkpoint.hf import open_checkpoint
+from lco_jax.checkpoint.parts import front_matter, licence_of, parts_of
 from lco_jax.checkpoint.peft import write_peft
 from lco_jax.checkpoint.shapes import abstract_params
 from lco_jax.core import lora
@@ -38,7 +39,7 @@ RUN = {
         "max_length": 64,
         "max_negatives": -1,
     },
-    "train": {"batch_size": 64, "temperature": 0.03, "two_way": False},
+    "train": {"batch_size": 64, "temperature": 0.03, "two_way": False, "ignore_duplicates": True},
     "optimizer": {"learning_rate": 2e-3, "schedule": "cosine"},
     "seed": 0,
     "total_steps": 100,
@@ -113,43 +114,68 @@ def test_no_figure_that_was_not_measured(results, step):
     assert f"| steps | {step} of 100 |" in card
 
 
+def test_a_runs_card_has_what_was_added_to_the_loss():
+    """A temperature for each modality takes the place of the one."""
+    loss = {"temperatures": [0.02, 0.03, 0.04, 0.05], "matryoshka": [8, 16], "coral": 0.0}
+    rows = dict(about_run({**RUN, "loss": loss}, {}, 50).sections[1].rows)
+    assert rows["loss.temperatures"] == (0.02, 0.03, 0.04, 0.05)
+    assert rows["loss.matryoshka"] == (8, 16)
+    assert not {"train.temperature", "loss.coral"} & rows.keys()
+    rows = dict(about_run(RUN, {}, 50).sections[1].rows)
+    assert rows["train.temperature"] == 0.03
+    assert rows["train.ignore_duplicates"]
+
+
 def test_a_generative_runs_card_answers():
-    results = {"objective": "generative", "steps": 100, "held_out": {"dev": 8}}
+    """Also before the run has results; one of an earlier version tells its objective there."""
+    results = {"steps": 100, "held_out": {"dev": 8}}
     results |= {"before": {"loss": 5.0}, "after": {"loss": 2.5}}
-    card = adapter_card(
-        open_checkpoint("builtin:tiny"), "builtin:tiny", about_run(RUN, results, 100), CONFIG
-    )
+    told = {"objective": "generative"}
+    runs = [({**RUN, **told}, {}), ({**RUN, **told}, results), (RUN, {**results, **told})]
+    cards = []
+    for run, found in runs:
+        about = about_run(run, found, 100)
+        cards.append(adapter_card(open_checkpoint("builtin:tiny"), "builtin:tiny", about, CONFIG))
+        assert ModelCard(cards[-1]).data.pipeline_tag == "image-text-to-text"
+    assert cards[1] == cards[2]
+    card = cards[1]
     assert "| dev | loss | 8 answers | 5.000 | 2.500 |" in card
+    assert "| dev |" not in cards[0]
     assert "OmniGenerator" in card
     assert "OmniEmbedder" not in card
-    assert ModelCard(card).data.pipeline_tag == "image-text-to-text"
 
 
-def test_the_licence_of_a_base_comes_from_its_own_card(tmp_path):
+def licence_of_base(folder, base):
+    return licence_keys(folder, base, front_matter(folder), parts_of(folder))
+
+
+def test_the_licence_of_a_base_comes_from_its_own_card(tmp_path, caplog):
     base = base_of("builtin:tiny")
-    assert licence_keys(tmp_path, base_of(tmp_path)) == {}
+    assert licence_of_base(tmp_path, base_of(tmp_path)) == {}
     readme = tmp_path / "README.md"
     readme.write_text(
         "---\nlicense: other\nlicense_name: qwen-research\nlicense_link: LICENSE\nlanguage: [en]\n"
         "---\n# Base\n"
     )
     on_hub = base_of("Qwen/Qwen2.5-VL-3B-Instruct")
-    assert licence_keys(tmp_path, on_hub) == {
+    assert licence_of_base(tmp_path, on_hub) == {
         "license": "other",
         "license_name": "qwen-research",
         "license_link": "https://huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct/blob/main/LICENSE",
     }
-    readme.write_text("---\nlicense: [\n---\n")
-    assert licence_keys(tmp_path, base_of(tmp_path)) == {}
+    readme.write_text("---\nlicense: mit\ntags: [\n---\n")
+    assert licence_of(tmp_path) is None
+    assert licence_of_base(tmp_path, base_of(tmp_path)) == {}
+    assert "front matter is not valid YAML" in caplog.text
     readme.unlink()
     parts = {"language model": {"name": "a", "licence": "Apache-2.0"}}
     parts["vision tower"] = {"name": "fresh"}
     write_json(tmp_path / "parts.json", {**parts, "seed": 0})
-    assert licence_keys(tmp_path, base_of(tmp_path)) == {"license": "apache-2.0"}
+    assert licence_of_base(tmp_path, base_of(tmp_path)) == {"license": "apache-2.0"}
     parts["audio tower"] = {"name": "b", "licence": "MIT"}
     write_json(tmp_path / "parts.json", parts)
-    assert licence_keys(tmp_path, base_of(tmp_path)) == {}
-    assert licence_keys(tmp_path / "none", base) == {"license": "apache-2.0"}
+    assert licence_of_base(tmp_path, base_of(tmp_path)) == {}
+    assert licence_of_base(tmp_path / "none", base) == {"license": "apache-2.0"}
 
 
 def test_a_card_inherits_what_is_known_of_its_base(cases, tmp_path):
@@ -165,12 +191,36 @@ def test_a_card_inherits_what_is_known_of_its_base(cases, tmp_path):
     assert (data.license, data.base_model, data.language) == ("mit", "owner/base", ["en", "de"])
 
 
+def test_a_checkpoint_that_is_open_is_not_opened_again_by_its_name(tmp_path):
+    """A hub id that is not in the cache, offline."""
+    checkpoint = open_checkpoint("builtin:tiny")
+    export_merged("owner/base", tmp_path / "out", dtype="float32", checkpoint=checkpoint)
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert data.base_model == "owner/base"
+
+
+@pytest.mark.parametrize("family", ["vl", "omni", "omni_full"])
+def test_a_card_has_code_for_sentence_transformers_where_it_loads_the_model(
+    cases, tmp_path, family
+):
+    path = cases[family].path
+    export_merged(path, tmp_path / "merged", dtype="float32")
+    card = (tmp_path / "merged" / "README.md").read_text()
+    data, loads = ModelCard(card).data, family != "omni_full"
+    assert (tmp_path / "merged" / "modules.json").exists() == loads
+    assert data.library_name == ("sentence-transformers" if loads else "transformers")
+    assert ("sentence-transformers" in data.tags) == loads
+    for text in (card, adapter_card(open_checkpoint(path), path, About(), CONFIG)):
+        assert ("import SentenceTransformer" in text) == loads
+        assert ("cannot load a full Qwen2.5-Omni" in text) != loads
+
+
 def test_an_assembled_models_card_lists_its_parts(tmp_path):
     export_merged("builtin:tiny", tmp_path / "model", dtype="float32")
     (tmp_path / "model" / "README.md").unlink()
     note = {"language model": {"name": "a|b", "licence": "MIT"}, "vision tower": {"name": "fresh"}}
     write_json(tmp_path / "model" / "parts.json", note)
-    card = assembled_card(tmp_path / "model", open_checkpoint(tmp_path / "model"))
+    card = assembled_card("model", open_checkpoint(tmp_path / "model"))
     assert "| language model | a\\|b | MIT |" in card
     assert "| vision tower | fresh |  |" in card
     assert ModelCard(card).data.license == "mit"

@@ -42,7 +42,7 @@ def home(tmp_path):
     run = tmp_path / "run"
     for name in ("adapter", "merged"):
         (run / name).mkdir(parents=True)
-    claim_workdir(run, parsed(tmp_path), 62, {"bundled": "1 records"})
+    claim_workdir(run, parsed(tmp_path), 62, {"bundled": "1 records"}, "generative")
     (run / "results.json").write_text(json.dumps(RESULTS))
     return run
 

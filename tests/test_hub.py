@@ -11,6 +11,7 @@ from huggingface_hub import constants
 
 from lco_jax import LcoError, convert, push_to_hub
 from lco_jax.checkpoint import builtin
+from lco_jax.checkpoint.card import About, adapter_card
 from lco_jax.checkpoint.export import export_merged
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.checkpoint.peft import write_peft
@@ -32,14 +33,17 @@ def hub(monkeypatch, tmp_path):
         yield hub
 
 
+def some_adapters():
+    params = abstract_params(open_checkpoint(builtin.build()).config)
+    return jax.tree.map(np.asarray, lora.init(jax.random.key(0), params, CONFIG))
+
+
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
     """A merged model and an adapter whose base is on the hub."""
     folder = tmp_path_factory.mktemp("exports")
     export_merged("builtin:tiny", folder / "merged", dtype="float32")
-    params = abstract_params(open_checkpoint(builtin.build()).config)
-    adapters = lora.init(jax.random.key(0), params, CONFIG)
-    adapters = jax.tree.map(np.asarray, adapters)
+    adapters = some_adapters()
     card = '---\ntags:\n- lora\n---\n\nname = "."\n'
     write_peft(folder / "adapter", adapters, CONFIG, "Qwen/Qwen2.5-VL-3B-Instruct", card)
     write_peft(folder / "of-here", adapters, CONFIG, str(folder / "merged"))
@@ -77,6 +81,24 @@ def test_again_and_an_adapter(hub, exports):
     config = json.loads(files["adapter_config.json"])
     assert config["base_model_name_or_path"] == "Qwen/Qwen2.5-VL-3B-Instruct"
     assert not hub.private
+
+
+@pytest.mark.parametrize("objective", ["contrastive", "generative"])
+def test_a_base_on_this_machine_is_not_named_on_the_hub(hub, exports, tmp_path, objective):
+    """Whoever pushes has put the hub id of the base into adapter_config.json, as is advised."""
+    base = str(tmp_path / "my base")
+    (tmp_path / "my base").symlink_to(exports / "merged")
+    card = adapter_card(open_checkpoint(base), base, About(objective=objective), CONFIG)
+    assert base in card
+    write_peft(tmp_path / "adapter", some_adapters(), CONFIG, base, card)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace(base, "owner/base"))
+    push_to_hub(tmp_path / "adapter", "owner/name")
+    card = hub.repositories["owner/name"]["README.md"].decode()
+    assert base not in card
+    assert 'from_pretrained("owner/base", adapter=name)' in card
+    if objective == "contrastive":
+        assert "--model=owner/base --adapter=owner/name --output" in card
 
 
 @pytest.mark.parametrize(
@@ -187,6 +209,9 @@ def test_what_is_there_is_pushed(hub, exports, monkeypatch, tmp_path):
             "the base of o is builtin:tiny, which others do not have",
         ),
         (["soup", "--models", "A"], "a soup needs --output"),
+        (["--input=o", "--push=owner/x", "--merge"], "--merge goes with soup"),
+        (["--input=o", "--push=owner/x", "--dtype=float32"], "--dtype and .* go with --output"),
+        (["--input=o", "--push=owner/x", "--max-shard-size=1"], "shard-size go with --output"),
     ],
 )
 def test_mistakes_of_convert(hub, monkeypatch, tmp_path, flags, message):
@@ -195,3 +220,18 @@ def test_mistakes_of_convert(hub, monkeypatch, tmp_path, flags, message):
         run_convert(monkeypatch, *flags)
     assert list(tmp_path.iterdir()) == []
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("more", [["--push=owner/x"], []], ids=["pushed", "written"])
+def test_a_model_is_no_run(hub, exports, monkeypatch, tmp_path, more):
+    """Its config.json is no run's."""
+    flags = [f"--input={exports / 'merged'}", f"--output={tmp_path / 'o'}", *more]
+    with pytest.raises(LcoError, match="merged is no training run; give a model as --model"):
+        run_convert(monkeypatch, *flags)
+    assert hub.requests == []
+
+
+def test_the_help_of_convert_has_the_defaults():
+    shown = " ".join(convert.make_parser().format_help().split())
+    assert "of models (default: bfloat16)" in shown
+    assert "of one file (default: 5)" in shown

@@ -18,6 +18,7 @@ from lco_jax.checkpoint.export import export_merged
 from lco_jax.checkpoint.hf import load_model, open_checkpoint
 from lco_jax.checkpoint.shapes import per_layer
 from lco_jax.core import lora
+from lco_jax.core.files import read_json
 from lco_jax.core.packing import Batch
 from lco_jax.core.sharding import shardings
 from lco_jax.data import pipeline
@@ -190,6 +191,7 @@ def test_a_run_learns_resumes_and_is_where_training_starts(tmp_path, monkeypatch
     with monkeypatch.context() as patched:
         patched.setattr("lco_jax.training.watch.Preemption.now", lambda *_: next(calls, False))
         assert pretrain(short(), tmp_path / "b") == {}
+    assert read_json(tmp_path / "b" / "config.json")["objective"] == "generative"
     pretrain(short(), tmp_path / "b")
     losses = [
         [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")] for name in "ab"

@@ -169,7 +169,7 @@ def test_resuming_on_changed_data_is_refused(tmp_path):
     data = records(tmp_path / "a.jsonl")
     flags = [f"data.sources.bundled.path={data}", "train.steps=4", "optimizer.warmup_steps=1"]
     found = {"bundled": fingerprint(JsonlSource(data))}
-    claim_workdir(tmp_path / "run", config_of(*flags), 4, found)
+    claim_workdir(tmp_path / "run", config_of(*flags), 4, found, "contrastive")
     (tmp_path / "run" / "checkpoints" / "2").mkdir(parents=True)
     check_same_run(tmp_path / "run", config_of(*flags), 4, found)
     records(data, word="eats")  # as many lines

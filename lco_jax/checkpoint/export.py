@@ -82,14 +82,16 @@ def export_merged(
     dtype: str = "bfloat16",
     max_shard_bytes: int = SHARD_BYTES,
     about: About | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> None:
     """Write `source` with its trained parameters as a Hugging Face folder, as `write_model` does.
 
     tuned: the trainable parameters of a training state (`training/tuning.py`), or the adapters by
     part as `peft.read_adapter` reads them; None exports the source in another dtype or split.
-    config: the adapters'. about: what its card tells of how it was made.
+    config: the adapters'. about: what its card tells of how it was made. checkpoint: the
+    source, where it is open already.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source) if checkpoint is None else checkpoint
     tuned = tuned or {}
     if tuned and about is None:
         about = About("This is {base} with what was trained added to its weights.", "tuned")
@@ -179,9 +181,9 @@ def _describe(
     projected = projection is not None
     if projection is not None:
         write_projection(folder, projection)
-    if not checkpoint.backbone.prefix:  # transformers' AutoModel has no full Qwen2.5-Omni
+    if checkpoint.backbone.in_sentence_transformers:
         template = ChatTokenizer(checkpoint.folder).tokenizer.chat_template
         hidden_size, modalities = checkpoint.config.hidden_size, checkpoint.backbone.modalities
         write_modules(folder, template, hidden_size, modalities, projected)
     source = checkpoint.folder if source is None else source
-    write_card(folder, merged_card(folder, checkpoint, source, about, projected))
+    write_card(folder, merged_card(checkpoint, source, about, projected))

@@ -1,19 +1,22 @@
 """What a model is made of, for the note that lies beside it: names, licences and checksums."""
 
 import hashlib
-import re
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import yaml
+from huggingface_hub import metadata_load
+
 from lco_jax.core.files import read_json
 from lco_jax.core.wheels import SOURCE
 
+logger = logging.getLogger(__name__)
 README = "README.md"
 NOTE = "parts.json"  # in the folder of an assembled model: what it was made of
-_LICENCE = re.compile(r"^license:[ \t]*[\"']?([\w.+-]+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -49,17 +52,29 @@ def source_of(given: str | Path, folder: Path, patterns: Sequence[str]) -> Sourc
 
 
 def licence_of(folder: Path) -> str | None:
-    """The licence in a README.md as the hub has it, or in the note of what was fetched."""
-    if (folder / SOURCE).is_file():
-        licence = read_json(folder / SOURCE).get("licence")
-        return licence if isinstance(licence, str) else None
-    if (folder / README).is_file():
-        text = (folder / README).read_text(encoding="utf-8", errors="replace")
-        # the README's head is YAML between two lines of dashes
-        head = text.split("\n---", 1)[0] if text.startswith("---") else ""
-        found = _LICENCE.search(head)
-        return found[1] if found else None
-    return None
+    """The licence in the note of what was fetched, or in a README.md as the hub has it."""
+    licence = fetched_licence(folder) or front_matter(folder).get("license")
+    return licence if isinstance(licence, str) else None
+
+
+def fetched_licence(folder: Path) -> str | None:
+    """The licence in the note of what was fetched; None for another folder."""
+    if not (folder / SOURCE).is_file():
+        return None
+    licence = read_json(folder / SOURCE).get("licence")
+    return licence if isinstance(licence, str) else None
+
+
+def front_matter(folder: Path) -> dict[str, Any]:
+    """The YAML head of a folder's README.md; empty if there is none, or none that can be read."""
+    file = folder / README
+    if not file.is_file():
+        return {}
+    try:
+        return metadata_load(file) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        logger.warning("%s: its front matter is not valid YAML (%s)", file, type(error).__name__)
+        return {}
 
 
 def parts_of(folder: Path) -> dict[str, dict[str, Any]]:

@@ -30,6 +30,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from lco_jax.core.errors import LcoError, explained, reason
 from lco_jax.core.extras import install_line
+from lco_jax.core.hub_ids import is_hub_id
 
 ASSETS = Path(__file__).parent.parent / "assets"
 MARK = ".written-by-lco-jax"  # in output folders that are complete
@@ -95,9 +96,7 @@ def bucket_system(path: str | os.PathLike[str]) -> fsspec.AbstractFileSystem:
 
 @contextmanager
 def reaching(path: str | os.PathLike[str]) -> Iterator[None]:
-    """What keeps a bucket from being read or written within becomes one sentence; nothing else
-    does.
-    """
+    """What keeps a bucket from being read or written within becomes one sentence; nothing else."""
     try:
         yield
     except _bucket_errors() as error:
@@ -243,7 +242,7 @@ def resolve(
     name = str(path_or_id)
     if path.exists():
         raise LcoError(f"{name} is a file, and must be a folder")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not is_hub_id(name):
         raise LcoError(f"{name} is no folder here, and no hub id (those look like owner/name)")
     absent = f"{name} is no folder here and could not be fetched from the hub"
     with explained(absent, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):

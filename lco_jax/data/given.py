@@ -15,6 +15,7 @@ from typing import Any
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import expanded, on_bucket, read_json
+from lco_jax.core.hub_ids import is_hub_id
 from lco_jax.data.lines import ending_of
 from lco_jax.data.names import media_kind
 
@@ -137,7 +138,7 @@ def _why_not(path: Path, item: str) -> str:
         return f"a medium alone is no record; give {TAKEN}"
     if path.exists() or path.suffix or on_bucket(item):
         return f"it is none of these: {TAKEN}"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", item):
+    if is_hub_id(item):
         hub = f"a hub dataset is {HUB}{item}/FILES.parquet"
         return f"there is no such file or folder; {hub}"
     return f"there is no such file or folder; give {TAKEN}"

@@ -23,7 +23,8 @@ from lco_jax.data.tokenizer_files import check_files
 
 # what follows a content, or a function that makes it of the kinds of the content's parts
 Prompt = str | Callable[[Set[str]], str]
-PROMPTS = {kind: f"\nSummarize the above {kind} in one word:" for kind in KINDS}
+PROMPT = "\nSummarize the above {kind} in one word:"
+PROMPTS = {kind: PROMPT.format(kind=kind) for kind in KINDS}
 PROMPTS["mixed"] = "\nSummarize the above in one word:"
 QUESTIONS = {kind: f"\nDescribe the above {kind}." for kind in MEDIA}
 QUESTIONS["mixed"] = "\nDescribe the above."

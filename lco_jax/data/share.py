@@ -69,6 +69,11 @@ class Layout:
     media_floor: MediaShape = field(default_factory=dict)
 
     @property
+    def objective(self) -> str:
+        """What is learned, as config.json and results.json of a run name it."""
+        return "generative" if self.generative else "contrastive"
+
+    @property
     def sides(self) -> int:
         """How many sequences a record has at most."""
         return 1 if self.generative else 2 + self.max_negatives

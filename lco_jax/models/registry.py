@@ -88,6 +88,13 @@ class Backbone:
         """What the family takes."""
         return ("text", *(kind for kinds in self.reads.values() for kind in kinds))
 
+    @property
+    def in_sentence_transformers(self) -> bool:
+        """Whether sentence-transformers can load the family: transformers' AutoModel has no full
+        Qwen2.5-Omni.
+        """
+        return not self.prefix
+
     def towers_for(self, modalities: Iterable[str]) -> list[str]:
         """The towers that read any of these modalities."""
         wanted = set(modalities)

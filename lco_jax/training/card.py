@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult
 
 from lco_jax.checkpoint.base import hub_id_of
 from lco_jax.checkpoint.card import About, Section
+from lco_jax.training.objective import LossConfig
 
 Config = Mapping[str, Any]
 METRICS = {  # key in results.json -> its name, and how it was measured
@@ -45,7 +46,8 @@ def about_run(config: Config, results: Mapping[str, Any], step: int) -> About:
     config: the run's config.json. results: the content of its results.json, or {} if it has none
     yet. Scores of another step are left out.
     """
-    objective = str(results.get("objective", ""))
+    # a run of an earlier version has it in its results alone
+    objective = config.get("objective") or results.get("objective", "")
     sections = [_data(config, results), _recipe(config, step)]
     scores: tuple[EvalResult, ...] = ()
     if results.get("steps") == step and results.get("after"):
@@ -96,8 +98,12 @@ def _recipe(config: Config, step: int) -> Section:
     """The values that matter, by their keys."""
     rows = _trained(config)
     rows.append(("steps", f"{step:,} of {config['total_steps']:,}"))
+    loss = LossConfig.of(config)
+    unused = ("train.temperature",) if loss.temperatures else ()  # those of the modalities are used
     for part, keys in _SHOWN.items():
-        rows += [(f"{part}.{key}", config[part][key]) for key in keys if key in config[part]]
+        there = [key for key in keys if key in config[part] and f"{part}.{key}" not in unused]
+        rows += [(f"{part}.{key}", config[part][key]) for key in there]
+    rows += [(f"loss.{key}", getattr(loss, key)) for key in loss.added]
     rows += [(f"optimizer.{key}", value) for key, value in config["optimizer"].items()]
     rows += [("model.dtype", config["model"]["dtype"]), ("seed", config["seed"])]
     if config["model"]["quantize"]:

@@ -14,7 +14,8 @@ from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath, on_bucket, read_json
 
 MANY = 10_000  # files of data: to look at more takes too long
-ABOUT_THE_RUN = ("total_steps", "data_was")  # what config.json has beside the configuration
+# what config.json has beside the configuration
+ABOUT_THE_RUN = ("total_steps", "objective", "data_was")
 FOLDERS = {"adapter": "adapter", "merged": "merged model"}
 FILES = ("results.json", "metrics.jsonl", "loss.png", "similarity.png")
 WIDTH = 18  # of a column of numbers

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from lco_jax.checkpoint.hf import open_checkpoint
+from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from lco_jax.checkpoint.store import RunStore
 from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
@@ -24,6 +24,22 @@ FREE = (
     *("eval.path", "eval.sts", "eval.batch_size"),  # the share is not trained on
 )
 DATA = "data_was"  # in config.json: source -> fingerprint of its records
+# what every run's config.json has, and a model's does not
+OF_A_RUN = {"model", "data", "train", "tune", "lora", "optimizer", "checkpoint", "total_steps"}
+
+
+class Tuned(NamedTuple):
+    """What a run has trained.
+
+    source: its base, as the run names it. checkpoint: the base, opened. parameters: on the host.
+    lora: the adapters' configuration. step: of the run's checkpoint.
+    """
+
+    source: str
+    checkpoint: Checkpoint
+    parameters: dict[str, Any]
+    lora: lora.LoraConfig
+    step: int
 
 
 def check_config(config: ConfigDict) -> None:
@@ -47,6 +63,7 @@ def check_same_run(
     now = _flat(config) | {"total_steps": total_steps}
     earlier = read_json(path)
     data = earlier.pop(DATA, {})
+    earlier.pop("objective", None)  # a run of an earlier version has none
     added = json.loads(json.dumps(ADDED))  # as JSON has them
     earlier = added | flatten_dict(earlier, keep_empty_nodes=True, sep=".")
     for key in sorted((earlier.keys() | now.keys()) - REMOVED.keys()):
@@ -72,10 +89,14 @@ def claim_workdir(
     config: ConfigDict,
     total_steps: int,
     fingerprints: Mapping[str, str] | None = None,
+    objective: str = "",
 ) -> None:
-    """Write `workdir/config.json`, with which `check_same_run` compares a run that resumes."""
+    """Write `workdir/config.json`, with which `check_same_run` compares a run that resumes.
+
+    objective: "contrastive" or "generative", for the cards.
+    """
     if jax.process_index() == 0:
-        run = {"total_steps": total_steps, DATA: dict(fingerprints or {})}
+        run = {"total_steps": total_steps, "objective": objective, DATA: dict(fingerprints or {})}
         write_json(workdir / "config.json", json.loads(config.to_json()) | run)
 
 
@@ -85,16 +106,25 @@ def has_begun(workdir: AnyPath) -> bool:
     return folder.is_dir() and any(path.name.split(".")[0].isdecimal() for path in folder.iterdir())
 
 
-def tuned_of_run(
-    workdir: AnyPath, step: int | None = None
-) -> tuple[str, dict[str, Any], lora.LoraConfig, int]:
-    """A run's (checkpoint path, trained parameters, configuration of adapters, step).
-
-    step: which of its checkpoints, by default the newest. The parameters are on the host. Raises
-    where there is none.
-    """
+def run_config(workdir: AnyPath) -> dict[str, Any]:
+    """The content of a run's config.json. Raises where the folder is none of a run."""
     with reaching(workdir):
         config = read_json(workdir / "config.json")
+    if not config.keys() >= OF_A_RUN:
+        raise LcoError(f"{workdir} is no training run; give a model as --model")
+    return config
+
+
+def tuned_of_run(
+    workdir: AnyPath, step: int | None = None, config: Mapping[str, Any] | None = None
+) -> Tuned:
+    """What a run has trained, as one of its checkpoints has it.
+
+    step: which of its checkpoints, by default the newest. config: the content of the run's
+    config.json, where it has been read. Raises where there is no such checkpoint.
+    """
+    config = run_config(workdir) if config is None else config
+    with reaching(workdir):
         store = RunStore(workdir / "checkpoints", config["checkpoint"]["keep"], read_only=True)
     steps = store.steps()
     if not steps:
@@ -103,12 +133,13 @@ def tuned_of_run(
     if step not in steps:
         there = ", ".join(map(str, steps))
         raise LcoError(f"{workdir} has no checkpoint of step {step}; there are: {there}")
-    path = config["model"]["path"]
+    source = config["model"]["path"]
+    checkpoint = open_checkpoint(source)
     mesh = make_mesh(devices=jax.local_devices()[:1])
-    training = Training.build(config, open_checkpoint(path), config["total_steps"], mesh)
+    training = Training.build(config, checkpoint, config["total_steps"], mesh)
     found = store.read(step, {"tuned": training.tuned})  # without the optimiser's moments
     store.close()
-    return path, found["tuned"], training.lora, step
+    return Tuned(source, checkpoint, found["tuned"], training.lora, step)
 
 
 def _flat(config: ConfigDict) -> dict[str, Any]:
