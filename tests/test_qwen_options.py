@@ -89,6 +89,7 @@ OPTIONS = [
     {"video_start": -1, "video_end": 99},
     {"video_start": 1, "video_end": 2.5, "nframes": 6},
     {"video_start": 1, "fps": 5.0},
+    {"nframes": np.int64(4), "video_start": np.float32(1)},  # as a table of options may have it
 ]
 
 

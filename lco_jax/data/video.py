@@ -4,7 +4,7 @@ import logging
 import math
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from lco_jax.core.errors import LcoError, check_keys, is_number
 from lco_jax.data.arrays import as_numpy, decoder_kind
 from lco_jax.data.audio import load_audio, load_sound_of_video
-from lco_jax.data.decoder import SizeRule, decode
+from lco_jax.data.decoder import SizeRule, decode, plain_fields
 from lco_jax.data.frame_choice import FrameChoice, frames_to_keep
 from lco_jax.data.frames import FrameReader, NotSought
 from lco_jax.data.images import CHANNELS, load_pixels, resize
@@ -83,7 +83,7 @@ def load_video(
     if choice.is_part and config.use_audio_in_video:
         cut = "video_start and video_end do not cut its sound (use_audio_in_video)"
         raise LcoError(f"{file.label}: {cut}; cut the file, or leave its sound out")
-    frames = decode("video", file, config, size_rule, choice=asdict(choice))
+    frames = decode("video", file, config, size_rule, choice=plain_fields(choice))
     audio = load_sound_of_video(file, config) if config.use_audio_in_video else None
     return Video(frames, audio=audio)
 
