@@ -22,7 +22,15 @@ from lco_jax.data.captions import FilesSource
 from lco_jax.data.content import MEDIA
 from lco_jax.data.given import file_source
 from lco_jax.data.lines import files_of, is_pattern, unpacked
-from lco_jax.data.records import ALIKE, NEGATIVES, Record, file_lookup, listed, parse_record
+from lco_jax.data.records import (
+    ALIKE,
+    NEGATIVES,
+    SCORES,
+    Record,
+    file_lookup,
+    listed,
+    parse_record,
+)
 from lco_jax.data.scan import ListSource, Scan, Source
 from lco_jax.data.tables import open_table
 from lco_jax.data.tfds import CaptionedSource, nli_source
@@ -107,6 +115,8 @@ class Columns:
 
     Each holds contents, spelt as in jsonl; those of `negatives` may hold lists of them. None: those
     of "negative" and "negatives" that the table has.
+    teacher_scores: the column of a teacher's scores, lists of numbers. None: that of this name, if
+    the table has it; "": none.
     kinds: the media (image, audio, video) that some columns hold: paths, encoded bytes, or structs
     of both ({"bytes": …, "path": …}, as Hugging Face datasets have).
     """
@@ -114,6 +124,7 @@ class Columns:
     anchor: str = "anchor"
     positive: str = "positive"
     negatives: Sequence[str] | None = None
+    teacher_scores: str | None = None
     kinds: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -131,26 +142,37 @@ class Columns:
     @property
     def names(self) -> list[str]:
         """All of them that are given."""
-        return [self.anchor, self.positive, *(self.negatives or ())]
+        scores = [self.teacher_scores] if self.teacher_scores else []
+        return [self.anchor, self.positive, *(self.negatives or ()), *scores]
 
     def within(self, table: pyarrow.parquet.ParquetFile, where: Path) -> "Columns":
-        """The same, with the negatives that a table has. Raises for a slip of their names."""
-        if self.negatives is not None:
-            return self
+        """The same, with the negatives and the teacher's scores that a table has.
+
+        Raises for a slip of their names.
+        """
         there = table.schema_arrow.names
-        for name in set(there) - {*self.names, *NEGATIVES}:
-            if meant := get_close_matches(name.lower(), NEGATIVES, 1, ALIKE):
+        negatives = NEGATIVES if self.negatives is None else ()
+        scores = (SCORES,) if self.teacher_scores is None else ()
+        for name in set(there) - {*self.names, *negatives, *scores}:
+            if meant := get_close_matches(name.lower(), [*negatives, *scores], 1, ALIKE):
                 raise LcoError(f"{where} has a column {name!r}; write {meant[0]!r}")
-        return replace(self, negatives=[name for name in NEGATIVES if name in there])
+        found = self
+        if self.negatives is None:
+            found = replace(found, negatives=[name for name in NEGATIVES if name in there])
+        if self.teacher_scores is None and SCORES in there:
+            found = replace(found, teacher_scores=SCORES)
+        return found
 
     def record(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row as `parse_record` takes it."""
         negatives = self.negatives or ()
         cells = [(name, cell) for name in negatives for cell in listed(row[name])]
+        scores = {SCORES: row[self.teacher_scores]} if self.teacher_scores else {}
         return {
             "anchor": self._content(self.anchor, row[self.anchor]),
             "positive": self._content(self.positive, row[self.positive]),
             "negatives": [self._content(name, cell) for name, cell in cells],
+            **scores,
         }
 
     def _content(self, name: str, cell: Any) -> Any:
