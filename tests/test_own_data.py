@@ -1,5 +1,6 @@
 """One's own data: how it is named, what is held out of it, and training from Python."""
 
+import gzip
 import json
 import random
 import subprocess
@@ -117,6 +118,38 @@ def test_a_folder_holds_files_of_one_kind(tmp_path):
     assert len(open_source("mine", sources_of(folder, "--data")["mine"])) == 1
 
 
+@pytest.mark.parametrize("name", ["my data", "g[1]", "all*"])
+def test_what_lies_beside_the_files_of_a_folder_is_not_read(tmp_path, name):
+    """Copies that editors and notebooks keep; and a folder's name may be like a pattern."""
+    folder = tmp_path / name
+    for file in ("train.jsonl", "more/b.jsonl"):
+        write(folder / file, [pair(file)])
+    with gzip.open(folder / "more" / "c.jsonl.gz", "wt") as packed:
+        packed.write(json.dumps(pair("c")))
+    beside = ("train.jsonl~", "train.jsonlines", ".ipynb_checkpoints/train.jsonl", ".old.jsonl")
+    for file in (*beside, ".hidden/d.parquet"):
+        write(folder / file, [pair(file)])
+    (source,) = sources_of(folder, "--data").values()
+    assert source == {"kind": "jsonl", "path": str(folder)}
+    anchors = [record.anchor for record in open_source("mine", source)]
+    assert anchors == ["dog more/b.jsonl", "dog c", "dog train.jsonl"]
+
+
+def test_hidden_parquet_files_of_a_folder_are_not_read(tmp_path):
+    for name in ("a.parquet", "b.parquet/part.parquet", ".hidden/c.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(pa.Table.from_pylist([pair(name)]), tmp_path / name)
+    (source,) = sources_of(tmp_path, "--data").values()
+    anchors = [record.anchor for record in open_source("mine", source)]
+    assert anchors == ["dog a.parquet", "dog b.parquet/part.parquet"]
+
+
+def test_a_folder_of_no_lines(tmp_path):
+    write(tmp_path / "train.jsonl~", [pair(1)])
+    with pytest.raises(LcoError, match="the folder holds no .jsonl file"):
+        open_source("mine", {"kind": "jsonl", "path": str(tmp_path)})
+
+
 @pytest.mark.parametrize("name", ["test.jsonl", "data/validation-0.jsonl", "held_out.jsonl"])
 def test_a_folder_with_a_test_set_is_not_trained_on_as_a_whole(tmp_path, name):
     write(tmp_path / "contest.jsonl", [pair(1)])
@@ -134,6 +167,10 @@ def test_a_json_file_describes_a_source(tmp_path):
     file.write_text(json.dumps(pair(1)))
     with pytest.raises(LcoError, match=r"photos\.json: it describes no source.*into a \.jsonl"):
         sources_of(file, "--data")
+    with pytest.raises(LcoError, match=r"^--data=assets:lab/x\.json: .*assets/lab/x\.json does no"):
+        sources_of("assets:lab/x.json", "--data")
+    with pytest.raises(LcoError, match=r"^--eval=assets:tiny_shapes\.json: .*describes no source"):
+        sources_of("assets:tiny_shapes.json", "--eval")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 Every source gives its records by index.
 """
 
+import glob
 import inspect
 import json
 import os
@@ -17,11 +18,11 @@ import pyarrow.parquet
 from ml_collections import ConfigDict
 
 from lco_jax.core.errors import LcoError, check_keys, explained
-from lco_jax.core.files import ASSETS, local_copy, resolve
+from lco_jax.core.files import local_copy, resolve
 from lco_jax.data.captions import FilesSource
 from lco_jax.data.content import MEDIA
-from lco_jax.data.given import file_source
-from lco_jax.data.lines import files_of, is_pattern, unpacked
+from lco_jax.data.given import file_source, in_assets
+from lco_jax.data.lines import files_of, is_pattern, records_in, unpacked
 from lco_jax.data.records import (
     ALIKE,
     NEGATIVES,
@@ -41,7 +42,7 @@ KINDS = ("jsonl", "tfds", "files", "parquet")
 class JsonlSource(Source):
     """The reference's jsonl, one record a line. In memory is the offset of each line.
 
-    path: a file, perhaps packed (.jsonl.gz), or with * several files.
+    path: a file, perhaps packed (.jsonl.gz), with * several files, or a folder of them.
     media_root: the folder that relative paths of media start from, by default the file's folder.
     check_media: whether the scan looks for every local file that a record names.
     """
@@ -53,8 +54,8 @@ class JsonlSource(Source):
         media_root: str | None = None,
         check_media: bool = True,
     ):
-        self.path = _in_assets(str(path))
-        self.files = files_of(self.path)
+        self.path = in_assets(str(path))
+        self.files = _jsonl_files(self.path)
         self.roots = [os.path.abspath(media_root or file.parent) for file in self.files]
         self.root = self.roots[0]  # of a single file, or the first
         scan, exists = Scan(on_bad), file_lookup(check_media)
@@ -107,6 +108,15 @@ class JsonlSource(Source):
         with explained(f"{where}: not valid JSON", ValueError, RecursionError):
             given = json.loads(line)
         return parse_record(given, where, self.roots[which], exists)
+
+
+def _jsonl_files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return files_of(path)
+    found = records_in(path, (".jsonl",))
+    if not found:
+        raise LcoError(f"{path}: the folder holds no .jsonl file")
+    return found
 
 
 @dataclass(frozen=True)
@@ -212,7 +222,8 @@ def _parquet_files(path: str, files: str) -> list[Path]:
         return files_of(folder)
     if not folder.is_dir():
         folder = resolve(path, _patterns(files), kind="dataset")
-    found = sorted(folder.glob(files))
+    names = glob.glob(files, root_dir=folder, recursive=True)  # none that are hidden
+    found = sorted(folder / name for name in names if (folder / name).is_file())
     if not found:
         raise LcoError(f"{path} holds no file that matches {files!r}")
     return found
@@ -298,9 +309,3 @@ def _fetch_from_buckets(arguments: dict[str, Any]) -> None:
 def _patterns(files: str) -> list[str]:
     """A glob for the hub and buckets, where `**/` does not match the top folder."""
     return [files, files.removeprefix("**/")]
-
-
-def _in_assets(path: str) -> Path:
-    """A path; `assets:NAME` is a file that ships with the package."""
-    name = path.removeprefix("assets:")
-    return Path(path) if name == path else ASSETS / name
