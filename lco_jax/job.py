@@ -309,7 +309,7 @@ def _say_share(config: ConfigDict, share: Mapping[str, ListSource]) -> None:
         why = f"config.eval.share is {config.eval.share:g}"
         say(f"{count:,} of the records are held out, and never trained on ({why})")
     elif config.eval.share:
-        few = f"sources of fewer than {SMALL} records are trained on as a whole"
+        few = f"no source has {SMALL} different records, which it takes to hold some out"
         say(f"nothing is held out of the data: {few}; --eval names other records")
 
 

@@ -236,6 +236,16 @@ def test_keys_of_the_data_that_is_given(my_file):
         parsed("--config=smollm2", f"--data={my_file}", "--config.data.sources.snli.path=x")
 
 
+def test_a_name_with_a_comma_is_measured_alone(my_file, tmp_path):
+    """Names of held-out data stand between commas in the configuration."""
+    comma = write(tmp_path / "dogs, cats.jsonl", [pair("x")])
+    for given in (comma, [comma]):
+        path = cli.configured("base", my_file, given, {}).eval.path
+        assert list(sources_of(path, "config.eval.path")) == ["dogs_cats"]
+    with pytest.raises(LcoError, match=r"--eval=.*dogs, cats\.jsonl: a name with a comma stands a"):
+        cli.configured("base", my_file, [comma, my_file], {})
+
+
 @pytest.mark.parametrize("flag", ["--data", "--eval"])
 def test_a_wrong_flag_is_named(my_file, flag):
     with pytest.raises(LcoError, match=f"{flag}=nowhere: there is no such file or folder"):
@@ -454,11 +464,13 @@ def test_what_is_measured_is_said(until_the_checkpoint, my_file, tmp_path, capsy
     assert says in capsys.readouterr().out
 
 
-def test_that_too_few_are_there_is_said(until_the_checkpoint, tmp_path, capsys):
-    few = write(tmp_path / "few.jsonl", map(pair, range(19)))
+@pytest.mark.parametrize("numbers", [range(19), [1] * 100], ids=["few", "equal"])
+def test_that_too_few_are_there_is_said(until_the_checkpoint, tmp_path, capsys, numbers):
+    few = write(tmp_path / "few.jsonl", map(pair, numbers))
     with pytest.raises(until_the_checkpoint):
         train("base", tmp_path / "run", data=few)
-    assert "nothing is held out of the data: sources of fewer than 20" in capsys.readouterr().out
+    says = "nothing is held out of the data: no source has 20 different records, which it takes"
+    assert says in capsys.readouterr().out
 
 
 def test_bundled_texts_are_never_measured_beside_other_data(
