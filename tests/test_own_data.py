@@ -146,7 +146,7 @@ def test_hidden_parquet_files_of_a_folder_are_not_read(tmp_path):
 
 def test_a_folder_of_no_lines(tmp_path):
     write(tmp_path / "train.jsonl~", [pair(1)])
-    with pytest.raises(LcoError, match="the folder holds no .jsonl file"):
+    with pytest.raises(LcoError, match=r"the folder holds no \.jsonl file"):
         open_source("mine", {"kind": "jsonl", "path": str(tmp_path)})
 
 
@@ -371,15 +371,16 @@ def test_what_is_left_knows_what_its_records_have(tmp_path):
     assert rest.has_teacher
 
 
-def test_a_source_that_is_not_scanned_holds_out_rows(my_file):
-    class Rows(ListSource):
-        def __init__(self):
-            super().__init__(list(JsonlSource(my_file)))
-            self.version = "100 rows"
-
-    training, held_out = split({"rows": Rows()}, 0.05)
+@pytest.mark.parametrize(
+    ("version", "of_rest"), [("100 rows", "100 rows, without 10 that are held out"), ("", "")]
+)
+def test_a_source_that_is_not_scanned_holds_out_rows(my_file, version, of_rest):
+    """What cannot be told from other data stays so."""
+    rows = ListSource(list(JsonlSource(my_file)))
+    rows.version = version
+    training, held_out = split({"rows": rows}, 0.05)
     assert len(held_out["rows"]) == 10
-    assert fingerprint(training["rows"]) == "100 rows, without 10 that are held out"
+    assert fingerprint(training["rows"]) == of_rest
 
 
 def test_the_records_of_a_file_in_order(tmp_path):
@@ -485,6 +486,16 @@ def test_bundled_texts_are_never_measured_beside_other_data(
     with pytest.raises(until_the_checkpoint):
         train("base", tmp_path / "run")
     assert "not measured" not in capsys.readouterr().out
+
+
+def test_a_teacher_without_scores_is_refused_before_the_checkpoint_is_opened(
+    until_the_checkpoint, my_file, tmp_path
+):
+    with pytest.raises(LcoError, match=r"config\.loss\.teacher is 'kl', and no record has teacher"):
+        train("base", tmp_path / "run", data=my_file, loss__teacher="kl")
+    taught = write(tmp_path / "taught.jsonl", [pair(i, teacher_scores=[0.5]) for i in range(40)])
+    with pytest.raises(until_the_checkpoint):
+        train("base", tmp_path / "run", data=taught, loss__teacher="kl")
 
 
 def test_two_held_out_sets_have_two_names(until_the_checkpoint, my_file, tmp_path):
