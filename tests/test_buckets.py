@@ -220,7 +220,7 @@ def test_sources_on_a_bucket(bucket, tmp_path):
     spec = {"kind": "jsonl", "path": "gs://bucket/data/t.jsonl"}
     bucket.put("data/mine.json", json.dumps(spec).encode())
     assert sources_of("gs://bucket/data/mine.json", "--data") == {"mine": spec}
-    with pytest.raises(LcoError, match=r"^--data=gs://bucket/data/no\.json: gs://bucket/data/no\.js"):
+    with pytest.raises(LcoError, match=r"^--data=gs://bucket/data/no\.json: gs://bucket/data/no"):
         sources_of("gs://bucket/data/no.json", "--data")
 
 
