@@ -227,18 +227,21 @@ def _layout(mesh: Any) -> Any:
     from lco_jax.data.layouts import floor_of
     from lco_jax.data.positions import line_positions
     from lco_jax.data.processor import Processor
+    from lco_jax.data.records import TEXT
     from lco_jax.data.tower_rows import Processed
 
     triplets = [[np.array(ids, np.int32) for ids in triplet] for triplet in as_long_as_snli()]
     first, second = triplets[0][0], triplets[1][1]
     prefix = first[: common_length(first, second)]
     record, side = np.repeat(np.arange(RECORDS), 3), np.tile(np.arange(3), RECORDS)
+    kinds = np.full(3 * RECORDS, TEXT, np.int32)
+    teacher = np.full(3 * RECORDS, np.nan, np.float32)
     sample = []
     for start in range(0, 8 * RECORDS, RECORDS):
         batch = [triplets[i % len(triplets)] for i in range(start, start + RECORDS)]
         inputs = [Processed(x, line_positions(0, len(x))) for triplet in batch for x in triplet]
         ids = np.arange(3 * RECORDS, dtype=np.int32)
-        sample.append(pipeline.LocalBatch(inputs, record, side, ids))
+        sample.append(pipeline.LocalBatch(inputs, record, side, ids, kinds, teacher))
     layout = pipeline.Layout(RECORDS, 1, prefix)
     return floor_of(sample, layout, Processor(builtin.build()), mesh)
 

@@ -37,6 +37,7 @@ from lco_jax.data import pipeline
 from lco_jax.data.layouts import floor_of
 from lco_jax.data.positions import line_positions
 from lco_jax.data.processor import Processor
+from lco_jax.data.records import TEXT
 from lco_jax.data.tower_rows import Processed
 from lco_jax.models.decoder import Decoder
 from lco_jax.models.model import Model
@@ -146,7 +147,14 @@ class Training:
         rows = [self.triplets[(k * size + i) % len(self.triplets)] for i in range(size)]
         inputs = [prepared(ids) for triplet in rows for ids in triplet]
         record, side = np.repeat(np.arange(size), 3), np.tile(np.arange(3), size)
-        return pipeline.LocalBatch(inputs, record, side, np.arange(3 * size, dtype=np.int32))
+        return pipeline.LocalBatch(
+            inputs,
+            record,
+            side,
+            content=np.arange(3 * size, dtype=np.int32),
+            kinds=np.full(3 * size, TEXT, np.int32),
+            teacher=np.full(3 * size, np.nan, np.float32),
+        )
 
     def batch(self, k: int) -> Batch:
         batch = pipeline.global_batch(self.local(k), self.layout, self.processor.rows, self.mesh)

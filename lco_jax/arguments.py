@@ -79,7 +79,7 @@ def _check_device(device: Any, mesh: Mesh) -> None:
     own = {f"{one.platform}:{one.id}" for one in mesh.devices.flat}
     kinds = {name.partition(":")[0] for name in own}
     names = {_device_name(one) for one in given}
-    if names <= kinds or names == own:
+    if names and (names <= kinds or names == own):
         return
     there = ", ".join(sorted(own))
     mesh_of = "from_pretrained(mesh=make_mesh(devices=[…]))"

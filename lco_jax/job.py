@@ -31,7 +31,6 @@ from lco_jax.models.model import Model
 from lco_jax.training import tuning
 from lco_jax.training.folder import check_outputs
 from lco_jax.training.metrics import check_packages
-from lco_jax.training.objective import LossConfig
 from lco_jax.training.run import check_same_run, has_begun
 from lco_jax.training.state import Training, warmup_steps
 
@@ -90,13 +89,13 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
     sources, share = open_sources(config)
     held_out = _open_held_out(config, share, generative)
     pairs = _open_pairs(config, generative)
-    total_steps = config.train.steps or _steps_of_epochs(config, sources)
+    total_steps = _total_steps(config, sources)
     _check_begun(home, config, total_steps, sources)
     workdir = local_workdir(home, "*.jsonl", jax.process_index())
     checkpoint = open_checkpoint(config.model.path)
     processor, layout = open_layout(config, sources, checkpoint, generative)
     training = Training.build(config, checkpoint, total_steps, mesh)
-    _check_objective(training.objective, sources, checkpoint)
+    training.objective.check_dimension(checkpoint.config.hidden_size)
     _print_summary(config, home, mesh, sources, training, total_steps)
     towers = _towers_for(checkpoint, sources, held_out, media)
     if training.tune.trains_towers:
@@ -129,7 +128,10 @@ def _check_begun(
             check_same_run(home, config, total_steps, fingerprints(sources))
 
 
-def _steps_of_epochs(config: ConfigDict, sources: Mapping[str, Source]) -> int:
+def _total_steps(config: ConfigDict, sources: Mapping[str, Source]) -> int:
+    """Those that are given, or those of the epochs."""
+    if config.train.steps:
+        return config.train.steps
     records = sum(map(len, sources.values()))
     return max(int(config.train.epochs * records / config.train.batch_size), 1)
 
@@ -168,8 +170,18 @@ def open_data(
 
 
 def open_sources(config: ConfigDict) -> Split:
-    """The sources of a run, and what `config.eval.share` holds out of them."""
-    return split(pipeline.open_sources(config.data), config.eval.share)
+    """The sources of a run, and what `config.eval.share` holds out of them.
+
+    Raises where the loss learns from a teacher and no record has its scores.
+    """
+    found = split(pipeline.open_sources(config.data), config.eval.share)
+    teacher = config.loss.teacher
+    if teacher and not any(source.has_teacher for source in found.training.values()):
+        raise LcoError(
+            f"config.loss.teacher is {teacher!r}, and no record has teacher_scores: a "
+            "list of numbers, of the positive and of each negative"
+        )
+    return found
 
 
 def open_layout(
@@ -203,18 +215,6 @@ def open_layout(
         teacher=bool(config.loss.teacher) and not generative,
     )
     return processor, layout
-
-
-def _check_objective(
-    objective: LossConfig, sources: Mapping[str, Source], checkpoint: Checkpoint
-) -> None:
-    """Raise for a loss that this model or these data cannot have."""
-    objective.check_dimension(checkpoint.config.hidden_size)
-    if objective.teacher and not any(source.has_teacher for source in sources.values()):
-        raise LcoError(
-            f"config.loss.teacher is {objective.teacher!r}, and no record has teacher_scores: a "
-            "list of numbers, of the positive and of each negative"
-        )
 
 
 def batches_of(
@@ -309,7 +309,7 @@ def _say_share(config: ConfigDict, share: Mapping[str, ListSource]) -> None:
         why = f"config.eval.share is {config.eval.share:g}"
         say(f"{count:,} of the records are held out, and never trained on ({why})")
     elif config.eval.share:
-        few = f"sources of fewer than {SMALL} records are trained on as a whole"
+        few = f"no source has {SMALL} different records, which it takes to hold some out"
         say(f"nothing is held out of the data: {few}; --eval names other records")
 
 
@@ -332,24 +332,14 @@ def _held_out_specs(config: ConfigDict) -> dict[str, dict[str, Any]]:
 
 def _open_pairs(config: ConfigDict, generative: bool) -> dict[str, ScoredPairs]:
     """The scored pairs by file."""
-    names = _listed(config.eval.sts)
+    given = config.eval.sts
+    names = [name.strip() for name in given.split(",") if name.strip()]
     if names and generative:
         raise LcoError("config.eval.sts goes with lco_jax.train; this model makes no embeddings")
     pairs = dict(map(open_pairs, names))
-    _check_names(pairs, "sts", config)
+    if len(pairs) < len(names):
+        raise LcoError(f"config.eval.sts={given} holds two files of one name; scores go by names")
     return pairs
-
-
-def _listed(names: str) -> list[str]:
-    """What stands between commas."""
-    return [name.strip() for name in names.split(",") if name.strip()]
-
-
-def _check_names(opened: Mapping[str, Any], key: str, config: ConfigDict) -> None:
-    """Raise where two files of config.eval.KEY have one name. opened: the files by their names."""
-    given = config.eval[key]
-    if len(opened) < len(_listed(given)):
-        raise LcoError(f"config.eval.{key}={given} holds two files of one name; scores go by names")
 
 
 def _towers_for(

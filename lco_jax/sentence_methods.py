@@ -16,7 +16,8 @@ from lco_jax.vector_form import unit
 
 
 class SentenceMethods(ABC):
-    """What a model needs beside `encode` and `dimension`, so that code for theirs runs on it.
+    """What a model needs beside `encode`, `dimension` and `modalities`, so that code for theirs
+    runs on it.
 
     prompts: name -> what follows an input, for `prompt_name`; at first the reference's prompt for
     each modality. `encode_query` uses "query", and `encode_document` "document", if you add them.
@@ -31,6 +32,11 @@ class SentenceMethods(ABC):
     @abstractmethod
     def dimension(self) -> int:
         """D."""
+
+    @property
+    @abstractmethod
+    def modalities(self) -> tuple[str, ...]:
+        """The kinds of input that can be embedded."""
 
     @abstractmethod
     def encode(

@@ -26,6 +26,7 @@ from lco_jax.checkpoint.store import RunStore
 from lco_jax.core.extras import install_line
 from lco_jax.core.files import ASSETS, as_path, local_copy, local_path, upload, written_aside
 from lco_jax.core.sharding import make_mesh
+from lco_jax.data.given import sources_of
 from lco_jax.data.sources import open_source
 from lco_jax.train import train
 from lco_jax.training import cli
@@ -216,6 +217,11 @@ def test_sources_on_a_bucket(bucket, tmp_path):
     assert [(one.anchor, one.positive) for one in with_bucket] == [
         (one.anchor, one.positive) for one in local
     ]
+    spec = {"kind": "jsonl", "path": "gs://bucket/data/t.jsonl"}
+    bucket.put("data/mine.json", json.dumps(spec).encode())
+    assert sources_of("gs://bucket/data/mine.json", "--data") == {"mine": spec}
+    with pytest.raises(LcoError, match=r"^--data=gs://bucket/data/no\.json: gs://bucket/data/no"):
+        sources_of("gs://bucket/data/no.json", "--data")
 
 
 TWO = """

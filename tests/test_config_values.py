@@ -103,6 +103,18 @@ def test_a_warm_up_that_is_as_long_as_the_run_is_refused():
         check_config(config)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("loss.false_negatives", "base"), ("model.quantize", "nf4")]
+)
+def test_what_goes_with_no_decoder_that_is_trained_in_full(key, value):
+    config = base.get_config()
+    config.update_from_flattened_dict({key: value})
+    check_config(config)
+    config.tune.decoder = "full"
+    with pytest.raises(LcoError, match=rf"config\.{key}.* goes with config\.tune\.decoder = lora"):
+        check_config(config)
+
+
 def test_keys_of_a_config_of_ones_own_that_are_none():
     config = base.get_config()
     config.train.batchsize = 8  # ml_collections takes it

@@ -1046,6 +1046,28 @@ def test_parquet_with_a_missing_column_is_an_error(tmp_path):
     )
 
 
+def test_parquet_may_have_a_teachers_scores(tmp_path):
+    columns = {"anchor": ["a", "b"], "positive": ["p", "q"], "negatives": [["m", "n"], None]}
+    scores = [[0.5, 0.25, 0.125], None]
+    path = write_table(tmp_path / "x.parquet", **columns, teacher_scores=scores)
+    for given in (Columns(), Columns(negatives="negatives")):
+        source = parquet_source(path, given)
+        assert source.has_teacher
+        assert [record.teacher_scores for record in source] == [(0.5, 0.25, 0.125), ()]
+    assert not parquet_source(path, Columns(teacher_scores="")).has_teacher
+    path = write_table(tmp_path / "y.parquet", **columns, cosines=scores)
+    assert not parquet_source(path, Columns()).has_teacher
+    columns_of_y = {"teacher_scores": "cosines"}
+    source = open_source("x", {"kind": "parquet", "path": path, "columns": columns_of_y})
+    assert source[0].teacher_scores == (0.5, 0.25, 0.125)
+    path = write_table(tmp_path / "z.parquet", **columns, teacher_score=scores)
+    with pytest.raises(LcoError, match="has a column 'teacher_score'; write 'teacher_scores'"):
+        parquet_source(path, Columns())
+    path = write_table(tmp_path / "w.parquet", **columns, teacher_scores=[[0.5], [0.5]])
+    with pytest.raises(LcoError, match=r"w\.parquet, row 0: teacher_scores has 1 numbers"):
+        parquet_source(path, Columns())
+
+
 def test_parquet_needs_no_negatives(tmp_path):
     path = write_table(tmp_path / "x.parquet", anchor=["a"], positive=["p"], other=["o"])
     assert parquet_source(path, Columns())[0].sides == ("a", "p")

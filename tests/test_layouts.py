@@ -12,7 +12,7 @@ from lco_jax.data.layouts import choose_layout, draw, floor_of
 from lco_jax.data.pipeline import Layout, local_batches, pack_batch, record_stream
 from lco_jax.data.positions import line_positions
 from lco_jax.data.processor import Processor
-from lco_jax.data.records import Record
+from lco_jax.data.records import TEXT, Record
 from lco_jax.data.scan import ListSource
 from lco_jax.data.tower_rows import Processed
 
@@ -116,7 +116,14 @@ def test_long_sequences_of_many_lengths_have_one_shape_and_few_slots(processor, 
         lengths = np.where(np.arange(96) % 2, rng.integers(30, 90, 96), rng.integers(300, 3000, 96))
         inputs = [Processed(np.zeros(n, np.int32), line_positions(0, n)) for n in lengths]
         record, side = np.divmod(np.arange(96), 2)
-        return pipeline.LocalBatch(inputs, record, side, np.zeros(96, np.int32))
+        return pipeline.LocalBatch(
+            inputs,
+            record,
+            side,
+            content=np.zeros(96, np.int32),
+            kinds=np.full(96, TEXT, np.int32),
+            teacher=np.full(96, np.nan, np.float32),
+        )
 
     mesh = make_mesh(devices=jax.devices()[:shards])
     layout = floor_of([batch() for _ in range(11)], layout, processor, mesh)

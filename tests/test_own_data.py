@@ -1,5 +1,6 @@
 """One's own data: how it is named, what is held out of it, and training from Python."""
 
+import gzip
 import json
 import random
 import subprocess
@@ -117,6 +118,38 @@ def test_a_folder_holds_files_of_one_kind(tmp_path):
     assert len(open_source("mine", sources_of(folder, "--data")["mine"])) == 1
 
 
+@pytest.mark.parametrize("name", ["my data", "g[1]", "all*"])
+def test_what_lies_beside_the_files_of_a_folder_is_not_read(tmp_path, name):
+    """Copies that editors and notebooks keep; and a folder's name may be like a pattern."""
+    folder = tmp_path / name
+    for file in ("train.jsonl", "more/b.jsonl"):
+        write(folder / file, [pair(file)])
+    with gzip.open(folder / "more" / "c.jsonl.gz", "wt") as packed:
+        packed.write(json.dumps(pair("c")))
+    beside = ("train.jsonl~", "train.jsonlines", ".ipynb_checkpoints/train.jsonl", ".old.jsonl")
+    for file in (*beside, ".hidden/d.parquet"):
+        write(folder / file, [pair(file)])
+    (source,) = sources_of(folder, "--data").values()
+    assert source == {"kind": "jsonl", "path": str(folder)}
+    anchors = [record.anchor for record in open_source("mine", source)]
+    assert anchors == ["dog more/b.jsonl", "dog c", "dog train.jsonl"]
+
+
+def test_hidden_parquet_files_of_a_folder_are_not_read(tmp_path):
+    for name in ("a.parquet", "b.parquet/part.parquet", ".hidden/c.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(pa.Table.from_pylist([pair(name)]), tmp_path / name)
+    (source,) = sources_of(tmp_path, "--data").values()
+    anchors = [record.anchor for record in open_source("mine", source)]
+    assert anchors == ["dog a.parquet", "dog b.parquet/part.parquet"]
+
+
+def test_a_folder_of_no_lines(tmp_path):
+    write(tmp_path / "train.jsonl~", [pair(1)])
+    with pytest.raises(LcoError, match=r"the folder holds no \.jsonl file"):
+        open_source("mine", {"kind": "jsonl", "path": str(tmp_path)})
+
+
 @pytest.mark.parametrize("name", ["test.jsonl", "data/validation-0.jsonl", "held_out.jsonl"])
 def test_a_folder_with_a_test_set_is_not_trained_on_as_a_whole(tmp_path, name):
     write(tmp_path / "contest.jsonl", [pair(1)])
@@ -134,6 +167,10 @@ def test_a_json_file_describes_a_source(tmp_path):
     file.write_text(json.dumps(pair(1)))
     with pytest.raises(LcoError, match=r"photos\.json: it describes no source.*into a \.jsonl"):
         sources_of(file, "--data")
+    with pytest.raises(LcoError, match=r"^--data=assets:lab/x\.json: .*assets/lab/x\.json does no"):
+        sources_of("assets:lab/x.json", "--data")
+    with pytest.raises(LcoError, match=r"^--eval=assets:tiny_shapes\.json: .*describes no source"):
+        sources_of("assets:tiny_shapes.json", "--eval")
 
 
 @pytest.mark.parametrize(
@@ -197,6 +234,16 @@ def test_keys_of_the_data_that_is_given(my_file):
     assert config.eval.sts == "builtin:x"
     with pytest.raises(LcoError, match=r"no key 'data\.sources\.snli\.path'"):
         parsed("--config=smollm2", f"--data={my_file}", "--config.data.sources.snli.path=x")
+
+
+def test_a_name_with_a_comma_is_measured_alone(my_file, tmp_path):
+    """Names of held-out data stand between commas in the configuration."""
+    comma = write(tmp_path / "dogs, cats.jsonl", [pair("x")])
+    for given in (comma, [comma]):
+        path = cli.configured("base", my_file, given, {}).eval.path
+        assert list(sources_of(path, "config.eval.path")) == ["dogs_cats"]
+    with pytest.raises(LcoError, match=r"--eval=.*dogs, cats\.jsonl: a name with a comma stands a"):
+        cli.configured("base", my_file, [comma, my_file], {})
 
 
 @pytest.mark.parametrize("flag", ["--data", "--eval"])
@@ -324,15 +371,16 @@ def test_what_is_left_knows_what_its_records_have(tmp_path):
     assert rest.has_teacher
 
 
-def test_a_source_that_is_not_scanned_holds_out_rows(my_file):
-    class Rows(ListSource):
-        def __init__(self):
-            super().__init__(list(JsonlSource(my_file)))
-            self.version = "100 rows"
-
-    training, held_out = split({"rows": Rows()}, 0.05)
+@pytest.mark.parametrize(
+    ("version", "of_rest"), [("100 rows", "100 rows, without 10 that are held out"), ("", "")]
+)
+def test_a_source_that_is_not_scanned_holds_out_rows(my_file, version, of_rest):
+    """What cannot be told from other data stays so."""
+    rows = ListSource(list(JsonlSource(my_file)))
+    rows.version = version
+    training, held_out = split({"rows": rows}, 0.05)
     assert len(held_out["rows"]) == 10
-    assert fingerprint(training["rows"]) == "100 rows, without 10 that are held out"
+    assert fingerprint(training["rows"]) == of_rest
 
 
 def test_the_records_of_a_file_in_order(tmp_path):
@@ -417,11 +465,13 @@ def test_what_is_measured_is_said(until_the_checkpoint, my_file, tmp_path, capsy
     assert says in capsys.readouterr().out
 
 
-def test_that_too_few_are_there_is_said(until_the_checkpoint, tmp_path, capsys):
-    few = write(tmp_path / "few.jsonl", map(pair, range(19)))
+@pytest.mark.parametrize("numbers", [range(19), [1] * 100], ids=["few", "equal"])
+def test_that_too_few_are_there_is_said(until_the_checkpoint, tmp_path, capsys, numbers):
+    few = write(tmp_path / "few.jsonl", map(pair, numbers))
     with pytest.raises(until_the_checkpoint):
         train("base", tmp_path / "run", data=few)
-    assert "nothing is held out of the data: sources of fewer than 20" in capsys.readouterr().out
+    says = "nothing is held out of the data: no source has 20 different records, which it takes"
+    assert says in capsys.readouterr().out
 
 
 def test_bundled_texts_are_never_measured_beside_other_data(
@@ -436,6 +486,16 @@ def test_bundled_texts_are_never_measured_beside_other_data(
     with pytest.raises(until_the_checkpoint):
         train("base", tmp_path / "run")
     assert "not measured" not in capsys.readouterr().out
+
+
+def test_a_teacher_without_scores_is_refused_before_the_checkpoint_is_opened(
+    until_the_checkpoint, my_file, tmp_path
+):
+    with pytest.raises(LcoError, match=r"config\.loss\.teacher is 'kl', and no record has teacher"):
+        train("base", tmp_path / "run", data=my_file, loss__teacher="kl")
+    taught = write(tmp_path / "taught.jsonl", [pair(i, teacher_scores=[0.5]) for i in range(40)])
+    with pytest.raises(until_the_checkpoint):
+        train("base", tmp_path / "run", data=taught, loss__teacher="kl")
 
 
 def test_two_held_out_sets_have_two_names(until_the_checkpoint, my_file, tmp_path):

@@ -14,9 +14,11 @@ from PIL import Image
 from lco_jax import LcoError, MediaConfig
 from lco_jax.data.content import as_content
 from lco_jax.data.frame_choice import FrameChoice
+from lco_jax.data.frames import FrameReader
 from lco_jax.data.inputs import as_list
+from lco_jax.data.media import MediaFile
 from lco_jax.data.qwen_sizes import size_rule_of
-from lco_jax.data.video import load_video
+from lco_jax.data.video import decode_video, load_video
 
 CONFIG = MediaConfig()
 LIMITS = (100_352, 602_112)  # of a frame's pixels, theirs
@@ -89,6 +91,7 @@ OPTIONS = [
     {"video_start": -1, "video_end": 99},
     {"video_start": 1, "video_end": 2.5, "nframes": 6},
     {"video_start": 1, "fps": 5.0},
+    {"nframes": np.int64(4), "video_start": np.float32(1)},  # as a table of options may have it
 ]
 
 
@@ -129,8 +132,16 @@ def test_a_list_of_frames_may_be_thinned():
         load_video(list(FRAMES), "x", CONFIG, choice=FrameChoice(video_start=1))
 
 
-def test_a_header_that_promises_no_frames_is_no_reason_to_refuse():
-    """Matroska that is written to a pipe has no number of frames; packets are counted."""
+def test_a_header_that_promises_no_frames_is_no_reason_to_refuse(monkeypatch):
+    """What is asked for is compared with the frames that there are."""
+    monkeypatch.setattr(FrameReader, "header", lambda _: (0, 10.0))
+    for options in ({"nframes": 8}, {"video_start": 1.0, "video_end": 2.5}):
+        choice = FrameChoice.of_part(options, "x")
+        frames = decode_video(MediaFile("x", FILM), CONFIG, None, choice)
+        assert shown(frames) == theirs(options, 30, 10.0)
+
+
+def test_frames_of_a_torn_file_are_counted():
     torn = FILM[: len(FILM) * 2 // 3]
     there = len(shown(load_video(torn, "x", CONFIG, choice=FrameChoice(nframes=2)).frames))
     assert there == 2
@@ -164,8 +175,38 @@ def test_frames_that_a_video_does_not_have(given, says):
 
 def test_sound_is_not_cut_with_its_video():
     config = MediaConfig(use_audio_in_video=True)
-    with pytest.raises(LcoError, match="do not cut its sound"):
-        load_video(FILM, "x", config, choice=FrameChoice(video_end=1))
+    sound = {"array": np.zeros(48_000, np.float32), "sampling_rate": 16_000}
+    with_sound = {"array": FRAMES, "fps": 10, "audio": sound}
+    for source in (FILM, with_sound):
+        with pytest.raises(LcoError, match=r"^x: .*do not cut its sound; cut both before, or"):
+            load_video(source, "x", config, choice=FrameChoice(video_end=1))
+    whole = load_video(with_sound, "x", config, choice=FrameChoice(nframes=4))
+    assert (len(whole.frames), len(whole.audio)) == (4, 48_000)
+
+
+@pytest.mark.parametrize(
+    ("choice", "rate", "why"),
+    [
+        (FrameChoice(), None, None),
+        (FrameChoice(nframes=31), 10.0, "nframes is 31, and there are 30 frames"),
+        (FrameChoice(nframes=30), None, None),
+        (FrameChoice(video_start=1), None, "video_start and video_end need its rate; give its fps"),
+        (FrameChoice(video_start=2.9), 10.0, "it lasts 3.00 seconds, without two frames between"),
+        (FrameChoice(video_start=2.8), 10.0, None),
+        (FrameChoice(nframes=4, video_end=0.2), 10.0, "nframes is 4, and there are 3 frames"),
+    ],
+)
+def test_why_a_video_has_no_such_frames(choice, rate, why):
+    found = choice.why_not(30, rate)
+    assert found == why if why is None else found.startswith(why)
+
+
+def test_seconds_of_an_array_are_cut_as_those_of_a_file():
+    """A float32 of 0.3 is a little later than the frame there."""
+    choice = FrameChoice(video_start=np.float32(0.3))
+    of_array = load_video({"array": FRAMES, "fps": 10}, "x", CONFIG, choice=choice)
+    of_file = load_video(FILM, "x", CONFIG, choice=choice)
+    assert shown(of_array.frames)[0] == shown(of_file.frames)[0] == 4
 
 
 def test_decoders_of_video_are_inputs():

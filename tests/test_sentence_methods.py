@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lco_jax import LcoError, OmniEmbedder, make_mesh
+from lco_jax.sentence_methods import SentenceMethods
 from lco_jax.vector_form import VectorForm
 
 TEXTS = ["a dog", "a cat on the stairs", "two birds"]
@@ -126,6 +127,7 @@ def test_the_dimension_has_their_names(tiny):
         ({"device": torch.device("cuda")}, "choose with from_pretrained(mesh=make_mesh(devices"),
         ({"device": ["cpu:0", "cpu:1"]}, "device is ['cpu:0', 'cpu:1']"),
         ({"device": 3}, "device is 3"),
+        ({"device": []}, "device is [], and the model is on cpu:0"),
         ({"prompt_name": "query"}, "prompt_name is 'query', and model.prompts has text, image"),
         ({"prompt_name": 3}, "prompt_name is 3"),
         ({"precision": "int4"}, "precision is 'int4'; it is one of: float32, int8, uint8"),
@@ -140,6 +142,10 @@ def test_what_has_no_meaning_here_says_what_to_give(load, options, says):
     one = load("builtin:tiny", mesh=make_mesh(devices=jax.devices()[:1]))
     with pytest.raises(LcoError, match=re.escape(says)):
         one.encode(["a", "b"], **options)
+
+
+def test_what_the_methods_need_of_a_model():
+    assert SentenceMethods.__abstractmethods__ == {"encode", "dimension", "modalities"}
 
 
 def test_one_vector_has_no_range(tiny):

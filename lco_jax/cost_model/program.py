@@ -19,7 +19,6 @@ from lco_jax.core.sharding import row_shards
 from lco_jax.core.stream_shapes import Shape, width_of
 from lco_jax.models.decoder import Decoder
 from lco_jax.training import memory, tuning
-from lco_jax.training.objective import LossConfig
 from lco_jax.training.state import Training
 from lco_jax.training.step import contrastive_loss, make_update
 
@@ -92,7 +91,7 @@ class Step:
     def batch(self, chunk_tokens: int) -> Any:
         """The batch, as shapes."""
         sides, prefix = self.workload.sides, self.workload.prefix
-        teacher = bool(self.config["loss"]["teacher"])
+        teacher = bool(self.training.objective.teacher)
         shape = self.shape(chunk_tokens)
         return memory.abstract_batch(shape, sides, prefix, self.mesh, teacher=teacher)
 
@@ -117,9 +116,14 @@ class Step:
 
     def lower(self, remat: str, chunk_tokens: int) -> jax.stages.Lowered:
         """The update, traced and ready to be compiled for the mesh's devices."""
-        training, objective = self.training, LossConfig.of(self.config)
+        training = self.training
         decoder = self.decoder(remat)
-        loss = partial(contrastive_loss, decoder=decoder, config=training.lora, objective=objective)
+        loss = partial(
+            contrastive_loss,
+            decoder=decoder,
+            config=training.lora,
+            objective=training.objective,
+        )
         update = make_update(loss, training.tx, self.config["seed"], self.mesh, training.shardings)
         # the shapes are made before the mesh of absent devices is set: then nothing can run
         given = training.sharded_abstract, self.frozen, self.batch(chunk_tokens), None

@@ -65,7 +65,7 @@ def decode(
     PIL image (`lazy.Opened`); choice, of a video (`FrameChoice`). Raises for a file that is torn,
     too big or too slow.
     """
-    request = {"kind": kind, "label": file.label, "config": _plain(config), **more}
+    request = {"kind": kind, "label": file.label, "config": plain_fields(config), **more}
     request["has_size_rule"] = size_rule is not None
     content = b""
     if isinstance(file.content, bytes):
@@ -114,9 +114,9 @@ def _ask(
         return worker.ask(request, content, size_rule, sleep_seconds)
 
 
-def _plain(config: MediaConfig) -> dict[str, Any]:
-    """The caps for JSON, which knows no number of numpy's."""
-    values = {cap.name: getattr(config, cap.name) for cap in fields(config)}
+def plain_fields(options: Any) -> dict[str, Any]:
+    """A dataclass's fields for JSON, which knows no number of numpy's."""
+    values = {option.name: getattr(options, option.name) for option in fields(options)}
     return {
         name: value.item() if isinstance(value, np.generic) else value
         for name, value in values.items()

@@ -47,13 +47,21 @@ class FrameChoice:
         """Whether frames come from a part of the video."""
         return self.video_start is not None or self.video_end is not None
 
-    def fits(self, total: int, rate: float) -> bool:
-        """Whether a video of `total` frames, `rate` a second, has what is asked for."""
-        try:
-            self.frames(total, rate, _all, "")
-        except LcoError:
-            return False
-        return True
+    def why_not(self, total: int, rate: float | None) -> str | None:
+        """Why a video of `total` frames, `rate` a second, has no such frames; None if it has them.
+
+        rate: None if it is not known.
+        """
+        if self.is_part and rate is None:
+            return "video_start and video_end need its rate; give its fps, too"
+        first, last = self._stretch(total, rate)
+        if self.is_part and first >= last:
+            asked = f"video_start {self.video_start} and video_end {self.video_end}"
+            return f"it lasts {total / rate:.2f} seconds, without two frames between {asked}"
+        count = last - first + 1
+        if self.nframes is not None and self._even > count:
+            return f"nframes is {self.nframes}, and there are {count} frames"
+        return None
 
     def frames(
         self, total: int, rate: float | None, keep: Callable[[int], int], label: str
@@ -64,37 +72,29 @@ class FrameChoice:
         taken of so many, unless `nframes` says it. label: how errors begin. Raises where the video
         has no such frames.
         """
-        first, last = self._stretch(total, rate, label)
+        if why_not := self.why_not(total, rate):
+            raise LcoError(f"{label}: {why_not}")
+        first, last = self._stretch(total, rate)
         count = last - first + 1
-        if self.nframes is None:
-            return sampled_indices(count, keep(count), first).tolist()
-        kept = round(self.nframes / FACTOR) * FACTOR
-        if kept > count:
-            raise LcoError(f"{label}: nframes is {self.nframes}, and there are {count} frames")
+        kept = keep(count) if self.nframes is None else self._even
         return sampled_indices(count, kept, first).tolist()
 
-    def _stretch(self, total: int, rate: float | None, label: str) -> tuple[int, int]:
+    @property
+    def _even(self) -> int:
+        """The even number of frames that is nearest to `nframes`."""
+        return round(self.nframes / FACTOR) * FACTOR
+
+    def _stretch(self, total: int, rate: float | None) -> tuple[int, int]:
         """The first and the last frame between the seconds that are asked for."""
-        if not self.is_part:
-            return 0, total - 1
-        if rate is None:
-            raise LcoError(f"{label}: video_start and video_end need its rate; give its fps, too")
-        seconds = total / rate
         first, last = 0, total - 1
+        if rate is None or not self.is_part:
+            return first, last
+        seconds = total / rate
         if self.video_start is not None:
-            first = math.ceil(min(max(self.video_start, 0.0), seconds) * rate)
+            first = math.ceil(min(max(float(self.video_start), 0.0), seconds) * rate)
         if self.video_end is not None:
-            last = min(math.floor(min(max(self.video_end, 0.0), seconds) * rate), last)
-        if first >= last:
-            asked = f"video_start {self.video_start} and video_end {self.video_end}"
-            raise LcoError(
-                f"{label} lasts {seconds:.2f} seconds, without two frames between {asked}"
-            )
+            last = min(math.floor(min(max(float(self.video_end), 0.0), seconds) * rate), last)
         return first, last
-
-
-def _all(count: int) -> int:
-    return count
 
 
 def sampled_indices(total: int, kept: int, first: int = 0) -> np.ndarray:

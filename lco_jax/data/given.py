@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from lco_jax.core.errors import LcoError
-from lco_jax.core.files import expanded, on_bucket, read_json
+from lco_jax.core.files import ASSETS, expanded, local_copy, on_bucket, read_json
 from lco_jax.core.hub_ids import is_hub_id
-from lco_jax.data.lines import ending_of
+from lco_jax.data.lines import ending_of, records_in
 from lco_jax.data.names import media_kind
 
 Spec = dict[str, Any]  # an entry of config.data.sources
 Given = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
-HUB, TFDS, ASSETS = "hf://datasets/", "tfds:", "assets:"
+HUB, TFDS, BUNDLED = "hf://datasets/", "tfds:", "assets:"
 KINDS = {".jsonl": "jsonl", ".parquet": "parquet"}  # of an ending
 # in the name of a file or folder: what most people do not train on
 TEST_SPLIT = re.compile(
@@ -65,7 +65,13 @@ def file_source(path: Path) -> Spec | None:
 
 def is_bundled(spec: Mapping[str, Any]) -> bool:
     """Whether a source ships with the package."""
-    return str(spec.get("path")).startswith(ASSETS)
+    return str(spec.get("path")).startswith(BUNDLED)
+
+
+def in_assets(path: str) -> Path:
+    """A path; `assets:NAME` is a file that ships with the package."""
+    name = path.removeprefix(BUNDLED)
+    return Path(path) if name == path else ASSETS / name
 
 
 def _items(given: Given, flag: str) -> list[str]:
@@ -86,13 +92,23 @@ def _spec(item: str, flag: str) -> Spec:
         return _of_hub(item, flag)
     if item.startswith(TFDS):
         return {"kind": "tfds", "name": item.removeprefix(TFDS)}
-    path = Path(item) if on_bucket(item) or item.startswith(ASSETS) else expanded(item)
+    path = Path(item) if on_bucket(item) or item.startswith(BUNDLED) else expanded(item)
     if path.is_dir():
         return _of_folder(path, item, flag)
-    found = file_source(path)
-    if found is None:
+    if path.suffix == ".json":
+        return _of_json(item, flag)
+    kind = KINDS.get(ending_of(path))
+    if kind is None:
         raise LcoError(f"{flag}={item}: {_why_not(path, item)}")
-    return found if path.suffix == ".json" else {**found, "path": item}
+    return {"kind": kind, "path": item}
+
+
+def _of_json(item: str, flag: str) -> Spec:
+    """The source that a .json file describes: of a disk, of a bucket or of the package."""
+    try:
+        return _described(in_assets(item) if item.startswith(BUNDLED) else local_copy(item))
+    except LcoError as error:
+        raise LcoError(f"{flag}={item}: {error}") from error
 
 
 def _of_hub(item: str, flag: str) -> Spec:
@@ -107,7 +123,7 @@ def _of_hub(item: str, flag: str) -> Spec:
 
 def _of_folder(path: Path, item: str, flag: str) -> Spec:
     """All files of records in a folder, which must be of one kind. Media alone have no texts."""
-    files = sorted(file for file in path.rglob("*") if ending_of(file) in KINDS)
+    files = records_in(path, KINDS)
     kinds = {KINDS[ending_of(file)] for file in files}
     if not kinds:
         raise LcoError(
@@ -120,9 +136,7 @@ def _of_folder(path: Path, item: str, flag: str) -> Spec:
     if tests and len(tests) < len(files):
         both = f"{tests[0].relative_to(path)} beside files to train on"
         raise LcoError(f"{flag}={item}: the folder holds {both}; name the files that are meant")
-    if kinds == {"parquet"}:
-        return {"kind": "parquet", "path": item}
-    return {"kind": "jsonl", "path": os.path.join(item, "**", "*.jsonl*")}
+    return {"kind": kinds.pop(), "path": item}
 
 
 def _of_media(path: Path) -> str:

@@ -85,8 +85,10 @@ class Rest(Source):
         self.skipped, self.max_negatives = whole.skipped, whole.max_negatives
         self.modalities, self.has_teacher = whole.modalities, whole.has_teacher
         self.digests = None if whole.digests is None else whole.digests[indices]
-        out = len(whole) - len(indices)
-        self.version = f"{fingerprint(whole)}, without {out:,} that are held out"
+        was = fingerprint(whole)
+        if was:
+            out = len(whole) - len(indices)
+            self.version = f"{was}, without {out:,} that are held out"
 
     def __len__(self) -> int:
         return len(self.indices)

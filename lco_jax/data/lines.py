@@ -9,7 +9,7 @@ import gzip
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager
 from hashlib import blake2b
 from pathlib import Path
@@ -62,6 +62,16 @@ def files_of(path: Path) -> list[Path]:
     if len(endings) > 1:
         raise LcoError(f"{path} matches files that end in {' and '.join(endings)}; name one kind")
     return found
+
+
+def records_in(folder: Path, endings: Container[str]) -> list[Path]:
+    """The files of these endings in a folder and below, in the order of their names.
+
+    None of them is hidden, or in a hidden folder, where editors and notebooks keep copies.
+    """
+    names = glob.glob("**/*", root_dir=folder, recursive=True)
+    found = [folder / name for name in sorted(names) if ending_of(name) in endings]
+    return [file for file in found if file.is_file()]
 
 
 def opened(file: Path) -> IO[bytes]:

@@ -31,7 +31,7 @@ from lco_jax.data import mixture
 from lco_jax.data.inputs import conversation, one_ahead
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import asked
-from lco_jax.data.records import TEXT, Content, Record, answer_of, content_number, modality_bits
+from lco_jax.data.records import Content, Record, answer_of, content_number, modality_bits
 from lco_jax.data.scan import Source
 from lco_jax.data.share import Layout, LocalBatch, Share, pack_batch
 from lco_jax.data.sources import open_source
@@ -277,7 +277,7 @@ def _tables(share: Share, slots: list[np.ndarray], slots_of_stream: int) -> dict
     """
     local, layout, processes = share.local, share.layout, jax.process_count()
 
-    def table(values: np.ndarray | int, absent: float, dtype: Any = np.int32) -> np.ndarray:
+    def table(values: np.ndarray, absent: float, dtype: Any = np.int32) -> np.ndarray:
         filled = np.full((layout.batch_size // processes, layout.sides), absent, dtype)
         filled[local.record // processes, local.side] = values
         return filled
@@ -285,7 +285,7 @@ def _tables(share: Share, slots: list[np.ndarray], slots_of_stream: int) -> dict
     tables = {
         "sequences": table(_sequences(share, slots, slots_of_stream), -1),
         "content": table(local.content, -1),
-        "kinds": table(TEXT if local.kinds is None else local.kinds, 0),
+        "kinds": table(local.kinds, 0),
     }
     if layout.teacher:
         tables["teacher"] = table(local.teacher, math.nan, np.float32)

@@ -21,7 +21,8 @@ from lco_jax.data.content import Content, Messages, Reader, describe, is_parts
 
 FILES_REMEMBERED = 100_000
 NEGATIVES = ("negative", "negatives")
-KEYS = ("anchor", "positive", *NEGATIVES, "teacher_scores")
+SCORES = "teacher_scores"
+KEYS = ("anchor", "positive", *NEGATIVES, SCORES)
 TEXT = 1 << MODALITIES.index("text")  # the bits of a text's modalities
 ALIKE = 0.9  # how like one of them a key is that must be a slip: positves is, positive_id is not
 
@@ -125,7 +126,7 @@ def parse_record(
     for key in ignored:
         if meant := get_close_matches(key.lower(), KEYS, 1, ALIKE):
             raise LcoError(f"{where}: the record has {key!r}; write {meant[0]!r}")
-    scores = _scores(given.get("teacher_scores"), 1 + len(negatives), where)
+    scores = _scores(given.get(SCORES), 1 + len(negatives), where)
     return Record(anchor, positive, tuple(negatives), where, scores, ignored)
 
 

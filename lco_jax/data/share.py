@@ -28,9 +28,9 @@ class LocalBatch:
 
     record, side, content: for each input, the number of its record in the global batch, its side
         (0: anchor, 1: positive, then negatives), and a number that equals that of equal contents.
-    kinds: for each input, the bits of its modalities; None where all are texts.
-    teacher: for each input, a teacher's score of it with its record's anchor, NaN where there is
-        none; None without a teacher.
+    kinds: for each input, the bits of its modalities.
+    teacher: for each input, a teacher's score of it with its record's anchor; NaN where there is
+        none.
     skipped: why records were skipped (`on_bad` "skip").
     where: the origin of every record of the share, in order.
     """
@@ -39,10 +39,10 @@ class LocalBatch:
     record: np.ndarray
     side: np.ndarray
     content: np.ndarray
+    kinds: np.ndarray
+    teacher: np.ndarray
     skipped: tuple[str, ...] = ()
     where: tuple[str, ...] = ()
-    kinds: np.ndarray | None = None
-    teacher: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

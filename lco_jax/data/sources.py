@@ -3,6 +3,7 @@
 Every source gives its records by index.
 """
 
+import glob
 import inspect
 import json
 import os
@@ -17,12 +18,20 @@ import pyarrow.parquet
 from ml_collections import ConfigDict
 
 from lco_jax.core.errors import LcoError, check_keys, explained
-from lco_jax.core.files import ASSETS, local_copy, resolve
+from lco_jax.core.files import local_copy, resolve
 from lco_jax.data.captions import FilesSource
 from lco_jax.data.content import MEDIA
-from lco_jax.data.given import file_source
-from lco_jax.data.lines import files_of, is_pattern, unpacked
-from lco_jax.data.records import ALIKE, NEGATIVES, Record, file_lookup, listed, parse_record
+from lco_jax.data.given import file_source, in_assets
+from lco_jax.data.lines import files_of, is_pattern, records_in, unpacked
+from lco_jax.data.records import (
+    ALIKE,
+    NEGATIVES,
+    SCORES,
+    Record,
+    file_lookup,
+    listed,
+    parse_record,
+)
 from lco_jax.data.scan import ListSource, Scan, Source
 from lco_jax.data.tables import open_table
 from lco_jax.data.tfds import CaptionedSource, nli_source
@@ -33,7 +42,7 @@ KINDS = ("jsonl", "tfds", "files", "parquet")
 class JsonlSource(Source):
     """The reference's jsonl, one record a line. In memory is the offset of each line.
 
-    path: a file, perhaps packed (.jsonl.gz), or with * several files.
+    path: a file, perhaps packed (.jsonl.gz), with * several files, or a folder of them.
     media_root: the folder that relative paths of media start from, by default the file's folder.
     check_media: whether the scan looks for every local file that a record names.
     """
@@ -45,8 +54,8 @@ class JsonlSource(Source):
         media_root: str | None = None,
         check_media: bool = True,
     ):
-        self.path = _in_assets(str(path))
-        self.files = files_of(self.path)
+        self.path = in_assets(str(path))
+        self.files = _jsonl_files(self.path)
         self.roots = [os.path.abspath(media_root or file.parent) for file in self.files]
         self.root = self.roots[0]  # of a single file, or the first
         scan, exists = Scan(on_bad), file_lookup(check_media)
@@ -101,12 +110,23 @@ class JsonlSource(Source):
         return parse_record(given, where, self.roots[which], exists)
 
 
+def _jsonl_files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return files_of(path)
+    found = records_in(path, (".jsonl",))
+    if not found:
+        raise LcoError(f"{path}: the folder holds no .jsonl file")
+    return found
+
+
 @dataclass(frozen=True)
 class Columns:
     """Names of the columns of a table.
 
     Each holds contents, spelt as in jsonl; those of `negatives` may hold lists of them. None: those
     of "negative" and "negatives" that the table has.
+    teacher_scores: the column of a teacher's scores, lists of numbers. None: that of this name, if
+    the table has it; "": none.
     kinds: the media (image, audio, video) that some columns hold: paths, encoded bytes, or structs
     of both ({"bytes": …, "path": …}, as Hugging Face datasets have).
     """
@@ -114,6 +134,7 @@ class Columns:
     anchor: str = "anchor"
     positive: str = "positive"
     negatives: Sequence[str] | None = None
+    teacher_scores: str | None = None
     kinds: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -131,26 +152,37 @@ class Columns:
     @property
     def names(self) -> list[str]:
         """All of them that are given."""
-        return [self.anchor, self.positive, *(self.negatives or ())]
+        scores = [self.teacher_scores] if self.teacher_scores else []
+        return [self.anchor, self.positive, *(self.negatives or ()), *scores]
 
     def within(self, table: pyarrow.parquet.ParquetFile, where: Path) -> "Columns":
-        """The same, with the negatives that a table has. Raises for a slip of their names."""
-        if self.negatives is not None:
-            return self
+        """The same, with the negatives and the teacher's scores that a table has.
+
+        Raises for a slip of their names.
+        """
         there = table.schema_arrow.names
-        for name in set(there) - {*self.names, *NEGATIVES}:
-            if meant := get_close_matches(name.lower(), NEGATIVES, 1, ALIKE):
+        negatives = NEGATIVES if self.negatives is None else ()
+        scores = (SCORES,) if self.teacher_scores is None else ()
+        for name in set(there) - {*self.names, *negatives, *scores}:
+            if meant := get_close_matches(name.lower(), [*negatives, *scores], 1, ALIKE):
                 raise LcoError(f"{where} has a column {name!r}; write {meant[0]!r}")
-        return replace(self, negatives=[name for name in NEGATIVES if name in there])
+        found = self
+        if self.negatives is None:
+            found = replace(found, negatives=[name for name in NEGATIVES if name in there])
+        if self.teacher_scores is None and SCORES in there:
+            found = replace(found, teacher_scores=SCORES)
+        return found
 
     def record(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row as `parse_record` takes it."""
         negatives = self.negatives or ()
         cells = [(name, cell) for name in negatives for cell in listed(row[name])]
+        scores = {SCORES: row[self.teacher_scores]} if self.teacher_scores else {}
         return {
             "anchor": self._content(self.anchor, row[self.anchor]),
             "positive": self._content(self.positive, row[self.positive]),
             "negatives": [self._content(name, cell) for name, cell in cells],
+            **scores,
         }
 
     def _content(self, name: str, cell: Any) -> Any:
@@ -190,7 +222,8 @@ def _parquet_files(path: str, files: str) -> list[Path]:
         return files_of(folder)
     if not folder.is_dir():
         folder = resolve(path, _patterns(files), kind="dataset")
-    found = sorted(folder.glob(files))
+    names = glob.glob(files, root_dir=folder, recursive=True)  # none that are hidden
+    found = sorted(folder / name for name in names if (folder / name).is_file())
     if not found:
         raise LcoError(f"{path} holds no file that matches {files!r}")
     return found
@@ -276,9 +309,3 @@ def _fetch_from_buckets(arguments: dict[str, Any]) -> None:
 def _patterns(files: str) -> list[str]:
     """A glob for the hub and buckets, where `**/` does not match the top folder."""
     return [files, files.removeprefix("**/")]
-
-
-def _in_assets(path: str) -> Path:
-    """A path; `assets:NAME` is a file that ships with the package."""
-    name = path.removeprefix("assets:")
-    return Path(path) if name == path else ASSETS / name

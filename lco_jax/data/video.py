@@ -4,7 +4,7 @@ import logging
 import math
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from lco_jax.core.errors import LcoError, check_keys, is_number
 from lco_jax.data.arrays import as_numpy, decoder_kind
 from lco_jax.data.audio import load_audio, load_sound_of_video
-from lco_jax.data.decoder import SizeRule, decode
+from lco_jax.data.decoder import SizeRule, decode, plain_fields
 from lco_jax.data.frame_choice import FrameChoice, frames_to_keep
 from lco_jax.data.frames import FrameReader, NotSought
 from lco_jax.data.images import CHANNELS, load_pixels, resize
@@ -56,7 +56,7 @@ def load_video(
     - {"array": …, "fps": …, "audio": …}, the latter two optional. array: uint8, or floats in
       [0, 1], of frames x height x width (x 1, 3 or 4 channels; they may come second where no doubt
       is possible). It is sampled only if `fps` is above `config.fps`; without `fps`, its frames
-      count as sampled. audio: anything that `load_audio` takes;
+      count as sampled. audio: anything that `load_audio` takes, for all frames;
     - a numpy array, which is the same as {"array": …};
     - a list of frames, each anything that `load_image` takes, all of one size. They count as
       sampled;
@@ -80,12 +80,18 @@ def load_video(
         return Video(_sample(source, numbers, where, config, size_rule))
     or_else = ', a list of images, a numpy array or {"array": …, "fps": …}'
     file = resolve(source, "video", where, config, or_else)
-    if choice.is_part and config.use_audio_in_video:
-        cut = "video_start and video_end do not cut its sound (use_audio_in_video)"
-        raise LcoError(f"{file.label}: {cut}; cut the file, or leave its sound out")
-    frames = decode("video", file, config, size_rule, choice=asdict(choice))
+    if config.use_audio_in_video:
+        _check_sound(choice, file.label)
+    frames = decode("video", file, config, size_rule, choice=plain_fields(choice))
     audio = load_sound_of_video(file, config) if config.use_audio_in_video else None
     return Video(frames, audio=audio)
+
+
+def _check_sound(choice: FrameChoice, label: str) -> None:
+    """Raise where a video that comes with its sound would be cut."""
+    if choice.is_part:
+        cut = "video_start and video_end do not cut its sound"
+        raise LcoError(f"{label}: {cut}; cut both before, or leave its sound out")
 
 
 def frames_of_decoder(
@@ -124,7 +130,7 @@ def decode_video(
     """
     reader = FrameReader(file, config)
     total, rate = reader.header()
-    if not choice.fits(total, rate):
+    if choice.why_not(total, rate):
         total = reader.count()  # before it is refused
     frames, found = _read_frames(reader, total, rate, size_rule, choice)
     if found not in (0, total):
@@ -184,13 +190,15 @@ def _from_array(
     if not len(array):
         raise LcoError(f"{label} has no frames")
     rate = _rate(source.get("fps"), label)
+    audio = source.get("audio")
+    if audio is not None:
+        _check_sound(choice, label)
     numbers = choice.frames(len(array), rate, partial(_kept, rate=rate, config=config), label)
     frames = _sample(array, numbers, where, config, size_rule)
     covered = numbers[-1] - numbers[0] + 1
     fps = rate
     if rate is not None and len(numbers) < covered:
         fps = rate * len(numbers) / covered
-    audio = source.get("audio")
     if audio is not None:
         audio = load_audio(audio, where, config)
     return Video(frames, fps, audio)

@@ -22,6 +22,7 @@ from mteb.models.abs_encoder import AbsEncoder
 
 from lco_jax.core.console import progress_bar
 from lco_jax.core.errors import LcoError, reason
+from lco_jax.data.arrays import decoder_kind
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.prompts import KINDS
 from lco_jax.data.video import frames_of_decoder
@@ -204,10 +205,11 @@ class Encoder(AbsEncoder):
             return value["bytes"] or Path(value["path"])
         if isinstance(value, Mapping):
             return _sound(value["array"], value["sampling_rate"])
-        if hasattr(value, "get_all_samples"):  # torchcodec's AudioDecoder
+        kind = decoder_kind(value)
+        if kind == "audio":
             samples = value.get_all_samples()
             return _sound(samples.data, samples.sample_rate)
-        if hasattr(value, "get_frames_at"):  # torchcodec's VideoDecoder
+        if kind == "video":
             return frames_of_decoder(value, self.media, "a video")
         return np.asarray(value) if type(value).__module__.startswith("torch") else value
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from lco_jax.core.errors import LcoError
 from lco_jax.data.given import Given, sources_of
 
 SHARE = 0.05  # of one's own data, held out where nothing else is given
@@ -37,7 +38,13 @@ def set_data(
 
 
 def _joined(given: Given) -> str:
-    """Names between commas, as `config.eval.path` holds them."""
+    """Names between commas, as `config.eval.path` holds them. Raises for several, one of them with
+    a comma.
+    """
     if isinstance(given, str | os.PathLike):
         return os.fspath(given)
-    return ",".join(map(os.fspath, given))
+    names = list(map(os.fspath, given))
+    for name in names:
+        if "," in name and len(names) > 1:
+            raise LcoError(f"--eval={name}: a name with a comma stands alone; rename the file")
+    return ",".join(names)

@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 from lco_jax.checkpoint.hf import Checkpoint, abstract_model
 from lco_jax.checkpoint.store import RunStore
 from lco_jax.core import lora
-from lco_jax.core.errors import LcoError
 from lco_jax.core.sharding import replicated, shardings, with_shardings
 from lco_jax.training import tuning
 from lco_jax.training.objective import LossConfig
@@ -87,16 +86,6 @@ class Training:
         lora_config = lora.LoraConfig(**config["lora"])
         tune = tuning.TuneConfig(**config["tune"])
         objective = LossConfig.of(config)
-        if objective.false_negatives == "base" and tune.decoder == "full":
-            raise LcoError(
-                "config.loss.false_negatives=base goes with config.tune.decoder = lora or "
-                "projection: a model that is trained in full replaces the model before tuning"
-            )
-        if config["model"]["quantize"] and tune.decoder == "full":
-            raise LcoError(
-                "config.model.quantize goes with config.tune.decoder = lora or projection: "
-                "a quantised decoder cannot be trained in full"
-            )
         optimizer = {**config["optimizer"], "warmup_steps": warmup_steps(config, total_steps)}
         tx = make_optimizer(OptimizerConfig(**optimizer), total_steps)
         init = partial(_init_tuned, tune=tune, config=lora_config, objective=objective)

@@ -247,11 +247,24 @@ def _check_together(flat: Mapping[str, Any]) -> None:
             "config.data.sub_batch goes with config.data.batches=mixed; homogeneous batches are "
             "of one source as a whole"
         )
+    if flat["tune.decoder"] == "full":
+        _check_full(flat)
     try:
         re.compile(flat["lora.targets"])
     except re.error as error:
         wrong = f"config.lora.targets {flat['lora.targets']!r} is not a regular expression"
         raise LcoError(f"{wrong}: {error}") from error
+
+
+def _check_full(flat: Mapping[str, Any]) -> None:
+    """What goes with a decoder that is trained in full."""
+    others = "goes with config.tune.decoder = lora or projection"
+    if flat["loss.false_negatives"] == "base":
+        replaced = "a model that is trained in full replaces the model before tuning"
+        raise LcoError(f"config.loss.false_negatives=base {others}: {replaced}")
+    if flat["model.quantize"]:
+        cannot = "a quantised decoder cannot be trained in full"
+        raise LcoError(f"config.model.quantize {others}: {cannot}")
 
 
 # ---- what a user may have meant
