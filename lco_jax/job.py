@@ -20,7 +20,7 @@ from lco_jax.core.files import AnyPath, local_workdir, on_bucket, reaching, uplo
 from lco_jax.core.sharding import check_mesh, make_mesh
 from lco_jax.data import mixture, pipeline
 from lco_jax.data.given import is_bundled, sources_of
-from lco_jax.data.held_out import SMALL, Split, split
+from lco_jax.data.held_out import SMALL, Split, split, trained_on
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.processor import Processor
 from lco_jax.data.records import answer_of
@@ -88,6 +88,7 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
     check_mesh(mesh)
     sources, share = open_sources(config)
     held_out = _open_held_out(config, share, generative)
+    _warn_of_shared(held_out, sources)
     pairs = _open_pairs(config, generative)
     total_steps = _total_steps(config, sources)
     _check_begun(home, config, total_steps, sources)
@@ -294,12 +295,25 @@ def _open_held_out(
             raise LcoError(
                 f"{both}, and scores go by names; rename one, or set config.eval.share=0"
             )
-        held_out[name] = ListSource(list(source), source.skipped)
+        held_out[name] = ListSource(list(source), source.skipped, source.digests)
     if generative:
         for source in held_out.values():
             for record in source:
                 answer_of(record)  # raises
     return held_out
+
+
+def _warn_of_shared(held_out: Mapping[str, Source], sources: Mapping[str, Source]) -> None:
+    """Warn of held-out records that are trained on, too."""
+    for name, source in held_out.items():
+        count = trained_on(source, sources)
+        if count:
+            logger.warning(
+                "%s: %s of its %s records are trained on, too, so its scores are too high",
+                name,
+                f"{count:,}",
+                f"{len(source):,}",
+            )
 
 
 def _say_share(config: ConfigDict, share: Mapping[str, ListSource]) -> None:

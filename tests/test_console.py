@@ -86,6 +86,19 @@ def test_json_is_an_object_a_line_on_stderr(run):
     assert datetime.fromisoformat(lines[0]["time"]).utcoffset().total_seconds() == 0
 
 
+@pytest.mark.parametrize("library", ["transformers", "huggingface_hub"])
+def test_a_library_that_logs_by_itself_is_json_once(run, library):
+    def warns():
+        theirs = import_module(f"{library}.utils.logging")
+        theirs.get_logger(f"{library}.made_up").warning("a flag is ignored")
+
+    before = logging.getLogger(library).handlers, logging.getLogger(library).propagate
+    _, out, err = run(warns, "--log-format=json")
+    line = json.loads(err)
+    assert (line["level"], line["message"], out) == ("WARNING", "a flag is ignored", "")
+    assert before == (logging.getLogger(library).handlers, logging.getLogger(library).propagate)
+
+
 @pytest.mark.parametrize(
     ("error", "status", "level"),
     [

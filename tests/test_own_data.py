@@ -498,6 +498,26 @@ def test_a_teacher_without_scores_is_refused_before_the_checkpoint_is_opened(
         train("base", tmp_path / "run", data=taught, loss__teacher="kl")
 
 
+@pytest.mark.parametrize(
+    ("lines", "shared"),
+    [
+        (map(pair, range(90, 120)), "10 of its 30"),
+        (map(pair, range(100)), "100 of its 100"),
+        (map(pair, range(100, 110)), None),
+    ],
+)
+def test_held_out_records_that_are_trained_on_are_named(
+    until_the_checkpoint, my_file, tmp_path, caplog, lines, shared
+):
+    apart = write(tmp_path / "apart.jsonl", lines)
+    with pytest.raises(until_the_checkpoint):
+        train("base", tmp_path / "run", data=my_file, eval=apart)
+    found = [line for line in caplog.messages if "are trained on, too" in line]
+    assert len(found) == (shared is not None)
+    if shared:
+        assert found[0].startswith(f"apart: {shared} records")
+
+
 def test_two_held_out_sets_have_two_names(until_the_checkpoint, my_file, tmp_path):
     config = parsed("--config=base", f"--data={my_file}", f"--config.eval.path={my_file}")
     with pytest.raises(LcoError, match="both have 'my', and scores go by names"):

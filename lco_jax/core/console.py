@@ -15,9 +15,10 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib import import_module
 from typing import Any
 
 from tqdm import tqdm
@@ -26,6 +27,8 @@ FORMATS = ("text", "json")
 # Libraries whose logs say nothing to a user: orbax, through absl, reports every save, and logs the
 # tracebacks of what it raises.
 SILENCED = ("absl", "asyncio")
+# Libraries whose logs go to handlers of their own, as plain lines, and perhaps no further.
+OWN_HANDLERS = ("huggingface_hub", "transformers")
 # core/accelerators.py says this better than jax, with what to do about it
 KNOWN_BETTER = "may be present on this machine"
 # of orbax, where a checkpoint is read without its shardings
@@ -105,13 +108,30 @@ def speaking(manner: Manner) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=IGNORED_WARNINGS)
             logging.captureWarnings(manner.as_json)
-            yield
+            with _all_logs_at_the_root() if manner.as_json else nullcontext():
+                yield
     finally:
         logging.captureWarnings(False)
         _manner = before
         root.removeHandler(handler)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def _all_logs_at_the_root() -> Iterator[None]:
+    """Within, the logs of `OWN_HANDLERS` go to the root's handler alone."""
+    before = []
+    for library in OWN_HANDLERS:
+        import_module(f"{library}.utils.logging").get_logger()  # its own handler is there now
+        logger = logging.getLogger(library)
+        before.append((logger, logger.handlers, logger.propagate))
+        logger.handlers, logger.propagate = [], True
+    try:
+        yield
+    finally:
+        for logger, handlers, propagate in before:
+            logger.handlers, logger.propagate = handlers, propagate
 
 
 def in_json() -> bool:

@@ -47,6 +47,20 @@ def split(sources: Mapping[str, Source], share: float) -> Split:
     return Split(training, held_out)
 
 
+def trained_on(held_out: Source, sources: Mapping[str, Source]) -> int:
+    """How many held-out records are lines or rows of these sources, spelt alike.
+
+    0 where the records of either are read on demand.
+    """
+    if held_out.digests is None:
+        return 0
+    found = np.zeros(len(held_out), bool)
+    for source in sources.values():
+        if source.digests is not None:
+            found |= np.isin(held_out.digests, source.digests)
+    return int(found.sum())
+
+
 def _chosen(
     sources: Mapping[str, Source], share: float, candidates: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
