@@ -4,10 +4,12 @@
     python -m laboratory --config=configs/lab.py:short    one seed, a small world: a smoke test
     python -m laboratory --config=configs/lab.py:real --config.data_dir=DIR
     python -m laboratory --config=configs/lab.py:smollm2 --config.data_dir=DIR
+    python -m laboratory --config=configs/lab.py:options --config.generators=runs/lab_smollm2
     python -m laboratory --config=configs/lab.py:sentences
 
-The last two are on a real language model, SmolLM2-135M, and take hours: one gives it Whisper's ears
-and fresh eyes, the other compares configs/smollm2.py with the recipe in torch.
+The last three are on a real language model, SmolLM2-135M, and take hours: one gives it Whisper's
+ears and fresh eyes; one, with those, tries each addition to the paper's recipe; one compares
+configs/smollm2.py with the recipe in torch.
 
 DIR holds tfds/ (cifar10 and mnist as array_record files) and fsdd/ (the wav files of the Free
 Spoken Digit Dataset). docs/laboratory.md explains what is measured, and how a claim is decided. The
@@ -21,7 +23,7 @@ from ml_collections import ConfigDict, config_dict
 from laboratory import backbone, real, worlds
 from lco_jax.configs import base
 
-FORMS = ("", "short", "real", "smollm2", "sentences")
+FORMS = ("", "short", "real", "smollm2", "options", "sentences")
 
 
 def get_config(form: str = "") -> ConfigDict:
@@ -30,6 +32,8 @@ def get_config(form: str = "") -> ConfigDict:
         raise ValueError(f"there is no form {form!r}; there are: {', '.join(FORMS[1:])}")
     if form == "smollm2":
         return _smollm2()
+    if form == "options":
+        return _options()
     if form == "sentences":
         return _sentences()
     config = ConfigDict()
@@ -126,16 +130,47 @@ def _smollm2() -> ConfigDict:
     config.pretrain.optimizer.learning_rate = 1e-3
     config.pretrain.optimizer.schedule = "constant"  # so that checkpoints compare
     config.pretrain.checkpoint.every = 10
-    config.contrast = _training("contrast")
-    config.contrast.lora.dropout = 0.0
-    config.contrast.train.batch_size = 32
-    config.contrast.train.steps = 16
-    config.contrast.optimizer.warmup_steps = 4
-    config.contrast.export.merged = False
     config.pretrain.export.merged = False
+    config.contrast = _tuning()
     config.rates = ConfigDict(
         {"plain": 3e-4, "classes": 3e-4, "full": 3e-5, "projection": 1e-3, "pairs": 3e-4}
     )
+    return config
+
+
+def _tuning() -> ConfigDict:
+    """The contrastive tuning of a real language model, on texts."""
+    config = _training("contrast")
+    config.lora.dropout = 0.0
+    config.train.batch_size = 32
+    config.train.steps = 16
+    config.optimizer.warmup_steps = 4
+    config.export.merged = False
+    return config
+
+
+def _options() -> ConfigDict:
+    """Additions to the recipe, each alone, on the generators of lab:smollm2
+    (laboratory/options.py).
+    """
+    config = ConfigDict()
+    config.name = "lab_options"
+    config.world = "options"
+    config.generators = config_dict.placeholder(str)
+    config.seeds = (10, 11, 12, 13, 14)
+    config.options = (
+        "recipe",
+        "two_way",
+        "learned_temperature",
+        "own_scores",
+        "base_scores",
+        "hard_weight",
+        "matryoshka",
+    )
+    config.held_out = 100  # triplets of the world's texts that are measured and not trained on
+    config.pairs = 500  # of sentences, of each file
+    config.contrast = _tuning()
+    config.contrast.optimizer.learning_rate = 3e-4
     return config
 
 

@@ -33,7 +33,7 @@ from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import write_json, write_text
 from lco_jax.data.sources import open_source
-from lco_jax.evaluation.sts import agreement, open_pairs, read_scored
+from lco_jax.evaluation.sts import ScoredPairs, agreement, open_pairs, read_scored
 from lco_jax.generator import OmniGenerator
 from lco_jax.job import say
 from lco_jax.pretrain import pretrain
@@ -190,8 +190,8 @@ def _open_eyes(bench: Bench) -> dict[str, Any]:
     return {"loss": results["after"]["loss"]}
 
 
-def _make_base(bench: Bench) -> None:
-    """The assembled model."""
+def make_base(bench: Bench) -> None:
+    """Assemble the model if it is absent."""
     config = bench.config
     if not bench.base.exists():
         fresh = Fresh(audio=replace(Fresh().audio, window=config.audio_window))
@@ -317,7 +317,7 @@ def _runs(bench: Bench, bar: tqdm) -> Iterator[dict[str, Any]]:
     missing = [run for run in wanted if not (parts / f"{_name(*run)}.json").exists()]
     opened = _once(bench, "eyes", partial(_open_eyes, bench), bar)
     if missing:  # which needs the base, and a finished seed has none
-        _make_base(bench)
+        make_base(bench)
     generated = _once(bench, "generator", partial(_generate, bench), bar)
     tuned = {
         way: _once(bench, f"tuned-{way}", partial(_tune, bench, way), bar)
@@ -341,7 +341,8 @@ def _measure(bench: Bench, steps: int, way: str) -> dict[str, Any]:
     """Every number of one generator after one way of tuning."""
     config, best = bench.config, bench.config.stages[-1]
     run: dict[str, Any] = {"seed": bench.seed, "generative_steps": steps, "tune": way}
-    params = _params(bench, steps, way)
+    tuned = None if way == "none" else bench.folder / way
+    params = parameters(bench, steps, tuned)
     projection = params.pop("projection", None)
     bench.model.params = params
 
@@ -358,13 +359,16 @@ def _measure(bench: Bench, steps: int, way: str) -> dict[str, Any]:
     return run
 
 
-def _params(bench: Bench, steps: int, way: str) -> dict[str, Any]:
-    """The base's parameters with the towers of a stage and what a way of tuning trained."""
+def parameters(bench: Bench, steps: int, workdir: Path | None) -> dict[str, Any]:
+    """The base's parameters with the towers of a stage, and what a run of tuning trained.
+
+    workdir: of that run; None for no tuning.
+    """
     _, params = bench.loaded
-    workdirs = [(bench.folder / "generator", steps)] * (steps > 0)
-    workdirs += [(bench.folder / way, None)] * (way != "none")
-    for workdir, step in workdirs:
-        run = tuned_of_run(workdir, step)
+    runs = [(bench.folder / "generator", steps)] * (steps > 0)
+    runs += [] if workdir is None else [(workdir, None)]
+    for folder, step in runs:
+        run = tuned_of_run(folder, step)
         # merged, so that all runs share the programs of plain arrays
         tuned = dict(run.parameters)
         decoder = lora.merge(params["decoder"], tuned.pop("decoder", {}), run.lora)
@@ -382,8 +386,14 @@ def _text_quality(bench: Bench, way: str) -> dict[str, float]:
 
 
 def _agreements(bench: Bench) -> dict[str, float]:
-    sick = Path(bench.config.data_dir) / "sts" / "SICK_trial.txt"
-    pairs = dict(map(open_pairs, bench.config.sts))
+    pairs = open_scored(bench.config)
+    return {name: agreement(bench.model.encode, some).spearman for name, some in pairs.items()}
+
+
+def open_scored(config: ConfigDict) -> dict[str, ScoredPairs]:
+    """The pairs of sentences that people scored: `config.sts`, and SICK where the data have it."""
+    pairs = dict(map(open_pairs, config.sts))
+    sick = Path(config.data_dir) / "sts" / "SICK_trial.txt"
     if sick.exists():
         pairs["sick"] = read_scored(sick, columns="sentence_A,sentence_B,relatedness_score")
-    return {name: agreement(bench.model.encode, some).spearman for name, some in pairs.items()}
+    return pairs

@@ -16,7 +16,7 @@ from laboratory import assembled_plots as plots
 from laboratory import statistics as stats
 from laboratory.assembled_plots import KINDS, NAMES, PAIRS
 from laboratory.claims import AS_GOOD, RULE, VERDICTS, Claim, between
-from laboratory.report import guess_of, interval, table
+from laboratory.report import cell, guess_of, interval, table
 from laboratory.statistics import Estimate, Run, number
 from lco_jax.core.errors import run_main
 from lco_jax.core.files import read_json, write_json, write_text
@@ -174,7 +174,7 @@ def _sentences(sentences: dict[str, Any]) -> list[str]:
     rows = []
     for file, before in sentences["before"].items():
         cells = [
-            _cell(stats.interval([*scores.values()]) if scores else None)
+            cell(stats.interval([*scores.values()]) if scores else None)
             for scores in (_scores(sentences, way, file) for way in ("ours", "recipe"))
         ]
         rows.append([file.replace("stsb", "STS-B"), f"{before:.3f}", *cells])
@@ -186,7 +186,7 @@ def _opened(runs: Sequence[Run], guess: Callable[[str], float | None]) -> list[s
     best, rows = stats.qualities(runs)[-1], []
     for key in PAIRS:
         ways = ("none", "plain", "classes")
-        cells = [_cell(plots.mean(runs, best, way, "representation", key)) for way in ways]
+        cells = [cell(plots.mean(runs, best, way, "representation", key)) for way in ways]
         rows.append([key.replace("_to_", " → "), f"{guess(key) or 0:.3f}", *cells])
     head = ["", "chance", "before", "texts without the classes", "texts about the classes"]
     return table(head, rows)
@@ -199,7 +199,7 @@ def _law(runs: Sequence[Run]) -> list[str]:
             loss = plots.mean(runs, steps, "none", "generative", kind, "loss")
             exact = plots.mean(runs, steps, "none", "generative", kind, "exact")
             ways = [_over(runs, steps, way, stats.retrieval(kind)) for way in ("none", "plain")]
-            rows.append([f"{steps}", NAMES[kind], _cell(loss), _cell(exact), *map(_cell, ways)])
+            rows.append([f"{steps}", NAMES[kind], cell(loss), cell(exact), *map(cell, ways)])
     head = ["steps", "of", "loss", "exact answers", "text ↔ media before", "after"]
     return table(head, rows)
 
@@ -209,10 +209,10 @@ def _ways(runs: Sequence[Run]) -> list[str]:
     for way, name in WAYS.items():
         if not stats.of_all_seeds(runs, best, way):
             continue
-        cells = [_cell(_over(runs, best, way, stats.retrieval(kind))) for kind in KINDS]
-        cells.append(_cell(_over(runs, best, way, crossed)))
+        cells = [cell(_over(runs, best, way, stats.retrieval(kind))) for kind in KINDS]
+        cells.append(cell(_over(runs, best, way, crossed)))
         files = dict.fromkeys(key for run in runs for key in run.get("text", {}))
-        cells += [_cell(plots.mean(runs, best, way, "text", file)) for file in files]
+        cells += [cell(plots.mean(runs, best, way, "text", file)) for file in files]
         rows.append([name, *cells])
     head = ["tuned", *(f"text ↔ {NAMES[kind]}" for kind in KINDS), "written ↔ spoken", *files]
     return table(head, rows)
@@ -224,7 +224,7 @@ def _costs(runs: Sequence[Run]) -> list[str]:
         cells = []
         for kind in ("text", *KINDS):
             for measure in ("loss", "exact"):
-                cells.append(_cell(plots.mean(runs, best, way, "generative", kind, measure)))
+                cells.append(cell(plots.mean(runs, best, way, "generative", kind, measure)))
         if any(cells):
             rows.append([name, *cells])
     head = [f"{kind}: {m}" for kind in ("own answers", *NAMES.values()) for m in ("loss", "exact")]
@@ -233,13 +233,6 @@ def _costs(runs: Sequence[Run]) -> list[str]:
 
 def _over(runs: Sequence[Run], steps: int, way: str, value: Value) -> Estimate | None:
     return stats.over_seeds(runs, lambda seed: value(stats.find(runs, seed, steps, way)))
-
-
-def _cell(found: Estimate | None) -> str:
-    if found is None or found.mean is None:
-        return ""
-    interval = "" if found.low is None else f" [{found.low:.3f}, {found.high:.3f}]"
-    return f"{found.mean:.3f}{interval}"
 
 
 def _scores(sentences: dict[str, Any], way: str, file: str) -> dict[int, float]:

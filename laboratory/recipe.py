@@ -122,7 +122,7 @@ def gradient(model: Any, batch: list[list[list[int]]], temperature: float) -> fl
     logits = vectors[:size] @ vectors[size:].T / temperature
     loss = functional.cross_entropy(logits, torch.arange(size))
     loss.backward()
-    return float(loss)
+    return loss.item()
 
 
 if __name__ == "__main__":

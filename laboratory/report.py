@@ -281,6 +281,14 @@ def interval(estimate: stats.Estimate, digits: int) -> str:
     )
 
 
+def cell(found: stats.Estimate | None) -> str:
+    """A number, which is no difference, with its interval; empty for None."""
+    if found is None or found.mean is None:
+        return ""
+    interval = "" if found.low is None else f" [{found.low:.3f}, {found.high:.3f}]"
+    return f"{found.mean:.3f}{interval}"
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Markdown, without the columns that are empty throughout; nothing where there are no rows."""
     kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
