@@ -162,6 +162,8 @@ def _set_surroundings(config: ConfigDict) -> None:
     config.export = ConfigDict()
     config.export.merged = True  # write the merged model beside the adapter
     config.export.dtype = "float32"  # of the merged model, or bfloat16
+    # how many of the first numbers the merged model's vectors have; None: all
+    config.export.truncate_dim = None
 
     config.log = ConfigDict()
     config.log.tensorboard = False  # write metrics for TensorBoard, too

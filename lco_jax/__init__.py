@@ -13,6 +13,7 @@ os.environ.setdefault(
 if TYPE_CHECKING:
     from lco_jax.core.errors import LcoError
     from lco_jax.core.sharding import make_mesh
+    from lco_jax.core.small_vectors import quantize_embeddings
     from lco_jax.data.media import MediaConfig
     from lco_jax.embedder import OmniEmbedder
     from lco_jax.generator import OmniGenerator
@@ -29,6 +30,7 @@ __all__ = [
     "make_mesh",
     "pretrain",
     "push_to_hub",
+    "quantize_embeddings",
     "train",
 ]
 # Imported when they are asked for: the processes that decode media do without jax.
@@ -40,6 +42,7 @@ PLACES = {
     "OmniGenerator": "lco_jax.generator",
     "pretrain": "lco_jax.pretrain",
     "push_to_hub": "lco_jax.hub",
+    "quantize_embeddings": "lco_jax.core.small_vectors",
     "train": "lco_jax.train",
 }
 

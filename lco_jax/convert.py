@@ -78,6 +78,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=list(DTYPES), help=f"of models (default: {DTYPE})")
     size = f"of one file (default: {SHARD_BYTES / 1e9:g})"
     parser.add_argument("--max-shard-size", type=float, metavar="GB", help=size)
+    shorter = "how many of the first numbers the model's vectors are to have (default: all)"
+    parser.add_argument("--truncate-dim", type=int, help=shorter)
     add_push_flags(parser)
     _add_soup_flags(parser)
     return parser
@@ -163,6 +165,8 @@ def _export_run(args: argparse.Namespace, run: Mapping[str, Any]) -> None:
     say(f"{args.input}: step {found.step}, trained from {found.source}")
     about = about_run(run, _results(args.input), found.step)
     base = found.source, found.checkpoint
+    if args.truncate_dim is None:
+        args.truncate_dim = run["export"].get("truncate_dim")
     _write_merged(args, args.output, base, found.parameters, found.lora, about)
     if has_adapters(found.parameters.get("decoder", {})):
         folder = beside(args.output, "adapter")
@@ -199,8 +203,8 @@ def _write_merged(
 ) -> None:
     """base: as it was given, and opened."""
     source, checkpoint = base
-    dtype, most = _dtype(args), _shard_bytes(args)
-    export_merged(source, output, tuned, config, dtype, most, about, checkpoint)
+    dtype, most, width = _dtype(args), _shard_bytes(args), args.truncate_dim
+    export_merged(source, output, tuned, config, dtype, most, about, checkpoint, width)
     say(f"merged model ({dtype}): {output}")
 
 
@@ -246,6 +250,7 @@ def _soup(args: argparse.Namespace) -> None:
         _shard_bytes(args),
         source=names[0],
         about=about,
+        truncate_dim=args.truncate_dim,
     )
     say(f"average of {len(names)} models ({_dtype(args)}): {args.output}")
 
@@ -276,6 +281,8 @@ def _check_soup_flags(args: argparse.Namespace) -> None:
         raise LcoError("--greedy needs --validate and --kind, which nothing else does")
     if args.greedy and args.weights:
         raise LcoError("--greedy sets the weights itself; leave out --weights")
+    if args.truncate_dim is not None and args.adapters and not args.merge:
+        raise LcoError("--truncate-dim is of a model; a soup of adapters has one with --merge")
 
 
 def _average_adapters(args: argparse.Namespace, weights: list[float]) -> None:

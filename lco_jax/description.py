@@ -32,7 +32,7 @@ def described(embedder: Any) -> str:
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     stored = jnp.dtype(decoder.dtype).name
     lines = [
-        f"{', '.join(embedder.modalities)} -> {embedder.dimension} numbers",
+        f"{', '.join(embedder.modalities)} -> {_numbers(embedder)}",
         f"{_short(decoder_size(decoder.config))} parameters in the decoder"
         f" ({decoder.config.num_layers} layers of {decoder.config.hidden_size})",
     ]
@@ -46,6 +46,12 @@ def described(embedder: Any) -> str:
     lines.append(f"{stored}, on {mesh.size} {mesh.devices.flat[0].platform} ({axes})")
     inner = "\n".join(f"  {line}" for line in lines)
     return f"{type(embedder).__name__}(\n{inner}\n)"
+
+
+def _numbers(embedder: Any) -> str:
+    """How many numbers its vectors have."""
+    width, every = embedder.truncate_dim, f"{embedder.dimension} numbers"
+    return every if width is None else f"the first {width} of {every}"
 
 
 def decoder_size(config: DecoderConfig) -> int:

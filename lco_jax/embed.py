@@ -15,11 +15,14 @@ Input, one of:
 Other keys and columns are metadata and left alone. Relative paths start at the folder of the file
 that has them.
 
-Output: .npy has float32 [N, D] in input order; .parquet has the columns id and embedding (id: the
+Output: .npy has [N, D] in input order; .parquet has the columns id and embedding (id: the
 --id-field, else the line or row number from 0, or the path within the folder); a name without an
 ending is a folder of such files, which are not joined, with _index.json. With --on-error=skip, an
 input that cannot be read keeps its row, NaN or null, and <output>.skipped.jsonl says why.
 <output>.json records what was done: the same command again has nothing to do.
+Vectors are of float32, or as --truncate-dim and --precision say. The ranges of int8 and uint8 are
+those of the first inputs (--calibration), or of a file; beyond them a number gets the first or last
+level. <output>.ranges.npy has them, and may be the file of another output.
 Input and output may be on a bucket: gs://… or s3://….
 
 Rows are embedded in units. What is done lies in <output>.partial until all is, and the same command
@@ -41,15 +44,23 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from lco_jax.calibration import (
+    add_storage_flags,
+    calibrated_rows,
+    dimension_of,
+    storage_settings,
+)
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from lco_jax.core.console import progress_bar, say
 from lco_jax.core.errors import DONE, PREEMPTED, LcoError, run_main
 from lco_jax.core.files import AnyPath, as_path, on_bucket, reaching
+from lco_jax.core.small_vectors import LEVELS, SIGNS, Storage
 from lco_jax.data.bucket_folder import BucketFolder
 from lco_jax.data.corpus import Contents, Corpus, scan
 from lco_jax.data.folder import Listing, as_id, changes_in_words, rest_in_words
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.parts import DESCRIPTION, Unit, VectorParts, cut
+from lco_jax.data.range_files import RANGES, read_ranges
 from lco_jax.data.skipped import skipped_in_words
 from lco_jax.flags import (
     MEDIA_A_UNIT,
@@ -95,6 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="what an actor takes, as Ray calls it (default: GPU=1, TPU=1 or CPU=1)",
     )
     add_corpus_flags(parser, on_error="raise", media_root=as_path)
+    add_storage_flags(parser)
     return parser
 
 
@@ -131,7 +143,8 @@ def main() -> int:
             say(f"{args.output} is complete: {done}")
         else:
             record = _embed(args, corpus, media, checkpoint, parts)
-            say(f"{record['vectors']:,} vectors of {record['dimension']}: {args.output}")
+            kind = "" if args.precision == "float32" else f" in {args.precision}"
+            say(f"{record['vectors']:,} vectors of {record['dimension']}{kind}: {args.output}")
     if skipped := skipped_in_words(args.output, record["skipped"]):
         say(skipped)
     if changes := changes_in_words(record.get("since listed", {})):
@@ -159,6 +172,9 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise LcoError(f"--output={output} is a file; give another name")
     if is_folder and any(output.iterdir()) and not (output / DESCRIPTION).exists():
         raise LcoError(f"--output={output} is a folder of something else; give another name")
+    if output.suffix == ".npy" and args.on_error == "skip" and args.precision in LEVELS + SIGNS:
+        no_place = "an .npy has no place for what was skipped; give a .parquet, or a folder"
+        raise LcoError(f"--on-error=skip --precision={args.precision}: {no_place}")
     if args.id_field and output.suffix == ".npy":
         raise LcoError("--id-field needs a .parquet output; an .npy has no place for ids")
     if args.ray is None and (args.actors or args.actor_resources):
@@ -178,8 +194,16 @@ def _embed(
     found, unit_rows = _look(args, corpus, media, parts)
     modalities = modalities_of(checkpoint, found, media, args.on_error == "raise")
     units = cut(0, found.total, unit_rows)
+    dimension = dimension_of(args, checkpoint)
     load = partial(
-        UnitEmbedder, args, media, modalities, found.has_media, unit_rows, folder=parts.folder
+        UnitEmbedder,
+        args,
+        media,
+        modalities,
+        found.has_media,
+        unit_rows,
+        folder=parts.folder,
+        calibrated=calibrated_rows(args, found.total),
     )
     with _what_is_kept(corpus, parts, found.total):
         _make_parts(args, load, parts, units)
@@ -187,7 +211,8 @@ def _embed(
         advice = f"remove {parts.folder.path} and start anew"
         raise LcoError(f"--input={args.input} changed meanwhile; {advice}")
     about = {} if corpus.listing is None else _about(corpus, corpus.listing)
-    return parts.join(units, checkpoint.config.hidden_size, found.ids, **about)
+    storage = Storage(dimension, args.precision, read_ranges(parts.folder.path / RANGES, dimension))
+    return parts.join(units, storage, found.ids, **about)
 
 
 def _has_moved(corpus: Corpus | BucketFolder, parts: VectorParts) -> bool:
@@ -246,7 +271,9 @@ def _on_ray(args: argparse.Namespace, load: Load, units: Sequence[Unit], progres
     from lco_jax.data.ray_actors import Cluster, run_on_ray  # of the extra
 
     cluster = Cluster(args.ray, args.actors, args.actor_resources)
-    run_on_ray(cluster, load, load.keywords["folder"], units, progress)
+    folder = load.keywords["folder"]
+    needs_ranges = args.precision in LEVELS and RANGES not in folder.names()
+    run_on_ray(cluster, load, folder, units, progress, 1 if needs_ranges else 0)
 
 
 def _look(
@@ -309,6 +336,7 @@ def _work(
         "--id-field": args.id_field,
         "--on-error": args.on_error,
         **embedding_settings(args, media, checkpoint),
+        **storage_settings(args, checkpoint),
     }
 
 

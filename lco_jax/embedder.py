@@ -112,12 +112,11 @@ class OmniEmbedder(SentenceMethods):
         chosen = chosen_modalities(modalities, checkpoint.backbone.modalities)
         context = checkpoint.config.max_position_embeddings
         processor = Processor(checkpoint.folder, context, media, video_positions, chosen)
-        towers = checkpoint.backbone.towers_for(processor.modalities)
         model, params = load_model(
             checkpoint,
             mesh,
             dtype,
-            towers,
+            checkpoint.backbone.towers_for(processor.modalities),
             head=cls.LOADS_HEAD,
             remat="none",
             quantize=quantize,
@@ -126,6 +125,7 @@ class OmniEmbedder(SentenceMethods):
         if adapted is not None:
             params = lora.with_adapters(params, *adapted, mesh, beside=bool(quantize))
         embedder = cls(model, params, processor, mesh)
+        embedder.truncate_dim = checkpoint.truncate_dim
         merged = None if adapter is None else str(adapter)
         embedder.origin = Origin(str(path_or_id), checkpoint.backbone.model_type, merged, quantize)
         return embedder
@@ -169,6 +169,7 @@ class OmniEmbedder(SentenceMethods):
         max_tokens: int = MAX_TOKENS,
         progress: tqdm | None = None,
         names: Sequence[str] | None = None,
+        ranges: Any = None,
         **others: Any,
     ) -> Any:
         """Embed a list of inputs of any kinds -> float32 [N, D], in their order; one input -> [D].
@@ -184,7 +185,7 @@ class OmniEmbedder(SentenceMethods):
             by rounding alone (3e-7 in float32, 3e-3 in bfloat16).
         show_progress_bar: None shows none.
         normalize_embeddings: vectors have unit length; if False, they are the final norm's output.
-        precision, truncate_dim, convert_to_numpy, convert_to_tensor: as `VectorForm` has them.
+        precision, ranges, truncate_dim, convert_to_…: as `VectorForm` has them.
         output_value, device: "sentence_embedding", and the devices that the model is on.
         max_length: cut texts to so many tokens before the prompt (the reference's evaluation cuts
             at 300). By default nothing is cut, and an input beyond the model's context raises.
@@ -196,8 +197,9 @@ class OmniEmbedder(SentenceMethods):
         check_options(others, output_value, device, self.mesh)
         show = False if show_progress_bar is None else show_progress_bar
         check_bool(show_progress_bar=show)
+        width = self.truncate_dim if truncate_dim is None else truncate_dim
         form = VectorForm(
-            normalize_embeddings, precision, truncate_dim, convert_to_numpy, convert_to_tensor
+            normalize_embeddings, precision, width, convert_to_numpy, convert_to_tensor, ranges
         )
         items, single = as_list(inputs)
         form.check(len(items), self.dimension, on_error == "skip")
@@ -344,9 +346,8 @@ class OmniEmbedder(SentenceMethods):
         """Prepare all inputs at once. Raises the error of the first bad one."""
         preparation = Preparation(self.processor, prompt, max_length)
         items, _ = as_list(inputs)
-        prepared = prepare_ahead(preparation, named(items, None), workers=0)
         ready = []
-        for one in prepared:
+        for one in prepare_ahead(preparation, named(items, None), workers=0):
             if isinstance(one, LcoError):
                 raise one
             ready.append(one)

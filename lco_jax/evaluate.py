@@ -11,7 +11,8 @@
 Writes OUTPUT/results.md and results.png (published numbers beside ours), OUTPUT/results/MODEL/
 REVISION/… (mteb's own JSON, with model_meta.json, whose experiment_kwargs name every cap) and
 OUTPUT/embeddings (a vector of every input). After a kill the same command goes on: it repeats no
-task and embeds no input a second time. With --input it writes OUTPUT/results.json and a picture.
+task and embeds no input a second time. With --input it writes OUTPUT/results.json and a picture;
+with --small-vectors, too, a table of the scores of shorter vectors in fewer bits.
 """
 
 import argparse
@@ -25,16 +26,20 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from lco_jax.calibration import add_size_flags, dimension_of
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from lco_jax.core.console import progress_bar, say, say_all
 from lco_jax.core.errors import DONE, FAILED, LcoError, explained, run_main
 from lco_jax.core.extras import install_line
 from lco_jax.core.shapes import keep_compiled
+from lco_jax.core.small_vectors import shortened
 from lco_jax.data.inference import EmbeddedBlock
 from lco_jax.data.media import MediaConfig
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation.left_out import LeftOut
 from lco_jax.evaluation.local_tasks import KINDS, add_flags, evaluate_and_write, options_of
+from lco_jax.evaluation.vector_sizes import KINDS as SMALL_KINDS
+from lco_jax.evaluation.vector_sizes import as_compared, as_json, compare_and_write, table
 from lco_jax.flags import (
     add_corpus_flags,
     add_path,
@@ -68,6 +73,13 @@ def make_parser() -> argparse.ArgumentParser:
     add_path(parser, "--output", "the folder for results and vectors", earlier=["--out"])
     add_corpus_flags(parser, on_error="raise", part_size=PART_INPUTS, max_length=MAX_LENGTH)
     add_flags(parser, "--input")
+    add_size_flags(parser)
+    parser.add_argument(
+        "--small-vectors",
+        action="store_true",
+        help="of retrieval and sts: scores at all, 1/2 … 1/16 of the numbers, in float32, float16, "
+        "int8 and binary, with and without re-ranking, as one table",
+    )
     return parser
 
 
@@ -79,6 +91,7 @@ def main() -> int:
         raise LcoError("give one of --benchmark, --tasks, --seadoc and --input")
     if (args.input is None) != (args.kind is None):
         raise LcoError(f"--input and --kind go together; --kind is one of: {', '.join(KINDS)}")
+    _check_sizes(args)
     media = media_config(args)
     keep_compiled()
     if args.input is None:
@@ -87,14 +100,26 @@ def main() -> int:
     return DONE
 
 
+def _check_sizes(args: argparse.Namespace) -> None:
+    """Raise for flags of the size of vectors that do not go together."""
+    if args.input is None and (args.precision or args.small_vectors):
+        raise LcoError("--precision and --small-vectors go with --input")
+    if args.small_vectors and (args.precision or args.truncate_dim):
+        raise LcoError("--small-vectors has every size; leave out --precision and --truncate-dim")
+    if args.small_vectors and args.kind not in SMALL_KINDS:
+        raise LcoError(f"--small-vectors goes with --kind={' or '.join(SMALL_KINDS)}")
+
+
 def evaluate_files(args: argparse.Namespace, media: MediaConfig) -> None:
     """The user's own files, without mteb."""
 
     def encode(contents: list[Any]) -> np.ndarray:
         """Load the model, and embed. A task calls this once, after it has checked its files."""
+        checkpoint = open_checkpoint(args.model)
+        width = dimension_of(args, checkpoint)
         with explained(f"--output={args.output} cannot be written", OSError):
             args.output.mkdir(parents=True, exist_ok=True)
-        embedder = load_embedder(args, open_checkpoint(args.model), media, None)
+        embedder = load_embedder(args, checkpoint, media, None)
         vectors = embedder.encode(
             contents,
             batch_size=args.batch_size,
@@ -103,21 +128,34 @@ def evaluate_files(args: argparse.Namespace, media: MediaConfig) -> None:
             on_error=args.on_error,
             workers=args.workers or 0,
             show_progress_bar=True,
+            truncate_dim=embedder.dimension if args.small_vectors else width,
         )
         left_out.inputs = dict(embedder.skipped)
+        if args.precision is not None:
+            there = np.isfinite(vectors).all(axis=1)
+            vectors[there] = as_compared(vectors[there], args.precision)
         return vectors
 
     options = options_of(args)
     left_out = LeftOut(skips=args.on_error == "skip")
     model = " + ".join(filter(None, [args.model, args.adapter]))
-    numbers = evaluate_and_write(
-        encode, args.kind, args.input, args.output, left_out, model, **options
-    )
-    say_all([f"{name:>20} {number:,.4g}" for name, number in numbers.items()], numbers)
-    results = args.output / "results.json"
-    say(f"written: {results} and {args.kind}.png")
+    what = (encode, args.kind, args.input, args.output, left_out, model)
+    if args.small_vectors:
+        rows = compare_and_write(*what, **options)
+        say_all(table(args.kind, rows), {"rows": list(map(as_json, rows))})
+        results, picture = args.output / "small_vectors.json", "small_vectors.md and .png"
+    else:
+        about = {"truncate_dim": args.truncate_dim, "precision": args.precision}
+        numbers = evaluate_and_write(*what, _given(about), **options)
+        say_all([f"{name:>20} {number:,.4g}" for name, number in numbers.items()], numbers)
+        results, picture = args.output / "results.json", f"{args.kind}.png"
+    say(f"written: {results} and {picture}")
     for line in left_out.in_words(results):
         say(line)
+
+
+def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flags.items() if value is not None}
 
 
 def evaluate_tasks(args: argparse.Namespace, media: MediaConfig) -> int:
@@ -130,14 +168,16 @@ def evaluate_tasks(args: argparse.Namespace, media: MediaConfig) -> int:
 
     tasks = find_tasks(args.benchmark, args.tasks, args.seadoc)
     checkpoint = open_checkpoint(args.model)
+    dimension = dimension_of(args, checkpoint)
     settings = embedding_settings(args, media, checkpoint)
+    settings |= _given({"--truncate-dim": args.truncate_dim})
     caps = _caps(settings)
     meta = model_meta(
         _name(args),
         _revision(settings),
         caps,
         modalities=list(checkpoint.backbone.modalities),
-        embed_dim=checkpoint.config.hidden_size,
+        embed_dim=dimension,
     )
     modalities = _modalities(tasks, checkpoint, media)
     encode_blocks = _lazy_encoder(args, checkpoint, media, modalities)
@@ -197,7 +237,7 @@ def _lazy_encoder(
         names: Iterable[str],
     ) -> Iterator[EmbeddedBlock]:
         many_media = progress.total >= MANY and modalities != ("text",)
-        return embedder().encode_blocks(
+        blocks = embedder().encode_blocks(
             contents,
             args.batch_size,
             prompt=args.prompt,
@@ -208,6 +248,9 @@ def _lazy_encoder(
             progress=progress,
             names=names,
         )
+        for block in blocks:
+            block.vectors = shortened(block.vectors, dimension_of(args, checkpoint))
+            yield block
 
     return encode_blocks
 

@@ -29,6 +29,7 @@ LEAST = {
     "max_length": 1,
     "max_new_tokens": 1,
     "part_size": 1,
+    "truncate_dim": 1,
     "actors": 1,
     "workers": 0,
 }

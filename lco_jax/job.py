@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from lco_jax.checkpoint.export import shorter_dimension
 from lco_jax.checkpoint.hf import Checkpoint, load_model, open_checkpoint
 from lco_jax.core import console
 from lco_jax.core.errors import LcoError, check_keys
@@ -97,6 +98,8 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
     processor, layout = open_layout(config, sources, checkpoint, generative)
     training = Training.build(config, checkpoint, total_steps, mesh)
     training.objective.check_dimension(checkpoint.config.hidden_size)
+    if config.export.merged:
+        shorter_dimension(checkpoint, config.export.truncate_dim)  # raises for what cannot be
     _print_summary(config, home, mesh, sources, training, total_steps)
     towers = _towers_for(checkpoint, sources, held_out, media)
     if training.tune.trains_towers:

@@ -100,5 +100,13 @@ def _export(job: Job, tuned: dict[str, Any], results: dict[str, Any]) -> None:
         write_peft(job.workdir / "adapter", tuned["decoder"], lora, base, card)
     if config.export.merged:
         merged = job.workdir / "merged"
-        dtype, checkpoint = config.export.dtype, job.checkpoint
-        export_merged(base, merged, tuned, lora, dtype, about=about, checkpoint=checkpoint)
+        export_merged(
+            base,
+            merged,
+            tuned,
+            lora,
+            config.export.dtype,
+            about=about,
+            checkpoint=job.checkpoint,
+            truncate_dim=config.export.truncate_dim,
+        )

@@ -7,11 +7,16 @@ machine serves.
 
 The index, --output, has a vector for each input. Started again, the command embeds what is new or
 has changed and forgets what is gone; after a kill it goes on from there. Needs the extra `search`.
+
+--truncate-dim and --precision make the index smaller, and cosines approximate. With binary or
+ubinary, the vectors whose signs differ least from the query's are ranked by the cosines of its
+numbers with their signs; with --by-signs, the same are ranked by whatever is stored.
 """
 
 import argparse
 import socket
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,18 +24,28 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from lco_jax.calibration import (
+    add_storage_flags,
+    calibrated_rows,
+    dimension_of,
+    first_vectors,
+    storage_of,
+    storage_settings,
+)
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.core.console import progress_bar
 from lco_jax.core.errors import DONE, LcoError, explained, run_main
 from lco_jax.core.extras import install_line
 from lco_jax.core.files import read_own, write_json
 from lco_jax.core.shapes import keep_compiled
+from lco_jax.core.small_vectors import LEVELS, SIGNS, Storage
 from lco_jax.data.corpus import Contents, Corpus, scan
 from lco_jax.data.folder import rest_in_words
 from lco_jax.data.inputs import Preparation
 from lco_jax.data.parts import Unit, VectorParts, cut
+from lco_jax.data.range_files import beside
 from lco_jax.data.skipped import skipped_in_words
-from lco_jax.data.vectors import part_table, read_vectors, same_work
+from lco_jax.data.vectors import matrix, part_table, same_work, vector_type
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.flags import (
     MEDIA_A_UNIT,
@@ -73,7 +88,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ann", action="store_true", help=f"an HNSW graph for fewer than {EXACT:,} vectors, too"
     )
+    parser.add_argument(
+        "--by-signs",
+        action="store_true",
+        help="the signs of all vectors propose candidates, which what is stored ranks",
+    )
     add_corpus_flags(parser, on_error="skip", part_size=MEDIA_A_UNIT)
+    add_storage_flags(parser)
     return parser
 
 
@@ -84,21 +105,33 @@ def main() -> int:
         from lco_jax.searching.server import LOOPBACK, Server, http_server
     if args.input.suffix == ".parquet":
         raise LcoError(f"--input={args.input}: search takes a folder of media, a .jsonl or a .txt")
+    if args.ann and (args.by_signs or args.precision in SIGNS):
+        raise LcoError("--ann goes without --by-signs, and not with signs alone")
     with _listening(args) as socket_:  # before hours of work
-        library, embedder, notes = prepare(args)
+        library, embedder, storage, notes = prepare(args)
         preparation = Preparation(embedder.processor, args.prompt, args.max_length)
-        queries = ModelQueries(preparation, embedder.embed)
+        queries = ModelQueries(preparation, embedder.embed, storage.dimension)
         queries.embed(queries.prepare([FIRST_QUERY], "the first query"))
         about = {"model": Path(args.model).name, "modalities": embedder.modalities}
+        about["stored"] = _stored(storage, embedder.dimension)
         server = Server(library, queries, about, args.max_upload, media_config(args))
         host = f"[{args.host}]" if ":" in args.host else args.host
         counts = ", ".join(f"{count:,} {kind}" for kind, count in library.counts.items())
+        notes = "; ".join(filter(None, [about["stored"], notes]))
         rest = f" ({notes})" if notes else ""
         # what the command is asked for, however much else is said
         print(f"{counts}: http://{host}:{socket_.getsockname()[1]}{rest}", flush=True)
         app = server.app(LOOPBACK if args.host in LOOPBACK else ("*",))
         http_server(app).run(sockets=[socket_])
     return DONE
+
+
+def _stored(storage: Storage, full: int) -> str:
+    """How vectors are stored, in words; "" if as the model makes them. full: the model's D."""
+    exact = storage.precision == "float32"
+    if exact and storage.dimension == full:
+        return ""
+    return f"{storage}" if exact else f"{storage}, cosines are approximate"
 
 
 def _listening(args: argparse.Namespace) -> socket.socket:
@@ -114,6 +147,7 @@ class Started(NamedTuple):
 
     library: Library
     embedder: OmniEmbedder
+    storage: Storage
     notes: str
 
 
@@ -130,24 +164,35 @@ def prepare(args: argparse.Namespace) -> Started:
     keep_compiled()
     checkpoint = open_checkpoint(args.model)
     embedder = load_embedder(args, checkpoint, media, None)
-    work = embedding_settings(args, media, checkpoint)
+    stored = storage_settings(args, checkpoint)
+    work = embedding_settings(args, media, checkpoint) | stored
     parts = VectorParts(args.output / "vectors.parquet", work)
-    keys, vectors = update(parts, entries, found, embedder, args)
-    library, notes = _library(args, entries, keys, vectors)
+    dimension = dimension_of(args, checkpoint)
+    index, storage = update(parts, entries, found, embedder, args, dimension)
+    library, notes = _library(args, entries, index, storage)
     if corpus.listing and corpus.listing.left_out:
         notes.append(rest_in_words(corpus.listing.left_out))
-    return Started(library, embedder, "; ".join(notes))
+    return Started(library, embedder, storage, "; ".join(notes))
+
+
+class Index(NamedTuple):
+    """The rows of an index: keys, vectors [N, W] as they are stored, and which rows have one, bool
+    [N].
+    """
+
+    keys: list[str]
+    vectors: np.ndarray
+    there: np.ndarray
 
 
 def _library(
     args: argparse.Namespace,
     entries: Mapping[str, Entry],
-    keys: Sequence[str],
-    vectors: np.ndarray,
+    index: Index,
+    storage: Storage,
 ) -> tuple[Library, list[str]]:
-    """(what can be searched, what was skipped in words). keys, vectors: the rows of the index."""
-    finite = np.isfinite(vectors).all(axis=1)
-    rows = [row for row, key in enumerate(keys) if key in entries and finite[row]]
+    """(what can be searched, what was skipped in words)."""
+    rows = [row for row, key in enumerate(index.keys) if key in entries and index.there[row]]
     notes = []
     if skipped := len(entries) - len(rows):
         notes.append(skipped_in_words(args.output / "vectors.parquet", skipped, "skipped"))
@@ -155,12 +200,13 @@ def _library(
         why = "".join(f"; {note}" for note in notes)
         raise LcoError(f"--input={args.input} holds nothing that could be embedded{why}")
 
-    def index(vectors: np.ndarray, keys: Sequence[str], kind: str) -> Nearest:
-        if args.ann or len(keys) > EXACT:
-            return with_graph(vectors, keys, args.output, kind)
-        return Nearest(vectors)
+    def nearest(vectors: np.ndarray, keys: list[str], kind: str) -> Nearest:
+        by_signs = args.by_signs or storage.precision in SIGNS
+        if not by_signs and (args.ann or len(keys) > EXACT):
+            return with_graph(vectors, keys, args.output, kind, storage)
+        return Nearest(vectors, None, storage, by_signs)
 
-    library = Library([entries[keys[row]] for row in rows], vectors[rows], index)
+    library = Library([entries[index.keys[row]] for row in rows], index.vectors[rows], nearest)
     return library, notes
 
 
@@ -170,45 +216,64 @@ def update(
     found: Contents,
     embedder: OmniEmbedder,
     args: argparse.Namespace,
-) -> tuple[list[str], np.ndarray]:
-    """Embed what the index lacks -> the keys of its rows, and float32 [N, D], NaN where an input
-    could not be embedded.
+    dimension: int,
+) -> tuple[Index, Storage]:
+    """Embed what the index lacks -> its rows, and how its vectors are stored.
 
-    entries: by key. The parts that a killed start has left come first, then what the index had,
-    then what is new. An input that could not be embedded is tried again only when another one is
-    new.
+    entries: by key. dimension: of what is stored. The parts that a killed start has left come
+    first, then what the index had, then what is new. An input that could not be embedded is tried
+    again only when another one is new.
     """
     with parts:
-        known, vectors = _read_index(parts, embedder.dimension)
+        _check_manifest(parts)
+        storage = _storage(parts, entries, embedder, args, dimension)
+        known = _read_table(parts, storage)
         parts.description()
         parts.describe()
         parts.left(parts.folder.units())  # removes what is torn
-        if not parts.folder.units() and known and entries.keys() == set(known):
-            return known, vectors
+        if not parts.folder.units() and known.keys and entries.keys() == set(known.keys):
+            return known, storage
         done = _keys_of_parts(parts)
-        done |= _keep_known(parts, known, vectors, entries.keys() - done)
-        _embed_new(parts, entries, done, found, embedder, args)
-        parts.join(parts.folder.units(), embedder.dimension, str, recorded=False)
-    return _read_table(parts)
+        done |= _keep_known(parts, known, entries.keys() - done)
+        _embed_new(parts, entries, done, found, embedder, storage, args)
+        parts.join(parts.folder.units(), storage, str, recorded=False)
+    return _read_table(parts, storage), storage
 
 
-def _keep_known(
-    parts: VectorParts, known: Sequence[str], vectors: np.ndarray, lacking: Set[str]
-) -> set[str]:
+def _storage(
+    parts: VectorParts,
+    entries: Mapping[str, Entry],
+    embedder: OmniEmbedder,
+    args: argparse.Namespace,
+    dimension: int,
+) -> Storage:
+    """How the index stores vectors. Ranges are of the inputs that it began with, and stay."""
+    place = beside(parts.output)
+    has_begun = parts.output.exists() or bool(parts.folder.units())
+    if args.precision in LEVELS and has_begun and not place.exists():
+        gone = f"{place} is gone, without which no vector of the index can be read"
+        raise LcoError(f"{gone}; remove {parts.output.parent}, and the same command begins anew")
+
+    def first() -> np.ndarray:
+        count = calibrated_rows(args, len(entries))
+        items = [entry.item for entry in islice(entries.values(), count)]
+        return first_vectors(embedder, items, args, workers(args, media=False))
+
+    return storage_of(args, dimension, place, first)
+
+
+def _keep_known(parts: VectorParts, known: Index, lacking: Set[str]) -> set[str]:
     """Write what the index had of the keys that the parts lack; returns those keys."""
-    finite = np.isfinite(vectors).all(axis=1)
-    kept = [row for row, key in enumerate(known) if key in lacking and finite[row]]
-    ids = [known[row] for row in kept]
+    kept = [row for row, key in enumerate(known.keys) if key in lacking and known.there[row]]
+    ids = [known.keys[row] for row in kept]
     if kept:
         unit = _next_units(parts, len(kept), len(kept))[0]
-        parts.folder.write(unit, part_table(ids, vectors[kept], {}))
+        parts.folder.write(unit, part_table(ids, known.vectors[kept], {}))
     return set(ids)
 
 
-def _read_index(parts: VectorParts, dimension: int) -> tuple[list[str], np.ndarray]:
-    """What the index has, as `update` returns it. Raises for an index of other flags, of another
-    model's dimension, or of something else.
-    """
+def _check_manifest(parts: VectorParts) -> None:
+    """Raise for an index of other flags, or of something else."""
     manifest = parts.output.parent / "manifest.json"
     if manifest.exists():
         advice = f"remove {manifest.parent}, and the same command embeds all again"
@@ -216,39 +281,37 @@ def _read_index(parts: VectorParts, dimension: int) -> tuple[list[str], np.ndarr
     elif parts.output.exists():
         raise LcoError(f"{parts.output} is of no index of ours; give another {parts.flag}")
     write_json(manifest, parts.work)
-    known, vectors = _read_table(parts)
-    if known and vectors.shape[1] != dimension:
-        width = f"{vectors.shape[1]} dimensions, and the model's {dimension}"
-        raise LcoError(f"{parts.output}: its vectors have {width}; remove it")
-    return known, vectors
 
 
-def _read_table(parts: VectorParts) -> tuple[list[str], np.ndarray]:
-    """The rows of the index, as `update` returns them. Raises where its file is damaged."""
+def _read_table(parts: VectorParts, storage: Storage) -> Index:
+    """The rows of the index. Raises where its file is damaged, or of another model's dimension."""
     if not parts.output.exists():
-        return [], np.zeros((0, 0), np.float32)
+        return Index([], np.zeros((0, storage.width), storage.dtype), np.zeros(0, bool))
     damaged = f"{parts.output} is damaged; remove it, and the same command embeds all again"
     with explained(damaged, pyarrow.ArrowException, OSError):
         table = pyarrow.parquet.read_table(parts.output, page_checksum_verification=True)
         table.validate(full=True)
-    if not _is_index(table):
+    if not _is_index(table, storage):
         raise LcoError(damaged)
-    embeddings = table["embedding"].combine_chunks()
-    if not np.isfinite(embeddings.flatten().to_numpy()).all():
+    vectors, there = matrix(table)
+    if len(table) and vectors.shape[1] != storage.width:
+        width = f"{vectors.shape[1]} dimensions, and the model's {storage.width}"
+        raise LcoError(f"{parts.output}: its vectors have {width}; remove it")
+    if not np.isfinite(vectors[there]).all():
         blame = "the weights of --model or --adapter are not finite, or too large for --dtype"
         raise LcoError(f"{parts.output} holds vectors that are not finite: {blame}; remove it")
-    return read_vectors([table])  # type: ignore[return-value]
+    return Index(table["id"].to_pylist(), vectors, there)
 
 
-def _is_index(table: pyarrow.Table) -> bool:
-    """Whether a table has what `update` writes: a vector of float32, or null, for each key."""
+def _is_index(table: pyarrow.Table, storage: Storage) -> bool:
+    """Whether a table has what `update` writes: a vector, or null, for each key."""
     if not {"id", "embedding"} <= set(table.column_names):
         return False
     ids, embedding = table["id"], table["embedding"].type
     if not (pyarrow.types.is_string(ids.type) and pyarrow.types.is_fixed_size_list(embedding)):
         return False
     different = len(set(ids.to_pylist())) == len(ids) and not ids.null_count
-    return different and embedding.value_type == pyarrow.float32()
+    return different and embedding.value_type == vector_type(storage).value_type
 
 
 def _keys_of_parts(parts: VectorParts) -> set[str]:
@@ -268,6 +331,7 @@ def _embed_new(
     done: set[str],
     found: Contents,
     embedder: OmniEmbedder,
+    storage: Storage,
     args: argparse.Namespace,
 ) -> None:
     """Make parts of the entries that are not done."""
@@ -281,7 +345,7 @@ def _embed_new(
     with progress_bar(total=total, initial=len(done), desc="embedding", unit="input") as progress:
         options = {"workers": workers(args, found.has_media), "progress": progress}
         options["block_inputs"] = args.part_size
-        embed_units(embedder, inputs, parts.folder, args, options)
+        embed_units(embedder, inputs, parts.folder, storage, args, options)
 
 
 if __name__ == "__main__":

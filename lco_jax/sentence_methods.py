@@ -21,9 +21,12 @@ class SentenceMethods(ABC):
 
     prompts: name -> what follows an input, for `prompt_name`; at first the reference's prompt for
     each modality. `encode_query` uses "query", and `encode_document` "document", if you add them.
+    truncate_dim: how many of the first numbers `encode` returns where its call says nothing; at
+    first what the checkpoint's config_sentence_transformers.json says. None: all.
     """
 
     similarity_fn_name = "cosine"
+    truncate_dim: int | None = None
 
     def __init__(self):
         self.prompts = dict(PROMPTS)
@@ -77,12 +80,12 @@ class SentenceMethods(ABC):
         return asked <= {*self.modalities, "message"}
 
     def get_embedding_dimension(self) -> int:
-        """D."""
-        return self.dimension
+        """D, or `truncate_dim`."""
+        return self.dimension if self.truncate_dim is None else self.truncate_dim
 
     def get_sentence_embedding_dimension(self) -> int:
-        """D, by its name in sentence-transformers before version 6."""
-        return self.dimension
+        """The same, by its name in sentence-transformers before version 6."""
+        return self.get_embedding_dimension()
 
     @staticmethod
     def similarity(embeddings1: Any, embeddings2: Any) -> np.ndarray:

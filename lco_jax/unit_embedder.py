@@ -12,16 +12,19 @@ from typing import Any
 import pyarrow as pa
 from tqdm import tqdm
 
+from lco_jax.calibration import dimension_of, first_vectors, storage_of
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath, local_copy, on_bucket
 from lco_jax.core.shapes import keep_compiled
+from lco_jax.core.small_vectors import Storage
 from lco_jax.data.bucket_folder import BucketFolder
 from lco_jax.data.corpus import FORMATS, Corpus, CorpusItem
 from lco_jax.data.folder import Listing
 from lco_jax.data.lines import ending_of
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.parts import PartsFolder, Unit
+from lco_jax.data.range_files import RANGES
 from lco_jax.data.vectors import part_table
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.flags import load_embedder, workers
@@ -32,8 +35,8 @@ class UnitEmbedder:
     `folder`.
 
     cpus: how many may prepare inputs. args: the flags of the embed command. modalities: those whose
-    towers are needed.
-    unit_rows: the most inputs of a unit.
+    towers are needed. unit_rows: the most inputs of a unit. calibrated: how many of the first
+    inputs the ranges of levels are of.
     """
 
     def __init__(
@@ -45,12 +48,20 @@ class UnitEmbedder:
         unit_rows: int,
         cpus: int,
         folder: PartsFolder,
+        calibrated: int = 0,
     ):
         keep_compiled()
         self.args, self.folder, self.unit_rows = args, folder, unit_rows
         self.workers = workers(args, has_media, cpus)
-        self.embedder = load_embedder(args, open_checkpoint(args.model), media, modalities)
+        checkpoint = open_checkpoint(args.model)
+        self.embedder = load_embedder(args, checkpoint, media, modalities)
         self.read = open_corpus(args, folder.kept()).reader()
+        self.storage = storage_of(
+            args,
+            dimension_of(args, checkpoint),
+            folder.path / RANGES,
+            lambda: first_vectors(self.embedder, self.read(0, calibrated), args, self.workers),
+        )
 
     def __call__(self, units: Sequence[Unit], progress: tqdm | None = None) -> None:
         """Embed those of the units that have no part. progress: a bar, advanced by every input."""
@@ -58,7 +69,7 @@ class UnitEmbedder:
         left = [unit for unit in units if unit not in there]
         inputs = ((unit, self.read(unit.first, unit.end)) for unit in left)
         options = {"workers": self.workers, "block_inputs": self.unit_rows, "progress": progress}
-        embed_units(self.embedder, inputs, self.folder, self.args, options)
+        embed_units(self.embedder, inputs, self.folder, self.storage, self.args, options)
 
 
 def open_corpus(args: argparse.Namespace, kept: Listing | None = None) -> Corpus | BucketFolder:
@@ -108,6 +119,7 @@ def embed_units(
     embedder: OmniEmbedder,
     units: Iterable[tuple[Unit, Iterable[CorpusItem]]],
     folder: PartsFolder,
+    storage: Storage,
     args: argparse.Namespace,
     options: Mapping[str, Any],
 ) -> None:
@@ -134,7 +146,7 @@ def embed_units(
     for block in blocks:
         ids = [stream.ids.popleft() for _ in block.vectors]
         reasons = {index - block.first: reason for index, reason in block.skipped.items()}
-        waiting.append(part_table(ids, block.vectors, reasons))
+        waiting.append(part_table(ids, storage.store(block.vectors), reasons))
         if sum(map(len, waiting)) == stream.taken[0].rows:
             # a block whose ids cannot be read has ids of no type
             unit_table = pa.concat_tables(waiting, promote_options="default")

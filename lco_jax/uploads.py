@@ -37,9 +37,9 @@ def check_upload_flags(args: argparse.Namespace) -> None:
         raise LcoError("give --output, the folder to write, or --push, to upload what is there")
     if args.input is None or args.model or args.adapter or args.step is not None:
         raise LcoError("without --output, --push goes with --input alone: a run, or an export")
-    if args.dtype or args.max_shard_size:
+    if args.dtype or args.max_shard_size or args.truncate_dim:
         why = "without it, --push uploads what is there"
-        raise LcoError(f"--dtype and --max-shard-size go with --output; {why}")
+        raise LcoError(f"--dtype, --max-shard-size and --truncate-dim go with --output; {why}")
     if on_bucket(args.input):
         raise LcoError(f"{args.input} is on a bucket; give --output, from which --push uploads")
 

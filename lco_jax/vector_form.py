@@ -3,7 +3,6 @@
 Dimensions: N inputs, D numbers of a vector.
 """
 
-import logging
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
@@ -12,19 +11,24 @@ from typing import Any
 import numpy as np
 
 from lco_jax.core.errors import LcoError, check_at_least_1, check_bool
-
-PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
-FEW = 100  # vectors, of which the ranges of their numbers are little more than a guess
-logger = logging.getLogger(__name__)
+from lco_jax.core.small_vectors import (
+    LEVELS,
+    check_precision,
+    checked_ranges,
+    quantize_embeddings,
+    unit,
+)
 
 
 @dataclass(frozen=True)
 class VectorForm:
     """What `encode` returns, in sentence-transformers' words. Raises for what cannot be.
 
-    precision: one of `PRECISIONS`. "int8" and "uint8" cut each dimension's range, which these
-    vectors have, into 256; "binary" and "ubinary" keep signs, eight in a byte.
-    truncate_dim: keep so many of the first numbers.
+    precision: one of `PRECISIONS`. "int8" and "uint8" cut each dimension's range into 256;
+    "binary" and "ubinary" keep signs, eight in a byte.
+    ranges: of "int8" and "uint8", [2, D] of least and most. By default those of these very vectors,
+    so that a vector depends on those beside it.
+    truncate_dim: keep so many of the first numbers, D.
     as_tensor: a tensor of torch. as_numpy: if False, and not as_tensor, a list of N tensors.
     """
 
@@ -33,6 +37,7 @@ class VectorForm:
     truncate_dim: int | None = None
     as_numpy: bool = True
     as_tensor: bool = False
+    ranges: Any = None
 
     def __post_init__(self):
         check_bool(
@@ -41,9 +46,10 @@ class VectorForm:
             convert_to_tensor=self.as_tensor,
         )
         check_at_least_1(truncate_dim=self.truncate_dim)
-        if self.precision is not None and self.precision not in PRECISIONS:
-            known = ", ".join(PRECISIONS)
-            raise LcoError(f"precision is {self.precision!r:.60}; it is one of: {known}")
+        if self.precision is not None:
+            check_precision(self.precision)
+        if self.ranges is not None and self.precision not in LEVELS:
+            raise LcoError(f"ranges go with int8 and uint8, and precision is {self.precision}")
         if self.wants_torch:
             _torch()
 
@@ -55,7 +61,7 @@ class VectorForm:
     @property
     def is_float(self) -> bool:
         """Whether a vector may have NaN, as those of skipped inputs do."""
-        return self.precision in (None, "float32")
+        return self.precision in (None, "float32", "float16")
 
     def check(self, count: int, dimension: int, skips: bool) -> None:
         """Raise if so many vectors of such a dimension cannot have this form, before any is made.
@@ -69,8 +75,10 @@ class VectorForm:
         if skips and not self.is_float:
             skipped = "a skipped input's vector is NaN"
             raise LcoError(f'precision is {self.precision}, and {skipped}; use on_error="raise"')
-        if count == 1 and self.precision in ("int8", "uint8"):
-            give = "give several inputs, or quantize vectors with ranges of your own"
+        if self.ranges is not None:
+            checked_ranges(self.ranges, self.truncate_dim or dimension)
+        elif count == 1 and self.precision in LEVELS:
+            give = "give ranges, or several inputs"
             raise LcoError(
                 f"precision is {self.precision}, and a single vector has no range; {give}"
             )
@@ -80,34 +88,13 @@ class VectorForm:
         if self.truncate_dim is not None:
             vectors = vectors[:, : self.truncate_dim]
             vectors = unit(vectors) if self.normalize else vectors.copy()
-        if not self.is_float:
-            vectors = _quantized(vectors, self.precision)
+        if self.precision not in (None, "float32"):
+            vectors = quantize_embeddings(vectors, self.precision, self.ranges)
         result: Any = vectors
         if self.wants_torch:
             result = _torch().from_numpy(vectors)
             result = result if self.as_tensor else list(result)
         return result[0] if single else result
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors of length 1, [..., D]."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-
-
-def _quantized(vectors: np.ndarray, precision: str | None) -> np.ndarray:
-    """As sentence-transformers' `quantize_embeddings`: [N, D], or [N, D / 8] of signs."""
-    if precision == "ubinary":
-        return np.packbits(vectors > 0, axis=-1)
-    if precision == "binary":
-        return (np.packbits(vectors > 0, axis=-1).astype(np.int16) - 128).astype(np.int8)
-    if not len(vectors):
-        return vectors.astype(precision)
-    if len(vectors) < FEW:
-        logger.warning("%s: ranges of %d vectors are a rough guess", precision, len(vectors))
-    least, most = vectors.min(axis=0), vectors.max(axis=0)
-    steps = (most - least) / 255
-    levels = np.floor((vectors - least) / np.where(steps == 0, 1, steps)).clip(0, 255)
-    return (levels if precision == "uint8" else levels - 128).astype(precision)
 
 
 def _torch() -> ModuleType:

@@ -25,6 +25,7 @@ from PIL import Image
 
 from lco_jax import LcoError, MediaConfig
 from lco_jax.core.extras import install_line
+from lco_jax.core.small_vectors import Storage
 from lco_jax.data.corpus import Corpus, scan
 from lco_jax.data.parts import DESCRIPTION, PartsFolder, Unit, VectorParts, cut
 from lco_jax.data.vectors import part_table
@@ -317,7 +318,7 @@ def test_parts_become_the_output(tmp_path, name):
         assert names == ["000000000000-000000000004.parquet", "000000000004-000000000006.parquet"]
         (parts.folder.path / "_output.tmp").write_text("of a process that was killed")
         (parts.folder.path / "000000000001-000000000003.parquet").write_text("of no unit")
-        assert parts.join(units, 4, str)["skipped"] == 1
+        assert parts.join(units, Storage(4), str)["skipped"] == 1
     check(output, 6)
     beside = {f"{name}.skipped.jsonl", *([] if name == "out" else [f"{name}.json"])}
     assert {x.name for x in output.parent.iterdir()} == {name, *beside}
@@ -330,7 +331,7 @@ def test_parts_become_the_output(tmp_path, name):
     assert VectorParts(output, {"a": 2}).finished() is None
     with begin(output, {"a": 2}) as parts:  # and again, with nothing skipped
         parts.folder.write(Unit(0, 1), part_table([1], np.ones((1, 4), np.float32), {}))
-        assert parts.join([Unit(0, 1)], 4, int)["skipped"] == 0
+        assert parts.join([Unit(0, 1)], Storage(4), int)["skipped"] == 0
     assert {x.name for x in output.parent.iterdir()} == {name, f"{name}.json"}
 
 
@@ -365,18 +366,18 @@ def test_a_part_that_is_torn_or_lost_or_of_other_work_is_made_again(tmp_path, ca
         part.write_bytes(content)
         assert parts.left(units) == []
         with pytest.raises(LcoError) as error:
-            parts.join(units, 4, str)
+            parts.join(units, Storage(4), str)
         assert sentence(error).startswith(f"{part} is damaged: ") or "damaged" in sentence(error)
         part.unlink()
         fill(parts, units)
-        parts.join(units, 4, str)
+        parts.join(units, Storage(4), str)
     check(output, 8)
 
 
 def test_other_work_is_refused(tmp_path):
     output, work = tmp_path / "out.npy", {"--dtype": "float32", "--on-error": "raise"}
     with begin(output, work) as parts:
-        parts.folder.write(Unit(0, 2), part_table(["a", "b"], np.ones((2, 4)), {}))
+        parts.folder.write(Unit(0, 2), part_table(["a", "b"], np.ones((2, 4), np.float32), {}))
         other = VectorParts(output, work)
         with pytest.raises(LcoError, match=r"another process writes --output=.*out\.npy"), other:
             pass
@@ -446,7 +447,7 @@ def write():
             parts.description()
             parts.describe()
             fill(parts, units)
-            parts.join(units, 4, str)
+            parts.join(units, Storage(4), str)
 
 def old():
     for ending in ("", ".json", ".skipped.jsonl"):

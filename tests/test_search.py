@@ -633,7 +633,7 @@ def start(monkeypatch, load, tmp_path):
             "--workers=0",
         ]
         monkeypatch.setattr(sys, "argv", ["search", *flags, *args])
-        library, _, notes = search.prepare(search.make_parser().parse_args())
+        library, _, _, notes = search.prepare(search.make_parser().parse_args())
         return library, sorted(item.where for item in embedded), notes
 
     return start
@@ -780,7 +780,7 @@ def test_who_ends_a_start_lets_others_in_once_its_rows_are_there(start, tmp_path
         other = VectorParts(tmp_path / "index" / "vectors.parquet", {})
         with pytest.raises(LcoError, match="another process writes"), other:
             pass
-        folder.write(Unit(0, 1), part_table(["a"], np.ones((1, 4)), {}))
+        folder.write(Unit(0, 1), part_table(["a"], np.ones((1, 4), np.float32), {}))
         kept.extend(folder.units())
         raise KeyboardInterrupt
 

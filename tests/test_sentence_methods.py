@@ -130,7 +130,7 @@ def test_the_dimension_has_their_names(tiny):
         ({"device": []}, "device is [], and the model is on cpu:0"),
         ({"prompt_name": "query"}, "prompt_name is 'query', and model.prompts has text, image"),
         ({"prompt_name": 3}, "prompt_name is 3"),
-        ({"precision": "int4"}, "precision is 'int4'; it is one of: float32, int8, uint8"),
+        ({"precision": "int4"}, "precision is 'int4'; it is one of: float32, float16, int8"),
         ({"precision": "int8", "on_error": "skip"}, "a skipped input's vector is NaN"),
         ({"truncate_dim": 0}, "truncate_dim is 0"),
         ({"truncate_dim": 129}, "truncate_dim is 129; the model's vectors have 128"),

@@ -74,16 +74,24 @@ class _Form(NamedTuple):
     kind: str
     projected: bool = False
     lora: LoraConfig | None = None
+    truncate_dim: int | None = None
 
 
-def merged_card(checkpoint: Checkpoint, source: str | Path, about: About, projected: bool) -> str:
+def merged_card(
+    checkpoint: Checkpoint,
+    source: str | Path,
+    about: About,
+    projected: bool,
+    truncate_dim: int | None = None,
+) -> str:
     """The card of a merged model.
 
     checkpoint, source: its base, opened, and as it was given. projected: whether it has a
-    projection.
+    projection. truncate_dim: how many of the first numbers its vectors have; None: all.
     """
     made = about.made or "This is {base} in another dtype or other files, and nothing else."
-    return _card(checkpoint, base_of(source), replace(about, made=made), _Form("merged", projected))
+    form = _Form("merged", projected, truncate_dim=truncate_dim)
+    return _card(checkpoint, base_of(source), replace(about, made=made), form)
 
 
 def adapter_card(

@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lco_jax.checkpoint import builtin
-from lco_jax.checkpoint.sentence_transformers import read_projection
+from lco_jax.checkpoint.sentence_transformers import read_projection, read_truncate_dim
 from lco_jax.checkpoint.shapes import abstract_params, per_layer, tower_module
 from lco_jax.checkpoint.tensors import TensorFolder
 from lco_jax.core.errors import LcoError
@@ -63,6 +63,11 @@ class Checkpoint:
     model_config: dict[str, Any]
     tensors: TensorFolder | None
     keys: dict[str, dict[str, str]]
+
+    @property
+    def truncate_dim(self) -> int | None:
+        """How many of the first numbers its vectors are to have; None: all."""
+        return read_truncate_dim(self.folder, self.config.hidden_size)
 
 
 # ---- opening

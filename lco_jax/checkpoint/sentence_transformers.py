@@ -4,13 +4,14 @@ Such a model embeds as `OmniEmbedder` does, to the same numbers.
 """
 
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lco_jax.checkpoint.tensors import read_tensors, write_tensors
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, is_number
 from lco_jax.core.files import ASSETS, read_json, write_json
 from lco_jax.data.prompts import PROMPTS
 
@@ -21,6 +22,7 @@ _PROMPT_JINJA = ASSETS / "prompt.jinja"
 _HIDDEN = {"method": "forward", "method_output_name": "last_hidden_state"}
 _POOLING = "1_Pooling"  # folders of modules
 _DENSE = "2_Dense"
+_GENERAL = "config_sentence_transformers.json"
 _IDENTITY = "torch.nn.modules.linear.Identity"
 
 
@@ -62,11 +64,13 @@ def write_modules(
     hidden_size: int,
     modalities: Sequence[str],
     projected: bool = False,
+    truncate_dim: int | None = None,
 ) -> None:
     """Write modules.json and each module's configuration.
 
     template: the checkpoint's chat template. modalities: what it renders; all of them go through it
-    as messages. projected: whether there is a projection (`write_projection`).
+    as messages. projected: whether there is a projection (`write_projection`). truncate_dim: how
+    many of the first numbers of its vectors the model is to give; None: all.
     """
     modules = [("Transformer", ""), ("Pooling", _POOLING)]
     if projected:
@@ -92,7 +96,25 @@ def write_modules(
         "default_prompt_name": None,
         "similarity_fn_name": "cosine",
     }
-    write_json(folder / "config_sentence_transformers.json", general)
+    if truncate_dim is not None:
+        general["truncate_dim"] = truncate_dim
+    write_json(folder / _GENERAL, general)
+
+
+def read_truncate_dim(folder: Path, hidden_size: int) -> int | None:
+    """How many of the first numbers the vectors of a checkpoint are to have, as its file for
+    sentence-transformers says; None where it says nothing.
+    """
+    file = folder / _GENERAL
+    if not file.exists():
+        return None
+    width = read_json(file).get("truncate_dim")
+    if width is None:
+        return None
+    if not is_number(width, Integral) or not 1 <= width <= hidden_size:
+        give = f"give a whole number from 1 to {hidden_size}"
+        raise LcoError(f"{file}: truncate_dim is {width!r:.60}; {give}")
+    return int(width)
 
 
 def _transformer(template: str, modalities: Sequence[str]) -> dict[str, Any]:

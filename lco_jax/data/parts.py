@@ -5,7 +5,7 @@ an ending is that folder itself. What is left to do is the units that have no pa
 description and output are there complete or not at all, so a kill at any moment, SIGKILL too, costs
 the units in work. Any process may write parts; one of them, which has the lock, says what the work
 is and joins them. On a bucket there is no lock.
-Dimensions: n rows of a part, N of all, D hidden.
+Dimensions: n rows of a part, N of all, D numbers of a vector.
 """
 
 import logging
@@ -36,8 +36,10 @@ from lco_jax.core.files import (
     write_bytes,
     write_json,
 )
+from lco_jax.core.small_vectors import Storage
 from lco_jax.data import vectors
 from lco_jax.data.folder import Listing
+from lco_jax.data.range_files import RANGES, beside, write_ranges
 from lco_jax.data.skipped import write_skipped
 from lco_jax.data.vectors import difference, same_work
 
@@ -236,7 +238,7 @@ class VectorParts:
             write_json(self.folder.path / DESCRIPTION, {"work": self.work, **found})
 
     def _is_ours(self, name: str) -> bool:
-        known = (DESCRIPTION, LISTING, LOCK)
+        known = (DESCRIPTION, LISTING, LOCK, RANGES)
         return bool(_PART.fullmatch(name)) or name.endswith(ASIDE) or name in known
 
     # ---- what is done
@@ -290,20 +292,22 @@ class VectorParts:
     def join(
         self,
         units: Sequence[Unit],
-        dimension: int,
+        storage: Storage,
         ids: type,
         recorded: bool = True,
         **about: Any,
     ) -> dict[str, Any]:
         """Join the units' parts into the output, list the skipped beside it, and remove the folder.
 
-        dimension: D; ids: int or str. A row without a vector is NaN in .npy and null in .parquet.
-        An output that is a folder keeps the parts. recorded: whether the record is written, which
-        is returned. about: more that it is to have.
+        storage: of the vectors; ids: int or str. A row without a vector is NaN in .npy and null in
+        .parquet. Ranges of levels are written beside the output, `<output>.ranges.npy`. An output
+        that is a folder keeps the parts. recorded: whether the record is written, which is
+        returned. about: more that it is to have.
         """
         with self._writing():
             total = sum(unit.rows for unit in units)
-            record = {"work": self.work, "vectors": total, "dimension": dimension}
+            record = {"work": self.work, "vectors": total, "dimension": storage.dimension}
+            record |= {"precision": storage.precision}
             reasons = self.folder.tables(units, ["id", "reason"])
             aside = self.folder.path / f"skipped{ASIDE}"  # which vanishes with the folder
             record["skipped"] = write_skipped(self.output, vectors.skipped_rows(reasons), aside)
@@ -312,7 +316,8 @@ class VectorParts:
                 record["parts"] = [unit.part for unit in units]
                 self._keep_parts(record)
                 return record
-            self._write_output(units, total, dimension, ids)
+            write_ranges(beside(self.output), storage.ranges)
+            self._write_output(units, total, storage, ids)
             if recorded:
                 self._write_record({**record, "output": _state(self.output)})
             self._remove()
@@ -323,11 +328,10 @@ class VectorParts:
         write_json(aside, record)
         replace(aside, self.record)
 
-    def _write_output(self, units: Sequence[Unit], total: int, dimension: int, ids: type) -> None:
+    def _write_output(self, units: Sequence[Unit], total: int, storage: Storage, ids: type) -> None:
         tables = self.folder.tables(units, ["id", "embedding"])
         id_type = pa.int64() if ids is int else pa.string()
-        vector_type = pa.list_(pa.float32(), dimension)
-        schema = pa.schema({"id": id_type, "embedding": vector_type})
+        schema = pa.schema({"id": id_type, "embedding": vectors.vector_type(storage)})
         write = vectors.write_npy if self.output.suffix == ".npy" else vectors.write_parquet
         aside = self.folder.path / f"output{ASIDE}"
         with aside.open("wb") as file:
@@ -337,7 +341,7 @@ class VectorParts:
     def _keep_parts(self, record: Mapping[str, Any]) -> None:
         """Make the folder of the parts the output."""
         path = self.folder.path
-        kept = {*record["parts"], DESCRIPTION, LOCK}
+        kept = {*record["parts"], DESCRIPTION, LOCK, RANGES}
         self._delete([name for name in self.folder.names() if name not in kept])
         write_json(path / DESCRIPTION, record)
         if path != self.output:

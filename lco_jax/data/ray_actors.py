@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from tqdm import tqdm
@@ -79,9 +80,17 @@ class Worker:
 
 
 def run_on_ray(
-    cluster: Cluster, load: Load, folder: PartsFolder, units: Sequence[Unit], progress: tqdm
+    cluster: Cluster,
+    load: Load,
+    folder: PartsFolder,
+    units: Sequence[Unit],
+    progress: tqdm,
+    before: int = 0,
 ) -> None:
-    """Make the parts of units in `folder`. load: is called in every actor.
+    """Make the parts of units in `folder`. load: is called in every actor that is handed units.
+
+    before: so many of the units are made before others are handed out. Whatever `load` leaves for
+    all is then there.
 
     Raises what an actor raises, and where actors keep dying and nothing is made.
     """
@@ -90,7 +99,7 @@ def run_on_ray(
         driver = _Driver(cluster, load, folder, stopped)
         try:
             next_look = 0.0
-            for _ in driver.rounds(units):
+            for _ in chain(driver.rounds(units[:before]), driver.rounds(units[before:])):
                 if time.monotonic() >= next_look:
                     new = sum(unit.rows for unit in folder.units()) - progress.n
                     if new > 0:

@@ -1,6 +1,6 @@
 """Files of vectors: the rows that parts have, written as .npy or .parquet, and read back.
 
-Dimensions: N rows, D hidden.
+Vectors are as a `Storage` has them. Dimensions: N rows, W stored values of a vector.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,6 +12,7 @@ import pyarrow.parquet
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath
+from lco_jax.core.small_vectors import Storage
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
@@ -38,42 +39,44 @@ def same_work(
 def part_table(
     ids: Sequence[int | str | None], vectors: np.ndarray, reasons: Mapping[int, str]
 ) -> pa.Table:
-    """Rows as a part stores them. vectors: float32 [N, D]; reasons: {row: why it has no vector}."""
-    total, dimension = vectors.shape
+    """Rows as a part stores them. vectors: [N, W]; reasons: {row: why it has no vector}."""
+    total, width = vectors.shape
     missing = np.zeros(total, bool)
     missing[list(reasons)] = True
-    values = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
-    embeddings = pa.FixedSizeListArray.from_arrays(values, dimension, mask=pa.array(missing))
+    values = pa.array(np.ascontiguousarray(vectors).reshape(-1))
+    embeddings = pa.FixedSizeListArray.from_arrays(values, width, mask=pa.array(missing))
     why = pa.array([reasons.get(row) for row in range(total)], pa.string())
     return pa.table({"id": pa.array(ids), "embedding": embeddings, "reason": why})
 
 
-def read_vectors(tables: Iterable[pa.Table]) -> tuple[list[int | str], np.ndarray]:
-    """Tables of parts -> their ids, and float32 [N, D] with NaN where a row has no vector."""
-    ids: list[int | str] = []
-    blocks: list[np.ndarray] = []
-    for table in tables:
-        ids += table["id"].to_pylist()
-        blocks.append(_matrix(table))
-    return ids, np.concatenate(blocks) if blocks else np.zeros((0, 0), np.float32)
+def vector_type(storage: Storage) -> pa.DataType:
+    """The type of a column of vectors."""
+    return pa.list_(pa.from_numpy_dtype(storage.dtype), storage.width)
 
 
-def _matrix(table: pa.Table) -> np.ndarray:
+def matrix(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """(the vectors of a table [N, W], which rows have one, bool [N]). Those without are NaN, or 0
+    among whole numbers.
+    """
     column = table["embedding"].combine_chunks()
-    dimension = column.type.list_size
-    vectors = np.full((len(column), dimension), np.nan, "<f4")
-    present = np.asarray(column.is_valid())
-    vectors[present] = column.flatten().to_numpy().reshape(-1, dimension)
-    return vectors
+    width = column.type.list_size
+    values = column.flatten().to_numpy()
+    missing = np.nan if values.dtype.kind == "f" else 0
+    vectors = np.full((len(column), width), missing, values.dtype)
+    there = np.asarray(column.is_valid())
+    vectors[there] = values.reshape(-1, width)
+    return vectors, there
 
 
 def write_npy(file: IO[bytes], tables: Iterator[pa.Table], total: int, schema: pa.Schema) -> None:
-    """float32 [N, D]."""
-    shape = (total, schema.field("embedding").type.list_size)
-    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    """[N, W]."""
+    column = schema.field("embedding").type
+    dtype = np.dtype(column.value_type.to_pandas_dtype()).newbyteorder("<")
+    header = {"descr": dtype.str, "fortran_order": False, "shape": (total, column.list_size)}
     np.lib.format.write_array_header_1_0(file, header)
     for table in tables:
-        file.write(_matrix(table).tobytes())
+        vectors, _ = matrix(table)
+        file.write(vectors.astype(dtype, copy=False).tobytes())
 
 
 def write_parquet(

@@ -48,16 +48,11 @@ def retrieval(
     corpus.jsonl ({"_id", "title", "text", "image", …}) and one of `QRELS` (query-id, corpus-id,
     score: the grade). A query without a grade above 0 is not asked.
     """
-    read = read_beir if path.is_dir() else read_records
-    queries, documents, relevance = read(path, media_root, left_out)
-    vectors, there = embed_all(encode, queries + documents, left_out)
-    n = len(queries)
-    asked, relevance = _askable(there[:n], there[n:], relevance, left_out)
-    candidates = vectors[n:][there[n:]]
-    ranked = ranks(vectors[asked], candidates, relevance)
+    queries, candidates, relevance = asked_and_documents(encode, path, left_out, media_root)
+    ranked = ranks(queries, candidates, relevance)
     numbers = retrieval_metrics(ranked)
     numbers |= {
-        "queries": len(asked),
+        "queries": len(queries),
         "documents": len(candidates),
     }
     best = best_ranks(ranked)
@@ -65,6 +60,20 @@ def retrieval(
         numbers,
         lambda file, subject: plot_ranks(file, subject, best, len(candidates)),
     )
+
+
+def asked_and_documents(
+    encode: Encode, path: Path, left_out: LeftOut, media_root: Path | None = None
+) -> tuple[np.ndarray, np.ndarray, list[dict[int, float]]]:
+    """(vectors of the queries that are asked [N, D], of the documents, of each query {document:
+    grade}). path: as `retrieval` has it.
+    """
+    read = read_beir if path.is_dir() else read_records
+    queries, documents, relevance = read(path, media_root, left_out)
+    vectors, there = embed_all(encode, queries + documents, left_out)
+    n = len(queries)
+    asked, relevance = _askable(there[:n], there[n:], relevance, left_out)
+    return vectors[asked], vectors[n:][there[n:]], relevance
 
 
 def _askable(
@@ -308,12 +317,14 @@ def evaluate_and_write(
     out: Path,
     left_out: LeftOut | None = None,
     model: str = "",
+    about: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, float]:
     """As `evaluate`; writes results.json and KIND.png into `out`, and returns the numbers.
 
     The results also have how many records were skipped and what else is left out, and a list beside
-    them has the reasons. model: its name, for the picture.
+    them has the reasons. model: its name, for the picture. about: what else the results
+    are to have.
     """
     left_out = left_out or LeftOut()
     numbers, plot = evaluate(encode, kind, path, left_out, **options)
@@ -323,6 +334,6 @@ def evaluate_and_write(
         left_out.write_reasons(out / "results.json")
         write_json(
             out / "results.json",
-            {"kind": kind, "data": str(path), **numbers, **left_out.recorded()},
+            {"kind": kind, "data": str(path), **(about or {}), **numbers, **left_out.recorded()},
         )
     return numbers

@@ -133,6 +133,21 @@ def plot_scores(
         axes.set_ylabel("cosine")
 
 
+def plot_sizes(
+    path: Path, subject: str, lines: Mapping[str, Sequence[tuple[int, float]]], score: str
+) -> None:
+    """A score over the bytes of a vector. lines: name -> (bytes, score) of each size."""
+    with _picture(path, subject, (8, 4.5)) as axes:
+        for name, points in lines.items():
+            sizes, scores = zip(*points, strict=True)
+            axes.plot(sizes, scores, marker="o", markersize=4, label=name)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_xlabel("bytes of a vector")
+        axes.set_ylabel(score)
+        axes.figure.legend(loc="outside right upper", frameon=False)
+
+
 def plot_confusion(path: Path, subject: str, counts: np.ndarray, labels: Sequence[str]) -> None:
     """The share of each class (a row) that was taken for each class. counts: [C, C]."""
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)

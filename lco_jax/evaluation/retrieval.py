@@ -3,7 +3,7 @@
 Dimensions: N records or queries, M documents, R relevant documents of a query, D hidden.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,6 +104,22 @@ def _count_irrelevant_above(
                 row[here[(here >= 0) & (here < len(row))]] = -np.inf
                 counts[i] += (row >= scores[i][:, None]).sum(axis=1)
     return counts
+
+
+def ranks_of_scores(
+    rows: Iterable[np.ndarray], relevance: Sequence[Mapping[int, float]]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """As `ranks`, of a row of scores of all documents, [M], for each query."""
+    found = []
+    for scores, graded in zip(rows, relevance, strict=True):
+        relevant = np.array(list(graded), np.int64)
+        grades = np.array(list(graded.values()), np.float64)
+        own = scores[relevant]
+        others = np.delete(scores, relevant)
+        count = (others >= own[:, None]).sum(axis=1)
+        count[np.lexsort((grades, -own))] += np.arange(1, len(own) + 1)
+        found.append((count, grades))
+    return found
 
 
 def best_ranks(ranked: Ranked) -> np.ndarray:

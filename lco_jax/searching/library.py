@@ -136,8 +136,8 @@ def _files(part: dict[str, Any]) -> list[File]:
 class Library:
     """Entries with their vectors, in one index for each kind.
 
-    So a search of one kind is as quick and as exact as a search of all. vectors: float32 [N, D] of
-    unit length, one for each entry. index: makes a `Nearest` of a kind's vectors, keys and name.
+    So a search of one kind is as quick and as exact as a search of all. vectors: [N, W] as they are
+    stored, one for each entry. index: makes a `Nearest` of a kind's vectors, keys and name.
     """
 
     def __init__(
@@ -166,9 +166,9 @@ class Library:
         return {kind: len(entries) for kind, (entries, _) in self._kinds.items()}
 
     def vector(self, key: str) -> np.ndarray:
-        """An entry's vector, float32 [D]."""
+        """What is stored of an entry, as a unit vector, float32 [D]."""
         _, index = self._kinds[self.entries[key].kind]
-        return index.vectors[self._rows[key]]
+        return index.vector(self._rows[key])
 
     def nearest(self, query: np.ndarray, kinds: Iterable[str], k: int) -> list[tuple[Entry, float]]:
         """At most k entries of these kinds, with cosines, the nearest to a unit vector first."""

@@ -23,13 +23,20 @@ class Queries(Protocol):
 
 
 class ModelQueries:
-    """Queries of a model. embed: `OmniEmbedder.embed`, which raises for what has no direction."""
+    """Queries of a model. embed: `OmniEmbedder.embed`, which raises for what has no direction.
+
+    dimension: how many of the first numbers a query's vector has, as those of the index; None: all.
+    """
 
     def __init__(
-        self, preparation: Preparation, embed: Callable[[Sequence[Processed]], np.ndarray]
+        self,
+        preparation: Preparation,
+        embed: Callable[[Sequence[Processed]], np.ndarray],
+        dimension: int | None = None,
     ):
         self._preparation = preparation
         self._embed = embed
+        self._dimension = dimension
 
     def prepare(self, parts: Sequence[dict[str, Any]], name: str) -> Any:
         """As `Queries` has it. name: what errors call the query."""
@@ -40,5 +47,5 @@ class ModelQueries:
 
     def embed(self, ready: Any) -> np.ndarray:
         """As `Queries` has it."""
-        vector = self._embed([ready])[0]
+        vector = self._embed([ready])[0][: self._dimension]
         return vector / np.linalg.norm(vector)

@@ -195,6 +195,7 @@ RULES: dict[str, Rule] = {
     "eval.batch_size": OrNone(AT_LEAST_1),
     "export.merged": FLAG,
     "export.dtype": Choice(tuple(DTYPES)),
+    "export.truncate_dim": OrNone(AT_LEAST_1),
     "log.tensorboard": FLAG,
     "log.wandb_project": TEXT,
 }

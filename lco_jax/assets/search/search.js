@@ -299,7 +299,7 @@ async function begin() {
   const total = counts.reduce((sum, [, count]) => sum + count, 0);
   const media = about.modalities.filter((kind) => kind !== "text");
   const words = new Intl.ListFormat("en", { type: "disjunction" }).format(media.map((kind) => KINDS[kind][1]));
-  $("about").textContent = `${number(total)} indexed · ${about.model}`;
+  $("about").textContent = [`${number(total)} indexed`, about.model, about.stored].filter(Boolean).join(" · ");
   about.hint = words ? `Or drop, paste or pick an example (${words}), alone or with words.` : "";
   document.querySelector(".pick").hidden = !words;
   $("file").accept = media.map((kind) => `${kind}/*`).join();
