@@ -14,7 +14,14 @@ from lco_jax.checkpoint.hf import Checkpoint
 from lco_jax.core.console import progress_bar
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath, fingerprint, local_path
-from lco_jax.core.small_vectors import LEVELS, PRECISIONS, Storage, ranges_of, shortened
+from lco_jax.core.small_vectors import (
+    LEVELS,
+    PRECISIONS,
+    Storage,
+    ranges_of,
+    shortened,
+    warn_of_few,
+)
 from lco_jax.data.corpus import CorpusItem
 from lco_jax.data.range_files import read_calibration, read_ranges, write_ranges
 from lco_jax.embedder import OmniEmbedder
@@ -121,6 +128,8 @@ def storage_of(
     if len(vectors) < 2:
         few = "of the first inputs fewer than two can be embedded, and ranges are of two or more"
         raise LcoError(f"--precision={args.precision}: {few}; give --calibration=FILE")
+    if not given:
+        warn_of_few(len(vectors), args.precision)
     ranges = ranges_of(vectors, args.precision)
     write_ranges(place, ranges)
     return Storage(dimension, args.precision, ranges)

@@ -36,7 +36,7 @@ from lco_jax.core.small_vectors import shortened
 from lco_jax.data.inference import EmbeddedBlock
 from lco_jax.data.media import MediaConfig
 from lco_jax.embedder import OmniEmbedder
-from lco_jax.evaluation.left_out import LeftOut
+from lco_jax.evaluation.left_out import Encode, LeftOut
 from lco_jax.evaluation.local_tasks import KINDS, add_flags, evaluate_and_write, options_of
 from lco_jax.evaluation.vector_sizes import KINDS as SMALL_KINDS
 from lco_jax.evaluation.vector_sizes import as_compared, as_json, compare_and_write, table
@@ -112,6 +112,32 @@ def _check_sizes(args: argparse.Namespace) -> None:
 
 def evaluate_files(args: argparse.Namespace, media: MediaConfig) -> None:
     """The user's own files, without mteb."""
+    options = options_of(args)
+    left_out = LeftOut(skips=args.on_error == "skip")
+    encode = _file_encoder(args, media, left_out)
+    model = " + ".join(filter(None, [args.model, args.adapter]))
+    what = (encode, args.kind, args.input, args.output, left_out, model)
+    if args.small_vectors:
+        rows = compare_and_write(*what, **options)
+        say_all(table(args.kind, rows), {"rows": [as_json(row) for row in rows]})
+        results, others = args.output / "small_vectors.json", "small_vectors.md and .png"
+    else:
+        about = {"truncate_dim": args.truncate_dim, "precision": args.precision}
+        numbers = evaluate_and_write(*what, _given(about), **options)
+        say_all([f"{name:>20} {number:,.4g}" for name, number in numbers.items()], numbers)
+        results, others = args.output / "results.json", f"{args.kind}.png"
+    say(f"written: {results} and {others}")
+    for line in left_out.in_words(results):
+        say(line)
+
+
+def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that have a value."""
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _file_encoder(args: argparse.Namespace, media: MediaConfig, left_out: LeftOut) -> Encode:
+    """What embeds a task's inputs, and tells `left_out` which it skips."""
 
     def encode(contents: list[Any]) -> np.ndarray:
         """Load the model, and embed. A task calls this once, after it has checked its files."""
@@ -136,26 +162,7 @@ def evaluate_files(args: argparse.Namespace, media: MediaConfig) -> None:
             vectors[there] = as_compared(vectors[there], args.precision)
         return vectors
 
-    options = options_of(args)
-    left_out = LeftOut(skips=args.on_error == "skip")
-    model = " + ".join(filter(None, [args.model, args.adapter]))
-    what = (encode, args.kind, args.input, args.output, left_out, model)
-    if args.small_vectors:
-        rows = compare_and_write(*what, **options)
-        say_all(table(args.kind, rows), {"rows": list(map(as_json, rows))})
-        results, picture = args.output / "small_vectors.json", "small_vectors.md and .png"
-    else:
-        about = {"truncate_dim": args.truncate_dim, "precision": args.precision}
-        numbers = evaluate_and_write(*what, _given(about), **options)
-        say_all([f"{name:>20} {number:,.4g}" for name, number in numbers.items()], numbers)
-        results, picture = args.output / "results.json", f"{args.kind}.png"
-    say(f"written: {results} and {picture}")
-    for line in left_out.in_words(results):
-        say(line)
-
-
-def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in flags.items() if value is not None}
+    return encode
 
 
 def evaluate_tasks(args: argparse.Namespace, media: MediaConfig) -> int:

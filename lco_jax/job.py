@@ -97,9 +97,7 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
     checkpoint = open_checkpoint(config.model.path)
     processor, layout = open_layout(config, sources, checkpoint, generative)
     training = Training.build(config, checkpoint, total_steps, mesh)
-    training.objective.check_dimension(checkpoint.config.hidden_size)
-    if config.export.merged:
-        shorter_dimension(checkpoint, config.export.truncate_dim)  # raises for what cannot be
+    _check_dimensions(config, training, checkpoint)
     _print_summary(config, home, mesh, sources, training, total_steps)
     towers = _towers_for(checkpoint, sources, held_out, media)
     if training.tune.trains_towers:
@@ -121,6 +119,13 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
         pairs=pairs,
         total_steps=total_steps,
     )
+
+
+def _check_dimensions(config: ConfigDict, training: Training, checkpoint: Checkpoint) -> None:
+    """Raise for a part of a vector that is no part of the model's."""
+    training.objective.check_dimension(checkpoint.config.hidden_size)
+    if config.export.merged:
+        shorter_dimension(checkpoint, config.export.truncate_dim)
 
 
 def _check_begun(

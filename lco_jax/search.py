@@ -109,21 +109,26 @@ def main() -> int:
         raise LcoError("--ann goes without --by-signs, and not with signs alone")
     with _listening(args) as socket_:  # before hours of work
         library, embedder, storage, notes = prepare(args)
-        preparation = Preparation(embedder.processor, args.prompt, args.max_length)
-        queries = ModelQueries(preparation, embedder.embed, storage.dimension)
-        queries.embed(queries.prepare([FIRST_QUERY], "the first query"))
+        queries = _queries(args, embedder, storage)
         about = {"model": Path(args.model).name, "modalities": embedder.modalities}
         about["stored"] = _stored(storage, embedder.dimension)
         server = Server(library, queries, about, args.max_upload, media_config(args))
         host = f"[{args.host}]" if ":" in args.host else args.host
         counts = ", ".join(f"{count:,} {kind}" for kind, count in library.counts.items())
-        notes = "; ".join(filter(None, [about["stored"], notes]))
         rest = f" ({notes})" if notes else ""
         # what the command is asked for, however much else is said
         print(f"{counts}: http://{host}:{socket_.getsockname()[1]}{rest}", flush=True)
         app = server.app(LOOPBACK if args.host in LOOPBACK else ("*",))
         http_server(app).run(sockets=[socket_])
     return DONE
+
+
+def _queries(args: argparse.Namespace, embedder: OmniEmbedder, storage: Storage) -> ModelQueries:
+    """What embeds queries, after a first one."""
+    preparation = Preparation(embedder.processor, args.prompt, args.max_length)
+    queries = ModelQueries(preparation, embedder.embed, storage.dimension)
+    queries.embed(queries.prepare([FIRST_QUERY], "the first query"))
+    return queries
 
 
 def _stored(storage: Storage, full: int) -> str:
@@ -143,7 +148,9 @@ def _listening(args: argparse.Namespace) -> socket.socket:
 
 
 class Started(NamedTuple):
-    """What a start has made ready. notes: what cannot be found, in words; "" if all can."""
+    """What a start has made ready. notes: how vectors are stored if not as the model makes them,
+    and what cannot be found, in words; "" if there is nothing to say.
+    """
 
     library: Library
     embedder: OmniEmbedder
@@ -164,15 +171,15 @@ def prepare(args: argparse.Namespace) -> Started:
     keep_compiled()
     checkpoint = open_checkpoint(args.model)
     embedder = load_embedder(args, checkpoint, media, None)
-    stored = storage_settings(args, checkpoint)
-    work = embedding_settings(args, media, checkpoint) | stored
+    work = embedding_settings(args, media, checkpoint) | storage_settings(args, checkpoint)
     parts = VectorParts(args.output / "vectors.parquet", work)
     dimension = dimension_of(args, checkpoint)
     index, storage = update(parts, entries, found, embedder, args, dimension)
     library, notes = _library(args, entries, index, storage)
     if corpus.listing and corpus.listing.left_out:
         notes.append(rest_in_words(corpus.listing.left_out))
-    return Started(library, embedder, storage, "; ".join(notes))
+    stored = _stored(storage, embedder.dimension)
+    return Started(library, embedder, storage, "; ".join([stored, *notes] if stored else notes))
 
 
 class Index(NamedTuple):

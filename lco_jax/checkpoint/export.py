@@ -123,8 +123,6 @@ def write_model(
     as many as the checkpoint's.
     """
     truncate_dim = shorter_dimension(checkpoint, truncate_dim)
-    if dtype not in DTYPES:
-        raise LcoError(f"dtype {dtype!r} is not supported; these are: {', '.join(DTYPES)}")
     if projection is None:
         projection = read_projection(checkpoint.folder, checkpoint.config.hidden_size)
     dtypes = _written_dtypes(checkpoint.tensors, dtype)
@@ -161,6 +159,8 @@ def shorter_dimension(checkpoint: Checkpoint, truncate_dim: int | None) -> int |
 
 
 def _written_dtypes(tensors: TensorFolder, dtype: str) -> dict[str, np.dtype]:
+    if dtype not in DTYPES:
+        raise LcoError(f"dtype {dtype!r} is not supported; these are: {', '.join(DTYPES)}")
     stored = {key: tensors.dtype(key) for key in tensors}
     return {key: np.dtype(DTYPES[dtype]) if is_float(x) else x for key, x in stored.items()}
 

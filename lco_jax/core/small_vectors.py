@@ -58,6 +58,8 @@ def quantize_embeddings(
     if vectors.ndim == 2 and not len(vectors):
         return vectors.astype(precision)
     if ranges is None:
+        if calibration_embeddings is None and vectors.ndim == 2:
+            warn_of_few(len(vectors), precision)
         given = vectors if calibration_embeddings is None else np.asarray(calibration_embeddings)
         ranges = ranges_of(given, precision)
     return _levels(vectors, precision, checked_ranges(ranges, vectors.shape[-1]))
@@ -75,9 +77,13 @@ def ranges_of(vectors: np.ndarray, precision: str) -> np.ndarray:
     if vectors.ndim != 2 or len(vectors) < 2:
         give = "give ranges, calibration_embeddings, or several vectors"
         raise LcoError(f"precision is {precision}, and a single vector has no range; {give}")
-    if len(vectors) < FEW:
-        logger.warning("%s: ranges of %d vectors are a rough guess", precision, len(vectors))
     return np.stack([vectors.min(axis=0), vectors.max(axis=0)])
+
+
+def warn_of_few(count: int, precision: str) -> None:
+    """Warn where ranges are of few vectors."""
+    if count < FEW:
+        logger.warning("%s: ranges of %d vectors are a rough guess", precision, count)
 
 
 def checked_ranges(ranges: Any, dimension: int, where: str = "ranges") -> np.ndarray:

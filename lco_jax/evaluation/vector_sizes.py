@@ -207,24 +207,30 @@ def compare_and_write(
     """
     if kind not in KINDS:
         raise LcoError(f"--small-vectors goes with --kind={' or '.join(KINDS)}")
-    function, takes, shown = KINDS[kind]
+    function, takes, _ = KINDS[kind]
     left_out = left_out or LeftOut()
     given = {name: value for name, value in options.items() if value is not None}
     check_keys(given, takes, f"evaluation of kind {kind}")
     rows = list(function(encode, Path(path), left_out, **given))
+    about = {"kind": kind, "data": str(path), "proposed": PROPOSED}
     with explained(f"{out} cannot be written", OSError):
         out.mkdir(parents=True, exist_ok=True)
-        subject = subject_of(model, Path(path).name)
-        lines: dict[str, list[tuple[int, float]]] = {}
-        for form, numbers in rows:
-            lines.setdefault(str(form), []).append((form.bytes, numbers[shown[0]]))
-        plot_sizes(out / "small_vectors.png", subject, lines, shown[0])
-        page = [f"# {subject}", "", *table(kind, rows), ""]
-        write_text(out / "small_vectors.md", "\n".join(page))
+        _write_for_people(out, subject_of(model, Path(path).name), kind, rows)
         left_out.write_reasons(out / "small_vectors.json")
-        about = {"kind": kind, "data": str(path), "proposed": PROPOSED, **left_out.recorded()}
-        write_json(out / "small_vectors.json", {**about, "rows": list(map(as_json, rows))})
+        about |= left_out.recorded() | {"rows": [as_json(row) for row in rows]}
+        write_json(out / "small_vectors.json", about)
     return rows
+
+
+def _write_for_people(out: Path, subject: str, kind: str, rows: Sequence[Row]) -> None:
+    """Write the table and the picture."""
+    main = KINDS[kind].shown[0]
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for form, numbers in rows:
+        lines.setdefault(str(form), []).append((form.bytes, numbers[main]))
+    plot_sizes(out / "small_vectors.png", subject, lines, main)
+    page = [f"# {subject}", "", *table(kind, rows), ""]
+    write_text(out / "small_vectors.md", "\n".join(page))
 
 
 def as_json(row: Row) -> dict[str, Any]:
