@@ -4,6 +4,7 @@ Dimensions: M vectors of a calibration, D numbers of each.
 """
 
 import argparse
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,8 @@ def first_vectors(
     They depend on the inputs alone, and not on how these are cut into units.
     """
     items = list(items)
+    # they are embedded again, and then it is said which of them are skipped
+    logging.getLogger("lco_jax.embedder").setLevel(logging.ERROR)
     with progress_bar(total=len(items), desc="calibrating", unit="input") as progress:
         blocks = embedder.encode_blocks(
             [item.content for item in items],

@@ -109,6 +109,10 @@ def _levels(vectors: np.ndarray, precision: str, ranges: np.ndarray) -> np.ndarr
     return (levels if precision == "uint8" else levels - 128).astype(precision)
 
 
+def _as_float32(stored: np.ndarray) -> np.ndarray:
+    return stored.astype(np.float32)
+
+
 @dataclass(frozen=True)
 class Storage:
     """How vectors of unit length are stored. dimension: D. ranges: of levels, [2, D]."""
@@ -160,10 +164,17 @@ class Storage:
             return (2 * signs.astype(np.float32) - 1) / np.float32(self.dimension**0.5)
         if self.precision not in LEVELS:
             return stored.astype(np.float32)
-        ranges = checked_ranges(self.ranges, self.dimension)
-        levels = stored.astype(np.float32) + np.float32(128 if self.precision == "int8" else 0)
-        half = (ranges[1] - ranges[0]) / 510
-        return levels * _steps(ranges) + (ranges[0] + half)
+        steps, first = self._scale()
+        return stored.astype(np.float32) * steps + first
+
+    def _scale(self) -> tuple[np.ndarray, np.ndarray]:
+        """(the widths of levels, 0 of a dimension without a range; the middle of the level that is
+        stored as 0), [D] each.
+        """
+        least, most = checked_ranges(self.ranges, self.dimension)
+        widths = (most - least) / 255
+        before = 128 if self.precision == "int8" else 0
+        return widths, least + (before + np.float32(0.5)) * widths
 
     def bits(self, stored: np.ndarray) -> np.ndarray:
         """The signs of stored vectors, uint8 [N, ⌈D / 8⌉]."""
@@ -186,11 +197,15 @@ class Storage:
         """
         if self.precision == "float32":
             return stored @ query
+        restore, weights, constant = self.restore, query, np.float32(0)
+        if self.precision in LEVELS:  # the same products, with one pass over what is stored
+            steps, first = self._scale()
+            restore, weights, constant = _as_float32, query * steps, first @ query
         found = np.empty(len(stored), np.float32)
         for start in range(0, len(stored), BLOCK):
             block = slice(start, start + BLOCK)
-            found[block] = self.restore(stored[block]) @ query
-        return found
+            found[block] = restore(stored[block]) @ weights
+        return found + constant
 
 
 def words(bits: np.ndarray) -> np.ndarray:
