@@ -370,7 +370,7 @@ def test_an_index_of_small_vectors(start, tmp_path, texts, tiny, precision):
     again, _, kept, _ = start(*flags)
     assert again.counts == {"text": 25}
     np.testing.assert_array_equal(kept.ranges, form.ranges)  # they stay what they were
-    with pytest.raises(LcoError, match="holds other work: --(precision|calibration) was"):
+    with pytest.raises(LcoError, match=r"holds other work: --(precision|calibration) was"):
         start("--truncate-dim=64", "--precision=uint8")
     if precision == "int8":
         (tmp_path / "index" / "vectors.parquet.ranges.npy").unlink()
