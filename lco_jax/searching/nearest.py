@@ -46,19 +46,22 @@ class Nearest:
         storage: Storage | None = None,
         by_signs: bool = False,
     ):
-        self.stored = vectors
+        storage = storage or Storage(vectors.shape[1])
+        self._of_length_1 = storage.precision == "float32"
+        if storage.precision == "float16":  # numpy takes far longer with it than with float32
+            vectors, storage = storage.restore(vectors), Storage(storage.dimension)
+        self.stored, self.storage = vectors, storage
         self.graph = graph
-        self.storage = storage or Storage(vectors.shape[1])
         self._signs = None
-        if by_signs or self.storage.precision in SIGNS:
-            self._signs = words(self.storage.all_bits(vectors))
+        if by_signs or storage.precision in SIGNS:
+            self._signs = words(storage.all_bits(vectors))
 
     def __len__(self) -> int:
         return len(self.stored)
 
     def vector(self, row: int) -> np.ndarray:
         """What is stored of a row, as a unit vector, float32 [D]."""
-        if self.storage.precision == "float32":
+        if self._of_length_1:
             return self.stored[row]
         return unit(self.storage.restore(self.stored[row]))
 
