@@ -32,7 +32,8 @@ from lco_jax.checkpoint.base import hub_id_of
 from lco_jax.checkpoint.card import About, Section, adapter_card
 from lco_jax.checkpoint.export import export_merged, write_model
 from lco_jax.checkpoint.hf import DTYPES, Checkpoint, open_checkpoint
-from lco_jax.checkpoint.peft import has_adapters, read_adapter, write_peft
+from lco_jax.checkpoint.peft import has_adapters, read_adapter, usage_of, write_peft
+from lco_jax.checkpoint.sentence_transformers import Usage, usage_beside
 from lco_jax.checkpoint.tensors import SHARD_BYTES
 from lco_jax.core import lora
 from lco_jax.core.console import say
@@ -44,6 +45,7 @@ from lco_jax.evaluation import local_tasks
 from lco_jax.evaluation.plots import plot_spectrum, subject_of
 from lco_jax.flags import add_path, new_parser
 from lco_jax.training.card import about_run
+from lco_jax.training.instructions import usage_of_run
 from lco_jax.training.run import run_config, tuned_of_run
 from lco_jax.uploads import add_push_flags, beside, check_upload_flags, pushed_folders
 
@@ -163,11 +165,14 @@ def _export_run(args: argparse.Namespace, run: Mapping[str, Any]) -> None:
     say(f"{args.input}: step {found.step}, trained from {found.source}")
     about = about_run(run, _results(args.input), found.step)
     base = found.source, found.checkpoint
-    _write_merged(args, args.output, base, found.parameters, found.lora, about)
+    usage = usage_of_run(run)
+    _write_merged(args, args.output, base, found.parameters, found.lora, about, usage)
     if has_adapters(found.parameters.get("decoder", {})):
         folder = beside(args.output, "adapter")
         card = adapter_card(found.checkpoint, found.source, about, found.lora)
-        write_peft(folder, found.parameters["decoder"], found.lora, found.source, card)
+        beside_it = usage_beside(usage, found.checkpoint.folder)
+        adapters = found.parameters["decoder"]
+        write_peft(folder, adapters, found.lora, found.source, card, beside_it)
         say(f"adapter: {folder}")
 
 
@@ -182,11 +187,13 @@ def _export_model(args: argparse.Namespace) -> None:
     """Write a model, perhaps with an adapter."""
     checkpoint = open_checkpoint(args.model)
     tuned, config, about = {}, None, None
+    usage = usage_of(checkpoint, args.adapter)
     if args.adapter:
         tuned, config = read_adapter(args.adapter, checkpoint, head=True)
         made = f"{{base}} with the adapter {_shown(args.adapter)} added to its weights."
         about = About(made, "with an adapter")
-    _write_merged(args, args.output, (args.model, checkpoint), tuned, config, about)
+    base = args.model, checkpoint
+    _write_merged(args, args.output, base, tuned, config, about, usage)
 
 
 def _write_merged(
@@ -196,11 +203,12 @@ def _write_merged(
     tuned: dict[str, Any],
     config: lora.LoraConfig | None,
     about: About | None,
+    usage: Usage | None = None,
 ) -> None:
-    """base: as it was given, and opened."""
+    """base: as it was given, and opened. usage: of the model; None: as the base."""
     source, checkpoint = base
     dtype, most = _dtype(args), _shard_bytes(args)
-    export_merged(source, output, tuned, config, dtype, most, about, checkpoint)
+    export_merged(source, output, tuned, config, dtype, most, about, checkpoint, usage)
     say(f"merged model ({dtype}): {output}")
 
 

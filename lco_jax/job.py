@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from lco_jax.evaluation.sts import ScoredPairs, open_pairs
 from lco_jax.models.model import Model
 from lco_jax.training import tuning
 from lco_jax.training.folder import check_outputs
+from lco_jax.training.instructions import refuse_instructions, told_by_source
 from lco_jax.training.metrics import check_packages
 from lco_jax.training.run import check_same_run, has_begun
 from lco_jax.training.state import Training, warmup_steps
@@ -82,6 +84,8 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
     generative: records are prompts and answers, and the vocabulary head is loaded, too.
     """
     media = _media_config(config)
+    if generative:
+        refuse_instructions(config)
     check_packages(config)
     check_outputs(home, config)
     mesh = make_mesh(**config.mesh)
@@ -206,10 +210,15 @@ def open_layout(
             "config.train.batch_size is 1, and no record has a negative: there is nothing to tell "
             "a positive from; give a larger batch, or records with negatives"
         )
+    by_source = told_by_source(config)
+    told = tuple(dict.fromkeys(chain(*by_source.values()))) or (None,)
+    if by_source:
+        processor.tokenizer.check_place(config.instructions.place)
     layout = pipeline.Layout(
         batch_size=config.train.batch_size,
         max_negatives=max_negatives,
-        prefix=processor.tokenizer.prefix,
+        prefix=processor.tokenizer.prefixes(told),
+        told=told,
         chunk_tokens=config.train.chunk_tokens,
         on_bad=config.data.on_bad,
         generative=generative,
@@ -230,7 +239,8 @@ def batches_of(
     one_source = len(sources) == 1 or config.data.batches == "homogeneous"
     run = layout.batch_size if config.data.batches == "homogeneous" else config.data.sub_batch
     once = 0 if layout.generative else layout.batch_size
-    stream = pipeline.record_stream(sources, weights, config.seed, run, once)
+    told = told_by_source(config)
+    stream = pipeline.record_stream(sources, weights, config.seed, run, once, told)
     if once and not config.train.ignore_duplicates and jax.process_index() == 0:
         for line in mixture.repeats(sources, weights, layout.batch_size, one_source):
             logger.warning("%s", line)
@@ -392,6 +402,7 @@ def _load(
         quantize=config.model.quantize,
         remat="full" if remat == "auto" else remat,  # until a policy is chosen
         attention=config.model.attention,
+        pooling=config.model.pooling,
     )
     if config.tune.decoder == "full":
         model = dataclasses.replace(model, decoder=model.decoder.clone(tuned=True))

@@ -16,9 +16,13 @@ import numpy as np
 from lco_jax.checkpoint.card import About, merged_card, write_card
 from lco_jax.checkpoint.hf import DTYPES, Checkpoint, open_checkpoint
 from lco_jax.checkpoint.sentence_transformers import (
+    Usage,
     read_projection,
+    read_usage,
+    says_usage,
     write_modules,
     write_projection,
+    write_usage,
 )
 from lco_jax.checkpoint.shapes import per_layer
 from lco_jax.checkpoint.tensors import (
@@ -83,13 +87,14 @@ def export_merged(
     max_shard_bytes: int = SHARD_BYTES,
     about: About | None = None,
     checkpoint: Checkpoint | None = None,
+    usage: Usage | None = None,
 ) -> None:
     """Write `source` with its trained parameters as a Hugging Face folder, as `write_model` does.
 
     tuned: the trainable parameters of a training state (`training/tuning.py`), or the adapters by
     part as `peft.read_adapter` reads them; None exports the source in another dtype or split.
     config: the adapters'. about: what its card tells of how it was made. checkpoint: the
-    source, where it is open already.
+    source, where it is open already. usage: by default the source's.
     """
     checkpoint = open_checkpoint(source) if checkpoint is None else checkpoint
     tuned = tuned or {}
@@ -97,7 +102,8 @@ def export_merged(
         about = About("This is {base} with what was trained added to its weights.", "tuned")
     projection = np.asarray(tuned["projection"]["weight"]) if "projection" in tuned else None
     merged = _Merged(checkpoint, tuned, config)
-    write_model(checkpoint, output, merged, dtype, max_shard_bytes, projection, source, about)
+    options = projection, source, about, usage
+    write_model(checkpoint, output, merged, dtype, max_shard_bytes, *options)
 
 
 def write_model(
@@ -109,13 +115,14 @@ def write_model(
     projection: np.ndarray | None = None,
     source: str | Path | None = None,
     about: About | None = None,
+    usage: Usage | None = None,
 ) -> None:
     """Write a model like `checkpoint` aside, read back each file, then rename the folder.
 
     tensor: makes the tensor of a key. Floating-point tensors are written in `dtype`, all others as
     they are. projection: a matrix [D, D] for the pooled states, by default the checkpoint's, if it
     has one. source, about: for the card, the checkpoint as it was given, by default its folder, and
-    how the model was made.
+    how the model was made. usage: how it embeds, by default as the checkpoint does.
     """
     if dtype not in DTYPES:
         raise LcoError(f"dtype {dtype!r} is not supported; these are: {', '.join(DTYPES)}")
@@ -136,7 +143,10 @@ def write_model(
 
     with progress, written_aside(output) as aside:
         _copy_files(checkpoint.folder, aside, dtype)
-        _describe(checkpoint, aside, projection, source, about or About())
+        _describe(checkpoint, aside, projection, usage or read_usage(checkpoint.folder))
+        named = checkpoint.folder if source is None else source
+        card = merged_card(checkpoint, named, about or About(), projection is not None)
+        write_card(aside, card)
         write_shards(aside, sizes, rounded, max_shard_bytes)
         open_checkpoint(aside)
 
@@ -174,16 +184,15 @@ def _describe(
     checkpoint: Checkpoint,
     folder: Path,
     projection: np.ndarray | None,
-    source: str | Path | None,
-    about: About,
+    usage: Usage,
 ) -> None:
-    """Write what sentence-transformers and people read."""
-    projected = projection is not None
+    """Write what sentence-transformers reads, and how the model is to be used."""
+    hidden_size, projected = checkpoint.config.hidden_size, projection is not None
     if projection is not None:
         write_projection(folder, projection)
     if checkpoint.backbone.in_sentence_transformers:
         template = ChatTokenizer(checkpoint.folder).tokenizer.chat_template
-        hidden_size, modalities = checkpoint.config.hidden_size, checkpoint.backbone.modalities
-        write_modules(folder, template, hidden_size, modalities, projected)
-    source = checkpoint.folder if source is None else source
-    write_card(folder, merged_card(checkpoint, source, about, projected))
+        modalities = checkpoint.backbone.modalities
+        write_modules(folder, template, hidden_size, modalities, projected, usage)
+    elif usage != Usage() or says_usage(folder):
+        write_usage(folder, usage)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,13 @@ from lco_jax.checkpoint.card import write_card
 from lco_jax.checkpoint.hf import HEAD, Checkpoint, abstract_model
 from lco_jax.checkpoint.peft_config import CONFIG, PeftConfig, read_config
 from lco_jax.checkpoint.peft_pairs import PREFIX, WEIGHTS, Pair, read_pairs
+from lco_jax.checkpoint.sentence_transformers import (
+    USAGE_FILES,
+    Usage,
+    read_usage,
+    says_usage,
+    write_usage,
+)
 from lco_jax.checkpoint.tensors import check_finite, write_tensors
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import resolve, write_json, written_aside
@@ -60,11 +68,19 @@ def has_adapters(tuned: Tree) -> bool:
 # ---- writing
 
 
-def write_peft(folder: Path, adapters: Tree, config: LoraConfig, base: str, card: str = "") -> None:
+def write_peft(
+    folder: Path,
+    adapters: Tree,
+    config: LoraConfig,
+    base: str,
+    card: str = "",
+    usage: Usage | None = None,
+) -> None:
     """Write the adapter's folder aside, read back each file, then rename the folder.
 
     base: the checkpoint it belongs to, as it was given; PEFT gets a hub id with its commit, or an
-    absolute path (`base.base_of`). card: the content of README.md; "" for none.
+    absolute path (`base.base_of`). card: the content of README.md; "" for none. usage: how the
+    model with the adapter is to be used; None: as its base.
     """
     tensors: dict[str, np.ndarray] = {}
     modules = set()
@@ -95,10 +111,22 @@ def write_peft(folder: Path, adapters: Tree, config: LoraConfig, base: str, card
         write_json(aside / CONFIG, content)
         if card:
             write_card(aside, card)
+        if usage is not None:
+            write_usage(aside, usage)
         read_peft(aside)
 
 
 # ---- reading
+
+
+def usage_of(checkpoint: Checkpoint, adapter: str | PathLike[str] | None) -> Usage:
+    """How a model, perhaps with an adapter, is to be used: as the adapter's folder says, or else
+    as the checkpoint's.
+    """
+    folder = None if adapter is None else _fetch(adapter)
+    if folder is not None and says_usage(folder):
+        return read_usage(folder)
+    return read_usage(checkpoint.folder)
 
 
 def read_peft(path_or_id: str | Path, depth: int = MAX_LAYERS) -> tuple[Tree, LoraConfig]:
@@ -188,9 +216,9 @@ def _depth(params: Tree) -> int:
     return max((leaf.shape[0] for path, leaf in leaves.items() if _is_stacked(path)), default=0)
 
 
-def _fetch(path_or_id: str | Path) -> Path:
+def _fetch(path_or_id: str | PathLike[str]) -> Path:
     """The folder of an adapter. Raises if it is none."""
-    folder = resolve(path_or_id, [CONFIG, WEIGHTS])
+    folder = resolve(path_or_id, [CONFIG, WEIGHTS, *USAGE_FILES])
     if not (folder / CONFIG).exists():
         _explain_other_folder(folder)
     if (folder / CONFIG).exists() and not (folder / WEIGHTS).exists():

@@ -26,7 +26,7 @@ A and B share "the cat". A token's home is the cell from which its result of att
 
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
@@ -51,7 +51,7 @@ from lco_jax.core.weights import GOLDEN_RATIO, fold_in
         "home",
         "last_tokens",
     ],
-    meta_fields=["prefix_length"],
+    meta_fields=["branches"],
 )
 @dataclass(frozen=True)
 class PackedTokens:
@@ -66,9 +66,9 @@ class PackedTokens:
         after the sequence's end.
     home: int32 [R, T], the cell of the rows that has the token's home; -1 for padding.
     last_tokens: int32 [R, S], the index in the stream of each slot's last token; 0 for empty rows.
-    prefix_length: P, where sequences share only tokens among the stream's first P, each of which
-        has the same column in every row (training, whose backward pass relies on it). None where
-        sequences share any beginning (inference).
+    branches: where sequences share only tokens among the stream's first P, each of which has the
+        same column in every row, those of `Prefixes` (training, whose backward pass relies on it).
+        None where sequences share any beginning (inference).
     """
 
     input_ids: Array
@@ -78,7 +78,12 @@ class PackedTokens:
     rows: tuple[Array, ...]
     home: Array
     last_tokens: Array
-    prefix_length: int | None = None
+    branches: "Branches | None" = None
+
+    @property
+    def prefix_length(self) -> int:
+        """P."""
+        return prefix_length(self.branches or ())
 
     def map(self, function: Callable[[Array], Array]) -> "PackedTokens":
         """Apply `function` to every array."""
@@ -204,31 +209,106 @@ def common_length(a: np.ndarray, b: np.ndarray) -> int:
     return int(differ.argmax()) if differ.any() else len(differ)
 
 
-def pack_stream(sequences: Sequence[TokenSequence], prefix: np.ndarray | None) -> Stream:
+Branch = tuple[int, int, int]  # (first token, its column, how many tokens) of tokens in a row
+Branches = tuple[Branch, ...]
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """What sequences begin with, in all a trie of P tokens that begin every stream: one beginning,
+    or one for each instruction.
+
+    ids: int32 [P], the tokens. at: for each beginning int32 [n], the indices of its tokens.
+    branches: the trie in pieces, each of which is a piece of every row that has its tokens.
+    """
+
+    ids: np.ndarray
+    at: tuple[np.ndarray, ...]
+    branches: Branches
+
+    @classmethod
+    def of(cls, *beginnings: np.ndarray) -> "Prefixes":
+        """The trie of some beginnings, token ids int32 [n] each."""
+        ids: list[int] = []
+        at: list[np.ndarray] = []
+        branches: list[Branch] = []
+        for beginning in beginnings:
+            known = cls(np.array(ids, np.int32), tuple(at), ()).shared(beginning)
+            new = len(beginning) - len(known)
+            if new:
+                branches.append((len(ids), len(known), new))
+            appended = len(ids) + np.arange(new, dtype=np.int32)
+            at.append(np.concatenate([known, appended]))
+            ids += beginning[len(known) :].tolist()
+        return cls(np.array(ids, np.int32), tuple(at), tuple(branches))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def shared(self, ids: np.ndarray) -> np.ndarray:
+        """The indices of the tokens that a sequence begins with, as many as there are: int32."""
+        at, length = self._like(ids)
+        return at[:length]
+
+    def own(self, ids: np.ndarray) -> int:
+        """How many tokens a sequence adds to a stream, at least 1. A few that lack the last token
+        of their beginning add one more.
+        """
+        at, _ = self._like(ids)
+        return max(len(ids) - len(at), 1)
+
+    def _like(self, ids: np.ndarray) -> tuple[np.ndarray, int]:
+        """The beginning that a sequence has most of, and how many tokens it has of it."""
+        best, most = np.zeros(0, np.int32), -1
+        for at in self.at:
+            length = common_length(ids, self.ids[at])
+            if length > most:
+                best, most = at, length
+        return best, max(most, 0)
+
+
+def prefix_length(branches: Branches) -> int:
+    """How many tokens these are."""
+    return sum(length for _, _, length in branches)
+
+
+def pack_stream(sequences: Sequence[TokenSequence], prefix: Prefixes | None) -> Stream:
     """Pack sequences side by side; of each, append only the tokens that it does not share.
 
-    prefix: token ids [P]. They begin the stream, and sequences share no other tokens: in training,
-    a sequence has dropout masks of its own, and gradients of shared tokens are sums. None:
-    sequences share every common beginning.
+    prefix: begins the stream, and sequences share no other tokens: in training, a sequence has
+    dropout masks of its own, and gradients of shared tokens are sums. None: sequences share every
+    common beginning.
     """
     ids = [_ids_to_compare(one, number) for number, one in enumerate(sequences)]
-    order: Iterable[int] = range(len(ids))
-    if prefix is None:
-        # Any order of byte strings has those that begin alike side by side.
-        order = sorted(order, key=lambda i: ids[i].tobytes())
-    before = np.zeros(0, np.int32) if prefix is None else prefix
-    before_at = np.arange(len(before), dtype=np.int32)
-    length = len(before)
+    at, length = _as_trie(ids) if prefix is None else _side_by_side(ids, prefix)
+    return Stream(list(sequences), at, length)
+
+
+def _side_by_side(ids: Sequence[np.ndarray], prefix: Prefixes) -> tuple[list[np.ndarray], int]:
+    """`at` and `length` of the stream of sequences that share the prefix alone."""
+    length = len(prefix)
+    at = []
+    for one in ids:
+        shared = prefix.shared(one)
+        appended = length + np.arange(len(one) - len(shared), dtype=np.int32)
+        at.append(np.concatenate([shared, appended]))
+        length += len(appended)
+    return at, length
+
+
+def _as_trie(ids: Sequence[np.ndarray]) -> tuple[list[np.ndarray], int]:
+    """`at` and `length` of the stream of sequences that share every beginning."""
+    before = before_at = np.zeros(0, np.int32)
     at = [before_at] * len(ids)
-    for i in order:
+    length = 0
+    # Any order of byte strings has those that begin alike side by side.
+    for i in sorted(range(len(ids)), key=lambda i: ids[i].tobytes()):
         shared = common_length(ids[i], before)
         appended = length + np.arange(len(ids[i]) - shared, dtype=np.int32)
         at[i] = np.concatenate([before_at[:shared], appended])
         length += len(appended)
-        if prefix is None:
-            before = ids[i]
-            before_at = at[i]
-    return Stream(list(sequences), at, length)
+        before, before_at = ids[i], at[i]
+    return at, length
 
 
 def _ids_to_compare(sequence: TokenSequence, number: int) -> np.ndarray:
@@ -245,7 +325,7 @@ def fill(
     streams: Sequence[Stream],
     identities: Sequence[Sequence[int]],
     shape: Shape,
-    prefix: np.ndarray | None,
+    prefix: Prefixes | None,
 ) -> tuple[PackedTokens, list[np.ndarray]]:
     """Fill the arrays of R streams, on the host; also return the slots of each stream's sequences.
 
@@ -257,7 +337,7 @@ def fill(
     groups = sorted(shape.rows.items())
     sizes = [width * count for width, count in groups]
     cells = np.full((len(streams), sum(sizes)), -1, np.int32)
-    tokens = _without_tokens(len(streams), shape, None if prefix is None else len(prefix))
+    tokens = _without_tokens(len(streams), shape, None if prefix is None else prefix.branches)
     all_slots = []
     for r, (stream, numbers) in enumerate(zip(streams, identities, strict=True)):
         arrays = tokens.map(itemgetter(r))
@@ -271,7 +351,7 @@ def fill(
     return replace(tokens, rows=rows), all_slots
 
 
-def _without_tokens(streams: int, shape: Shape, prefix_length: int | None) -> PackedTokens:
+def _without_tokens(streams: int, shape: Shape, branches: Branches | None) -> PackedTokens:
     """Arrays of `shape` that hold no token yet, and no rows."""
     size = (streams, shape.tokens)
     slots = sum(shape.rows.values())
@@ -283,7 +363,7 @@ def _without_tokens(streams: int, shape: Shape, prefix_length: int | None) -> Pa
         rows=(),
         home=np.full(size, -1, np.int32),
         last_tokens=np.zeros((streams, slots), np.int32),
-        prefix_length=prefix_length,
+        branches=branches,
     )
 
 
@@ -349,10 +429,9 @@ def _write_tokens(
     """Write to the stream, at the indices `where`, the tokens in some `columns` of a sequence."""
     tokens.input_ids[where] = sequence.input_ids[columns]
     tokens.position_ids[where] = sequence.position_ids[columns]
-    prefix_keys = columns.astype(np.uint32)
-    own_keys = prefix_keys + np.uint32(identity * GOLDEN_RATIO % 2**32)
-    in_prefix = where < (tokens.prefix_length or 0)
-    tokens.token_keys[where] = np.where(in_prefix, prefix_keys, own_keys)
+    own_keys = columns.astype(np.uint32) + np.uint32(identity * GOLDEN_RATIO % 2**32)
+    in_prefix = where < tokens.prefix_length
+    tokens.token_keys[where] = np.where(in_prefix, where.astype(np.uint32), own_keys)
     if sequence.media_slots is not None:
         tokens.media_slots[where] = sequence.media_slots[columns]
 

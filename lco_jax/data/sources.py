@@ -37,6 +37,8 @@ from lco_jax.data.tables import open_table
 from lco_jax.data.tfds import CaptionedSource, nli_source
 
 KINDS = ("jsonl", "tfds", "files", "parquet")
+# keys of a source's entry: what its anchors are told, and what its positives and negatives are
+INSTRUCTIONS = ("query_instruction", "document_instruction")
 
 
 class JsonlSource(Source):
@@ -264,7 +266,10 @@ def _open(spec: Any, where: str, on_bad: str) -> Source:
     if kind not in KINDS:
         raise LcoError(f"{where}.kind is {kind!r}; it is one of: {', '.join(KINDS)}")
     given = {key: value for key, value in spec.items() if value is not None}
-    arguments = {key: given[key] for key in given.keys() - {"kind", "weight"}}
+    arguments = {key: given[key] for key in given.keys() - {"kind", "weight", *INSTRUCTIONS}}
+    for key in INSTRUCTIONS:
+        if not isinstance(given.get(key, ""), str):
+            raise LcoError(f"{where}.{key} is {given[key]!r:.60}; it must be a text")
     for key in arguments.keys() & {"columns", "values"}:
         if not isinstance(arguments[key], Mapping):
             raise LcoError(f"{where}.{key} must be a mapping, and is {arguments[key]!r:.60}")

@@ -1,0 +1,147 @@
+"""Mean pooling: transformers' averaged states, however sequences are packed."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+import reference_media
+import torch
+
+from lco_jax import LcoError, OmniEmbedder, make_mesh
+from lco_jax.checkpoint.hf import load_model, open_checkpoint
+from lco_jax.core import lora
+from lco_jax.core.packing import Prefixes, TokenSequence, fill, pack_stream
+from lco_jax.core.stream_shapes import Shape, padded_shape
+from lco_jax.data.positions import line_positions
+from lco_jax.data.prompts import as_messages
+from lco_jax.models.pooling import pool
+
+
+def mean_of_torch(model, ids):
+    """The mean of transformers' last hidden states under the attention mask, of unit length."""
+    longest = max(map(len, ids))
+    padded = np.zeros((len(ids), longest), np.int64)
+    mask = np.zeros_like(padded)
+    for row, one in enumerate(ids):
+        padded[row, longest - len(one) :] = one
+        mask[row, longest - len(one) :] = 1
+    padded, mask = torch.tensor(padded), torch.tensor(mask)
+    with torch.no_grad():
+        states = model(
+            input_ids=padded, attention_mask=mask, output_hidden_states=True, use_cache=False
+        ).hidden_states[-1]
+    summed = (states * mask[..., None]).sum(dim=1)
+    pooled = summed / mask.sum(dim=1, keepdim=True)
+    return torch.nn.functional.normalize(pooled, dim=-1).numpy()
+
+
+@pytest.mark.parametrize("family", ["vl", "omni", "llava_qwen2"])
+def test_texts_have_the_mean_of_transformers_states(cases, family):
+    case = cases[family]
+    ours = OmniEmbedder.from_pretrained(case.path, pooling="mean", modalities=("text",))
+    got = ours.encode(reference.TEXTS)
+    ids = ours.tokenizer([as_messages(text, "") for text in reference.TEXTS])
+    assert len({len(one) for one in ids}) > 2
+    assert np.abs(got - mean_of_torch(case.model, ids)).max() < 1e-5
+    last = OmniEmbedder.from_pretrained(case.path, modalities=("text",)).encode(reference.TEXTS)
+    assert np.abs(got - last).max() > 1e-2
+
+
+def test_images_count_among_the_tokens(cases):
+    """Each picture alone, and in one batch with texts."""
+    case = cases["vl"]
+    images = reference_media.images()[:3] if hasattr(reference_media, "images") else None
+    if images is None:
+        pytest.skip("no pictures")
+    ours = OmniEmbedder.from_pretrained(case.path, pooling="mean")
+    together = ours.encode([*images, "a text", {"text": "with a text", "image": images[0]}])
+    alone = [ours.encode(image) for image in images]
+    assert np.abs(together[:3] - alone).max() < 1e-6
+
+
+@pytest.fixture(scope="module")
+def tiny_mean():
+    checkpoint = open_checkpoint("builtin:tiny")
+    mesh = make_mesh(devices=jax.devices()[:1])
+    model, params = load_model(checkpoint, mesh, towers=(), pooling="mean")
+    return model.decoder, params["decoder"]
+
+
+LENGTHS = ((6, 20), (6, 33), (3, 9), (0, 12), (11, 25), (9, 4))  # of the beginning, of the rest
+SHARED = np.arange(50, 61, dtype=np.int32)
+OTHER = np.concatenate([SHARED[:4], np.arange(70, 75, dtype=np.int32)])
+
+
+def sequences():
+    rng = np.random.default_rng(0)
+    found = []
+    for number, (shared, own) in enumerate(LENGTHS):
+        begins = (OTHER if number % 2 else SHARED)[:shared]
+        ids = np.concatenate([begins, rng.integers(0, 40, own)]).astype(np.int32)
+        found.append(TokenSequence(ids, line_positions(0, len(ids))))
+    return found
+
+
+def packed(prefix):
+    given = sequences()
+    stream = pack_stream(given, prefix)
+    tokens, slots = fill([stream], [range(len(given))], padded_shape(stream.need, Shape()), prefix)
+    return tokens, slots[0], stream
+
+
+ONE, TWO = Prefixes.of(SHARED), Prefixes.of(SHARED, OTHER)
+
+
+@pytest.mark.parametrize("prefix", [Prefixes.of(SHARED[:0]), ONE, TWO, None])
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_vectors_and_gradients_are_the_same_however_beginnings_are_shared(
+    tiny_mean, prefix, pooling
+):
+    """Against each sequence in a stream of its own, also for two branches of beginnings."""
+    decoder, params = tiny_mean
+    decoder = decoder.clone(pooling=pooling)
+    config = lora.LoraConfig(rank=4, alpha=8, dropout=0.0)
+    adapters = lora.init(jax.random.key(0), params, config)
+    adapters = jax.tree.map(lambda x: x + 0.02, adapters)
+    wanted = jnp.asarray(np.random.default_rng(1).normal(size=(len(LENGTHS), 128)), jnp.float32)
+
+    def loss(adapters, tokens, slots):
+        pooled = pool(decoder, lora.attach(params, adapters, config), tokens)
+        pooled = pooled.reshape(-1, pooled.shape[-1])[slots]
+        return jnp.sum(pooled * wanted) / 10, pooled
+
+    tokens, slots, stream = packed(prefix)
+    if prefix is None:  # inference takes no gradients
+        _, vectors = loss(adapters, tokens, slots)
+    else:
+        (_, vectors), grads = jax.value_and_grad(loss, has_aux=True)(adapters, tokens, slots)
+    apart = [pack_stream([one], Prefixes.of(SHARED[:0])) for one in sequences()]
+    shape = padded_shape(Shape(64, {48: 1}), Shape())
+    tokens, slots = fill(
+        apart, [[i] for i in range(len(apart))], shape, Prefixes.of(SHARED[:0])
+    )
+    slots = np.arange(len(apart))
+    (_, want), want_grads = jax.value_and_grad(loss, has_aux=True)(adapters, tokens, slots)
+    assert np.abs(np.asarray(vectors) - np.asarray(want)).max() < 1e-5
+    if prefix is not None:
+        for got, one in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
+            assert np.abs(got - one).max() < 1e-5 * max(1, np.abs(one).max())
+
+
+def test_what_beginnings_cost():
+    """Each token of the beginnings is in a stream once."""
+    lengths = [len(one) for one in sequences()]
+    without, one, two = (packed(prefix)[2].length for prefix in (None, ONE, TWO))
+    assert packed(Prefixes.of(SHARED[:0]))[2].length == sum(lengths)
+    assert one == 11 + sum(lengths) - (6 + 4 + 3 + 0 + 11 + 4)
+    assert two == 11 + 5 + sum(lengths) - (6 + 6 + 3 + 0 + 11 + 9)
+    assert without <= two
+    assert TWO.branches == ((0, 0, 11), (11, 4, 5))
+
+
+def test_an_unknown_pooling_is_named():
+    with pytest.raises(LcoError, match="pooling is 'max'; it is one of: last, mean"):
+        OmniEmbedder.from_pretrained("builtin:tiny", pooling="max")
