@@ -223,7 +223,7 @@ def _layout(mesh: Any) -> Any:
     import numpy as np
 
     from lco_jax.checkpoint import builtin
-    from lco_jax.core.packing import Prefixes, common_length
+    from lco_jax.core.prefixes import Prefixes, common_length
     from lco_jax.data import pipeline
     from lco_jax.data.layouts import floor_of
     from lco_jax.data.positions import line_positions

@@ -30,7 +30,8 @@ from lco_jax.checkpoint.hf import load_model, open_checkpoint
 from lco_jax.checkpoint.peft import layer_tensors, read_peft
 from lco_jax.checkpoint.shapes import abstract_params
 from lco_jax.core import lora
-from lco_jax.core.packing import Batch, Prefixes, common_length
+from lco_jax.core.packing import Batch
+from lco_jax.core.prefixes import Prefixes, common_length
 from lco_jax.core.quantize import quantize
 from lco_jax.core.sharding import shardings
 from lco_jax.data import pipeline

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from lco_jax import loop
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath
+from lco_jax.data.instructions import Instruction
 from lco_jax.data.records import Content, as_input
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation.plots import plot_similarity, subject_of
@@ -22,6 +23,7 @@ from lco_jax.models.model import Model
 from lco_jax.outputs import finish
 from lco_jax.results import Results
 from lco_jax.training.folder import held
+from lco_jax.training.instructions import told_elsewhere
 from lco_jax.training.run import check_config
 from lco_jax.training.step import Step, make_train_step
 
@@ -94,24 +96,30 @@ def _evaluate(
         return scores
     config = job.config
 
-    def encode(inputs: list[Any]) -> np.ndarray:
+    def encode(inputs: list[Any], prompt: Instruction | None = None) -> np.ndarray:
         progress.total += len(inputs)
         return embedder.encode(
             inputs,
+            prompt=prompt,
             batch_size=config.eval.batch_size,
             max_length=config.data.max_length,
             progress=progress,
         )
 
-    def encode_contents(contents: Sequence[Content]) -> np.ndarray:
-        return encode([as_input(content) for content in contents])
+    def encode_contents(told: Instruction | None, contents: Sequence[Content]) -> np.ndarray:
+        return encode([as_input(content) for content in contents], told)
 
     embedder.params = make_params()
     with held_out_progress(when) as progress:
         for name, records in job.held_out.items():
-            scores.retrieval[name] = retrieval(encode_contents, records)
+            query, document = told_elsewhere(config, name)
+            encode_query = None if query == document else partial(encode_contents, query)
+            encode_document = partial(encode_contents, document)
+            scores.retrieval[name] = retrieval(encode_document, records, encode_query)
         for name, pairs in job.pairs.items():
-            scores.spearman[name] = agreement(encode, pairs).spearman
+            _, of_documents = told_elsewhere(config, name)
+            encode_pair = partial(encode, prompt=of_documents)
+            scores.spearman[name] = agreement(encode_pair, pairs).spearman
     embedder.params = {}
     if when == "before":  # a table says it again, hours later
         say(f"held out, before training: {_in_brief(scores)}", _as_json(scores))

@@ -32,9 +32,10 @@ from lco_jax.checkpoint.base import hub_id_of
 from lco_jax.checkpoint.card import About, Section, adapter_card
 from lco_jax.checkpoint.export import export_merged, write_model
 from lco_jax.checkpoint.hf import DTYPES, Checkpoint, open_checkpoint
-from lco_jax.checkpoint.peft import has_adapters, read_adapter, usage_of, write_peft
-from lco_jax.checkpoint.sentence_transformers import Usage, usage_beside
+from lco_jax.checkpoint.peft import has_adapters, read_adapter, write_peft
+from lco_jax.checkpoint.sentence_transformers import Usage
 from lco_jax.checkpoint.tensors import SHARD_BYTES
+from lco_jax.checkpoint.usage import usage_beside, usage_of
 from lco_jax.core import lora
 from lco_jax.core.console import say
 from lco_jax.core.errors import DONE, LcoError, run_main
@@ -187,12 +188,11 @@ def _export_model(args: argparse.Namespace) -> None:
     """Write a model, perhaps with an adapter."""
     checkpoint = open_checkpoint(args.model)
     tuned, config, about = {}, None, None
-    usage = usage_of(checkpoint, args.adapter)
     if args.adapter:
         tuned, config = read_adapter(args.adapter, checkpoint, head=True)
         made = f"{{base}} with the adapter {_shown(args.adapter)} added to its weights."
         about = About(made, "with an adapter")
-    base = args.model, checkpoint
+    base, usage = (args.model, checkpoint), usage_of(checkpoint, args.adapter)
     _write_merged(args, args.output, base, tuned, config, about, usage)
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from lco_jax.arguments import check_on_error, check_options, check_passes, check_types
 from lco_jax.checkpoint import peft
 from lco_jax.checkpoint.hf import load_model, open_checkpoint
+from lco_jax.checkpoint.usage import usage_of
 from lco_jax.core import lora
 from lco_jax.core.console import progress_bar
 from lco_jax.core.errors import LcoError, check_at_least_1, check_bool
@@ -69,8 +70,7 @@ class OmniEmbedder(SentenceMethods):
     ):
         super().__init__(instructions)
         self.model, self.params = model, params
-        self.processor = processor
-        self.mesh = mesh
+        self.processor, self.mesh = processor, mesh
         self.origin: Origin | None = None
         self.skipped: dict[int, str] = {}
         self.towers = MediaPrograms(model, mesh)
@@ -115,7 +115,7 @@ class OmniEmbedder(SentenceMethods):
         adapted = None
         if adapter is not None:
             adapted = peft.read_adapter(adapter, checkpoint, head=cls.LOADS_HEAD)
-        usage = peft.usage_of(checkpoint, adapter)
+        usage = usage_of(checkpoint, adapter)
         mesh = make_mesh(devices=jax.local_devices()) if mesh is None else mesh
         chosen = chosen_modalities(modalities, checkpoint.backbone.modalities)
         context = checkpoint.config.max_position_embeddings

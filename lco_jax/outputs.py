@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from lco_jax.checkpoint.card import adapter_card
 from lco_jax.checkpoint.export import export_merged
 from lco_jax.checkpoint.peft import has_adapters, write_peft
-from lco_jax.checkpoint.sentence_transformers import usage_beside
+from lco_jax.checkpoint.usage import usage_beside
 from lco_jax.core.console import say_all
 from lco_jax.core.files import on_bucket, write_json
 from lco_jax.evaluation.plots import plot_loss, subject_of

@@ -27,7 +27,6 @@ from lco_jax.core.files import read_own, write_json
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Contents, Corpus, scan
 from lco_jax.data.folder import rest_in_words
-from lco_jax.data.inputs import Preparation
 from lco_jax.data.parts import Unit, VectorParts, cut
 from lco_jax.data.skipped import skipped_in_words
 from lco_jax.data.vectors import part_table, read_vectors, same_work
@@ -40,6 +39,7 @@ from lco_jax.flags import (
     load_embedder,
     media_config,
     new_parser,
+    say_prompts,
     workers,
 )
 from lco_jax.searching.library import Entry, Library
@@ -86,7 +86,8 @@ def main() -> int:
         raise LcoError(f"--input={args.input}: search takes a folder of media, a .jsonl or a .txt")
     with _listening(args) as socket_:  # before hours of work
         library, embedder, notes = prepare(args)
-        preparation = Preparation(embedder.processor, args.prompt, args.max_length)
+        name = None if args.prompt is not None else embedder.query_prompt
+        preparation = embedder.preparation(name, args.prompt, args.max_length)
         queries = ModelQueries(preparation, embedder.embed)
         queries.embed(queries.prepare([FIRST_QUERY], "the first query"))
         about = {"model": Path(args.model).name, "modalities": embedder.modalities}
@@ -130,6 +131,7 @@ def prepare(args: argparse.Namespace) -> Started:
     keep_compiled()
     checkpoint = open_checkpoint(args.model)
     embedder = load_embedder(args, checkpoint, media, None)
+    say_prompts(args, checkpoint, queries=True)
     work = embedding_settings(args, media, checkpoint)
     parts = VectorParts(args.output / "vectors.parquet", work)
     keys, vectors = update(parts, entries, found, embedder, args)

@@ -37,7 +37,7 @@ class SentenceMethods(ABC):
         told = instructions or Instructions()
         self.prompt_place = told.place
         self.default_prompt_name = told.default
-        self.prompts = {**(PROMPTS if told.place == "instead" else {}), **told.prompts}
+        self.prompts = all_prompts(told)
 
     @property
     @abstractmethod
@@ -64,8 +64,9 @@ class SentenceMethods(ABC):
         **options: Any,
     ) -> Any:
         """`encode` with the prompt called "query", if there is one and no other is given."""
-        name = self._name_of(("query",), prompt_name, prompt)
-        return self.encode(inputs, name, prompt, *args, **options)
+        if prompt_name is None and prompt is None:
+            prompt_name = self.query_prompt
+        return self.encode(inputs, prompt_name, prompt, *args, **options)
 
     def encode_document(
         self,
@@ -76,8 +77,9 @@ class SentenceMethods(ABC):
         **options: Any,
     ) -> Any:
         """The same with the first prompt that there is of "document", "passage" and "corpus"."""
-        name = self._name_of(("document", "passage", "corpus"), prompt_name, prompt)
-        return self.encode(inputs, name, prompt, *args, **options)
+        if prompt_name is None and prompt is None:
+            prompt_name = self.document_prompt
+        return self.encode(inputs, prompt_name, prompt, *args, **options)
 
     def supports(self, modality: str | Sequence[str]) -> bool:
         """Whether a modality, or a mix of several, can be embedded; "message": chat messages."""
@@ -109,13 +111,16 @@ class SentenceMethods(ABC):
             raise LcoError(f"{len(a)} and {len(b)} vectors are no pairs; similarity compares all")
         return (unit(a) * unit(b)).sum(axis=-1)
 
-    def _name_of(
-        self, names: Sequence[str], prompt_name: str | None, prompt: Prompt | None
-    ) -> str | None:
-        """The given name, or, where no prompt is given, the first of `names` that there is."""
-        if prompt_name is None and prompt is None:
-            return next((name for name in names if name in self.prompts), None)
-        return prompt_name
+    @property
+    def query_prompt(self) -> str | None:
+        """The name of the prompt of queries, if there is one."""
+        return "query" if "query" in self.prompts else None
+
+    @property
+    def document_prompt(self) -> str | None:
+        """The name of the prompt of documents, if there is one."""
+        names = ("document", "passage", "corpus")
+        return next((name for name in names if name in self.prompts), None)
 
     def prompt_of(
         self, prompt_name: str | None = None, prompt: Prompt | None = None
@@ -149,6 +154,13 @@ class SentenceMethods(ABC):
                 f"prompt_name is {name!r:.60}, and model.prompts has {known}; add it there"
             )
         return self.prompts[name]
+
+
+def all_prompts(told: Instructions) -> dict[str, str]:
+    """Name -> text of a model's prompts: those that it was trained with, and the reference's, where
+    prompts stand in their place.
+    """
+    return {**(PROMPTS if told.place == "instead" else {}), **told.prompts}
 
 
 def _comparable(embeddings1: Any, embeddings2: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from lco_jax import LcoError, make_mesh
-from lco_jax.core.packing import Prefixes, TokenSequence, fill, pack_stream
+from lco_jax.core.packing import TokenSequence, fill, pack_stream
+from lco_jax.core.prefixes import Prefixes
 from lco_jax.core.stream_shapes import WIDTHS, Shape, width_of
 from lco_jax.core.target import target_platform
 from lco_jax.models import attention, kernels, streams

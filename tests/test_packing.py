@@ -5,7 +5,8 @@ import pytest
 from rows import row_of
 
 from lco_jax.core.bins import assign_rows, bucket, cheapest_cut, spread
-from lco_jax.core.packing import Prefixes, TokenSequence, fill, pack_stream
+from lco_jax.core.packing import TokenSequence, fill, pack_stream
+from lco_jax.core.prefixes import Prefixes
 from lco_jax.core.stream_shapes import Shape, in_widths, padded_shape
 
 

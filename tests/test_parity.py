@@ -11,7 +11,8 @@ import transformers
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 from lco_jax import OmniEmbedder, make_mesh
-from lco_jax.core.packing import Prefixes, TokenSequence, fill, pack_stream
+from lco_jax.core.packing import TokenSequence, fill, pack_stream
+from lco_jax.core.prefixes import Prefixes
 from lco_jax.core.stream_shapes import Shape, padded_shape
 from lco_jax.data.positions import line_positions
 from lco_jax.models.layers import apply_rotary, rotary_angles, rotation_of

@@ -12,7 +12,8 @@ from lco_jax import LcoError, make_mesh
 from lco_jax.checkpoint import builtin
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.configs import base
-from lco_jax.core.packing import Prefixes, TokenSequence, fill, pack_stream
+from lco_jax.core.packing import TokenSequence, fill, pack_stream
+from lco_jax.core.prefixes import Prefixes
 from lco_jax.core.stream_shapes import Shape, padded_shape
 from lco_jax.data import mixture, pipeline
 from lco_jax.data.pipeline import Layout, ahead, local_batches, record_stream

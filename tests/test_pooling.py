@@ -1,41 +1,22 @@
 """Mean pooling: transformers' averaged states, however sequences are packed."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-import reference_media
 import torch
+from reference_media import audio, golden, image, user
 
 from lco_jax import LcoError, OmniEmbedder, make_mesh
 from lco_jax.checkpoint.hf import load_model, open_checkpoint
 from lco_jax.core import lora
-from lco_jax.core.packing import Prefixes, TokenSequence, fill, pack_stream
+from lco_jax.core.packing import TokenSequence, fill, pack_stream
+from lco_jax.core.prefixes import Prefixes
 from lco_jax.core.stream_shapes import Shape, padded_shape
 from lco_jax.data.positions import line_positions
-from lco_jax.data.prompts import as_messages
+from lco_jax.data.prompts import PROMPTS, as_messages
 from lco_jax.models.pooling import pool
-
-
-def mean_of_torch(model, ids):
-    """The mean of transformers' last hidden states under the attention mask, of unit length."""
-    longest = max(map(len, ids))
-    padded = np.zeros((len(ids), longest), np.int64)
-    mask = np.zeros_like(padded)
-    for row, one in enumerate(ids):
-        padded[row, longest - len(one) :] = one
-        mask[row, longest - len(one) :] = 1
-    padded, mask = torch.tensor(padded), torch.tensor(mask)
-    with torch.no_grad():
-        states = model(
-            input_ids=padded, attention_mask=mask, output_hidden_states=True, use_cache=False
-        ).hidden_states[-1]
-    summed = (states * mask[..., None]).sum(dim=1)
-    pooled = summed / mask.sum(dim=1, keepdim=True)
-    return torch.nn.functional.normalize(pooled, dim=-1).numpy()
 
 
 @pytest.mark.parametrize("family", ["vl", "omni", "llava_qwen2"])
@@ -45,21 +26,27 @@ def test_texts_have_the_mean_of_transformers_states(cases, family):
     got = ours.encode(reference.TEXTS)
     ids = ours.tokenizer([as_messages(text, "") for text in reference.TEXTS])
     assert len({len(one) for one in ids}) > 2
-    assert np.abs(got - mean_of_torch(case.model, ids)).max() < 1e-5
+    with torch.no_grad():
+        want = reference.embed(case.model, ids, "mean").numpy()
+    assert np.abs(got - want).max() < 1e-5
     last = OmniEmbedder.from_pretrained(case.path, modalities=("text",)).encode(reference.TEXTS)
     assert np.abs(got - last).max() > 1e-2
 
 
-def test_images_count_among_the_tokens(cases):
-    """Each picture alone, and in one batch with texts."""
-    case = cases["vl"]
-    images = reference_media.images()[:3] if hasattr(reference_media, "images") else None
-    if images is None:
-        pytest.skip("no pictures")
+@pytest.mark.parametrize("family", ["vl", "omni"])
+def test_media_count_among_the_tokens(cases, family):
+    """Pictures of two sizes with and without text beside a text, in one batch of each."""
+    case = cases[family]
+    chats = [
+        user(image(0, 60, 90), PROMPTS["image"]),
+        user("a text", PROMPTS["text"]),
+        user("what is this?", image(1, 120, 60), PROMPTS["mixed"]),
+    ]
+    if family == "omni":
+        chats.append(user(audio(0, 1.3), PROMPTS["audio"]))
+    want = golden(case.model, case.path, chats, together=family == "vl", pooling="mean")
     ours = OmniEmbedder.from_pretrained(case.path, pooling="mean")
-    together = ours.encode([*images, "a text", {"text": "with a text", "image": images[0]}])
-    alone = [ours.encode(image) for image in images]
-    assert np.abs(together[:3] - alone).max() < 1e-6
+    assert np.abs(ours.encode(chats) - want.embeddings).max() < 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -113,16 +100,14 @@ def test_vectors_and_gradients_are_the_same_however_beginnings_are_shared(
         pooled = pooled.reshape(-1, pooled.shape[-1])[slots]
         return jnp.sum(pooled * wanted) / 10, pooled
 
-    tokens, slots, stream = packed(prefix)
+    tokens, slots, _ = packed(prefix)
     if prefix is None:  # inference takes no gradients
         _, vectors = loss(adapters, tokens, slots)
     else:
         (_, vectors), grads = jax.value_and_grad(loss, has_aux=True)(adapters, tokens, slots)
     apart = [pack_stream([one], Prefixes.of(SHARED[:0])) for one in sequences()]
     shape = padded_shape(Shape(64, {48: 1}), Shape())
-    tokens, slots = fill(
-        apart, [[i] for i in range(len(apart))], shape, Prefixes.of(SHARED[:0])
-    )
+    tokens, slots = fill(apart, [[i] for i in range(len(apart))], shape, Prefixes.of(SHARED[:0]))
     slots = np.arange(len(apart))
     (_, want), want_grads = jax.value_and_grad(loss, has_aux=True)(adapters, tokens, slots)
     assert np.abs(np.asarray(vectors) - np.asarray(want)).max() < 1e-5

@@ -21,13 +21,7 @@ from lco_jax.checkpoint.card import write_card
 from lco_jax.checkpoint.hf import HEAD, Checkpoint, abstract_model
 from lco_jax.checkpoint.peft_config import CONFIG, PeftConfig, read_config
 from lco_jax.checkpoint.peft_pairs import PREFIX, WEIGHTS, Pair, read_pairs
-from lco_jax.checkpoint.sentence_transformers import (
-    USAGE_FILES,
-    Usage,
-    read_usage,
-    says_usage,
-    write_usage,
-)
+from lco_jax.checkpoint.sentence_transformers import USAGE_FILES, Usage, write_usage
 from lco_jax.checkpoint.tensors import check_finite, write_tensors
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import resolve, write_json, written_aside
@@ -119,16 +113,6 @@ def write_peft(
 # ---- reading
 
 
-def usage_of(checkpoint: Checkpoint, adapter: str | PathLike[str] | None) -> Usage:
-    """How a model, perhaps with an adapter, is to be used: as the adapter's folder says, or else
-    as the checkpoint's.
-    """
-    folder = None if adapter is None else _fetch(adapter)
-    if folder is not None and says_usage(folder):
-        return read_usage(folder)
-    return read_usage(checkpoint.folder)
-
-
 def read_peft(path_or_id: str | Path, depth: int = MAX_LAYERS) -> tuple[Tree, LoraConfig]:
     """A decoder's adapter tree (numpy, float32) and its configuration, of a PEFT folder or hub id.
 
@@ -136,7 +120,7 @@ def read_peft(path_or_id: str | Path, depth: int = MAX_LAYERS) -> tuple[Tree, Lo
     the same for those beyond the last one it names. depth: the most layers that it may name.
     Raises for what it cannot represent: also for an adapter of more than the decoder's layers.
     """
-    folder = _fetch(path_or_id)
+    folder = adapter_folder(path_or_id)
     config = read_config(folder / CONFIG)
     file = folder / WEIGHTS
     if config.saves_head:
@@ -164,7 +148,7 @@ def read_adapter(
     head: whether the vocabulary head is wanted, which changes no embedding; its tree may hold the
     whole matrix. Raises for what cannot be applied exactly.
     """
-    folder = _fetch(path_or_id)
+    folder = adapter_folder(path_or_id)
     config = read_config(folder / CONFIG)
     file = folder / WEIGHTS
     params = abstract_model(checkpoint)
@@ -216,7 +200,7 @@ def _depth(params: Tree) -> int:
     return max((leaf.shape[0] for path, leaf in leaves.items() if _is_stacked(path)), default=0)
 
 
-def _fetch(path_or_id: str | PathLike[str]) -> Path:
+def adapter_folder(path_or_id: str | PathLike[str]) -> Path:
     """The folder of an adapter. Raises if it is none."""
     folder = resolve(path_or_id, [CONFIG, WEIGHTS, *USAGE_FILES])
     if not (folder / CONFIG).exists():

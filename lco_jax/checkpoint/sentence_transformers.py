@@ -70,11 +70,6 @@ def says_usage(folder: Path) -> bool:
     return any((folder / name).exists() for name in USAGE_FILES)
 
 
-def usage_beside(usage: Usage, base: Path) -> Usage | None:
-    """What an adapter's folder has to say of its usage; None where all is as without it."""
-    return None if usage == read_usage(base) == Usage() else usage
-
-
 def _pooling(folder: Path) -> str:
     file = folder / _POOLING / "config.json"
     if not file.exists():

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lco_jax.checkpoint.hf import Checkpoint, abstract_decoder
-from lco_jax.core.packing import Branches
+from lco_jax.core.prefixes import Branches
 from lco_jax.core.sharding import row_shards
 from lco_jax.core.stream_shapes import Shape, width_of
 from lco_jax.models.decoder import Decoder

@@ -3,12 +3,18 @@
 A prompt of sentence-transformers is an instruction here: both programs put it at the same place.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 # Where an instruction stands: in the place of the prompt after a content; in a system turn; before
 # the content; after it, before the prompt
 PLACES = ("instead", "system", "before", "after")
+IN_WORDS = {
+    "instead": "in the place of the prompt after each",
+    "system": "in a system turn before each",
+    "before": "before each",
+    "after": "after each, before the prompt",
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,3 @@ class Instructions:
     prompts: Mapping[str, str] = field(default_factory=dict)
     place: str = "instead"
     default: str | None = None
-
-    def find(self, names: Sequence[str]) -> str | None:
-        """The first of the names that there is, or the default's."""
-        return next((name for name in names if name in self.prompts), self.default)

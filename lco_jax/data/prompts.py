@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from lco_jax.core.errors import LcoError, explained
 from lco_jax.core.files import read_json
-from lco_jax.core.packing import Prefixes, common_length
+from lco_jax.core.prefixes import Prefixes, common_length
 from lco_jax.data import foreign
 from lco_jax.data.content import KINDS, MEDIA, Messages, Part, Reader, check_text
 from lco_jax.data.instructions import PLACES, Instruction

@@ -10,7 +10,8 @@ import numpy as np
 
 from lco_jax.core.bins import spread
 from lco_jax.core.exchange import agree
-from lco_jax.core.packing import Prefixes, TokenSequence, pack_stream
+from lco_jax.core.packing import TokenSequence, pack_stream
+from lco_jax.core.prefixes import Prefixes
 from lco_jax.core.stream_shapes import WIDTHS, Shape, in_widths, largest
 from lco_jax.data.instructions import Instruction
 from lco_jax.data.packed_media import (

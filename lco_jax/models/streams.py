@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
 
-from lco_jax.core.packing import Branch, Branches, PackedTokens, prefix_length
+from lco_jax.core.packing import PackedTokens
+from lco_jax.core.prefixes import Branch, Branches, prefix_length
 from lco_jax.core.sharding import current_parts
 
 Groups = tuple[

@@ -25,7 +25,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lco_jax.core.console import waiting
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import cache_folder, write_text
-from lco_jax.core.packing import Answers, Batch, Branches, PackedTokens
+from lco_jax.core.packing import Answers, Batch, PackedTokens
+from lco_jax.core.prefixes import Branches
 from lco_jax.core.sharding import ROWS, replicated, row_shards
 from lco_jax.core.stream_shapes import Shape
 from lco_jax.models.config import DecoderConfig
