@@ -35,7 +35,7 @@ from lco_jax.checkpoint.hf import DTYPES, Checkpoint, open_checkpoint
 from lco_jax.checkpoint.peft import has_adapters, read_adapter, write_peft
 from lco_jax.checkpoint.sentence_transformers import Usage
 from lco_jax.checkpoint.tensors import SHARD_BYTES
-from lco_jax.checkpoint.usage import usage_beside, usage_of
+from lco_jax.checkpoint.usage import common_usage, usage_beside, usage_of
 from lco_jax.core import lora
 from lco_jax.core.console import say
 from lco_jax.core.errors import DONE, LcoError, run_main
@@ -170,7 +170,7 @@ def _export_run(args: argparse.Namespace, run: Mapping[str, Any]) -> None:
     _write_merged(args, args.output, base, found.parameters, found.lora, about, usage)
     if has_adapters(found.parameters.get("decoder", {})):
         folder = beside(args.output, "adapter")
-        card = adapter_card(found.checkpoint, found.source, about, found.lora)
+        card = adapter_card(found.checkpoint, found.source, about, found.lora, usage)
         beside_it = usage_beside(usage, found.checkpoint.folder)
         adapters = found.parameters["decoder"]
         write_peft(folder, adapters, found.lora, found.source, card, beside_it)
@@ -246,15 +246,8 @@ def _soup(args: argparse.Namespace) -> None:
         return
     checkpoint, average = soup.average_models(names, weights)
     about = _about_soup("models", names, weights)
-    write_model(
-        checkpoint,
-        args.output,
-        average,
-        _dtype(args),
-        _shard_bytes(args),
-        source=names[0],
-        about=about,
-    )
+    options = {"source": names[0], "about": about}
+    write_model(checkpoint, args.output, average, _dtype(args), _shard_bytes(args), **options)
     say(f"average of {len(names)} models ({_dtype(args)}): {args.output}")
 
 
@@ -290,6 +283,7 @@ def _average_adapters(args: argparse.Namespace, weights: list[float]) -> None:
     """Average, choose and reduce as the flags say; then write."""
     checkpoint = open_checkpoint(args.model)
     adapters = soup.read_adapters(args.adapters, checkpoint)
+    common_usage(args.adapters, checkpoint)
     report: dict[str, Any] = {"model": args.model}
     if args.greedy:
         kept, report["greedy"] = _greedy(args, adapters)
@@ -318,8 +312,10 @@ def _write_adapter(
     """Write an adapter with its report and, of a reduced one, a plot of the singular values; then
     the merged model, if it is asked for.
     """
-    card = adapter_card(checkpoint, args.model, about, adapter[1])
-    write_peft(args.output, *adapter, args.model, card)
+    usage = common_usage(args.adapters, checkpoint)
+    card = adapter_card(checkpoint, args.model, about, adapter[1], usage)
+    beside_it = usage_beside(usage, checkpoint.folder)
+    write_peft(args.output, *adapter, args.model, card, beside_it)
     write_json(args.output / "soup.json", report)
     count = sum(1 for one in report["adapters"] if one["weight"])
     say(f"average of {count} adapters, of rank {report['rank']}: {args.output}")
@@ -332,7 +328,7 @@ def _write_adapter(
     if args.merge:
         folder = beside(args.output, "merged")
         base = args.model, checkpoint
-        _write_merged(args, folder, base, {"decoder": adapter[0]}, adapter[1], about)
+        _write_merged(args, folder, base, {"decoder": adapter[0]}, adapter[1], about, usage)
 
 
 def _greedy_in_words(args: argparse.Namespace, report: dict[str, Any]) -> str:
@@ -356,7 +352,9 @@ def _greedy(
     args: argparse.Namespace, adapters: Sequence[soup.Adapter]
 ) -> tuple[list[int], list[dict[str, Any]]]:
     """The adapters that the greedy soup keeps, and its steps. The base is loaded once."""
-    embedder = OmniEmbedder.from_pretrained(args.model, dtype=_dtype(args))
+    usage = common_usage(args.adapters, open_checkpoint(args.model))
+    options = {"dtype": _dtype(args), "pooling": usage.pooling}
+    embedder = OmniEmbedder.from_pretrained(args.model, **options)
     base = embedder.params["decoder"]
     kept, steps = soup.greedy(len(adapters), partial(_score, args, adapters, embedder, base))
     for step in steps:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from lco_jax.checkpoint.shapes import abstract_params
+from lco_jax.data.instructions import IN_WORDS
+from lco_jax.data.prompts import PROMPTS
 from lco_jax.models.config import DecoderConfig
 
 
@@ -43,6 +45,11 @@ def described(embedder: Any) -> str:
         lines.append(f"from {origin.path}")
     if origin is not None and origin.adapter is not None:
         lines.append(f"adapter {origin.adapter}")
+    if decoder.pooling != "last":
+        lines.append(f"{decoder.pooling} of all tokens' states")
+    told = {name: text for name, text in embedder.prompts.items() if name not in PROMPTS}
+    if told:
+        lines.append(f"prompts {', '.join(told)}, {IN_WORDS[embedder.prompt_place]}")
     lines.append(f"{stored}, on {mesh.size} {mesh.devices.flat[0].platform} ({axes})")
     inner = "\n".join(f"  {line}" for line in lines)
     return f"{type(embedder).__name__}(\n{inner}\n)"

@@ -98,7 +98,7 @@ def _export(job: Job, tuned: dict[str, Any], results: dict[str, Any]) -> None:
     run = json.loads(config.to_json()) | {"total_steps": job.total_steps}
     about, usage = about_run(run, results, job.total_steps), usage_of_run(run)
     if has_adapters(tuned.get("decoder", {})):
-        card = adapter_card(job.checkpoint, base, about, lora)
+        card = adapter_card(job.checkpoint, base, about, lora, usage)
         beside = usage_beside(usage, job.checkpoint.folder)
         write_peft(job.workdir / "adapter", tuned["decoder"], lora, base, card, beside)
     if config.export.merged:

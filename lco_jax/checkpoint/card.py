@@ -18,8 +18,10 @@ from jinja2 import Environment, StrictUndefined
 from lco_jax.checkpoint.base import HUB, Base, base_of, licence_keys
 from lco_jax.checkpoint.hf import DTYPES, Checkpoint
 from lco_jax.checkpoint.parts import README, front_matter, parts_of
+from lco_jax.checkpoint.sentence_transformers import Usage
 from lco_jax.core.files import ASSETS, write_text
 from lco_jax.core.lora import LoraConfig
+from lco_jax.data.instructions import IN_WORDS
 from lco_jax.data.prompts import PROMPT, PROMPTS
 
 _TEMPLATE = ASSETS / "card.jinja"
@@ -69,34 +71,51 @@ class About:
 
 
 class _Form(NamedTuple):
-    """What an export is. kind: merged, adapter or assembled. lora: an adapter's settings."""
+    """What an export is. kind: merged, adapter or assembled. lora: an adapter's settings. usage:
+    how it embeds.
+    """
 
     kind: str
     projected: bool = False
     lora: LoraConfig | None = None
+    usage: Usage = Usage()
 
 
-def merged_card(checkpoint: Checkpoint, source: str | Path, about: About, projected: bool) -> str:
+def merged_card(
+    checkpoint: Checkpoint,
+    source: str | Path,
+    about: About,
+    projected: bool,
+    usage: Usage | None = None,
+) -> str:
     """The card of a merged model.
 
     checkpoint, source: its base, opened, and as it was given. projected: whether it has a
-    projection.
+    projection. usage: how it embeds.
     """
     made = about.made or "This is {base} in another dtype or other files, and nothing else."
-    return _card(checkpoint, base_of(source), replace(about, made=made), _Form("merged", projected))
+    form = _Form("merged", projected, usage=usage or Usage())
+    return _card(checkpoint, base_of(source), replace(about, made=made), form)
 
 
 def adapter_card(
-    checkpoint: Checkpoint, source: str | Path, about: About, config: LoraConfig
+    checkpoint: Checkpoint,
+    source: str | Path,
+    about: About,
+    config: LoraConfig,
+    usage: Usage | None = None,
 ) -> str:
-    """The card of an adapter. checkpoint, source: its base, opened, and as it was given."""
+    """The card of an adapter. checkpoint, source: its base, opened, and as it was given. usage: how
+    both together embed.
+    """
     about = replace(
         about,
         made=about.made or "This is an adapter of {base}.",
         what=f"{about.what} (adapter)",
         relation="adapter",
     )
-    return _card(checkpoint, base_of(source), about, _Form("adapter", lora=config))
+    form = _Form("adapter", lora=config, usage=usage or Usage())
+    return _card(checkpoint, base_of(source), about, form)
 
 
 def assembled_card(name: str, checkpoint: Checkpoint) -> str:
@@ -141,6 +160,7 @@ def _card(checkpoint: Checkpoint, base: Base, about: About, form: _Form) -> str:
     )
     environment.filters |= {"cell": _cell, "literal": json.dumps, "quoted": shlex.quote}
     modalities = checkpoint.backbone.modalities
+    told = form.usage.instructions
     body = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         **form._asdict(),
         title=_title(base, about),
@@ -155,6 +175,9 @@ def _card(checkpoint: Checkpoint, base: Base, about: About, form: _Form) -> str:
         model_class=CLASSES[checkpoint.backbone.model_type],
         in_sentence_transformers=checkpoint.backbone.in_sentence_transformers,
         prompts={kind: PROMPTS[kind] for kind in (*modalities, "mixed")},
+        told=told,
+        told_by_default=told.prompts.get(told.default or "", ""),
+        where_told=IN_WORDS[told.place],
         # as the inside of an f-string of the code
         prompt_pattern=json.dumps(PROMPT),
         where=_WHERE,

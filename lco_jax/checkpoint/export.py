@@ -143,9 +143,10 @@ def write_model(
 
     with progress, written_aside(output) as aside:
         _copy_files(checkpoint.folder, aside, dtype)
-        _describe(checkpoint, aside, projection, usage or read_usage(checkpoint.folder))
+        used = read_usage(checkpoint.folder) if usage is None else usage
+        _describe(checkpoint, aside, projection, used)
         named = checkpoint.folder if source is None else source
-        card = merged_card(checkpoint, named, about or About(), projection is not None)
+        card = merged_card(checkpoint, named, about or About(), projection is not None, used)
         write_card(aside, card)
         write_shards(aside, sizes, rounded, max_shard_bytes)
         open_checkpoint(aside)

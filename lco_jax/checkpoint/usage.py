@@ -1,11 +1,13 @@
 """How a model with or without an adapter is to be used, and what an adapter has to say of it."""
 
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
 from lco_jax.checkpoint.hf import Checkpoint
 from lco_jax.checkpoint.peft import adapter_folder
 from lco_jax.checkpoint.sentence_transformers import Usage, read_usage, says_usage
+from lco_jax.core.errors import LcoError
 
 
 def usage_of(checkpoint: Checkpoint, adapter: str | PathLike[str] | None) -> Usage:
@@ -16,6 +18,19 @@ def usage_of(checkpoint: Checkpoint, adapter: str | PathLike[str] | None) -> Usa
     if folder is not None and says_usage(folder):
         return read_usage(folder)
     return read_usage(checkpoint.folder)
+
+
+def common_usage(adapters: Sequence[str], checkpoint: Checkpoint) -> Usage:
+    """How the average of adapters is to be used. Raises unless all are used alike."""
+    first, *others = adapters
+    usage = usage_of(checkpoint, first)
+    for other in others:
+        if usage_of(checkpoint, other) != usage:
+            raise LcoError(
+                f"{first} and {other} differ in pooling or prompts (config_sentence_transformers.json "
+                "and 1_Pooling/config.json), and cannot be averaged"
+            )
+    return usage
 
 
 def usage_beside(usage: Usage, base: Path) -> Usage | None:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 # the content; after it, before the prompt
 PLACES = ("instead", "system", "before", "after")
 IN_WORDS = {
-    "instead": "in the place of the prompt after each",
-    "system": "in a system turn before each",
-    "before": "before each",
-    "after": "after each, before the prompt",
+    "instead": "in the place of the prompt after each input",
+    "system": "in a system turn before each input",
+    "before": "before each input",
+    "after": "after each input, before the prompt",
 }
 
 

@@ -1,0 +1,235 @@
+"""Instructions: where they stand, by source in training, and in exports that others load."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+import reference
+import reference_media
+
+from lco_jax import LcoError, OmniEmbedder
+from lco_jax.checkpoint.export import export_merged
+from lco_jax.checkpoint.hf import open_checkpoint
+from lco_jax.checkpoint.peft import write_peft
+from lco_jax.checkpoint.sentence_transformers import Usage, read_usage
+from lco_jax.checkpoint.shapes import abstract_params
+from lco_jax.configs.base import get_config
+from lco_jax.core import lora
+from lco_jax.data.instructions import PLACES, Instruction, Instructions
+from lco_jax.data.prompts import PROMPTS, as_messages
+from lco_jax.training.instructions import instructions_of_run, told_by_source, told_elsewhere
+from lco_jax.training.run import check_config
+
+QUERY, DOCUMENT = "Find what this says: ", "A document.\n"
+
+
+def turns(messages):
+    return [
+        (one["role"], [part.get("text", part["type"]) for part in one["content"]])
+        for one in messages
+    ]
+
+
+@pytest.mark.parametrize(
+    ("place", "text", "mixed"),
+    [
+        ("instead", [("user", ["a dogSAY"])], [("user", ["image", "a dogSAY"])]),
+        (
+            "before",
+            [("user", ["SAYa dog" + PROMPTS["text"]])],
+            [("user", ["SAY", "image", "a dog" + PROMPTS["mixed"]])],
+        ),
+        (
+            "after",
+            [("user", ["a dogSAY" + PROMPTS["text"]])],
+            [("user", ["image", "a dogSAY" + PROMPTS["mixed"]])],
+        ),
+        (
+            "system",
+            [("system", ["SAY"]), ("user", ["a dog" + PROMPTS["text"]])],
+            [("system", ["SAY"]), ("user", ["image", "a dog" + PROMPTS["mixed"]])],
+        ),
+    ],
+)
+def test_where_an_instruction_stands(place, text, mixed):
+    told = Instruction("SAY", place)
+    assert turns(as_messages("a dog", "", told)) == text
+    both = {"image": np.zeros((28, 28, 3), np.uint8), "text": "a dog"}
+    assert turns(as_messages(both, "", told)) == mixed
+    chat = [{"role": "user", "content": [{"type": "text", "text": "as it is"}]}]
+    assert as_messages(chat, "", told) == chat
+
+
+def test_a_template_without_a_system_turn(tiny):
+    tokenizer = tiny.tokenizer
+    was = tokenizer.tokenizer.chat_template
+    tokenizer.tokenizer.chat_template = (
+        "{%- for message in messages if message['role'] == 'user' -%}"
+        "{%- for part in message['content'] -%}{{- part['text'] -}}{%- endfor -%}{%- endfor -%}"
+    )
+    try:
+        for place in ("instead", "before", "after"):
+            tokenizer.check_place(place)
+        with pytest.raises(LcoError, match="choose another place: instead, before, after"):
+            tokenizer.check_place("system")
+    finally:
+        tokenizer.tokenizer.chat_template = was
+
+
+# ---- exports
+
+
+def exported(path, folder, usage):
+    export_merged(path, folder, dtype="float32", usage=usage)
+    return folder
+
+
+@pytest.mark.slow  # to import sentence-transformers takes long
+@pytest.mark.parametrize("place", PLACES)
+def test_sentence_transformers_embeds_queries_and_documents_as_we_do(cases, tmp_path, place):
+    import torch
+    from PIL import Image
+    from sentence_transformers import SentenceTransformer
+
+    pooling = "mean" if place in ("before", "system") else "last"
+    prompts = {"query": QUERY, "document": DOCUMENT, "nli-query": "Other: "}
+    usage = Usage(pooling, Instructions(prompts, place, "document"))
+    folder = exported(cases["vl"].path, tmp_path / "merged", usage)
+    ours = OmniEmbedder.from_pretrained(folder)
+    assert read_usage(folder) == usage
+    theirs = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
+    pictures = [Image.fromarray(reference_media.picture(i, 56, 84)) for i in range(2)]
+    plain = ours.encode(reference.TEXTS, "query")
+    for given in (reference.TEXTS, pictures):
+        vectors = {}
+        for method in ("encode", "encode_query", "encode_document"):
+            vectors[method] = getattr(ours, method)(given)
+            want = getattr(theirs, method)(given, convert_to_numpy=True)
+            assert np.abs(vectors[method] - want).max() < 1e-5, method
+        named = theirs.encode(given, prompt_name="nli-query")
+        assert np.abs(ours.encode(given, "nli-query") - named).max() < 1e-5
+        assert np.abs(vectors["encode_query"] - vectors["encode_document"]).max() > 1e-3
+        np.testing.assert_array_equal(vectors["encode"], vectors["encode_document"])
+    np.testing.assert_array_equal(ours.encode_query(reference.TEXTS), plain)
+
+
+@pytest.mark.slow
+def test_an_export_without_instructions_embeds_a_prompt_as_we_do(cases, tmp_path):
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    folder = exported(cases["vl"].path, tmp_path / "merged", Usage())
+    theirs = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
+    ours = OmniEmbedder.from_pretrained(folder)
+    for prompt in (None, "\nThe answer in one word:"):
+        got = ours.encode(reference.TEXTS, prompt=prompt)
+        assert np.abs(got - theirs.encode(reference.TEXTS, prompt=prompt)).max() < 1e-5
+
+
+def test_exports_say_how_they_are_to_be_used(cases, tmp_path):
+    """A merged model, one that sentence-transformers does not load, an adapter, and copies."""
+    usage = Usage("mean", Instructions({"query": QUERY, "document": ""}, "before"))
+    merged = exported(cases["vl"].path, tmp_path / "merged", usage)
+    full = exported(cases["omni_full"].path, tmp_path / "full", usage)
+    again = exported(merged, tmp_path / "again", None)
+    assert [read_usage(folder) for folder in (merged, full, again)] == [usage] * 3
+    assert not (full / "modules.json").exists()
+    back = exported(merged, tmp_path / "back", Usage())
+    assert read_usage(back) == Usage()
+    config = lora.LoraConfig(rank=2, alpha=4)
+    params = abstract_params(open_checkpoint(cases["vl"].path).config)
+    adapters = jax.device_get(lora.init(jax.random.key(0), params, config))
+    write_peft(tmp_path / "adapter", adapters, config, str(cases["vl"].path), usage=usage)
+    one = OmniEmbedder.from_pretrained(
+        cases["vl"].path, adapter=tmp_path / "adapter", modalities=("text",)
+    )
+    other = OmniEmbedder.from_pretrained(merged, modalities=("text",))
+    for model in (one, other):
+        assert model.model.decoder.pooling == "mean"
+        assert model.prompts == {"query": QUERY, "document": ""}
+        assert "prompts query, document, before each input" in repr(model)
+    texts = ["a dog", "two birds on a wire"]
+    assert np.abs(one.encode_query(texts) - other.encode_query(texts)).max() < 1e-6
+    assert np.abs(one.encode_query(texts) - one.encode(texts)).max() > 1e-3
+    np.testing.assert_array_equal(one.encode(texts), one.encode_document(texts))
+
+
+def test_old_exports_and_those_of_others_are_read(cases, tmp_path):
+    folder = exported(cases["vl"].path, tmp_path / "merged", Usage())
+    general = json.loads((folder / "config_sentence_transformers.json").read_text())
+    assert general == {
+        "model_type": "SentenceTransformer",
+        "prompts": {},
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    }
+    file = folder / "1_Pooling" / "config.json"
+    for content, pooling in (
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_lasttoken": False}, "mean"),
+        ({"pooling_mode": ["lasttoken"]}, "last"),
+    ):
+        file.write_text(json.dumps(content))
+        assert read_usage(folder).pooling == pooling
+    file.write_text(json.dumps({"pooling_mode": "cls"}))
+    with pytest.raises(LcoError, match="pooling_mode is 'cls', and must be one of: lasttoken"):
+        read_usage(folder)
+
+
+# ---- a run's configuration
+
+
+def config_of(**values):
+    config = get_config()
+    config.data.sources = {
+        "nli": {"kind": "jsonl", "path": "a.jsonl", "query_instruction": QUERY},
+        "web": {"kind": "jsonl", "path": "b.jsonl", "document_instruction": ""},
+    }
+    config.update_from_flattened_dict(values)
+    return config
+
+
+def test_a_source_has_its_own_instructions_or_the_default():
+    config = config_of(**{"instructions.document": DOCUMENT, "instructions.place": "system"})
+    document = Instruction(DOCUMENT, "system")
+    assert told_by_source(config) == {
+        "nli": (Instruction(QUERY, "system"), document),
+        "web": (None, None),
+    }
+    told = instructions_of_run(config)
+    assert told.prompts == {
+        "query": "",
+        "nli-query": QUERY,
+        "document": DOCUMENT,
+        "web-document": "",
+    }
+    assert (told.place, told.default) == ("system", "document")
+    assert told_elsewhere(config, "nli") == (Instruction(QUERY, "system"), document)
+    assert told_elsewhere(config, "held") == (None, document)
+    assert told_by_source(get_config()) == {}
+    assert instructions_of_run(get_config()) == Instructions()
+
+
+def test_what_all_sources_are_told_is_that_of_queries():
+    config = config_of(**{"instructions.place": "after"})
+    config.data.sources.web.query_instruction = QUERY
+    assert instructions_of_run(config) == Instructions({"query": QUERY, "document": ""}, "after")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("model.pooling", "max", "config.model.pooling is 'max'; it must be last or mean"),
+        ("instructions.place", "behind", "config.instructions.place is 'behind'; it must be"),
+        ("instructions.query", 3, "config.instructions.query is 3; it must be a text"),
+        ("instructions.passage", "x", "sets config.instructions.passage, which is no key"),
+    ],
+)
+def test_values_that_no_run_can_have(key, value, says):
+    config = get_config()
+    section, _, name = key.partition(".")
+    with config[section].unlocked(), config[section].ignore_type():
+        config[section][name] = value
+    with pytest.raises(LcoError, match=re.escape(says)):
+        check_config(config)
