@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 import reference
 import reference_media
 
-from lco_jax import LcoError, OmniEmbedder
+from configs import pretrain as pretrain_config
+from configs import tiny as tiny_config
+from lco_jax import LcoError, OmniEmbedder, evaluate, job
 from lco_jax.checkpoint.export import export_merged
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.checkpoint.peft import write_peft
@@ -19,6 +22,9 @@ from lco_jax.configs.base import get_config
 from lco_jax.core import lora
 from lco_jax.data.instructions import PLACES, Instruction, Instructions
 from lco_jax.data.prompts import PROMPTS, as_messages
+from lco_jax.evaluation.retrieval import retrieval
+from lco_jax.pretrain import pretrain
+from lco_jax.train import train
 from lco_jax.training.instructions import instructions_of_run, told_by_source, told_elsewhere
 from lco_jax.training.run import check_config
 
@@ -233,3 +239,140 @@ def test_values_that_no_run_can_have(key, value, says):
         config[section][name] = value
     with pytest.raises(LcoError, match=re.escape(says)):
         check_config(config)
+
+
+# ---- a run
+
+
+def short_run():
+    """Two sources, one with instructions of its own, and mean pooling."""
+    config = tiny_config.get_config()
+    path = "assets:triplets_train.jsonl"
+    config.data.sources = {
+        "asked": {"kind": "jsonl", "path": path, "weight": 1.0},
+        "plain": {
+            "kind": "jsonl",
+            "path": "assets:snli_triplets.jsonl",
+            "weight": 1.0,
+            "query_instruction": "Another: ",
+            "document_instruction": "",
+        },
+    }
+    config.instructions.query = QUERY
+    config.instructions.document = DOCUMENT
+    config.model.pooling = "mean"
+    config.train.steps, config.train.batch_size = 6, 12
+    config.optimizer.warmup_steps, config.checkpoint.every = 2, 3
+    config.eval.share, config.export.dtype = 0.02, "float32"
+    return config
+
+
+@pytest.mark.slow
+def test_a_run_stores_what_it_was_told_and_resumes(tmp_path):
+    results = train(short_run(), tmp_path / "whole")
+    begun = tmp_path / "begun"
+    shutil.copytree(tmp_path / "whole", begun)
+    shutil.rmtree(begun / "checkpoints" / "6")
+    for name in ("results.json", "metrics.jsonl"):
+        (begun / name).unlink()
+    shutil.rmtree(begun / "adapter")
+    shutil.rmtree(begun / "merged")
+    train(short_run(), begun)
+    files = [one / "adapter" / "adapter_model.safetensors" for one in (tmp_path / "whole", begun)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+    merged = OmniEmbedder.from_pretrained(tmp_path / "whole" / "merged")
+    adapted = OmniEmbedder.from_pretrained("builtin:tiny", tmp_path / "whole" / "adapter")
+    texts = ["a dog runs", "two birds"]
+    for model in (merged, adapted):
+        assert model.model.decoder.pooling == "mean"
+        assert model.prompts == {
+            "query": QUERY,
+            "plain-query": "Another: ",
+            "document": DOCUMENT,
+            "plain-document": "",
+        }
+    for method in ("encode_query", "encode_document", "encode"):
+        got, want = getattr(merged, method)(texts), getattr(adapted, method)(texts)
+        assert np.abs(got - want).max() < 1e-5
+    card = (tmp_path / "whole" / "merged" / "README.md").read_text()
+    assert "| plain-query | `Another: ` |" in card
+    assert "the mean of the last states" in card
+    assert ".mean(dim=1)" in card
+    # held-out records of the run's own sources were measured with what these were told
+    held_out = results["after"]["asked"]
+    config = short_run()
+    records = job.open_sources(config).held_out["asked"]
+    found = retrieval(
+        lambda contents: merged.encode_document([{"text": one} for one in contents]),
+        list(records),
+        lambda contents: merged.encode_query([{"text": one} for one in contents]),
+    )
+    assert abs(found.mrr - held_out["mrr"]) < 1e-6
+
+
+def test_generative_training_takes_no_instructions(tmp_path):
+    config = pretrain_config.get_config()
+    config.instructions.query = QUERY
+    with pytest.raises(LcoError, match=r"go with lco_jax\.train"):
+        pretrain(config, tmp_path)
+
+
+# ---- commands
+
+
+def test_embed_says_and_uses_the_prompts_of_the_model(cases, tmp_path, run_embed, load):
+    prompts = {"query": QUERY, "document": DOCUMENT}
+    usage = Usage("last", Instructions(prompts, "before", "document"))
+    folder = exported(cases["vl"].path, tmp_path / "merged", usage)
+    (tmp_path / "in.txt").write_text("a dog\ntwo birds\n")
+
+    def embed(*flags):
+        output = tmp_path / f"{len(list(tmp_path.iterdir()))}.npy"
+        given = f"--input={tmp_path / 'in.txt'}", f"--output={output}", f"--model={folder}"
+        code, out, err = run_embed(*given, *flags)
+        return code, out + err, np.load(output) if output.exists() else None
+
+    model = OmniEmbedder.from_pretrained(folder)
+    texts = ["a dog", "two birds"]
+    code, said, vectors = embed()
+    assert code == 0
+    assert f"inputs are told {DOCUMENT!r} (before each input)" in said
+    assert np.abs(vectors - model.encode_document(texts)).max() < 1e-6
+    code, said, vectors = embed("--prompt-name=query")
+    assert f"inputs are told {QUERY!r}" in said
+    assert np.abs(vectors - model.encode_query(texts)).max() < 1e-6
+    code, said, _ = embed("--prompt-name=web")
+    assert (code, "the model has the prompts query, document" in said) == (2, True)
+    code, said, _ = embed("--prompt-name=query", "--prompt=x")
+    assert (code, "--prompt and --prompt-name exclude each other" in said) == (2, True)
+    code, said, vectors = embed("--prompt=Say: ", "--prompt-place=after")
+    assert "inputs are told 'Say: ' (after each input, before the prompt)" in said
+    model.prompt_place = "after"
+    assert np.abs(vectors - model.encode(texts, prompt="Say: ")).max() < 1e-6
+
+
+def test_evaluate_asks_queries_with_their_prompt(cases, tmp_path, run_command, monkeypatch):
+    prompts = {"query": QUERY, "document": ""}
+    usage = Usage("last", Instructions(prompts, "before"))
+    folder = exported(cases["vl"].path, tmp_path / "merged", usage)
+    lines = [{"query": f"word {i}", "document": f"a document {i}"} for i in range(4)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    seen = {}
+    encode = OmniEmbedder.encode
+
+    def spied(self, inputs, prompt_name=None, *args, **options):
+        seen[prompt_name] = len(inputs)
+        return encode(self, inputs, prompt_name, *args, **options)
+
+    monkeypatch.setattr(OmniEmbedder, "encode", spied)
+    code, out, err = run_command(
+        evaluate,
+        f"--input={tmp_path / 'in.jsonl'}",
+        "--kind=retrieval",
+        f"--output={tmp_path / 'out'}",
+        f"--model={folder}",
+    )
+    assert code == 0, err
+    assert seen == {"query": 4, "document": 4}
+    assert f"queries are told {QUERY!r} (before each input)" in out + err

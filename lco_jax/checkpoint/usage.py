@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lco_jax.checkpoint.hf import Checkpoint
 from lco_jax.checkpoint.peft import adapter_folder
-from lco_jax.checkpoint.sentence_transformers import Usage, read_usage, says_usage
+from lco_jax.checkpoint.sentence_transformers import USAGE_FILES, Usage, read_usage, says_usage
 from lco_jax.core.errors import LcoError
 
 
@@ -27,8 +27,8 @@ def common_usage(adapters: Sequence[str], checkpoint: Checkpoint) -> Usage:
     for other in others:
         if usage_of(checkpoint, other) != usage:
             raise LcoError(
-                f"{first} and {other} differ in pooling or prompts (config_sentence_transformers.json "
-                "and 1_Pooling/config.json), and cannot be averaged"
+                f"{first} and {other} differ in pooling or prompts, as {USAGE_FILES[0]} "
+                f"and {USAGE_FILES[1]} have them, and cannot be averaged"
             )
     return usage
 
