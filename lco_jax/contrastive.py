@@ -13,7 +13,8 @@ from lco_jax import loop
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath
 from lco_jax.data.instructions import Instruction
-from lco_jax.data.records import Content, as_input
+from lco_jax.data.pipeline import Told
+from lco_jax.data.records import Content, Record, as_input
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation.plots import plot_similarity, subject_of
 from lco_jax.evaluation.retrieval import Retrieval, retrieval
@@ -106,24 +107,33 @@ def _evaluate(
             progress=progress,
         )
 
-    def encode_contents(told: Instruction | None, contents: Sequence[Content]) -> np.ndarray:
-        return encode([as_input(content) for content in contents], told)
-
     embedder.params = make_params()
     with held_out_progress(when) as progress:
         for name, records in job.held_out.items():
-            query, document = told_elsewhere(config, name)
-            encode_query = None if query == document else partial(encode_contents, query)
-            encode_document = partial(encode_contents, document)
-            scores.retrieval[name] = retrieval(encode_document, records, encode_query)
+            scores.retrieval[name] = _retrieval(encode, records, told_elsewhere(config, name))
         for name, pairs in job.pairs.items():
-            _, of_documents = told_elsewhere(config, name)
-            encode_pair = partial(encode, prompt=of_documents)
-            scores.spearman[name] = agreement(encode_pair, pairs).spearman
+            _, document = told_elsewhere(config, name)
+            scores.spearman[name] = agreement(partial(encode, prompt=document), pairs).spearman
     embedder.params = {}
     if when == "before":  # a table says it again, hours later
         say(f"held out, before training: {_in_brief(scores)}", _as_json(scores))
     return scores
+
+
+def _retrieval(
+    encode: Callable[..., np.ndarray], records: Sequence[Record], told: Told
+) -> Retrieval:
+    """Retrieval of held-out records, whose anchors and other contents are told this.
+
+    encode: inputs and an instruction -> unit vectors.
+    """
+    query, document = told
+
+    def encode_contents(prompt: Instruction | None, contents: Sequence[Content]) -> np.ndarray:
+        return encode([as_input(content) for content in contents], prompt)
+
+    encode_query = None if query == document else partial(encode_contents, query)
+    return retrieval(partial(encode_contents, document), records, encode_query)
 
 
 def _in_brief(scores: Scores) -> str:

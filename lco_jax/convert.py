@@ -314,8 +314,7 @@ def _write_adapter(
     """
     usage = common_usage(args.adapters, checkpoint)
     card = adapter_card(checkpoint, args.model, about, adapter[1], usage)
-    beside_it = usage_beside(usage, checkpoint.folder)
-    write_peft(args.output, *adapter, args.model, card, beside_it)
+    write_peft(args.output, *adapter, args.model, card, usage_beside(usage, checkpoint.folder))
     write_json(args.output / "soup.json", report)
     count = sum(1 for one in report["adapters"] if one["weight"])
     say(f"average of {count} adapters, of rank {report['rank']}: {args.output}")

@@ -45,14 +45,22 @@ def described(embedder: Any) -> str:
         lines.append(f"from {origin.path}")
     if origin is not None and origin.adapter is not None:
         lines.append(f"adapter {origin.adapter}")
-    if decoder.pooling != "last":
-        lines.append(f"{decoder.pooling} of all tokens' states")
-    told = {name: text for name, text in embedder.prompts.items() if name not in PROMPTS}
-    if told:
-        lines.append(f"prompts {', '.join(told)}, {IN_WORDS[embedder.prompt_place]}")
+    lines += _usage(embedder)
     lines.append(f"{stored}, on {mesh.size} {mesh.devices.flat[0].platform} ({axes})")
     inner = "\n".join(f"  {line}" for line in lines)
     return f"{type(embedder).__name__}(\n{inner}\n)"
+
+
+def _usage(embedder: Any) -> list[str]:
+    """Lines about pooling and prompts that are not the paper's."""
+    lines = []
+    pooling = embedder.model.decoder.pooling
+    if pooling != "last":
+        lines.append(f"{pooling} of all tokens' states")
+    told = [name for name in embedder.prompts if name not in PROMPTS]
+    if told:
+        lines.append(f"prompts {', '.join(told)}, {IN_WORDS[embedder.prompt_place]}")
+    return lines
 
 
 def decoder_size(config: DecoderConfig) -> int:

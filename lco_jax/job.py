@@ -31,7 +31,7 @@ from lco_jax.evaluation.sts import ScoredPairs, open_pairs
 from lco_jax.models.model import Model
 from lco_jax.training import tuning
 from lco_jax.training.folder import check_outputs
-from lco_jax.training.instructions import refuse_instructions, told_by_source
+from lco_jax.training.instructions import told_by_source
 from lco_jax.training.metrics import check_packages
 from lco_jax.training.run import check_same_run, has_begun
 from lco_jax.training.state import Training, warmup_steps
@@ -84,8 +84,6 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
     generative: records are prompts and answers, and the vocabulary head is loaded, too.
     """
     media = _media_config(config)
-    if generative:
-        refuse_instructions(config)
     check_packages(config)
     check_outputs(home, config)
     mesh = make_mesh(**config.mesh)

@@ -27,6 +27,7 @@ from lco_jax.core.files import read_own, write_json
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Contents, Corpus, scan
 from lco_jax.data.folder import rest_in_words
+from lco_jax.data.inputs import Preparation
 from lco_jax.data.parts import Unit, VectorParts, cut
 from lco_jax.data.skipped import skipped_in_words
 from lco_jax.data.vectors import part_table, read_vectors, same_work
@@ -86,9 +87,7 @@ def main() -> int:
         raise LcoError(f"--input={args.input}: search takes a folder of media, a .jsonl or a .txt")
     with _listening(args) as socket_:  # before hours of work
         library, embedder, notes = prepare(args)
-        name = None if args.prompt is not None else embedder.query_prompt
-        preparation = embedder.preparation(name, args.prompt, args.max_length)
-        queries = ModelQueries(preparation, embedder.embed)
+        queries = ModelQueries(_query_preparation(embedder, args), embedder.embed)
         queries.embed(queries.prepare([FIRST_QUERY], "the first query"))
         about = {"model": Path(args.model).name, "modalities": embedder.modalities}
         server = Server(library, queries, about, args.max_upload, media_config(args))
@@ -100,6 +99,12 @@ def main() -> int:
         app = server.app(LOOPBACK if args.host in LOOPBACK else ("*",))
         http_server(app).run(sockets=[socket_])
     return DONE
+
+
+def _query_preparation(embedder: OmniEmbedder, args: argparse.Namespace) -> Preparation:
+    """What makes queries ready: with --prompt, as inputs, or with the model's prompt of queries."""
+    name = None if args.prompt is not None else embedder.query_prompt
+    return embedder.preparation(name, args.prompt, args.max_length)
 
 
 def _listening(args: argparse.Namespace) -> socket.socket:

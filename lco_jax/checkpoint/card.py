@@ -160,7 +160,6 @@ def _card(checkpoint: Checkpoint, base: Base, about: About, form: _Form) -> str:
     )
     environment.filters |= {"cell": _cell, "literal": json.dumps, "quoted": shlex.quote}
     modalities = checkpoint.backbone.modalities
-    told = form.usage.instructions
     body = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         **form._asdict(),
         title=_title(base, about),
@@ -175,15 +174,20 @@ def _card(checkpoint: Checkpoint, base: Base, about: About, form: _Form) -> str:
         model_class=CLASSES[checkpoint.backbone.model_type],
         in_sentence_transformers=checkpoint.backbone.in_sentence_transformers,
         prompts={kind: PROMPTS[kind] for kind in (*modalities, "mixed")},
-        told=told,
-        told_by_default=told.prompts.get(told.default or "", ""),
-        where_told=IN_WORDS[told.place],
+        **_instructions(form.usage),
         # as the inside of an f-string of the code
         prompt_pattern=json.dumps(PROMPT),
         where=_WHERE,
         version=version("lco-jax"),
     )
     return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}"))
+
+
+def _instructions(usage: Usage) -> dict[str, Any]:
+    """What the template says of instructions."""
+    told = usage.instructions
+    by_default = told.prompts.get(told.default or "", "")
+    return {"told": told, "told_by_default": by_default, "where_told": IN_WORDS[told.place]}
 
 
 def _title(base: Base, about: About) -> str:

@@ -143,11 +143,7 @@ def write_model(
 
     with progress, written_aside(output) as aside:
         _copy_files(checkpoint.folder, aside, dtype)
-        used = read_usage(checkpoint.folder) if usage is None else usage
-        _describe(checkpoint, aside, projection, used)
-        named = checkpoint.folder if source is None else source
-        card = merged_card(checkpoint, named, about or About(), projection is not None, used)
-        write_card(aside, card)
+        _describe(checkpoint, aside, projection, source, about or About(), usage)
         write_shards(aside, sizes, rounded, max_shard_bytes)
         open_checkpoint(aside)
 
@@ -185,9 +181,12 @@ def _describe(
     checkpoint: Checkpoint,
     folder: Path,
     projection: np.ndarray | None,
-    usage: Usage,
+    source: str | Path | None,
+    about: About,
+    usage: Usage | None,
 ) -> None:
-    """Write what sentence-transformers reads, and how the model is to be used."""
+    """Write what sentence-transformers and people read, and how the model is to be used."""
+    usage = read_usage(checkpoint.folder) if usage is None else usage
     hidden_size, projected = checkpoint.config.hidden_size, projection is not None
     if projection is not None:
         write_projection(folder, projection)
@@ -197,3 +196,5 @@ def _describe(
         write_modules(folder, template, hidden_size, modalities, projected, usage)
     elif usage != Usage() or says_usage(folder):
         write_usage(folder, usage)
+    source = checkpoint.folder if source is None else source
+    write_card(folder, merged_card(checkpoint, source, about, projected, usage))

@@ -267,9 +267,7 @@ def _open(spec: Any, where: str, on_bad: str) -> Source:
         raise LcoError(f"{where}.kind is {kind!r}; it is one of: {', '.join(KINDS)}")
     given = {key: value for key, value in spec.items() if value is not None}
     arguments = {key: given[key] for key in given.keys() - {"kind", "weight", *INSTRUCTIONS}}
-    for key in INSTRUCTIONS:
-        if not isinstance(given.get(key, ""), str):
-            raise LcoError(f"{where}.{key} is {given[key]!r:.60}; it must be a text")
+    _check_instructions(given, where)
     for key in arguments.keys() & {"columns", "values"}:
         if not isinstance(arguments[key], Mapping):
             raise LcoError(f"{where}.{key} must be a mapping, and is {arguments[key]!r:.60}")
@@ -281,6 +279,12 @@ def _open(spec: Any, where: str, on_bad: str) -> Source:
     _check_arguments(maker, arguments, where)
     _fetch_from_buckets(arguments)
     return maker(**arguments, on_bad=on_bad)
+
+
+def _check_instructions(given: Mapping[str, Any], where: str) -> None:
+    for key in INSTRUCTIONS:
+        if not isinstance(given.get(key, ""), str):
+            raise LcoError(f"{where}.{key} is {given[key]!r:.60}; it must be a text")
 
 
 def _maker(kind: str, arguments: Mapping[str, Any]) -> Callable[..., Source]:

@@ -64,8 +64,12 @@ def told_elsewhere(config: Config, name: str) -> Told:
     return query, document
 
 
-def refuse_instructions(config: Config) -> None:
-    """Raise for instructions in generative training, whose anchors ask for themselves."""
+def refuse_embedding_keys(config: Config) -> None:
+    """Raise for pooling and instructions in generative training, whose anchors ask for themselves
+    and which makes no embeddings.
+    """
+    if config["model"]["pooling"] != "last":
+        raise LcoError("config.model.pooling goes with lco_jax.train; pretrain pools nothing")
     if told_by_source(config):
         raise LcoError(
             "config.instructions, and those of config.data.sources, go with lco_jax.train; a "
