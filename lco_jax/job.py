@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, load_model, open_checkpoint
+from lco_jax.checkpoint.sentence_transformers import read_usage
 from lco_jax.core import console
 from lco_jax.core.errors import LcoError, check_keys
 from lco_jax.core.files import AnyPath, local_workdir, on_bucket, reaching, upload
@@ -389,6 +390,9 @@ def _load(
     config: ConfigDict, checkpoint: Checkpoint, mesh: Mesh, towers: list[str], generative: bool
 ) -> tuple[Model, dict[str, Any]]:
     """The model on the mesh, and its parameters."""
+    pooled = read_usage(checkpoint.folder).pooling
+    if pooled != config.model.pooling and not generative:
+        say(f"{config.model.path} pools as {pooled!r}, and config.model.pooling says otherwise")
     remat = config.model.remat
     model, params = load_model(
         checkpoint,
