@@ -103,7 +103,7 @@ def main() -> int:
 
 def _query_preparation(embedder: OmniEmbedder, args: argparse.Namespace) -> Preparation:
     """What makes queries ready: with --prompt, as inputs, or with the model's prompt of queries."""
-    name = None if args.prompt is not None else embedder.query_prompt
+    name = None if args.prompt is not None else args.prompt_name or embedder.query_prompt
     return embedder.preparation(name, args.prompt, args.max_length)
 
 

@@ -78,7 +78,7 @@ def test_a_template_without_a_system_turn(tiny):
     try:
         for place in ("instead", "before", "after"):
             tokenizer.check_place(place)
-        with pytest.raises(LcoError, match="choose another place: instead, before, after"):
+        with pytest.raises(LcoError, match="place is 'system'; choose another place: instead"):
             tokenizer.check_place("system")
     finally:
         tokenizer.tokenizer.chat_template = was

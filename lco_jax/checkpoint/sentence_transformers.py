@@ -101,7 +101,7 @@ def _instructions(folder: Path) -> Instructions:
         isinstance(text, str) for text in prompts.values()
     ):
         raise LcoError(f"{file}: prompts is {prompts!r:.60}, and must be an object of texts")
-    if default is not None and default not in prompts:
+    if default is not None and not (isinstance(default, str) and default in prompts):
         raise LcoError(f"{file}: default_prompt_name is {default!r:.60}, which prompts lacks")
     return Instructions(dict(prompts), place, default)
 

@@ -146,8 +146,8 @@ class ChatTokenizer:
         if isinstance(rendered, LcoError) or _INSTRUCTION.strip() not in rendered:
             others = ", ".join(one for one in PLACES if one not in (place, "system"))
             raise LcoError(
-                f"{self._what} has no place for an instruction in the {place} turn; choose "
-                f"another place: {others}"
+                f"{self._what} leaves out an instruction whose place is {place!r}; choose another "
+                f"place: {others}"
             )
 
     def render(self, messages: Messages, add_generation_prompt: bool = True) -> str:
