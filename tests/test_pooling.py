@@ -16,7 +16,7 @@ from lco_jax.core.prefixes import Prefixes
 from lco_jax.core.stream_shapes import Shape, padded_shape
 from lco_jax.data.positions import line_positions
 from lco_jax.data.prompts import PROMPTS, as_messages
-from lco_jax.models.pooling import pool
+from lco_jax.models.pooling import POOLINGS, pool
 
 
 @pytest.mark.parametrize("family", ["vl", "omni", "llava_qwen2"])
@@ -82,39 +82,56 @@ def packed(prefix):
 ONE, TWO = Prefixes.of(SHARED), Prefixes.of(SHARED, OTHER)
 
 
-@pytest.mark.parametrize("prefix", [Prefixes.of(), ONE, TWO, None])
-@pytest.mark.parametrize("pooling", ["mean", "last"])
-def test_vectors_and_gradients_are_the_same_however_beginnings_are_shared(
-    tiny_mean, prefix, pooling
-):
-    """Against each sequence in a stream of its own, also for two branches of beginnings."""
-    decoder, params = tiny_mean
-    decoder = decoder.clone(pooling=pooling)
-    config = lora.LoraConfig(rank=4, alpha=8, dropout=0.0)
-    adapters = lora.init(jax.random.key(0), params, config)
-    adapters = jax.tree.map(lambda x: x + 0.02, adapters)
-    wanted = jnp.asarray(np.random.default_rng(1).normal(size=(len(LENGTHS), 128)), jnp.float32)
+CONFIG = lora.LoraConfig(rank=4, alpha=8, dropout=0.0)
 
-    def loss(adapters, tokens, slots):
-        pooled = pool(decoder, lora.attach(params, adapters, config), tokens)
+
+@pytest.fixture(scope="module")
+def vectors_and_gradients(tiny_mean):
+    """A function of (pooling, tokens, slots): the sequences' pooled states, and the gradients of
+    adapters under a loss of them.
+    """
+    decoder, params = tiny_mean
+    adapters = lora.init(jax.random.key(0), params, CONFIG)
+    adapters = jax.tree.map(lambda x: x + 0.02, adapters)
+    wanted = np.random.default_rng(1).normal(size=(len(LENGTHS), 128)).astype(np.float32)
+
+    def loss(adapters, decoder, tokens, slots):
+        pooled = pool(decoder, lora.attach(params, adapters, CONFIG), tokens)
         pooled = pooled.reshape(-1, pooled.shape[-1])[slots]
         return jnp.sum(pooled * wanted) / 10, pooled
 
-    tokens, slots, _ = packed(prefix)
-    if prefix is None:  # inference takes no gradients
-        _, vectors = loss(adapters, tokens, slots)
-    else:
-        (_, vectors), grads = jax.value_and_grad(loss, has_aux=True)(adapters, tokens, slots)
-    apart = [pack_stream([one], Prefixes.of()) for one in sequences()]
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+
+    def both(pooling, tokens, slots):
+        (_, vectors), grads = run(adapters, decoder.clone(pooling=pooling), tokens, slots)
+        return np.asarray(vectors), jax.tree.leaves(jax.device_get(grads))
+
+    return both
+
+
+@pytest.fixture(scope="module")
+def apart(vectors_and_gradients):
+    """pooling -> what each sequence has in a stream of its own."""
+    streams = [pack_stream([one], Prefixes.of()) for one in sequences()]
     shape = padded_shape(Shape(64, {48: 1}), Shape())
-    tokens, slots = fill(apart, [[i] for i in range(len(apart))], shape, Prefixes.of())
+    tokens, slots = fill(streams, [[i] for i in range(len(streams))], shape, Prefixes.of())
     of_stream = tokens.last_tokens.shape[1]
     slots = np.array([of_stream * stream + slot for stream, [slot] in enumerate(slots)])
-    (_, want), want_grads = jax.value_and_grad(loss, has_aux=True)(adapters, tokens, slots)
-    assert np.abs(np.asarray(vectors) - np.asarray(want)).max() < 1e-5
-    if prefix is not None:
-        for got, one in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
-            assert np.abs(got - one).max() < 1e-5 * max(1, np.abs(one).max())
+    return {pooling: vectors_and_gradients(pooling, tokens, slots) for pooling in POOLINGS}
+
+
+@pytest.mark.parametrize("prefix", [Prefixes.of(), ONE, TWO], ids=["none", "one", "two"])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_vectors_and_gradients_are_the_same_however_beginnings_are_shared(
+    vectors_and_gradients, apart, prefix, pooling
+):
+    """Against each sequence in a stream of its own, also for two branches of beginnings."""
+    tokens, slots, _ = packed(prefix)
+    vectors, grads = vectors_and_gradients(pooling, tokens, slots)
+    want, want_grads = apart[pooling]
+    assert np.abs(vectors - want).max() < 1e-5
+    for got, one in zip(grads, want_grads, strict=True):
+        assert np.abs(got - one).max() < 1e-5 * max(1, np.abs(one).max())
 
 
 def test_what_beginnings_cost():
