@@ -22,6 +22,7 @@ from lco_jax.configs.base import get_config
 from lco_jax.core import lora
 from lco_jax.data.instructions import PLACES, Instruction, Instructions
 from lco_jax.data.prompts import PROMPTS, as_messages
+from lco_jax.data.sources import open_source
 from lco_jax.evaluation.retrieval import retrieval
 from lco_jax.pretrain import pretrain
 from lco_jax.train import train
@@ -376,3 +377,16 @@ def test_evaluate_asks_queries_with_their_prompt(cases, tmp_path, run_command, m
     assert code == 0, err
     assert seen == {"query": 4, "document": 4}
     assert f"queries are told {QUERY!r} (before each input)" in out + err
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"query_instruction": 3}, "config.data.sources.nli.query_instruction is 3; it must be"),
+        ({"query_instructions": "x"}, "it takes path, media_root, check_media, weight, query_in"),
+    ],
+)
+def test_a_source_with_an_instruction_that_cannot_be(keys, says):
+    spec = {"kind": "jsonl", "path": "assets:triplets_train.jsonl", **keys}
+    with pytest.raises(LcoError, match=re.escape(says)):
+        open_source("nli", spec)

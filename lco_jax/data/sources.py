@@ -39,6 +39,7 @@ from lco_jax.data.tfds import CaptionedSource, nli_source
 KINDS = ("jsonl", "tfds", "files", "parquet")
 # keys of a source's entry: what its anchors are told, and what its positives and negatives are
 INSTRUCTIONS = ("query_instruction", "document_instruction")
+OF_ALL = ("weight", *INSTRUCTIONS)  # keys of every kind of source
 
 
 class JsonlSource(Source):
@@ -266,7 +267,7 @@ def _open(spec: Any, where: str, on_bad: str) -> Source:
     if kind not in KINDS:
         raise LcoError(f"{where}.kind is {kind!r}; it is one of: {', '.join(KINDS)}")
     given = {key: value for key, value in spec.items() if value is not None}
-    arguments = {key: given[key] for key in given.keys() - {"kind", "weight", *INSTRUCTIONS}}
+    arguments = {key: given[key] for key in given.keys() - {"kind", *OF_ALL}}
     _check_instructions(given, where)
     for key in arguments.keys() & {"columns", "values"}:
         if not isinstance(arguments[key], Mapping):
@@ -276,7 +277,7 @@ def _open(spec: Any, where: str, on_bad: str) -> Source:
         _check_arguments(Columns, columns, f"{where}.columns")
         arguments["columns"] = Columns(**columns)
     maker = _maker(kind, arguments)
-    _check_arguments(maker, arguments, where)
+    _check_arguments(maker, arguments, where, OF_ALL)
     _fetch_from_buckets(arguments)
     return maker(**arguments, on_bad=on_bad)
 
@@ -293,11 +294,13 @@ def _maker(kind: str, arguments: Mapping[str, Any]) -> Callable[..., Source]:
     return {"jsonl": JsonlSource, "files": FilesSource, "parquet": parquet_source}[kind]
 
 
-def _check_arguments(maker: Callable, arguments: Mapping[str, Any], where: str) -> None:
-    """Raise for an unknown argument, and for one that is missing."""
+def _check_arguments(
+    maker: Callable, arguments: Mapping[str, Any], where: str, others: Sequence[str] = ()
+) -> None:
+    """Raise for an unknown argument, and for one that is missing. others: keys beside them."""
     parameters = dict(inspect.signature(maker).parameters)
     parameters.pop("on_bad", None)
-    check_keys(arguments, parameters, where)
+    check_keys(arguments, [*parameters, *others], where)
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in arguments:
             raise LcoError(f"{where} has no {name!r}; give it")
