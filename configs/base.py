@@ -89,11 +89,11 @@ def _set_data(config: ConfigDict) -> None:
     config.data.max_negatives = -1  # hard negatives used of a record; -1: all
     config.data.max_length = 64  # tokens of a text, before the template
 
-    # What is said beside anchors (query), and beside positives and negatives (document); "":
-    # nothing. A source may have its own, as query_instruction and document_instruction.
+    # what is said beside contents; a source may have its own, also "", as query_instruction and
+    # document_instruction
     config.instructions = ConfigDict()
-    config.instructions.query = ""
-    config.instructions.document = ""
+    config.instructions.query = ""  # beside anchors; "": nothing
+    config.instructions.document = ""  # beside positives and negatives; "": nothing
     # where it stands, word for word: before (the content), after (it, and before the prompt for one
     # word), instead (of that prompt), system (in a system turn)
     config.instructions.place = "before"
