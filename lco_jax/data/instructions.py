@@ -6,6 +6,8 @@ A prompt of sentence-transformers is an instruction here: both programs put it a
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+# keys of a source's entry: what its anchors are told, and what its positives and negatives are
+INSTRUCTIONS = ("query_instruction", "document_instruction")
 # Where an instruction stands: in the place of the prompt after a content; in a system turn; before
 # the content; after it, before the prompt
 PLACES = ("instead", "system", "before", "after")

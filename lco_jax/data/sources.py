@@ -22,6 +22,7 @@ from lco_jax.core.files import local_copy, resolve
 from lco_jax.data.captions import FilesSource
 from lco_jax.data.content import MEDIA
 from lco_jax.data.given import file_source, in_assets
+from lco_jax.data.instructions import INSTRUCTIONS
 from lco_jax.data.lines import files_of, is_pattern, records_in, unpacked
 from lco_jax.data.records import (
     ALIKE,
@@ -37,8 +38,6 @@ from lco_jax.data.tables import open_table
 from lco_jax.data.tfds import CaptionedSource, nli_source
 
 KINDS = ("jsonl", "tfds", "files", "parquet")
-# keys of a source's entry: what its anchors are told, and what its positives and negatives are
-INSTRUCTIONS = ("query_instruction", "document_instruction")
 OF_ALL = ("weight", *INSTRUCTIONS)  # keys of every kind of source
 
 

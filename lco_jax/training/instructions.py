@@ -5,9 +5,8 @@ from typing import Any
 
 from lco_jax.checkpoint.sentence_transformers import Usage
 from lco_jax.core.errors import LcoError
-from lco_jax.data.instructions import Instruction, Instructions
+from lco_jax.data.instructions import INSTRUCTIONS, Instruction, Instructions
 from lco_jax.data.pipeline import Told
-from lco_jax.data.sources import INSTRUCTIONS
 
 Config = Mapping[str, Any]
 ROLES = ("query", "document")
