@@ -213,7 +213,8 @@ def _step(args: argparse.Namespace, folder: Path, preset: str, weights: str, mes
         workload = even((RECORDS, 3), args.tokens)
     else:
         layout = _layout(mesh)
-        workload = Workload((RECORDS, 3), len(layout.prefix), lambda chunk, mesh: layout.floor)
+        branches = layout.prefix.branches
+        workload = Workload((RECORDS, 3), branches, lambda chunk, mesh: layout.floor)
     return Step(cli.parse(["compiled", *flags], "").config, open_geometry(folder), mesh, workload)
 
 
@@ -222,7 +223,7 @@ def _layout(mesh: Any) -> Any:
     import numpy as np
 
     from lco_jax.checkpoint import builtin
-    from lco_jax.core.packing import common_length
+    from lco_jax.core.prefixes import Prefixes, common_length
     from lco_jax.data import pipeline
     from lco_jax.data.layouts import floor_of
     from lco_jax.data.positions import line_positions
@@ -232,7 +233,7 @@ def _layout(mesh: Any) -> Any:
 
     triplets = [[np.array(ids, np.int32) for ids in triplet] for triplet in as_long_as_snli()]
     first, second = triplets[0][0], triplets[1][1]
-    prefix = first[: common_length(first, second)]
+    prefix = Prefixes.of(first[: common_length(first, second)])
     record, side = np.repeat(np.arange(RECORDS), 3), np.tile(np.arange(3), RECORDS)
     kinds = np.full(3 * RECORDS, TEXT, np.int32)
     teacher = np.full(3 * RECORDS, np.nan, np.float32)

@@ -30,7 +30,8 @@ from lco_jax.checkpoint.hf import load_model, open_checkpoint
 from lco_jax.checkpoint.peft import layer_tensors, read_peft
 from lco_jax.checkpoint.shapes import abstract_params
 from lco_jax.core import lora
-from lco_jax.core.packing import Batch, common_length
+from lco_jax.core.packing import Batch
+from lco_jax.core.prefixes import Prefixes, common_length
 from lco_jax.core.quantize import quantize
 from lco_jax.core.sharding import shardings
 from lco_jax.data import pipeline
@@ -122,7 +123,7 @@ class Training:
     def _layout(self) -> pipeline.Layout:
         """Of the batches: what the first two texts begin with in common is their prefix."""
         first, other = (np.array(self.triplets[i][i], np.int32) for i in (0, 1))
-        prefix = first[: common_length(first, other)]
+        prefix = Prefixes.of(first[: common_length(first, other)])
         layout = pipeline.Layout(self.spec["batch"], 1, prefix, self.spec["chunk_tokens"])
         sample = [self.local(k) for k in range(8)]
         return floor_of(sample, layout, self.processor, self.mesh)

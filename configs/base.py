@@ -38,6 +38,8 @@ def _set_model(config: ConfigDict) -> None:
     config.model.remat = "auto"
     # the decoder's attention kernel: auto (the best of this machine), xla, cudnn, triton, splash
     config.model.attention = "auto"
+    # what an embedding is made of: last (the last token's state) or mean (of all tokens' states)
+    config.model.pooling = "last"
 
     config.tune = ConfigDict()
     # lora: adapters; full: every parameter of the decoder, in float32; projection: a matrix behind
@@ -59,7 +61,7 @@ def _set_data(config: ConfigDict) -> None:
     """What is read, and the caps on it."""
     config.data = ConfigDict()
     # name -> kind (jsonl, tfds, files, parquet), the arguments of that kind, and optionally its
-    # weight in the mixture (by default its size). --data sets them
+    # weight in the mixture (by default its size) and its instructions. --data sets them
     config.data.sources = {
         "bundled": {
             "kind": "jsonl",
@@ -86,6 +88,15 @@ def _set_data(config: ConfigDict) -> None:
     config.data.media.allow_remote = False  # fetch http(s) URLs
     config.data.max_negatives = -1  # hard negatives used of a record; -1: all
     config.data.max_length = 64  # tokens of a text, before the template
+
+    # what is said beside contents; a source may have its own, also "", as query_instruction and
+    # document_instruction
+    config.instructions = ConfigDict()
+    config.instructions.query = ""  # beside anchors; "": nothing
+    config.instructions.document = ""  # beside positives and negatives; "": nothing
+    # where it stands, word for word: before (the content), after (it, and before the prompt for one
+    # word), instead (of that prompt), system (in a system turn)
+    config.instructions.place = "before"
 
 
 def _set_training(config: ConfigDict) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lco_jax.checkpoint.hf import Checkpoint
+from lco_jax.checkpoint.usage import usage_of
 from lco_jax.core.console import progress_bar
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath, fingerprint, local_path
@@ -66,7 +67,7 @@ def _calibration(text: str) -> int | Path:
 def dimension_of(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
     """D of what is stored. Raises for what cannot be."""
     size = checkpoint.config.hidden_size
-    width = checkpoint.truncate_dim if args.truncate_dim is None else args.truncate_dim
+    width = args.truncate_dim or usage_of(checkpoint, args.adapter).truncate_dim
     if width is not None and width > size:
         raise LcoError(f"--truncate-dim={width}: the model's vectors have {size} numbers")
     return width or size

@@ -12,7 +12,9 @@ from ml_collections import ConfigDict
 from lco_jax import loop
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath
-from lco_jax.data.records import Content, as_input
+from lco_jax.data.instructions import Instruction
+from lco_jax.data.pipeline import Told
+from lco_jax.data.records import Content, Record, as_input
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation.plots import plot_similarity, subject_of
 from lco_jax.evaluation.retrieval import Retrieval, retrieval
@@ -22,6 +24,7 @@ from lco_jax.models.model import Model
 from lco_jax.outputs import finish
 from lco_jax.results import Results
 from lco_jax.training.folder import held
+from lco_jax.training.instructions import told_elsewhere
 from lco_jax.training.run import check_config
 from lco_jax.training.step import Step, make_train_step
 
@@ -94,28 +97,43 @@ def _evaluate(
         return scores
     config = job.config
 
-    def encode(inputs: list[Any]) -> np.ndarray:
+    def encode(inputs: list[Any], prompt: Instruction | None = None) -> np.ndarray:
         progress.total += len(inputs)
         return embedder.encode(
             inputs,
+            prompt=prompt,
             batch_size=config.eval.batch_size,
             max_length=config.data.max_length,
             progress=progress,
         )
 
-    def encode_contents(contents: Sequence[Content]) -> np.ndarray:
-        return encode([as_input(content) for content in contents])
-
     embedder.params = make_params()
     with held_out_progress(when) as progress:
         for name, records in job.held_out.items():
-            scores.retrieval[name] = retrieval(encode_contents, records)
+            scores.retrieval[name] = _retrieval(encode, records, told_elsewhere(config, name))
         for name, pairs in job.pairs.items():
-            scores.spearman[name] = agreement(encode, pairs).spearman
+            _, document = told_elsewhere(config, name)
+            scores.spearman[name] = agreement(partial(encode, prompt=document), pairs).spearman
     embedder.params = {}
     if when == "before":  # a table says it again, hours later
         say(f"held out, before training: {_in_brief(scores)}", _as_json(scores))
     return scores
+
+
+def _retrieval(
+    encode: Callable[..., np.ndarray], records: Sequence[Record], told: Told
+) -> Retrieval:
+    """Retrieval of held-out records, whose anchors and other contents are told this.
+
+    encode: inputs and an instruction -> unit vectors.
+    """
+    query, document = told
+
+    def encode_contents(prompt: Instruction | None, contents: Sequence[Content]) -> np.ndarray:
+        return encode([as_input(content) for content in contents], prompt)
+
+    encode_query = None if query == document else partial(encode_contents, query)
+    return retrieval(partial(encode_contents, document), records, encode_query)
 
 
 def _in_brief(scores: Scores) -> str:

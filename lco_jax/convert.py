@@ -33,7 +33,9 @@ from lco_jax.checkpoint.card import About, Section, adapter_card
 from lco_jax.checkpoint.export import export_merged, write_model
 from lco_jax.checkpoint.hf import DTYPES, Checkpoint, open_checkpoint
 from lco_jax.checkpoint.peft import has_adapters, read_adapter, write_peft
+from lco_jax.checkpoint.sentence_transformers import Usage
 from lco_jax.checkpoint.tensors import SHARD_BYTES
+from lco_jax.checkpoint.usage import common_usage, usage_beside, usage_of, with_dimension
 from lco_jax.core import lora
 from lco_jax.core.console import say
 from lco_jax.core.errors import DONE, LcoError, run_main
@@ -44,6 +46,7 @@ from lco_jax.evaluation import local_tasks
 from lco_jax.evaluation.plots import plot_spectrum, subject_of
 from lco_jax.flags import add_path, new_parser
 from lco_jax.training.card import about_run
+from lco_jax.training.instructions import usage_of_run
 from lco_jax.training.run import run_config, tuned_of_run
 from lco_jax.uploads import add_push_flags, beside, check_upload_flags, pushed_folders
 
@@ -165,13 +168,15 @@ def _export_run(args: argparse.Namespace, run: Mapping[str, Any]) -> None:
     say(f"{args.input}: step {found.step}, trained from {found.source}")
     about = about_run(run, _results(args.input), found.step)
     base = found.source, found.checkpoint
-    if args.truncate_dim is None:
-        args.truncate_dim = run["export"].get("truncate_dim")
-    _write_merged(args, args.output, base, found.parameters, found.lora, about)
+    width = run["export"].get("truncate_dim") if args.truncate_dim is None else args.truncate_dim
+    usage = with_dimension(usage_of_run(run), width, found.checkpoint)
+    _write_merged(args, args.output, base, found.parameters, found.lora, about, usage)
     if has_adapters(found.parameters.get("decoder", {})):
         folder = beside(args.output, "adapter")
-        card = adapter_card(found.checkpoint, found.source, about, found.lora)
-        write_peft(folder, found.parameters["decoder"], found.lora, found.source, card)
+        card = adapter_card(found.checkpoint, found.source, about, found.lora, usage)
+        beside_it = usage_beside(usage, found.checkpoint)
+        adapters = found.parameters["decoder"]
+        write_peft(folder, adapters, found.lora, found.source, card, beside_it)
         say(f"adapter: {folder}")
 
 
@@ -190,7 +195,8 @@ def _export_model(args: argparse.Namespace) -> None:
         tuned, config = read_adapter(args.adapter, checkpoint, head=True)
         made = f"{{base}} with the adapter {_shown(args.adapter)} added to its weights."
         about = About(made, "with an adapter")
-    _write_merged(args, args.output, (args.model, checkpoint), tuned, config, about)
+    base, usage = (args.model, checkpoint), usage_of(checkpoint, args.adapter)
+    _write_merged(args, args.output, base, tuned, config, about, usage)
 
 
 def _write_merged(
@@ -200,11 +206,12 @@ def _write_merged(
     tuned: dict[str, Any],
     config: lora.LoraConfig | None,
     about: About | None,
+    usage: Usage | None = None,
 ) -> None:
-    """base: as it was given, and opened."""
+    """base: as it was given, and opened. usage: of the model; None: as the base."""
     source, checkpoint = base
-    dtype, most, width = _dtype(args), _shard_bytes(args), args.truncate_dim
-    export_merged(source, output, tuned, config, dtype, most, about, checkpoint, width)
+    dtype, most = _dtype(args), _shard_bytes(args)
+    export_merged(source, output, tuned, config, dtype, most, about, checkpoint, usage)
     say(f"merged model ({dtype}): {output}")
 
 
@@ -242,16 +249,9 @@ def _soup(args: argparse.Namespace) -> None:
         return
     checkpoint, average = soup.average_models(names, weights)
     about = _about_soup("models", names, weights)
-    write_model(
-        checkpoint,
-        args.output,
-        average,
-        _dtype(args),
-        _shard_bytes(args),
-        source=names[0],
-        about=about,
-        truncate_dim=args.truncate_dim,
-    )
+    usage = with_dimension(usage_of(checkpoint, None), args.truncate_dim, checkpoint)
+    options = {"source": names[0], "about": about, "usage": usage}
+    write_model(checkpoint, args.output, average, _dtype(args), _shard_bytes(args), **options)
     say(f"average of {len(names)} models ({_dtype(args)}): {args.output}")
 
 
@@ -289,6 +289,7 @@ def _average_adapters(args: argparse.Namespace, weights: list[float]) -> None:
     """Average, choose and reduce as the flags say; then write."""
     checkpoint = open_checkpoint(args.model)
     adapters = soup.read_adapters(args.adapters, checkpoint)
+    common_usage(args.adapters, checkpoint)
     report: dict[str, Any] = {"model": args.model}
     if args.greedy:
         kept, report["greedy"] = _greedy(args, adapters)
@@ -317,8 +318,9 @@ def _write_adapter(
     """Write an adapter with its report and, of a reduced one, a plot of the singular values; then
     the merged model, if it is asked for.
     """
-    card = adapter_card(checkpoint, args.model, about, adapter[1])
-    write_peft(args.output, *adapter, args.model, card)
+    usage = common_usage(args.adapters, checkpoint)
+    card = adapter_card(checkpoint, args.model, about, adapter[1], usage)
+    write_peft(args.output, *adapter, args.model, card, usage_beside(usage, checkpoint))
     write_json(args.output / "soup.json", report)
     count = sum(1 for one in report["adapters"] if one["weight"])
     say(f"average of {count} adapters, of rank {report['rank']}: {args.output}")
@@ -331,7 +333,7 @@ def _write_adapter(
     if args.merge:
         folder = beside(args.output, "merged")
         base = args.model, checkpoint
-        _write_merged(args, folder, base, {"decoder": adapter[0]}, adapter[1], about)
+        _write_merged(args, folder, base, {"decoder": adapter[0]}, adapter[1], about, usage)
 
 
 def _greedy_in_words(args: argparse.Namespace, report: dict[str, Any]) -> str:
@@ -355,7 +357,9 @@ def _greedy(
     args: argparse.Namespace, adapters: Sequence[soup.Adapter]
 ) -> tuple[list[int], list[dict[str, Any]]]:
     """The adapters that the greedy soup keeps, and its steps. The base is loaded once."""
-    embedder = OmniEmbedder.from_pretrained(args.model, dtype=_dtype(args))
+    usage = common_usage(args.adapters, open_checkpoint(args.model))
+    options = {"dtype": _dtype(args), "pooling": usage.pooling}
+    embedder = OmniEmbedder.from_pretrained(args.model, **options)
     base = embedder.params["decoder"]
     kept, steps = soup.greedy(len(adapters), partial(_score, args, adapters, embedder, base))
     for step in steps:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from lco_jax.checkpoint.shapes import abstract_params
+from lco_jax.data.instructions import IN_WORDS
+from lco_jax.data.prompts import PROMPTS
 from lco_jax.models.config import DecoderConfig
 
 
@@ -43,6 +45,7 @@ def described(embedder: Any) -> str:
         lines.append(f"from {origin.path}")
     if origin is not None and origin.adapter is not None:
         lines.append(f"adapter {origin.adapter}")
+    lines += _usage(embedder)
     lines.append(f"{stored}, on {mesh.size} {mesh.devices.flat[0].platform} ({axes})")
     inner = "\n".join(f"  {line}" for line in lines)
     return f"{type(embedder).__name__}(\n{inner}\n)"
@@ -52,6 +55,18 @@ def _numbers(embedder: Any) -> str:
     """How many numbers its vectors have."""
     width, every = embedder.truncate_dim, f"{embedder.dimension} numbers"
     return every if width is None else f"the first {width} of {every}"
+
+
+def _usage(embedder: Any) -> list[str]:
+    """Lines about pooling and prompts that are not the paper's."""
+    lines = []
+    pooling = embedder.model.decoder.pooling
+    if pooling != "last":
+        lines.append(f"{pooling} of all tokens' states")
+    told = [name for name in embedder.prompts if name not in PROMPTS]
+    if told:
+        lines.append(f"prompts {', '.join(told)}, {IN_WORDS[embedder.prompt_place]}")
+    return lines
 
 
 def decoder_size(config: DecoderConfig) -> int:

@@ -70,6 +70,7 @@ from lco_jax.flags import (
     embedding_settings,
     media_config,
     new_parser,
+    say_prompts,
 )
 from lco_jax.unit_embedder import UnitEmbedder, open_corpus
 
@@ -136,6 +137,7 @@ def main() -> int:
     fingerprint = corpus.fingerprint() if listing is None else listing.fingerprint()
     checkpoint = open_checkpoint(args.model)
     work = _work(args, fingerprint, media, checkpoint)
+    say_prompts(args, checkpoint, queries=False)
     with VectorParts(args.output, work) as parts:
         record = parts.finished()
         if record:

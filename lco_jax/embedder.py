@@ -19,11 +19,11 @@ from tqdm import tqdm
 from lco_jax.arguments import check_on_error, check_options, check_passes, check_types
 from lco_jax.checkpoint import peft
 from lco_jax.checkpoint.hf import load_model, open_checkpoint
+from lco_jax.checkpoint.usage import usage_of
 from lco_jax.core import lora
 from lco_jax.core.console import progress_bar
 from lco_jax.core.errors import LcoError, check_at_least_1, check_bool
 from lco_jax.core.finite import check_results, check_vectors
-from lco_jax.core.packing import PackedTokens
 from lco_jax.core.shapes import ShapeLog
 from lco_jax.core.sharding import make_mesh, replicated, row_shards
 from lco_jax.data.content import chosen_modalities
@@ -36,15 +36,15 @@ from lco_jax.data.inference import (
     blocks_of,
     pack_on_mesh,
 )
-from lco_jax.data.inputs import Preparation, as_list, check_several, named, one_ahead, prepare_ahead
+from lco_jax.data.inputs import as_list, check_several, named, one_ahead, prepare_ahead
+from lco_jax.data.instructions import Instructions
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import ChatTokenizer, Prompt
 from lco_jax.data.tower_rows import Processed
 from lco_jax.description import Origin, described
-from lco_jax.models.decoder import Decoder
 from lco_jax.models.model import MediaPrograms, Model
-from lco_jax.models.pooling import pool, project
+from lco_jax.models.pooling import pool_or_layers
 from lco_jax.sentence_methods import SentenceMethods
 from lco_jax.vector_form import VectorForm, unit
 
@@ -60,19 +60,23 @@ class OmniEmbedder(SentenceMethods):
 
     LOADS_HEAD = False  # whether `from_pretrained` loads the vocabulary head
 
-    def __init__(self, model: Model, params: dict[str, Any], processor: Processor, mesh: Mesh):
-        super().__init__()
-        self.model = model
-        self.params = params
-        self.processor = processor
-        self.mesh = mesh
+    def __init__(
+        self,
+        model: Model,
+        params: dict[str, Any],
+        processor: Processor,
+        mesh: Mesh,
+        instructions: Instructions | None = None,
+    ):
+        super().__init__(instructions)
+        self.model, self.params = model, params
+        self.processor, self.mesh = processor, mesh
         self.origin: Origin | None = None
         self.skipped: dict[int, str] = {}
         self.towers = MediaPrograms(model, mesh)
         self.decoder_shapes = ShapeLog("decoder")
-        self._pool = jax.jit(
-            partial(_pooled, model.decoder), static_argnums=3, out_shardings=replicated(mesh)
-        )
+        pool = partial(pool_or_layers, model.decoder)
+        self._pool = jax.jit(pool, static_argnums=3, out_shardings=replicated(mesh))
 
     @classmethod
     def from_pretrained(
@@ -87,6 +91,7 @@ class OmniEmbedder(SentenceMethods):
         video_positions: str = "4.57",
         quantize: str = "",
         attention: str = "auto",
+        pooling: str | None = None,
     ) -> Self:
         """Load a checkpoint folder or hub id; merge a PEFT adapter into it (in float32) if given.
 
@@ -102,12 +107,15 @@ class OmniEmbedder(SentenceMethods):
         quantize: "int8" or "nf4" stores the decoder's matrices in fewer bits. An adapter is then
             applied beside them.
         attention: the kernel, as `models.attention.attention` has it.
+        pooling: "last" or "mean" (`models/pooling.py`); by default as the folder of the adapter or
+            checkpoint says, which also has the prompts of its training.
         """
         check_types(path_or_id, adapter, mesh, media)
         checkpoint = open_checkpoint(path_or_id)
         adapted = None
         if adapter is not None:
             adapted = peft.read_adapter(adapter, checkpoint, head=cls.LOADS_HEAD)
+        usage = usage_of(checkpoint, adapter)
         mesh = make_mesh(devices=jax.local_devices()) if mesh is None else mesh
         chosen = chosen_modalities(modalities, checkpoint.backbone.modalities)
         context = checkpoint.config.max_position_embeddings
@@ -121,11 +129,13 @@ class OmniEmbedder(SentenceMethods):
             remat="none",
             quantize=quantize,
             attention=attention,
+            pooling=usage.pooling if pooling is None else pooling,
         )
         if adapted is not None:
             params = lora.with_adapters(params, *adapted, mesh, beside=bool(quantize))
-        embedder = cls(model, params, processor, mesh)
-        embedder.truncate_dim = checkpoint.truncate_dim
+        processor.tokenizer.check_place(usage.instructions.place)
+        embedder = cls(model, params, processor, mesh, usage.instructions)
+        embedder.truncate_dim = usage.truncate_dim
         merged = None if adapter is None else str(adapter)
         embedder.origin = Origin(str(path_or_id), checkpoint.backbone.model_type, merged, quantize)
         return embedder
@@ -177,8 +187,8 @@ class OmniEmbedder(SentenceMethods):
         An input is a string, a PIL image, an array, a path or URL of a media file, {"text": …,
         "image": …, "audio": …, "video": …} with any of these, {"array": …, "sampling_rate": …} or
         {"array": …, "fps": …}, or a list of chat messages. Every input but messages gets `prompt`,
-        or the one that is called `prompt_name` in `prompts`, by default the reference's for its
-        modality. Unlike sentence-transformers' it stands after the input.
+        or the one called `prompt_name` in `prompts`, or the default's if there is one. It stands at
+        `prompt_place`, by default after the input in the place of the reference's prompt.
 
         batch_size: the most inputs in a forward pass (None: any number). max_tokens: the most
             tokens of a device in it, unless one input has more. They change the speed, and vectors
@@ -210,7 +220,8 @@ class OmniEmbedder(SentenceMethods):
             items,
             batch_size,
             normalize_embeddings,
-            prompt=self._prompt_of(prompt_name, prompt),
+            prompt=prompt,
+            prompt_name=prompt_name,
             max_length=max_length,
             on_error=on_error,
             workers=workers,
@@ -239,7 +250,8 @@ class OmniEmbedder(SentenceMethods):
         batch_size: int | None = None,
         normalize_embeddings: bool = True,
         *,
-        prompt: str | None = None,
+        prompt: Prompt | None = None,
+        prompt_name: str | None = None,
         max_length: int | None = None,
         on_error: str = "raise",
         workers: int = 0,
@@ -260,7 +272,7 @@ class OmniEmbedder(SentenceMethods):
         check_passes(max_tokens, progress)
         check_on_error(on_error)
         check_several(inputs)
-        preparation = Preparation(self.processor, prompt, max_length)
+        preparation = self.preparation(prompt_name, prompt, max_length)
         prepared = prepare_ahead(preparation, named(inputs, names), workers)
         shards = row_shards(self.mesh)
         blocks = blocks_of(prepared, block_inputs, on_error == "raise", units, shards)
@@ -300,11 +312,11 @@ class OmniEmbedder(SentenceMethods):
         batch_size: int | None = None,
         max_tokens: int = MAX_TOKENS,
         progress: tqdm | None = None,
-        of: str = "last",
+        of: str = "pooled",
     ) -> np.ndarray:
-        """Inputs, as `processor` returns them -> the final norm's output, float32 [N, D].
+        """Inputs, as `processor` returns them -> the final norm's output, pooled, float32 [N, D].
 
-        of: "layers" for the states before the first layer and after each: [N, L + 1, D].
+        of: "layers" for the last token's states before and after each layer: [N, L + 1, D].
         """
         layers = (self.model.decoder.config.num_layers + 1,) if of == "layers" else ()
         size = (*layers, self.dimension)
@@ -344,7 +356,7 @@ class OmniEmbedder(SentenceMethods):
         self, inputs: Sequence[Any], prompt: Prompt | None, max_length: int | None
     ) -> list[Processed]:
         """Prepare all inputs at once. Raises the error of the first bad one."""
-        preparation = Preparation(self.processor, prompt, max_length)
+        preparation = self.preparation(None, prompt, max_length)
         items, _ = as_list(inputs)
         ready = []
         for one in prepare_ahead(preparation, named(items, None), workers=0):
@@ -389,11 +401,3 @@ class OmniEmbedder(SentenceMethods):
         media = self.towers(self.params, batch.media)
         self.decoder_shapes.note(batch.tokens, media)
         return media
-
-
-def _pooled(
-    decoder: Decoder, params: dict[str, Any], tokens: PackedTokens, media: Array | None, of: str
-) -> Array:
-    """`pool`, and then the model's projection of last states, if it has one."""
-    pooled = pool(decoder, params["decoder"], tokens, media, of)
-    return project(pooled, params) if of == "last" else pooled

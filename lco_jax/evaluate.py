@@ -18,7 +18,8 @@ with --small-vectors, too, a table of the scores of shorter vectors in fewer bit
 import argparse
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cache
+from functools import cache, cached_property
+from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,19 @@ from tqdm import tqdm
 
 from lco_jax.calibration import add_size_flags, dimension_of
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
+from lco_jax.checkpoint.usage import usage_of
 from lco_jax.core.console import progress_bar, say, say_all
 from lco_jax.core.errors import DONE, FAILED, LcoError, explained, run_main
 from lco_jax.core.extras import install_line
+from lco_jax.core.files import read_json
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.core.small_vectors import shortened
 from lco_jax.data.inference import EmbeddedBlock
+from lco_jax.data.instructions import IN_WORDS
 from lco_jax.data.media import MediaConfig
+from lco_jax.data.prompts import Prompt, summed_up
 from lco_jax.embedder import OmniEmbedder
-from lco_jax.evaluation.left_out import Encode, LeftOut
+from lco_jax.evaluation.left_out import LeftOut
 from lco_jax.evaluation.local_tasks import KINDS, add_flags, evaluate_and_write, options_of
 from lco_jax.evaluation.vector_sizes import KINDS as SMALL_KINDS
 from lco_jax.evaluation.vector_sizes import as_compared, as_json, compare_and_write, table
@@ -47,6 +52,7 @@ from lco_jax.flags import (
     load_embedder,
     media_config,
     new_parser,
+    say_prompts,
     workers,
 )
 
@@ -72,6 +78,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_path(parser, "--input", files, earlier=["--data"], required=False)
     add_path(parser, "--output", "the folder for results and vectors", earlier=["--out"])
     add_corpus_flags(parser, on_error="raise", part_size=PART_INPUTS, max_length=MAX_LENGTH)
+    prompts = "a .json of prompts for mteb's tasks: {TASK or TYPE or TASK-query or document: text}"
+    add_path(parser, "--prompts", prompts, required=False)
     add_flags(parser, "--input")
     add_size_flags(parser)
     parser.add_argument(
@@ -92,6 +100,8 @@ def main() -> int:
     if (args.input is None) != (args.kind is None):
         raise LcoError(f"--input and --kind go together; --kind is one of: {', '.join(KINDS)}")
     _check_sizes(args)
+    if args.prompts is not None and args.input is not None:
+        raise LcoError("--prompts goes with --benchmark, --tasks and --seadoc")
     media = media_config(args)
     keep_compiled()
     if args.input is None:
@@ -114,9 +124,11 @@ def evaluate_files(args: argparse.Namespace, media: MediaConfig) -> None:
     """The user's own files, without mteb."""
     options = options_of(args)
     left_out = LeftOut(skips=args.on_error == "skip")
-    encode = _file_encoder(args, media, left_out)
+    encoder = _FilesEncoder(args, media, left_out)
+    if args.kind == "retrieval":
+        options["encode_sides"] = encoder.encode_sides
     model = " + ".join(filter(None, [args.model, args.adapter]))
-    what = (encode, args.kind, args.input, args.output, left_out, model)
+    what = (encoder.encode, args.kind, args.input, args.output, left_out, model)
     if args.small_vectors:
         rows = compare_and_write(*what, **options)
         say_all(table(args.kind, rows), {"rows": [as_json(row) for row in rows]})
@@ -136,33 +148,69 @@ def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None}
 
 
-def _file_encoder(args: argparse.Namespace, media: MediaConfig, left_out: LeftOut) -> Encode:
-    """What embeds a task's inputs, and tells `left_out` which it skips."""
+class _FilesEncoder:
+    """What embeds a user's files. A task calls it after it has checked them: only then is the
+    model loaded.
+    """
 
-    def encode(contents: list[Any]) -> np.ndarray:
-        """Load the model, and embed. A task calls this once, after it has checked its files."""
-        checkpoint = open_checkpoint(args.model)
-        width = dimension_of(args, checkpoint)
-        with explained(f"--output={args.output} cannot be written", OSError):
-            args.output.mkdir(parents=True, exist_ok=True)
-        embedder = load_embedder(args, checkpoint, media, None)
-        vectors = embedder.encode(
+    def __init__(self, args: argparse.Namespace, media: MediaConfig, left_out: LeftOut):
+        self.args, self.media, self.left_out = args, media, left_out
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The model, which is not loaded yet. Then the output folder exists."""
+        with explained(f"--output={self.args.output} cannot be written", OSError):
+            self.args.output.mkdir(parents=True, exist_ok=True)
+        return open_checkpoint(self.args.model)
+
+    @cached_property
+    def embedder(self) -> OmniEmbedder:
+        """The model."""
+        say_prompts(self.args, self.checkpoint, queries=self.args.kind == "retrieval")
+        return load_embedder(self.args, self.checkpoint, self.media, None)
+
+    def encode(self, contents: list[Any]) -> np.ndarray:
+        """Vectors of contents, in the form that the flags ask for."""
+        return self._as_compared(self._encode(contents, None))
+
+    def encode_sides(self, count: int, contents: list[Any]) -> np.ndarray:
+        """Vectors of `count` queries and of documents, at once where both are told the same."""
+        model, left_out = self.embedder, self.left_out
+        names = model.query_prompt, model.document_prompt
+        query, document = map(model.prompt_of, names)
+        if query == document or self.args.prompt is not None:
+            return self._as_compared(self._encode(contents, names[1]))
+        queries = self._encode(contents[:count], names[0])
+        skipped = dict(left_out.inputs)
+        documents = self._encode(contents[count:], names[1])
+        others = {count + i: why for i, why in left_out.inputs.items()}
+        left_out.inputs = skipped | others
+        return self._as_compared(np.concatenate([queries, documents]))
+
+    def _encode(self, contents: list[Any], prompt_name: str | None) -> np.ndarray:
+        """Vectors of contents, whose prompt is that of the flags, of this name, or the default."""
+        args = self.args
+        width = dimension_of(args, self.checkpoint)
+        vectors = self.embedder.encode(
             contents,
+            args.prompt_name or prompt_name,
+            args.prompt,
             batch_size=args.batch_size,
-            prompt=args.prompt,
             max_length=args.max_length,
             on_error=args.on_error,
             workers=args.workers or 0,
             show_progress_bar=True,
-            truncate_dim=embedder.dimension if args.small_vectors else width,
+            truncate_dim=self.embedder.dimension if args.small_vectors else width,
         )
-        left_out.inputs = dict(embedder.skipped)
-        if args.precision is not None:
-            there = np.isfinite(vectors).all(axis=1)
-            vectors[there] = as_compared(vectors[there], args.precision)
+        self.left_out.inputs = dict(self.embedder.skipped)
         return vectors
 
-    return encode
+    def _as_compared(self, vectors: np.ndarray) -> np.ndarray:
+        """What is left of vectors in the precision that the flags ask for."""
+        if self.args.precision is not None:
+            there = np.isfinite(vectors).all(axis=1)
+            vectors[there] = as_compared(vectors[there], self.args.precision)
+        return vectors
 
 
 def evaluate_tasks(args: argparse.Namespace, media: MediaConfig) -> int:
@@ -176,7 +224,7 @@ def evaluate_tasks(args: argparse.Namespace, media: MediaConfig) -> int:
     tasks = find_tasks(args.benchmark, args.tasks, args.seadoc)
     checkpoint = open_checkpoint(args.model)
     dimension = dimension_of(args, checkpoint)
-    settings = embedding_settings(args, media, checkpoint)
+    settings = embedding_settings(args, media, checkpoint) | _given_prompts(args)
     settings |= _given({"--truncate-dim": args.truncate_dim})
     caps = _caps(settings)
     meta = model_meta(
@@ -186,11 +234,12 @@ def evaluate_tasks(args: argparse.Namespace, media: MediaConfig) -> int:
         modalities=list(checkpoint.backbone.modalities),
         embed_dim=dimension,
     )
+    prompts = _prompts(args, checkpoint)
     modalities = _modalities(tasks, checkpoint, media)
     encode_blocks = _lazy_encoder(args, checkpoint, media, modalities)
     what_made_them = {**settings, "--on-error": args.on_error}
     stored = StoredVectors(args.output / "embeddings", what_made_them)
-    encoder = Encoder(encode_blocks, meta, stored, media)
+    encoder = Encoder(encode_blocks, meta, stored, media, prompts)
     failed = _run_tasks(tasks, encoder, args, caps)
     say(
         f"{encoder.embedded:,} inputs embedded, {encoder.found:,} found in {stored.folder}\n"
@@ -242,12 +291,14 @@ def _lazy_encoder(
         contents: Iterable[Any],
         progress: tqdm,
         names: Iterable[str],
+        prompt: str | None = None,
     ) -> Iterator[EmbeddedBlock]:
         many_media = progress.total >= MANY and modalities != ("text",)
         blocks = embedder().encode_blocks(
             contents,
             args.batch_size,
-            prompt=args.prompt,
+            prompt=_prompt_of(args, prompt),
+            prompt_name=args.prompt_name,
             max_length=args.max_length,
             on_error=args.on_error,
             workers=workers(args, many_media),
@@ -260,6 +311,46 @@ def _lazy_encoder(
             yield block
 
     return encode_blocks
+
+
+def _prompts(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, str]:
+    """Name -> text of the prompts by task and by query and document; {} where a flag gives one for
+    all.
+    """
+    if args.prompt is not None or args.prompt_name is not None:
+        say_prompts(args, checkpoint, queries=False)
+        return {}
+    told = usage_of(checkpoint, args.adapter).instructions
+    prompts = {**told.prompts, **_read_prompts(args.prompts)}
+    place = IN_WORDS[args.prompt_place or told.place]
+    for name, text in prompts.items():
+        if text:
+            say(f"{name}: inputs are told {text!r} ({place})", aside=True)
+    return prompts
+
+
+def _read_prompts(file: Path | None) -> dict[str, str]:
+    """The content of --prompts."""
+    prompts = {} if file is None else read_json(file)
+    for name, text in prompts.items():
+        if not isinstance(text, str):
+            raise LcoError(f"--prompts={file}: {name} is {text!r:.60}, and must be a text")
+    return prompts
+
+
+def _given_prompts(args: argparse.Namespace) -> dict[str, Any]:
+    """Flag -> what --prompts holds, for what vectors depend on."""
+    if args.prompts is None:
+        return {}
+    prompts = sorted(_read_prompts(args.prompts).items())
+    return {"--prompts": blake2b(repr(prompts).encode(), digest_size=8).hexdigest()}
+
+
+def _prompt_of(args: argparse.Namespace, prompt: str | None) -> Prompt | None:
+    """The prompt of an input, of which mteb's name says this: "" is the reference's alone."""
+    if args.prompt is not None:
+        return args.prompt
+    return summed_up if prompt == "" else prompt
 
 
 def _modalities(tasks: list[Any], checkpoint: Checkpoint, media: MediaConfig) -> tuple[str, ...]:

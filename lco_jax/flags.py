@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from lco_jax.checkpoint.hf import Checkpoint
+from lco_jax.checkpoint.usage import usage_of
 from lco_jax.core import console
+from lco_jax.core.console import say
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath, fingerprint, local_path
 from lco_jax.core.quantize import KINDS
+from lco_jax.data.instructions import IN_WORDS, PLACES
 from lco_jax.data.media import MediaConfig
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.models.attention import IMPLEMENTATIONS
+from lco_jax.sentence_methods import all_prompts
 
 TEXTS_A_UNIT, MEDIA_A_UNIT = 8192, 512  # inputs that are embedded together
 # what numbers among the flags must be at least
@@ -93,6 +97,15 @@ def add_corpus_flags(
         "--part-size", type=int, default=part_size, help=f"inputs of a unit (default: {default})"
     )
     add_model_flags(parser, media_root, max_length)
+    parser.add_argument(
+        "--prompt-name", help="of a prompt that the model was trained with: query, document, …"
+    )
+    parser.add_argument(
+        "--prompt-place",
+        choices=PLACES,
+        help="where prompts stand (default: as the model was trained; else instead of the one "
+        "after the content)",
+    )
 
 
 def add_on_error(parser: argparse.ArgumentParser, default: str) -> None:
@@ -127,7 +140,10 @@ def add_model_flags(
         default=max_length,
         help=f"cut texts to so many tokens (default: {max_length or 'no cut'})",
     )
-    parser.add_argument("--prompt", help="instead of the reference's, placed after the content")
+    parser.add_argument(
+        "--prompt",
+        help="what is said beside each input (default: the reference's prompt, after the content)",
+    )
     parser.add_argument("--media-root", type=media_root, help="where relative paths of media start")
     parser.add_argument(
         "--workers", type=int, help="processes that prepare media (default: one a CPU, at most 8)"
@@ -163,6 +179,8 @@ def media_config(args: argparse.Namespace) -> MediaConfig:
         if value is not None and value < least:
             raise LcoError(f"{_flag(name)}={value}: it must be at least {least}")
     given = {field.name: getattr(args, field.name) for field in fields(MediaConfig)}
+    if args.prompt is not None and getattr(args, "prompt_name", None) is not None:
+        raise LcoError("--prompt and --prompt-name exclude each other; give one")
     try:
         return MediaConfig(**{name: value for name, value in given.items() if value is not None})
     except LcoError as error:
@@ -186,7 +204,7 @@ def load_embedder(
     kind: type[M] = OmniEmbedder,
 ) -> M:
     """The embedder, or other `kind`, that the flags ask for. modalities: None for all."""
-    return kind.from_pretrained(
+    embedder = kind.from_pretrained(
         checkpoint.folder,
         args.adapter,
         args.dtype,
@@ -195,6 +213,11 @@ def load_embedder(
         quantize=args.quantize,
         attention=args.attention,
     )
+    place = getattr(args, "prompt_place", None)
+    if place is not None:
+        embedder.tokenizer.check_place(place)
+        embedder.prompt_place = place
+    return embedder
 
 
 def embedding_settings(
@@ -207,7 +230,41 @@ def embedding_settings(
     settings["what --model holds"] = _state_of(args.model, checkpoint.folder.name)
     if args.adapter is not None:
         settings["what --adapter holds"] = _state_of(args.adapter, str(args.adapter))
-    return settings
+    return settings | usage_settings(args, checkpoint)
+
+
+def usage_settings(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Flag or words -> value of how the model is used, without what is the paper's."""
+    usage = usage_of(checkpoint, args.adapter)
+    told = usage.instructions
+    known = all_prompts(told)
+    if args.prompt_name is not None and args.prompt_name not in known:
+        there = ", ".join(known)
+        raise LcoError(f"--prompt-name={args.prompt_name}: the model has the prompts {there}")
+    settings = {
+        "--prompt-name": args.prompt_name,
+        "--prompt-place": args.prompt_place,
+        "pooling": None if usage.pooling == "last" else usage.pooling,
+        "the model's prompts": dict(told.prompts) or None,
+        "where they stand": told.place if told.prompts else None,
+    }
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def say_prompts(args: argparse.Namespace, checkpoint: Checkpoint, queries: bool) -> None:
+    """Say what is said beside inputs, if anything is. queries: whether some of them are queries."""
+    told = usage_of(checkpoint, args.adapter).instructions
+    place = args.prompt_place or told.place
+    names = {"inputs": args.prompt_name or told.default}
+    if queries:
+        names = {
+            "queries": args.prompt_name or "query",
+            "documents": args.prompt_name or "document",
+        }
+    for what, name in names.items():
+        text = all_prompts(told).get(name or "", "") if args.prompt is None else args.prompt
+        if text:
+            say(f"{what} are told {text!r} ({IN_WORDS[place]})", aside=True)
 
 
 def _state_of(path_or_id: str, otherwise: str) -> str:

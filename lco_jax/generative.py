@@ -17,6 +17,7 @@ from lco_jax.models.model import Model
 from lco_jax.outputs import finish
 from lco_jax.results import Results
 from lco_jax.training.folder import held
+from lco_jax.training.instructions import refuse_embedding_keys
 from lco_jax.training.objective import LossConfig
 from lco_jax.training.run import check_config
 from lco_jax.training.step import Step, make_pretrain_step
@@ -29,6 +30,7 @@ def pretrain(config: ConfigDict, output: str | os.PathLike[str]) -> Results:
     check_config(config)
     if added := LossConfig.of(config).added:
         raise LcoError(f"config.loss.{added[0]} goes with lco_jax.train; this loss is generative")
+    refuse_embedding_keys(config)
     with held(output) as home:
         return Results(_pretrain(config, home), home, config.model.path)
 

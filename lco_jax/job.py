@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from lco_jax.checkpoint.export import shorter_dimension
 from lco_jax.checkpoint.hf import Checkpoint, load_model, open_checkpoint
+from lco_jax.checkpoint.usage import usage_of, with_dimension
 from lco_jax.core import console
 from lco_jax.core.errors import LcoError, check_keys
 from lco_jax.core.files import AnyPath, local_workdir, on_bucket, reaching, upload
@@ -31,6 +32,7 @@ from lco_jax.evaluation.sts import ScoredPairs, open_pairs
 from lco_jax.models.model import Model
 from lco_jax.training import tuning
 from lco_jax.training.folder import check_outputs
+from lco_jax.training.instructions import told_by_source
 from lco_jax.training.metrics import check_packages
 from lco_jax.training.run import check_same_run, has_begun
 from lco_jax.training.state import Training, warmup_steps
@@ -124,8 +126,7 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
 def _check_dimensions(config: ConfigDict, training: Training, checkpoint: Checkpoint) -> None:
     """Raise for a part of a vector that is no part of the model's."""
     training.objective.check_dimension(checkpoint.config.hidden_size)
-    if config.export.merged:
-        shorter_dimension(checkpoint, config.export.truncate_dim)
+    with_dimension(usage_of(checkpoint, None), config.export.truncate_dim, checkpoint)
 
 
 def _check_begun(
@@ -214,10 +215,15 @@ def open_layout(
             "config.train.batch_size is 1, and no record has a negative: there is nothing to tell "
             "a positive from; give a larger batch, or records with negatives"
         )
+    by_source = told_by_source(config)
+    told = tuple(dict.fromkeys(chain(*by_source.values()))) or (None,)
+    if by_source:
+        processor.tokenizer.check_place(config.instructions.place)
     layout = pipeline.Layout(
         batch_size=config.train.batch_size,
         max_negatives=max_negatives,
-        prefix=processor.tokenizer.prefix,
+        prefix=processor.tokenizer.prefixes(told),
+        told=told,
         chunk_tokens=config.train.chunk_tokens,
         on_bad=config.data.on_bad,
         generative=generative,
@@ -238,7 +244,8 @@ def batches_of(
     one_source = len(sources) == 1 or config.data.batches == "homogeneous"
     run = layout.batch_size if config.data.batches == "homogeneous" else config.data.sub_batch
     once = 0 if layout.generative else layout.batch_size
-    stream = pipeline.record_stream(sources, weights, config.seed, run, once)
+    told = told_by_source(config)
+    stream = pipeline.record_stream(sources, weights, config.seed, run, once, told)
     if once and not config.train.ignore_duplicates and jax.process_index() == 0:
         for line in mixture.repeats(sources, weights, layout.batch_size, one_source):
             logger.warning("%s", line)
@@ -389,6 +396,9 @@ def _load(
     config: ConfigDict, checkpoint: Checkpoint, mesh: Mesh, towers: list[str], generative: bool
 ) -> tuple[Model, dict[str, Any]]:
     """The model on the mesh, and its parameters."""
+    pooled = usage_of(checkpoint, None).pooling
+    if pooled != config.model.pooling and not generative:
+        say(f"{config.model.path} pools as {pooled!r}, and config.model.pooling says otherwise")
     remat = config.model.remat
     model, params = load_model(
         checkpoint,
@@ -400,6 +410,7 @@ def _load(
         quantize=config.model.quantize,
         remat="full" if remat == "auto" else remat,  # until a policy is chosen
         attention=config.model.attention,
+        pooling=config.model.pooling,
     )
     if config.tune.decoder == "full":
         model = dataclasses.replace(model, decoder=model.decoder.clone(tuned=True))

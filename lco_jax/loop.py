@@ -138,8 +138,8 @@ def _abstract_batch(job: Job, layout: pipeline.Layout) -> Batch:
     """A batch of a planned layout, as shapes on the mesh."""
     media = memory.abstract_media(job.processor.rows, layout.media_floor, job.mesh)
     sides = layout.batch_size, layout.sides
-    prefix, teacher = len(layout.prefix), layout.teacher
-    return memory.abstract_batch(layout.floor, sides, prefix, job.mesh, media, teacher)
+    branches, teacher = layout.prefix.branches, layout.teacher
+    return memory.abstract_batch(layout.floor, sides, branches, job.mesh, media, teacher)
 
 
 def run(loop: Loop) -> bool:

@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from lco_jax.checkpoint.card import adapter_card
 from lco_jax.checkpoint.export import export_merged
 from lco_jax.checkpoint.peft import has_adapters, write_peft
+from lco_jax.checkpoint.usage import usage_beside, with_dimension
 from lco_jax.core.console import say_all
 from lco_jax.core.files import on_bucket, write_json
 from lco_jax.evaluation.plots import plot_loss, subject_of
@@ -18,6 +19,7 @@ from lco_jax.loop import Loop
 from lco_jax.training import tuning
 from lco_jax.training.card import about_run
 from lco_jax.training.finished import report
+from lco_jax.training.instructions import usage_of_run
 from lco_jax.training.metrics import read_metrics
 
 CURVE = ("loss", "learning_rate")  # what the curve shows of a line of metrics
@@ -95,18 +97,13 @@ def _export(job: Job, tuned: dict[str, Any], results: dict[str, Any]) -> None:
     config, lora, base = job.config, job.training.lora, job.config.model.path
     run = json.loads(config.to_json()) | {"total_steps": job.total_steps}
     about = about_run(run, results, job.total_steps)
+    usage = with_dimension(usage_of_run(run), config.export.truncate_dim, job.checkpoint)
     if has_adapters(tuned.get("decoder", {})):
-        card = adapter_card(job.checkpoint, base, about, lora)
-        write_peft(job.workdir / "adapter", tuned["decoder"], lora, base, card)
+        card = adapter_card(job.checkpoint, base, about, lora, usage)
+        beside = usage_beside(usage, job.checkpoint)
+        write_peft(job.workdir / "adapter", tuned["decoder"], lora, base, card, beside)
     if config.export.merged:
         merged = job.workdir / "merged"
-        export_merged(
-            base,
-            merged,
-            tuned,
-            lora,
-            config.export.dtype,
-            about=about,
-            checkpoint=job.checkpoint,
-            truncate_dim=config.export.truncate_dim,
-        )
+        dtype, checkpoint = config.export.dtype, job.checkpoint
+        options = {"about": about, "checkpoint": checkpoint, "usage": usage}
+        export_merged(base, merged, tuned, lora, dtype, **options)

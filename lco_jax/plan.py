@@ -118,7 +118,7 @@ def _workload_of_data(config: ConfigDict, checkpoint: Checkpoint) -> Workload:
         max_length = config.data.max_length
         return layouts.choose_layout(sample, chunked, processor, mesh, max_length).floor
 
-    return Workload((layout.batch_size, layout.sides), len(layout.prefix), shape)
+    return Workload((layout.batch_size, layout.sides), layout.prefix.branches, shape)
 
 
 def _meshes(devices: int, kv_heads: int) -> Iterator[tuple[int, int, int]]:

@@ -41,7 +41,6 @@ from lco_jax.core.shapes import keep_compiled
 from lco_jax.core.small_vectors import LEVELS, SIGNS, Storage
 from lco_jax.data.corpus import Contents, Corpus, scan
 from lco_jax.data.folder import rest_in_words
-from lco_jax.data.inputs import Preparation
 from lco_jax.data.parts import Unit, VectorParts, cut
 from lco_jax.data.range_files import beside
 from lco_jax.data.skipped import skipped_in_words
@@ -55,6 +54,7 @@ from lco_jax.flags import (
     load_embedder,
     media_config,
     new_parser,
+    say_prompts,
     workers,
 )
 from lco_jax.searching.library import Entry, Library
@@ -124,8 +124,11 @@ def main() -> int:
 
 
 def _queries(args: argparse.Namespace, embedder: OmniEmbedder, storage: Storage) -> ModelQueries:
-    """What embeds queries, after a first one."""
-    preparation = Preparation(embedder.processor, args.prompt, args.max_length)
+    """What embeds queries, after a first one: with --prompt, as inputs, or with the model's prompt
+    of queries.
+    """
+    name = None if args.prompt is not None else args.prompt_name or embedder.query_prompt
+    preparation = embedder.preparation(name, args.prompt, args.max_length)
     queries = ModelQueries(preparation, embedder.embed, storage.dimension)
     queries.embed(queries.prepare([FIRST_QUERY], "the first query"))
     return queries
@@ -171,6 +174,7 @@ def prepare(args: argparse.Namespace) -> Started:
     keep_compiled()
     checkpoint = open_checkpoint(args.model)
     embedder = load_embedder(args, checkpoint, media, None)
+    say_prompts(args, checkpoint, queries=True)
     work = embedding_settings(args, media, checkpoint) | storage_settings(args, checkpoint)
     parts = VectorParts(args.output / "vectors.parquet", work)
     dimension = dimension_of(args, checkpoint)

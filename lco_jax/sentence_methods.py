@@ -11,6 +11,9 @@ import numpy as np
 
 from lco_jax.arguments import as_vectors
 from lco_jax.core.errors import LcoError
+from lco_jax.data.inputs import Preparation
+from lco_jax.data.instructions import Instruction, Instructions
+from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import PROMPTS, Prompt
 from lco_jax.vector_form import unit
 
@@ -19,17 +22,25 @@ class SentenceMethods(ABC):
     """What a model needs beside `encode`, `dimension` and `modalities`, so that code for theirs
     runs on it.
 
-    prompts: name -> what follows an input, for `prompt_name`; at first the reference's prompt for
-    each modality. `encode_query` uses "query", and `encode_document` "document", if you add them.
+    prompts: name -> text, for `prompt_name`: those that the model was trained with, as its folder
+    says. `encode_query` uses "query", and `encode_document` "document"; add them where they are not
+    there. prompt_place: where each of them stands, one of `instructions.PLACES`. By default that is
+    "instead": in the place of the reference's prompt, after an input; then the reference's prompt
+    for each modality is there, too, by the modality's name. default_prompt_name: of the one for an
+    input that is given none.
     truncate_dim: how many of the first numbers `encode` returns where its call says nothing; at
-    first what the checkpoint's config_sentence_transformers.json says. None: all.
+    first what the folder says. None: all.
     """
 
     similarity_fn_name = "cosine"
     truncate_dim: int | None = None
+    processor: Processor
 
-    def __init__(self):
-        self.prompts = dict(PROMPTS)
+    def __init__(self, instructions: Instructions | None = None):
+        told = instructions or Instructions()
+        self.prompt_place = told.place
+        self.default_prompt_name = told.default
+        self.prompts = all_prompts(told)
 
     @property
     @abstractmethod
@@ -56,8 +67,9 @@ class SentenceMethods(ABC):
         **options: Any,
     ) -> Any:
         """`encode` with the prompt called "query", if there is one and no other is given."""
-        name = self._name_of(("query",), prompt_name, prompt)
-        return self.encode(inputs, name, prompt, *args, **options)
+        if prompt_name is None and prompt is None:
+            prompt_name = self.query_prompt
+        return self.encode(inputs, prompt_name, prompt, *args, **options)
 
     def encode_document(
         self,
@@ -68,8 +80,9 @@ class SentenceMethods(ABC):
         **options: Any,
     ) -> Any:
         """The same with the first prompt that there is of "document", "passage" and "corpus"."""
-        name = self._name_of(("document", "passage", "corpus"), prompt_name, prompt)
-        return self.encode(inputs, name, prompt, *args, **options)
+        if prompt_name is None and prompt is None:
+            prompt_name = self.document_prompt
+        return self.encode(inputs, prompt_name, prompt, *args, **options)
 
     def supports(self, modality: str | Sequence[str]) -> bool:
         """Whether a modality, or a mix of several, can be embedded; "message": chat messages."""
@@ -101,24 +114,56 @@ class SentenceMethods(ABC):
             raise LcoError(f"{len(a)} and {len(b)} vectors are no pairs; similarity compares all")
         return (unit(a) * unit(b)).sum(axis=-1)
 
-    def _name_of(
-        self, names: Sequence[str], prompt_name: str | None, prompt: Prompt | None
-    ) -> str | None:
-        """The given name, or, where no prompt is given, the first of `names` that there is."""
-        if prompt_name is None and prompt is None:
-            return next((name for name in names if name in self.prompts), None)
-        return prompt_name
+    @property
+    def query_prompt(self) -> str | None:
+        """The name of the prompt of queries, if there is one."""
+        return "query" if "query" in self.prompts else None
 
-    def _prompt_of(self, prompt_name: str | None, prompt: Prompt | None) -> Prompt | None:
-        """The prompt that is given, or that has this name; None: the reference's."""
-        if prompt is not None or prompt_name is None:
+    @property
+    def document_prompt(self) -> str | None:
+        """The name of the prompt of documents, if there is one."""
+        names = ("document", "passage", "corpus")
+        return next((name for name in names if name in self.prompts), None)
+
+    def prompt_of(
+        self, prompt_name: str | None = None, prompt: Prompt | None = None
+    ) -> Prompt | None:
+        """The prompt that is given, or that has this name, or the default, at its place; None: the
+        reference's alone.
+        """
+        if prompt is None:
+            name = self.default_prompt_name if prompt_name is None else prompt_name
+            prompt = self._named(name) or None
+        if not isinstance(prompt, str) or self.prompt_place == "instead":
             return prompt
-        if not isinstance(prompt_name, str) or prompt_name not in self.prompts:
+        return Instruction(prompt, self.prompt_place) if prompt else None
+
+    def preparation(
+        self,
+        prompt_name: str | None = None,
+        prompt: Prompt | None = None,
+        max_length: int | None = None,
+    ) -> Preparation:
+        """The function that makes inputs ready for the model, with options as `encode` has them."""
+        return Preparation(self.processor, self.prompt_of(prompt_name, prompt), max_length)
+
+    def _named(self, name: str | None) -> str:
+        """The text of a prompt; "" for no name."""
+        if name is None:
+            return ""
+        if not isinstance(name, str) or name not in self.prompts:
             known = ", ".join(self.prompts)
             raise LcoError(
-                f"prompt_name is {prompt_name!r:.60}, and model.prompts has {known}; add it there"
+                f"prompt_name is {name!r:.60}, and model.prompts has {known}; add it there"
             )
-        return self.prompts[prompt_name]
+        return self.prompts[name]
+
+
+def all_prompts(told: Instructions) -> dict[str, str]:
+    """Name -> text of a model's prompts: those that it was trained with, and the reference's, where
+    prompts stand in their place.
+    """
+    return {**(PROMPTS if told.place == "instead" else {}), **told.prompts}
 
 
 def _comparable(embeddings1: Any, embeddings2: Any) -> tuple[np.ndarray, np.ndarray]:

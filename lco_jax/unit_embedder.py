@@ -136,6 +136,7 @@ def embed_units(
         (content for content, _ in contents),
         args.batch_size,
         prompt=args.prompt,
+        prompt_name=args.prompt_name,
         max_length=args.max_length,
         on_error=args.on_error,
         units=iter(stream.sizes.popleft, None),

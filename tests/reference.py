@@ -19,7 +19,7 @@ from benchmarks.peer import import_torchvision
 import_torchvision()  # before anything of transformers looks for it
 
 from reference_files import PINPOINTS, write_files  # noqa: E402
-from reference_media import Golden, golden  # noqa: E402, F401 (tests take them from here)
+from reference_media import Golden, golden, mean_of  # noqa: E402, F401 (tests take them from here)
 
 from lco_jax.checkpoint import builtin  # noqa: E402
 from lco_jax.core.files import read_json, write_json  # noqa: E402
@@ -313,8 +313,11 @@ def _save(state: dict[str, np.ndarray], folder: Path, shards: int) -> None:
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
-def embed(model: torch.nn.Module, tokens: list[np.ndarray]) -> np.ndarray:
-    """The reference's pooling: left padding, last position after the final norm, unit length."""
+def embed(model: torch.nn.Module, tokens: list[np.ndarray], pooling: str = "last") -> np.ndarray:
+    """The reference's pooling: left padding, last position after the final norm, unit length.
+
+    pooling: or the "mean" of all positions but padding.
+    """
     width = max(map(len, tokens))
 
     def padded(rows: list[np.ndarray]) -> torch.Tensor:
@@ -323,4 +326,6 @@ def embed(model: torch.nn.Module, tokens: list[np.ndarray]) -> np.ndarray:
 
     ids, mask = padded(tokens), padded([np.ones_like(row) for row in tokens])
     out = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
-    return torch.nn.functional.normalize(out.hidden_states[-1][:, -1], dim=-1)
+    states = out.hidden_states[-1]
+    pooled = states[:, -1] if pooling == "last" else mean_of(states, mask)
+    return torch.nn.functional.normalize(pooled, dim=-1)

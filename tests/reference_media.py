@@ -109,6 +109,7 @@ def golden(
     video_positions: str = "4.57",
     video_limits: tuple[int, int] | None = None,
     together: bool = False,
+    pooling: str = "last",
 ) -> Golden:
     """What transformers makes of conversations whose parts hold raw media.
 
@@ -117,6 +118,7 @@ def golden(
     release's.
     video_limits: smallest and largest number of pixels of a frame, instead of the checkpoint's.
     together: run one left-padded batch instead of one conversation at a time.
+    pooling: the "last" state, or the "mean" of all under the attention mask.
     """
     processor = _processor(str(folder))
     batches = [conversations] if together else [[conversation] for conversation in conversations]
@@ -127,7 +129,7 @@ def golden(
             inputs["use_audio_in_video"] = True
         if model.config.model_type == "qwen2_5_vl" and video_positions == "4.57":
             inputs["position_ids"] = _positions_of_4_57(inputs, model.config)
-        embedding, position = _run(model, inputs)
+        embedding, position = _run(model, inputs, pooling)
         embeddings.append(embedding.numpy())
         for i, mask in enumerate(inputs["attention_mask"].bool()):
             ids.append(inputs["input_ids"][i, mask].numpy())
@@ -298,7 +300,7 @@ def _frame_patches(image_processor: Any, frames: np.ndarray, grid: list[int]) ->
 
 
 def _run(
-    model: torch.nn.Module, inputs: dict[str, torch.Tensor]
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], pooling: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings [N, D] and the positions [3, N, n] that the decoder was given."""
     given: dict[str, Any] = {}
@@ -315,7 +317,14 @@ def _run(
     ):  # the decoder counts; padding moves all of a row by as much, which RoPE does not see
         positions = inputs["attention_mask"].cumsum(-1) - 1
     positions = positions.expand(3, *inputs["input_ids"].shape)
-    return torch.nn.functional.normalize(out.hidden_states[-1][:, -1], dim=-1), positions
+    states = out.hidden_states[-1]
+    pooled = states[:, -1] if pooling == "last" else mean_of(states, inputs["attention_mask"])
+    return torch.nn.functional.normalize(pooled, dim=-1), positions
+
+
+def mean_of(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The mean of the states [N, n, D] under an attention mask [N, n]."""
+    return (states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
 
 
 def _positions_of_4_57(inputs: dict[str, torch.Tensor], config: Any) -> torch.Tensor:

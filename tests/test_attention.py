@@ -10,6 +10,7 @@ from jax.extend.core import jaxprs_in_params
 
 from lco_jax import LcoError, make_mesh
 from lco_jax.core.packing import TokenSequence, fill, pack_stream
+from lco_jax.core.prefixes import Prefixes
 from lco_jax.core.stream_shapes import WIDTHS, Shape, width_of
 from lco_jax.core.target import target_platform
 from lco_jax.models import attention, kernels, streams
@@ -299,8 +300,8 @@ def packed_streams(request):
             ids = np.concatenate([prefix[:shared], rng.integers(0, 40, own)]).astype(np.int32)
             positions = np.zeros((len(ids), 3), np.int32)
             sequences.append(TokenSequence(ids, positions))
-        packed.append(pack_stream(sequences, prefix))
-    tokens, slots = fill(packed, [range(6)] * len(packed), LAYOUT, prefix)
+        packed.append(pack_stream(sequences, Prefixes.of(prefix)))
+    tokens, slots = fill(packed, [range(6)] * len(packed), LAYOUT, Prefixes.of(prefix))
     return tokens.map(jnp.asarray), packed, slots
 
 

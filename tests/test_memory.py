@@ -129,7 +129,7 @@ def test_no_frozen_weight_is_kept(policy):
             inputs = {id(x) for x in jax.tree.leaves((adapters, params, tokens))}
             return [x for x in jax.tree.leaves(backward) if id(x) not in inputs]
 
-        tokens = memory.abstract_tokens(Shape(8, {8: 1}), (1,), 0)
+        tokens = memory.abstract_tokens(Shape(8, {8: 1}), (1,), ())
         return memory.stored_bytes(jax.eval_shape(residuals, adapters, params, tokens))
 
     weights = memory.stored_bytes(abstract_params(GEOMETRY)["layers"]) / GEOMETRY.num_layers

@@ -20,11 +20,13 @@ import torch
 from mteb import evaluate, mocks
 from mteb.models import EncoderProtocol
 from mteb.models.abs_encoder import AbsEncoder
+from mteb.types import PromptType
 from PIL import Image
 from reference_media import RATE, user
 from threadpoolctl import threadpool_limits
 
 from lco_jax import MediaConfig, OmniEmbedder, make_mesh
+from lco_jax.data.instructions import Instructions
 from lco_jax.data.prompts import PROMPTS
 from lco_jax.evaluation.adapter import Encoder, model_meta
 from lco_jax.evaluation.stored_vectors import StoredVectors
@@ -217,3 +219,23 @@ def test_decoders_and_tensors_give_what_files_give(encoders):
         SimpleNamespace(dataset=pictures), task_metadata=metadata, hf_split="test", hf_subset="a"
     )
     np.testing.assert_allclose(got[0], got[1], atol=1e-5)
+
+
+def test_queries_and_documents_of_a_task_get_their_prompts(tiny, tmp_path):
+    """mteb's order of names; and the vector of a text with one prompt is not that with another."""
+    embedder = OmniEmbedder(
+        tiny.model, tiny.params, tiny.processor, tiny.mesh, Instructions({}, "before")
+    )
+    metadata = mocks.MockRetrievalTask().metadata
+    prompts = {"query": "Any: ", f"{metadata.name}-query": "Mine: ", "document": ""}
+    meta = model_meta("local/tiny", "0", {}, modalities=["text"], embed_dim=128)
+    stored = StoredVectors(tmp_path, {})
+    encoder = Encoder(embedder.encode_blocks, meta, stored, MediaConfig(), prompts)
+    rows = SimpleNamespace(dataset=[{"text": "a dog"}, {"text": "two birds on a wire"}])
+    texts = [row["text"] for row in rows.dataset]
+    wanted = {PromptType.query: "Mine: ", PromptType.document: "", None: None}
+    for kind, prompt in wanted.items():
+        options = {"task_metadata": metadata, "hf_split": "test", "hf_subset": "default"}
+        got = encoder.encode(rows, prompt_type=kind, **options)
+        np.testing.assert_allclose(got, embedder.encode(texts, prompt=prompt), atol=1e-6)
+    assert encoder.embedded == 3 * len(texts)

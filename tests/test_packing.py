@@ -6,6 +6,7 @@ from rows import row_of
 
 from lco_jax.core.bins import assign_rows, bucket, cheapest_cut, spread
 from lco_jax.core.packing import TokenSequence, fill, pack_stream
+from lco_jax.core.prefixes import Prefixes
 from lco_jax.core.stream_shapes import Shape, in_widths, padded_shape
 
 
@@ -56,13 +57,13 @@ def test_common_beginnings_are_packed_once(seed):
         {tuple(s.input_ids[:n]) for s in sequences for n in range(1, len(s) + 1)}
     )
     prefix = rng.integers(0, 3, 4).astype(np.int32)
-    shared = pack_stream(sequences, prefix)
+    shared = pack_stream(sequences, Prefixes.of(prefix))
     common = [
         sum(1 for n in range(1, 5) if tuple(s.input_ids[:n]) == tuple(prefix[:n]) and n <= len(s))
         for s in sequences
     ]
     assert shared.length == 4 + sum(len(s) - n for s, n in zip(sequences, common, strict=True))
-    for one, with_prefix in ((stream, None), (shared, prefix)):
+    for one, with_prefix in ((stream, None), (shared, Prefixes.of(prefix))):
         tokens, which = fill([one], [range(60)], padded_shape(one.need, Shape()), with_prefix)
         for i, sequence in enumerate(sequences):
             at = row_of(tokens, (0,), which[0][i])
@@ -91,8 +92,10 @@ def test_the_prefix_has_the_same_dropout_keys_wherever_it_is_packed():
     ]
 
     def keys(chosen):
-        stream = pack_stream([sequences[i] for i in chosen], prefix)
-        tokens, _ = fill([stream], [chosen], padded_shape(stream.need, Shape()), prefix)
+        stream = pack_stream([sequences[i] for i in chosen], Prefixes.of(prefix))
+        tokens, _ = fill(
+            [stream], [chosen], padded_shape(stream.need, Shape()), Prefixes.of(prefix)
+        )
         return {
             i: tokens.token_keys[0, at].tolist() for i, at in zip(chosen, stream.at, strict=True)
         }

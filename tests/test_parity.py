@@ -12,6 +12,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 from lco_jax import OmniEmbedder, make_mesh
 from lco_jax.core.packing import TokenSequence, fill, pack_stream
+from lco_jax.core.prefixes import Prefixes
 from lco_jax.core.stream_shapes import Shape, padded_shape
 from lco_jax.data.positions import line_positions
 from lco_jax.models.layers import apply_rotary, rotary_angles, rotation_of
@@ -107,7 +108,7 @@ def test_a_sequence_does_not_see_its_neighbours(cases, shared):
     embedder = text_embedder(cases["vl"], (1, 1, 1))
     rng = np.random.default_rng(0)
     sequences = [rng.integers(0, 500, n).astype(np.int32) for n in (30, 25, 20, 40, 13)]
-    prefix = None if shared is None else np.arange(shared, dtype=np.int32)
+    prefix = None if shared is None else Prefixes.of(np.arange(shared, dtype=np.int32))
     first = shared or 0
     for ids in sequences:
         ids[:first] = np.arange(first)

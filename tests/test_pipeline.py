@@ -13,6 +13,7 @@ from lco_jax.checkpoint import builtin
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.configs import base
 from lco_jax.core.packing import TokenSequence, fill, pack_stream
+from lco_jax.core.prefixes import Prefixes
 from lco_jax.core.stream_shapes import Shape, padded_shape
 from lco_jax.data import mixture, pipeline
 from lco_jax.data.pipeline import Layout, ahead, local_batches, record_stream
@@ -23,7 +24,7 @@ from lco_jax.data.scan import ListSource
 from lco_jax.data.sources import JsonlSource
 from lco_jax.job import open_layout
 
-PREFIX = np.zeros(0, np.int32)
+PREFIX = Prefixes.of(np.zeros(0, np.int32))
 LAYOUT = Layout(batch_size=8, max_negatives=2, prefix=PREFIX)
 
 

@@ -17,7 +17,9 @@ from lco_jax.checkpoint.hf import load_model, open_checkpoint
 from lco_jax.checkpoint.peft import write_peft
 from lco_jax.checkpoint.shapes import abstract_params
 from lco_jax.core import lora
+from lco_jax.core.prefixes import Prefixes
 from lco_jax.data import pipeline
+from lco_jax.data.instructions import Instruction
 from lco_jax.data.layouts import floor_of
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import ChatTokenizer
@@ -48,14 +50,22 @@ def begin(adapters, tx, mesh):
 PAPER = LossConfig(TEMPERATURE)
 
 
+def prefixes_of(records, processor):
+    told = [told for record in records for told in (record.query, record.document)]
+    return processor.tokenizer.prefixes(list(dict.fromkeys(told)))
+
+
 def run(
     path, records, adapters=None, *, mesh=(1, 1, 1), chunk_tokens=0, steps=STEPS, batch=BATCH,
-    dropout=0.0, negatives=1, objective=PAPER,
+    dropout=0.0, negatives=1, objective=PAPER, pooling="last", shares=True,
 ):  # fmt: skip
-    """Train from `path`; returns (losses, adapters, metrics of the last step)."""
+    """Train from `path`; returns (losses, adapters, metrics of the last step).
+
+    shares: whether sequences share what they begin with.
+    """
     mesh = make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))])
     checkpoint = open_checkpoint(path)
-    model, params = load_model(checkpoint, mesh, towers=())
+    model, params = load_model(checkpoint, mesh, towers=(), pooling=pooling)
     config = lora.LoraConfig(rank=8, alpha=16, dropout=dropout)
     if adapters is None:
         adapters = lora.init(jax.random.key(0), params["decoder"], config)
@@ -64,7 +74,7 @@ def run(
     layout = pipeline.Layout(
         batch,
         negatives,
-        processor.tokenizer.prefix,
+        prefixes_of(records, processor) if shares else Prefixes.of(),
         chunk_tokens,
         teacher=bool(objective.teacher),
     )
@@ -192,6 +202,42 @@ def test_what_is_added_to_the_loss_is_the_same_in_chunks_and_on_a_mesh(records):
     assert np.abs(plain - other).max() < 1e-5
     for got, want in zip(jax.tree.leaves(others), jax.tree.leaves(adapters), strict=True):
         assert np.linalg.norm(got - want) < 1e-3 * np.linalg.norm(want)
+
+
+def told(records, place="before"):
+    """The records as of three sources: two with instructions of their own, one without."""
+    asked = Instruction("Find a sentence that follows from this one: ", place)
+    other = Instruction("Find a picture of this: ", place)
+    found = Instruction("A sentence.\n", place)
+    sides = [(asked, found), (other, None), (None, None)]
+    return [
+        replace(record, query=sides[i % 3][0], document=sides[i % 3][1])
+        for i, record in enumerate(records)
+    ]
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_a_step_is_the_same_whether_beginnings_are_shared(records, pooling):
+    """Loss, norm of the gradient and updated adapters, with three beginnings in a stream."""
+    records = told(records)
+    shared, adapters, metrics = run("builtin:tiny", records, steps=1, pooling=pooling)
+    apart, others, one = run("builtin:tiny", records, steps=1, pooling=pooling, shares=False)
+    assert metrics["tokens"] == one["tokens"]
+    assert np.abs(shared - apart).max() < 1e-5
+    assert abs(metrics["grad_norm"] - one["grad_norm"]) < 1e-5 * one["grad_norm"]
+    for got, want in zip(jax.tree.leaves(adapters), jax.tree.leaves(others), strict=True):
+        assert np.abs(got - want).max() < 1e-5
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_instructions_and_pooling_are_the_same_in_chunks_and_on_a_mesh(records, pooling):
+    options = {"steps": 3, "dropout": 0.1, "pooling": pooling}
+    records = told(records)
+    plain, _, metrics = run("builtin:tiny", records, **options)
+    layout = {"mesh": (2, 2, 2), "chunk_tokens": 60}
+    other, _, others = run("builtin:tiny", records, **options, **layout)
+    assert np.abs(plain - other).max() < 1e-5
+    assert abs(metrics["grad_norm"] - others["grad_norm"]) < 1e-5 * metrics["grad_norm"]
 
 
 @pytest.mark.slow

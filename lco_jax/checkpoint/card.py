@@ -18,8 +18,10 @@ from jinja2 import Environment, StrictUndefined
 from lco_jax.checkpoint.base import HUB, Base, base_of, licence_keys
 from lco_jax.checkpoint.hf import DTYPES, Checkpoint
 from lco_jax.checkpoint.parts import README, front_matter, parts_of
+from lco_jax.checkpoint.sentence_transformers import Usage
 from lco_jax.core.files import ASSETS, write_text
 from lco_jax.core.lora import LoraConfig
+from lco_jax.data.instructions import IN_WORDS
 from lco_jax.data.prompts import PROMPT, PROMPTS
 
 _TEMPLATE = ASSETS / "card.jinja"
@@ -69,12 +71,14 @@ class About:
 
 
 class _Form(NamedTuple):
-    """What an export is. kind: merged, adapter or assembled. lora: an adapter's settings."""
+    """What an export is. kind: merged, adapter or assembled. lora: an adapter's settings. usage:
+    how it embeds.
+    """
 
     kind: str
     projected: bool = False
     lora: LoraConfig | None = None
-    truncate_dim: int | None = None
+    usage: Usage = Usage()
 
 
 def merged_card(
@@ -82,29 +86,36 @@ def merged_card(
     source: str | Path,
     about: About,
     projected: bool,
-    truncate_dim: int | None = None,
+    usage: Usage | None = None,
 ) -> str:
     """The card of a merged model.
 
     checkpoint, source: its base, opened, and as it was given. projected: whether it has a
-    projection. truncate_dim: how many of the first numbers its vectors have; None: all.
+    projection. usage: how it embeds.
     """
     made = about.made or "This is {base} in another dtype or other files, and nothing else."
-    form = _Form("merged", projected, truncate_dim=truncate_dim)
+    form = _Form("merged", projected, usage=usage or Usage())
     return _card(checkpoint, base_of(source), replace(about, made=made), form)
 
 
 def adapter_card(
-    checkpoint: Checkpoint, source: str | Path, about: About, config: LoraConfig
+    checkpoint: Checkpoint,
+    source: str | Path,
+    about: About,
+    config: LoraConfig,
+    usage: Usage | None = None,
 ) -> str:
-    """The card of an adapter. checkpoint, source: its base, opened, and as it was given."""
+    """The card of an adapter. checkpoint, source: its base, opened, and as it was given. usage: how
+    both together embed.
+    """
     about = replace(
         about,
         made=about.made or "This is an adapter of {base}.",
         what=f"{about.what} (adapter)",
         relation="adapter",
     )
-    return _card(checkpoint, base_of(source), about, _Form("adapter", lora=config))
+    form = _Form("adapter", lora=config, usage=usage or Usage())
+    return _card(checkpoint, base_of(source), about, form)
 
 
 def assembled_card(name: str, checkpoint: Checkpoint) -> str:
@@ -163,12 +174,20 @@ def _card(checkpoint: Checkpoint, base: Base, about: About, form: _Form) -> str:
         model_class=CLASSES[checkpoint.backbone.model_type],
         in_sentence_transformers=checkpoint.backbone.in_sentence_transformers,
         prompts={kind: PROMPTS[kind] for kind in (*modalities, "mixed")},
+        **_instructions(form.usage),
         # as the inside of an f-string of the code
         prompt_pattern=json.dumps(PROMPT),
         where=_WHERE,
         version=version("lco-jax"),
     )
     return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}"))
+
+
+def _instructions(usage: Usage) -> dict[str, Any]:
+    """What the template says of instructions."""
+    told = usage.instructions
+    by_default = told.prompts.get(told.default or "", "")
+    return {"told": told, "told_by_default": by_default, "where_told": IN_WORDS[told.place]}
 
 
 def _title(base: Base, about: About) -> str:

@@ -16,9 +16,13 @@ import numpy as np
 from lco_jax.checkpoint.card import About, merged_card, write_card
 from lco_jax.checkpoint.hf import DTYPES, Checkpoint, open_checkpoint
 from lco_jax.checkpoint.sentence_transformers import (
+    Usage,
     read_projection,
+    read_usage,
+    says_usage,
     write_modules,
     write_projection,
+    write_usage,
 )
 from lco_jax.checkpoint.shapes import per_layer
 from lco_jax.checkpoint.tensors import (
@@ -30,7 +34,7 @@ from lco_jax.checkpoint.tensors import (
     write_shards,
 )
 from lco_jax.core.console import progress_bar
-from lco_jax.core.errors import LcoError, check_at_least_1
+from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, write_json, written_aside
 from lco_jax.core.lora import LoraConfig
 from lco_jax.data.prompts import ChatTokenizer
@@ -83,14 +87,14 @@ def export_merged(
     max_shard_bytes: int = SHARD_BYTES,
     about: About | None = None,
     checkpoint: Checkpoint | None = None,
-    truncate_dim: int | None = None,
+    usage: Usage | None = None,
 ) -> None:
     """Write `source` with its trained parameters as a Hugging Face folder, as `write_model` does.
 
     tuned: the trainable parameters of a training state (`training/tuning.py`), or the adapters by
     part as `peft.read_adapter` reads them; None exports the source in another dtype or split.
     config: the adapters'. about: what its card tells of how it was made. checkpoint: the
-    source, where it is open already. truncate_dim: as `write_model` has it.
+    source, where it is open already. usage: by default the source's.
     """
     checkpoint = open_checkpoint(source) if checkpoint is None else checkpoint
     tuned = tuned or {}
@@ -98,9 +102,8 @@ def export_merged(
         about = About("This is {base} with what was trained added to its weights.", "tuned")
     projection = np.asarray(tuned["projection"]["weight"]) if "projection" in tuned else None
     merged = _Merged(checkpoint, tuned, config)
-    write_model(
-        checkpoint, output, merged, dtype, max_shard_bytes, projection, source, about, truncate_dim
-    )
+    options = projection, source, about, usage
+    write_model(checkpoint, output, merged, dtype, max_shard_bytes, *options)
 
 
 def write_model(
@@ -112,17 +115,15 @@ def write_model(
     projection: np.ndarray | None = None,
     source: str | Path | None = None,
     about: About | None = None,
-    truncate_dim: int | None = None,
+    usage: Usage | None = None,
 ) -> None:
     """Write a model like `checkpoint` aside, read back each file, then rename the folder.
 
     tensor: makes the tensor of a key. Floating-point tensors are written in `dtype`, all others as
     they are. projection: a matrix [D, D] for the pooled states, by default the checkpoint's, if it
     has one. source, about: for the card, the checkpoint as it was given, by default its folder, and
-    how the model was made. truncate_dim: how many of the first numbers its vectors have, by default
-    as many as the checkpoint's.
+    how the model was made. usage: how it embeds, by default as the checkpoint does.
     """
-    truncate_dim = shorter_dimension(checkpoint, truncate_dim)
     if projection is None:
         projection = read_projection(checkpoint.folder, checkpoint.config.hidden_size)
     dtypes = _written_dtypes(checkpoint.tensors, dtype)
@@ -140,22 +141,9 @@ def write_model(
 
     with progress, written_aside(output) as aside:
         _copy_files(checkpoint.folder, aside, dtype)
-        _describe(checkpoint, aside, projection, source, about or About(), truncate_dim)
+        _describe(checkpoint, aside, projection, source, about or About(), usage)
         write_shards(aside, sizes, rounded, max_shard_bytes)
         open_checkpoint(aside)
-
-
-def shorter_dimension(checkpoint: Checkpoint, truncate_dim: int | None) -> int | None:
-    """The dimension of an export, if it is less than the model's. Raises for what cannot be."""
-    check_at_least_1(truncate_dim=truncate_dim)
-    size = checkpoint.config.hidden_size
-    width = checkpoint.truncate_dim if truncate_dim is None else truncate_dim
-    if width is not None and width > size:
-        raise LcoError(f"truncate_dim is {width}; the model's vectors have {size}")
-    if truncate_dim is not None and not checkpoint.backbone.in_sentence_transformers:
-        kind = checkpoint.backbone.model_type
-        raise LcoError(f"truncate_dim is of files for sentence-transformers; {kind} has none")
-    return None if width == size else width
 
 
 def _written_dtypes(tensors: TensorFolder, dtype: str) -> dict[str, np.dtype]:
@@ -195,15 +183,18 @@ def _describe(
     projection: np.ndarray | None,
     source: str | Path | None,
     about: About,
-    truncate_dim: int | None,
+    usage: Usage | None,
 ) -> None:
-    """Write what sentence-transformers and people read."""
-    projected = projection is not None
+    """Write what sentence-transformers and people read, and how the model is to be used."""
+    hidden_size, projected = checkpoint.config.hidden_size, projection is not None
+    usage = read_usage(checkpoint.folder, hidden_size) if usage is None else usage
     if projection is not None:
         write_projection(folder, projection)
     if checkpoint.backbone.in_sentence_transformers:
         template = ChatTokenizer(checkpoint.folder).tokenizer.chat_template
-        hidden_size, modalities = checkpoint.config.hidden_size, checkpoint.backbone.modalities
-        write_modules(folder, template, hidden_size, modalities, projected, truncate_dim)
+        modalities = checkpoint.backbone.modalities
+        write_modules(folder, template, hidden_size, modalities, projected, usage)
+    elif usage != Usage() or says_usage(folder):
+        write_usage(folder, usage)
     source = checkpoint.folder if source is None else source
-    write_card(folder, merged_card(checkpoint, source, about, projected, truncate_dim))
+    write_card(folder, merged_card(checkpoint, source, about, projected, usage))

@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lco_jax.checkpoint import builtin
-from lco_jax.checkpoint.sentence_transformers import read_projection, read_truncate_dim
+from lco_jax.checkpoint.sentence_transformers import read_projection
 from lco_jax.checkpoint.shapes import abstract_params, per_layer, tower_module
 from lco_jax.checkpoint.tensors import TensorFolder
 from lco_jax.core.errors import LcoError
@@ -33,6 +33,7 @@ from lco_jax.models.attention import IMPLEMENTATIONS
 from lco_jax.models.config import DecoderConfig
 from lco_jax.models.decoder import REMAT_POLICIES, Decoder
 from lco_jax.models.model import Model
+from lco_jax.models.pooling import POOLINGS
 from lco_jax.models.registry import Backbone, find_backbone
 
 # No code, and no pickle that is ever opened: a full Qwen2.5-Omni needs its speakers copied along.
@@ -63,11 +64,6 @@ class Checkpoint:
     model_config: dict[str, Any]
     tensors: TensorFolder | None
     keys: dict[str, dict[str, str]]
-
-    @property
-    def truncate_dim(self) -> int | None:
-        """How many of the first numbers its vectors are to have; None: all."""
-        return read_truncate_dim(self.folder, self.config.hidden_size)
 
 
 # ---- opening
@@ -242,10 +238,11 @@ def load_decoder(
     """The decoder and its parameters in `dtype`, sharded over `mesh`.
 
     quantize: what each matrix of its layers becomes when it is read (`core/quantize.py`): int8 or
-    nf4; "" leaves it. settings: `remat` and `attention` of `Decoder`. Each process reads only the
-    slices that its devices hold; the host holds one tensor's slice at a time.
+    nf4; "" leaves it. settings: `remat`, `attention` and `pooling` of `Decoder`. Each process reads
+    only the slices that its devices hold; the host holds one tensor's slice at a time.
     """
-    for name, known in (("remat", REMAT_POLICIES), ("attention", IMPLEMENTATIONS)):
+    choices = {"remat": REMAT_POLICIES, "attention": IMPLEMENTATIONS, "pooling": POOLINGS}
+    for name, known in choices.items():
         if name in settings and settings[name] not in known:
             raise LcoError(f"{name} is {settings[name]!r}; it is one of: {', '.join(known)}")
     dtype = _dtype(dtype)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from lco_jax.checkpoint.card import write_card
 from lco_jax.checkpoint.hf import HEAD, Checkpoint, abstract_model
 from lco_jax.checkpoint.peft_config import CONFIG, PeftConfig, read_config
 from lco_jax.checkpoint.peft_pairs import PREFIX, WEIGHTS, Pair, read_pairs
+from lco_jax.checkpoint.sentence_transformers import USAGE_FILES, Usage, write_usage
 from lco_jax.checkpoint.tensors import check_finite, write_tensors
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import resolve, write_json, written_aside
@@ -60,11 +62,19 @@ def has_adapters(tuned: Tree) -> bool:
 # ---- writing
 
 
-def write_peft(folder: Path, adapters: Tree, config: LoraConfig, base: str, card: str = "") -> None:
+def write_peft(
+    folder: Path,
+    adapters: Tree,
+    config: LoraConfig,
+    base: str,
+    card: str = "",
+    usage: Usage | None = None,
+) -> None:
     """Write the adapter's folder aside, read back each file, then rename the folder.
 
     base: the checkpoint it belongs to, as it was given; PEFT gets a hub id with its commit, or an
-    absolute path (`base.base_of`). card: the content of README.md; "" for none.
+    absolute path (`base.base_of`). card: the content of README.md; "" for none. usage: how the
+    model with the adapter is to be used; None: as its base.
     """
     tensors: dict[str, np.ndarray] = {}
     modules = set()
@@ -95,6 +105,8 @@ def write_peft(folder: Path, adapters: Tree, config: LoraConfig, base: str, card
         write_json(aside / CONFIG, content)
         if card:
             write_card(aside, card)
+        if usage is not None:
+            write_usage(aside, usage)
         read_peft(aside)
 
 
@@ -108,7 +120,7 @@ def read_peft(path_or_id: str | Path, depth: int = MAX_LAYERS) -> tuple[Tree, Lo
     the same for those beyond the last one it names. depth: the most layers that it may name.
     Raises for what it cannot represent: also for an adapter of more than the decoder's layers.
     """
-    folder = _fetch(path_or_id)
+    folder = adapter_folder(path_or_id)
     config = read_config(folder / CONFIG)
     file = folder / WEIGHTS
     if config.saves_head:
@@ -136,7 +148,7 @@ def read_adapter(
     head: whether the vocabulary head is wanted, which changes no embedding; its tree may hold the
     whole matrix. Raises for what cannot be applied exactly.
     """
-    folder = _fetch(path_or_id)
+    folder = adapter_folder(path_or_id)
     config = read_config(folder / CONFIG)
     file = folder / WEIGHTS
     params = abstract_model(checkpoint)
@@ -188,9 +200,9 @@ def _depth(params: Tree) -> int:
     return max((leaf.shape[0] for path, leaf in leaves.items() if _is_stacked(path)), default=0)
 
 
-def _fetch(path_or_id: str | Path) -> Path:
+def adapter_folder(path_or_id: str | PathLike[str]) -> Path:
     """The folder of an adapter. Raises if it is none."""
-    folder = resolve(path_or_id, [CONFIG, WEIGHTS])
+    folder = resolve(path_or_id, [CONFIG, WEIGHTS, *USAGE_FILES])
     if not (folder / CONFIG).exists():
         _explain_other_folder(folder)
     if (folder / CONFIG).exists() and not (folder / WEIGHTS).exists():

@@ -26,7 +26,7 @@ A and B share "the cat". A token's home is the cell from which its result of att
 
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
@@ -36,6 +36,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from lco_jax.core.prefixes import Branches, Prefixes, common_length, prefix_length
 from lco_jax.core.stream_shapes import Shape, width_of
 from lco_jax.core.weights import GOLDEN_RATIO, fold_in
 
@@ -51,7 +52,7 @@ from lco_jax.core.weights import GOLDEN_RATIO, fold_in
         "home",
         "last_tokens",
     ],
-    meta_fields=["prefix_length"],
+    meta_fields=["branches"],
 )
 @dataclass(frozen=True)
 class PackedTokens:
@@ -66,9 +67,9 @@ class PackedTokens:
         after the sequence's end.
     home: int32 [R, T], the cell of the rows that has the token's home; -1 for padding.
     last_tokens: int32 [R, S], the index in the stream of each slot's last token; 0 for empty rows.
-    prefix_length: P, where sequences share only tokens among the stream's first P, each of which
-        has the same column in every row (training, whose backward pass relies on it). None where
-        sequences share any beginning (inference).
+    branches: where sequences share only tokens among the stream's first P, each of which has the
+        same column in every row, those of `Prefixes` (training, whose backward pass relies on it).
+        None where sequences share any beginning (inference).
     """
 
     input_ids: Array
@@ -78,7 +79,12 @@ class PackedTokens:
     rows: tuple[Array, ...]
     home: Array
     last_tokens: Array
-    prefix_length: int | None = None
+    branches: Branches | None = None
+
+    @property
+    def prefix_length(self) -> int:
+        """P."""
+        return prefix_length(self.branches or ())
 
     def map(self, function: Callable[[Array], Array]) -> "PackedTokens":
         """Apply `function` to every array."""
@@ -198,37 +204,43 @@ class Stream(NamedTuple):
 # ---- sequences -> a stream
 
 
-def common_length(a: np.ndarray, b: np.ndarray) -> int:
-    """How many items a and b have in common at their beginning."""
-    differ = a[: len(b)] != b[: len(a)]
-    return int(differ.argmax()) if differ.any() else len(differ)
-
-
-def pack_stream(sequences: Sequence[TokenSequence], prefix: np.ndarray | None) -> Stream:
+def pack_stream(sequences: Sequence[TokenSequence], prefix: Prefixes | None) -> Stream:
     """Pack sequences side by side; of each, append only the tokens that it does not share.
 
-    prefix: token ids [P]. They begin the stream, and sequences share no other tokens: in training,
-    a sequence has dropout masks of its own, and gradients of shared tokens are sums. None:
-    sequences share every common beginning.
+    prefix: begins the stream, and sequences share no other tokens: in training, a sequence has
+    dropout masks of its own, and gradients of shared tokens are sums. None: sequences share every
+    common beginning.
     """
     ids = [_ids_to_compare(one, number) for number, one in enumerate(sequences)]
-    order: Iterable[int] = range(len(ids))
-    if prefix is None:
-        # Any order of byte strings has those that begin alike side by side.
-        order = sorted(order, key=lambda i: ids[i].tobytes())
-    before = np.zeros(0, np.int32) if prefix is None else prefix
-    before_at = np.arange(len(before), dtype=np.int32)
-    length = len(before)
+    at, length = _as_trie(ids) if prefix is None else _side_by_side(ids, prefix)
+    return Stream(list(sequences), at, length)
+
+
+def _side_by_side(ids: Sequence[np.ndarray], prefix: Prefixes) -> tuple[list[np.ndarray], int]:
+    """`at` and `length` of the stream of sequences that share the prefix alone."""
+    length = len(prefix)
+    at = []
+    for one in ids:
+        shared = prefix.shared(one)
+        appended = length + np.arange(len(one) - len(shared), dtype=np.int32)
+        at.append(np.concatenate([shared, appended]))
+        length += len(appended)
+    return at, length
+
+
+def _as_trie(ids: Sequence[np.ndarray]) -> tuple[list[np.ndarray], int]:
+    """`at` and `length` of the stream of sequences that share every beginning."""
+    before = before_at = np.zeros(0, np.int32)
     at = [before_at] * len(ids)
-    for i in order:
+    length = 0
+    # Any order of byte strings has those that begin alike side by side.
+    for i in sorted(range(len(ids)), key=lambda i: ids[i].tobytes()):
         shared = common_length(ids[i], before)
         appended = length + np.arange(len(ids[i]) - shared, dtype=np.int32)
         at[i] = np.concatenate([before_at[:shared], appended])
         length += len(appended)
-        if prefix is None:
-            before = ids[i]
-            before_at = at[i]
-    return Stream(list(sequences), at, length)
+        before, before_at = ids[i], at[i]
+    return at, length
 
 
 def _ids_to_compare(sequence: TokenSequence, number: int) -> np.ndarray:
@@ -245,7 +257,7 @@ def fill(
     streams: Sequence[Stream],
     identities: Sequence[Sequence[int]],
     shape: Shape,
-    prefix: np.ndarray | None,
+    prefix: Prefixes | None,
 ) -> tuple[PackedTokens, list[np.ndarray]]:
     """Fill the arrays of R streams, on the host; also return the slots of each stream's sequences.
 
@@ -257,7 +269,7 @@ def fill(
     groups = sorted(shape.rows.items())
     sizes = [width * count for width, count in groups]
     cells = np.full((len(streams), sum(sizes)), -1, np.int32)
-    tokens = _without_tokens(len(streams), shape, None if prefix is None else len(prefix))
+    tokens = _without_tokens(len(streams), shape, None if prefix is None else prefix.branches)
     all_slots = []
     for r, (stream, numbers) in enumerate(zip(streams, identities, strict=True)):
         arrays = tokens.map(itemgetter(r))
@@ -271,7 +283,7 @@ def fill(
     return replace(tokens, rows=rows), all_slots
 
 
-def _without_tokens(streams: int, shape: Shape, prefix_length: int | None) -> PackedTokens:
+def _without_tokens(streams: int, shape: Shape, branches: Branches | None) -> PackedTokens:
     """Arrays of `shape` that hold no token yet, and no rows."""
     size = (streams, shape.tokens)
     slots = sum(shape.rows.values())
@@ -283,7 +295,7 @@ def _without_tokens(streams: int, shape: Shape, prefix_length: int | None) -> Pa
         rows=(),
         home=np.full(size, -1, np.int32),
         last_tokens=np.zeros((streams, slots), np.int32),
-        prefix_length=prefix_length,
+        branches=branches,
     )
 
 
@@ -349,10 +361,9 @@ def _write_tokens(
     """Write to the stream, at the indices `where`, the tokens in some `columns` of a sequence."""
     tokens.input_ids[where] = sequence.input_ids[columns]
     tokens.position_ids[where] = sequence.position_ids[columns]
-    prefix_keys = columns.astype(np.uint32)
-    own_keys = prefix_keys + np.uint32(identity * GOLDEN_RATIO % 2**32)
-    in_prefix = where < (tokens.prefix_length or 0)
-    tokens.token_keys[where] = np.where(in_prefix, prefix_keys, own_keys)
+    own_keys = columns.astype(np.uint32) + np.uint32(identity * GOLDEN_RATIO % 2**32)
+    in_prefix = where < tokens.prefix_length
+    tokens.token_keys[where] = np.where(in_prefix, where.astype(np.uint32), own_keys)
     if sequence.media_slots is not None:
         tokens.media_slots[where] = sequence.media_slots[columns]
 

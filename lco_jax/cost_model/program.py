@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lco_jax.checkpoint.hf import Checkpoint, abstract_decoder
+from lco_jax.core.prefixes import Branches
 from lco_jax.core.sharding import row_shards
 from lco_jax.core.stream_shapes import Shape, width_of
 from lco_jax.models.decoder import Decoder
@@ -29,11 +30,12 @@ PREFIX = 14  # tokens of the prompt that texts share: those of Qwen's template
 class Workload:
     """What a step is given.
 
-    sides: [B, 2 + M]. prefix: tokens that texts share. shape: of streams, by chunk_tokens and mesh.
+    sides: [B, 2 + M]. prefix: the tokens that texts share, as `Prefixes` has them. shape: of
+    streams, by chunk_tokens and mesh.
     """
 
     sides: tuple[int, int]
-    prefix: int
+    prefix: Branches
     shape: Callable[[int, Mesh], Shape]
 
 
@@ -48,7 +50,7 @@ def even(sides: tuple[int, int], tokens: int) -> Workload:
         rows = {width_of(PREFIX + rest): texts}
         return Shape(PREFIX + texts * rest, rows, chunks)
 
-    return Workload(sides, PREFIX, shape)
+    return Workload(sides, ((0, 0, PREFIX),), shape)
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class Step:
         model = self.config["model"]
         is_trained = self.config["tune"]["decoder"] == "full"
         dtype = jnp.dtype(model["dtype"])
-        return Decoder(self.checkpoint.config, dtype, remat, model["attention"], is_trained)
+        decoder = Decoder(self.checkpoint.config, dtype, remat, model["attention"], is_trained)
+        return decoder.clone(pooling=model["pooling"])
 
     def shape(self, chunk_tokens: int) -> Shape:
         """The shape of a device's streams."""

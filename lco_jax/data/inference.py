@@ -19,7 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lco_jax.core.bins import bucket, cheapest_cut
 from lco_jax.core.errors import LcoError
-from lco_jax.core.packing import PackedTokens, Stream, common_length, fill, pack_stream
+from lco_jax.core.packing import PackedTokens, Stream, fill, pack_stream
+from lco_jax.core.prefixes import common_length
 from lco_jax.core.sharding import ROWS
 from lco_jax.core.stream_shapes import Shape, width_of
 from lco_jax.data.packed_media import MediaRows, pack_media

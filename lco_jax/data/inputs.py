@@ -20,6 +20,7 @@ from PIL import Image
 from lco_jax.core.errors import LcoError, check_at_least_1, is_number
 from lco_jax.data.arrays import decoder_kind, is_table
 from lco_jax.data.content import Messages, as_content, check_not_open, describe
+from lco_jax.data.instructions import Instruction
 from lco_jax.data.lazy import LazyImage, lazy_image
 from lco_jax.data.names import media_kind
 from lco_jax.data.processor import Processor
@@ -55,7 +56,7 @@ class Preparation:
 
     def __post_init__(self):
         prompt = self.prompt
-        if not (prompt is None or isinstance(prompt, str) or callable(prompt)):
+        if not (prompt is None or isinstance(prompt, str | Instruction) or callable(prompt)):
             raise LcoError(f"prompt is {describe(prompt)}; give a string")
         check_at_least_1(max_length=self.max_length)
 

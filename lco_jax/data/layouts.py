@@ -54,7 +54,8 @@ def choose_layout(
     """
     layout = floor_of(sample, layout, processor, mesh)
     texts = 2 if layout.generative else 1
-    template = len(processor.tokenizer([as_messages("", "")])[0])
+    empty = processor.tokenizer([as_messages("", "", told) for told in layout.told])
+    template = max(map(len, empty))
     longest = width_of(texts * max_length + template)
     rows = {longest: 1, **layout.floor.rows}
     return replace(layout, floor=agree_shape(replace(layout.floor, rows=rows)))
@@ -97,7 +98,7 @@ def _tokens_and_answers(
     prefix = len(layout.prefix)
 
     def new_tokens(one: Processed) -> int:
-        return max(len(one) - prefix, 1)
+        return layout.prefix.own(one.input_ids)
 
     def answer_tokens(one: Processed) -> int:
         return len(one.answer)

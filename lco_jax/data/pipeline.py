@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from numbers import Real
@@ -29,6 +30,7 @@ from lco_jax.core.sharding import ROWS, replicated, row_shards
 from lco_jax.core.stream_shapes import padded_shape
 from lco_jax.data import mixture
 from lco_jax.data.inputs import conversation, one_ahead
+from lco_jax.data.instructions import Instruction
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import asked
 from lco_jax.data.records import Content, Record, answer_of, content_number, modality_bits
@@ -38,6 +40,7 @@ from lco_jax.data.sources import open_source
 from lco_jax.data.tower_rows import Processed, TowerRows
 
 MAX_SIDES = 1024  # a dropout identity is record · MAX_SIDES + side
+Told = tuple[Instruction | None, Instruction | None]  # for anchors; for positives and negatives
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +63,7 @@ def record_stream(
     seed: int,
     run: int = 1,
     batch_size: int = 0,
+    told: Mapping[str, Told] | None = None,
 ) -> grain.MapDataset:
     """The endless mixture of sources, drawn by weight; each epoch of a source has another order.
 
@@ -67,6 +71,7 @@ def record_stream(
         homogeneous.
     batch_size: no record stands twice in a batch of this size, where the data allow it; 0: all
         stay as they are drawn.
+    told: the instructions of each source; None: there are none.
     """
     for name in sources:
         _check_weight(name, weights[name])
@@ -75,12 +80,17 @@ def record_stream(
     if batch_size:
         once = mixture.Once(keys, opened, seed, batch_size)
         keys = grain.MapDataset.range(mixture.ENDLESS).map(once)
-    return keys.map(partial(_read, opened))
+    instructions = [told[name] for name in sources] if told else None
+    return keys.map(partial(_read, opened, instructions))
 
 
-def _read(sources: Sequence[Source], key: mixture.Key) -> Record:
+def _read(sources: Sequence[Source], told: Sequence[Told] | None, key: mixture.Key) -> Record:
     source, index = key
-    return sources[source][index]
+    record = sources[source][index]
+    if told is None:
+        return record
+    query, document = told[source]
+    return replace(record, query=query, document=document)
 
 
 def _check_weight(name: str, weight: Any) -> None:
@@ -184,11 +194,13 @@ def _process(
 ) -> list[Processed | LcoError]:
     """The model input of each content, or the error that it raises."""
     names = [records[one.record].where for one in contents]
-    prompt = asked if layout.generative else None
-    conversations = [
-        conversation(one.content, name, processor.tokenizer, prompt, max_length)
-        for one, name in zip(contents, names, strict=True)
-    ]
+    conversations = []
+    for one, name in zip(contents, names, strict=True):
+        told = records[one.record].instruction(one.side)
+        prompt = asked if layout.generative else told
+        conversations.append(
+            conversation(one.content, name, processor.tokenizer, prompt, max_length)
+        )
     results = processor.attempt(conversations, names)
     if layout.generative:
         return answered(results, records, processor, max_length)

@@ -16,19 +16,22 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from lco_jax.core.errors import LcoError, explained
 from lco_jax.core.files import read_json
-from lco_jax.core.packing import common_length
+from lco_jax.core.prefixes import Prefixes, common_length
 from lco_jax.data import foreign
-from lco_jax.data.content import KINDS, MEDIA, Messages, Reader, check_text
+from lco_jax.data.content import KINDS, MEDIA, Messages, Part, Reader, check_text
+from lco_jax.data.instructions import PLACES, Instruction
 from lco_jax.data.tokenizer_files import check_files
 
-# what follows a content, or a function that makes it of the kinds of the content's parts
-Prompt = str | Callable[[Set[str]], str]
+# what follows a content, or a function that makes it of the kinds of the content's parts; or an
+# instruction, with the reference's prompt
+Prompt = str | Instruction | Callable[[Set[str]], str]
 PROMPT = "\nSummarize the above {kind} in one word:"
 PROMPTS = {kind: PROMPT.format(kind=kind) for kind in KINDS}
 PROMPTS["mixed"] = "\nSummarize the above in one word:"
 QUESTIONS = {kind: f"\nDescribe the above {kind}." for kind in MEDIA}
 QUESTIONS["mixed"] = "\nDescribe the above."
 _PROBE = "A text that every template puts somewhere."
+_INSTRUCTION = "What a text is told.\n"
 TOKENIZED_AT_ONCE = 1024  # texts in one call of the tokenizer
 
 
@@ -55,8 +58,9 @@ def as_messages(
     """Chat messages of one input, which may be anything that a `content.Reader` reads.
 
     A content becomes one user turn with the prompt after it. A chat stays as it is.
-    where: names the input in errors. prompt: in place of the reference's (`summed_up`).
-    cut: shortens the texts of a content; those of a chat keep their length.
+    where: names the input in errors. prompt: in place of the reference's (`summed_up`), or an
+    instruction. cut: shortens the texts of a content; those of a chat keep their length, and so do
+    prompts.
     """
     content = Reader(where).read(given)
     if isinstance(content, list):
@@ -65,12 +69,41 @@ def as_messages(
     for i, part in enumerate(parts):
         if part["type"] == "text":
             parts[i] = {"type": "text", "text": cut(part["text"])}
+    kinds = {part["type"] for part in parts if part.get("text") != ""}
+    if isinstance(prompt, Instruction):
+        return _instructed(parts, prompt, summed_up(kinds))
     if not isinstance(prompt, str):
-        kinds = {part["type"] for part in parts if part.get("text") != ""}
         prompt = (prompt or summed_up)(kinds)
-    last = parts.pop()["text"] if parts[-1]["type"] == "text" else ""
-    parts.append({"type": "text", "text": last + prompt})
-    return [{"role": "user", "content": parts}]
+    return [_turn("user", _then(parts, prompt))]
+
+
+def _instructed(parts: list[Part], instruction: Instruction, prompt: str) -> Messages:
+    """A content with an instruction at its place. prompt: the reference's for this content."""
+    text, place = instruction.text, instruction.place
+    if place == "instead":
+        return [_turn("user", _then(parts, text))]
+    if place == "after":
+        return [_turn("user", _then(parts, text + prompt))]
+    if place == "system":
+        return [_turn("system", _then([], text)), _turn("user", _then(parts, prompt))]
+    if parts[0]["type"] == "text":
+        first, *others = parts
+        parts = [{"type": "text", "text": text + first["text"]}, *others]
+    else:
+        parts = [{"type": "text", "text": text}, *parts]
+    return [_turn("user", _then(parts, prompt))]
+
+
+def _then(parts: list[Part], text: str) -> list[Part]:
+    """The parts, followed by a text."""
+    if parts and parts[-1]["type"] == "text":
+        *parts, last = parts
+        text = last["text"] + text
+    return [*parts, {"type": "text", "text": text}]
+
+
+def _turn(role: str, parts: list[Part]) -> dict[str, Any]:
+    return {"role": role, "content": parts}
 
 
 class ChatTokenizer:
@@ -89,13 +122,33 @@ class ChatTokenizer:
             raise LcoError(f"{self._what} leaves out what a user says")
 
     @cached_property
-    def prefix(self) -> np.ndarray:
-        """The token ids that texts of one user turn begin with in common.
+    def prefix(self) -> Prefixes:
+        """What texts begin with that get the reference's prompt alone."""
+        return self.prefixes([None])
 
-        A few texts lack the last of them, because it merges with their first letters.
+    def prefixes(self, prompts: Sequence[Prompt | None]) -> Prefixes:
+        """What texts of one user turn begin with, with each of some prompts.
+
+        A few texts lack the last token of it, because it merges with their first letters.
         """
-        a, b = self([as_messages(text, "") for text in ("a", "b")])
-        return a[: common_length(a, b)]
+        beginnings = []
+        for prompt in prompts:
+            a, b = self([as_messages(text, "", prompt) for text in ("a", "b")])
+            beginnings.append(a[: common_length(a, b)])
+        return Prefixes.of(*beginnings)
+
+    def check_place(self, place: str) -> None:
+        """Raise if the template leaves out an instruction at this place."""
+        if place == "instead":  # of the prompt, which stands in what a user says
+            return
+        told = Instruction(_INSTRUCTION, place)
+        (rendered,) = self.render_all([as_messages(_PROBE, "", told)])
+        if isinstance(rendered, LcoError) or _INSTRUCTION.strip() not in rendered:
+            others = ", ".join(one for one in PLACES if one not in (place, "system"))
+            raise LcoError(
+                f"{self._what} leaves out an instruction whose place is {place!r}; choose another "
+                f"place: {others}"
+            )
 
     def render(self, messages: Messages, add_generation_prompt: bool = True) -> str:
         """The chat as text, which ends where the assistant's answer would begin.

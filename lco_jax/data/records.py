@@ -18,6 +18,7 @@ import numpy as np
 from lco_jax.core.errors import LcoError, is_number
 from lco_jax.core.packing import MODALITIES
 from lco_jax.data.content import Content, Messages, Reader, describe, is_parts
+from lco_jax.data.instructions import Instruction
 
 FILES_REMEMBERED = 100_000
 NEGATIVES = ("negative", "negatives")
@@ -34,6 +35,7 @@ class Record:
     teacher_scores: a teacher's scores of the anchor with the positive and with each negative; ()
         without a teacher.
     ignored: the keys that it has beside them.
+    query, document: what is said beside the anchor, and beside the others; None for nothing.
     """
 
     anchor: Content
@@ -42,11 +44,17 @@ class Record:
     where: str
     teacher_scores: tuple[float, ...] = ()
     ignored: tuple[str, ...] = field(default=(), compare=False)
+    query: Instruction | None = None
+    document: Instruction | None = None
 
     @property
     def sides(self) -> tuple[Content, ...]:
         """Anchor, positive, negatives."""
         return (self.anchor, self.positive, *self.negatives)
+
+    def instruction(self, side: int) -> Instruction | None:
+        """What is said beside a side."""
+        return self.document if side else self.query
 
     def score(self, side: int) -> float:
         """A teacher's score of the anchor with another side; NaN without one."""

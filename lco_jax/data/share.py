@@ -11,7 +11,9 @@ import numpy as np
 from lco_jax.core.bins import spread
 from lco_jax.core.exchange import agree
 from lco_jax.core.packing import TokenSequence, pack_stream
+from lco_jax.core.prefixes import Prefixes
 from lco_jax.core.stream_shapes import WIDTHS, Shape, in_widths, largest
+from lco_jax.data.instructions import Instruction
 from lco_jax.data.packed_media import (
     MediaRows,
     MediaShape,
@@ -49,22 +51,24 @@ class LocalBatch:
 class Layout:
     """The settings that every batch of a run is packed with.
 
-    prefix: the token ids that texts begin with, computed once a stream.
+    prefix: what texts begin with, computed once a stream.
     chunk_tokens: how many tokens besides the prefix a stream of a chunk has at most, unless one
         sequence has more; 0: a batch is one chunk.
     on_bad: "error" stops the run at a record whose media cannot be read; "skip" skips the record.
     teacher: batches have a teacher's scores.
     generative: a record is one sequence, its anchor with its positive as the answer.
+    told: the different instructions of its contents; None among them where some have none.
     floor, media_floor: the least shapes of streams and tower rows (`data/layouts.py`).
     """
 
     batch_size: int
     max_negatives: int
-    prefix: np.ndarray
+    prefix: Prefixes
     chunk_tokens: int = 0
     on_bad: str = "error"
     generative: bool = False
     teacher: bool = False
+    told: tuple[Instruction | None, ...] = (None,)
     floor: Shape = field(default_factory=Shape)
     media_floor: MediaShape = field(default_factory=dict)
 
@@ -106,8 +110,7 @@ class Share:
         self.shards = shards
         self._tower_rows = tower_rows
         self._towers = sorted(tower_rows)
-        prefix_length = len(layout.prefix)
-        self._lengths = [max(len(one) - prefix_length, 1) for one in local.inputs]
+        self._lengths = [layout.prefix.own(one.input_ids) for one in local.inputs]
         self.chunks = 1
         if layout.chunk_tokens:
             self.chunks = -(-sum(self._lengths) // (shards * layout.chunk_tokens))

@@ -22,6 +22,7 @@ from lco_jax.core.files import local_copy, resolve
 from lco_jax.data.captions import FilesSource
 from lco_jax.data.content import MEDIA
 from lco_jax.data.given import file_source, in_assets
+from lco_jax.data.instructions import INSTRUCTIONS
 from lco_jax.data.lines import files_of, is_pattern, records_in, unpacked
 from lco_jax.data.records import (
     ALIKE,
@@ -37,6 +38,7 @@ from lco_jax.data.tables import open_table
 from lco_jax.data.tfds import CaptionedSource, nli_source
 
 KINDS = ("jsonl", "tfds", "files", "parquet")
+OF_ALL = ("weight", *INSTRUCTIONS)  # keys of every kind of source
 
 
 class JsonlSource(Source):
@@ -264,7 +266,8 @@ def _open(spec: Any, where: str, on_bad: str) -> Source:
     if kind not in KINDS:
         raise LcoError(f"{where}.kind is {kind!r}; it is one of: {', '.join(KINDS)}")
     given = {key: value for key, value in spec.items() if value is not None}
-    arguments = {key: given[key] for key in given.keys() - {"kind", "weight"}}
+    arguments = {key: given[key] for key in given.keys() - {"kind", *OF_ALL}}
+    _check_instructions(given, where)
     for key in arguments.keys() & {"columns", "values"}:
         if not isinstance(arguments[key], Mapping):
             raise LcoError(f"{where}.{key} must be a mapping, and is {arguments[key]!r:.60}")
@@ -273,9 +276,15 @@ def _open(spec: Any, where: str, on_bad: str) -> Source:
         _check_arguments(Columns, columns, f"{where}.columns")
         arguments["columns"] = Columns(**columns)
     maker = _maker(kind, arguments)
-    _check_arguments(maker, arguments, where)
+    _check_arguments(maker, arguments, where, OF_ALL)
     _fetch_from_buckets(arguments)
     return maker(**arguments, on_bad=on_bad)
+
+
+def _check_instructions(given: Mapping[str, Any], where: str) -> None:
+    for key in INSTRUCTIONS:
+        if not isinstance(given.get(key, ""), str):
+            raise LcoError(f"{where}.{key} is {given[key]!r:.60}; it must be a text")
 
 
 def _maker(kind: str, arguments: Mapping[str, Any]) -> Callable[..., Source]:
@@ -284,11 +293,13 @@ def _maker(kind: str, arguments: Mapping[str, Any]) -> Callable[..., Source]:
     return {"jsonl": JsonlSource, "files": FilesSource, "parquet": parquet_source}[kind]
 
 
-def _check_arguments(maker: Callable, arguments: Mapping[str, Any], where: str) -> None:
-    """Raise for an unknown argument, and for one that is missing."""
+def _check_arguments(
+    maker: Callable, arguments: Mapping[str, Any], where: str, others: Sequence[str] = ()
+) -> None:
+    """Raise for an unknown argument, and for one that is missing. others: keys beside them."""
     parameters = dict(inspect.signature(maker).parameters)
     parameters.pop("on_bad", None)
-    check_keys(arguments, parameters, where)
+    check_keys(arguments, [*parameters, *others], where)
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in arguments:
             raise LcoError(f"{where} has no {name!r}; give it")

@@ -2,8 +2,9 @@
 
 Media are taken as the files that a data set holds, and `lco_jax.data` decodes them under its caps.
 So frames and samples do not depend on mteb's decoders, and neither torchcodec nor torchaudio is
-needed. Prompts are the reference's, by modality. The tasks' own prompts are not used, because the
-model was trained without them.
+needed. Prompts are the reference's, by modality, and those that the model was trained with, for
+queries and documents. The tasks' own prompts in mteb are not used, because the model was trained
+without them; a user may give some.
 """
 
 import traceback
@@ -30,7 +31,7 @@ from lco_jax.evaluation.report import TaskScore
 from lco_jax.evaluation.seadoc import SeaDoc
 from lco_jax.evaluation.stored_vectors import StoredVectors, digest
 
-# `OmniEmbedder.encode_blocks`, of contents, progress= and names=
+# `OmniEmbedder.encode_blocks`, of contents, progress=, names= and prompt=
 EncodeBlocks = Callable[..., Iterator[Any]]
 MTEB_VERSION = mteb.__version__
 
@@ -126,6 +127,8 @@ class Encoder(AbsEncoder):
     media: the caps, for videos that come as a decoder. embedded: how many inputs were embedded so
     far. found: how many were stored already, or equal to another one. running: whether `encode`
     runs, or ended in an exception. An input that `encode_blocks` skips has a vector of zeros.
+    prompts: name -> text, by mteb's names: a task or a type of tasks, perhaps with -query or
+    -document, or one of these alone. The first in this order is used.
     """
 
     def __init__(
@@ -134,11 +137,13 @@ class Encoder(AbsEncoder):
         meta: ModelMeta,
         stored: StoredVectors,
         media: MediaConfig,
+        prompts: Mapping[str, str] | None = None,
     ):
         self.encode_blocks = encode_blocks
         self.mteb_model_meta = meta
         self.stored = stored
         self.media = media
+        self.model_prompts = dict(prompts or {})
         self.embedded = self.found = 0
         self.running = False
 
@@ -156,6 +161,8 @@ class Encoder(AbsEncoder):
         self.running = True
         role = prompt_type.value if prompt_type else "inputs"
         where = f"{task_metadata.name} {hf_subset} {hf_split} {role}"
+        name = self.get_prompt_name(task_metadata, prompt_type)
+        prompt = None if name is None else self.model_prompts[name]
         rows = _undecoded(inputs.dataset)
         keys = []
         missing: dict[bytes, int] = {}  # digest -> row
@@ -167,18 +174,21 @@ class Encoder(AbsEncoder):
             delay=2,
         )
         for i in bar:
-            key = digest(self.content(rows[i]))
+            told = {} if prompt is None else {"prompt": prompt}
+            key = digest(self.content(rows[i]) | told)
             keys.append(key)
             if key not in missing and key not in self.stored:
                 missing[key] = i
         if missing:
-            self._embed(rows, missing, where)
+            self._embed(rows, missing, where, prompt)
         self.embedded += len(missing)
         self.found += len(keys) - len(missing)
         self.running = False
         return self.stored.vectors(keys)
 
-    def _embed(self, rows: Any, missing: Mapping[bytes, int], where: str) -> None:
+    def _embed(
+        self, rows: Any, missing: Mapping[bytes, int], where: str, prompt: str | None
+    ) -> None:
         """Embed rows and store their vectors. missing: digest -> row."""
         keys, numbers = list(missing), list(missing.values())
         contents = (self.content(rows[i]) for i in numbers)
@@ -189,7 +199,8 @@ class Encoder(AbsEncoder):
             unit="input",
             leave=False,
         ) as progress:
-            for block in self.encode_blocks(contents, progress=progress, names=names):
+            options = {"progress": progress, "names": names, "prompt": prompt}
+            for block in self.encode_blocks(contents, **options):
                 end = block.first + len(block.vectors)
                 self.stored.add(
                     keys[block.first : end],

@@ -18,6 +18,8 @@ from lco_jax.data.skipped import skipped_in_words, write_skipped
 
 # contents as `OmniEmbedder.encode` takes them, text never bare -> unit vectors [N, D]
 Encode = Callable[[list[Any]], np.ndarray]
+# the same of (how many of the first are queries, queries and documents)
+EncodeSides = Callable[[int, list[Any]], np.ndarray]
 
 
 class LeftOut:

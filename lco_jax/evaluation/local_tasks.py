@@ -7,6 +7,7 @@ import argparse
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 from lco_jax.core.errors import LcoError, check_keys, explained
 from lco_jax.core.files import write_json
 from lco_jax.data.lines import files_of
-from lco_jax.evaluation.left_out import Encode, LeftOut, embed_all
+from lco_jax.evaluation.left_out import Encode, EncodeSides, LeftOut, embed_all
 from lco_jax.evaluation.local_files import read_beir, read_labelled, read_records
 from lco_jax.evaluation.plots import plot_confusion, plot_ranks, plot_scores, subject_of
 from lco_jax.evaluation.retrieval import best_ranks, ranks, retrieval_metrics
@@ -39,16 +40,22 @@ class Outcome(NamedTuple):
 
 
 def retrieval(
-    encode: Encode, path: Path, left_out: LeftOut, media_root: Path | None = None
+    encode: Encode,
+    path: Path,
+    left_out: LeftOut,
+    media_root: Path | None = None,
+    encode_sides: EncodeSides | None = None,
 ) -> Outcome:
     """nDCG@10, MRR@10, recall and hit rate; every document is a candidate for every query.
 
     path: a .jsonl of {"query" or "anchor": content, "document" or "positive": content or
     [content, …], "negative": the same, or absent}. Or a folder as BEIR's: queries.jsonl,
     corpus.jsonl ({"_id", "title", "text", "image", …}) and one of `QRELS` (query-id, corpus-id,
-    score: the grade). A query without a grade above 0 is not asked.
+    score: the grade). A query without a grade above 0 is not asked. encode_sides: in the place
+    of `encode`, where queries may be told something else than documents.
     """
-    queries, candidates, relevance = asked_and_documents(encode, path, left_out, media_root)
+    asked = asked_and_documents(encode, path, left_out, media_root, encode_sides)
+    queries, candidates, relevance = asked
     ranked = ranks(queries, candidates, relevance)
     numbers = retrieval_metrics(ranked)
     numbers |= {
@@ -63,15 +70,21 @@ def retrieval(
 
 
 def asked_and_documents(
-    encode: Encode, path: Path, left_out: LeftOut, media_root: Path | None = None
+    encode: Encode,
+    path: Path,
+    left_out: LeftOut,
+    media_root: Path | None = None,
+    encode_sides: EncodeSides | None = None,
 ) -> tuple[np.ndarray, np.ndarray, list[dict[int, float]]]:
     """(vectors of the queries that are asked [N, D], of the documents, of each query {document:
-    grade}). path: as `retrieval` has it.
+    grade}). path, encode_sides: as `retrieval` has them.
     """
     read = read_beir if path.is_dir() else read_records
     queries, documents, relevance = read(path, media_root, left_out)
-    vectors, there = embed_all(encode, queries + documents, left_out)
     n = len(queries)
+    if encode_sides is not None:
+        encode = partial(encode_sides, n)
+    vectors, there = embed_all(encode, queries + documents, left_out)
     asked, relevance = _askable(there[:n], there[n:], relevance, left_out)
     return vectors[asked], vectors[n:][there[n:]], relevance
 
@@ -243,7 +256,7 @@ def _template_for(items: Sequence[Any]) -> str:
 
 
 KINDS = {  # the function, its options, its main number
-    "retrieval": (retrieval, ("media_root",), "ndcg_at_10"),
+    "retrieval": (retrieval, ("media_root", "encode_sides"), "ndcg_at_10"),
     "sts": (sts, ("media_root", "columns"), "spearman"),
     "zeroshot": (
         zeroshot,

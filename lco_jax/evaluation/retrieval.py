@@ -29,11 +29,13 @@ class Retrieval:
     similarity: np.ndarray
 
 
-def retrieval(encode: Encode, records: Sequence[Record]) -> Retrieval:
+def retrieval(
+    encode: Encode, records: Sequence[Record], encode_queries: Encode | None = None
+) -> Retrieval:
     """Recall@1 and mean reciprocal rank; a tie with a wrong candidate counts against the anchor.
 
     Candidates are all positives and negatives. Equal contents (the same words, the same pixels)
-    are one candidate.
+    are one candidate. encode_queries: of anchors, where they are told something else.
     """
     contents = [record.positive for record in records]
     for record in records:
@@ -42,8 +44,11 @@ def retrieval(encode: Encode, records: Sequence[Record]) -> Retrieval:
     index_of = {key: index for index, key in enumerate(candidates)}
     positives = [index_of[content_key(record.positive)] for record in records]
 
-    vectors = encode([record.anchor for record in records] + list(candidates.values()))
-    anchors, documents = np.split(vectors, [len(records)])
+    queries, found = [record.anchor for record in records], list(candidates.values())
+    if encode_queries is None:
+        anchors, documents = np.split(encode(queries + found), [len(records)])
+    else:
+        anchors, documents = encode_queries(queries), encode(found)
     best = best_ranks(
         ranks(
             anchors,

@@ -22,7 +22,7 @@ from lco_jax.core.small_vectors import (
     unit,
     words,
 )
-from lco_jax.evaluation.left_out import Encode, LeftOut, embed_all
+from lco_jax.evaluation.left_out import Encode, EncodeSides, LeftOut, embed_all
 from lco_jax.evaluation.local_tasks import asked_and_documents
 from lco_jax.evaluation.plots import plot_sizes, subject_of
 from lco_jax.evaluation.retrieval import ranks, ranks_of_scores, retrieval_metrics
@@ -100,10 +100,15 @@ def as_compared(vectors: np.ndarray, precision: str) -> np.ndarray:
 
 
 def retrieval_rows(
-    encode: Encode, path: Path, left_out: LeftOut, media_root: Path | None = None
+    encode: Encode,
+    path: Path,
+    left_out: LeftOut,
+    media_root: Path | None = None,
+    encode_sides: EncodeSides | None = None,
 ) -> Iterator[Row]:
     """Retrieval as `local_tasks.retrieval` has it, in every form."""
-    queries, documents, relevance = asked_and_documents(encode, path, left_out, media_root)
+    asked = asked_and_documents(encode, path, left_out, media_root, encode_sides)
+    queries, documents, relevance = asked
     for form in forms(queries.shape[1], OF_RETRIEVAL):
         cut = shortened(queries, form.dimension), shortened(documents, form.dimension)
         yield Row(form, retrieval_metrics(_ranked(form, *cut, relevance)))
@@ -186,7 +191,9 @@ class Kind(NamedTuple):
 
 KINDS = {
     "retrieval": Kind(
-        retrieval_rows, ("media_root",), ("ndcg_at_10", "recall_at_1", "recall_at_10")
+        retrieval_rows,
+        ("media_root", "encode_sides"),
+        ("ndcg_at_10", "recall_at_1", "recall_at_10"),
     ),
     "sts": Kind(sts_rows, ("media_root", "columns"), ("spearman", "pearson")),
 }

@@ -211,7 +211,7 @@ class Decoder(nn.Module):
 
     dtype: of the activations. remat: a key of `REMAT_POLICIES`. attention: as
     `attention.attention` takes it. tuned: whether gradients are taken of the decoder's parameters,
-    and not of adapters alone.
+    and not of adapters alone. pooling: which states `models/pooling.py` makes an embedding of.
     """
 
     config: DecoderConfig
@@ -219,6 +219,7 @@ class Decoder(nn.Module):
     remat: str = "full"
     attention: str = "auto"
     tuned: bool = False
+    pooling: str = "last"
 
     @nn.compact
     def __call__(

@@ -6,7 +6,8 @@ head.
 
 The transpose of a gather is a scatter-add, which is slow and, on GPUs, in no fixed order. A token
 has one home among the slots, so its gradient is gathered from there. Only the tokens of the prefix
-stand in many rows, in the same columns, and their gradient is a sum over rows.
+stand in many rows, in the same columns, and their gradient is a sum over rows. With several
+instructions the prefix has several branches, and a row has the tokens of some.
 
 Rows are [R, N, K, W, …], because attention multiplies head by head. A gather can write its result
 in that order, so every head of every token is picked separately. To move the heads afterwards would
@@ -23,6 +24,7 @@ from einops import rearrange
 from jax import Array
 
 from lco_jax.core.packing import PackedTokens
+from lco_jax.core.prefixes import Branch, Branches, prefix_length
 from lco_jax.core.sharding import current_parts
 
 Groups = tuple[
@@ -96,9 +98,9 @@ def to_rows(x: Array, tokens: PackedTokens) -> list[Array]:
 
     Beyond a sequence's end they are arbitrary.
     """
-    if tokens.prefix_length is None:
+    if tokens.branches is None:
         return _to_rows(x, tokens.rows)
-    return _shared_to_rows(x, tokens.rows, tokens.home, tokens.prefix_length)
+    return _shared_to_rows(x, tokens.rows, tokens.home, tokens.branches)
 
 
 def _to_rows(x: Array, groups: Sequence[Array]) -> list[Array]:
@@ -106,34 +108,45 @@ def _to_rows(x: Array, groups: Sequence[Array]) -> list[Array]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _shared_to_rows(x: Array, groups: Groups, home: Array, prefix_length: int) -> list[Array]:
-    """`to_rows` of streams whose first `prefix_length` tokens may stand in many rows.
+def _shared_to_rows(x: Array, groups: Groups, home: Array, branches: Branches) -> list[Array]:
+    """`to_rows` of streams of whose tokens those of the branches may stand in many rows.
 
     Each of the others stands in one.
     """
     return _to_rows(x, groups)
 
 
-def _shared_to_rows_forward(x: Array, groups: Groups, home: Array, prefix_length: int) -> tuple:
+def _shared_to_rows_forward(x: Array, groups: Groups, home: Array, branches: Branches) -> tuple:
     return _to_rows(x, groups), (groups, home)
 
 
 def _shared_to_rows_backward(
-    prefix_length: int, saved: tuple[Groups, Array], grads: list[Array]
+    branches: Branches, saved: tuple[Groups, Array], grads: list[Array]
 ) -> tuple:
     groups, home = saved
     at_home = _from_rows(grads, home, groups)
-    if not prefix_length:
+    length = prefix_length(branches)
+    if not length:
         return at_home, None, None
-    total = jnp.zeros((len(home), prefix_length, *at_home.shape[2:]), jnp.float32)
+    total = jnp.zeros((len(home), length, *at_home.shape[2:]), jnp.float32)
     for group, grad in zip(groups, grads, strict=True):
-        columns = min(prefix_length, group.shape[2])
-        is_prefix = group[:, :, None, :columns] == jnp.arange(columns)
-        of_rows = _where(is_prefix, grad[:, :, :, :columns])
-        of_group = jnp.sum(of_rows, axis=1, dtype=jnp.float32)
-        total = total.at[:, :columns].add(rearrange(of_group, "r k w ... -> r w k ..."))
+        for branch in branches:
+            total = _add_branch(total, group, grad, branch)
     of_prefix = total.astype(at_home.dtype)
-    return jnp.concatenate([of_prefix, at_home[:, prefix_length:]], axis=1), None, None
+    return jnp.concatenate([of_prefix, at_home[:, length:]], axis=1), None, None
+
+
+def _add_branch(total: Array, group: Array, grad: Array, branch: Branch) -> Array:
+    """Add to [R, P, K, …] what a group's rows have of the gradients of a branch's tokens."""
+    first, column, length = branch
+    length = min(length, group.shape[2] - column)
+    if length <= 0:  # the rows are too short to have any
+        return total
+    columns, tokens = slice(column, column + length), slice(first, first + length)
+    is_here = group[:, :, None, columns] == jnp.arange(first, first + length)
+    of_rows = _where(is_here, grad[:, :, :, columns])
+    of_group = jnp.sum(of_rows, axis=1, dtype=jnp.float32)
+    return total.at[:, tokens].add(rearrange(of_group, "r k w ... -> r w k ..."))
 
 
 _shared_to_rows.defvjp(_shared_to_rows_forward, _shared_to_rows_backward)

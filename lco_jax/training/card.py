@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult
 
 from lco_jax.checkpoint.base import hub_id_of
 from lco_jax.checkpoint.card import About, Section
+from lco_jax.training.instructions import usage_of_run
 from lco_jax.training.objective import LossConfig
 
 Config = Mapping[str, Any]
@@ -106,10 +107,22 @@ def _recipe(config: Config, step: int) -> Section:
     rows += [(f"loss.{key}", getattr(loss, key)) for key in loss.added]
     rows += [(f"optimizer.{key}", value) for key, value in config["optimizer"].items()]
     rows += [("model.dtype", config["model"]["dtype"]), ("seed", config["seed"])]
+    rows += _usage(config)
     if config["model"]["quantize"]:
         rows.append(("model.quantize", f"{config['model']['quantize']}, in training"))
     words = "The values that matter, by the keys of lco-jax's configuration."
     return Section("Recipe", words, ("key", "value"), rows)
+
+
+def _usage(config: Config) -> list[tuple[str, Any]]:
+    """Pooling and the place of instructions, where they are not the paper's."""
+    usage = usage_of_run(config)
+    rows: list[tuple[str, Any]] = []
+    if usage.pooling != "last":
+        rows.append(("model.pooling", usage.pooling))
+    if usage.instructions.prompts:
+        rows.append(("instructions.place", usage.instructions.place))
+    return rows
 
 
 def _trained(config: Config) -> list[tuple[str, Any]]:

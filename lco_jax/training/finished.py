@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath, on_bucket, read_json
+from lco_jax.data.instructions import INSTRUCTIONS
 
 MANY = 10_000  # files of data: to look at more takes too long
 # what config.json has beside the configuration
@@ -59,7 +60,8 @@ def _files(config: ConfigDict) -> Iterator[Path]:
     """The files on this disk that the configuration names as data or as the model."""
     texts = [config.model.path, config.eval.path, config.eval.sts]
     for source in config.data.sources.to_dict().values():
-        texts += [value for value in source.values() if isinstance(value, str)]
+        files = {key: value for key, value in source.items() if key not in INSTRUCTIONS}
+        texts += [value for value in files.values() if isinstance(value, str)]
     for text in texts:
         for name in text.split(","):
             yield from _files_of(os.path.expanduser(name.strip()))

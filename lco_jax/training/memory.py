@@ -26,6 +26,7 @@ from lco_jax.core.console import waiting
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import cache_folder, write_text
 from lco_jax.core.packing import Answers, Batch, PackedTokens
+from lco_jax.core.prefixes import Branches
 from lco_jax.core.sharding import ROWS, replicated, row_shards
 from lco_jax.core.stream_shapes import Shape
 from lco_jax.models.config import DecoderConfig
@@ -324,12 +325,12 @@ def _cgroups(root: Path) -> list[Path]:
 def abstract_tokens(
     shape: Shape,
     leading: tuple[int, ...],
-    prefix: int | None,
+    branches: Branches | None,
     sharding: NamedSharding | None = None,
 ) -> PackedTokens:
     """Streams of `shape` as shapes.
 
-    leading: the axes before a stream's. prefix: as `PackedTokens` has it.
+    leading: the axes before a stream's. branches: as `PackedTokens` has them.
     """
 
     def array(*sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
@@ -344,21 +345,21 @@ def abstract_tokens(
         rows=tuple(array(count, width) for width, count in sorted(shape.rows.items())),
         home=one,
         last_tokens=array(sum(shape.rows.values())),
-        prefix_length=prefix,
+        branches=branches,
     )
 
 
 def abstract_batch(
     shape: Shape,
     sides: tuple[int, int],
-    prefix: int,
+    branches: Branches,
     mesh: Mesh,
     media: Mapping[str, Any] | None = None,
     teacher: bool = False,
 ) -> Batch:
     """A batch as shapes on the mesh.
 
-    sides: [B, 2 + M]. prefix: tokens that all texts share. media: as `Batch` has it. teacher:
+    sides: [B, 2 + M]. branches: as `PackedTokens` has them. media: as `Batch` has it. teacher:
     whether it has a teacher's scores.
     """
     sharding = NamedSharding(mesh, PartitionSpec(None, ROWS))
@@ -372,7 +373,7 @@ def abstract_batch(
     if processes > 1:  # the table has a part of each process
         split = sides[0] // processes, row_shards(mesh), sides[1]
         table = jax.ShapeDtypeStruct(split, jnp.int32, sharding=sharding)
-    tokens = abstract_tokens(shape, leading, prefix, sharding)
+    tokens = abstract_tokens(shape, leading, branches, sharding)
     scores = table.update(dtype=jnp.float32) if teacher else None
     return Batch(tokens, table, table, dict(media or {}), answers, kinds=table, teacher=scores)
 

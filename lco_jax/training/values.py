@@ -11,8 +11,10 @@ from typing import Any, Protocol
 from lco_jax.checkpoint.hf import DTYPES
 from lco_jax.core.errors import LcoError, is_number
 from lco_jax.core.quantize import KINDS
+from lco_jax.data.instructions import PLACES
 from lco_jax.models.attention import IMPLEMENTATIONS
 from lco_jax.models.decoder import REMAT_POLICIES
+from lco_jax.models.pooling import POOLINGS
 from lco_jax.training.objective import GUIDES, TEACHERS, LossConfig
 from lco_jax.training.tuning import DECODER, TOWERS
 
@@ -142,6 +144,7 @@ RULES: dict[str, Rule] = {
     "model.quantize": Choice(("", *KINDS)),
     "model.remat": Choice(("auto", *REMAT_POLICIES)),
     "model.attention": Choice(tuple(IMPLEMENTATIONS)),
+    "model.pooling": Choice(POOLINGS),
     "tune.decoder": Choice(tuple(DECODER)),
     "tune.towers": Words(tuple(TOWERS)),
     "lora.rank": AT_LEAST_1,
@@ -156,6 +159,9 @@ RULES: dict[str, Rule] = {
     "data.threads": AT_LEAST_1,
     "data.max_negatives": Whole(-1),
     "data.max_length": OrNone(AT_LEAST_1),
+    "instructions.query": TEXT,
+    "instructions.document": TEXT,
+    "instructions.place": Choice(PLACES),
     "train.batch_size": AT_LEAST_1,
     "train.steps": AT_LEAST_0,
     "train.epochs": NOT_NEGATIVE,
@@ -207,6 +213,10 @@ ADDED = {
     "eval.share": 0.0,
     "data.sub_batch": 1,
     "data.sampling_temperature": 1.0,
+    "model.pooling": "last",
+    "instructions.query": "",
+    "instructions.document": "",
+    "instructions.place": "before",
     **{f"loss.{key}": value for key, value in LossConfig.defaults().items()},
 }
 

@@ -1,0 +1,50 @@
+"""How a model with or without an adapter is to be used, and what an adapter has to say of it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from os import PathLike
+
+from lco_jax.checkpoint.hf import Checkpoint
+from lco_jax.checkpoint.peft import adapter_folder
+from lco_jax.checkpoint.sentence_transformers import USAGE_FILES, Usage, read_usage, says_usage
+from lco_jax.core.errors import LcoError, check_at_least_1
+
+
+def usage_of(checkpoint: Checkpoint, adapter: str | PathLike[str] | None) -> Usage:
+    """How a model, perhaps with an adapter, is to be used: as the adapter's folder says, or else
+    as the checkpoint's.
+    """
+    folder = None if adapter is None else adapter_folder(adapter)
+    if folder is None or not says_usage(folder):
+        folder = checkpoint.folder
+    return read_usage(folder, checkpoint.config.hidden_size)
+
+
+def with_dimension(usage: Usage, truncate_dim: int | None, checkpoint: Checkpoint) -> Usage:
+    """A usage whose vectors have so many of the first numbers; None: as many as it says, or else
+    as the checkpoint's. Raises for more than there are.
+    """
+    check_at_least_1(truncate_dim=truncate_dim)
+    size = checkpoint.config.hidden_size
+    width = truncate_dim or usage.truncate_dim or usage_of(checkpoint, None).truncate_dim or size
+    if width > size:
+        raise LcoError(f"truncate_dim is {width}; the model's vectors have {size}")
+    return replace(usage, truncate_dim=None if width == size else width)
+
+
+def common_usage(adapters: Sequence[str], checkpoint: Checkpoint) -> Usage:
+    """How the average of adapters is to be used. Raises unless all are used alike."""
+    first, *others = adapters
+    usage = usage_of(checkpoint, first)
+    for other in others:
+        if usage_of(checkpoint, other) != usage:
+            raise LcoError(
+                f"{first} and {other} differ in pooling, prompts or truncate_dim, as "
+                f"{USAGE_FILES[0]} and {USAGE_FILES[1]} have them, and cannot be averaged"
+            )
+    return usage
+
+
+def usage_beside(usage: Usage, base: Checkpoint) -> Usage | None:
+    """What an adapter's folder has to say of its usage; None where all is as without it."""
+    return None if usage == usage_of(base, None) == Usage() else usage

@@ -1,0 +1,94 @@
+"""What a run's contents are told of their task, and what its exports say of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lco_jax.checkpoint.sentence_transformers import Usage
+from lco_jax.core.errors import LcoError
+from lco_jax.data.instructions import INSTRUCTIONS, Instruction, Instructions
+from lco_jax.data.pipeline import Told
+
+Config = Mapping[str, Any]
+ROLES = ("query", "document")
+_NONE = {"query": "", "document": "", "place": "before"}  # of a run of an earlier version
+
+
+def usage_of_run(config: Config) -> Usage:
+    """How a model that a run has trained is to be used: as it was trained."""
+    return Usage(config["model"].get("pooling", "last"), instructions_of_run(config))
+
+
+def instructions_of_run(config: Config) -> Instructions:
+    """The prompts of a run's exports.
+
+    "query" and "document" are those of all sources, or the configuration's where sources differ;
+    "SOURCE-query" and "SOURCE-document" are a source's own. An input of which nothing is said is
+    taken for a document.
+    """
+    by_source = _texts(config)
+    texts = {text for pair in by_source.values() for text in pair}
+    if texts <= {""}:
+        return Instructions()
+    given = _given(config)
+    prompts = {}
+    for side, role in enumerate(ROLES):
+        of_all = {pair[side] for pair in by_source.values()}
+        prompts[role] = of_all.pop() if len(of_all) == 1 else given[role]
+        for name, pair in by_source.items():
+            if pair[side] != prompts[role]:
+                prompts[f"{name}-{role}"] = pair[side]
+    return Instructions(prompts, given["place"], "document" if prompts["document"] else None)
+
+
+def told_by_source(config: Config) -> dict[str, Told]:
+    """The instructions of each source; {} where a run has none."""
+    place, by_source = _given(config)["place"], _texts(config)
+
+    def told(text: str) -> Instruction | None:
+        return Instruction(text, place) if text else None
+
+    if not any(map(any, by_source.values())):
+        return {}
+    return {name: (told(query), told(document)) for name, (query, document) in by_source.items()}
+
+
+def told_elsewhere(config: Config, name: str) -> Told:
+    """The instructions of held-out records: those of the source of this name, or the exports'."""
+    told = instructions_of_run(config)
+    found = []
+    for role in ROLES:
+        text = told.prompts.get(f"{name}-{role}", told.prompts.get(role, ""))
+        found.append(Instruction(text, told.place) if text else None)
+    query, document = found
+    return query, document
+
+
+def refuse_embedding_keys(config: Config) -> None:
+    """Raise for pooling and instructions in generative training, whose anchors ask for themselves
+    and which makes no embeddings.
+    """
+    if config["model"]["pooling"] != "last":
+        raise LcoError("config.model.pooling goes with lco_jax.train; pretrain pools nothing")
+    if told_by_source(config):
+        raise LcoError(
+            "config.instructions, and those of config.data.sources, go with lco_jax.train; a "
+            "record of lco_jax.pretrain has its question in its anchor"
+        )
+
+
+def _given(config: Config) -> Mapping[str, str]:
+    return config.get("instructions", _NONE)
+
+
+def _texts(config: Config) -> dict[str, tuple[str, str]]:
+    """(for queries, for documents) of each source."""
+    given = _given(config)
+    found = {}
+    for name, source in config["data"]["sources"].items():
+        of_source = []
+        for role, key in zip(ROLES, INSTRUCTIONS, strict=True):
+            own = source.get(key)
+            of_source.append(given[role] if own is None else own)
+        query, document = of_source
+        found[name] = query, document
+    return found
