@@ -14,7 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.embed_survival import embed_survival, embed_table
+from benchmarks.processes import resident
 from lco_jax.core.errors import PEER_LOST
 from lco_jax.training.metrics import read_metrics
 
@@ -236,8 +239,7 @@ def endurance(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             if job.processes[0].poll() is not None:
                 raise RuntimeError(f"ended early with {job.ended()}")
             time.sleep(1)
-        status = Path(f"/proc/{job.processes[0].pid}/status").read_text(encoding="utf-8")
-        mib[step] = int(status.split("VmRSS:")[1].split()[0]) / 1024
+        mib[step] = resident(psutil.Process(job.processes[0].pid))
     job.lost()
     return {"steps": args.steps, "mib": mib}
 

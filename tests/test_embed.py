@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from PIL import Image
+from processes import command_of, until
 
 from lco_jax import LcoError, MediaConfig
 from lco_jax.core.extras import install_line
@@ -701,8 +702,8 @@ def test_texts_load_no_tower(tmp_path, run_embed, monkeypatch):
 
 
 def children(process):
-    """Ids of the processes that descend from one."""
-    return [child.pid for child in psutil.Process(process).children(recursive=True)]
+    """The processes that descend from one."""
+    return psutil.Process(process).children(recursive=True)
 
 
 def begin_embed(source, output, *flags, path=()):
@@ -729,13 +730,6 @@ def mixture(tmp_path):
     return write_lines(tmp_path / "in.jsonl", *lines)
 
 
-def until(come):
-    end = time.monotonic() + 240
-    while not come():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path, mixture):
     """Equal bits to a quiet run, and no worker outlives its parent. Many more kills: `benchmarks
@@ -754,7 +748,7 @@ def test_killed_at_random_moments(tmp_path, mixture):
         job.kill()
         assert job.wait() == -signal.SIGKILL, "it ended before it was killed"
     assert len(workers) >= 2
-    until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
+    until(lambda: not any(worker.is_running() for worker in workers))
     assert not output.exists()
     kept = {part: part.stat().st_ino for part in done(parts)}
     last = begin_embed(mixture, output, *flags)
@@ -771,13 +765,8 @@ def test_killed_at_random_moments(tmp_path, mixture):
 
 
 def actors(driver):
-    """Ids of the processes of a driver's actors."""
-    found = []
-    for process in children(driver.pid):
-        with suppress(OSError):
-            if Path(f"/proc/{process}/cmdline").read_bytes().startswith(b"ray::Worker"):
-                found.append(process)
-    return found
+    """The processes of a driver's actors."""
+    return [one for one in children(driver.pid) if command_of(one).startswith("ray::Worker")]
 
 
 @pytest.mark.slow
@@ -798,12 +787,12 @@ def test_actors_and_their_driver_die_and_the_work_goes_on(tmp_path, mixture):
             other = begin_embed(mixture, output, *ray)
             assert "another process writes --output=" in other.communicate()[1]
             assert other.returncode == 2
-            os.kill(actors(driver)[0], signal.SIGKILL)
+            actors(driver)[0].kill()
         left = actors(driver)
         driver.send_signal(kill)
         status, err = wait(driver)
         assert status == (75 if kill == signal.SIGTERM else -kill), err
-        until(lambda left=left: not any(Path(f"/proc/{process}").exists() for process in left))
+        until(lambda left=left: not any(process.is_running() for process in left))
         assert not output.exists()
     last = begin_embed(mixture, output, *ray)
     assert last.wait() == 0, last.stderr.read()

@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from processes import free_port
 
 from configs import tiny
 from lco_jax import LcoError, OmniEmbedder, contrastive, convert, generative, make_mesh
@@ -160,14 +160,11 @@ def test_a_folder_that_is_deleted_while_it_trains(tmp_path):
 @pytest.mark.slow
 def test_two_processes_equal_one(quiet, tmp_path):
     """Real processes on loopback, started by the launcher, with one set of outputs."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     environment = {
         **os.environ,
         "PYTHON": sys.executable,
         "XLA_FLAGS": "",
-        "PORT": port,
+        "PORT": str(free_port()),
         "DEVICES": "2",
     }
     flags = [*SMALL, f"--workdir={tmp_path}", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
