@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lco_jax.arguments import check_on_error, check_options, check_passes, check_types
 from lco_jax.checkpoint import peft
-from lco_jax.checkpoint.hf import load_model, open_checkpoint
+from lco_jax.checkpoint.hf import Checkpoint, load_model, open_checkpoint
 from lco_jax.core import lora
 from lco_jax.core.console import progress_bar
 from lco_jax.core.errors import LcoError, check_at_least_1, check_bool
@@ -109,9 +109,7 @@ class OmniEmbedder(SentenceMethods):
         if adapter is not None:
             adapted = peft.read_adapter(adapter, checkpoint, head=cls.LOADS_HEAD)
         mesh = make_mesh(devices=jax.local_devices()) if mesh is None else mesh
-        chosen = chosen_modalities(modalities, checkpoint.backbone.modalities)
-        context = checkpoint.config.max_position_embeddings
-        processor = Processor(checkpoint.folder, context, media, video_positions, chosen)
+        processor = _processor(checkpoint, modalities, media, video_positions)
         towers = checkpoint.backbone.towers_for(processor.modalities)
         model, params = load_model(
             checkpoint,
@@ -388,6 +386,18 @@ class OmniEmbedder(SentenceMethods):
         media = self.towers(self.params, batch.media)
         self.decoder_shapes.note(batch.tokens, media)
         return media
+
+
+def _processor(
+    checkpoint: Checkpoint,
+    modalities: Iterable[str] | None,
+    media: MediaConfig | None,
+    video_positions: str,
+) -> Processor:
+    """The processor of a checkpoint, for what will be embedded."""
+    chosen = chosen_modalities(modalities, checkpoint.backbone.modalities)
+    context = checkpoint.config.max_position_embeddings
+    return Processor(checkpoint.folder, context, media, video_positions, chosen)
 
 
 def _pooled(
