@@ -1,5 +1,7 @@
 """Real processes, for what threads cannot show."""
 
+import os
+import re
 import socket
 import subprocess
 import sys
@@ -47,3 +49,9 @@ def run_two(code):
     ]
     outputs = [one.communicate(timeout=250) for one in both]
     return [(one.returncode, *output) for one, output in zip(both, outputs, strict=True)]
+
+
+def with_devices(count):
+    """The environment of a process with so many devices, which compiles as fast as tests do."""
+    flags = re.sub(r"(?<=device_count=)\d+", str(count), os.environ["XLA_FLAGS"])
+    return {**os.environ, "XLA_FLAGS": flags}

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from processes import free_port, run_two, until
+from processes import free_port, run_two, until, with_devices
 
 from configs import base
 from lco_jax import LcoError, job, train
@@ -265,10 +265,9 @@ def test_sigterm_to_one_of_two_processes_lets_both_save_the_same_step(tmp_path):
         "--config.checkpoint.every=100000", "--config.eval.path=", "--config.lora.rank=4",
         f"--coordinator=127.0.0.1:{free_port()}", "--num-processes=2",
     ]  # fmt: skip
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     options = {
         "cwd": ROOT,
-        "env": environment,
+        "env": with_devices(1),
         "stdout": subprocess.PIPE,
         "stderr": subprocess.STDOUT,
         "text": True,

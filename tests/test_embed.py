@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from PIL import Image
-from processes import command_of, until
+from processes import command_of, until, with_devices
 
 from lco_jax import LcoError, MediaConfig
 from lco_jax.core.extras import install_line
@@ -707,7 +707,7 @@ def children(process):
 
 
 def begin_embed(source, output, *flags, path=()):
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = with_devices(1)
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (*path, ROOT)))
     command = [sys.executable, "-m", "lco_jax.embed", "--model=builtin:tiny"]
     return subprocess.Popen(
@@ -770,7 +770,7 @@ def actors(driver):
 
 
 @pytest.mark.slow
-def test_actors_and_their_driver_die_and_the_work_goes_on(tmp_path, mixture):
+def test_actors_and_their_driver_die_and_the_work_goes_on(tmp_path, mixture, run_embed):
     """An actor is killed, the driver gets SIGTERM, then SIGKILL; another driver is refused; equal
     bits at the end.
     """
@@ -784,9 +784,9 @@ def test_actors_and_their_driver_die_and_the_work_goes_on(tmp_path, mixture):
         until(lambda driver=driver, kept=kept: driver.poll() is not None or len(done(parts)) > kept)
         assert driver.poll() is None, driver.stderr.read()
         if kill == signal.SIGTERM:
-            other = begin_embed(mixture, output, *ray)
-            assert "another process writes --output=" in other.communicate()[1]
-            assert other.returncode == 2
+            status, _, err = run_embed(f"--input={mixture}", f"--output={output}", *ray)
+            assert status == 2
+            assert "another process writes --output=" in err
             actors(driver)[0].kill()
         left = actors(driver)
         driver.send_signal(kill)
@@ -865,7 +865,7 @@ def done(parts):
 def test_memory_stays_flat():
     """The full job, 20,000 images, is `python tools/memory.py`."""
     command = [sys.executable, "tools/memory.py", "--images=1500", "--limit-mb=200"]
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    environment = {**with_devices(1), "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )

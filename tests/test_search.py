@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from PIL import Image
+from processes import with_devices
 from starlette.testclient import TestClient
 
 from lco_jax import LcoError, MediaConfig, OmniEmbedder, search
@@ -806,9 +807,8 @@ def test_mistakes_are_one_sentence(monkeypatch, run_command, tmp_path):
 def serving(*args):
     """The command in a process of its own: the line with its address."""
     command = [sys.executable, "-m", "lco_jax.search", "--port=0", "--workers=0", *map(str, args)]
-    environment = {**os.environ, "XLA_FLAGS": ""}
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+        command, cwd=ROOT, env=with_devices(1), stdout=subprocess.PIPE, text=True
     )
     try:
         for line in process.stdout:
