@@ -76,10 +76,9 @@ class Job:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        environment = {
-            **os.environ,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        }
+        given = os.environ.get("XLA_FLAGS", "")  # of two that say the same, XLA takes the last
+        flags_of_xla = f"{given} --xla_force_host_platform_device_count={devices}"
+        environment = {**os.environ, "XLA_FLAGS": flags_of_xla}
         command = [sys.executable, "-m", "lco_jax.train", *SMALL, f"--output={workdir}", *flags]
         joined = (
             [f"--coordinator=127.0.0.1:{port}", f"--num-processes={processes}"]
