@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from processes import free_port, run_two, until, with_devices
+from processes import free_port, run_two, with_devices
 
 from configs import base
 from lco_jax import LcoError, job, train
@@ -131,7 +131,9 @@ def test_a_step_that_does_not_end_ends_the_process_with_a_sentence(monkeypatch, 
             time.sleep(0.1)
             dog.ended(8)
         assert not ends
-        until(lambda: ends, 60)
+        late = time.monotonic() + 60
+        while not ends and time.monotonic() < late:
+            time.sleep(0.05)
     assert ends[0] == PEER_LOST
     said = capsys.readouterr().err
     assert "process 0 of 1: step 9 has not ended" in said
