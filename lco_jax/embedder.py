@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lco_jax.arguments import check_on_error, check_options, check_passes, check_types
 from lco_jax.checkpoint import peft
-from lco_jax.checkpoint.hf import Checkpoint, load_model, open_checkpoint
+from lco_jax.checkpoint.hf import load_model, open_checkpoint
 from lco_jax.core import lora
 from lco_jax.core.console import progress_bar
 from lco_jax.core.errors import LcoError, check_at_least_1, check_bool
@@ -26,7 +26,6 @@ from lco_jax.core.finite import check_results, check_vectors
 from lco_jax.core.packing import PackedTokens
 from lco_jax.core.shapes import ShapeLog
 from lco_jax.core.sharding import make_mesh, replicated, row_shards
-from lco_jax.data.content import chosen_modalities
 from lco_jax.data.inference import (
     BLOCK_INPUTS,
     MAX_TOKENS,
@@ -45,6 +44,7 @@ from lco_jax.description import Origin, described
 from lco_jax.models.decoder import Decoder
 from lco_jax.models.model import MediaPrograms, Model
 from lco_jax.models.pooling import pool, project
+from lco_jax.processing import processor_of
 from lco_jax.sentence_methods import SentenceMethods
 from lco_jax.vector_form import VectorForm, unit
 
@@ -109,7 +109,7 @@ class OmniEmbedder(SentenceMethods):
         if adapter is not None:
             adapted = peft.read_adapter(adapter, checkpoint, head=cls.LOADS_HEAD)
         mesh = make_mesh(devices=jax.local_devices()) if mesh is None else mesh
-        processor = _processor(checkpoint, modalities, media, video_positions)
+        processor = processor_of(checkpoint, modalities, media, video_positions)
         towers = checkpoint.backbone.towers_for(processor.modalities)
         model, params = load_model(
             checkpoint,
@@ -386,18 +386,6 @@ class OmniEmbedder(SentenceMethods):
         media = self.towers(self.params, batch.media)
         self.decoder_shapes.note(batch.tokens, media)
         return media
-
-
-def _processor(
-    checkpoint: Checkpoint,
-    modalities: Iterable[str] | None,
-    media: MediaConfig | None,
-    video_positions: str,
-) -> Processor:
-    """The processor of a checkpoint, for what will be embedded."""
-    chosen = chosen_modalities(modalities, checkpoint.backbone.modalities)
-    context = checkpoint.config.max_position_embeddings
-    return Processor(checkpoint.folder, context, media, video_positions, chosen)
 
 
 def _pooled(
