@@ -9,7 +9,6 @@ import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -19,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow.parquet
 from PIL import Image
+
+from benchmarks.processes import command_of, family, resident
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 3600.0  # seconds that no part may take
@@ -36,7 +38,7 @@ class Drivers:
     def __init__(self, command: list[str], environment: dict[str, str], log: Path):
         self.command, self.log = command, log
         self.environment = environment
-        self.started: set[int] = set()  # processes
+        self.started: set[psutil.Process] = set()
         self.memory: list[tuple[float, float, float]] = []  # share done, MiB of driver, of an actor
         self.start()
 
@@ -47,44 +49,30 @@ class Drivers:
                 self.command, cwd=ROOT, env=self.environment, stdout=log, stderr=log
             )
 
-    def processes(self) -> list[int]:
+    def processes(self) -> list[psutil.Process]:
         """The driver and all that descend from it."""
-        found = [self.process.pid]
-        for process in found:
-            with suppress(OSError):
-                for task in Path(f"/proc/{process}/task").iterdir():
-                    found += [int(x) for x in (task / "children").read_text().split()]
+        found = family(self.process.pid)
         self.started.update(found)
         return found
 
-    def actors(self) -> list[int]:
+    def actors(self) -> list[psutil.Process]:
         """The actors that have started."""
-        return [process for process in self.processes() if words_of(process)[:11] == b"ray::Worker"]
+        return [
+            process
+            for process in self.processes()
+            if "".join(command_of(process)[:1]).startswith("ray::Worker")
+        ]
 
-    def left(self) -> list[int]:
+    def left(self) -> list[psutil.Process]:
         """What is left of all drivers."""
-        return [process for process in self.started if words_of(process)]
+        return [process for process in self.started if command_of(process)]
 
     def sample(self, share: float) -> None:
         """Note the memory. share: of the rows that are done."""
         actors = [resident(process) for process in self.actors()]
         if actors:
-            self.memory.append((share, resident(self.process.pid), max(actors)))
-
-
-def words_of(process: int) -> bytes:
-    """The command line of a process; empty where it is gone."""
-    with suppress(OSError):
-        return Path(f"/proc/{process}/cmdline").read_bytes()
-    return b""
-
-
-def resident(process: int) -> float:
-    """MiB of a process; 0 where it is gone."""
-    with suppress(OSError, IndexError):
-        status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
-        return int(status.split("VmRSS:")[1].split()[0]) / 1024
-    return 0.0
+            driver = resident(psutil.Process(self.process.pid))
+            self.memory.append((share, driver, max(actors)))
 
 
 def embed_survival(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -114,8 +102,8 @@ def embed_survival(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             table = place.read()
         finally:
             for process in drivers.left():
-                with suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
     want = pyarrow.parquet.read_table(quiet)
     vectors, expected = (
         np.array(one["embedding"].to_pylist(), np.float32).view(np.uint32) for one in (table, want)
@@ -216,8 +204,8 @@ def kill_at_random(
             victims = drivers.actors()
             if not victims:
                 continue
-            with suppress(ProcessLookupError):
-                os.kill(chance.choice(victims), signal.SIGKILL)
+            with suppress(psutil.NoSuchProcess):
+                chance.choice(victims).kill()
         kills.append(f"{'driver' if is_driver else 'actor'} at {last}")
         print(f"kill {len(kills)}: {kills[-1]} of {total} parts", file=sys.stderr, flush=True)
     return kills

@@ -14,7 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.embed_survival import embed_survival, embed_table
+from benchmarks.processes import resident
 from lco_jax.core.errors import PEER_LOST
 from lco_jax.training.metrics import read_metrics
 
@@ -73,10 +76,9 @@ class Job:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        environment = {
-            **os.environ,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        }
+        given = os.environ.get("XLA_FLAGS", "")  # of two that say the same, XLA takes the last
+        flags_of_xla = f"{given} --xla_force_host_platform_device_count={devices}"
+        environment = {**os.environ, "XLA_FLAGS": flags_of_xla}
         command = [sys.executable, "-m", "lco_jax.train", *SMALL, f"--output={workdir}", *flags]
         joined = (
             [f"--coordinator=127.0.0.1:{port}", f"--num-processes={processes}"]
@@ -236,8 +238,7 @@ def endurance(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             if job.processes[0].poll() is not None:
                 raise RuntimeError(f"ended early with {job.ended()}")
             time.sleep(1)
-        status = Path(f"/proc/{job.processes[0].pid}/status").read_text(encoding="utf-8")
-        mib[step] = int(status.split("VmRSS:")[1].split()[0]) / 1024
+        mib[step] = resident(psutil.Process(job.processes[0].pid))
     job.lost()
     return {"steps": args.steps, "mib": mib}
 

@@ -89,8 +89,8 @@ def _set_data(config: ConfigDict) -> None:
     config.data.max_negatives = -1  # hard negatives used of a record; -1: all
     config.data.max_length = 64  # tokens of a text, before the template
 
-    # what is said beside contents; a source may have its own, also "", as query_instruction and
-    # document_instruction
+    # words about the task beside contents; a source may have its own, also "", as
+    # query_instruction and document_instruction
     config.instructions = ConfigDict()
     config.instructions.query = ""  # beside anchors; "": nothing
     config.instructions.document = ""  # beside positives and negatives; "": nothing

@@ -13,7 +13,7 @@ from lco_jax import loop
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath
 from lco_jax.data.instructions import Instruction
-from lco_jax.data.pipeline import Told
+from lco_jax.data.pipeline import SideInstructions
 from lco_jax.data.records import Content, Record, as_input
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation.plots import plot_similarity, subject_of
@@ -24,7 +24,7 @@ from lco_jax.models.model import Model
 from lco_jax.outputs import finish
 from lco_jax.results import Results
 from lco_jax.training.folder import held
-from lco_jax.training.instructions import told_elsewhere
+from lco_jax.training.instructions import instructions_of_held_out
 from lco_jax.training.run import check_config
 from lco_jax.training.step import Step, make_train_step
 
@@ -110,9 +110,11 @@ def _evaluate(
     embedder.params = make_params()
     with held_out_progress(when) as progress:
         for name, records in job.held_out.items():
-            scores.retrieval[name] = _retrieval(encode, records, told_elsewhere(config, name))
+            scores.retrieval[name] = _retrieval(
+                encode, records, instructions_of_held_out(config, name)
+            )
         for name, pairs in job.pairs.items():
-            _, document = told_elsewhere(config, name)
+            _, document = instructions_of_held_out(config, name)
             scores.spearman[name] = agreement(partial(encode, prompt=document), pairs).spearman
     embedder.params = {}
     if when == "before":  # a table says it again, hours later
@@ -121,13 +123,13 @@ def _evaluate(
 
 
 def _retrieval(
-    encode: Callable[..., np.ndarray], records: Sequence[Record], told: Told
+    encode: Callable[..., np.ndarray], records: Sequence[Record], instructions: SideInstructions
 ) -> Retrieval:
-    """Retrieval of held-out records, whose anchors and other contents are told this.
+    """Retrieval of held-out records, with these instructions.
 
     encode: inputs and an instruction -> unit vectors.
     """
-    query, document = told
+    query, document = instructions
 
     def encode_contents(prompt: Instruction | None, contents: Sequence[Content]) -> np.ndarray:
         return encode([as_input(content) for content in contents], prompt)

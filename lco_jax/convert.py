@@ -168,8 +168,7 @@ def _export_run(args: argparse.Namespace, run: Mapping[str, Any]) -> None:
     say(f"{args.input}: step {found.step}, trained from {found.source}")
     about = about_run(run, _results(args.input), found.step)
     base = found.source, found.checkpoint
-    width = run["export"].get("truncate_dim") if args.truncate_dim is None else args.truncate_dim
-    usage = with_dimension(usage_of_run(run), width, found.checkpoint)
+    usage = with_dimension(usage_of_run(run), args.truncate_dim, found.checkpoint)
     _write_merged(args, args.output, base, found.parameters, found.lora, about, usage)
     if has_adapters(found.parameters.get("decoder", {})):
         folder = beside(args.output, "adapter")
@@ -195,7 +194,8 @@ def _export_model(args: argparse.Namespace) -> None:
         tuned, config = read_adapter(args.adapter, checkpoint, head=True)
         made = f"{{base}} with the adapter {_shown(args.adapter)} added to its weights."
         about = About(made, "with an adapter")
-    base, usage = (args.model, checkpoint), usage_of(checkpoint, args.adapter)
+    base = args.model, checkpoint
+    usage = with_dimension(usage_of(checkpoint, args.adapter), args.truncate_dim, checkpoint)
     _write_merged(args, args.output, base, tuned, config, about, usage)
 
 
@@ -206,9 +206,9 @@ def _write_merged(
     tuned: dict[str, Any],
     config: lora.LoraConfig | None,
     about: About | None,
-    usage: Usage | None = None,
+    usage: Usage,
 ) -> None:
-    """base: as it was given, and opened. usage: of the model; None: as the base."""
+    """base: as it was given, and opened. usage: of the model."""
     source, checkpoint = base
     dtype, most = _dtype(args), _shard_bytes(args)
     export_merged(source, output, tuned, config, dtype, most, about, checkpoint, usage)
@@ -318,7 +318,7 @@ def _write_adapter(
     """Write an adapter with its report and, of a reduced one, a plot of the singular values; then
     the merged model, if it is asked for.
     """
-    usage = common_usage(args.adapters, checkpoint)
+    usage = with_dimension(common_usage(args.adapters, checkpoint), args.truncate_dim, checkpoint)
     card = adapter_card(checkpoint, args.model, about, adapter[1], usage)
     write_peft(args.output, *adapter, args.model, card, usage_beside(usage, checkpoint))
     write_json(args.output / "soup.json", report)
@@ -360,6 +360,7 @@ def _greedy(
     usage = common_usage(args.adapters, open_checkpoint(args.model))
     options = {"dtype": _dtype(args), "pooling": usage.pooling}
     embedder = OmniEmbedder.from_pretrained(args.model, **options)
+    embedder.set_instructions(usage.instructions)
     base = embedder.params["decoder"]
     kept, steps = soup.greedy(len(adapters), partial(_score, args, adapters, embedder, base))
     for step in steps:

@@ -63,9 +63,9 @@ def _usage(embedder: Any) -> list[str]:
     pooling = embedder.model.decoder.pooling
     if pooling != "last":
         lines.append(f"{pooling} of all tokens' states")
-    told = [name for name in embedder.prompts if name not in PROMPTS]
-    if told:
-        lines.append(f"prompts {', '.join(told)}, {IN_WORDS[embedder.prompt_place]}")
+    names = [name for name in embedder.prompts if name not in PROMPTS]
+    if names:
+        lines.append(f"prompts {', '.join(names)}, {IN_WORDS[embedder.prompt_place]}")
     return lines
 
 

@@ -26,7 +26,6 @@ from lco_jax.core.errors import LcoError, check_at_least_1, check_bool
 from lco_jax.core.finite import check_results, check_vectors
 from lco_jax.core.shapes import ShapeLog
 from lco_jax.core.sharding import make_mesh, replicated, row_shards
-from lco_jax.data.content import chosen_modalities
 from lco_jax.data.inference import (
     BLOCK_INPUTS,
     MAX_TOKENS,
@@ -45,6 +44,7 @@ from lco_jax.data.tower_rows import Processed
 from lco_jax.description import Origin, described
 from lco_jax.models.model import MediaPrograms, Model
 from lco_jax.models.pooling import pool_or_layers
+from lco_jax.processing import processor_of
 from lco_jax.sentence_methods import SentenceMethods
 from lco_jax.vector_form import VectorForm, unit
 
@@ -117,9 +117,7 @@ class OmniEmbedder(SentenceMethods):
             adapted = peft.read_adapter(adapter, checkpoint, head=cls.LOADS_HEAD)
         usage = usage_of(checkpoint, adapter)
         mesh = make_mesh(devices=jax.local_devices()) if mesh is None else mesh
-        chosen = chosen_modalities(modalities, checkpoint.backbone.modalities)
-        context = checkpoint.config.max_position_embeddings
-        processor = Processor(checkpoint.folder, context, media, video_positions, chosen)
+        processor = processor_of(checkpoint, modalities, media, video_positions)
         model, params = load_model(
             checkpoint,
             mesh,

@@ -174,7 +174,7 @@ class _FilesEncoder:
         return self._as_compared(self._encode(contents, None))
 
     def encode_sides(self, count: int, contents: list[Any]) -> np.ndarray:
-        """Vectors of `count` queries and of documents, at once where both are told the same."""
+        """Vectors of `count` queries and of documents; at once where one instruction is of both."""
         model, left_out = self.embedder, self.left_out
         names = model.query_prompt, model.document_prompt
         query, document = map(model.prompt_of, names)
@@ -320,12 +320,12 @@ def _prompts(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, str]
     if args.prompt is not None or args.prompt_name is not None:
         say_prompts(args, checkpoint, queries=False)
         return {}
-    told = usage_of(checkpoint, args.adapter).instructions
-    prompts = {**told.prompts, **_read_prompts(args.prompts)}
-    place = IN_WORDS[args.prompt_place or told.place]
+    instructions = usage_of(checkpoint, args.adapter).instructions
+    prompts = {**instructions.prompts, **_read_prompts(args.prompts)}
+    place = IN_WORDS[args.prompt_place or instructions.place]
     for name, text in prompts.items():
         if text:
-            say(f"{name}: inputs are told {text!r} ({place})", aside=True)
+            say(f"{name}: the instruction of inputs is {text!r} ({place})", aside=True)
     return prompts
 
 

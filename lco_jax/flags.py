@@ -142,7 +142,7 @@ def add_model_flags(
     )
     parser.add_argument(
         "--prompt",
-        help="what is said beside each input (default: the reference's prompt, after the content)",
+        help="an instruction of each input (default: the reference's prompt, after the content)",
     )
     parser.add_argument("--media-root", type=media_root, help="where relative paths of media start")
     parser.add_argument(
@@ -236,8 +236,8 @@ def embedding_settings(
 def usage_settings(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
     """Flag or words -> value of how the model is used, without what is the paper's."""
     usage = usage_of(checkpoint, args.adapter)
-    told = usage.instructions
-    known = all_prompts(told)
+    instructions = usage.instructions
+    known = all_prompts(instructions)
     if args.prompt_name is not None and args.prompt_name not in known:
         there = ", ".join(known)
         raise LcoError(f"--prompt-name={args.prompt_name}: the model has the prompts {there}")
@@ -245,26 +245,26 @@ def usage_settings(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str
         "--prompt-name": args.prompt_name,
         "--prompt-place": args.prompt_place,
         "pooling": None if usage.pooling == "last" else usage.pooling,
-        "the model's prompts": dict(told.prompts) or None,
-        "where they stand": told.place if told.prompts else None,
+        "the model's prompts": dict(instructions.prompts) or None,
+        "where they stand": instructions.place if instructions.prompts else None,
     }
     return {name: value for name, value in settings.items() if value is not None}
 
 
 def say_prompts(args: argparse.Namespace, checkpoint: Checkpoint, queries: bool) -> None:
-    """Say what is said beside inputs, if anything is. queries: whether some of them are queries."""
-    told = usage_of(checkpoint, args.adapter).instructions
-    place = args.prompt_place or told.place
-    names = {"inputs": args.prompt_name or told.default}
+    """Say which instructions inputs have, if any. queries: whether some of them are queries."""
+    instructions = usage_of(checkpoint, args.adapter).instructions
+    place = args.prompt_place or instructions.place
+    names = {"inputs": args.prompt_name or instructions.default}
     if queries:
         names = {
             "queries": args.prompt_name or "query",
             "documents": args.prompt_name or "document",
         }
     for what, name in names.items():
-        text = all_prompts(told).get(name or "", "") if args.prompt is None else args.prompt
+        text = all_prompts(instructions).get(name or "", "") if args.prompt is None else args.prompt
         if text:
-            say(f"{what} are told {text!r} ({IN_WORDS[place]})", aside=True)
+            say(f"the instruction of {what} is {text!r} ({IN_WORDS[place]})", aside=True)
 
 
 def _state_of(path_or_id: str, otherwise: str) -> str:

@@ -21,18 +21,16 @@ from lco_jax.core.errors import LcoError, check_keys
 from lco_jax.core.files import AnyPath, local_workdir, on_bucket, reaching, upload
 from lco_jax.core.sharding import check_mesh, make_mesh
 from lco_jax.data import mixture, pipeline
-from lco_jax.data.given import is_bundled, sources_of
-from lco_jax.data.held_out import SMALL, Split, split, trained_on
+from lco_jax.data.held_out import Split, split
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.processor import Processor
-from lco_jax.data.records import answer_of
 from lco_jax.data.scan import ListSource, Source, fingerprint
-from lco_jax.data.sources import open_source
-from lco_jax.evaluation.sts import ScoredPairs, open_pairs
+from lco_jax.evaluation.sts import ScoredPairs
+from lco_jax.measured import open_held_out, open_pairs
 from lco_jax.models.model import Model
 from lco_jax.training import tuning
 from lco_jax.training.folder import check_outputs
-from lco_jax.training.instructions import told_by_source
+from lco_jax.training.instructions import instructions_by_source, usage_of_run
 from lco_jax.training.metrics import check_packages
 from lco_jax.training.run import check_same_run, has_begun
 from lco_jax.training.state import Training, warmup_steps
@@ -90,9 +88,8 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
     mesh = make_mesh(**config.mesh)
     check_mesh(mesh)
     sources, share = open_sources(config)
-    held_out = _open_held_out(config, share, generative)
-    _warn_of_shared(held_out, sources)
-    pairs = _open_pairs(config, generative)
+    held_out = open_held_out(config, share, sources, generative)
+    pairs = open_pairs(config, generative)
     total_steps = _total_steps(config, sources)
     _check_begun(home, config, total_steps, sources)
     workdir = local_workdir(home, "*.jsonl", jax.process_index())
@@ -126,7 +123,7 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
 def _check_dimensions(config: ConfigDict, training: Training, checkpoint: Checkpoint) -> None:
     """Raise for a part of a vector that is no part of the model's."""
     training.objective.check_dimension(checkpoint.config.hidden_size)
-    with_dimension(usage_of(checkpoint, None), config.export.truncate_dim, checkpoint)
+    with_dimension(usage_of_run(config), None, checkpoint)
 
 
 def _check_begun(
@@ -215,15 +212,15 @@ def open_layout(
             "config.train.batch_size is 1, and no record has a negative: there is nothing to tell "
             "a positive from; give a larger batch, or records with negatives"
         )
-    by_source = told_by_source(config)
-    told = tuple(dict.fromkeys(chain(*by_source.values()))) or (None,)
+    by_source = instructions_by_source(config)
+    instructions = tuple(dict.fromkeys(chain(*by_source.values()))) or (None,)
     if by_source:
         processor.tokenizer.check_place(config.instructions.place)
     layout = pipeline.Layout(
         batch_size=config.train.batch_size,
         max_negatives=max_negatives,
-        prefix=processor.tokenizer.prefixes(told),
-        told=told,
+        prefix=processor.tokenizer.prefixes(instructions),
+        instructions=instructions,
         chunk_tokens=config.train.chunk_tokens,
         on_bad=config.data.on_bad,
         generative=generative,
@@ -244,8 +241,8 @@ def batches_of(
     one_source = len(sources) == 1 or config.data.batches == "homogeneous"
     run = layout.batch_size if config.data.batches == "homogeneous" else config.data.sub_batch
     once = 0 if layout.generative else layout.batch_size
-    told = told_by_source(config)
-    stream = pipeline.record_stream(sources, weights, config.seed, run, once, told)
+    instructions = instructions_by_source(config)
+    stream = pipeline.record_stream(sources, weights, config.seed, run, once, instructions)
     if once and not config.train.ignore_duplicates and jax.process_index() == 0:
         for line in mixture.repeats(sources, weights, layout.batch_size, one_source):
             logger.warning("%s", line)
@@ -292,83 +289,6 @@ def _print_summary(
     if skipped:
         say(f"{skipped:,} bad records skipped")
     _say_warmup(config, total_steps)
-
-
-def _open_held_out(
-    config: ConfigDict, share: Mapping[str, ListSource], generative: bool
-) -> dict[str, ListSource]:
-    """The held-out records by file or source. Those of a generative run have answers.
-
-    share: what is held out of the sources.
-    """
-    _say_share(config, share)
-    held_out = dict(share)
-    for name, spec in _held_out_specs(config).items():
-        source = open_source(name, spec, config.data.on_bad, "config.eval.path")
-        if name in held_out:
-            both = f"config.eval.path and config.data.sources both have {name!r}"
-            raise LcoError(
-                f"{both}, and scores go by names; rename one, or set config.eval.share=0"
-            )
-        held_out[name] = ListSource(list(source), source.skipped, source.digests)
-    if generative:
-        for source in held_out.values():
-            for record in source:
-                answer_of(record)  # raises
-    return held_out
-
-
-def _warn_of_shared(held_out: Mapping[str, Source], sources: Mapping[str, Source]) -> None:
-    """Warn of held-out records that are trained on, too."""
-    for name, source in held_out.items():
-        count = trained_on(source, sources)
-        if count:
-            logger.warning(
-                "%s: %s of its %s records are trained on, too, so its scores are too high",
-                name,
-                f"{count:,}",
-                f"{len(source):,}",
-            )
-
-
-def _say_share(config: ConfigDict, share: Mapping[str, ListSource]) -> None:
-    """What is held out of the run's own data."""
-    count = sum(map(len, share.values()))
-    if count:
-        why = f"config.eval.share is {config.eval.share:g}"
-        say(f"{count:,} of the records are held out, and never trained on ({why})")
-    elif config.eval.share:
-        few = f"no source has {SMALL} different records, which it takes to hold some out"
-        say(f"nothing is held out of the data: {few}; --eval names other records")
-
-
-def _held_out_specs(config: ConfigDict) -> dict[str, dict[str, Any]]:
-    """The sources that `config.eval.path` names.
-
-    Those that ship with the package say nothing of other data, and are left out with them.
-    """
-    if not config.eval.path.strip():
-        return {}
-    specs = sources_of(config.eval.path, "config.eval.path")
-    if any(map(is_bundled, config.data.sources.values())):
-        return specs
-    bundled = [name for name, spec in specs.items() if is_bundled(spec)]
-    if bundled:
-        left_out = f"{', '.join(bundled)} of the package (--eval names other records)"
-        say(f"not measured, since the data are your own: {left_out}")
-    return {name: specs[name] for name in specs if name not in bundled}
-
-
-def _open_pairs(config: ConfigDict, generative: bool) -> dict[str, ScoredPairs]:
-    """The scored pairs by file."""
-    given = config.eval.sts
-    names = [name.strip() for name in given.split(",") if name.strip()]
-    if names and generative:
-        raise LcoError("config.eval.sts goes with lco_jax.train; this model makes no embeddings")
-    pairs = dict(map(open_pairs, names))
-    if len(pairs) < len(names):
-        raise LcoError(f"config.eval.sts={given} holds two files of one name; scores go by names")
-    return pairs
 
 
 def _towers_for(

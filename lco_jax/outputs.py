@@ -97,7 +97,7 @@ def _export(job: Job, tuned: dict[str, Any], results: dict[str, Any]) -> None:
     config, lora, base = job.config, job.training.lora, job.config.model.path
     run = json.loads(config.to_json()) | {"total_steps": job.total_steps}
     about = about_run(run, results, job.total_steps)
-    usage = with_dimension(usage_of_run(run), config.export.truncate_dim, job.checkpoint)
+    usage = with_dimension(usage_of_run(run), None, job.checkpoint)
     if has_adapters(tuned.get("decoder", {})):
         card = adapter_card(job.checkpoint, base, about, lora, usage)
         beside = usage_beside(usage, job.checkpoint)

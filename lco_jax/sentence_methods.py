@@ -37,10 +37,13 @@ class SentenceMethods(ABC):
     processor: Processor
 
     def __init__(self, instructions: Instructions | None = None):
-        told = instructions or Instructions()
-        self.prompt_place = told.place
-        self.default_prompt_name = told.default
-        self.prompts = all_prompts(told)
+        self.set_instructions(instructions or Instructions())
+
+    def set_instructions(self, instructions: Instructions) -> None:
+        """Take these for the prompts, with their place and the default."""
+        self.prompt_place = instructions.place
+        self.default_prompt_name = instructions.default
+        self.prompts = all_prompts(instructions)
 
     @property
     @abstractmethod
@@ -159,11 +162,11 @@ class SentenceMethods(ABC):
         return self.prompts[name]
 
 
-def all_prompts(told: Instructions) -> dict[str, str]:
+def all_prompts(instructions: Instructions) -> dict[str, str]:
     """Name -> text of a model's prompts: those that it was trained with, and the reference's, where
     prompts stand in their place.
     """
-    return {**(PROMPTS if told.place == "instead" else {}), **told.prompts}
+    return {**(PROMPTS if instructions.place == "instead" else {}), **instructions.prompts}
 
 
 def _comparable(embeddings1: Any, embeddings2: Any) -> tuple[np.ndarray, np.ndarray]:

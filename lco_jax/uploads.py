@@ -56,13 +56,8 @@ def pushed_folders(
             raise LcoError("--private and --push-what go with --push")
         return {}
     there = _outputs(args, run) if args.output is not None else _exports_at(args.input)
-    first = next(iter(there))
-    kinds = list(there) if args.push_what == "both" else [args.push_what or first]
-    if args.push_what == "both" and len(there) < 2:
-        raise LcoError(f"--push-what=both: there is only one export, {there[first]}")
+    kinds = _kinds_to_push(args.push_what, there)
     for kind in kinds:
-        if kind not in there:
-            raise LcoError(f"--push-what={kind}: there is only {first}, {there[first]}")
         if args.output is None:
             hub.check_export(there[kind])
         elif kind == "adapter":
@@ -70,6 +65,18 @@ def pushed_folders(
             hub.check_base(base_of(base), str(there[kind]))
     names = [args.push, *(f"{args.push}-{kind}" for kind in kinds[1:])]
     return {name: there[kind] for name, kind in zip(names, kinds, strict=True)}
+
+
+def _kinds_to_push(what: str | None, there: Mapping[str, Path]) -> list[str]:
+    """The exports that --push-what means, by default the first. there: {kind: folder}."""
+    first = next(iter(there))
+    if what == "both":
+        if len(there) < 2:
+            raise LcoError(f"--push-what=both: there is only one export, {there[first]}")
+        return list(there)
+    if what and what not in there:
+        raise LcoError(f"--push-what={what}: there is only {first}, {there[first]}")
+    return [what or first]
 
 
 def _outputs(args: argparse.Namespace, run: Mapping[str, Any] | None) -> dict[str, Path]:

@@ -13,8 +13,24 @@ import reference
 from lco_jax import OmniEmbedder, embed
 from lco_jax.core.errors import run_main
 
-# files that take minutes start first
-FIRST = ("test_train", "test_extras", "test_alive", "test_pretrain")
+# Files whose tests take long start first, the longest at the head, so that no worker is left alone
+# with one at the end.
+FIRST = (
+    "test_extras",
+    "test_readme",
+    "test_embed",
+    "test_train",
+    "test_laboratory_experiment",
+    "test_alive",
+    "test_benchmarks",
+    "test_pretrain",
+    "test_quantize",
+    "test_media_training",
+    "test_memory",
+    "test_cards",
+    "test_omnimodal",
+    "test_step",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from processes import run_two
+from processes import free_port, run_two, with_devices
 
 from configs import base
 from lco_jax import LcoError, job, train
@@ -124,15 +123,17 @@ def test_a_record_that_makes_nan_is_found(tmp_path, monkeypatch):
 def test_a_step_that_does_not_end_ends_the_process_with_a_sentence(monkeypatch, capsys):
     ends = []
     monkeypatch.setattr(watch.os, "_exit", ends.append)
-    with watch.Watchdog(0.1, 7) as dog:  # six times that for the first step
-        time.sleep(0.3)
+    with watch.Watchdog(0.5, 7) as dog:  # six times that for the first step
+        time.sleep(1)
         assert not ends
         dog.ended(7)
-        for _ in range(5):
-            time.sleep(0.05)
+        for _ in range(10):
+            time.sleep(0.1)
             dog.ended(8)
         assert not ends
-        time.sleep(0.5)
+        late = time.monotonic() + 60
+        while not ends and time.monotonic() < late:
+            time.sleep(0.05)
     assert ends[0] == PEER_LOST
     said = capsys.readouterr().err
     assert "process 0 of 1: step 9 has not ended" in said
@@ -260,19 +261,15 @@ input()
 @pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_lets_both_save_the_same_step(tmp_path):
     """jax's preemption service informs the other."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = [
         sys.executable, "-m", "lco_jax.train", "--config=tiny", f"--output={tmp_path}",
         "--config.train.batch_size=8", "--config.train.steps=2000",
         "--config.checkpoint.every=100000", "--config.eval.path=", "--config.lora.rank=4",
-        f"--coordinator=127.0.0.1:{port}", "--num-processes=2",
+        f"--coordinator=127.0.0.1:{free_port()}", "--num-processes=2",
     ]  # fmt: skip
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     options = {
         "cwd": ROOT,
-        "env": environment,
+        "env": with_devices(1),
         "stdout": subprocess.PIPE,
         "stderr": subprocess.STDOUT,
         "text": True,

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import pytest
 from bucket import Bucket
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
+from processes import free_port
 
 from lco_jax import LcoError
 from lco_jax.checkpoint import builtin
@@ -258,9 +258,7 @@ def test_two_processes_save_one_checkpoint_and_are_killed(bucket, caplog):
     """At any moment, perhaps in the midst of a save. Damage to the second's part is noticed; the
     one before is read.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
     both = [
         subprocess.Popen([sys.executable, "-c", TWO, address, str(i)], cwd=ROOT, env=environment)

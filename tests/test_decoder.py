@@ -20,6 +20,7 @@ import pytest
 import soundfile
 import soxr
 from PIL import Image, ImageFile
+from processes import command_of, until
 
 from lco_jax import LcoError
 from lco_jax.data import decoder
@@ -179,7 +180,7 @@ def test_a_decoder_that_is_stopped_is_ended(monkeypatch):
     content = png(Image.fromarray(RGB))
     load_pixels(content, "x", CONFIG)
     for process in _decoders(os.getpid()):
-        os.kill(process, signal.SIGSTOP)
+        process.suspend()
     hasty = MediaConfig(decode_seconds=0.2)
     with pytest.raises(LcoError, match=r"^input 3: image of .* cannot be read: .* 1 seconds"):
         load_pixels(content + bytes(5_000_000), "input 3", hasty)
@@ -238,7 +239,7 @@ def test_a_decoder_that_dies_takes_one_file_with_it(kind):
 
     def kill(height, width):
         for process in _decoders(os.getpid()):
-            os.kill(process, kind)
+            process.send_signal(kind)
         return 28, 28
 
     with pytest.raises(LcoError, match=f"^input 3: .* its decoder was ended by {kind.name}"):
@@ -249,16 +250,8 @@ def test_a_decoder_that_dies_takes_one_file_with_it(kind):
 
 def _decoders(parent):
     """The processes that decode for another one."""
-    children = [child.pid for child in psutil.Process(parent).children()]
-    return [one for one in children if b"decode_process" in _command(one)]
-
-
-def _command(process):
-    try:
-        with open(f"/proc/{process}/cmdline", "rb") as file:
-            return file.read()
-    except FileNotFoundError:
-        return b""
+    children = psutil.Process(parent).children()
+    return [child for child in children if "decode_process" in command_of(child)]
 
 
 def test_decoders_end_with_a_killed_parent_and_need_no_main_guard(tmp_path):
@@ -279,10 +272,7 @@ def test_decoders_end_with_a_killed_parent_and_need_no_main_guard(tmp_path):
         decoders = _decoders(process.pid)
         assert decoders
         process.kill()
-    end = time.monotonic() + 20
-    while any(b"decode_process" in _command(one) for one in decoders):
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    until(lambda: not any(command_of(one) for one in decoders), 60)
 
 
 def test_a_decoder_imports_no_jax():

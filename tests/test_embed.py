@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from PIL import Image
+from processes import command_of, until, with_devices
 
 from lco_jax import LcoError, MediaConfig
 from lco_jax.core.extras import install_line
@@ -702,12 +703,12 @@ def test_texts_load_no_tower(tmp_path, run_embed, monkeypatch):
 
 
 def children(process):
-    """Ids of the processes that descend from one."""
-    return [child.pid for child in psutil.Process(process).children(recursive=True)]
+    """The processes that descend from one."""
+    return psutil.Process(process).children(recursive=True)
 
 
 def begin_embed(source, output, *flags, path=()):
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = with_devices(1)
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (*path, ROOT)))
     command = [sys.executable, "-m", "lco_jax.embed", "--model=builtin:tiny"]
     return subprocess.Popen(
@@ -730,13 +731,6 @@ def mixture(tmp_path):
     return write_lines(tmp_path / "in.jsonl", *lines)
 
 
-def until(come):
-    end = time.monotonic() + 240
-    while not come():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path, mixture):
     """Equal bits to a quiet run, and no worker outlives its parent. Many more kills: `benchmarks
@@ -755,7 +749,7 @@ def test_killed_at_random_moments(tmp_path, mixture):
         job.kill()
         assert job.wait() == -signal.SIGKILL, "it ended before it was killed"
     assert len(workers) >= 2
-    until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
+    until(lambda: not any(worker.is_running() for worker in workers))
     assert not output.exists()
     kept = {part: part.stat().st_ino for part in done(parts)}
     last = begin_embed(mixture, output, *flags)
@@ -772,17 +766,12 @@ def test_killed_at_random_moments(tmp_path, mixture):
 
 
 def actors(driver):
-    """Ids of the processes of a driver's actors."""
-    found = []
-    for process in children(driver.pid):
-        with suppress(OSError):
-            if Path(f"/proc/{process}/cmdline").read_bytes().startswith(b"ray::Worker"):
-                found.append(process)
-    return found
+    """The processes of a driver's actors."""
+    return [one for one in children(driver.pid) if command_of(one).startswith("ray::Worker")]
 
 
 @pytest.mark.slow
-def test_actors_and_their_driver_die_and_the_work_goes_on(tmp_path, mixture):
+def test_actors_and_their_driver_die_and_the_work_goes_on(tmp_path, mixture, run_embed):
     """An actor is killed, the driver gets SIGTERM, then SIGKILL; another driver is refused; equal
     bits at the end.
     """
@@ -796,15 +785,15 @@ def test_actors_and_their_driver_die_and_the_work_goes_on(tmp_path, mixture):
         until(lambda driver=driver, kept=kept: driver.poll() is not None or len(done(parts)) > kept)
         assert driver.poll() is None, driver.stderr.read()
         if kill == signal.SIGTERM:
-            other = begin_embed(mixture, output, *ray)
-            assert "another process writes --output=" in other.communicate()[1]
-            assert other.returncode == 2
-            os.kill(actors(driver)[0], signal.SIGKILL)
+            status, _, err = run_embed(f"--input={mixture}", f"--output={output}", *ray)
+            assert status == 2
+            assert "another process writes --output=" in err
+            actors(driver)[0].kill()
         left = actors(driver)
         driver.send_signal(kill)
         status, err = wait(driver)
         assert status == (75 if kill == signal.SIGTERM else -kill), err
-        until(lambda left=left: not any(Path(f"/proc/{process}").exists() for process in left))
+        until(lambda left=left: not any(process.is_running() for process in left))
         assert not output.exists()
     last = begin_embed(mixture, output, *ray)
     assert last.wait() == 0, last.stderr.read()
@@ -877,7 +866,7 @@ def done(parts):
 def test_memory_stays_flat():
     """The full job, 20,000 images, is `python tools/memory.py`."""
     command = [sys.executable, "tools/memory.py", "--images=1500", "--limit-mb=200"]
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    environment = {**with_devices(1), "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )

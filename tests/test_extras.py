@@ -13,6 +13,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from processes import with_devices
 
 from configs.lab import get_config
 from laboratory.run import experiment
@@ -26,7 +27,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 def run_notebook(monkeypatch, name, **parameters):
     """Run a notebook in its folder with other parameters; returns its outputs by kind of data."""
-    monkeypatch.delenv("XLA_FLAGS")  # one device, as a reader has, and not eight
+    one_device = with_devices(1)["XLA_FLAGS"]  # as a reader has, and not eight
+    monkeypatch.setenv("XLA_FLAGS", one_device)
     monkeypatch.setenv("PATH", "/usr/bin:/bin")  # the kernel's Python is not on it
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
     tagged = next(

@@ -253,6 +253,7 @@ def test_threads_share_the_process():
     assert process() is first
 
 
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # the child asks nothing of jax
 def test_a_fork_has_its_own_process():
     ours = process().pid
     child = os.fork()

@@ -16,8 +16,9 @@ from lco_jax import LcoError, OmniEmbedder, evaluate, job
 from lco_jax.checkpoint.export import export_merged
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.checkpoint.peft import write_peft
-from lco_jax.checkpoint.sentence_transformers import Usage, read_usage
+from lco_jax.checkpoint.sentence_transformers import Usage
 from lco_jax.checkpoint.shapes import abstract_params
+from lco_jax.checkpoint.usage import usage_of
 from lco_jax.configs.base import get_config
 from lco_jax.core import lora
 from lco_jax.data.instructions import PLACES, Instruction, Instructions
@@ -26,7 +27,11 @@ from lco_jax.data.sources import open_source
 from lco_jax.evaluation.retrieval import retrieval
 from lco_jax.pretrain import pretrain
 from lco_jax.train import train
-from lco_jax.training.instructions import instructions_of_run, told_by_source, told_elsewhere
+from lco_jax.training.instructions import (
+    instructions_by_source,
+    instructions_of_held_out,
+    instructions_of_run,
+)
 from lco_jax.training.run import check_config
 
 QUERY, DOCUMENT = "Find what this says: ", "A document.\n"
@@ -61,12 +66,12 @@ def turns(messages):
     ],
 )
 def test_where_an_instruction_stands(place, text, mixed):
-    told = Instruction("SAY", place)
-    assert turns(as_messages("a dog", "", told)) == text
+    instruction = Instruction("SAY", place)
+    assert turns(as_messages("a dog", "", instruction)) == text
     both = {"image": np.zeros((28, 28, 3), np.uint8), "text": "a dog"}
-    assert turns(as_messages(both, "", told)) == mixed
+    assert turns(as_messages(both, "", instruction)) == mixed
     chat = [{"role": "user", "content": [{"type": "text", "text": "as it is"}]}]
-    assert as_messages(chat, "", told) == chat
+    assert as_messages(chat, "", instruction) == chat
 
 
 def test_a_template_without_a_system_turn(tiny):
@@ -93,6 +98,10 @@ def exported(path, folder, usage):
     return folder
 
 
+def used(folder):
+    return usage_of(open_checkpoint(folder), None)
+
+
 @pytest.mark.slow  # to import sentence-transformers takes long
 @pytest.mark.parametrize("place", PLACES)
 def test_sentence_transformers_embeds_queries_and_documents_as_we_do(cases, tmp_path, place):
@@ -105,7 +114,7 @@ def test_sentence_transformers_embeds_queries_and_documents_as_we_do(cases, tmp_
     usage = Usage(pooling, Instructions(prompts, place, "document"))
     folder = exported(cases["vl"].path, tmp_path / "merged", usage)
     ours = OmniEmbedder.from_pretrained(folder)
-    assert read_usage(folder) == usage
+    assert used(folder) == usage
     theirs = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
     pictures = [Image.fromarray(reference_media.picture(i, 56, 84)) for i in range(2)]
     plain = ours.encode(reference.TEXTS, "query")
@@ -141,10 +150,10 @@ def test_exports_say_how_they_are_to_be_used(cases, tmp_path):
     merged = exported(cases["vl"].path, tmp_path / "merged", usage)
     full = exported(cases["omni_full"].path, tmp_path / "full", usage)
     again = exported(merged, tmp_path / "again", None)
-    assert [read_usage(folder) for folder in (merged, full, again)] == [usage] * 3
+    assert [used(folder) for folder in (merged, full, again)] == [usage] * 3
     assert not (full / "modules.json").exists()
     back = exported(merged, tmp_path / "back", Usage())
-    assert read_usage(back) == Usage()
+    assert used(back) == Usage()
     config = lora.LoraConfig(rank=2, alpha=4)
     params = abstract_params(open_checkpoint(cases["vl"].path).config)
     adapters = jax.device_get(lora.init(jax.random.key(0), params, config))
@@ -178,10 +187,10 @@ def test_old_exports_and_those_of_others_are_read(cases, tmp_path):
         ({"pooling_mode": ["lasttoken"]}, "last"),
     ):
         file.write_text(json.dumps(content))
-        assert read_usage(folder).pooling == pooling
+        assert used(folder).pooling == pooling
     file.write_text(json.dumps({"pooling_mode": "cls"}))
     with pytest.raises(LcoError, match="pooling_mode is 'cls', and must be one of: lasttoken"):
-        read_usage(folder)
+        used(folder)
 
 
 # ---- a run's configuration
@@ -200,21 +209,21 @@ def config_of(**values):
 def test_a_source_has_its_own_instructions_or_the_default():
     config = config_of(**{"instructions.document": DOCUMENT, "instructions.place": "system"})
     document = Instruction(DOCUMENT, "system")
-    assert told_by_source(config) == {
+    assert instructions_by_source(config) == {
         "nli": (Instruction(QUERY, "system"), document),
         "web": (None, None),
     }
-    told = instructions_of_run(config)
-    assert told.prompts == {
+    found = instructions_of_run(config)
+    assert found.prompts == {
         "query": "",
         "nli-query": QUERY,
         "document": DOCUMENT,
         "web-document": "",
     }
-    assert (told.place, told.default) == ("system", "document")
-    assert told_elsewhere(config, "nli") == (Instruction(QUERY, "system"), document)
-    assert told_elsewhere(config, "held") == (None, document)
-    assert told_by_source(get_config()) == {}
+    assert (found.place, found.default) == ("system", "document")
+    assert instructions_of_held_out(config, "nli") == (Instruction(QUERY, "system"), document)
+    assert instructions_of_held_out(config, "held") == (None, document)
+    assert instructions_by_source(get_config()) == {}
     assert instructions_of_run(get_config()) == Instructions()
 
 
@@ -300,7 +309,7 @@ def test_a_run_stores_what_it_was_told_and_resumes(tmp_path):
     assert "| plain-query | `Another: ` |" in card
     assert "the mean of the last states" in card
     assert ".mean(dim=1)" in card
-    # held-out records of the run's own sources were measured with what these were told
+    # held-out records of the run's own sources were measured with what these were found
     held_out = results["after"]["asked"]
     config = short_run()
     records = job.open_sources(config).held_out["asked"]
@@ -338,17 +347,17 @@ def test_embed_says_and_uses_the_prompts_of_the_model(cases, tmp_path, run_embed
     texts = ["a dog", "two birds"]
     code, said, vectors = embed()
     assert code == 0
-    assert f"inputs are told {DOCUMENT!r} (before each input)" in said
+    assert f"the instruction of inputs is {DOCUMENT!r} (before each input)" in said
     assert np.abs(vectors - model.encode_document(texts)).max() < 1e-6
     code, said, vectors = embed("--prompt-name=query")
-    assert f"inputs are told {QUERY!r}" in said
+    assert f"the instruction of inputs is {QUERY!r}" in said
     assert np.abs(vectors - model.encode_query(texts)).max() < 1e-6
     code, said, _ = embed("--prompt-name=web")
     assert (code, "the model has the prompts query, document" in said) == (2, True)
     code, said, _ = embed("--prompt-name=query", "--prompt=x")
     assert (code, "--prompt and --prompt-name exclude each other" in said) == (2, True)
     code, said, vectors = embed("--prompt=Say: ", "--prompt-place=after")
-    assert "inputs are told 'Say: ' (after each input, before the prompt)" in said
+    assert "the instruction of inputs is 'Say: ' (after each input, before the prompt)" in said
     model.prompt_place = "after"
     assert np.abs(vectors - model.encode(texts, prompt="Say: ")).max() < 1e-6
 
@@ -376,7 +385,7 @@ def test_evaluate_asks_queries_with_their_prompt(cases, tmp_path, run_command, m
     )
     assert code == 0, err
     assert seen == {"query": 4, "document": 4}
-    assert f"queries are told {QUERY!r} (before each input)" in out + err
+    assert f"the instruction of queries is {QUERY!r} (before each input)" in out + err
 
 
 @pytest.mark.parametrize(

@@ -409,7 +409,7 @@ def test_a_process_that_does_not_end_is_killed(launcher):
     part = f'[[ "$*" != *process-id=0* ]] || exit 2; trap "" TERM; {waits}'
     since = time.monotonic()
     assert launcher.run("local.sh", "2", *FLAGS, part=part, GRACE="0")[0] == 2
-    assert time.monotonic() - since < 10
+    assert time.monotonic() - since < 25  # of 30
 
 
 def test_a_launcher_that_is_stopped_lets_its_processes_save(launcher):

@@ -213,7 +213,7 @@ def test_decoders_and_tensors_give_what_files_give(encoders):
     grey = Image.fromarray(np.arange(80 * 60, dtype=np.uint8).reshape(80, 60))
     pictures = [
         {"image": grey},
-        {"image": torch.from_numpy(np.asarray(grey.convert("RGB"))).permute(2, 0, 1)},
+        {"image": torch.from_numpy(np.array(grey.convert("RGB"))).permute(2, 0, 1)},
     ]
     got = ours.encode(
         SimpleNamespace(dataset=pictures), task_metadata=metadata, hf_split="test", hf_subset="a"

@@ -349,7 +349,7 @@ def test_a_mistake_is_one_sentence(flags, says, monkeypatch, capsys):
 def test_sizes_beyond_reason_are_refused_before_anything_compiles(configured, tmp_path, key):
     config = GEOMETRY.config | {key: 10**8}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(LcoError, match=rf"config\.json: .*{key} is 100000000, and must be at most"):
         planning.plan(configured(), DEVICES["v5e"], 1)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5

@@ -51,8 +51,8 @@ PAPER = LossConfig(TEMPERATURE)
 
 
 def prefixes_of(records, processor):
-    told = [told for record in records for told in (record.query, record.document)]
-    return processor.tokenizer.prefixes(list(dict.fromkeys(told)))
+    found = [one for record in records for one in (record.query, record.document)]
+    return processor.tokenizer.prefixes(list(dict.fromkeys(found)))
 
 
 def run(
@@ -204,7 +204,7 @@ def test_what_is_added_to_the_loss_is_the_same_in_chunks_and_on_a_mesh(records):
         assert np.linalg.norm(got - want) < 1e-3 * np.linalg.norm(want)
 
 
-def told(records, place="before"):
+def instructed(records, place="before"):
     """The records as of three sources: two with instructions of their own, one without."""
     asked = Instruction("Find a sentence that follows from this one: ", place)
     other = Instruction("Find a picture of this: ", place)
@@ -219,7 +219,7 @@ def told(records, place="before"):
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_a_step_is_the_same_whether_beginnings_are_shared(records, pooling):
     """Loss, norm of the gradient and updated adapters, with three beginnings in a stream."""
-    records = told(records)
+    records = instructed(records)
     shared, adapters, metrics = run("builtin:tiny", records, steps=1, pooling=pooling)
     apart, others, one = run("builtin:tiny", records, steps=1, pooling=pooling, shares=False)
     assert metrics["tokens"] == one["tokens"]
@@ -232,7 +232,7 @@ def test_a_step_is_the_same_whether_beginnings_are_shared(records, pooling):
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_instructions_and_pooling_are_the_same_in_chunks_and_on_a_mesh(records, pooling):
     options = {"steps": 3, "dropout": 0.1, "pooling": pooling}
-    records = told(records)
+    records = instructed(records)
     plain, _, metrics = run("builtin:tiny", records, **options)
     layout = {"mesh": (2, 2, 2), "chunk_tokens": 60}
     other, _, others = run("builtin:tiny", records, **options, **layout)

@@ -2,9 +2,9 @@
 
     python tools/memory.py --images=20000
 
-Prints one line of JSON: resident MB (of the process and its children, from /proc) after the first
-1,000 inputs, the most from then on, and at the end; inputs per second. Exit status 1 if it grew by
-more than --limit-mb.
+Prints one line of JSON: resident MB (of the process and its children) after the first 1,000 inputs,
+the most from then on, and at the end; inputs per second. Exit status 1 if it grew by more than
+--limit-mb.
 """
 
 import argparse
@@ -13,9 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 from PIL import Image
 
 FIRST = 1000  # inputs after which everything is loaded, compiled and warm
@@ -35,21 +37,12 @@ def draw(folder: Path, images: int) -> None:
 
 def resident(process: int) -> float:
     """MB of a process and all that descend from it, of which those that end meanwhile count 0."""
-    total, todo = 0.0, [process]
-    while todo:
-        folder = Path(f"/proc/{todo.pop()}")
-        try:
-            todo += [
-                int(x)
-                for task in (folder / "task").iterdir()
-                for x in (task / "children").read_text().split()
-            ]
-            status = (folder / "status").read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        total += sum(
-            int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmRSS:")
-        )
+    total = 0.0
+    with suppress(psutil.NoSuchProcess):
+        first = psutil.Process(process)
+        for one in (first, *first.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                total += one.memory_info().rss / 2**20
     return total
 
 

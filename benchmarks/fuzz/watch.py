@@ -12,14 +12,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+
+from benchmarks.processes import family
 from lco_jax.core.files import cache_folder
 
 ROOT = Path(__file__).parents[2]
-EVERY = 0.02  # seconds from one look to the next
+EVERY = 0.05  # seconds from one look to the next
 IDLE_SECONDS = 15.0  # a worker that does nothing for so long hangs
 IDLE_SHARE = 0.01  # of a CPU, which is nothing
 CASES = 60  # after which a worker is replaced, since compiled programs stay in its memory
-TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Bounds(NamedTuple):
@@ -63,8 +65,8 @@ class Watched:
         if self.process is None:
             return
         for process in reversed(family(self.process.pid)):
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self.process.communicate()
         self.process = None
 
@@ -124,7 +126,7 @@ class Meter:
         self.seconds = self.mib = 0.0
         for one in family(process):
             with suppress(OSError):  # from now on, the most that was resident is counted anew
-                Path(f"/proc/{one}/clear_refs").write_text("5")
+                Path(f"/proc/{one.pid}/clear_refs").write_text("5")
         self._used: dict[int, float] = {}
         self._look_at_all()
         self._seconds_before = sum(self._used.values())
@@ -148,18 +150,9 @@ class Meter:
     def _look_at_all(self) -> None:
         self._resident = 0.0
         for one in family(self.process):
-            with suppress(OSError, IndexError):  # it is gone
-                status = Path(f"/proc/{one}/status").read_text(encoding="utf-8")
+            with suppress(OSError, IndexError):  # it is gone; psutil does not know VmHWM
+                status = Path(f"/proc/{one.pid}/status").read_text(encoding="utf-8")
                 self._resident += int(status.split("VmHWM:")[1].split()[0]) / 1024
-                times = Path(f"/proc/{one}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1]
-                self._used[one] = sum(map(int, times.split()[11:13])) / TICKS
-
-
-def family(process: int) -> list[int]:
-    """A process and all that descend from it."""
-    found = [process]
-    for one in found:
-        with suppress(OSError):
-            for task in Path(f"/proc/{one}/task").iterdir():
-                found += [int(x) for x in (task / "children").read_text().split()]
-    return found
+            with suppress(psutil.NoSuchProcess):
+                times = one.cpu_times()
+                self._used[one.pid] = times.user + times.system

@@ -93,17 +93,12 @@ def assemble(
     template = extended(model.chat_template, model.end_tokens, omni.MARKERS, str(model.where))
     config = _config(parts, fresh or Fresh())
     shapes = _shapes(config, parts)
-    made = _tower_tensors(shapes, config, parts, seed)
+    towers = _tower_tensors(shapes, config, parts, seed)
     note = {**_note(parts, shapes), "seed": seed}
     with written_aside(Path(output), first_wins=cached) as aside:
         _write_files(aside, parts, config, template)
         write_json(aside / NOTE, note)
-
-        def tensor(key: str) -> np.ndarray:
-            return made[key] if key in made else _decoder_tensor(model, key, shapes[key])
-
-        sizes = {key: 4 * math.prod(shape) for key, shape in shapes.items()}
-        write_shards(aside, sizes, tensor, SHARD_BYTES)
+        _write_weights(aside, towers, model, shapes)
         write_card(aside, assembled_card(Path(output).name, open_checkpoint(aside)))
     return note
 
@@ -183,6 +178,21 @@ def _tower_tensors(
         if key not in tensors and not _is_decoder(key):
             tensors[key] = omni.draw(key, shape, config, rng, deviation)
     return tensors
+
+
+def _write_weights(
+    folder: Path,
+    towers: dict[str, np.ndarray],
+    model: Language,
+    shapes: dict[str, tuple[int, ...]],
+) -> None:
+    """The shards of all tensors. Those of the decoder are read one by one."""
+
+    def tensor(key: str) -> np.ndarray:
+        return towers[key] if key in towers else _decoder_tensor(model, key, shapes[key])
+
+    sizes = {key: 4 * math.prod(shape) for key, shape in shapes.items()}
+    write_shards(folder, sizes, tensor, SHARD_BYTES)
 
 
 def _decoder_tensor(model: Language, key: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -185,9 +185,13 @@ def _card(checkpoint: Checkpoint, base: Base, about: About, form: _Form) -> str:
 
 def _instructions(usage: Usage) -> dict[str, Any]:
     """What the template says of instructions."""
-    told = usage.instructions
-    by_default = told.prompts.get(told.default or "", "")
-    return {"told": told, "told_by_default": by_default, "where_told": IN_WORDS[told.place]}
+    instructions = usage.instructions
+    by_default = instructions.prompts.get(instructions.default or "", "")
+    return {
+        "instructions": instructions,
+        "default_instruction": by_default,
+        "place_in_words": IN_WORDS[instructions.place],
+    }
 
 
 def _title(base: Base, about: About) -> str:

@@ -55,15 +55,15 @@ def write_usage(folder: Path, usage: Usage, hidden_size: int | None = None) -> N
     pooling = {**size, "pooling_mode": _MODES[usage.pooling], "include_prompt": True}
     (folder / _POOLING).mkdir(exist_ok=True)
     write_json(folder / _POOLING / "config.json", pooling)
-    told = usage.instructions
+    instructions = usage.instructions
     general = {
         "model_type": "SentenceTransformer",
-        "prompts": dict(told.prompts),
-        "default_prompt_name": told.default,
+        "prompts": dict(instructions.prompts),
+        "default_prompt_name": instructions.default,
         "similarity_fn_name": "cosine",
     }
-    if told != Instructions():
-        general[_PLACE] = told.place
+    if instructions != Instructions():
+        general[_PLACE] = instructions.place
     if usage.truncate_dim is not None:
         general["truncate_dim"] = usage.truncate_dim
     write_json(folder / _GENERAL, general)

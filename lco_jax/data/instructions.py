@@ -1,4 +1,4 @@
-"""What a model is told of a task beside an input, and where that stands.
+"""Instructions: words about the task beside an input, and where they stand.
 
 A prompt of sentence-transformers is an instruction here: both programs put it at the same place.
 """
@@ -6,7 +6,7 @@ A prompt of sentence-transformers is an instruction here: both programs put it a
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-# keys of a source's entry: what its anchors are told, and what its positives and negatives are
+# keys of a source's entry: the instruction of its anchors, and that of its positives and negatives
 INSTRUCTIONS = ("query_instruction", "document_instruction")
 # Where an instruction stands: in the place of the prompt after a content; in a system turn; before
 # the content; after it, before the prompt
@@ -21,8 +21,8 @@ IN_WORDS = {
 
 @dataclass(frozen=True)
 class Instruction:
-    """What the model is told of a task beside a content. It stands word for word at its place, with
-    the spaces and lines that it begins and ends with.
+    """Words about the task beside a content. They stand word for word at its place, with
+    the spaces and lines that they begin and end with.
 
     place: one of `PLACES`.
     """
@@ -33,7 +33,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Instructions:
-    """What a model was taught to be told.
+    """The instructions that a model was trained with.
 
     prompts: name -> text, "" for nothing. place: where each of them stands. default: the name of
     the one for an input that is given none.

@@ -54,7 +54,7 @@ def choose_layout(
     """
     layout = floor_of(sample, layout, processor, mesh)
     texts = 2 if layout.generative else 1
-    empty = processor.tokenizer([as_messages("", "", told) for told in layout.told])
+    empty = processor.tokenizer([as_messages("", "", one) for one in layout.instructions])
     template = max(map(len, empty))
     longest = width_of(texts * max_length + template)
     rows = {longest: 1, **layout.floor.rows}

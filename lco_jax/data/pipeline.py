@@ -40,7 +40,9 @@ from lco_jax.data.sources import open_source
 from lco_jax.data.tower_rows import Processed, TowerRows
 
 MAX_SIDES = 1024  # a dropout identity is record · MAX_SIDES + side
-Told = tuple[Instruction | None, Instruction | None]  # for anchors; for positives and negatives
+SideInstructions = tuple[
+    Instruction | None, Instruction | None
+]  # for anchors; for positives and negatives
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +65,7 @@ def record_stream(
     seed: int,
     run: int = 1,
     batch_size: int = 0,
-    told: Mapping[str, Told] | None = None,
+    instructions: Mapping[str, SideInstructions] | None = None,
 ) -> grain.MapDataset:
     """The endless mixture of sources, drawn by weight; each epoch of a source has another order.
 
@@ -71,7 +73,7 @@ def record_stream(
         homogeneous.
     batch_size: no record stands twice in a batch of this size, where the data allow it; 0: all
         stay as they are drawn.
-    told: the instructions of each source; None: there are none.
+    instructions: of each source; None: there are none.
     """
     for name in sources:
         _check_weight(name, weights[name])
@@ -80,16 +82,18 @@ def record_stream(
     if batch_size:
         once = mixture.Once(keys, opened, seed, batch_size)
         keys = grain.MapDataset.range(mixture.ENDLESS).map(once)
-    instructions = [told[name] for name in sources] if told else None
-    return keys.map(partial(_read, opened, instructions))
+    of_source = [instructions[name] for name in sources] if instructions else None
+    return keys.map(partial(_read, opened, of_source))
 
 
-def _read(sources: Sequence[Source], told: Sequence[Told] | None, key: mixture.Key) -> Record:
+def _read(
+    sources: Sequence[Source], instructions: Sequence[SideInstructions] | None, key: mixture.Key
+) -> Record:
     source, index = key
     record = sources[source][index]
-    if told is None:
+    if instructions is None:
         return record
-    query, document = told[source]
+    query, document = instructions[source]
     return replace(record, query=query, document=document)
 
 
@@ -196,8 +200,8 @@ def _process(
     names = [records[one.record].where for one in contents]
     conversations = []
     for one, name in zip(contents, names, strict=True):
-        told = records[one.record].instruction(one.side)
-        prompt = asked if layout.generative else told
+        instruction = records[one.record].instruction(one.side)
+        prompt = asked if layout.generative else instruction
         conversations.append(
             conversation(one.content, name, processor.tokenizer, prompt, max_length)
         )

@@ -31,7 +31,7 @@ PROMPTS["mixed"] = "\nSummarize the above in one word:"
 QUESTIONS = {kind: f"\nDescribe the above {kind}." for kind in MEDIA}
 QUESTIONS["mixed"] = "\nDescribe the above."
 _PROBE = "A text that every template puts somewhere."
-_INSTRUCTION = "What a text is told.\n"
+_INSTRUCTION = "What the text is for.\n"
 TOKENIZED_AT_ONCE = 1024  # texts in one call of the tokenizer
 
 
@@ -141,8 +141,8 @@ class ChatTokenizer:
         """Raise if the template leaves out an instruction at this place."""
         if place == "instead":  # of the prompt, which stands in what a user says
             return
-        told = Instruction(_INSTRUCTION, place)
-        (rendered,) = self.render_all([as_messages(_PROBE, "", told)])
+        instruction = Instruction(_INSTRUCTION, place)
+        (rendered,) = self.render_all([as_messages(_PROBE, "", instruction)])
         if isinstance(rendered, LcoError) or _INSTRUCTION.strip() not in rendered:
             others = ", ".join(one for one in PLACES if one not in (place, "system"))
             raise LcoError(

@@ -35,7 +35,7 @@ class Record:
     teacher_scores: a teacher's scores of the anchor with the positive and with each negative; ()
         without a teacher.
     ignored: the keys that it has beside them.
-    query, document: what is said beside the anchor, and beside the others; None for nothing.
+    query, document: the instructions of the anchor, and of the others; None for none.
     """
 
     anchor: Content
@@ -53,7 +53,7 @@ class Record:
         return (self.anchor, self.positive, *self.negatives)
 
     def instruction(self, side: int) -> Instruction | None:
-        """What is said beside a side."""
+        """The instruction of a side."""
         return self.document if side else self.query
 
     def score(self, side: int) -> float:

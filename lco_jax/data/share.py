@@ -57,7 +57,7 @@ class Layout:
     on_bad: "error" stops the run at a record whose media cannot be read; "skip" skips the record.
     teacher: batches have a teacher's scores.
     generative: a record is one sequence, its anchor with its positive as the answer.
-    told: the different instructions of its contents; None among them where some have none.
+    instructions: the different ones of its contents; None among them where some have none.
     floor, media_floor: the least shapes of streams and tower rows (`data/layouts.py`).
     """
 
@@ -68,7 +68,7 @@ class Layout:
     on_bad: str = "error"
     generative: bool = False
     teacher: bool = False
-    told: tuple[Instruction | None, ...] = (None,)
+    instructions: tuple[Instruction | None, ...] = (None,)
     floor: Shape = field(default_factory=Shape)
     media_floor: MediaShape = field(default_factory=dict)
 

@@ -174,8 +174,8 @@ class Encoder(AbsEncoder):
             delay=2,
         )
         for i in bar:
-            told = {} if prompt is None else {"prompt": prompt}
-            key = digest(self.content(rows[i]) | told)
+            extra = {} if prompt is None else {"prompt": prompt}
+            key = digest(self.content(rows[i]) | extra)
             keys.append(key)
             if key not in missing and key not in self.stored:
                 missing[key] = i

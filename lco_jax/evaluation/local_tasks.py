@@ -52,7 +52,7 @@ def retrieval(
     [content, …], "negative": the same, or absent}. Or a folder as BEIR's: queries.jsonl,
     corpus.jsonl ({"_id", "title", "text", "image", …}) and one of `QRELS` (query-id, corpus-id,
     score: the grade). A query without a grade above 0 is not asked. encode_sides: in the place
-    of `encode`, where queries may be told something else than documents.
+    of `encode`, where queries may have another instruction than documents.
     """
     asked = asked_and_documents(encode, path, left_out, media_root, encode_sides)
     queries, candidates, relevance = asked

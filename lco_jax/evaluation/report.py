@@ -33,24 +33,24 @@ def write_report(
     benchmark: a name in assets/published.json, or any other. Where our mean is of fewer tasks than
     the published means, its name says so. notes: what a reader must know about the measurement.
     """
-    lines = [f"# {benchmark}: {model}", ""]
     scores = {one.task: one.score for one in found if one.score is not None}
     published = read_json(ASSETS / "published.json").get(benchmark)
     subject = subject_of(model, benchmark, f"{len(scores):,} tasks")
+    lines = [f"# {benchmark}: {model}", ""]
     if scores and published:
         complete = len(scores) == len(found) == published["tasks"]
         ours = model if complete else f"{model}, {len(scores)} tasks only"
-        means = {
-            **published["models"],
-            ours: np.mean(list(scores.values())),
-        }
+        means = {**published["models"], ours: np.mean(list(scores.values()))}
         lines += _ranking(means, ours, published)
         plot_bars(out / "results.png", subject, means, [ours], published["what"])
     elif scores:
         plot_bars(out / "results.png", subject, scores, scores.keys(), "score")
-    lines += [*_task_rows(found), *_mean_rows(found), ""]
-    lines += [f"- {name}: {note}" for name, note in notes.items()]
-    write_text(out / "results.md", "\n".join([*lines, ""]))
+    lines += [*_task_rows(found), *_mean_rows(found), "", *_note_lines(notes), ""]
+    write_text(out / "results.md", "\n".join(lines))
+
+
+def _note_lines(notes: Mapping[str, Any]) -> list[str]:
+    return [f"- {name}: {note}" for name, note in notes.items()]
 
 
 def _ranking(

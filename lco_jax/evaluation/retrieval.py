@@ -35,7 +35,7 @@ def retrieval(
     """Recall@1 and mean reciprocal rank; a tie with a wrong candidate counts against the anchor.
 
     Candidates are all positives and negatives. Equal contents (the same words, the same pixels)
-    are one candidate. encode_queries: of anchors, where they are told something else.
+    are one candidate. encode_queries: of anchors, where they have another instruction.
     """
     contents = [record.positive for record in records]
     for record in records:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import pearsonr, spearmanr
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import local_copy
@@ -102,6 +101,8 @@ def agreement(encode: Encode, pairs: ScoredPairs, left_out: LeftOut | None = Non
 
     left_out: names the inputs that `encode` skipped; by default none.
     """
+    from scipy.stats import pearsonr, spearmanr  # a second, which a run without pairs does without
+
     left_out = left_out or LeftOut()
     vectors, there = embed_all(encode, pairs.first + pairs.second, left_out)
     count = len(pairs.scores)

@@ -33,7 +33,7 @@ SECTIONS = {
     "lora": "adapters",
     "data": "data",
     "data.media": "caps on media",
-    "instructions": "what is said beside contents",
+    "instructions": "words about the task beside contents",
     "train": "the loss and the batches",
     "loss": "what is added to the loss",
     "optimizer": "the optimiser",

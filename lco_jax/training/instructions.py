@@ -1,4 +1,4 @@
-"""What a run's contents are told of their task, and what its exports say of it."""
+"""The instructions of a run's contents, and what its exports say of them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from lco_jax.checkpoint.sentence_transformers import Usage
 from lco_jax.core.errors import LcoError
 from lco_jax.data.instructions import INSTRUCTIONS, Instruction, Instructions
-from lco_jax.data.pipeline import Told
+from lco_jax.data.pipeline import SideInstructions
 
 Config = Mapping[str, Any]
 ROLES = ("query", "document")
@@ -15,14 +15,15 @@ _NONE = {"query": "", "document": "", "place": "before"}  # of a run of an earli
 
 def usage_of_run(config: Config) -> Usage:
     """How a model that a run has trained is to be used: as it was trained."""
-    return Usage(config["model"].get("pooling", "last"), instructions_of_run(config))
+    pooling = config["model"].get("pooling", "last")
+    return Usage(pooling, instructions_of_run(config), config["export"].get("truncate_dim"))
 
 
 def instructions_of_run(config: Config) -> Instructions:
     """The prompts of a run's exports.
 
     "query" and "document" are those of all sources, or the configuration's where sources differ;
-    "SOURCE-query" and "SOURCE-document" are a source's own. An input of which nothing is said is
+    "SOURCE-query" and "SOURCE-document" are a source's own. An input for which none is named is
     taken for a document.
     """
     by_source = _texts(config)
@@ -40,25 +41,28 @@ def instructions_of_run(config: Config) -> Instructions:
     return Instructions(prompts, given["place"], "document" if prompts["document"] else None)
 
 
-def told_by_source(config: Config) -> dict[str, Told]:
+def instructions_by_source(config: Config) -> dict[str, SideInstructions]:
     """The instructions of each source; {} where a run has none."""
     place, by_source = _given(config)["place"], _texts(config)
 
-    def told(text: str) -> Instruction | None:
+    def instruction(text: str) -> Instruction | None:
         return Instruction(text, place) if text else None
 
     if not any(map(any, by_source.values())):
         return {}
-    return {name: (told(query), told(document)) for name, (query, document) in by_source.items()}
+    return {
+        name: (instruction(query), instruction(document))
+        for name, (query, document) in by_source.items()
+    }
 
 
-def told_elsewhere(config: Config, name: str) -> Told:
+def instructions_of_held_out(config: Config, name: str) -> SideInstructions:
     """The instructions of held-out records: those of the source of this name, or the exports'."""
-    told = instructions_of_run(config)
+    instructions = instructions_of_run(config)
     found = []
     for role in ROLES:
-        text = told.prompts.get(f"{name}-{role}", told.prompts.get(role, ""))
-        found.append(Instruction(text, told.place) if text else None)
+        text = instructions.prompts.get(f"{name}-{role}", instructions.prompts.get(role, ""))
+        found.append(Instruction(text, instructions.place) if text else None)
     query, document = found
     return query, document
 
@@ -69,7 +73,7 @@ def refuse_embedding_keys(config: Config) -> None:
     """
     if config["model"]["pooling"] != "last":
         raise LcoError("config.model.pooling goes with lco_jax.train; pretrain pools nothing")
-    if told_by_source(config):
+    if instructions_by_source(config):
         raise LcoError(
             "config.instructions, and those of config.data.sources, go with lco_jax.train; a "
             "record of lco_jax.pretrain has its question in its anchor"

@@ -104,17 +104,13 @@ def info_nce(
     """
     records, shards = len(present), current_row_shards()
     tiles = _tiles(-(-records // shards), present[:, 1:].size, tile_scores)
-
-    def tiled(x: Array) -> Array:
-        tiles_first = rearrange(x, "(p t b) ... -> t (p b) ...", p=shards, t=tiles)
-        return constrain(tiles_first, None, ROWS)
+    contents = _numbered(embeddings, present, content, temperature, negatives, shards * tiles)
+    anchors, candidates = _split(contents)
+    anchors = _in_tiles(anchors, shards, tiles)
 
     def compare(tile: Contents) -> Comparison:
         return _compare(tile, candidates, temperature, negatives)
 
-    contents = _numbered(embeddings, present, content, temperature, negatives, shards * tiles)
-    anchors, candidates = _split(contents)
-    anchors = jax.tree.map(tiled, anchors)
     found = jax.lax.map(compare if tiles == 1 else jax.checkpoint(compare), anchors)
     losses = found.logsumexp - found.logit
     metrics = _means(found, losses, anchors.present)
@@ -128,6 +124,16 @@ def info_nce(
 def _tiles(anchors: int, candidates: int, tile_scores: int) -> int:
     """The least T that makes tiles of a device's anchors small enough, and none of them empty."""
     return min(-(-anchors * candidates // tile_scores), anchors)
+
+
+def _in_tiles(anchors: Contents, shards: int, tiles: int) -> Contents:
+    """The anchors of each device cut into tiles: [A, …] -> [tiles, A / tiles, …]."""
+
+    def cut(x: Array) -> Array:
+        tiles_first = rearrange(x, "(p t b) ... -> t (p b) ...", p=shards, t=tiles)
+        return constrain(tiles_first, None, ROWS)
+
+    return jax.tree.map(cut, anchors)
 
 
 def _numbered(
