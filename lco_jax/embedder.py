@@ -97,8 +97,7 @@ class OmniEmbedder(SentenceMethods):
 
         dtype: "float32" or "bfloat16", or jax's dtype of that name, for weights and activations.
             Embeddings are float32 with both.
-        mesh: from `lco_jax.make_mesh`; by default every device of this process has a copy of the
-            model.
+        mesh: from `lco_jax.make_mesh`; by default each device of this process has a whole copy.
         modalities: what will be embedded, by default all that the checkpoint takes; ("text",) loads
             no tower.
         media: caps on images, sound and video (`lco_jax.MediaConfig`).
