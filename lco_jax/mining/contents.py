@@ -1,0 +1,230 @@
+"""The contents of records and of a corpus, each once: what is embedded and searched.
+
+They are numbered as they come, and written as lines of a jsonl, which `lco embed` reads.
+Dimensions: N records, T contents.
+"""
+
+import filecmp
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lco_jax.core.errors import LcoError, explained
+from lco_jax.core.files import replace
+from lco_jax.data.content import ADDRESS, MEDIA, Content, Part
+from lco_jax.data.corpus import CorpusItem
+from lco_jax.data.records import Record, content_key
+
+
+class Numbers(NamedTuple):
+    """The numbers of the contents of all records, int32.
+
+    anchors, positives: [N]. negatives: of all records, one after another; those of record i begin
+    at starts[i], int64 [N + 1]. candidates: of what may become a negative, in ascending order.
+    total: T. digest: text that differs where contents or records do.
+    """
+
+    anchors: np.ndarray
+    positives: np.ndarray
+    negatives: np.ndarray
+    starts: np.ndarray
+    candidates: np.ndarray
+    total: int
+    digest: str
+
+    def negatives_of(self, record: int) -> np.ndarray:
+        """Those that the record came with."""
+        return self.negatives[self.starts[record] : self.starts[record + 1]]
+
+
+class EqualFiles:
+    """A value of each media file that is the same for files that hold the same bytes.
+
+    A file is read only where another has its size.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[int, str] = {}  # size -> the first file of it
+        self._digests: dict[str, bytes] = {}
+
+    def __call__(self, path: str) -> Any:
+        if ADDRESS.match(path):
+            return path
+        try:
+            size = os.path.getsize(path)
+            first = self._first.setdefault(size, path)
+            is_first = path == first or self._digest(path) == self._digest(first)
+        except OSError:  # whoever embeds it says why it cannot be read
+            return path
+        return (size, b"" if is_first else self._digest(path))
+
+    def _digest(self, path: str) -> bytes:
+        if path not in self._digests:
+            with open(path, "rb") as file:
+                self._digests[path] = hashlib.file_digest(file, "blake2b").digest()
+        return self._digests[path]
+
+
+class Numbering:
+    """Gives each content a number from 0, the same to equal ones."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[bytes, int] = {}
+        self._equal_files = EqualFiles()
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def number(self, content: Content) -> int:
+        """The number of a content; that of a new one is the next."""
+        key = content_key(self._by_bytes(content))
+        digest = blake2b(repr(key).encode(), digest_size=16).digest()
+        return self._numbers.setdefault(digest, len(self._numbers))
+
+    def _by_bytes(self, content: Content) -> Any:
+        if isinstance(content, str):
+            return content
+        return tuple(
+            {key: self._of_value(key, value, part) for key, value in part.items()}
+            for part in content
+        )
+
+    def _of_value(self, key: str, value: Any, part: Part) -> Any:
+        if key != part["type"] or key == "text":
+            return value
+        if isinstance(value, list):
+            return tuple(map(self._equal_files, value))
+        return self._equal_files(value)
+
+
+def number_contents(
+    records: Iterable[Record], corpus: Iterable[CorpusItem] | None, path: Path
+) -> Numbers:
+    """Number all contents, and write them to `path`, a line each, unless it holds them already.
+
+    corpus: what may become a negative in place of the records' positives and negatives. Raises for
+    media that have no name, which a jsonl cannot hold.
+    """
+    numbering, digest = Numbering(), blake2b(digest_size=8)
+    sides: list[int] = []  # anchor, positive, negatives of one record after another
+    counts: list[int] = []
+    aside = path.with_name(f"{path.name}.tmp")
+    with explained(f"{path.parent} cannot be written", OSError), aside.open("wb") as file:
+
+        def number(content: Content, where: str) -> int:
+            known = len(numbering)
+            check_named(content, where)
+            found = numbering.number(content)
+            if found == known:
+                line = json.dumps(content, ensure_ascii=False).encode() + b"\n"
+                file.write(line)
+                digest.update(line)
+            return found
+
+        for record in records:
+            sides += [number(side, record.where) for side in record.sides]
+            counts.append(len(record.negatives))
+        others = [] if corpus is None else [number(*one) for one in _of_corpus(corpus)]
+    _keep(aside, path)
+    found = _by_side(np.array(sides, np.int32), np.array(counts, np.int64))
+    anchors, positives, negatives, starts = found
+    candidates = [positives, negatives] if corpus is None else [np.array(others, np.int32)]
+    candidates = np.unique(np.concatenate(candidates))
+    for array in (anchors, positives, starts, candidates):
+        digest.update(np.ascontiguousarray(array))
+    return Numbers(*found, candidates, len(numbering), digest.hexdigest())
+
+
+def _by_side(sides: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, ...]:
+    """(anchors, positives, negatives, where each record's negatives start)."""
+    first = np.concatenate([[0], np.cumsum(counts + 2)])
+    is_negative = np.ones(len(sides), bool)
+    is_negative[first[:-1]] = is_negative[first[:-1] + 1] = False
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    return sides[first[:-1]], sides[first[:-1] + 1], sides[is_negative], starts
+
+
+def _of_corpus(items: Iterable[CorpusItem]) -> Iterator[tuple[Content, str]]:
+    """The contents of a corpus, and where each stands; what is malformed was named before."""
+    for item in items:
+        if isinstance(item.content, LcoError):
+            continue
+        if isinstance(item.content, list):
+            raise LcoError(f"{item.where} is a chat; a negative is a text, media or both")
+        content = item.content["text"] if isinstance(item.content, dict) else item.content
+        if content:
+            yield content, item.where
+
+
+def _keep(aside: Path, path: Path) -> None:
+    """Take a new file in the place of an old one, unless they are equal."""
+    if path.exists() and filecmp.cmp(aside, path, shallow=False):
+        aside.unlink()
+    else:
+        replace(aside, path)
+
+
+def check_named(content: Content, where: str) -> None:
+    """Raise for a medium that is no path or address."""
+    for part in () if isinstance(content, str) else content:
+        medium = part[part["type"]]
+        names = medium if isinstance(medium, list) else [medium]
+        if not all(isinstance(name, str) for name in names):
+            raise LcoError(
+                f"{where}: its {part['type']} has no file of its own, and mined records are a "
+                "jsonl, which names files; write such media to files, and name these"
+            )
+
+
+class Lines:
+    """The contents that `number_contents` wrote, by number."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with path.open("rb") as file:
+            lengths = [len(line) for line in file]
+        self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        self._file = path.open("rb")
+
+    def __getitem__(self, number: int) -> Content:
+        self._file.seek(self._starts[number])
+        content = json.loads(self._file.readline())
+        return content if isinstance(content, str) else tuple(content)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def placed(content: Content, folder: str) -> str | dict[str, Any] | list[Part]:
+    """A content as a line of a jsonl in `folder` has it: media below the folder get names that
+    start there, so that both may move together.
+    """
+    if isinstance(content, str):
+        return content
+    parts = [
+        {
+            key: _placed(value, folder) if key == part["type"] and key != "text" else value
+            for key, value in part.items()
+        }
+        for part in content
+    ]
+    kinds = [part["type"] for part in parts]
+    in_order = [kind for kind in (*MEDIA, "text") if kind in kinds]
+    if kinds != in_order or any(part.keys() != {"type", part["type"]} for part in parts):
+        return parts
+    return {part["type"]: part[part["type"]] for part in parts}
+
+
+def _placed(medium: str | Sequence[str], folder: str) -> Any:
+    if not isinstance(medium, str):
+        return [_placed(one, folder) for one in medium]
+    below = os.path.join(folder, "")
+    path = medium if ADDRESS.match(medium) else os.path.normpath(medium)
+    return path.removeprefix(below)
