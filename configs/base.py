@@ -3,7 +3,7 @@
     python -m lco_jax.train --config=base --output=runs/mine --config.optimizer.learning_rate=1e-3
     python -m lco_jax.train --config=qwen2_5_vl_7b:reference
 
-What follows the colon names a recipe (recipes.py). The other files here say only what differs from
+What follows the colon names a recipe or a preset (recipes.py). The other files here say only what differs from
 this one. In a clone, --config=configs/base.py names the same file.
 """
 
@@ -13,7 +13,7 @@ from lco_jax.configs import recipes
 
 
 def get_config(recipe: str = "") -> ConfigDict:
-    """The base configuration, with `recipe` ("", "paper" or "reference") applied."""
+    """The base configuration, with `recipe` applied: "", or a name in recipes.py."""
     config = ConfigDict()
     config.name = "base"  # of the folder runs/NAME, and of the run in Weights & Biases
     config.seed = 0  # of the adapter, the data order and dropout
@@ -72,6 +72,9 @@ def _set_data(config: ConfigDict) -> None:
     # of a mixed batch: so many records one after another come from one source, as its neighbours'
     # negatives; it divides train.batch_size
     config.data.sub_batch = 1
+    # what a batch does not hold twice, beside records, where the data allow: positives, contents
+    # (anchors and positives), or "": nothing
+    config.data.keep_apart = ""
     # a source without a weight has that of its size to the power of 1 / this temperature; large
     # ones draw all sources alike
     config.data.sampling_temperature = 1.0

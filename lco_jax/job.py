@@ -230,9 +230,10 @@ def batches_of(
     one_source = len(sources) == 1 or config.data.batches == "homogeneous"
     run = layout.batch_size if config.data.batches == "homogeneous" else config.data.sub_batch
     once = 0 if layout.generative else layout.batch_size
-    stream = pipeline.record_stream(sources, weights, config.seed, run, once)
+    numbers = mixture.content_numbers(sources, config.data.keep_apart if once else "")
+    stream = pipeline.record_stream(sources, weights, config.seed, run, once, numbers)
     if once and not config.train.ignore_duplicates and jax.process_index() == 0:
-        for line in mixture.repeats(sources, weights, layout.batch_size, one_source):
+        for line in mixture.repeats(sources, weights, layout.batch_size, one_source, numbers):
             logger.warning("%s", line)
     return pipeline.local_batches(stream, layout, processor, config.data.max_length)
 

@@ -88,7 +88,7 @@ def _add_rules(parser: argparse.ArgumentParser) -> None:
         help="how many of the nearest are looked at (default: 100)",
     )
     group.add_argument("--skip-top", type=int, default=0, help="the nearest to drop (default: 0)")
-    group.add_argument("--max-ratio", type=_ratio, help="of the positive's score, or off")
+    group.add_argument("--max-ratio", help="of the positive's score, or off")
     group.add_argument("--margin", type=float, help="below the positive's score")
     group.add_argument(
         "--sample", action="store_true", help="draw among those left; by default the nearest"
@@ -100,10 +100,6 @@ def _add_rules(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--scores", action="store_true", help="write the model's scores, as teacher_scores"
     )
-
-
-def _ratio(text: str) -> float | str:
-    return text if text == "off" else float(text)
 
 
 def main() -> int:
@@ -132,10 +128,10 @@ def _rules(args: argparse.Namespace) -> Rules:
         if getattr(args, name) < bound:
             flag = f"--{name.replace('_', '-')}={getattr(args, name)}"
             raise LcoError(f"{flag}: it must be at least {bound}")
-    ratio = args.max_ratio
-    if ratio is None and args.margin is None:
-        ratio = MAX_RATIO
-    ratio = None if ratio == "off" else ratio
+    ratio = None if args.margin is not None else MAX_RATIO
+    if args.max_ratio is not None:
+        with explained(f"--max-ratio={args.max_ratio}: give a number, or off", ValueError):
+            ratio = None if args.max_ratio == "off" else float(args.max_ratio)
     if ratio is not None and not 0 < ratio <= 1:
         raise LcoError(f"--max-ratio={ratio}: it must be above 0 and at most 1, or off")
     if args.margin is not None and not -2 <= args.margin <= 2:

@@ -15,6 +15,7 @@ from contextlib import closing
 from functools import partial
 from itertools import islice
 from numbers import Real
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import grain
@@ -60,20 +61,23 @@ def record_stream(
     seed: int,
     run: int = 1,
     batch_size: int = 0,
+    numbers: mixture.Numbers = MappingProxyType({}),
 ) -> grain.MapDataset:
     """The endless mixture of sources, drawn by weight; each epoch of a source has another order.
 
     run: how many consecutive records come from one source. A batch's size makes batches
         homogeneous.
     batch_size: no record stands twice in a batch of this size, where the data allow it; 0: all
-        stay as they are drawn.
+        stay as they are drawn. numbers: of contents that stand in it once, too.
     """
     for name in sources:
         _check_weight(name, weights[name])
     opened = list(sources.values())
     keys = mixture.keys(opened, [weights[name] for name in sources], seed, run)
     if batch_size:
-        once = mixture.Once(keys, opened, seed, batch_size)
+        once = mixture.Once(
+            keys, opened, seed, batch_size, [numbers[name] for name in sources if numbers]
+        )
         keys = grain.MapDataset.range(mixture.ENDLESS).map(once)
     return keys.map(partial(_read, opened))
 

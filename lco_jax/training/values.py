@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from lco_jax.checkpoint.hf import DTYPES
 from lco_jax.core.errors import LcoError, is_number
 from lco_jax.core.quantize import KINDS
+from lco_jax.data.mixture import APART
 from lco_jax.models.attention import IMPLEMENTATIONS
 from lco_jax.models.decoder import REMAT_POLICIES
 from lco_jax.training.objective import GUIDES, TEACHERS, LossConfig
@@ -152,6 +153,7 @@ RULES: dict[str, Rule] = {
     "data.on_bad": Choice(("error", "skip")),
     "data.batches": Choice(("mixed", "homogeneous")),
     "data.sub_batch": AT_LEAST_1,
+    "data.keep_apart": Choice(APART),
     "data.sampling_temperature": ABOVE_0,
     "data.threads": AT_LEAST_1,
     "data.max_negatives": Whole(-1),
@@ -205,6 +207,7 @@ REMOVED = {"train.candidates": "auto", "train.spike": 20.0}
 ADDED = {
     "eval.share": 0.0,
     "data.sub_batch": 1,
+    "data.keep_apart": "",
     "data.sampling_temperature": 1.0,
     **{f"loss.{key}": value for key, value in LossConfig.defaults().items()},
 }
