@@ -3,8 +3,8 @@
     python -m lco_jax.train --config=base --output=runs/mine --config.optimizer.learning_rate=1e-3
     python -m lco_jax.train --config=qwen2_5_vl_7b:reference
 
-What follows the colon names a recipe or a preset (recipes.py). The other files here say only what differs from
-this one. In a clone, --config=configs/base.py names the same file.
+What follows the colon names a recipe or a preset (recipes.py). The other files here say only what
+differs from this one. In a clone, --config=configs/base.py names the same file.
 """
 
 from ml_collections import ConfigDict
@@ -131,9 +131,11 @@ def _set_loss(config: ConfigDict) -> None:
     config.loss.matryoshka = ()
     config.loss.matryoshka_weights = ()  # of the whole vector and of each prefix; (): equal
     # a candidate that scores above the positive less the margin is no negative. Whose scores: own
-    # (this model's), base (the model before tuning); "": all are negatives
+    # (this model's), base (the model before tuning), guide (another's); "": all are
+    # negatives
     config.loss.false_negatives = ""
     config.loss.false_negative_margin = 0.0  # how far below the positive's score that begins
+    config.loss.guide = ""  # the folder of vectors that lco mine --model=GUIDE made of the records
     config.loss.hard_weight = 1.0  # how many times a record's own hard negatives count
     # learn a teacher's scores, teacher_scores of a record: kl, margin_mse, or "": no
     config.loss.teacher = ""

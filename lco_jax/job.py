@@ -20,6 +20,7 @@ from lco_jax.core.files import AnyPath, local_workdir, on_bucket, reaching, uplo
 from lco_jax.core.sharding import check_mesh, make_mesh
 from lco_jax.data import mixture, pipeline
 from lco_jax.data.given import is_bundled, sources_of
+from lco_jax.data.guide import GuideVectors
 from lco_jax.data.held_out import SMALL, Split, split, trained_on
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.processor import Processor
@@ -214,8 +215,19 @@ def open_layout(
         on_bad=config.data.on_bad,
         generative=generative,
         teacher=bool(config.loss.teacher) and not generative,
+        guide=None if generative else _open_guide(config, sources),
     )
     return processor, layout
+
+
+def _open_guide(config: ConfigDict, sources: Mapping[str, Source]) -> GuideVectors | None:
+    """The vectors of the model that guides the loss. Raises where one is missing."""
+    if not config.loss.guide:
+        return None
+    guide = GuideVectors(config.loss.guide)
+    for source in sources.values():
+        guide.check(source)
+    return guide
 
 
 def batches_of(

@@ -40,6 +40,7 @@ from lco_jax.core.errors import DONE, LcoError, explained, run_main
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Corpus
 from lco_jax.data.given import sources_of
+from lco_jax.data.guide import CONTENTS, VECTORS
 from lco_jax.data.records import Record
 from lco_jax.data.scan import Source
 from lco_jax.data.sources import open_source
@@ -59,7 +60,6 @@ from lco_jax.mining.report import Report
 from lco_jax.mining.rules import Rules
 
 MAX_RATIO = 0.95
-CONTENTS, VECTORS = "contents.jsonl", "vectors.npy"  # in the folder of --vectors
 
 
 def make_parser() -> argparse.ArgumentParser:

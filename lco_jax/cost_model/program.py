@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from lco_jax.checkpoint.hf import Checkpoint, abstract_decoder
 from lco_jax.core.sharding import row_shards
 from lco_jax.core.stream_shapes import Shape, width_of
+from lco_jax.data.guide import dimension_of
 from lco_jax.models.decoder import Decoder
 from lco_jax.training import memory, tuning
 from lco_jax.training.state import Training
@@ -91,9 +92,10 @@ class Step:
     def batch(self, chunk_tokens: int) -> Any:
         """The batch, as shapes."""
         sides, prefix = self.workload.sides, self.workload.prefix
-        teacher = bool(self.training.objective.teacher)
+        objective = self.training.objective
+        teacher, guide = bool(objective.teacher), dimension_of(objective.guide)
         shape = self.shape(chunk_tokens)
-        return memory.abstract_batch(shape, sides, prefix, self.mesh, teacher=teacher)
+        return memory.abstract_batch(shape, sides, prefix, self.mesh, None, teacher, guide)
 
     def candidates(self, backend: str) -> list[memory.Candidate]:
         """What `train` would choose from on such devices."""

@@ -155,6 +155,8 @@ def _prepare(
         content=np.array([content_number(one.content) for one in good], np.int32),
         kinds=np.array([modality_bits(one.content) for one in good], np.int32),
         teacher=np.array([records[one.record].score(one.side) for one in good], np.float32),
+        guide=layout.guide
+        and layout.guide.rows((one.content, records[one.record].where) for one in good),
         skipped=tuple(skipped.values()),
         where=tuple(record.where for record in records),
     )
@@ -275,14 +277,15 @@ def _fill(share: Share) -> tuple[PackedTokens, Answers | None, list[np.ndarray]]
 
 
 def _tables(share: Share, slots: list[np.ndarray], slots_of_stream: int) -> dict[str, np.ndarray]:
-    """The tables of a `Batch` for this process's records: [B / P, 2 + M] each.
+    """The tables of a `Batch` for this process's records: [B / P, 2 + M, …] each.
 
     slots: for each stream, its sequences' slots.
     """
     local, layout, processes = share.local, share.layout, jax.process_count()
 
     def table(values: np.ndarray, absent: float, dtype: Any = np.int32) -> np.ndarray:
-        filled = np.full((layout.batch_size // processes, layout.sides), absent, dtype)
+        shape = layout.batch_size // processes, layout.sides, *values.shape[1:]
+        filled = np.full(shape, absent, dtype)
         filled[local.record // processes, local.side] = values
         return filled
 
@@ -293,6 +296,8 @@ def _tables(share: Share, slots: list[np.ndarray], slots_of_stream: int) -> dict
     }
     if layout.teacher:
         tables["teacher"] = table(local.teacher, math.nan, np.float32)
+    if local.guide is not None:
+        tables["guide"] = table(local.guide, 0.0, np.float32)
     return tables
 
 
@@ -308,9 +313,9 @@ def _sequences(share: Share, slots: list[np.ndarray], slots_of_stream: int) -> n
 
 
 def _in_first_stream(table: np.ndarray, shards: int) -> np.ndarray:
-    """[B / P, 2 + M] -> [B / P, R / P, 2 + M]: the table, and -1 for the other streams."""
-    records, sides = table.shape
-    streams = np.full((records, shards, sides), -1, table.dtype)
+    """[B / P, 2 + M, …] -> [B / P, R / P, 2 + M, …]: the table, and -1 for the other streams."""
+    records, *sides = table.shape
+    streams = np.full((records, shards, *sides), -1, table.dtype)
     streams[:, 0] = table
     return streams
 

@@ -173,6 +173,7 @@ RULES: dict[str, Rule] = {
     "loss.matryoshka_weights": Several(ABOVE_0),
     "loss.false_negatives": Choice(GUIDES),
     "loss.false_negative_margin": Number(-2.0, below=2.0),
+    "loss.guide": TEXT,
     "loss.hard_weight": ABOVE_0,
     "loss.teacher": Choice(TEACHERS),
     "loss.teacher_weight": NOT_NEGATIVE,
@@ -249,6 +250,10 @@ def _check_together(flat: Mapping[str, Any]) -> None:
         raise LcoError(
             "config.data.sub_batch goes with config.data.batches=mixed; homogeneous batches are "
             "of one source as a whole"
+        )
+    if bool(flat["loss.guide"]) != (flat["loss.false_negatives"] == "guide"):
+        raise LcoError(
+            "config.loss.guide, a folder of vectors, goes with config.loss.false_negatives=guide"
         )
     if flat["tune.decoder"] == "full":
         _check_full(flat)
