@@ -93,6 +93,8 @@ def main() -> int:
 
 def embed(args: argparse.Namespace) -> dict[str, Any]:
     """Embed what the flags name, or find that this is done: the record of it."""
+    if args.ray is None and (args.actors or args.actor_resources):
+        raise LcoError("--actors and --actor-resources go with --ray")
     if args.ray:  # the accelerators are for the actors
         jax.config.update("jax_platforms", "cpu")
     media = media_config(args)
@@ -138,8 +140,6 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise LcoError(f"--output={output} is a folder of something else; give another name")
     if args.id_field and output.suffix == ".npy":
         raise LcoError("--id-field needs a .parquet output; an .npy has no place for ids")
-    if args.ray is None and (args.actors or args.actor_resources):
-        raise LcoError("--actors and --actor-resources go with --ray")
 
 
 def _embed(

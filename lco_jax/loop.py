@@ -17,7 +17,6 @@ from lco_jax.core.files import reaching
 from lco_jax.core.packing import Batch
 from lco_jax.core.stream_shapes import Shape
 from lco_jax.data import pipeline
-from lco_jax.data.guide import dimension_of
 from lco_jax.data.layouts import choose_layout, draw
 from lco_jax.job import Job, batches_of, fingerprints, say
 from lco_jax.models.model import Model
@@ -140,7 +139,7 @@ def _abstract_batch(job: Job, layout: pipeline.Layout) -> Batch:
     media = memory.abstract_media(job.processor.rows, layout.media_floor, job.mesh)
     sides = layout.batch_size, layout.sides
     prefix, teacher = len(layout.prefix), layout.teacher
-    guide = dimension_of(job.training.objective.guide)
+    guide = job.training.objective.guide_dimension
     return memory.abstract_batch(layout.floor, sides, prefix, job.mesh, media, teacher, guide)
 
 

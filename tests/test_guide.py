@@ -75,7 +75,9 @@ def test_a_guide_knows_contents_whatever_their_record(records, guide):
         np.testing.assert_array_equal(found(contents[number], ""), vectors[number])
     assert found.rows([]).shape == (0, vectors.shape[1])
     found.check(open_file(records))
-    with pytest.raises(LcoError, match="here: .*has no vector of a content; make it with lco mine"):
+    with pytest.raises(
+        LcoError, match=r"here: .*has no vector of a content; make it with lco mine"
+    ):
         found("nobody said this", "here")
 
 
@@ -89,7 +91,7 @@ def test_what_is_no_guide_is_named(tmp_path, guide):
     flat = base.get_config().to_dict()
     flat = {f"{a}.{b}": v for a, s in flat.items() if isinstance(s, dict) for b, v in s.items()}
     flat |= {"name": "x", "seed": 0, "loss.false_negatives": "guide"}
-    with pytest.raises(LcoError, match="goes with config.loss.false_negatives=guide"):
+    with pytest.raises(LcoError, match=r"goes with config\.loss.false_negatives=guide"):
         check_values(flat)
 
 

@@ -74,11 +74,15 @@ def pairs(count, seed=0):
     return records
 
 
+def negatives_of(record):
+    return [record["negative"]] if "negative" in record else []
+
+
 def brute_force(records, vector, rules, keeps=False):
     """The negatives of each record, by all cosines and nested loops."""
     candidates = []
     for record in records:
-        for text in (record["positive"], *[record["negative"]] * ("negative" in record)):
+        for text in (record["positive"], *negatives_of(record)):
             if text not in candidates:
                 candidates.append(text)
     found = []
@@ -93,7 +97,7 @@ def brute_force(records, vector, rules, keeps=False):
 
         others = [text for text in candidates if text not in own]
         ranked = sorted(others, key=lambda text: -score(text))[: rules.range]
-        given = [record["negative"]] if keeps and "negative" in record else []
+        given = negatives_of(record) if keeps else []
         ranked = [text for text in ranked if text not in given][rules.skip_top :]
         positive = float(score(record["positive"]))
         left = [text for text in ranked if float(score(text)) < highest(positive, rules.max_ratio)]

@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 from lco_jax.checkpoint.hf import Checkpoint, abstract_decoder
 from lco_jax.core.sharding import row_shards
 from lco_jax.core.stream_shapes import Shape, width_of
-from lco_jax.data.guide import dimension_of
 from lco_jax.models.decoder import Decoder
 from lco_jax.training import memory, tuning
 from lco_jax.training.state import Training
@@ -93,7 +92,7 @@ class Step:
         """The batch, as shapes."""
         sides, prefix = self.workload.sides, self.workload.prefix
         objective = self.training.objective
-        teacher, guide = bool(objective.teacher), dimension_of(objective.guide)
+        teacher, guide = bool(objective.teacher), objective.guide_dimension
         shape = self.shape(chunk_tokens)
         return memory.abstract_batch(shape, sides, prefix, self.mesh, None, teacher, guide)
 

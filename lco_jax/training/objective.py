@@ -16,6 +16,7 @@ from jax import Array
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.packing import MODALITIES
+from lco_jax.data.guide import dimension_of
 from lco_jax.training.losses import Negatives, info_nce
 
 OF_TRAIN = ("temperature", "two_way", "ignore_duplicates")  # what config.train has of it
@@ -105,6 +106,11 @@ class LossConfig:
                     f"config.loss.matryoshka has {length}; the model's vectors have {dimension} "
                     "numbers, and a prefix has fewer"
                 )
+
+    @property
+    def guide_dimension(self) -> int:
+        """The numbers of a vector of the guide; 0 without one."""
+        return dimension_of(self.guide)
 
     @property
     def first_temperatures(self) -> tuple[float, ...]:
