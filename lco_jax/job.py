@@ -20,7 +20,7 @@ from lco_jax.core.files import AnyPath, local_workdir, on_bucket, reaching, uplo
 from lco_jax.core.sharding import check_mesh, make_mesh
 from lco_jax.data import mixture, pipeline
 from lco_jax.data.given import is_bundled, sources_of
-from lco_jax.data.guide import GuideVectors
+from lco_jax.data.guide import open_guide
 from lco_jax.data.held_out import SMALL, Split, split, trained_on
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.processor import Processor
@@ -215,19 +215,9 @@ def open_layout(
         on_bad=config.data.on_bad,
         generative=generative,
         teacher=bool(config.loss.teacher) and not generative,
-        guide=None if generative else _open_guide(config, sources),
+        guide=None if generative else open_guide(config.loss.guide, sources),
     )
     return processor, layout
-
-
-def _open_guide(config: ConfigDict, sources: Mapping[str, Source]) -> GuideVectors | None:
-    """The vectors of the model that guides the loss. Raises where one is missing."""
-    if not config.loss.guide:
-        return None
-    guide = GuideVectors(config.loss.guide)
-    for source in sources.values():
-        guide.check(source)
-    return guide
 
 
 def batches_of(
@@ -235,8 +225,7 @@ def batches_of(
 ) -> grain.MapDataset:
     """This process's share of each global batch of a run.
 
-    Contrastive training, whose records are each other's negatives, wants each of them once in a
-    batch. Logs what the data do not allow.
+    Contrastive training wants a record once in a batch; it logs what the data do not allow.
     """
     weights = mixture.weights_of(config.data, sources)
     one_source = len(sources) == 1 or config.data.batches == "homogeneous"

@@ -4,7 +4,7 @@ Dimensions: T contents, G of a vector.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,14 @@ class GuideVectors:
         for record in progress_bar(records, desc="guide", unit="record", leave=False, delay=2):
             for side in record.sides:
                 self(side, record.where)
+
+
+def open_guide(folder: str, sources: Mapping[str, Iterable[Record]]) -> GuideVectors | None:
+    """The guide of a folder; None where that is "". Raises where a record lacks a vector."""
+    guide = GuideVectors(folder) if folder else None
+    for source in sources.values() if guide else ():
+        guide.check(source)
+    return guide
 
 
 def dimension_of(folder: str) -> int:

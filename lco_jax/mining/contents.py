@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -51,34 +51,44 @@ def number_contents(
     corpus: what may become a negative in place of the records' positives and negatives. Raises for
     media that have no name, which a jsonl cannot hold.
     """
-    numbering, digest = Numbering(), blake2b(digest_size=8)
     sides: list[int] = []  # anchor, positive, negatives of one record after another
     counts: list[int] = []
+    others: list[int] = []
     aside = path.with_name(f"{path.name}.tmp")
     with explained(f"{path.parent} cannot be written", OSError), aside.open("wb") as file:
-
-        def number(content: Content, where: str) -> int:
-            known = len(numbering)
-            check_named(content, where)
-            found = numbering.number(content)
-            if found == known:
-                line = json.dumps(content, ensure_ascii=False).encode() + b"\n"
-                file.write(line)
-                digest.update(line)
-            return found
-
+        writer = _Writer(file)
         for record in records:
-            sides += [number(side, record.where) for side in record.sides]
+            sides += [writer.number(side, record.where) for side in record.sides]
             counts.append(len(record.negatives))
-        others = [] if corpus is None else [number(*one) for one in _of_corpus(corpus)]
+        if corpus is not None:
+            others = [writer.number(*one) for one in _of_corpus(corpus)]
     _keep(aside, path)
     found = _by_side(np.array(sides, np.int32), np.array(counts, np.int64))
     anchors, positives, negatives, starts = found
-    candidates = [positives, negatives] if corpus is None else [np.array(others, np.int32)]
-    candidates = np.unique(np.concatenate(candidates))
+    of_records = np.concatenate([positives, negatives])
+    candidates = np.unique(of_records if corpus is None else np.array(others, np.int32))
     for array in (anchors, positives, starts, candidates):
-        digest.update(np.ascontiguousarray(array))
-    return Numbers(*found, candidates, len(numbering), digest.hexdigest())
+        writer.digest.update(np.ascontiguousarray(array))
+    total, digest = len(writer.numbering), writer.digest.hexdigest()
+    return Numbers(anchors, positives, negatives, starts, candidates, total, digest)
+
+
+class _Writer:
+    """Numbers contents, and writes a line of each new one. digest: of the lines."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.numbering, self.digest = file, Numbering(), blake2b(digest_size=8)
+
+    def number(self, content: Content, where: str) -> int:
+        """The number of a content. where: its file and line, for errors."""
+        known = len(self.numbering)
+        check_named(content, where)
+        found = self.numbering.number(content)
+        if found == known:
+            line = json.dumps(content, ensure_ascii=False).encode() + b"\n"
+            self.file.write(line)
+            self.digest.update(line)
+        return found
 
 
 def _by_side(sides: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, ...]:
