@@ -2,7 +2,11 @@
 
 import functools
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +18,7 @@ from PIL import Image
 
 from lco_jax import OmniEmbedder, mine
 from lco_jax.core.errors import LcoError
+from lco_jax.core.files import ASSETS
 from lco_jax.data.sources import open_file
 from lco_jax.mining import nearest
 from lco_jax.mining.contents import Lines, number_contents
@@ -438,3 +443,28 @@ def test_a_report_goes_on_where_it_was():
     assert filled(Report(half), range(10, 20)).state == whole.state
     bins = whole.state["scores"]["negatives"]["bins"]
     assert sum(bins) == whole.counts["negatives"]
+
+
+@pytest.mark.slow
+def test_the_documented_loop_runs(tmp_path):
+    """docs/mining.md, word for word, on the first records and for two steps."""
+    page = (Path(__file__).parent.parent / "docs" / "mining.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```bash\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    for name in ("train", "text", "image", "audio"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        lines = (ASSETS / "lab" / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(lines[:64]))
+    (tmp_path / "data" / "media").symlink_to(ASSETS / "lab" / "media")
+    _, commands = block.split("\n", 1)  # the first line says where the data are
+    few = (
+        "train --config.train.steps=2 --config.train.batch_size=8 --config.optimizer.warmup_steps=1"
+    )
+    commands = commands.replace("lco train", f"lco {few}").replace("$data", "data")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path}
+    shell = ["bash", "-euc", commands]
+    done = subprocess.run(shell, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(open_file(tmp_path / "mined.jsonl")) == 64
+    results = json.loads((tmp_path / "runs/second/results.json").read_text())
+    assert set(results["after"]) == {"text", "image", "audio"}
