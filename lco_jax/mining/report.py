@@ -8,7 +8,7 @@ import numpy as np
 from lco_jax.core.pictures import new_figure, save
 from lco_jax.mining.rules import MARGIN, RATIO, RULES, Rules
 
-BINS = 100  # of a histogram of scores from -1 to 1
+BINS = 200  # of a histogram of scores from -1 to 1
 POSITIVES, NEGATIVES = "positives", "negatives"
 DROPPED = {RATIO: "dropped by max-ratio", MARGIN: "dropped by margin"}
 KINDS = (POSITIVES, NEGATIVES, *DROPPED.values())
