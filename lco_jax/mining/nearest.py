@@ -64,6 +64,7 @@ class Candidates:
         for first in range(0, len(self), self.block):
             block = self._block(first)
             rows, columns = self._within(left_out, first, len(padded))
+            jax.block_until_ready(scores)  # or blocks would pile up on the device
             scores, places = _closer(scores, places, queries, block, first, rows, columns)
         return self._exact(anchors, np.asarray(places)[: len(anchors)], k)
 
