@@ -127,13 +127,14 @@ def stand_in(workdir: Path, seconds: float, steps: int) -> Any:
     from lco_jax.data import pipeline
     from lco_jax.data.layouts import choose_layout, draw
     from lco_jax.data.processor import Processor
+    from lco_jax.data.record_stream import record_stream
 
     config = base.get_config()
     config.train.batch_size = BATCH
     config.checkpoint.every = 10**6
     mesh, processor = make_mesh(), Processor(builtin.build())
     layout = pipeline.Layout(BATCH, 0, processor.tokenizer.prefix)
-    stream = pipeline.record_stream({"a": _source()}, {"a": 1.0}, 0)
+    stream = record_stream({"a": _source()}, {"a": 1.0}, 0)
     batches = pipeline.local_batches(stream, layout, processor, config.data.max_length)
     sample = draw(batches, layout, media=False)
     layout = choose_layout(sample, layout, processor, mesh, config.data.max_length)

@@ -3,8 +3,8 @@
     python -m lco_jax.train --config=base --output=runs/mine --config.optimizer.learning_rate=1e-3
     python -m lco_jax.train --config=qwen2_5_vl_7b:reference
 
-What follows the colon names a recipe (recipes.py). The other files here say only what differs from
-this one. In a clone, --config=configs/base.py names the same file.
+What follows the colon names a recipe or a preset (recipes.py). The other files here say only what
+differs from this one. In a clone, --config=configs/base.py names the same file.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ from lco_jax.configs import recipes
 
 
 def get_config(recipe: str = "") -> ConfigDict:
-    """The base configuration, with `recipe` ("", "paper" or "reference") applied."""
+    """The base configuration, with `recipe` applied: "", or a name in recipes.py."""
     config = ConfigDict()
     config.name = "base"  # of the folder runs/NAME, and of the run in Weights & Biases
     config.seed = 0  # of the adapter, the data order and dropout
@@ -74,6 +74,9 @@ def _set_data(config: ConfigDict) -> None:
     # of a mixed batch: so many records one after another come from one source, as its neighbours'
     # negatives; it divides train.batch_size
     config.data.sub_batch = 1
+    # what a batch does not hold twice, beside records, where the data allow: positives, contents
+    # (anchors and positives), or "": nothing
+    config.data.keep_apart = ""
     # a source without a weight has that of its size to the power of 1 / this temperature; large
     # ones draw all sources alike
     config.data.sampling_temperature = 1.0
@@ -139,9 +142,11 @@ def _set_loss(config: ConfigDict) -> None:
     config.loss.matryoshka = ()
     config.loss.matryoshka_weights = ()  # of the whole vector and of each prefix; (): equal
     # a candidate that scores above the positive less the margin is no negative. Whose scores: own
-    # (this model's), base (the model before tuning); "": all are negatives
+    # (this model's), base (the model before tuning), guide (another's); "": all are
+    # negatives
     config.loss.false_negatives = ""
     config.loss.false_negative_margin = 0.0  # how far below the positive's score that begins
+    config.loss.guide = ""  # the folder of vectors that lco mine --model=GUIDE made of the records
     config.loss.hard_weight = 1.0  # how many times a record's own hard negatives count
     # learn a teacher's scores, teacher_scores of a record: kl, margin_mse, or "": no
     config.loss.teacher = ""

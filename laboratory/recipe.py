@@ -27,9 +27,9 @@ from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker  
 from lco_jax.checkpoint.hf import open_checkpoint  # noqa: E402
 from lco_jax.core.errors import run_main  # noqa: E402
 from lco_jax.core.files import write_json  # noqa: E402
-from lco_jax.data.pipeline import open_sources  # noqa: E402
 from lco_jax.data.processor import Processor  # noqa: E402
 from lco_jax.data.prompts import as_messages  # noqa: E402
+from lco_jax.data.record_stream import open_sources  # noqa: E402
 from lco_jax.training import cli  # noqa: E402
 from lco_jax.training.optimizer import OptimizerConfig, learning_rate  # noqa: E402
 

@@ -20,6 +20,7 @@ VERBS = {
     "assemble": "a multimodal LLM of parts: a language model, a Whisper, a vision tower",
     "convert": "training runs and adapters to merged models; average several",
     "embed": "a file or folder of inputs to vectors",
+    "mine": "training records to the same with hard negatives",
     "evaluate": "benchmarks of mteb, or your own files",
     "search": "a page for searching a folder in a browser",
     "generate": "answers of a model, scored",

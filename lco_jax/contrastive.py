@@ -12,8 +12,7 @@ from ml_collections import ConfigDict
 from lco_jax import loop
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath
-from lco_jax.data.instructions import Instruction
-from lco_jax.data.pipeline import SideInstructions
+from lco_jax.data.instructions import Instruction, SideInstructions
 from lco_jax.data.records import Content, Record, as_input
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation.plots import plot_similarity, subject_of

@@ -67,6 +67,7 @@ from lco_jax.flags import (
     TEXTS_A_UNIT,
     add_corpus_flags,
     add_path,
+    add_ray_flags,
     embedding_settings,
     media_config,
     new_parser,
@@ -87,40 +88,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--id-field", help="the key of a jsonl object, or column of a parquet, that is its id"
     )
-    group = parser.add_argument_group("many processes")
-    group.add_argument(
-        "--ray",
-        nargs="?",
-        const="local",
-        metavar="ADDRESS",
-        help="share the work among actors of a Ray cluster (by default: started on this machine)",
-    )
-    group.add_argument(
-        "--actors",
-        type=int,
-        help="how many (default: one a GPU or TPU chip of the cluster, or one a machine)",
-    )
-    group.add_argument(
-        "--actor-resources",
-        type=_resources,
-        metavar="NAME=N,…",
-        help="what an actor takes, as Ray calls it (default: GPU=1, TPU=1 or CPU=1)",
-    )
+    add_ray_flags(parser)
     add_corpus_flags(parser, on_error="raise", media_root=as_path)
     add_storage_flags(parser)
     return parser
-
-
-def _resources(text: str) -> dict[str, float]:
-    """{name: amount} of what "TPU=4,CPU=8" says."""
-    pairs = [pair.partition("=") for pair in text.split(",")]
-    try:
-        found = {name: float(amount) for name, _, amount in pairs}
-    except ValueError as error:
-        raise LcoError(f"--actor-resources={text}: give NAME=N, such as TPU=4") from error
-    if not all(name and amount > 0 for name, amount in found.items()):
-        raise LcoError(f"--actor-resources={text}: give NAME=N with N above 0, such as TPU=4")
-    return found
 
 
 def main() -> int:
@@ -128,7 +99,15 @@ def main() -> int:
     args = make_parser().parse_args()
     with reaching(args.output):
         _check_flags(args)
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, leave_in_order)
+    embed(args)
+    return DONE
+
+
+def embed(args: argparse.Namespace) -> dict[str, Any]:
+    """Embed what the flags name, or find that this is done: the record of it."""
+    if args.ray is None and (args.actors or args.actor_resources):
+        raise LcoError("--actors and --actor-resources go with --ray")
     if args.ray:  # the accelerators are for the actors
         jax.config.update("jax_platforms", "cpu")
     media = media_config(args)
@@ -153,10 +132,10 @@ def main() -> int:
         say(changes)
     if rest := rest_in_words(record.get("left out", {})):
         say(rest)
-    return DONE
+    return record
 
 
-def _leave(signal_number: int, frame: FrameType | None) -> None:
+def leave_in_order(signal_number: int, frame: FrameType | None) -> None:
     """End in good order after SIGTERM."""
     sys.exit(PREEMPTED)
 
@@ -179,8 +158,6 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise LcoError(f"--on-error=skip --precision={args.precision}: {no_place}")
     if args.id_field and output.suffix == ".npy":
         raise LcoError("--id-field needs a .parquet output; an .npy has no place for ids")
-    if args.ray is None and (args.actors or args.actor_resources):
-        raise LcoError("--actors and --actor-resources go with --ray")
 
 
 def _embed(

@@ -108,6 +108,41 @@ def add_corpus_flags(
     )
 
 
+def add_ray_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of work that actors of a Ray cluster may share."""
+    group = parser.add_argument_group("many processes")
+    group.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="share the work among actors of a Ray cluster (by default: started on this machine)",
+    )
+    group.add_argument(
+        "--actors",
+        type=int,
+        help="how many (default: one a GPU or TPU chip of the cluster, or one a machine)",
+    )
+    group.add_argument(
+        "--actor-resources",
+        type=_resources,
+        metavar="NAME=N,…",
+        help="what an actor takes, as Ray calls it (default: GPU=1, TPU=1 or CPU=1)",
+    )
+
+
+def _resources(text: str) -> dict[str, float]:
+    """{name: amount} of what "TPU=4,CPU=8" says."""
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    try:
+        found = {name: float(amount) for name, _, amount in pairs}
+    except ValueError as error:
+        raise LcoError(f"--actor-resources={text}: give NAME=N, such as TPU=4") from error
+    if not all(name and amount > 0 for name, amount in found.items()):
+        raise LcoError(f"--actor-resources={text}: give NAME=N with N above 0, such as TPU=4")
+    return found
+
+
 def add_on_error(parser: argparse.ArgumentParser, default: str) -> None:
     """The flag that says what a bad input does."""
     parser.add_argument(

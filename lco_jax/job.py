@@ -20,7 +20,8 @@ from lco_jax.core import console
 from lco_jax.core.errors import LcoError, check_keys
 from lco_jax.core.files import AnyPath, local_workdir, on_bucket, reaching, upload
 from lco_jax.core.sharding import check_mesh, make_mesh
-from lco_jax.data import mixture, pipeline
+from lco_jax.data import mixture, pipeline, record_stream
+from lco_jax.data.guide import open_guide
 from lco_jax.data.held_out import Split, split
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.processor import Processor
@@ -181,7 +182,7 @@ def open_sources(config: ConfigDict) -> Split:
 
     Raises where the loss learns from a teacher and no record has its scores.
     """
-    found = split(pipeline.open_sources(config.data), config.eval.share)
+    found = split(record_stream.open_sources(config.data), config.eval.share)
     teacher = config.loss.teacher
     if teacher and not any(source.has_teacher for source in found.training.values()):
         raise LcoError(
@@ -225,6 +226,7 @@ def open_layout(
         on_bad=config.data.on_bad,
         generative=generative,
         teacher=bool(config.loss.teacher) and not generative,
+        guide=None if generative else open_guide(config.loss.guide, sources),
     )
     return processor, layout
 
@@ -234,17 +236,18 @@ def batches_of(
 ) -> grain.MapDataset:
     """This process's share of each global batch of a run.
 
-    Contrastive training, whose records are each other's negatives, wants each of them once in a
-    batch. Logs what the data do not allow.
+    Contrastive training wants a record once in a batch; it logs what the data do not allow.
     """
     weights = mixture.weights_of(config.data, sources)
     one_source = len(sources) == 1 or config.data.batches == "homogeneous"
     run = layout.batch_size if config.data.batches == "homogeneous" else config.data.sub_batch
     once = 0 if layout.generative else layout.batch_size
     instructions = instructions_by_source(config)
-    stream = pipeline.record_stream(sources, weights, config.seed, run, once, instructions)
+    numbers = mixture.content_numbers(sources, config.data.keep_apart if once else "")
+    drawn = weights, config.seed, run, once
+    stream = record_stream.record_stream(sources, *drawn, instructions, numbers)
     if once and not config.train.ignore_duplicates and jax.process_index() == 0:
-        for line in mixture.repeats(sources, weights, layout.batch_size, one_source):
+        for line in mixture.repeats(sources, weights, layout.batch_size, one_source, numbers):
             logger.warning("%s", line)
     return pipeline.local_batches(stream, layout, processor, config.data.max_length)
 

@@ -139,7 +139,8 @@ def _abstract_batch(job: Job, layout: pipeline.Layout) -> Batch:
     media = memory.abstract_media(job.processor.rows, layout.media_floor, job.mesh)
     sides = layout.batch_size, layout.sides
     branches, teacher = layout.prefix.branches, layout.teacher
-    return memory.abstract_batch(layout.floor, sides, branches, job.mesh, media, teacher)
+    guide = job.training.objective.guide_dimension
+    return memory.abstract_batch(layout.floor, sides, branches, job.mesh, media, teacher, guide)
 
 
 def run(loop: Loop) -> bool:

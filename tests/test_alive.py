@@ -22,6 +22,7 @@ from lco_jax.core import errors
 from lco_jax.core.errors import PEER_LOST, PREEMPTED, PeerLost, run_main
 from lco_jax.core.sharding import make_mesh
 from lco_jax.data import pipeline
+from lco_jax.data.record_stream import record_stream
 from lco_jax.data.sources import JsonlSource
 from lco_jax.training import cli, reports, watch
 from lco_jax.training.metrics import read_metrics
@@ -307,7 +308,7 @@ def test_data_that_vanishes_in_mid_run_is_named(tmp_path, tiny):
         "".join(json.dumps({"anchor": f"a {i}", "positive": f"b {i}"}) + "\n" for i in range(8))
     )
     layout = pipeline.Layout(2, 0, tiny.processor.tokenizer.prefix)
-    stream = pipeline.record_stream({"a": JsonlSource(path)}, {"a": 1.0}, 0)
+    stream = record_stream({"a": JsonlSource(path)}, {"a": 1.0}, 0)
     iterator = pipeline.ahead(pipeline.local_batches(stream, layout, tiny.processor, None), 1)
     assert all(name.startswith(f"{path}:") for name in next(iterator).where)
     path.unlink()

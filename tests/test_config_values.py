@@ -51,6 +51,8 @@ def test_what_comes_with_the_package_is_allowed(name):
         ("loss.teacher", ("mse",)),
         ("loss.coral", (-0.1, math.nan)),
         ("data.sub_batch", (0, 7)),
+        ("data.keep_apart", ("negatives",)),
+        ("loss.guide", (None,)),
         ("data.sampling_temperature", (0.0,)),
         ("train.chunk_tokens", (-2,)),
         ("data.max_length", (0, -1)),

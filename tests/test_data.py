@@ -19,11 +19,11 @@ from tfds_files import CORE, NUMBER, TEXT, class_label, image_feature, png, shap
 from lco_jax import LcoError
 from lco_jax.checkpoint import builtin
 from lco_jax.core.files import ASSETS
-from lco_jax.data import pipeline
 from lco_jax.data.content import Reader, as_content
 from lco_jax.data.inputs import Preparation, prepare_ahead
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import ChatTokenizer, as_messages
+from lco_jax.data.record_stream import open_sources
 from lco_jax.data.records import Record, content_key, parse_record
 from lco_jax.data.sources import Columns, JsonlSource, open_source, parquet_source
 from lco_jax.data.tfds import nli_source
@@ -1154,7 +1154,7 @@ def test_on_bad_is_error_or_skip():
 
 def test_there_must_be_a_source():
     with pytest.raises(LcoError, match=r"config\.data\.sources is empty"):
-        pipeline.open_sources({"sources": {}, "on_bad": "error"})
+        open_sources({"sources": {}, "on_bad": "error"})
 
 
 def test_other_keys_are_counted_and_null_is_no_negative(tmp_path, caplog):

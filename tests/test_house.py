@@ -15,6 +15,7 @@ ALLOWED = {
     "checkpoint": {"core", "models", "data"},
     "evaluation": {"core", "data"},
     "analysis": {"core", "data"},
+    "mining": {"core", "data"},
     "searching": {"core", "data"},
     "training": {"core", "models", "checkpoint", "data"},
     "cost_model": {"core", "models", "checkpoint", "training"},

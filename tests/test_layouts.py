@@ -9,9 +9,10 @@ from lco_jax.checkpoint import builtin
 from lco_jax.core.stream_shapes import Shape, in_widths, largest, padded_shape
 from lco_jax.data import pipeline
 from lco_jax.data.layouts import choose_layout, draw, floor_of
-from lco_jax.data.pipeline import Layout, local_batches, pack_batch, record_stream
+from lco_jax.data.pipeline import Layout, local_batches, pack_batch
 from lco_jax.data.positions import line_positions
 from lco_jax.data.processor import Processor
+from lco_jax.data.record_stream import record_stream
 from lco_jax.data.records import TEXT, Record
 from lco_jax.data.scan import ListSource
 from lco_jax.data.tower_rows import Processed

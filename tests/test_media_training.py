@@ -21,6 +21,7 @@ from lco_jax.core import lora
 from lco_jax.data import pipeline
 from lco_jax.data.inputs import conversation
 from lco_jax.data.processor import Processor
+from lco_jax.data.record_stream import record_stream
 from lco_jax.data.records import Record
 from lco_jax.data.scan import ListSource
 from lco_jax.data.sources import JsonlSource
@@ -293,7 +294,7 @@ def test_homogeneous_batches_and_what_says_the_same(cases, mixed):
         [Record((p,), "same words", (), f"pictures:{i}") for i, p in enumerate(parts)]
     )
     sources = {"text": text, "pictures": pictures}
-    stream = pipeline.record_stream(sources, {"text": 1.0, "pictures": 1.0}, 0, run=8)
+    stream = record_stream(sources, {"text": 1.0, "pictures": 1.0}, 0, run=8)
     kinds = [{stream[i].where.split(":")[0] for i in range(8 * k, 8 * k + 8)} for k in range(12)]
     assert all(len(kind) == 1 for kind in kinds)
     assert {next(iter(kind)) for kind in kinds} == {"text", "pictures"}

@@ -421,7 +421,8 @@ def test_a_run_of_an_earlier_version_held_nothing_out_and_added_nothing_to_the_l
     claim_workdir(tmp_path, config, 9)
     saved = read_json(tmp_path / "config.json")
     del saved["eval"]["share"], saved["loss"]
-    del saved["data"]["sub_batch"], saved["data"]["sampling_temperature"]
+    del saved["data"]["sub_batch"], saved["data"]["keep_apart"]
+    del saved["data"]["sampling_temperature"]
     (tmp_path / "config.json").write_text(json.dumps(saved))
     check_same_run(tmp_path, config, 9)
     assert LossConfig.of(saved) == LossConfig.of(config)  # for `lco convert`, too

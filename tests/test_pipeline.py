@@ -16,9 +16,10 @@ from lco_jax.core.packing import TokenSequence, fill, pack_stream
 from lco_jax.core.prefixes import Prefixes
 from lco_jax.core.stream_shapes import Shape, padded_shape
 from lco_jax.data import mixture, pipeline
-from lco_jax.data.pipeline import Layout, ahead, local_batches, record_stream
+from lco_jax.data.pipeline import Layout, ahead, local_batches
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import ChatTokenizer, as_messages
+from lco_jax.data.record_stream import record_stream
 from lco_jax.data.records import Record
 from lco_jax.data.scan import ListSource
 from lco_jax.data.sources import JsonlSource
@@ -360,6 +361,55 @@ def test_a_batch_of_several_sources_has_a_record_once(tmp_path, run):
     stream = record_stream(sources, {"a": 1.0, "b": 1.0}, 0, run, batch_size=8)
     for batch in range(40):
         assert len(set(anchors(stream, batch, 8))) == 8
+
+
+def labelled(positives, name="a"):
+    """Records with these positives and anchors of their own."""
+    pairs = [(f"{name} {i}", positive) for i, positive in enumerate(positives)]
+    return ListSource([Record(*pair, (), f"{name}:{i}") for i, pair in enumerate(pairs)])
+
+
+@pytest.mark.parametrize("run", [1, 4])
+@pytest.mark.parametrize("apart", ["positives", "contents"])
+def test_equal_positives_are_kept_apart(run, apart):
+    """Of 30 positives that each stand five times, and across sources; and no anchor is one."""
+    sources = {
+        "a": labelled([f"label {i % 30}" for i in range(150)]),
+        "b": labelled([f"label {i % 40}" for i in range(80)], "b"),
+        "c": labelled([f"a {i}" for i in range(60)], "c"),
+    }
+    weights = {"a": 1.0, "b": 1.0, "c": 1.0}
+    numbers = mixture.content_numbers(sources, apart)
+    made = [record_stream(sources, weights, 0, run, 16, given) for given in (numbers, numbers, {})]
+    once, again, free = ([stream[i] for i in range(16 * 30)] for stream in made)
+    assert [one.where for one in once] == [one.where for one in again]
+    backwards = [made[1][i].where for i in reversed(range(16 * 30))]
+    assert backwards[::-1] == [one.where for one in once]
+    crowded = 0
+    for start in range(0, 16 * 30, 16):
+        batch = once[start : start + 16]
+        contents = [side for one in batch for side in one.sides[apart == "positives" :]]
+        assert len(set(contents)) == len(contents)
+        drawn = [
+            side for one in free[start : start + 16] for side in one.sides[apart == "positives" :]
+        ]
+        crowded += len(set(drawn)) < len(drawn)
+        assert [one.where[0] for one in batch] == [one.where[0] for one in free[start : start + 16]]
+    assert crowded > 20
+
+
+def test_few_positives_are_as_far_apart_as_can_be():
+    """Eight of three labels: each stands in every batch, no record stands twice, and it is said."""
+    sources = {"a": labelled([f"label {i % 3}" for i in range(12)])}
+    numbers = mixture.content_numbers(sources, "positives")
+    stream = record_stream(sources, {"a": 1.0}, 0, batch_size=8, numbers=numbers)
+    for batch in range(20):
+        records = [stream[batch * 8 + i] for i in range(8)]
+        assert len({one.where for one in records}) == 8
+        assert len({one.positive for one in records}) == 3
+    (said,) = mixture.repeats(sources, {"a": 1.0}, 8, True, numbers)
+    assert said.startswith("a: 8 records in a batch, and only 3 different positives")
+    assert mixture.repeats(sources, {"a": 1.0}, 3, True, numbers) == []
 
 
 def test_a_batch_that_is_larger_than_the_data_has_every_record(tmp_path):

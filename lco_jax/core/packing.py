@@ -115,7 +115,7 @@ MODALITIES = ("text", "image", "video", "audio")  # bit k of a content's kinds i
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens", "sequences", "content", "media", "answers", "kinds", "teacher"],
+    data_fields=["tokens", "sequences", "content", "media", "answers", "kinds", "teacher", "guide"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -135,6 +135,8 @@ class Batch:
         none.
     teacher: float32 [B, 2 + M], replicated: a teacher's scores of anchor and content, NaN where
         there is none; None without a teacher.
+    guide: float32 [B, 2 + M, G], replicated: the vectors of a guide, 0 where there is no content;
+        None without a guide.
 
     With P > 1 processes, these tables are [B / P, R, 2 + M] and sharded as streams are. Record
     p + i · P is in row i of the first stream of process p. The step gathers them (`gathered`).
@@ -147,6 +149,7 @@ class Batch:
     answers: Answers | None = None
     kinds: Array | None = None
     teacher: Array | None = None
+    guide: Array | None = None
 
     def gathered(self, processes: int) -> "Batch":
         """The batch with the tables of all processes' records: [B, 2 + M] each."""
@@ -154,11 +157,11 @@ class Batch:
             return self
 
         def gather(table: Array) -> Array:
-            count, streams, sides = table.shape
-            by_process = table.reshape(count, processes, streams // processes, sides)
-            return by_process[:, :, 0].reshape(count * processes, sides)
+            count, streams, *sides = table.shape
+            by_process = table.reshape(count, processes, streams // processes, *sides)
+            return by_process[:, :, 0].reshape(count * processes, *sides)
 
-        names = ("sequences", "content", "kinds", "teacher")
+        names = ("sequences", "content", "kinds", "teacher", "guide")
         tables = {name: getattr(self, name) for name in names}
         return replace(self, **jax.tree.map(gather, tables))
 

@@ -94,9 +94,10 @@ class Step:
     def batch(self, chunk_tokens: int) -> Any:
         """The batch, as shapes."""
         sides, prefix = self.workload.sides, self.workload.prefix
-        teacher = bool(self.training.objective.teacher)
+        objective = self.training.objective
+        teacher, guide = bool(objective.teacher), objective.guide_dimension
         shape = self.shape(chunk_tokens)
-        return memory.abstract_batch(shape, sides, prefix, self.mesh, teacher=teacher)
+        return memory.abstract_batch(shape, sides, prefix, self.mesh, None, teacher, guide)
 
     def candidates(self, backend: str) -> list[memory.Candidate]:
         """What `train` would choose from on such devices."""

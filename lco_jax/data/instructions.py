@@ -42,3 +42,7 @@ class Instructions:
     prompts: Mapping[str, str] = field(default_factory=dict)
     place: str = "instead"
     default: str | None = None
+
+
+# of anchors; of positives and negatives
+SideInstructions = tuple[Instruction | None, Instruction | None]

@@ -6,18 +6,23 @@ function of the position alone, so a run can resume anywhere, and every process 
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
+from types import MappingProxyType
 from typing import Any
 
 import grain
 import numpy as np
 
+from lco_jax.core.console import progress_bar
+from lco_jax.data.records import content_number
 from lco_jax.data.scan import Source
 
 ENDLESS = 2**40
+APART = ("", "positives", "contents")  # what `content_numbers` numbers
 SPARES = 4  # times a batch: the most records that are looked through for one that is not there yet
 FEW = 0.01  # of a source's records may repeat others without a word
 BATCHES_REMEMBERED = 64
 Key = tuple[int, int]
+Numbers = Mapping[str, np.ndarray]  # of `content_numbers`
 
 
 def weights_of(config: Mapping[str, Any], sources: Mapping[str, Source]) -> dict[str, float]:
@@ -62,6 +67,25 @@ def _key(number: int, index: int) -> Key:
     return number, index
 
 
+def content_numbers(sources: Mapping[str, Source], apart: str) -> dict[str, np.ndarray]:
+    """Of each source, the numbers of its records' contents, int32 [N, n]; equal ones have one.
+
+    apart, of `APART`: whether of positives, or of anchors and positives; of "" there are none. It
+    reads all records.
+    """
+    if not apart:
+        return {}
+    found = {}
+    for name, source in sources.items():
+        records = progress_bar(source, desc=f"contents of {name}", unit="record", delay=2)
+        rows = [
+            [content_number(side) for side in record.sides[apart == "positives" : 2]]
+            for record in records
+        ]
+        found[name] = np.array(rows, np.int32)
+    return found
+
+
 class Once:
     """Batches in which no record stands twice, where its source has enough of them.
 
@@ -69,12 +93,20 @@ class Once:
     hold a record twice. Two of one record would be each other's negatives. In the place of the
     second comes another record of its source, drawn with a seed of the batch's own. Batches that
     have no such records stay as they are.
+
+    numbers: `content_numbers` of each source, in its order; a content that has a number does not
+    stand twice either, where the records that are looked through allow that. (): contents may.
     """
 
     def __init__(
-        self, drawn: grain.MapDataset, sources: Sequence[Source], seed: int, batch_size: int
+        self,
+        drawn: grain.MapDataset,
+        sources: Sequence[Source],
+        seed: int,
+        batch_size: int,
+        numbers: Sequence[np.ndarray] = (),
     ):
-        self.drawn, self.sources = drawn, sources
+        self.drawn, self.sources, self.numbers = drawn, sources, numbers
         self.seed, self.batch_size = seed, batch_size
         self._batch = lru_cache(BATCHES_REMEMBERED)(self.batch)
 
@@ -87,23 +119,42 @@ class Once:
         """The keys of a batch."""
         start = number * self.batch_size
         chosen = [self.drawn[start + place] for place in range(self.batch_size)]
-        seen: set[Hashable] = set()
+        records: set[Hashable] = set()
+        contents: set[int] = set()
         repeated = []
         for place, key in enumerate(chosen):
-            if self._record(key) in seen:
-                repeated.append(place)
-            seen.add(self._record(key))
-        spares = {chosen[place][0]: self._spares(chosen[place][0], number) for place in repeated}
-        for place in repeated:
-            spare = self._unseen(spares[chosen[place][0]], seen)
+            is_again = self._record(key) in records
+            if is_again or not contents.isdisjoint(self._contents(key)):
+                repeated.append((place, is_again))
+            else:
+                contents |= self._contents(key)
+            records.add(self._record(key))
+        sources = {chosen[place][0] for place, _ in repeated}
+        apart = {source: self._spares(source, number) for source in sources}
+        other = {source: self._spares(source, number) for source in sources}
+        for place, is_again in repeated:
+            source = chosen[place][0]
+            spare = self._unseen(apart[source], records, contents)
+            if spare is None and is_again:  # then another record at least
+                spare = self._unseen(other[source], records, set())
             if spare is not None:
-                seen.add(self._record(spare))
+                records.add(self._record(spare))
                 chosen[place] = spare
+            contents |= self._contents(chosen[place])
         return chosen
 
-    def _unseen(self, spares: Iterator[Key], seen: set[Hashable]) -> Key | None:
-        """The next spare whose record is not among those seen, if there is one."""
-        return next((spare for spare in spares if self._record(spare) not in seen), None)
+    def _unseen(
+        self, spares: Iterator[Key], records: set[Hashable], contents: set[int]
+    ) -> Key | None:
+        """The next spare whose record and contents are not among these, if there is one."""
+        for spare in spares:
+            if self._record(spare) not in records and contents.isdisjoint(self._contents(spare)):
+                return spare
+        return None
+
+    def _contents(self, key: Key) -> set[int]:
+        """The numbers of what must not stand twice."""
+        return set(self.numbers[key[0]][key[1]].tolist()) if self.numbers else set()
 
     def _record(self, key: Key) -> Hashable:
         """The same for equal records."""
@@ -119,11 +170,16 @@ class Once:
 
 
 def repeats(
-    sources: Mapping[str, Source], weights: Mapping[str, float], batch_size: int, one_source: bool
+    sources: Mapping[str, Source],
+    weights: Mapping[str, float],
+    batch_size: int,
+    one_source: bool,
+    numbers: Numbers = MappingProxyType({}),
 ) -> list[str]:
     """Warnings about records that a source holds twice, or that a batch must hold twice.
 
-    one_source: whether all records of a batch come from one source.
+    one_source: whether all records of a batch come from one source. numbers: of contents that are
+    to be kept apart.
     """
     warnings = []
     for name, source in sources.items():
@@ -139,4 +195,8 @@ def repeats(
             negatives = f"{wanted - different:,} stand there again, as each other's negatives"
             advice = "lower config.train.batch_size, or set config.train.ignore_duplicates"
             warnings.append(f"{name}: {too_many}: {negatives}; {advice}")
+        elif name in numbers and wanted > (positives := len(np.unique(numbers[name][:, -1]))):
+            too_few = f"{wanted:,} records in a batch, and only {positives:,} different positives"
+            advice = "a batch holds some twice; set config.train.ignore_duplicates"
+            warnings.append(f"{name}: {too_few}: {advice}")
     return warnings

@@ -12,10 +12,8 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from itertools import islice
-from numbers import Real
 from typing import Any, NamedTuple
 
 import grain
@@ -23,85 +21,21 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lco_jax.core.errors import LcoError, is_number
+from lco_jax.core.errors import LcoError
 from lco_jax.core.exchange import Exchange
 from lco_jax.core.packing import Answers, Batch, PackedTokens, fill, fill_answers
 from lco_jax.core.sharding import ROWS, replicated, row_shards
 from lco_jax.core.stream_shapes import padded_shape
-from lco_jax.data import mixture
 from lco_jax.data.inputs import conversation, one_ahead
-from lco_jax.data.instructions import Instruction
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import asked
 from lco_jax.data.records import Content, Record, answer_of, content_number, modality_bits
-from lco_jax.data.scan import Source
 from lco_jax.data.share import Layout, LocalBatch, Share, pack_batch
-from lco_jax.data.sources import open_source
 from lco_jax.data.tower_rows import Processed, TowerRows
 
 MAX_SIDES = 1024  # a dropout identity is record · MAX_SIDES + side
-SideInstructions = tuple[
-    Instruction | None, Instruction | None
-]  # for anchors; for positives and negatives
 
 logger = logging.getLogger(__name__)
-
-
-# ---- records
-
-
-def open_sources(config: Mapping[str, Any]) -> dict[str, Source]:
-    """Open and check every source of `config.data`."""
-    if not config["sources"]:
-        raise LcoError("config.data.sources is empty; name at least one source")
-    return {
-        name: open_source(name, spec, config["on_bad"]) for name, spec in config["sources"].items()
-    }
-
-
-def record_stream(
-    sources: Mapping[str, Source],
-    weights: Mapping[str, float],
-    seed: int,
-    run: int = 1,
-    batch_size: int = 0,
-    instructions: Mapping[str, SideInstructions] | None = None,
-) -> grain.MapDataset:
-    """The endless mixture of sources, drawn by weight; each epoch of a source has another order.
-
-    run: how many consecutive records come from one source. A batch's size makes batches
-        homogeneous.
-    batch_size: no record stands twice in a batch of this size, where the data allow it; 0: all
-        stay as they are drawn.
-    instructions: of each source; None: there are none.
-    """
-    for name in sources:
-        _check_weight(name, weights[name])
-    opened = list(sources.values())
-    keys = mixture.keys(opened, [weights[name] for name in sources], seed, run)
-    if batch_size:
-        once = mixture.Once(keys, opened, seed, batch_size)
-        keys = grain.MapDataset.range(mixture.ENDLESS).map(once)
-    of_source = [instructions[name] for name in sources] if instructions else None
-    return keys.map(partial(_read, opened, of_source))
-
-
-def _read(
-    sources: Sequence[Source], instructions: Sequence[SideInstructions] | None, key: mixture.Key
-) -> Record:
-    source, index = key
-    record = sources[source][index]
-    if instructions is None:
-        return record
-    query, document = instructions[source]
-    return replace(record, query=query, document=document)
-
-
-def _check_weight(name: str, weight: Any) -> None:
-    if not is_number(weight, Real) or not 0 < weight < math.inf:
-        raise LcoError(
-            f"config.data.sources.{name}.weight is {weight!r}; it must be a number above 0"
-        )
 
 
 # ---- records -> a process's share of a batch
@@ -165,6 +99,8 @@ def _prepare(
         content=np.array([content_number(one.content) for one in good], np.int32),
         kinds=np.array([modality_bits(one.content) for one in good], np.int32),
         teacher=np.array([records[one.record].score(one.side) for one in good], np.float32),
+        guide=layout.guide
+        and layout.guide.rows((one.content, records[one.record].where) for one in good),
         skipped=tuple(skipped.values()),
         where=tuple(record.where for record in records),
     )
@@ -287,14 +223,15 @@ def _fill(share: Share) -> tuple[PackedTokens, Answers | None, list[np.ndarray]]
 
 
 def _tables(share: Share, slots: list[np.ndarray], slots_of_stream: int) -> dict[str, np.ndarray]:
-    """The tables of a `Batch` for this process's records: [B / P, 2 + M] each.
+    """The tables of a `Batch` for this process's records: [B / P, 2 + M, …] each.
 
     slots: for each stream, its sequences' slots.
     """
     local, layout, processes = share.local, share.layout, jax.process_count()
 
     def table(values: np.ndarray, absent: float, dtype: Any = np.int32) -> np.ndarray:
-        filled = np.full((layout.batch_size // processes, layout.sides), absent, dtype)
+        shape = layout.batch_size // processes, layout.sides, *values.shape[1:]
+        filled = np.full(shape, absent, dtype)
         filled[local.record // processes, local.side] = values
         return filled
 
@@ -305,6 +242,8 @@ def _tables(share: Share, slots: list[np.ndarray], slots_of_stream: int) -> dict
     }
     if layout.teacher:
         tables["teacher"] = table(local.teacher, math.nan, np.float32)
+    if local.guide is not None:
+        tables["guide"] = table(local.guide, 0.0, np.float32)
     return tables
 
 
@@ -320,9 +259,9 @@ def _sequences(share: Share, slots: list[np.ndarray], slots_of_stream: int) -> n
 
 
 def _in_first_stream(table: np.ndarray, shards: int) -> np.ndarray:
-    """[B / P, 2 + M] -> [B / P, R / P, 2 + M]: the table, and -1 for the other streams."""
-    records, sides = table.shape
-    streams = np.full((records, shards, sides), -1, table.dtype)
+    """[B / P, 2 + M, …] -> [B / P, R / P, 2 + M, …]: the table, and -1 for the other streams."""
+    records, *sides = table.shape
+    streams = np.full((records, shards, *sides), -1, table.dtype)
     streams[:, 0] = table
     return streams
 

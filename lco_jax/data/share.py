@@ -13,6 +13,7 @@ from lco_jax.core.exchange import agree
 from lco_jax.core.packing import TokenSequence, pack_stream
 from lco_jax.core.prefixes import Prefixes
 from lco_jax.core.stream_shapes import WIDTHS, Shape, in_widths, largest
+from lco_jax.data.guide import GuideVectors
 from lco_jax.data.instructions import Instruction
 from lco_jax.data.packed_media import (
     MediaRows,
@@ -33,6 +34,7 @@ class LocalBatch:
     kinds: for each input, the bits of its modalities.
     teacher: for each input, a teacher's score of it with its record's anchor; NaN where there is
         none.
+    guide: for each input, the vector of a guide, [·, G]; None without one.
     skipped: why records were skipped (`on_bad` "skip").
     where: the origin of every record of the share, in order.
     """
@@ -43,6 +45,7 @@ class LocalBatch:
     content: np.ndarray
     kinds: np.ndarray
     teacher: np.ndarray
+    guide: np.ndarray | None = None
     skipped: tuple[str, ...] = ()
     where: tuple[str, ...] = ()
 
@@ -55,7 +58,8 @@ class Layout:
     chunk_tokens: how many tokens besides the prefix a stream of a chunk has at most, unless one
         sequence has more; 0: a batch is one chunk.
     on_bad: "error" stops the run at a record whose media cannot be read; "skip" skips the record.
-    teacher: batches have a teacher's scores.
+    teacher: batches have a teacher's scores. guide: the vectors of another model, which they have,
+        too.
     generative: a record is one sequence, its anchor with its positive as the answer.
     instructions: the different ones of its contents; None among them where some have none.
     floor, media_floor: the least shapes of streams and tower rows (`data/layouts.py`).
@@ -68,6 +72,7 @@ class Layout:
     on_bad: str = "error"
     generative: bool = False
     teacher: bool = False
+    guide: GuideVectors | None = None
     instructions: tuple[Instruction | None, ...] = (None,)
     floor: Shape = field(default_factory=Shape)
     media_floor: MediaShape = field(default_factory=dict)

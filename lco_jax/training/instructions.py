@@ -5,8 +5,7 @@ from typing import Any
 
 from lco_jax.checkpoint.sentence_transformers import Usage
 from lco_jax.core.errors import LcoError
-from lco_jax.data.instructions import INSTRUCTIONS, Instruction, Instructions
-from lco_jax.data.pipeline import SideInstructions
+from lco_jax.data.instructions import INSTRUCTIONS, Instruction, Instructions, SideInstructions
 
 Config = Mapping[str, Any]
 ROLES = ("query", "document")

@@ -356,11 +356,12 @@ def abstract_batch(
     mesh: Mesh,
     media: Mapping[str, Any] | None = None,
     teacher: bool = False,
+    guide: int = 0,
 ) -> Batch:
     """A batch as shapes on the mesh.
 
     sides: [B, 2 + M]. branches: as `PackedTokens` has them. media: as `Batch` has it. teacher:
-    whether it has a teacher's scores.
+    whether it has a teacher's scores. guide: the numbers of a guide's vector; 0: there is none.
     """
     sharding = NamedSharding(mesh, PartitionSpec(None, ROWS))
     leading = shape.chunks, row_shards(mesh)
@@ -375,7 +376,8 @@ def abstract_batch(
         table = jax.ShapeDtypeStruct(split, jnp.int32, sharding=sharding)
     tokens = abstract_tokens(shape, leading, branches, sharding)
     scores = table.update(dtype=jnp.float32) if teacher else None
-    return Batch(tokens, table, table, dict(media or {}), answers, kinds=table, teacher=scores)
+    vectors = table.update(shape=(*table.shape, guide), dtype=jnp.float32) if guide else None
+    return Batch(tokens, table, table, dict(media or {}), answers, table, scores, vectors)
 
 
 def abstract_media(

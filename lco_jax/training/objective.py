@@ -16,10 +16,11 @@ from jax import Array
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.packing import MODALITIES
+from lco_jax.data.guide import dimension_of
 from lco_jax.training.losses import Negatives, info_nce
 
 OF_TRAIN = ("temperature", "two_way", "ignore_duplicates")  # what config.train has of it
-GUIDES = ("", "own", "base")
+GUIDES = ("", "own", "base", "guide")
 TEACHERS = ("", "kl", "margin_mse")
 
 Metrics = dict[str, Array]
@@ -39,8 +40,9 @@ class LossConfig:
         over the whole and each (Kusupati et al. 2022, arXiv 2205.13147). matryoshka_weights: of the
         whole and of each; () for equal ones.
     false_negatives: whose scores tell that a candidate is a second positive: "own", "base" (the
-        model before tuning), or "" (all others are negatives). false_negative_margin: how far below
-        the positive's score that begins.
+        model before tuning), "guide" (another model), or "" (all others are negatives).
+        false_negative_margin: how far below the positive's score that begins. guide: the folder of
+        the other model's vectors, which `lco mine` makes.
     hard_weight: how many times a record's own hard negatives count.
     teacher: what is learned of a teacher's scores of a record's own candidates: "kl" (their
         softmax), "margin_mse" (their differences; Hofstätter et al. 2020, arXiv 2010.02666), "".
@@ -59,6 +61,7 @@ class LossConfig:
     matryoshka_weights: tuple[float, ...] = ()
     false_negatives: str = ""
     false_negative_margin: float = 0.0
+    guide: str = ""
     hard_weight: float = 1.0
     teacher: str = ""
     teacher_weight: float = 1.0
@@ -105,6 +108,11 @@ class LossConfig:
                 )
 
     @property
+    def guide_dimension(self) -> int:
+        """The numbers of a vector of the guide; 0 without one."""
+        return dimension_of(self.guide)
+
+    @property
     def first_temperatures(self) -> tuple[float, ...]:
         """The temperature of each modality before training."""
         return self.temperatures or (self.temperature,) * len(MODALITIES)
@@ -132,9 +140,10 @@ def contrastive(
 ) -> tuple[Array, Metrics]:
     """The objective of a batch's embeddings, float32 [B, 2 + M, D] of unit length.
 
-    log_temperatures: [K], those that are trained. guide: the vectors of the model before tuning,
-    where `config.false_negatives` is "base". Returns the loss, and the metrics of `info_nce` for
-    whole vectors. Among them is the loss; where there are several terms, each one, too.
+    log_temperatures: [K], those that are trained. guide: the vectors of another model, or of the
+    model before tuning, where `config.false_negatives` is "guide" or "base". Returns the loss, and
+    the metrics of `info_nce` for whole vectors. Among them is the loss; where there are several
+    terms, each one, too.
     """
     temperature = _temperature(labels.kinds, config, log_temperatures)
     measured = [

@@ -56,7 +56,7 @@ def contrastive_loss(
     labels = Labels(batch.sequences >= 0, batch.content, batch.kinds, batch.teacher)
     seeded = replace(batch, tokens=batch.tokens.with_seed(seed))
     embeddings = _by_record(decoder, tuned_params, seeded, media)
-    guide = None
+    guide = batch.guide
     if objective.false_negatives == "base":
         guide = jax.lax.stop_gradient(_by_record(decoder, params, batch, media))
     return contrastive(embeddings, labels, objective, tuned.get("log_temperatures"), guide)

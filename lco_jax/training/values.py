@@ -12,6 +12,7 @@ from lco_jax.checkpoint.hf import DTYPES
 from lco_jax.core.errors import LcoError, is_number
 from lco_jax.core.quantize import KINDS
 from lco_jax.data.instructions import PLACES
+from lco_jax.data.mixture import APART
 from lco_jax.models.attention import IMPLEMENTATIONS
 from lco_jax.models.decoder import REMAT_POLICIES
 from lco_jax.models.pooling import POOLINGS
@@ -155,6 +156,7 @@ RULES: dict[str, Rule] = {
     "data.on_bad": Choice(("error", "skip")),
     "data.batches": Choice(("mixed", "homogeneous")),
     "data.sub_batch": AT_LEAST_1,
+    "data.keep_apart": Choice(APART),
     "data.sampling_temperature": ABOVE_0,
     "data.threads": AT_LEAST_1,
     "data.max_negatives": Whole(-1),
@@ -177,6 +179,7 @@ RULES: dict[str, Rule] = {
     "loss.matryoshka_weights": Several(ABOVE_0),
     "loss.false_negatives": Choice(GUIDES),
     "loss.false_negative_margin": Number(-2.0, below=2.0),
+    "loss.guide": TEXT,
     "loss.hard_weight": ABOVE_0,
     "loss.teacher": Choice(TEACHERS),
     "loss.teacher_weight": NOT_NEGATIVE,
@@ -212,6 +215,7 @@ REMOVED = {"train.candidates": "auto", "train.spike": 20.0}
 ADDED = {
     "eval.share": 0.0,
     "data.sub_batch": 1,
+    "data.keep_apart": "",
     "data.sampling_temperature": 1.0,
     "model.pooling": "last",
     "instructions.query": "",
@@ -257,6 +261,10 @@ def _check_together(flat: Mapping[str, Any]) -> None:
         raise LcoError(
             "config.data.sub_batch goes with config.data.batches=mixed; homogeneous batches are "
             "of one source as a whole"
+        )
+    if bool(flat["loss.guide"]) != (flat["loss.false_negatives"] == "guide"):
+        raise LcoError(
+            "config.loss.guide, a folder of vectors, goes with config.loss.false_negatives=guide"
         )
     if flat["tune.decoder"] == "full":
         _check_full(flat)

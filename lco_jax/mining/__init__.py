@@ -1,0 +1,1 @@
+"""Hard negatives of records, found by a model: the search, the rules and the report."""
