@@ -8,6 +8,7 @@ import jax
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from lco_jax.checkpoint.export import shorter_dimension
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from lco_jax.checkpoint.store import RunStore
 from lco_jax.core import lora
@@ -46,6 +47,17 @@ def check_config(config: ConfigDict) -> None:
     """Raise, by key, for a value that no run can have, unless another part checks it."""
     check_values(flatten_dict(config.to_dict(), keep_empty_nodes=True, sep="."))
     LossConfig.of(config)
+
+
+def check_dimensions(config: ConfigDict, checkpoint: Checkpoint) -> None:
+    """Raise, by key, for a part of a vector that is no part of the model's."""
+    LossConfig.of(config).check_dimension(checkpoint.config.hidden_size)
+    if not config.export.merged:
+        return
+    try:
+        shorter_dimension(checkpoint, config.export.truncate_dim)
+    except LcoError as error:
+        raise LcoError(f"config.export.{error}") from error
 
 
 def check_same_run(
