@@ -94,7 +94,11 @@ def storage_settings(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[s
     if not args.calibration.is_file():
         raise LcoError(f"--calibration={args.calibration} is no file")
     holds = fingerprint([(args.calibration.name, args.calibration.stat())])
-    return {**found, "--calibration": str(args.calibration.absolute()), "what it holds": holds}
+    return {
+        **found,
+        "--calibration": str(args.calibration.absolute()),
+        "what --calibration holds": holds,
+    }
 
 
 def calibrated_rows(args: argparse.Namespace, total: int) -> int:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, load_model, open_checkpoint
-from lco_jax.checkpoint.usage import usage_of, with_dimension
+from lco_jax.checkpoint.usage import usage_of
 from lco_jax.core import console
 from lco_jax.core.errors import LcoError, check_keys
 from lco_jax.core.files import AnyPath, local_workdir, on_bucket, reaching, upload
@@ -31,9 +31,9 @@ from lco_jax.measured import open_held_out, open_pairs
 from lco_jax.models.model import Model
 from lco_jax.training import tuning
 from lco_jax.training.folder import check_outputs
-from lco_jax.training.instructions import instructions_by_source, usage_of_run
+from lco_jax.training.instructions import instructions_by_source
 from lco_jax.training.metrics import check_packages
-from lco_jax.training.run import check_same_run, has_begun
+from lco_jax.training.run import check_dimensions, check_same_run, has_begun
 from lco_jax.training.state import Training, warmup_steps
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
     checkpoint = open_checkpoint(config.model.path)
     processor, layout = open_layout(config, sources, checkpoint, generative)
     training = Training.build(config, checkpoint, total_steps, mesh)
-    _check_dimensions(config, training, checkpoint)
+    check_dimensions(config, checkpoint)
     _print_summary(config, home, mesh, sources, training, total_steps)
     towers = _towers_for(checkpoint, sources, held_out, media)
     if training.tune.trains_towers:
@@ -119,12 +119,6 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
         pairs=pairs,
         total_steps=total_steps,
     )
-
-
-def _check_dimensions(config: ConfigDict, training: Training, checkpoint: Checkpoint) -> None:
-    """Raise for a part of a vector that is no part of the model's."""
-    training.objective.check_dimension(checkpoint.config.hidden_size)
-    with_dimension(usage_of_run(config), None, checkpoint)
 
 
 def _check_begun(

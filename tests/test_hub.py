@@ -210,8 +210,9 @@ def test_what_is_there_is_pushed(hub, exports, monkeypatch, tmp_path):
         ),
         (["soup", "--models", "A"], "a soup needs --output"),
         (["--input=o", "--push=owner/x", "--merge"], "--merge goes with soup"),
-        (["--input=o", "--push=owner/x", "--dtype=float32"], "--dtype and .* go with --output"),
-        (["--input=o", "--push=owner/x", "--max-shard-size=1"], "shard-size go with --output"),
+        (["--input=o", "--push=owner/x", "--dtype=float32"], "--dtype, .* go with --output"),
+        (["--input=o", "--push=owner/x", "--max-shard-size=1"], "shard-size and .* go with"),
+        (["--input=o", "--push=owner/x", "--truncate-dim=8"], "--truncate-dim go with --output"),
     ],
 )
 def test_mistakes_of_convert(hub, monkeypatch, tmp_path, flags, message):

@@ -13,6 +13,8 @@ import pyarrow.parquet
 import pytest
 
 from lco_jax import LcoError, OmniEmbedder, convert, evaluate, quantize_embeddings, search
+from lco_jax.checkpoint.hf import open_checkpoint
+from lco_jax.configs.base import get_config
 from lco_jax.core.small_vectors import (
     LEVELS,
     PRECISIONS,
@@ -27,6 +29,7 @@ from lco_jax.evaluation.local_tasks import evaluate as evaluate_files
 from lco_jax.evaluation.retrieval import ranks, ranks_of_scores
 from lco_jax.evaluation.vector_sizes import Form, compare_and_write, forms
 from lco_jax.searching.nearest import Nearest, with_graph
+from lco_jax.training.run import check_dimensions
 from lco_jax.vector_form import VectorForm
 
 TEXTS = [f"text {i} of {'dogs' if i % 2 else 'cats'}" for i in range(24)]
@@ -550,6 +553,18 @@ def test_exports_that_cannot_be(tmp_path, monkeypatch, flags, says):
     monkeypatch.setattr(sys, "argv", ["convert", *paths, *flags])
     with pytest.raises(LcoError, match=re.escape(says)):
         convert.main()
+
+
+@pytest.mark.parametrize("width", [129, 64])
+def test_a_run_that_exports_fewer_numbers(width):
+    config = get_config()
+    config.export.truncate_dim = width
+    checkpoint = open_checkpoint("builtin:tiny")
+    if width == 64:
+        check_dimensions(config, checkpoint)
+        return
+    with pytest.raises(LcoError, match=r"config\.export\.truncate_dim is 129; the model's vectors"):
+        check_dimensions(config, checkpoint)
 
 
 @pytest.mark.slow

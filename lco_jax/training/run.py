@@ -10,10 +10,12 @@ from ml_collections import ConfigDict
 
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from lco_jax.checkpoint.store import RunStore
+from lco_jax.checkpoint.usage import with_dimension
 from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath, reaching, read_json, write_json
 from lco_jax.core.sharding import make_mesh
+from lco_jax.training.instructions import usage_of_run
 from lco_jax.training.objective import LossConfig
 from lco_jax.training.state import Training
 from lco_jax.training.values import ADDED, REMOVED, check_values
@@ -46,6 +48,15 @@ def check_config(config: ConfigDict) -> None:
     """Raise, by key, for a value that no run can have, unless another part checks it."""
     check_values(flatten_dict(config.to_dict(), keep_empty_nodes=True, sep="."))
     LossConfig.of(config)
+
+
+def check_dimensions(config: ConfigDict, checkpoint: Checkpoint) -> None:
+    """Raise, by key, for a part of a vector that is no part of the model's."""
+    LossConfig.of(config).check_dimension(checkpoint.config.hidden_size)
+    try:
+        with_dimension(usage_of_run(config), None, checkpoint)
+    except LcoError as error:
+        raise LcoError(f"config.export.{error}") from error
 
 
 def check_same_run(
