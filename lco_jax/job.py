@@ -14,8 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from lco_jax.checkpoint.hf import Checkpoint, load_model, open_checkpoint
-from lco_jax.checkpoint.usage import usage_of
+from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from lco_jax.core import console
 from lco_jax.core.errors import LcoError, check_keys
 from lco_jax.core.files import AnyPath, local_workdir, on_bucket, reaching, upload
@@ -29,6 +28,7 @@ from lco_jax.data.scan import ListSource, Source, fingerprint
 from lco_jax.evaluation.sts import ScoredPairs
 from lco_jax.measured import open_held_out, open_pairs
 from lco_jax.models.model import Model
+from lco_jax.run_model import load, towers_for
 from lco_jax.training import tuning
 from lco_jax.training.folder import check_outputs
 from lco_jax.training.instructions import instructions_by_source
@@ -99,10 +99,10 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
     training = Training.build(config, checkpoint, total_steps, mesh)
     check_dimensions(config, checkpoint)
     _print_summary(config, home, mesh, sources, training, total_steps)
-    towers = _towers_for(checkpoint, sources, held_out, media)
+    towers = towers_for(checkpoint, sources, held_out, media)
     if training.tune.trains_towers:
         towers = list(checkpoint.towers)
-    model, params = _load(config, checkpoint, mesh, towers, generative)
+    model, params = load(config, checkpoint, mesh, towers, generative)
     return Job(
         config=config,
         home=home,
@@ -286,49 +286,3 @@ def _print_summary(
     if skipped:
         say(f"{skipped:,} bad records skipped")
     _say_warmup(config, total_steps)
-
-
-def _towers_for(
-    checkpoint: Checkpoint,
-    sources: Mapping[str, Source],
-    held_out: Mapping[str, Source],
-    media: MediaConfig,
-) -> list[str]:
-    """The towers that the data needs. Raises for data that the checkpoint does not take."""
-    backbone = checkpoint.backbone
-    used: set[str] = set()
-    named = {f"held-out data {name}": source for name, source in held_out.items()}
-    for name, source in {**named, **sources}.items():
-        refused = sorted(source.modalities - set(backbone.modalities))
-        if refused:
-            taken = ", ".join(backbone.modalities)
-            raise LcoError(f"{name} holds {refused[0]}, and this checkpoint takes {taken}")
-        used |= source.modalities
-    if media.use_audio_in_video and "video" in used:
-        used.add("audio")
-    return backbone.towers_for(used)
-
-
-def _load(
-    config: ConfigDict, checkpoint: Checkpoint, mesh: Mesh, towers: list[str], generative: bool
-) -> tuple[Model, dict[str, Any]]:
-    """The model on the mesh, and its parameters."""
-    pooled = usage_of(checkpoint, None).pooling
-    if pooled != config.model.pooling and not generative:
-        say(f"{config.model.path} pools as {pooled!r}, and config.model.pooling says otherwise")
-    remat = config.model.remat
-    model, params = load_model(
-        checkpoint,
-        mesh,
-        config.model.dtype,
-        towers,
-        config.model.tower_dtype or None,
-        head=generative,
-        quantize=config.model.quantize,
-        remat="full" if remat == "auto" else remat,  # until a policy is chosen
-        attention=config.model.attention,
-        pooling=config.model.pooling,
-    )
-    if config.tune.decoder == "full":
-        model = dataclasses.replace(model, decoder=model.decoder.clone(tuned=True))
-    return model, params

@@ -17,7 +17,7 @@ import pytest
 from processes import free_port, run_two, with_devices
 
 from configs import base
-from lco_jax import LcoError, job, train
+from lco_jax import LcoError, job, run_model, train
 from lco_jax.core import errors
 from lco_jax.core.errors import PEER_LOST, PREEMPTED, PeerLost, run_main
 from lco_jax.core.sharding import make_mesh
@@ -86,7 +86,7 @@ def test_a_record_that_makes_nan_is_found(tmp_path, monkeypatch):
     ]
     lines[5]["positive"] = "a zebra runs"
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    load = job.load_model
+    load = run_model.load_model
 
     def poisoned(checkpoint, *args, **kwargs):
         model, params = load(checkpoint, *args, **kwargs)
@@ -100,7 +100,7 @@ def test_a_record_that_makes_nan_is_found(tmp_path, monkeypatch):
         table["weight"] = table["weight"].at[token].set(jnp.nan)
         return model, params
 
-    monkeypatch.setattr(job, "load_model", poisoned)
+    monkeypatch.setattr(run_model, "load_model", poisoned)
     monkeypatch.setattr(job, "make_mesh", lambda **_: make_mesh(devices=jax.devices()[:2]))
     flags = [
         "--config=base",
