@@ -22,6 +22,7 @@ VERBS = {
     "embed": "a file or folder of inputs to vectors",
     "evaluate": "benchmarks of mteb, or your own files",
     "search": "a page for searching a folder in a browser",
+    "serve": "a server of embeddings, for clients of OpenAI, vLLM and Cohere",
     "generate": "answers of a model, scored",
     "analyze": "how a model's layers see several modalities",
     "plan": "memory and time of a configuration on a machine that you do not have",

@@ -32,8 +32,10 @@ from lco_jax.data.inference import (
     MAX_TOKENS,
     EmbeddedBlock,
     InferenceBatch,
+    ShapeRule,
     batches_of,
     blocks_of,
+    fitting_shape,
     pack_on_mesh,
 )
 from lco_jax.data.inputs import Preparation, as_list, check_several, named, one_ahead, prepare_ahead
@@ -56,6 +58,7 @@ class OmniEmbedder(SentenceMethods):
     """Embeds text, images, audio, video and any mix of them. Build one with `from_pretrained`.
 
     skipped: index -> why, for the inputs that the last `encode(…, on_error="skip")` skipped.
+    shape_of: gives a pass its shape; each new shape is compiled. A server sets its own.
     """
 
     LOADS_HEAD = False  # whether `from_pretrained` loads the vocabulary head
@@ -68,6 +71,7 @@ class OmniEmbedder(SentenceMethods):
         self.mesh = mesh
         self.origin: Origin | None = None
         self.skipped: dict[int, str] = {}
+        self.shape_of: ShapeRule = fitting_shape
         self.towers = MediaPrograms(model, mesh)
         self.decoder_shapes = ShapeLog("decoder")
         self._pool = jax.jit(
@@ -379,7 +383,7 @@ class OmniEmbedder(SentenceMethods):
     ) -> Iterator[tuple[list[int], T]]:
         for members in batches_of(ready, batch_size, max_tokens, row_shards(self.mesh)):
             with jax.set_mesh(self.mesh):
-                batch = pack_on_mesh(ready, members, self.processor.rows, self.mesh)
+                batch = pack_on_mesh(ready, members, self.processor.rows, self.mesh, self.shape_of)
                 results = start(batch)
             yield batch.inputs, results
 

@@ -90,7 +90,7 @@ def prepare_ahead(
     """
     if not is_number(workers, Integral) or workers < 0:
         raise LcoError(f"workers is {workers!r:.60}; it must be a whole number of 0 or more")
-    pool = _Processes(preparation, workers) if workers else _Threads(preparation)
+    pool = Processes(preparation, workers) if workers else Threads(preparation)
     most = 2 * max(workers, 1) + 1
     submitted = ((task, pool.submit(task)) for task in _tasks(items))
     try:
@@ -130,7 +130,7 @@ def _is_text(item: Any) -> bool:
     return isinstance(item, dict) and item.keys() == {"text"}
 
 
-class _Threads:
+class Threads:
     """Prepares in threads of this process."""
 
     def __init__(self, preparation: Preparation):
@@ -154,7 +154,7 @@ class _Pickler(ForkingPickler):
         return LazyImage, (lazy.label, lazy.content, lazy.opened)
 
 
-class _Processes:
+class Processes:
     """Prepares in processes, which are started again when one dies."""
 
     def __init__(self, preparation: Preparation, workers: int):
