@@ -20,7 +20,9 @@ from lco_jax.core.errors import DONE, LcoError, explained, run_main
 from lco_jax.core.extras import install_line
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.inputs import Preparation
+from lco_jax.data.media import MediaConfig
 from lco_jax.data.tower_rows import Processed
+from lco_jax.embedder import OmniEmbedder
 from lco_jax.flags import add_model_flags, load_embedder, media_config, new_parser, workers
 
 if TYPE_CHECKING:  # these need the extra
@@ -48,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--warm-tokens",
         type=int,
         default=512,
-        help="compile at the start what texts of up to so many tokens need (default: 512)",
+        help="compile at the start what texts of up to so many tokens need (default: 512; 0: none)",
     )
     parser.add_argument(
         "--allow-private",
@@ -80,11 +82,14 @@ def main() -> int:
         from lco_jax.searching.server import LOOPBACK
         from lco_jax.serving.ending import ApiServer
     _check(args)
+    media = media_config(args)
     key = os.environ.get(KEY, "")
     if args.host not in LOOPBACK and not key:
         logger.warning("--host=%s without %s: whoever reaches it may use it", args.host, KEY)
     with listening(args.host, args.port) as socket_:  # before the model is loaded
-        api = make_api(args, key)
+        keep_compiled()
+        embedder = load_embedder(args, open_checkpoint(args.model), media, None)
+        api = make_api(args, embedder, media, key)
         host = f"[{args.host}]" if ":" in args.host else args.host
         address = f"http://{host}:{socket_.getsockname()[1]}"
         # what the command is asked for, however much else is said
@@ -101,8 +106,8 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             flag = name.replace("_", "-")
             raise LcoError(f"--{flag}={getattr(args, name)}: it must be at least 1")
-    if args.warm_tokens < 1:
-        raise LcoError(f"--warm-tokens={args.warm_tokens}: it must be at least 1")
+    if args.warm_tokens < 0:
+        raise LcoError(f"--warm-tokens={args.warm_tokens}: it must be at least 0")
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -113,8 +118,10 @@ def listening(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family)
 
 
-def make_api(args: argparse.Namespace, key: str = "") -> "Api":
-    """The handlers, with a model whose programs are compiled."""
+def make_api(
+    args: argparse.Namespace, embedder: OmniEmbedder, media: MediaConfig, key: str = ""
+) -> "Api":
+    """The handlers, with a model whose programs are compiled. media: caps on what is fetched."""
     from lco_jax.serving.app import Api, Limits
     from lco_jax.serving.contents import Reader
     from lco_jax.serving.engine import Engine
@@ -122,9 +129,6 @@ def make_api(args: argparse.Namespace, key: str = "") -> "Api":
     from lco_jax.serving.metrics import Metrics
     from lco_jax.serving.shapes import PassShapes, warm_up
 
-    media = media_config(args)
-    keep_compiled()
-    embedder = load_embedder(args, open_checkpoint(args.model), media, None)
     preparation = Preparation(embedder.processor, args.prompt, args.max_length)
     processor = embedder.processor
     text = _prepared(preparation)

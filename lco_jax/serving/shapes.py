@@ -15,8 +15,10 @@ from lco_jax.core.stream_shapes import Shape, width_of
 from lco_jax.data.tower_rows import Processed
 from lco_jax.embedder import OmniEmbedder
 
-ROWS = (1, 8, 64)  # of a pass, on each device
-ROW_TOKENS = 8192  # rows times their width, at most, where there are several rows
+ROWS = (1, 4, 16, 64)  # of a pass, on each device
+ROW_TOKENS = 4096  # rows times their width, at most, where there are several rows
+# tokens of a stream, as parts of rows times width: inputs share the beginning of the template
+EIGHTHS = (3, 4, 6, 8)
 DOUBLING = 1024  # up to here a width is twice the one before; from here on the steps are finer
 ROOM = 16  # tokens of a short text, beside its template and prompt
 
@@ -50,7 +52,7 @@ class PassShapes:
 
     def of_texts(self, longest: int) -> list[Shape]:
         """Every shape of passes whose inputs have at most `longest` tokens each."""
-        widths = [width for width in self.widths if width <= self.width(longest)]
+        widths = [width for width in self.widths if longest and width <= self.width(longest)]
         return [
             Shape(tokens, {width: rows})
             for width in widths
@@ -70,11 +72,10 @@ def _widths(first: int, longest: int) -> list[int]:
 
 
 def _stream_sizes(rows: int, width: int) -> list[int]:
-    """How many tokens a stream may have: for few of its rows, or for many that share little."""
-    sizes = [rows * width]
-    while sizes[0] > 2 * width and sizes[0] > rows * width // 8:
-        sizes.insert(0, sizes[0] // 2)
-    return sizes
+    """How many tokens a stream may have."""
+    if rows == 1:
+        return [width]
+    return [rows * width * eighths // 8 for eighths in EIGHTHS]
 
 
 def warm_up(embedder: OmniEmbedder, shapes: PassShapes, text: Processed, longest: int) -> int:
