@@ -18,14 +18,25 @@ from typing import TYPE_CHECKING
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.core.errors import DONE, LcoError, explained, run_main
 from lco_jax.core.extras import install_line
+from lco_jax.core.files import local_path
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.inputs import Preparation
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.tower_rows import Processed
 from lco_jax.embedder import OmniEmbedder
-from lco_jax.flags import add_model_flags, load_embedder, media_config, new_parser, workers
+from lco_jax.flags import (
+    MEDIA_A_UNIT,
+    add_corpus_flags,
+    load_embedder,
+    media_config,
+    new_parser,
+    workers,
+)
+from lco_jax.search import Started, prepare
 
 if TYPE_CHECKING:  # these need the extra
+    from starlette.applications import Starlette
+
     from lco_jax.serving.app import Api
 
 KEY = "LCO_API_KEY"
@@ -57,8 +68,12 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with --allow-remote, also fetch from this machine's own networks",
     )
+    page = parser.add_argument_group("the page of lco search")
+    page.add_argument("--input", type=local_path, help="a folder of media, a .jsonl or a .txt")
+    page.add_argument("--index", type=local_path, help="the folder of its index")
+    page.add_argument("--ann", action="store_true", help="as of lco search")
     _add_limits(parser)
-    add_model_flags(parser)
+    add_corpus_flags(parser, on_error="skip", part_size=MEDIA_A_UNIT)
     return parser
 
 
@@ -87,21 +102,48 @@ def main() -> int:
     if args.host not in LOOPBACK and not key:
         logger.warning("--host=%s without %s: whoever reaches it may use it", args.host, KEY)
     with listening(args.host, args.port) as socket_:  # before the model is loaded
-        keep_compiled()
-        embedder = load_embedder(args, open_checkpoint(args.model), media, None)
+        started = _indexed(args)
+        if started is None:
+            keep_compiled()
+            embedder = load_embedder(args, open_checkpoint(args.model), media, None)
+        else:
+            embedder = started.embedder
         api = make_api(args, embedder, media, key)
+        hosts = LOOPBACK if args.host in LOOPBACK else ("*",)
+        page = None if started is None else _page(args, started, api, media, hosts)
         host = f"[{args.host}]" if ":" in args.host else args.host
         address = f"http://{host}:{socket_.getsockname()[1]}"
         # what the command is asked for, however much else is said
         print(f"{api.names[0]}: {address}/v1/embeddings", flush=True)
-        app = api.app(LOOPBACK if args.host in LOOPBACK else ("*",))
-        server = ApiServer(app, api, args.timeout)
+        server = ApiServer(api.app(hosts, page), api, args.timeout)
         server.run(sockets=[socket_])
         api.engine.close()
     return DONE
 
 
+def _indexed(args: argparse.Namespace) -> Started | None:
+    """The index of the page, brought up to date, and the model; None without a page."""
+    if args.input is None:
+        return None
+    args.output = args.index  # as lco search calls it
+    return prepare(args)
+
+
+def _page(
+    args: argparse.Namespace, started: Started, api: "Api", media: MediaConfig, hosts: Sequence[str]
+) -> "Starlette":
+    """The search page, whose queries go through the server's engine."""
+    from lco_jax.searching.server import Server
+    from lco_jax.serving.page import EngineQueries
+
+    queries = EngineQueries(api.engine, args.timeout)
+    about = {"model": Path(args.model).name, "modalities": started.embedder.modalities}
+    return Server(started.library, queries, about, args.max_upload, media).app(tuple(hosts))
+
+
 def _check(args: argparse.Namespace) -> None:
+    if (args.input is None) != (args.index is None):
+        raise LcoError("the page needs both --input, what is searched, and --index, its index")
     for name in ("max_upload", "max_held", "max_inputs", "max_texts", "max_media", "timeout"):
         if getattr(args, name) < 1:
             flag = name.replace("_", "-")

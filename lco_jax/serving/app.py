@@ -196,7 +196,7 @@ class Api:
 
     async def _wait(self, request: Request, job: Job) -> None:
         """Wait for a job, as long as the client waits for it."""
-        done = asyncio.ensure_future(job.done())
+        done = asyncio.wrap_future(job.answer)
         gone = asyncio.ensure_future(_gone(request))
         ways = asyncio.FIRST_COMPLETED
         try:

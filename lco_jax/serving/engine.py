@@ -9,11 +9,11 @@ the lanes' passes take turns: the collectives of two programs would wait for eac
 Dimensions: N inputs of a job, D numbers of a vector.
 """
 
-import asyncio
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -58,7 +58,8 @@ class Job:
     """The inputs of a request. vectors: float32 [N, D], unit length; tokens: int [N], their counts.
 
     is_wanted: False once one input failed, or nobody waits for the answer any more. failed: the
-    number of the input that failed.
+    number of the input that failed. answer: is there once every input has its vector, or with the
+    error of the first that failed.
     """
 
     def __init__(self, count: int, dimension: int):
@@ -66,14 +67,9 @@ class Job:
         self.tokens = np.zeros(count, np.int64)
         self.is_wanted = True
         self.failed = 0
+        self.answer: Future[None] = Future()
         self._left = count
         self._lock = threading.Lock()
-        self._loop = asyncio.get_running_loop()
-        self._answer: asyncio.Future[None] = self._loop.create_future()
-
-    async def done(self) -> None:
-        """Wait until every input has its vector. Raises the error of the first that failed."""
-        await self._answer
 
     def abandon(self) -> None:
         """Nobody waits any more: what has not begun is not begun."""
@@ -85,30 +81,16 @@ class Job:
         self.tokens[place] = tokens
         with self._lock:
             self._left -= 1
-            ended = self._left == 0
-        if ended:
-            self._tell(None)
+            if self._left == 0 and not self.answer.done():
+                self.answer.set_result(None)
 
     def fail(self, place: int, error: Exception) -> None:
         """An input failed, and with it the request."""
-        if self.is_wanted:
-            self.failed = place
         self.is_wanted = False
-        self._tell(error)
-
-    def _tell(self, error: Exception | None) -> None:
-        def tell() -> None:
-            if self._answer.done():
-                return
-            if error is None:
-                self._answer.set_result(None)
-            else:
-                self._answer.set_exception(error)
-
-        try:
-            self._loop.call_soon_threadsafe(tell)
-        except RuntimeError:  # the loop is closed: the server ended, and nobody waits
-            logger.debug("an answer came after the end of the server")
+        with self._lock:
+            if not self.answer.done():
+                self.failed = place
+                self.answer.set_exception(error)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from lco_jax.embedder import OmniEmbedder
 ROWS = (1, 4, 16, 64)  # of a pass, on each device
 ROW_TOKENS = 4096  # rows times their width, at most, where there are several rows
 # tokens of a stream, as parts of rows times width: inputs share the beginning of the template
-EIGHTHS = (3, 4, 6, 8)
+EIGHTHS = (4, 5, 6, 8)
 DOUBLING = 1024  # up to here a width is twice the one before; from here on the steps are finer
 ROOM = 16  # tokens of a short text, beside its template and prompt
 
