@@ -119,19 +119,7 @@ def _measured(args: argparse.Namespace, servers: list[Server]) -> dict[str, Any]
     apart = max(float(np.abs(one - vectors[0]).max()) for one in vectors)
     if apart > 1e-4:
         raise LcoError(f"the servers' vectors differ by {apart:.1e}")
-    took: dict[str, dict[int, list[float]]] = {
-        server.name: {clients: [] for clients in args.clients} for server in servers
-    }
-    for i in tqdm(range(args.rounds), desc="serving", unit="round", file=sys.stderr):
-        for server in servers if i % 2 == 0 else servers[::-1]:
-            for clients in args.clients:
-                bodies = [_texts(client) for client in range(clients)]
-                took[server.name][clients] += asyncio.run(_load(server.port, bodies, args.seconds))
-    seconds = args.rounds * args.seconds
-    sides = {
-        name: {str(n): _summary(times, seconds) for n, times in by_clients.items()}
-        for name, by_clients in took.items()
-    }
+    sides = _in_turns(args, servers)
     busiest = "16" if 16 in args.clients else str(args.clients[-1])
     rates = {name: side[busiest]["requests_a_second"] for name, side in sides.items()}
     return {
@@ -141,6 +129,25 @@ def _measured(args: argparse.Namespace, servers: list[Server]) -> dict[str, Any]
         "ratio": rates["ours"] / rates["peer"],
         "ratio_batches": rates["ours"] / rates["without batches"],
         "beside_videos": _beside_videos(args, servers[0]),
+    }
+
+
+def _in_turns(
+    args: argparse.Namespace, servers: list[Server]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Server -> number of clients -> what they measured."""
+    took: dict[str, dict[int, list[float]]] = {
+        server.name: {clients: [] for clients in args.clients} for server in servers
+    }
+    for i in tqdm(range(args.rounds), desc="serving", unit="round", file=sys.stderr):
+        for server in servers if i % 2 == 0 else servers[::-1]:
+            for clients in args.clients:
+                bodies = [_texts(client) for client in range(clients)]
+                took[server.name][clients] += asyncio.run(_load(server.port, bodies, args.seconds))
+    seconds = args.rounds * args.seconds
+    return {
+        name: {str(n): _summary(times, seconds) for n, times in by_clients.items()}
+        for name, by_clients in took.items()
     }
 
 

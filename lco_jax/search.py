@@ -84,7 +84,7 @@ def main() -> int:
         from lco_jax.searching.server import LOOPBACK, Server, http_server
     if args.input.suffix == ".parquet":
         raise LcoError(f"--input={args.input}: search takes a folder of media, a .jsonl or a .txt")
-    with _listening(args) as socket_:  # before hours of work
+    with listening(args) as socket_:  # before hours of work
         library, embedder, notes = prepare(args)
         preparation = Preparation(embedder.processor, args.prompt, args.max_length)
         queries = ModelQueries(preparation, embedder.embed)
@@ -101,7 +101,7 @@ def main() -> int:
     return DONE
 
 
-def _listening(args: argparse.Namespace) -> socket.socket:
+def listening(args: argparse.Namespace) -> socket.socket:
     """The socket of --host and --port."""
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     cannot = f"--host={args.host} --port={args.port} cannot be listened on"

@@ -10,7 +10,6 @@ is served, too, of the same model. Needs the extra `serve`.
 import argparse
 import logging
 import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,12 +31,14 @@ from lco_jax.flags import (
     new_parser,
     workers,
 )
-from lco_jax.search import Started, prepare
+from lco_jax.search import Started, listening, prepare
 
 if TYPE_CHECKING:  # these need the extra
     from starlette.applications import Starlette
 
     from lco_jax.serving.app import Api
+    from lco_jax.serving.engine import Engine
+    from lco_jax.serving.metrics import Metrics
 
 KEY = "LCO_API_KEY"
 logger = logging.getLogger(__name__)
@@ -99,26 +100,26 @@ def main() -> int:
     _check(args)
     media = media_config(args)
     key = os.environ.get(KEY, "")
-    if args.host not in LOOPBACK and not key:
+    hosts = LOOPBACK if args.host in LOOPBACK else ("*",)
+    if "*" in hosts and not key:
         logger.warning("--host=%s without %s: whoever reaches it may use it", args.host, KEY)
-    with listening(args.host, args.port) as socket_:  # before the model is loaded
+    with listening(args) as socket_:  # before the model is loaded
         started = _indexed(args)
-        if started is None:
-            keep_compiled()
-            embedder = load_embedder(args, open_checkpoint(args.model), media, None)
-        else:
-            embedder = started.embedder
+        embedder = _opened(args, media) if started is None else started.embedder
         api = make_api(args, embedder, media, key)
-        hosts = LOOPBACK if args.host in LOOPBACK else ("*",)
         page = None if started is None else _page(args, started, api, media, hosts)
         host = f"[{args.host}]" if ":" in args.host else args.host
         address = f"http://{host}:{socket_.getsockname()[1]}"
         # what the command is asked for, however much else is said
         print(f"{api.names[0]}: {address}/v1/embeddings", flush=True)
-        server = ApiServer(api.app(hosts, page), api, args.timeout)
-        server.run(sockets=[socket_])
+        ApiServer(api.app(hosts, page), api, args.timeout).run(sockets=[socket_])
         api.engine.close()
     return DONE
+
+
+def _opened(args: argparse.Namespace, media: MediaConfig) -> OmniEmbedder:
+    keep_compiled()
+    return load_embedder(args, open_checkpoint(args.model), media, None)
 
 
 def _indexed(args: argparse.Namespace) -> Started | None:
@@ -152,49 +153,52 @@ def _check(args: argparse.Namespace) -> None:
         raise LcoError(f"--warm-tokens={args.warm_tokens}: it must be at least 0")
 
 
-def listening(host: str, port: int) -> socket.socket:
-    """The socket of --host and --port."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    cannot = f"--host={host} --port={port} cannot be listened on"
-    with explained(cannot, OSError, OverflowError):
-        return socket.create_server((host, port), family=family)
-
-
 def make_api(
     args: argparse.Namespace, embedder: OmniEmbedder, media: MediaConfig, key: str = ""
 ) -> "Api":
     """The handlers, with a model whose programs are compiled. media: caps on what is fetched."""
     from lco_jax.serving.app import Api, Limits
     from lco_jax.serving.contents import Reader
-    from lco_jax.serving.engine import Engine
     from lco_jax.serving.fetching import Fetcher
     from lco_jax.serving.metrics import Metrics
-    from lco_jax.serving.shapes import PassShapes, warm_up
 
     preparation = Preparation(embedder.processor, args.prompt, args.max_length)
-    processor = embedder.processor
-    text = _prepared(preparation)
-    around = len(text)
-    longest = processor.max_tokens
-    shapes = PassShapes(around, longest)
+    empty = _prepared(preparation)
     metrics = Metrics()
-    has_media = len(embedder.modalities) > 1
+    engine = _engine(args, embedder, preparation, empty, metrics)
+    fetch = Fetcher(media, args.allow_private) if args.allow_remote else None
+    tokenizer = embedder.tokenizer.tokenizer
+    room = embedder.processor.max_tokens - len(empty)
+    reader = Reader(embedder.modalities, tokenizer, room, fetch)
+    limits = Limits(args.max_upload, args.max_inputs, args.timeout, args.max_held)
+    return Api(engine, reader, metrics, _names(args), limits, key)
+
+
+def _engine(
+    args: argparse.Namespace,
+    embedder: OmniEmbedder,
+    preparation: Preparation,
+    empty: Processed,
+    metrics: "Metrics",
+) -> "Engine":
+    """The engine, once all programs that it needs for texts are compiled. empty: an empty text."""
+    from lco_jax.serving.engine import Engine
+    from lco_jax.serving.shapes import PassShapes, warm_up
+
+    longest = embedder.processor.max_tokens
+    shapes = PassShapes(len(empty), longest)
     engine = Engine(
         embedder,
         preparation,
         shapes,
         metrics,
-        workers=workers(args, has_media),
+        workers=workers(args, media=len(embedder.modalities) > 1),
         batch_size=args.batch_size,
         most={"text": args.max_texts, "media": args.max_media},
     )
-    compiled = warm_up(embedder, shapes, text, min(args.warm_tokens, longest))
+    compiled = warm_up(embedder, shapes, empty, min(args.warm_tokens, longest))
     logger.info("%d programs are ready, for texts of up to %d tokens", compiled, args.warm_tokens)
-    fetch = Fetcher(media, args.allow_private) if args.allow_remote else None
-    tokenizer = processor.tokenizer.tokenizer
-    reader = Reader(embedder.modalities, tokenizer, longest - around, fetch)
-    limits = Limits(args.max_upload, args.max_inputs, args.timeout, args.max_held)
-    return Api(engine, reader, metrics, _names(args), limits, key)
+    return engine
 
 
 def _prepared(preparation: Preparation) -> Processed:

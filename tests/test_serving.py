@@ -106,7 +106,7 @@ class Running:
     """A server in a thread of this process."""
 
     def __init__(self, args, key="", devices=1):
-        self.socket = serve.listening("127.0.0.1", 0)
+        self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         mesh = make_mesh(devices=jax.devices()[:devices])

@@ -29,7 +29,7 @@ KEYS = (
 
 @dataclass(frozen=True)
 class Asked:
-    """A request. texts, images: what the answer repeats, or None."""
+    """A request. texts: what the answer repeats, if there are texts."""
 
     contents: list[Content]
     dimensions: int | None
@@ -49,15 +49,20 @@ def read(body: Mapping[str, Any], reader: Reader, dimension: int) -> Asked:
     dimensions = dimensions_of(body, "output_dimension", dimension)
     if (dimensions or dimension) % 8 and {"binary", "ubinary"} & set(types):
         raise refused("output_dimension", "must be a multiple of 8 for binary vectors")
+    key, given = _given(body)
+    contents = [_content(key, one, f"{key}[{i}]", reader, truncate) for i, one in enumerate(given)]
+    return Asked(contents, dimensions, types, given if key == "texts" else None)
+
+
+def _given(body: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    """(which of the keys has the inputs, the inputs)."""
     keys = [key for key in SOURCES if body.get(key) is not None]
     if len(keys) != 1:
         raise refused("texts", "or images or inputs must be given, and only one of them")
-    key = keys[0]
-    given = body[key]
+    given = body[keys[0]]
     if not isinstance(given, list) or not given:
-        raise refused(key, f"is {describe(given)}; give a list that is not empty")
-    contents = [_content(key, one, f"{key}[{i}]", reader, truncate) for i, one in enumerate(given)]
-    return Asked(contents, dimensions, types, given if key == "texts" else None)
+        raise refused(keys[0], f"is {describe(given)}; give a list that is not empty")
+    return keys[0], given
 
 
 def _one_of(body: Mapping[str, Any], key: str, known: tuple[str, ...]) -> str | None:

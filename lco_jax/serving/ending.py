@@ -9,6 +9,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from lco_jax.searching.connections import Connection
+from lco_jax.searching.server import HEADERS
 from lco_jax.serving.app import Api
 
 CONNECTIONS = 1024  # that are open at a time
@@ -37,6 +38,7 @@ class ApiServer(uvicorn.Server):
             log_level="error",
             access_log=False,
             server_header=False,
+            headers=HEADERS,
             timeout_keep_alive=IDLE_SECONDS,
             timeout_graceful_shutdown=1,
         )

@@ -150,17 +150,21 @@ class Engine:
         self._processes = [Processes(preparation, 1) for _ in range(workers)]
         for one in self._processes:  # they start while the first programs are compiled
             one.submit([({"text": ""}, "the first input")])
-        prepare = [partial(_in_process, one) for one in self._processes] or [preparation]
-        media, text = self.lanes["media"], self.lanes["text"]
-        targets = [
+        self._threads = [
+            threading.Thread(target=target, daemon=True) for target in self._what_threads_do()
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _what_threads_do(self) -> list[Callable[[], None]]:
+        text, media = self.lanes["text"], self.lanes["media"]
+        prepare = [partial(_in_process, one) for one in self._processes] or [self.preparation]
+        return [
             self._prepare_texts,
             *(partial(self._prepare_media, one) for one in prepare),
             partial(self._embed_lane, text, "text", self._texts_of_pass),
-            partial(self._embed_lane, media, "media", lambda: media.prepared.take(1)),
+            partial(self._embed_lane, media, "media", partial(media.prepared.take, 1)),
         ]
-        self._threads = [threading.Thread(target=target, daemon=True) for target in targets]
-        for thread in self._threads:
-            thread.start()
 
     # ---- requests
 
@@ -292,7 +296,7 @@ class Engine:
             for _ in self._threads:
                 lane.room.release()
         for processes in self._processes:
-            processes.executor.shutdown(wait=False, cancel_futures=True)
+            processes.executor.shutdown(cancel_futures=True)
 
 
 def _in_process(processes: Processes, task: list[Any]) -> list[Any]:
