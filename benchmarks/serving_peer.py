@@ -8,7 +8,6 @@ import sys
 import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
-from sentence_transformers import SentenceTransformer
 
 from benchmarks.peer import import_torchvision
 
@@ -22,6 +21,8 @@ class Request(BaseModel):
 def app_of(folder: str) -> FastAPI:
     """An application that answers as OpenAI does."""
     import_torchvision()
+    from sentence_transformers import SentenceTransformer
+
     model = SentenceTransformer(folder)
     model.encode("a first text")
     app = FastAPI()

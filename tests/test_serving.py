@@ -443,7 +443,7 @@ def test_no_file_of_the_server_is_read(server, address, kind):
 @pytest.mark.parametrize(
     ("medium", "says"),
     [
-        (uri(b"no picture", "image/png"), "cannot be decoded"),
+        (uri(b"no picture", "image/png"), "in no format"),
         (uri(PNG[:80], "image/png"), "cannot be decoded"),
         ("data:image/png;base64,***", "not valid base64"),
         ("data:image/png;base64", "no comma"),

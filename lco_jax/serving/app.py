@@ -176,8 +176,9 @@ class Api:
     async def _embedded(self, request: Request, contents: list[Content]) -> Job:
         """The vectors of a request's inputs."""
         if len(contents) > self.limits.inputs:
-            most = f"{len(contents):,} inputs, and a request has at most {self.limits.inputs:,}"
-            raise Refused(400, f"there are {most}", "input")
+            key = contents[0].name.partition("[")[0]
+            most = f"a request has at most {self.limits.inputs:,}"
+            raise Refused(400, f"{key} has {len(contents):,} inputs, and {most}", key)
         try:
             job = self.engine.start(contents)
         except Full as full:

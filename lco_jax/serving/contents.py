@@ -63,13 +63,14 @@ class Reader:
 
     def image(self, given: Any, name: str) -> Content:
         """An image by its address."""
-        return self.content([{"type": "image_url", "image_url": {"url": given}}], name)
+        load, _ = self._part({"type": "image_url", "image_url": given}, name)
+        return Content(name, lambda: {"content": [load()]}, has_media=True)
 
     def content(self, given: Any, name: str) -> Content:
         """A text, or parts, that get the prompt."""
         if isinstance(given, str):
             return self.text(given, name)
-        parts = self._parts(given, name)
+        parts = self._parts(given, f"{name}.content")
         return Content(
             name,
             lambda: {"content": [load() for load, _ in parts]},
