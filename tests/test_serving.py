@@ -30,6 +30,7 @@ import openai
 import psutil
 import pytest
 from langchain_openai import OpenAIEmbeddings
+from llama_index.embeddings.openai import OpenAIEmbedding
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -374,6 +375,16 @@ def test_langchains_client(server, reference):
     same(client.embed_query(TEXTS[0]), expected[0])
 
 
+def test_llamaindexs_client(server, reference):
+    client = OpenAIEmbedding(
+        model_name="builtin:lab", api_base=f"{server.url}/v1", api_key="none", dimensions=64
+    )
+    texts = [text for text in TEXTS if text]
+    expected = reference([{"text": text} for text in texts], truncate_dim=64)
+    same(client.get_text_embedding_batch(texts), expected)
+    same(client.get_query_embedding(texts[0]), expected[0])
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_curl(server, reference):
     body = json.dumps({"input": TEXTS[0]})
@@ -686,6 +697,19 @@ def test_media_are_fetched_where_that_is_allowed(host):
         Fetcher(MediaConfig(max_file_bytes=10), allow_private=True)(f"{host.url}/a.png", "it")
 
 
+def test_a_server_fetches_where_that_is_allowed(host, reference):
+    running = Running(arguments("--allow-remote", "--allow-private"))
+    part = {"type": "image_url", "image_url": {"url": f"{host.url}/a.png"}}
+    missing = {"type": "image_url", "image_url": f"{host.url}/b.png"}
+    try:
+        found, _ = running.vectors(input=[{"content": [part]}])
+        same(found, reference([{"content": [{"type": "image", "image": PNG}]}]))
+        status, _, answer = running.post("/v1/embeddings", {"input": [{"content": [missing]}]})
+        assert (status, "answers 404" in answer["error"]["message"]) == (400, True)
+    finally:
+        running.end()
+
+
 @pytest.mark.parametrize(
     "address",
     ["localhost", "127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "10.0.0.1", "169.254.169.254", "0"],
@@ -832,6 +856,33 @@ def test_nothing_is_compiled_under_load(process):
                 )
             )
     assert programs() == before
+
+
+@pytest.mark.slow
+def test_the_search_page_is_served_with_the_same_model(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for seed in range(3):
+        (folder / f"{seed}.png").write_bytes(png(seed))
+    running = Process(
+        f"--input={folder}", f"--index={tmp_path / 'index'}", "--warm-tokens=0", "--workers=1"
+    )
+    try:
+        assert b"<!doctype html>" in running.get("/")
+        assert json.loads(running.get("/about"))["counts"] == {"image": 3}
+        fields = {"content-type": "application/x-www-form-urlencoded"}
+        status, headers, found = running.post("/search", b"text=a+picture", **fields)
+        assert (status, len(found["results"])) == (200, 3)
+        assert "frame-ancestors 'none'" in headers["content-security-policy"]
+        _, _, answer = running.post("/v1/embeddings", {"input": "a picture"})
+        query = np.array(answer["data"][0]["embedding"])
+        _, _, answer = running.post("/v2/embed", {"images": [uri(png(0), "image/png")]})
+        cosine = float(query @ np.array(answer["embeddings"]["float"][0]))
+        [first] = [one for one in found["results"] if one["label"] == "0.png"]
+        assert abs(first["cosine"] - cosine) < 1e-5
+    finally:
+        running.process.kill()
+        running.process.communicate()
 
 
 @pytest.mark.slow
