@@ -19,6 +19,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -150,18 +151,16 @@ def _in_turns(
     args: argparse.Namespace, servers: list[Server]
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Server -> number of clients -> what they measured."""
-    took: dict[str, dict[int, list[float]]] = {
-        server.name: {clients: [] for clients in args.clients} for server in servers
-    }
+    turns = {server.name: {clients: Turn() for clients in args.clients} for server in servers}
     for i in tqdm(range(args.rounds), desc="serving", unit="round", file=sys.stderr):
         for server in servers if i % 2 == 0 else servers[::-1]:
             for clients in args.clients:
                 bodies = [_texts(client) for client in range(clients)]
-                took[server.name][clients] += asyncio.run(_load(server.port, bodies, args.seconds))
-    seconds = args.rounds * args.seconds
+                turn = asyncio.run(_load(server.port, bodies, args.seconds))
+                turns[server.name][clients].add(turn)
     return {
-        name: {str(n): _summary(times, seconds) for n, times in by_clients.items()}
-        for name, by_clients in took.items()
+        name: {str(clients): turn.summary() for clients, turn in by_clients.items()}
+        for name, by_clients in turns.items()
     }
 
 
@@ -175,15 +174,13 @@ def _beside_videos(args: argparse.Namespace, server: Server) -> dict[str, Any]:
         return {"input": [{"content": [part]}]}
 
     asyncio.run(_load(server.port, [video], 1.0))  # compiles what videos need
-    alone, beside = [], []
-    videos = 0
+    alone, beside, videos = Turn(), Turn(), 0
     for _ in range(args.rounds):
-        alone += asyncio.run(_load(server.port, texts, args.seconds))
-        found, counted = asyncio.run(_load_beside(server.port, texts, video, args.seconds))
-        beside += found
-        videos += counted
-    seconds = args.rounds * args.seconds
-    summaries = {"alone": _summary(alone, seconds), "beside": _summary(beside, seconds)}
+        alone.add(asyncio.run(_load(server.port, texts, args.seconds)))
+        turn, count = asyncio.run(_load_beside(server.port, texts, video, args.seconds))
+        beside.add(turn)
+        videos += count
+    summaries = {"alone": alone.summary(), "beside": beside.summary()}
     ratio = summaries["beside"]["p95_ms"] / summaries["alone"]["p95_ms"]
     return {**summaries, "videos": videos, "p95_ratio": ratio}
 
@@ -209,30 +206,43 @@ def _line(name: str, clients: Any, one: dict[str, float]) -> str:
     return f"{name:<16} {clients:>7} {one['requests_a_second']:>11.1f}{times}"
 
 
-def _summary(times: list[float], seconds: float) -> dict[str, float]:
-    parts = {f"p{part}_ms": 1e3 * float(np.percentile(times, part)) for part in (50, 95, 99)}
-    return {"requests_a_second": len(times) / seconds, **parts}
-
-
 def _texts(client: int) -> Body:
     return lambda number: {"input": f"client {client} asks for its short text number {number}"}
 
 
-async def _load(port: int, bodies: list[Body], seconds: float) -> list[float]:
-    """Clients that send for so long -> the seconds of each request."""
-    end = time.monotonic() + seconds
-    took = await asyncio.gather(*(_client(port, body, end) for body in bodies))
-    return [time for times in took for time in times]
+@dataclass
+class Turn:
+    """The seconds of each request, and of all together, until the last answer."""
+
+    took: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def add(self, other: "Turn") -> None:
+        """Another turn."""
+        self.took += other.took
+        self.seconds += other.seconds
+
+    def summary(self) -> dict[str, float]:
+        """Requests a second, and how long they took."""
+        parts = {f"p{n}_ms": 1e3 * float(np.percentile(self.took, n)) for n in (50, 95, 99)}
+        return {"requests_a_second": len(self.took) / self.seconds, **parts}
+
+
+async def _load(port: int, bodies: list[Body], seconds: float) -> Turn:
+    """Clients that send for so long."""
+    began = time.monotonic()
+    took = await asyncio.gather(*(_client(port, body, began + seconds) for body in bodies))
+    return Turn([one for times in took for one in times], time.monotonic() - began)
 
 
 async def _load_beside(
     port: int, bodies: list[Body], video: Body, seconds: float
-) -> tuple[list[float], int]:
+) -> tuple[Turn, int]:
     """The same beside a client that sends videos; also how many it got answers for."""
     end = time.monotonic() + seconds
     others = asyncio.ensure_future(_client(port, video, end))
-    took = await asyncio.gather(*(_client(port, body, end) for body in bodies))
-    return [time for times in took for time in times], len(await others)
+    turn = await _load(port, bodies, seconds)
+    return turn, len(await others)
 
 
 async def _client(port: int, body: Body, end: float) -> list[float]:

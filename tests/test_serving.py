@@ -20,6 +20,7 @@ import wave
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import av
@@ -634,17 +635,44 @@ def test_texts_pass_media_that_are_decoded(server, monkeypatch):
         assert clip.result()[0] == 200
 
 
-def test_a_small_request_passes_a_large_one():
-    taken = FairQueue(lambda one: one != "gone", lambda one: None)
-    taken.put([("large", i) for i in range(100)])
-    assert taken.take(10) == [("large", i) for i in range(10)]
-    taken.put([("small", 0)])
-    taken.put(["gone"])
-    assert ("small", 0) in taken.take(2)
-    fits = taken.take(4, lambda chosen, one: one[1] % 2 == chosen[0][1] % 2)
-    assert len({number % 2 for _, number in fits}) == 1
-    taken.close()
-    assert taken.take(1) == []
+@dataclass
+class Thing:
+    """What waits in a queue."""
+
+    turn: int
+    number: int = 0
+    is_wanted: bool = True
+
+
+def test_the_queue_goes_by_turns_and_drops_what_nobody_wants():
+    dropped = []
+    queue = FairQueue(dropped.append)
+    queue.put([Thing(turn, number=1) for turn in range(100)])
+    assert [one.turn for one in queue.take(10)] == list(range(10))
+    gone = Thing(3, is_wanted=False)
+    queue.put([gone])
+    queue.put([Thing(10, number=2)])
+    assert [(one.turn, one.number) for one in queue.take(3)] == [(10, 1), (10, 2), (11, 1)]
+    assert dropped == [gone]
+    even = queue.take(4, lambda chosen, one: one.turn % 2 == chosen[0].turn % 2)
+    assert [one.turn for one in even] == [12, 14, 16, 18]
+    assert [one.turn for one in queue.take(2)] == [13, 15]
+    queue.close()
+    assert queue.take(1) == []
+
+
+def test_one_text_passes_a_request_with_many(server, monkeypatch):
+    held = Held(server.api.engine, monkeypatch)
+    with ThreadPoolExecutor(2) as pool:
+        many = pool.submit(server.post, "/v1/embeddings", {"input": ["one of many"] * 1000})
+        until(lambda: held.passes)
+        one = pool.submit(server.post, "/v1/embeddings", {"input": "one"})
+        until(lambda: server.api.engine.waiting("text") == 1001)
+        time.sleep(0.5)  # until it is prepared
+        held.free.set()
+        assert one.result()[0] == 200
+        assert sum(held.passes) < 400
+        assert many.result()[0] == 200
 
 
 @pytest.mark.parametrize("shortest", [20, 41])

@@ -95,31 +95,37 @@ class Job:
 
 @dataclass
 class _Item:
-    """An input on its way. place: its number among the inputs of its job."""
+    """An input on its way. place: its number among the inputs of its job. turn: in its lane."""
 
     job: Job
     place: int
     content: Content
+    turn: int = 0
     ready: Processed | None = None
 
-
-def _is_wanted(item: _Item) -> bool:
-    return item.job.is_wanted
+    @property
+    def is_wanted(self) -> bool:
+        return self.job.is_wanted
 
 
 class _Lane:
     """The inputs of a lane.
 
     accepted: how many are on their way, of at most `most`. room: for how many more may be prepared
-    before they are embedded; media are large then. pace: seconds of an input, lately.
+    before they are embedded; media are large then. passes: how many there were. pace: seconds of an
+    input, lately.
+
+    The n-th input of a request has its turn n passes after the request came, at the latest. So
+    requests with few inputs do not wait for those with many, nor these for ever for them.
     """
 
     def __init__(self, most: int, room: int):
         self.most = most
         self.room = threading.Semaphore(room)
-        self.waiting: FairQueue[_Item] = FairQueue(_is_wanted, lambda item: None)
-        self.prepared: FairQueue[_Item] = FairQueue(_is_wanted, lambda item: self.room.release())
+        self.waiting: FairQueue[_Item] = FairQueue(lambda item: None)
+        self.prepared: FairQueue[_Item] = FairQueue(lambda item: self.room.release())
         self.accepted = 0
+        self.passes = 0
         self.pace = 0.1
 
 
@@ -184,7 +190,10 @@ class Engine:
                 self.lanes[name].accepted += len(items)
         for name, items in by_lane.items():
             self.metrics.inputs.labels(name).inc(len(items))
-            self.lanes[name].waiting.put(items)
+            lane = self.lanes[name]
+            for number, item in enumerate(items):
+                item.turn = lane.passes + number
+            lane.waiting.put(items)
         return job
 
     def end(self, contents: Sequence[Content], job: Job) -> None:
@@ -262,6 +271,7 @@ class Engine:
 
     def _embed_lane(self, lane: _Lane, name: str, choose: Callable[[], list[_Item]]) -> None:
         while items := choose():
+            lane.passes += 1
             began = time.monotonic()
             self._embed(items)
             seconds = time.monotonic() - began

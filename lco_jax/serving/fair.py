@@ -1,34 +1,45 @@
-"""A queue in which a client with one input passes a client with thousands."""
+"""A queue in order of turns, in which a client with one input passes a client with thousands."""
 
 import heapq
 import itertools
 import threading
 from collections.abc import Callable, Iterable
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
-T = TypeVar("T")
+
+class Waiting(Protocol):
+    """What waits. turn: those with the least go first, and of equal ones those that came first.
+
+    is_wanted: whether anybody still waits for it.
+    """
+
+    turn: int
+
+    @property
+    def is_wanted(self) -> bool: ...
+
+
+T = TypeVar("T", bound=Waiting)
 
 
 class FairQueue(Generic[T]):
-    """Requests take turns: of each, one thing at a time. Any number of threads may use it.
+    """Things that wait for their turn. Any number of threads may use it.
 
-    wanted: whether a thing that waits is still wanted. drop: called with each that is not, which
-    nobody gets.
+    drop: called with each thing that is wanted no more, which nobody gets.
     """
 
-    def __init__(self, wanted: Callable[[T], bool], drop: Callable[[T], None]):
-        self._wanted, self._drop = wanted, drop
+    def __init__(self, drop: Callable[[T], None]):
+        self._drop = drop
         self._heap: list[tuple[int, int, T]] = []  # (turn, order of coming, thing)
         self._numbers = itertools.count()
-        self._turn = 0  # of what was taken last
         self._changed = threading.Condition()
         self._is_closed = False
 
     def put(self, things: Iterable[T]) -> None:
-        """The things of one request, in their order."""
+        """More things."""
         with self._changed:
-            for place, thing in enumerate(things):
-                heapq.heappush(self._heap, (self._turn + place, next(self._numbers), thing))
+            for thing in things:
+                heapq.heappush(self._heap, (thing.turn, next(self._numbers), thing))
             self._changed.notify()
 
     def take(self, most: int, fits: Callable[[list[T], T], bool] | None = None) -> list[T]:
@@ -51,14 +62,12 @@ class FairQueue(Generic[T]):
         passed = []
         while self._heap and len(chosen) < most and len(passed) < 4 * most:
             one = heapq.heappop(self._heap)
-            if not self._wanted(one[2]):
+            if not one[2].is_wanted:
                 self._drop(one[2])
-                continue
-            if chosen and fits and not fits(chosen, one[2]):
+            elif chosen and fits and not fits(chosen, one[2]):
                 passed.append(one)
-                continue
-            chosen.append(one[2])
-            self._turn = max(self._turn, one[0])
+            else:
+                chosen.append(one[2])
         for one in passed:
             heapq.heappush(self._heap, one)
         return chosen
