@@ -16,6 +16,7 @@ ALLOWED = {
     "evaluation": {"core", "data"},
     "analysis": {"core", "data"},
     "searching": {"core", "data"},
+    "serving": {"core", "data", "searching", "embedder", "vector_form"},
     "training": {"core", "models", "checkpoint", "data"},
     "cost_model": {"core", "models", "checkpoint", "training"},
 }

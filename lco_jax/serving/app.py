@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Limits:
-    """of one request: bytes, inputs, seconds until its answer; of all together: bytes."""
+    """Of a request: bytes, inputs, seconds until its answer. bytes_of_all: of all under way."""
 
     bytes: int = 100_000_000
     inputs: int = 2048
@@ -130,8 +130,9 @@ class Api:
         return JSONResponse(openai_form.models(self.names, self.created, about))
 
     async def health(self, request: Request) -> Response:
-        """200 while requests are taken, 503 once the server ends."""
-        return Response(status_code=503 if self.is_ending else 200)
+        """200 while requests are taken, 503 once the server ends or a thread of it has failed."""
+        well = self.engine.is_alive and not self.is_ending
+        return Response(status_code=200 if well else 503)
 
     async def tell_metrics(self, request: Request) -> Response:
         """For Prometheus."""

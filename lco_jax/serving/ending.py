@@ -40,7 +40,7 @@ class ApiServer(uvicorn.Server):
             server_header=False,
             headers=HEADERS,
             timeout_keep_alive=IDLE_SECONDS,
-            timeout_graceful_shutdown=1,
+            timeout_graceful_shutdown=10,  # for who still reads an answer
         )
         super().__init__(config)
         self.api, self.seconds = api, seconds

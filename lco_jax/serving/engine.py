@@ -68,6 +68,7 @@ class Job:
         self.is_wanted = True
         self.failed = 0
         self.answer: Future[None] = Future()
+        self.answer.set_running_or_notify_cancel()  # who waits for it cannot cancel it
         self._left = count
         self._lock = threading.Lock()
 
@@ -176,11 +177,8 @@ class Engine:
 
     def start(self, contents: Sequence[Content]) -> Job:
         """Begin with the inputs of a request. Raises `Full` where too many wait."""
-        by_lane: dict[str, list[_Item]] = {name: [] for name in LANES}
         job = Job(len(contents), self.embedder.dimension)
-        for place, content in enumerate(contents):
-            name = "media" if content.has_media else "text"
-            by_lane[name].append(_Item(job, place, content))
+        by_lane = _by_lane(contents, job)
         with self._counts:
             for name, items in by_lane.items():
                 lane = self.lanes[name]
@@ -208,6 +206,11 @@ class Engine:
         """About how long a lane needs for what it has."""
         lane = self.lanes[name]
         return min(max(round(lane.accepted * lane.pace), 1), 60)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether every thread still works. One that ended has left a traceback in the log."""
+        return all(thread.is_alive() for thread in self._threads)
 
     def waiting(self, name: str) -> int:
         """How many inputs of a lane are on their way."""
@@ -307,6 +310,14 @@ class Engine:
                 lane.room.release()
         for processes in self._processes:
             processes.executor.shutdown(cancel_futures=True)
+
+
+def _by_lane(contents: Sequence[Content], job: Job) -> dict[str, list[_Item]]:
+    by_lane: dict[str, list[_Item]] = {name: [] for name in LANES}
+    for place, content in enumerate(contents):
+        name = "media" if content.has_media else "text"
+        by_lane[name].append(_Item(job, place, content))
+    return by_lane
 
 
 def _in_process(processes: Processes, task: list[Any]) -> list[Any]:
