@@ -615,6 +615,7 @@ def test_one_input_that_fails_in_the_model_fails_alone(server, reference, monkey
     assert [one[0] for one in answers] == [200, 200, 500, 200, 200, 200]
     assert answers[2][2]["error"]["type"] == "server_error"
     assert "of a test" in caplog.text, "the log has no traceback"
+    assert samples(server, "lco_requests_total")[("/v1/embeddings", "500")] == 1
 
 
 def test_texts_pass_media_that_are_decoded(server, monkeypatch):

@@ -254,6 +254,9 @@ class _Gate:
                 await self.app(scope, receive, note)
             else:
                 await refusal.answer(scope["path"])(scope, receive, note)
+        except Exception:  # its answer is written outside of this
+            status = "500"
+            raise
         finally:
             self.api.metrics.requests.labels(path, status).inc()
             self.api.metrics.seconds.labels(path).observe(time.monotonic() - began)
