@@ -155,15 +155,21 @@ class _Pickler(ForkingPickler):
 
 
 class Processes:
-    """Prepares in processes, which are started again when one dies."""
+    """Prepares in processes, which are started again when one dies.
 
-    def __init__(self, preparation: Preparation, workers: int):
-        self.preparation, self.workers = preparation, workers
+    nice: how far behind others they stand for CPUs, as of the command `nice`.
+    """
+
+    def __init__(self, preparation: Preparation, workers: int, nice: int = 0):
+        self.preparation, self.workers, self.nice = preparation, workers, nice
         self.executor = self._start(workers)
 
     def _start(self, workers: int) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(
-            workers, get_context("spawn"), initializer=_begin, initargs=(self.preparation,)
+            workers,
+            get_context("spawn"),
+            initializer=_begin,
+            initargs=(self.preparation, self.nice),
         )
 
     def submit(self, task: list[NamedInput]) -> Future | None:
@@ -199,10 +205,11 @@ class Processes:
 _in_process: Callable[[Sequence[NamedInput]], list[Prepared]]
 
 
-def _begin(preparation: Preparation) -> None:
+def _begin(preparation: Preparation, nice: int) -> None:
     """The first thing a process does. Its parent handles Ctrl-C, and takes it along if killed."""
     global _in_process
     _in_process = preparation
+    os.nice(nice)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
 

@@ -31,6 +31,7 @@ from lco_jax.serving.shapes import PassShapes
 from lco_jax.vector_form import unit
 
 TEXTS_AT_ONCE = 64  # that are prepared together
+NICE = 10  # of the processes that prepare media: texts get the CPUs first
 LANES = ("text", "media")
 logger = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ class Engine:
         self._counts = threading.Lock()
         several = embedder.mesh.size > 1
         self._turn: AbstractContextManager = threading.Lock() if several else nullcontext()
-        self._processes = [Processes(preparation, 1) for _ in range(workers)]
+        self._processes = [Processes(preparation, 1, NICE) for _ in range(workers)]
         for one in self._processes:  # they start while the first programs are compiled
             one.submit([({"text": ""}, "the first input")])
         self._threads = [
