@@ -35,7 +35,6 @@ from lco_jax.data.inference import (
     ShapeRule,
     batches_of,
     blocks_of,
-    fitting_shape,
     pack_on_mesh,
 )
 from lco_jax.data.inputs import Preparation, as_list, check_several, named, one_ahead, prepare_ahead
@@ -58,7 +57,6 @@ class OmniEmbedder(SentenceMethods):
     """Embeds text, images, audio, video and any mix of them. Build one with `from_pretrained`.
 
     skipped: index -> why, for the inputs that the last `encode(…, on_error="skip")` skipped.
-    shape_of: gives a pass its shape; each new shape is compiled. A server sets its own.
     """
 
     LOADS_HEAD = False  # whether `from_pretrained` loads the vocabulary head
@@ -71,7 +69,7 @@ class OmniEmbedder(SentenceMethods):
         self.mesh = mesh
         self.origin: Origin | None = None
         self.skipped: dict[int, str] = {}
-        self.shape_of: ShapeRule = fitting_shape
+        self.shape_of: ShapeRule | None = None  # of passes; a server has its own
         self.towers = MediaPrograms(model, mesh)
         self.decoder_shapes = ShapeLog("decoder")
         self._pool = jax.jit(
