@@ -28,6 +28,7 @@ from benchmarks import (
     loop,
     media,
     scaling,
+    serving,
     survival,
     text,
     vocabulary,
@@ -46,7 +47,7 @@ def parser_of() -> argparse.ArgumentParser:
     common.add_argument("--rounds", type=int, default=5, help="turns that each side takes")
     common.add_argument("--profile", default="", help="a folder for a trace of one of our rounds")
     kinds = parser.add_subparsers(dest="kind", required=True)
-    modules = (text, media, feed, infonce, vocabulary, scaling, survival)
+    modules = (text, media, feed, infonce, vocabulary, scaling, serving, survival)
     for module in (*modules, kernels, loop, compiled, device, fuzz):
         module.add_parsers(kinds, common)
     return parser

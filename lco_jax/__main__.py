@@ -23,6 +23,7 @@ VERBS = {
     "mine": "training records to the same with hard negatives",
     "evaluate": "benchmarks of mteb, or your own files",
     "search": "a page for searching a folder in a browser",
+    "serve": "a server of embeddings, for clients of OpenAI, vLLM and Cohere",
     "generate": "answers of a model, scored",
     "analyze": "how a model's layers see several modalities",
     "plan": "memory and time of a configuration on a machine that you do not have",

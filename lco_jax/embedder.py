@@ -31,6 +31,7 @@ from lco_jax.data.inference import (
     MAX_TOKENS,
     EmbeddedBlock,
     InferenceBatch,
+    ShapeRule,
     batches_of,
     blocks_of,
     pack_on_mesh,
@@ -73,6 +74,7 @@ class OmniEmbedder(SentenceMethods):
         self.processor, self.mesh = processor, mesh
         self.origin: Origin | None = None
         self.skipped: dict[int, str] = {}
+        self.shape_of: ShapeRule | None = None  # of passes; a server has its own
         self.towers = MediaPrograms(model, mesh)
         self.decoder_shapes = ShapeLog("decoder")
         pool = partial(pool_or_layers, model.decoder)
@@ -389,7 +391,7 @@ class OmniEmbedder(SentenceMethods):
     ) -> Iterator[tuple[list[int], T]]:
         for members in batches_of(ready, batch_size, max_tokens, row_shards(self.mesh)):
             with jax.set_mesh(self.mesh):
-                batch = pack_on_mesh(ready, members, self.processor.rows, self.mesh)
+                batch = pack_on_mesh(ready, members, self.processor.rows, self.mesh, self.shape_of)
                 results = start(batch)
             yield batch.inputs, results
 

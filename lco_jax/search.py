@@ -107,7 +107,7 @@ def main() -> int:
         raise LcoError(f"--input={args.input}: search takes a folder of media, a .jsonl or a .txt")
     if args.ann and (args.by_signs or args.precision in SIGNS):
         raise LcoError("--ann goes without --by-signs, and not with signs alone")
-    with _listening(args) as socket_:  # before hours of work
+    with listening(args) as socket_:  # before hours of work
         library, embedder, storage, notes = prepare(args)
         queries = _queries(args, embedder, storage)
         about = {"model": Path(args.model).name, "modalities": embedder.modalities}
@@ -142,7 +142,7 @@ def _stored(storage: Storage, full: int) -> str:
     return f"{storage}" if exact else f"{storage}, cosines are approximate"
 
 
-def _listening(args: argparse.Namespace) -> socket.socket:
+def listening(args: argparse.Namespace) -> socket.socket:
     """The socket of --host and --port."""
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     cannot = f"--host={args.host} --port={args.port} cannot be listened on"

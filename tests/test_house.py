@@ -17,6 +17,7 @@ ALLOWED = {
     "analysis": {"core", "data"},
     "mining": {"core", "data"},
     "searching": {"core", "data"},
+    "serving": {"core", "data", "searching", "embedder", "vector_form"},
     "training": {"core", "models", "checkpoint", "data"},
     "cost_model": {"core", "models", "checkpoint", "training"},
 }

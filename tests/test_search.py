@@ -544,7 +544,7 @@ def test_clients_that_are_slow_or_silent_are_left(tmp_path, monkeypatch):
 
 
 def test_connections_are_bounded_and_those_that_wait_make_room(tmp_path, monkeypatch):
-    monkeypatch.setattr(connections, "CONNECTIONS", 8)
+    monkeypatch.setattr(connections.Connection, "most", 8)
     app = new_server(small_library(tmp_path), Colours()).app(LOOPBACK)
     with listening(app) as address, ExitStack() as stack:
         idle = [stack.enter_context(socket.create_connection(address)) for _ in range(30)]

@@ -31,6 +31,7 @@ BLOCK_INPUTS = 8192  # of a block at most; a block is sorted by length and embed
 BLOCK_BYTES = 2**27  # of a block's media at most, for each shard
 PASS = 2048  # tokens of a device that one more pass costs, which reads the weights again
 PARTS = 16  # a cluster of inputs has at most this part of a shard's tokens
+ShapeRule = Callable[[Sequence[Stream]], Shape]  # the streams of a batch -> what holds each of them
 
 
 @dataclass
@@ -263,17 +264,23 @@ class _Filling:
 
 
 def pack(
-    ready: Sequence[Processed], members: list[list[int]], tower_rows: dict[str, TowerRows]
+    ready: Sequence[Processed],
+    members: list[list[int]],
+    tower_rows: dict[str, TowerRows],
+    shape_of: ShapeRule | None = None,
 ) -> HostBatch:
-    """Pack each shard's inputs into its stream. members: of each shard, as of `batches_of`."""
+    """Pack each shard's inputs into its stream. members: of each shard, as of `batches_of`.
+
+    shape_of: gives a batch its shape; by default `fitting_shape`.
+    """
     inputs = [[ready[i] for i in chosen] for chosen in members]
     media, sequences = pack_media(tower_rows, inputs)
     streams = [pack_stream(one, prefix=None) for one in sequences]
-    tokens, slots = fill(streams, members, _shape(streams), prefix=None)
+    tokens, slots = fill(streams, members, (shape_of or fitting_shape)(streams), prefix=None)
     return HostBatch(tokens, media, streams, slots)
 
 
-def _shape(streams: Sequence[Stream]) -> Shape:
+def fitting_shape(streams: Sequence[Stream]) -> Shape:
     """The shape of a batch, one of few; large batches are padded little.
 
     All rows have one width, for a batch's inputs are alike in length. Beyond 2,048 tokens, T is a
@@ -294,9 +301,10 @@ def pack_on_mesh(
     members: list[list[int]],
     tower_rows: dict[str, TowerRows],
     mesh: Mesh,
+    shape_of: ShapeRule | None = None,
 ) -> InferenceBatch:
     """`pack`, and send the batch to the mesh."""
-    batch = pack(ready, members, tower_rows)
+    batch = pack(ready, members, tower_rows, shape_of)
     slots, at = [], []
     for shard, stream in enumerate(batch.streams):
         slots.append(shard * batch.tokens.last_tokens.shape[1] + batch.slots[shard])

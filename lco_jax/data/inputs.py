@@ -91,7 +91,7 @@ def prepare_ahead(
     """
     if not is_number(workers, Integral) or workers < 0:
         raise LcoError(f"workers is {workers!r:.60}; it must be a whole number of 0 or more")
-    pool = _Processes(preparation, workers) if workers else _Threads(preparation)
+    pool = Processes(preparation, workers) if workers else Threads(preparation)
     most = 2 * max(workers, 1) + 1
     submitted = ((task, pool.submit(task)) for task in _tasks(items))
     try:
@@ -131,7 +131,7 @@ def _is_text(item: Any) -> bool:
     return isinstance(item, dict) and item.keys() == {"text"}
 
 
-class _Threads:
+class Threads:
     """Prepares in threads of this process."""
 
     def __init__(self, preparation: Preparation):
@@ -155,16 +155,22 @@ class _Pickler(ForkingPickler):
         return LazyImage, (lazy.label, lazy.content, lazy.opened)
 
 
-class _Processes:
-    """Prepares in processes, which are started again when one dies."""
+class Processes:
+    """Prepares in processes, which are started again when one dies.
 
-    def __init__(self, preparation: Preparation, workers: int):
-        self.preparation, self.workers = preparation, workers
+    nice: how far behind others they stand for CPUs, as of the command `nice`.
+    """
+
+    def __init__(self, preparation: Preparation, workers: int, nice: int = 0):
+        self.preparation, self.workers, self.nice = preparation, workers, nice
         self.executor = self._start(workers)
 
     def _start(self, workers: int) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(
-            workers, get_context("spawn"), initializer=_begin, initargs=(self.preparation,)
+            workers,
+            get_context("spawn"),
+            initializer=_begin,
+            initargs=(self.preparation, self.nice),
         )
 
     def submit(self, task: list[NamedInput]) -> Future | None:
@@ -200,10 +206,11 @@ class _Processes:
 _in_process: Callable[[Sequence[NamedInput]], list[Prepared]]
 
 
-def _begin(preparation: Preparation) -> None:
+def _begin(preparation: Preparation, nice: int) -> None:
     """The first thing a process does. Its parent handles Ctrl-C, and takes it along if killed."""
     global _in_process
     _in_process = preparation
+    os.nice(nice)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
 

@@ -6,22 +6,26 @@ length. Both get their bounds here.
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
 import h11
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 CONNECTIONS = 128  # open at a time; the one that has waited longest makes room for a new one
 PATIENCE = 10.0  # seconds for the header of a request, and before its body must flow
 BYTES_A_SECOND = 50_000  # the least that a body must bring after that
+Answer = Callable[[Scope, int, str], Response]  # (scope, status, a sentence) -> the answer
 STALLED_SECONDS = 300.0  # for a client that does not read its answer; players pause
 
 
 class Connection(H11Protocol):
-    """uvicorn's protocol, with an end to waiting for a client."""
+    """uvicorn's protocol, with an end to waiting for a client. most: connections."""
+
+    most = CONNECTIONS
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request; end another connection if there are too many."""
@@ -29,7 +33,7 @@ class Connection(H11Protocol):
         self._end: asyncio.TimerHandle | None = None
         self._since = time.monotonic()
         self._end_after(PATIENCE)
-        if len(self.connections) > CONNECTIONS:
+        if len(self.connections) > self.most:
             waiting = [one for one in self.connections if not one.is_busy]
             min(waiting, key=lambda one: one._since).transport.abort()
 
@@ -82,12 +86,13 @@ class Connection(H11Protocol):
 
 class BoundedBody:
     """An application whose requests have a body only where they POST one, in time and of bounded
-    length, whatever their header says. most: bytes.
+    length, whatever their header says. most: bytes. answer: of a request that is refused.
     """
 
-    def __init__(self, app: ASGIApp, most: int):
+    def __init__(self, app: ASGIApp, most: int, answer: Answer | None = None):
         self.app = app
         self.most = most
+        self.answer = answer or _as_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -95,7 +100,7 @@ class BoundedBody:
         if refused is None:
             await self.app(scope, _Body(receive, self.most), send)
         else:
-            await JSONResponse({"error": refused[1]}, refused[0])(scope, receive, send)
+            await self.answer(scope, *refused)(scope, receive, send)
 
     def _refused(self, scope: Scope) -> tuple[int, str] | None:
         """A status and a sentence for a request whose header is enough to refuse it."""
@@ -109,6 +114,10 @@ class BoundedBody:
         if chunked or not _is_at_most(length, self.most):
             return 413, too_long(self.most)
         return None
+
+
+def _as_error(scope: Scope, status: int, message: str) -> Response:
+    return JSONResponse({"error": message}, status)
 
 
 def too_long(most: int) -> str:
