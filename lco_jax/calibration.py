@@ -7,7 +7,7 @@ import argparse
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -31,7 +31,13 @@ from lco_jax.embedder import OmniEmbedder
 FIRST = 1000  # inputs of a calibration, where no other is given
 
 
-def add_storage_flags(parser: argparse.ArgumentParser) -> None:
+class Flags(Protocol):
+    """What flags are added to: a parser, or a group of one."""
+
+    def add_argument(self, *names: str, **options: Any) -> Any: ...
+
+
+def add_storage_flags(parser: Flags) -> None:
     """The flags that say how vectors are stored."""
     add_size_flags(parser, "float32")
     parser.add_argument(
@@ -43,7 +49,7 @@ def add_storage_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_size_flags(parser: argparse.ArgumentParser, precision: str | None = None) -> None:
+def add_size_flags(parser: Flags, precision: str | None = None) -> None:
     """--truncate-dim and --precision. precision: the default."""
     parser.add_argument(
         "--truncate-dim",

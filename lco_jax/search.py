@@ -18,13 +18,14 @@ import socket
 from collections.abc import Mapping, Set
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 
 from lco_jax.calibration import (
+    Flags,
     add_storage_flags,
     calibrated_rows,
     dimension_of,
@@ -41,7 +42,9 @@ from lco_jax.core.shapes import keep_compiled
 from lco_jax.core.small_vectors import LEVELS, SIGNS, Storage
 from lco_jax.data.corpus import Contents, Corpus, scan
 from lco_jax.data.folder import rest_in_words
+from lco_jax.data.inputs import Preparation
 from lco_jax.data.parts import Unit, VectorParts, cut
+from lco_jax.data.prompts import Prompt
 from lco_jax.data.range_files import beside
 from lco_jax.data.skipped import skipped_in_words
 from lco_jax.data.vectors import matrix, part_table, same_work, vector_type
@@ -85,6 +88,13 @@ def make_parser() -> argparse.ArgumentParser:
         default=100_000_000,
         help="bytes of a query (default: 100,000,000)",
     )
+    add_corpus_flags(parser, on_error="skip", part_size=MEDIA_A_UNIT)
+    add_index_flags(parser)
+    return parser
+
+
+def add_index_flags(parser: Flags) -> None:
+    """The flags that say how an index is stored and searched."""
     parser.add_argument(
         "--ann", action="store_true", help=f"an HNSW graph for fewer than {EXACT:,} vectors, too"
     )
@@ -93,9 +103,13 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="the signs of all vectors propose candidates, which what is stored ranks",
     )
-    add_corpus_flags(parser, on_error="skip", part_size=MEDIA_A_UNIT)
     add_storage_flags(parser)
-    return parser
+
+
+def check_index_flags(args: argparse.Namespace) -> None:
+    """Raise for flags of an index that do not go together."""
+    if args.ann and (args.by_signs or args.precision in SIGNS):
+        raise LcoError("--ann goes without --by-signs, and not with signs alone")
 
 
 def main() -> int:
@@ -105,14 +119,14 @@ def main() -> int:
         from lco_jax.searching.server import LOOPBACK, Server, http_server
     if args.input.suffix == ".parquet":
         raise LcoError(f"--input={args.input}: search takes a folder of media, a .jsonl or a .txt")
-    if args.ann and (args.by_signs or args.precision in SIGNS):
-        raise LcoError("--ann goes without --by-signs, and not with signs alone")
+    check_index_flags(args)
     with listening(args) as socket_:  # before hours of work
-        library, embedder, storage, notes = prepare(args)
-        queries = _queries(args, embedder, storage)
-        about = {"model": Path(args.model).name, "modalities": embedder.modalities}
-        about["stored"] = _stored(storage, embedder.dimension)
-        server = Server(library, queries, about, args.max_upload, media_config(args))
+        started = prepare(args)
+        library, notes = started.library, started.notes
+        about = about_index(args, started)
+        server = Server(
+            library, _queries(args, started), about, args.max_upload, media_config(args)
+        )
         host = f"[{args.host}]" if ":" in args.host else args.host
         counts = ", ".join(f"{count:,} {kind}" for kind, count in library.counts.items())
         rest = f" ({notes})" if notes else ""
@@ -123,15 +137,29 @@ def main() -> int:
     return DONE
 
 
-def _queries(args: argparse.Namespace, embedder: OmniEmbedder, storage: Storage) -> ModelQueries:
-    """What embeds queries, after a first one: with --prompt, as inputs, or with the model's prompt
-    of queries.
-    """
-    name = None if args.prompt is not None else args.prompt_name or embedder.query_prompt
-    preparation = embedder.preparation(name, args.prompt, args.max_length)
-    queries = ModelQueries(preparation, embedder.embed, storage.dimension)
+def _queries(args: argparse.Namespace, started: "Started") -> ModelQueries:
+    """What embeds queries, after a first one."""
+    embedder = started.embedder
+    preparation = Preparation(embedder.processor, query_prompt(args, embedder), args.max_length)
+    queries = ModelQueries(preparation, embedder.embed, started.storage.dimension)
     queries.embed(queries.prepare([FIRST_QUERY], "the first query"))
     return queries
+
+
+def query_prompt(args: argparse.Namespace, embedder: OmniEmbedder) -> Prompt | None:
+    """The prompt of queries: that of inputs, if --prompt gives one, or the model's for queries."""
+    name = None if args.prompt is not None else args.prompt_name or embedder.query_prompt
+    return embedder.prompt_of(name, args.prompt)
+
+
+def about_index(args: argparse.Namespace, started: "Started") -> dict[str, Any]:
+    """What the page says of the model and of the vectors."""
+    embedder = started.embedder
+    return {
+        "model": Path(args.model).name,
+        "modalities": embedder.modalities,
+        "stored": _stored(started.storage, embedder.dimension),
+    }
 
 
 def _stored(storage: Storage, full: int) -> str:

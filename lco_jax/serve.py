@@ -21,6 +21,7 @@ from lco_jax.core.files import local_path
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.inputs import Preparation
 from lco_jax.data.media import MediaConfig
+from lco_jax.data.prompts import Prompt
 from lco_jax.data.tower_rows import Processed
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.flags import (
@@ -29,9 +30,18 @@ from lco_jax.flags import (
     load_embedder,
     media_config,
     new_parser,
+    say_prompts,
     workers,
 )
-from lco_jax.search import Started, listening, prepare
+from lco_jax.search import (
+    Started,
+    about_index,
+    add_index_flags,
+    check_index_flags,
+    listening,
+    prepare,
+    query_prompt,
+)
 
 if TYPE_CHECKING:  # these need the extra
     from starlette.applications import Starlette
@@ -72,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     page = parser.add_argument_group("the page of lco search")
     page.add_argument("--input", type=local_path, help="a folder of media, a .jsonl or a .txt")
     page.add_argument("--index", type=local_path, help="the folder of its index")
-    page.add_argument("--ann", action="store_true", help="as of lco search")
+    add_index_flags(page)
     _add_limits(parser)
     add_corpus_flags(parser, on_error="skip", part_size=MEDIA_A_UNIT)
     return parser
@@ -119,7 +129,9 @@ def main() -> int:
 
 def _opened(args: argparse.Namespace, media: MediaConfig) -> OmniEmbedder:
     keep_compiled()
-    return load_embedder(args, open_checkpoint(args.model), media, None)
+    checkpoint = open_checkpoint(args.model)
+    say_prompts(args, checkpoint, queries=False)
+    return load_embedder(args, checkpoint, media, None)
 
 
 def _indexed(args: argparse.Namespace) -> Started | None:
@@ -137,8 +149,9 @@ def _page(
     from lco_jax.searching.server import Server
     from lco_jax.serving.page import EngineQueries
 
-    queries = EngineQueries(api.engine, args.timeout)
-    about = {"model": Path(args.model).name, "modalities": started.embedder.modalities}
+    prompt = query_prompt(args, started.embedder)
+    queries = EngineQueries(api.engine, args.timeout, prompt, started.storage.dimension)
+    about = about_index(args, started)
     return Server(started.library, queries, about, args.max_upload, media).app(tuple(hosts))
 
 
@@ -149,6 +162,7 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             flag = name.replace("_", "-")
             raise LcoError(f"--{flag}={getattr(args, name)}: it must be at least 1")
+    check_index_flags(args)
     if args.warm_tokens < 0:
         raise LcoError(f"--warm-tokens={args.warm_tokens}: it must be at least 0")
 
@@ -162,16 +176,28 @@ def make_api(
     from lco_jax.serving.fetching import Fetcher
     from lco_jax.serving.metrics import Metrics
 
-    preparation = Preparation(embedder.processor, args.prompt, args.max_length)
+    preparation = embedder.preparation(args.prompt_name, args.prompt, args.max_length)
     empty = _prepared(preparation)
     metrics = Metrics()
     engine = _engine(args, embedder, preparation, empty, metrics)
     fetch = Fetcher(media, args.allow_private) if args.allow_remote else None
     tokenizer = embedder.tokenizer.tokenizer
     room = embedder.processor.max_tokens - len(empty)
-    reader = Reader(embedder.modalities, tokenizer, room, fetch)
+    reader = Reader(embedder.modalities, tokenizer, room, fetch, _prompts(args, embedder))
     limits = Limits(args.max_upload, args.max_inputs, args.timeout, args.max_held)
     return Api(engine, reader, metrics, _names(args), limits, key)
+
+
+def _prompts(args: argparse.Namespace, embedder: OmniEmbedder) -> dict[str, Prompt]:
+    """Cohere's `input_type` -> the prompt for it, of a model that has one; none with --prompt."""
+    if args.prompt is not None or args.prompt_name is not None:
+        return {}
+    names = {
+        "search_query": embedder.query_prompt,
+        "search_document": embedder.document_prompt,
+    }
+    prompts = {kind: embedder.prompt_of(name) for kind, name in names.items() if name is not None}
+    return {kind: prompt for kind, prompt in prompts.items() if prompt is not None}
 
 
 def _engine(

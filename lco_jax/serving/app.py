@@ -103,7 +103,7 @@ class Api:
     async def embeddings(self, request: Request) -> Response:
         """OpenAI's and vLLM's form."""
         async with self._body(request) as body:
-            asked = openai_form.read(body, self.reader, self.engine.embedder.dimension)
+            asked = openai_form.read(body, self.reader, *self._dimensions)
             model = self._model(body)
             job = await self._embedded(request, asked.contents)
             tokens = int(job.tokens.sum())
@@ -113,11 +113,16 @@ class Api:
     async def embed(self, request: Request) -> Response:
         """Cohere's form."""
         async with self._body(request) as body:
-            asked = cohere_form.read(body, self.reader, self.engine.embedder.dimension)
+            asked = cohere_form.read(body, self.reader, *self._dimensions)
             self._model(body)
             job = await self._embedded(request, asked.contents)
             tokens = int(job.tokens.sum())
             return await _written(partial(cohere_form.answer, asked, job.vectors, tokens), job)
+
+    @property
+    def _dimensions(self) -> tuple[int, int | None]:
+        """D, and how many numbers of a vector are sent if a request does not say."""
+        return self.engine.embedder.dimension, self.engine.embedder.truncate_dim
 
     async def models(self, request: Request) -> Response:
         """The model, by each of its names."""

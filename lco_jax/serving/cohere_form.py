@@ -37,20 +37,23 @@ class Asked:
     texts: list[str] | None
 
 
-def read(body: Mapping[str, Any], reader: Reader, dimension: int) -> Asked:
-    """The request of a JSON object. dimension: D."""
+def read(
+    body: Mapping[str, Any], reader: Reader, dimension: int, default: int | None = None
+) -> Asked:
+    """The request of a JSON object. dimension, default: as `openai_form.read` has them."""
     check_keys(body, KEYS, "")
-    _one_of(body, "input_type", INPUT_TYPES)
+    prompt = reader.prompts.get(_one_of(body, "input_type", INPUT_TYPES) or "")
     truncate = _one_of(body, "truncate", TRUNCATE) or "END"
     types = body.get("embedding_types") or ["float"]
     if not isinstance(types, list) or not all(one in TYPES for one in types):
         known = ", ".join(TYPES)
         raise refused("embedding_types", f"is {describe(types)}; give a list of these: {known}")
-    dimensions = dimensions_of(body, "output_dimension", dimension)
+    dimensions = dimensions_of(body, "output_dimension", dimension, default)
     if (dimensions or dimension) % 8 and {"binary", "ubinary"} & set(types):
         raise refused("output_dimension", "must be a multiple of 8 for binary vectors")
     key, given = _given(body)
     contents = [_content(key, one, f"{key}[{i}]", reader, truncate) for i, one in enumerate(given)]
+    contents = [content._replace(prompt=prompt) for content in contents]
     return Asked(contents, dimensions, types, given if key == "texts" else None)
 
 

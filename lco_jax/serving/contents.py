@@ -6,13 +6,14 @@ gets the prompt, as in `encode`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from numbers import Integral
 from typing import Any
 
 from lco_jax.core.errors import is_number
 from lco_jax.data.content import check_text, describe
+from lco_jax.data.prompts import Prompt
 from lco_jax.serving.engine import Content
 from lco_jax.serving.refusals import Refused
 
@@ -26,13 +27,15 @@ class Reader:
     """Reads the inputs of requests.
 
     modalities: that the model takes. tokenizer: the checkpoint's. room: how many tokens a text may
-    have. fetch: gets what an http(s) address has; None where nothing may be fetched.
+    have. fetch: gets what an http(s) address has; None where nothing may be fetched. prompts: of
+    the model, by Cohere's `input_type`.
     """
 
     modalities: tuple[str, ...]
     tokenizer: Any
     room: int
     fetch: Fetch | None = None
+    prompts: Mapping[str, Prompt] = field(default_factory=dict)
 
     @cached_property
     def vocabulary(self) -> int:

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lco_jax.core.errors import LcoError
-from lco_jax.data.inputs import Preparation, Processes
+from lco_jax.data.inputs import Preparation, Processes, conversation
+from lco_jax.data.prompts import Prompt
 from lco_jax.data.tower_rows import Processed
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.serving.fair import FairQueue
@@ -45,7 +46,8 @@ class Full(Exception):
 
 
 class Content(NamedTuple):
-    """An input of a request. name: what errors call it. load: makes what `encode` takes.
+    """An input of a request. name: what errors call it. load: makes what `encode` takes. prompt: in
+    the place of the engine's; None: that one.
 
     `load` runs where the input is prepared; it may fetch, and may raise an `LcoError`.
     """
@@ -53,6 +55,7 @@ class Content(NamedTuple):
     name: str
     load: Callable[[], Any]
     has_media: bool
+    prompt: Prompt | None = None
 
 
 class Job:
@@ -243,7 +246,7 @@ class Engine:
         loaded, tasks = [], []
         for item in items:
             try:
-                tasks.append((item.content.load(), item.content.name))
+                tasks.append((self._loaded(item.content), item.content.name))
                 loaded.append(item)
             except Exception as error:  # it is raised again where the request is answered
                 item.job.fail(item.place, error)
@@ -257,6 +260,14 @@ class Engine:
                 item.job.fail(item.place, result)
             else:
                 item.ready = result
+
+    def _loaded(self, content: Content) -> Any:
+        """What is prepared: of a content with a prompt of its own, the chat that both make."""
+        given = content.load()
+        if content.prompt is None:
+            return given
+        most = self.preparation.max_length
+        return conversation(given, content.name, self.embedder.tokenizer, content.prompt, most)
 
     def _texts_of_pass(self) -> list[_Item]:
         """The texts of the next pass: as wide as the first of them, or less wide."""

@@ -41,8 +41,12 @@ class Asked:
     encoding: str
 
 
-def read(body: Mapping[str, Any], reader: Reader, dimension: int) -> Asked:
-    """The request of a JSON object. dimension: D."""
+def read(
+    body: Mapping[str, Any], reader: Reader, dimension: int, default: int | None = None
+) -> Asked:
+    """The request of a JSON object. dimension: D. default: how many numbers of each vector it has
+    if it does not say; None: D.
+    """
     check_keys(body, KEYS, "")
     for key, meant in FIXED.items():
         value = body.get(key)
@@ -52,14 +56,17 @@ def read(body: Mapping[str, Any], reader: Reader, dimension: int) -> Asked:
     encoding = body.get("encoding_format") or "float"
     if encoding not in ENCODINGS:
         raise refused("encoding_format", f"is {describe(encoding)}; it is float or base64")
-    return Asked(_contents(body, reader), dimensions_of(body, "dimensions", dimension), encoding)
+    dimensions = dimensions_of(body, "dimensions", dimension, default)
+    return Asked(_contents(body, reader), dimensions, encoding)
 
 
-def dimensions_of(body: Mapping[str, Any], key: str, dimension: int) -> int | None:
+def dimensions_of(
+    body: Mapping[str, Any], key: str, dimension: int, default: int | None
+) -> int | None:
     """How many numbers of each vector are asked for. dimension: as many as there are."""
     dimensions = body.get(key)
     if dimensions is None:
-        return None
+        return default
     if not is_number(dimensions, int) or not 1 <= dimensions <= dimension:
         raise refused(key, f"is {describe(dimensions)}; it is from 1 to {dimension}")
     return dimensions
