@@ -326,8 +326,7 @@ class OmniEmbedder(SentenceMethods):
             return self._pool(self.params, batch.tokens, media, of), batch.slots
 
         for inputs, (pooled, slots) in self._run(ready, start, batch_size, max_tokens, progress):
-            states = np.asarray(pooled).reshape(-1, *size)
-            vectors[inputs] = states[slots]
+            vectors[inputs] = np.asarray(pooled).reshape(-1, *size)[slots]
         check_results(vectors.reshape(len(ready), -1), self.params, self.model.decoder.dtype)
         check_vectors(vectors[..., -1, :] if layers else vectors)
         return vectors
@@ -355,9 +354,8 @@ class OmniEmbedder(SentenceMethods):
         self, inputs: Sequence[Any], prompt: Prompt | None, max_length: int | None
     ) -> list[Processed]:
         """Prepare all inputs at once. Raises the error of the first bad one."""
-        preparation = self.preparation(None, prompt, max_length)
+        preparation, ready = self.preparation(None, prompt, max_length), []
         items, _ = as_list(inputs)
-        ready = []
         for one in prepare_ahead(preparation, named(items, None), workers=0):
             if isinstance(one, LcoError):
                 raise one
