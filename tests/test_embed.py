@@ -424,7 +424,7 @@ KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from test_embed import VectorParts, begin, check, cut, fill
+from test_embed import Storage, VectorParts, begin, check, cut, fill
 
 output, steps = Path(sys.argv[1]), 0
 

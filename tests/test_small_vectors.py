@@ -518,7 +518,10 @@ def shorter(tmp_path_factory):
 def test_an_export_says_how_many_numbers(shorter, tiny, tmp_path, monkeypatch):
     general = json.loads((shorter / "config_sentence_transformers.json").read_text())
     assert (general["truncate_dim"], general["similarity_fn_name"]) == (32, "cosine")
-    assert "the first 32 of 128 numbers" in (shorter / "README.md").read_text()
+    card = (shorter / "README.md").read_text()
+    assert "the first 32 of 128 numbers" in card
+    assert "model.encode(inputs, normalize_embeddings=True)" in card
+    assert "states = [state[:, :32] for state in states]" in card
     model = OmniEmbedder.from_pretrained(shorter)
     assert model.truncate_dim == 32
     np.testing.assert_allclose(model.encode(TEXTS), tiny.encode(TEXTS, truncate_dim=32), atol=1e-5)
