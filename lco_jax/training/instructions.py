@@ -15,7 +15,8 @@ _NONE = {"query": "", "document": "", "place": "before"}  # of a run of an earli
 def usage_of_run(config: Config) -> Usage:
     """How a model that a run has trained is to be used: as it was trained."""
     pooling = config["model"].get("pooling", "last")
-    return Usage(pooling, instructions_of_run(config), config["export"].get("truncate_dim"))
+    width = config.get("export", {}).get("truncate_dim")
+    return Usage(pooling, instructions_of_run(config), width)
 
 
 def instructions_of_run(config: Config) -> Instructions:
