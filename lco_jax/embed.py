@@ -126,13 +126,19 @@ def embed(args: argparse.Namespace) -> dict[str, Any]:
             record = _embed(args, corpus, media, checkpoint, parts)
             kind = "" if args.precision == "float32" else f" in {args.precision}"
             say(f"{record['vectors']:,} vectors of {record['dimension']}{kind}: {args.output}")
-    if skipped := skipped_in_words(args.output, record["skipped"]):
-        say(skipped)
-    if changes := changes_in_words(record.get("since listed", {})):
-        say(changes)
-    if rest := rest_in_words(record.get("left out", {})):
-        say(rest)
+    _say_what_is_missing(args, record)
     return record
+
+
+def _say_what_is_missing(args: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Which inputs have no vector, and which files changed or were left out."""
+    lines = (
+        skipped_in_words(args.output, record["skipped"]),
+        changes_in_words(record.get("since listed", {})),
+        rest_in_words(record.get("left out", {})),
+    )
+    for line in filter(None, lines):
+        say(line)
 
 
 def leave_in_order(signal_number: int, frame: FrameType | None) -> None:

@@ -223,17 +223,14 @@ def evaluate_tasks(args: argparse.Namespace, media: MediaConfig) -> int:
 
     tasks = find_tasks(args.benchmark, args.tasks, args.seadoc)
     checkpoint = open_checkpoint(args.model)
-    dimension = dimension_of(args, checkpoint)
     settings = embedding_settings(args, media, checkpoint) | _given_prompts(args)
     settings |= _given({"--truncate-dim": args.truncate_dim})
     caps = _caps(settings)
-    meta = model_meta(
-        _name(args),
-        _revision(settings),
-        caps,
-        modalities=list(checkpoint.backbone.modalities),
-        embed_dim=dimension,
-    )
+    sizes = {
+        "modalities": list(checkpoint.backbone.modalities),
+        "embed_dim": dimension_of(args, checkpoint),
+    }
+    meta = model_meta(_name(args), _revision(settings), caps, **sizes)
     prompts = _prompts(args, checkpoint)
     modalities = _modalities(tasks, checkpoint, media)
     encode_blocks = _lazy_encoder(args, checkpoint, media, modalities)

@@ -15,7 +15,7 @@ numbers with their signs; with --by-signs, the same are ranked by whatever is st
 
 import argparse
 import socket
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ from lco_jax.core.extras import install_line
 from lco_jax.core.files import read_own, write_json
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.core.small_vectors import LEVELS, SIGNS, Storage
-from lco_jax.data.corpus import Contents, Corpus, scan
+from lco_jax.data.corpus import Contents, Corpus, CorpusItem, scan
 from lco_jax.data.folder import rest_in_words
 from lco_jax.data.inputs import Preparation
 from lco_jax.data.parts import Unit, VectorParts, cut
@@ -196,9 +196,7 @@ def prepare(args: argparse.Namespace) -> Started:
     corpus = Corpus(args.input, None, args.media_root, keeps_bad=not strict)
     items = list(corpus.items(strict))
     found = scan(items, media, strict)
-    root = corpus.path if corpus.path.is_dir() else corpus.path.parent
-    every = [Entry.of(item, root) for item in items]
-    entries = {entry.key: entry for entry in every}
+    entries = _entries(corpus, items)
     keep_compiled()
     checkpoint = open_checkpoint(args.model)
     embedder = load_embedder(args, checkpoint, media, None)
@@ -212,6 +210,13 @@ def prepare(args: argparse.Namespace) -> Started:
         notes.append(rest_in_words(corpus.listing.left_out))
     stored = _stored(storage, embedder.dimension)
     return Started(library, embedder, storage, "; ".join([stored, *notes] if stored else notes))
+
+
+def _entries(corpus: Corpus, items: Sequence[CorpusItem]) -> dict[str, Entry]:
+    """What the page shows of each item, by key."""
+    root = corpus.path if corpus.path.is_dir() else corpus.path.parent
+    every = [Entry.of(item, root) for item in items]
+    return {entry.key: entry for entry in every}
 
 
 class Index(NamedTuple):

@@ -121,14 +121,7 @@ class Once:
         chosen = [self.drawn[start + place] for place in range(self.batch_size)]
         records: set[Hashable] = set()
         contents: set[int] = set()
-        repeated = []
-        for place, key in enumerate(chosen):
-            is_again = self._record(key) in records
-            if is_again or not contents.isdisjoint(self._contents(key)):
-                repeated.append((place, is_again))
-            else:
-                contents |= self._contents(key)
-            records.add(self._record(key))
+        repeated = self._repeated(chosen, records, contents)
         sources = {chosen[place][0] for place, _ in repeated}
         apart = {source: self._spares(source, number) for source in sources}
         other = {source: self._spares(source, number) for source in sources}
@@ -142,6 +135,22 @@ class Once:
                 chosen[place] = spare
             contents |= self._contents(chosen[place])
         return chosen
+
+    def _repeated(
+        self, chosen: Sequence[Key], records: set[Hashable], contents: set[int]
+    ) -> list[tuple[int, bool]]:
+        """(place, whether it is the record itself) of each key whose record, or one of whose
+        contents, stands at an earlier place. Adds the others to `records` and `contents`.
+        """
+        repeated = []
+        for place, key in enumerate(chosen):
+            is_again = self._record(key) in records
+            if is_again or not contents.isdisjoint(self._contents(key)):
+                repeated.append((place, is_again))
+            else:
+                contents |= self._contents(key)
+            records.add(self._record(key))
+        return repeated
 
     def _unseen(
         self, spares: Iterator[Key], records: set[Hashable], contents: set[int]
@@ -183,20 +192,25 @@ def repeats(
     """
     warnings = []
     for name, source in sources.items():
-        records = len(source)
-        different = records if source.digests is None else len(np.unique(source.digests))
         share = weights[name] / sum(weights.values())
         wanted = batch_size if one_source else round(batch_size * share)
-        if records - different > FEW * records:
-            copies = f"{records - different:,} of its {records:,} records repeat an earlier one"
-            warnings.append(f"{name}: {copies}; a batch holds each once, where it can")
-        if wanted > different:
-            too_many = f"{wanted:,} records in a batch, and only {different:,} different ones"
-            negatives = f"{wanted - different:,} stand there again, as each other's negatives"
-            advice = "lower config.train.batch_size, or set config.train.ignore_duplicates"
-            warnings.append(f"{name}: {too_many}: {negatives}; {advice}")
-        elif name in numbers and wanted > (positives := len(np.unique(numbers[name][:, -1]))):
-            too_few = f"{wanted:,} records in a batch, and only {positives:,} different positives"
-            advice = "a batch holds some twice; set config.train.ignore_duplicates"
-            warnings.append(f"{name}: {too_few}: {advice}")
+        found = _repeats_of(source, wanted, numbers.get(name))
+        warnings += [f"{name}: {warning}" for warning in found]
     return warnings
+
+
+def _repeats_of(source: Source, wanted: int, numbers: np.ndarray | None) -> Iterator[str]:
+    """The warnings about a source, of which a batch has `wanted` records."""
+    records = len(source)
+    different = records if source.digests is None else len(np.unique(source.digests))
+    if records - different > FEW * records:
+        copies = f"{records - different:,} of its {records:,} records repeat an earlier one"
+        yield f"{copies}; a batch holds each once, where it can"
+    if wanted > different:
+        too_many = f"{wanted:,} records in a batch, and only {different:,} different ones"
+        negatives = f"{wanted - different:,} stand there again, as each other's negatives"
+        advice = "lower config.train.batch_size, or set config.train.ignore_duplicates"
+        yield f"{too_many}: {negatives}; {advice}"
+    elif numbers is not None and wanted > (positives := len(np.unique(numbers[:, -1]))):
+        too_few = f"{wanted:,} records in a batch, and only {positives:,} different positives"
+        yield f"{too_few}: a batch holds some twice; set config.train.ignore_duplicates"

@@ -26,6 +26,7 @@ from lco_jax.core.exchange import Exchange
 from lco_jax.core.packing import Answers, Batch, PackedTokens, fill, fill_answers
 from lco_jax.core.sharding import ROWS, replicated, row_shards
 from lco_jax.core.stream_shapes import padded_shape
+from lco_jax.data.guide import GuideVectors
 from lco_jax.data.inputs import conversation, one_ahead
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import asked
@@ -99,11 +100,19 @@ def _prepare(
         content=np.array([content_number(one.content) for one in good], np.int32),
         kinds=np.array([modality_bits(one.content) for one in good], np.int32),
         teacher=np.array([records[one.record].score(one.side) for one in good], np.float32),
-        guide=layout.guide
-        and layout.guide.rows((one.content, records[one.record].where) for one in good),
+        guide=_guide_rows(layout.guide, records, good),
         skipped=tuple(skipped.values()),
         where=tuple(record.where for record in records),
     )
+
+
+def _guide_rows(
+    guide: GuideVectors | None, records: Sequence[Record], contents: Sequence[_Content]
+) -> np.ndarray | None:
+    """The guide's vectors of contents, [·, G]; None without a guide."""
+    if guide is None:
+        return None
+    return guide.rows((one.content, records[one.record].where) for one in contents)
 
 
 def _contents(records: Sequence[Record], sides: int) -> Iterator[_Content]:

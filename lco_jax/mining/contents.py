@@ -64,9 +64,17 @@ def number_contents(
             others = [writer.number(*one) for one in _of_corpus(corpus)]
     _keep(aside, path)
     found = _by_side(np.array(sides, np.int32), np.array(counts, np.int64))
+    candidates = None if corpus is None else np.unique(np.array(others, np.int32))
+    return _as_numbers(found, candidates, writer)
+
+
+def _as_numbers(
+    found: tuple[np.ndarray, ...], candidates: np.ndarray | None, writer: "_Writer"
+) -> Numbers:
+    """All numbers. found: as `_by_side` has them. candidates: by default what records hold."""
     anchors, positives, negatives, starts = found
-    of_records = np.concatenate([positives, negatives])
-    candidates = np.unique(of_records if corpus is None else np.array(others, np.int32))
+    if candidates is None:
+        candidates = np.unique(np.concatenate([positives, negatives]))
     for array in (anchors, positives, starts, candidates):
         writer.digest.update(np.ascontiguousarray(array))
     total, digest = len(writer.numbering), writer.digest.hexdigest()
