@@ -178,7 +178,7 @@ def _set_surroundings(config: ConfigDict) -> None:
     config.export = ConfigDict()
     config.export.merged = True  # write the merged model beside the adapter
     config.export.dtype = "float32"  # of the merged model, or bfloat16
-    # how many of the first numbers the merged model's vectors have; None: all
+    # how many of the first numbers the vectors of merged/ and adapter/ have; None: as the base's
     config.export.truncate_dim = None
 
     config.log = ConfigDict()

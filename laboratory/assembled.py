@@ -122,7 +122,7 @@ def experiment(config: ConfigDict, workdir: Path, command: str) -> dict[str, Any
             bench = Bench(config, workdir / f"seed-{seed}", seed)
             results["worlds"].append(_once(bench, "world", partial(_make_world, bench), bar))
             results["runs"] += _runs(bench, bar)
-            _tidy(bench)
+            tidy(bench)
     seconds = [one["seconds"] for one in (*results["worlds"], *results["runs"])]
     results["minutes"] = sum(seconds) / 60
     write_json(workdir / "results.json", results)
@@ -157,7 +157,7 @@ def _once(bench: Bench, name: str, make: Callable[[], dict[str, Any]], bar: tqdm
     return part
 
 
-def _tidy(bench: Bench) -> None:
+def tidy(bench: Bench) -> None:
     """Remove what is large and can be made again."""
     for name in ("base", "best", "blank"):
         shutil.rmtree(bench.folder / name, ignore_errors=True)

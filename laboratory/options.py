@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from laboratory import classes, measure
-from laboratory.assembled import PLAIN, Bench, make_base, open_scored, parameters
+from laboratory.assembled import PLAIN, Bench, make_base, open_scored, parameters, tidy
 from laboratory.shared import claim, finished, once
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, write_json, write_text
@@ -70,6 +70,7 @@ def experiment(config: ConfigDict, workdir: Path, command: str) -> dict[str, Any
                 found = once(folder / f"{name}.json", make)
                 results["runs"].append({"seed": seed, "option": name, **found})
                 bar.update()
+            tidy(bench)
     write_json(workdir / "results.json", results)
     say(f"\n{len(results['runs'])} runs; {workdir / 'results.json'}")
     return results
@@ -81,12 +82,12 @@ def _generators(config: ConfigDict) -> ConfigDict:
         raise LcoError(f"config.options has {strange[0]!r}; these are: {', '.join(OPTIONS)}")
     if RECIPE not in config.options:
         raise LcoError(f"config.options lacks {RECIPE!r}, which all others are compared with")
-    file = Path(config.generators or "") / "config.json"
+    file = Path(config.generators or "") / "results.json"
     if not config.generators or not file.exists():
         raise LcoError(
             f"config.generators is {config.generators!r}; give the folder of a finished lab:smollm2"
         )
-    made = ConfigDict(read_json(file))
+    made = ConfigDict(read_json(file)["config"])
     missing = [seed for seed in config.seeds if seed not in made.seeds]
     if missing:
         raise LcoError(f"config.seeds has {missing[0]}, and {file} does not")

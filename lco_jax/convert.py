@@ -65,7 +65,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=list(DTYPES), help=f"of models (default: {DTYPE})")
     size = f"of one file (default: {SHARD_BYTES / 1e9:g})"
     parser.add_argument("--max-shard-size", type=float, metavar="GB", help=size)
-    shorter = "how many of the first numbers the model's vectors are to have (default: all)"
+    shorter = (
+        "how many of the first numbers vectors have (default: as the run, adapter or model says)"
+    )
     parser.add_argument("--truncate-dim", type=int, help=shorter)
     add_push_flags(parser)
     soups.add_flags(parser)
@@ -107,9 +109,11 @@ def _export_run(args: argparse.Namespace, run: Mapping[str, Any]) -> None:
     """Write the merged model and the adapter of a run. run: its configuration."""
     found = tuned_of_run(args.input, args.step, run)
     say(f"{args.input}: step {found.step}, trained from {found.source}")
-    about = about_run(run, _results(args.input), found.step)
+    usage = usage_of_run(run, found.checkpoint, args.truncate_dim)
+    as_trained = usage == usage_of_run(run, found.checkpoint)
+    # scores are of vectors as long as the run's
+    about = about_run(run, _results(args.input) if as_trained else {}, found.step)
     base = found.source, found.checkpoint
-    usage = with_dimension(usage_of_run(run), args.truncate_dim, found.checkpoint)
     write_merged(args, args.output, base, found.parameters, found.lora, about, usage)
     if has_adapters(found.parameters.get("decoder", {})):
         folder = beside(args.output, "adapter")

@@ -36,7 +36,7 @@ from lco_jax.data.inference import (
     blocks_of,
     pack_on_mesh,
 )
-from lco_jax.data.inputs import as_list, check_several, named, one_ahead, prepare_ahead
+from lco_jax.data.inputs import Preparation, as_list, check_several, named, one_ahead, prepare_ahead
 from lco_jax.data.instructions import Instructions
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.processor import Processor
@@ -116,7 +116,7 @@ class OmniEmbedder(SentenceMethods):
         adapted = None
         if adapter is not None:
             adapted = peft.read_adapter(adapter, checkpoint, head=cls.LOADS_HEAD)
-        usage = usage_of(checkpoint, adapter)
+        usage = usage_of(checkpoint, adapter, pooling)
         mesh = make_mesh(devices=jax.local_devices()) if mesh is None else mesh
         processor = processor_of(checkpoint, modalities, media, video_positions)
         model, params = load_model(
@@ -128,7 +128,7 @@ class OmniEmbedder(SentenceMethods):
             remat="none",
             quantize=quantize,
             attention=attention,
-            pooling=usage.pooling if pooling is None else pooling,
+            pooling=usage.pooling,
         )
         if adapted is not None:
             params = lora.with_adapters(params, *adapted, mesh, beside=bool(quantize))
@@ -346,16 +346,14 @@ class OmniEmbedder(SentenceMethods):
         inputs and options: as `encode` has them.
         """
         check_passes(max_tokens, progress)
-        ready = self._prepare(inputs, prompt, max_length)
+        ready = self._prepare(inputs, self.preparation(None, prompt, max_length))
         states = self.embed(ready, None, max_tokens, progress, of="layers")
         return np.moveaxis(states, 1, 0)
 
-    def _prepare(
-        self, inputs: Sequence[Any], prompt: Prompt | None, max_length: int | None
-    ) -> list[Processed]:
+    def _prepare(self, inputs: Sequence[Any], preparation: Preparation) -> list[Processed]:
         """Prepare all inputs at once. Raises the error of the first bad one."""
-        preparation, ready = self.preparation(None, prompt, max_length), []
         items, _ = as_list(inputs)
+        ready = []
         for one in prepare_ahead(preparation, named(items, None), workers=0):
             if isinstance(one, LcoError):
                 raise one

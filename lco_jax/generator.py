@@ -200,7 +200,8 @@ class OmniGenerator(OmniEmbedder):
         The loss is summed over the answer's tokens and the one that ends its turn. Answers are
         never cut. prompt: as `generate_ids` has it; inputs and other options: as `encode` has them.
         """
-        prompts = self._prepare(inputs, prompt, max_length)
+        # what a generator is asked is no instruction, and has one place
+        prompts = self._prepare(inputs, Preparation(self.processor, prompt, max_length))
         targets = self.tokenizer.answers(answers)
         ready = [one.answered(ids) for one, ids in zip(prompts, targets, strict=True)]
         where = [f"input {i}" for i in range(len(ready))]

@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from lco_jax.checkpoint.card import adapter_card
 from lco_jax.checkpoint.export import export_merged
 from lco_jax.checkpoint.peft import has_adapters, write_peft
-from lco_jax.checkpoint.usage import usage_beside, with_dimension
+from lco_jax.checkpoint.usage import usage_beside
 from lco_jax.core.console import say_all
 from lco_jax.core.files import on_bucket, write_json
 from lco_jax.evaluation.plots import plot_loss, subject_of
@@ -97,7 +97,7 @@ def _export(job: Job, tuned: dict[str, Any], results: dict[str, Any]) -> None:
     config, lora, base = job.config, job.training.lora, job.config.model.path
     run = json.loads(config.to_json()) | {"total_steps": job.total_steps}
     about = about_run(run, results, job.total_steps)
-    usage = with_dimension(usage_of_run(run), None, job.checkpoint)
+    usage = usage_of_run(run, job.checkpoint)
     if has_adapters(tuned.get("decoder", {})):
         card = adapter_card(job.checkpoint, base, about, lora, usage)
         beside = usage_beside(usage, job.checkpoint)

@@ -12,7 +12,7 @@ import reference_media
 
 from configs import pretrain as pretrain_config
 from configs import tiny as tiny_config
-from lco_jax import LcoError, OmniEmbedder, evaluate, job
+from lco_jax import LcoError, OmniEmbedder, OmniGenerator, evaluate, job
 from lco_jax.checkpoint.export import export_merged
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.checkpoint.peft import write_peft
@@ -399,3 +399,23 @@ def test_a_source_with_an_instruction_that_cannot_be(keys, says):
     spec = {"kind": "jsonl", "path": "assets:triplets_train.jsonl", **keys}
     with pytest.raises(LcoError, match=re.escape(says)):
         open_source("nli", spec)
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_what_a_generator_is_asked_is_no_instruction(cases, tmp_path, place):
+    """An instructed model answers as its base does."""
+    usage = Usage("last", Instructions({"query": QUERY, "document": DOCUMENT}, place, "document"))
+    folder = exported(cases["vl"].path, tmp_path / "merged", usage)
+    given = [reference_media.picture(0, 56, 84)], ["a red bird"]
+    losses = [
+        OmniGenerator.from_pretrained(one).token_losses(*given, prompt="\nWhat is it?")[0]
+        for one in (folder, cases["vl"].path)
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+
+
+def test_a_pooling_that_is_given_is_in_the_place_of_the_folders(cases, tmp_path):
+    folder = exported(cases["vl"].path, tmp_path / "merged", Usage())
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "cls"}))
+    model = OmniEmbedder.from_pretrained(folder, pooling="mean", modalities=("text",))
+    assert model.model.decoder.pooling == "mean"

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from zlib import crc32
 
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
+from configs import tiny as tiny_config
 from lco_jax import LcoError, OmniEmbedder, convert, evaluate, quantize_embeddings, search
 from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.configs.base import get_config
@@ -25,10 +27,13 @@ from lco_jax.core.small_vectors import (
     ranges_of,
     words,
 )
+from lco_jax.data.sources import open_source
 from lco_jax.evaluation.local_tasks import evaluate as evaluate_files
-from lco_jax.evaluation.retrieval import ranks, ranks_of_scores
+from lco_jax.evaluation.retrieval import ranks, ranks_of_scores, retrieval
 from lco_jax.evaluation.vector_sizes import Form, compare_and_write, forms
 from lco_jax.searching.nearest import Nearest, with_graph
+from lco_jax.train import train
+from lco_jax.training.instructions import usage_of_run
 from lco_jax.training.run import check_dimensions
 from lco_jax.vector_form import VectorForm
 
@@ -584,3 +589,43 @@ def test_sentence_transformers_gives_our_shorter_vectors(shorter, tiny):
     np.testing.assert_allclose(
         model.similarity(plain, plain), tiny.similarity(ours, ours), atol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("of_run", "flag", "width"), [(None, None, 32), (128, None, None), (16, None, 16), (16, 64, 64)]
+)
+def test_a_runs_vectors_are_as_long_as_it_says_or_its_base(shorter, of_run, flag, width):
+    """The base has 32 of 128; 128 are all."""
+    config = {"model": {}, "data": {"sources": {}}, "export": {"truncate_dim": of_run}}
+    assert usage_of_run(config, open_checkpoint(shorter), flag).truncate_dim == width
+
+
+@pytest.mark.slow
+def test_a_run_is_measured_as_its_export_is(tmp_path):
+    """Scores are of vectors of the length that is written, and a card of others has none."""
+    records = [{"anchor": f"a dog {i}", "positive": f"a hound {i}"} for i in range(24)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = tiny_config.get_config()
+    config.data.sources = {"data": {"kind": "jsonl", "path": str(data)}}
+    config.eval.path = str(data)
+    config.train.steps, config.optimizer.warmup_steps, config.train.batch_size = 2, 1, 8
+    config.export.truncate_dim = 8
+    results = train(config, tmp_path / "run")
+    model = OmniEmbedder.from_pretrained(tmp_path / "run" / "merged")
+    assert model.truncate_dim == 8
+    encode = partial(model.encode, max_length=config.data.max_length)
+    found = retrieval(encode, list(open_source("data", config.data.sources.data.to_dict())))
+    assert results["after"]["data"]["mrr"] == pytest.approx(found.mrr)
+    flags = [f"--input={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"]
+    for more, said in (([], True), (["--truncate-dim=16"], False)):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        shutil.rmtree(tmp_path / "out-adapter", ignore_errors=True)
+        sys_argv = sys.argv
+        sys.argv = ["convert", *flags, *more]
+        try:
+            convert.main()
+        finally:
+            sys.argv = sys_argv
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert (f"{found.mrr:.3f}" in card) == said

@@ -69,15 +69,15 @@ def write_usage(folder: Path, usage: Usage, hidden_size: int | None = None) -> N
     write_json(folder / _GENERAL, general)
 
 
-def read_usage(folder: Path, hidden_size: int) -> Usage:
+def read_usage(folder: Path, hidden_size: int, pooling: str | None = None) -> Usage:
     """What the two files of a folder say; the paper's, where they are not there.
 
-    hidden_size: of the model.
+    hidden_size: of the model. pooling: in the place of the folder's.
     """
     file = folder / _GENERAL
     general = read_json(file) if file.exists() else {}
     width = _truncate_dim(general, file, hidden_size)
-    return Usage(_pooling(folder), _instructions(general, file), width)
+    return Usage(pooling or _pooling(folder), _instructions(general, file), width)
 
 
 def says_usage(folder: Path) -> bool:
@@ -172,8 +172,8 @@ def write_modules(
     """Write modules.json and each module's configuration.
 
     template: the checkpoint's chat template. modalities: what it renders; all of them go through it
-    as messages. projected: whether there is a projection (`write_projection`). truncate_dim: how
-    many of the first numbers of its vectors the model is to give; None: all.
+    as messages. projected: whether there is a projection (`write_projection`). usage: how the model
+    is to be used.
     """
     modules = [("Transformer", ""), ("Pooling", _POOLING)]
     if projected:

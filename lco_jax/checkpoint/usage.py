@@ -10,23 +10,25 @@ from lco_jax.checkpoint.sentence_transformers import USAGE_FILES, Usage, read_us
 from lco_jax.core.errors import LcoError, check_at_least_1
 
 
-def usage_of(checkpoint: Checkpoint, adapter: str | PathLike[str] | None) -> Usage:
+def usage_of(
+    checkpoint: Checkpoint, adapter: str | PathLike[str] | None, pooling: str | None = None
+) -> Usage:
     """How a model, perhaps with an adapter, is to be used: as the adapter's folder says, or else
-    as the checkpoint's.
+    as the checkpoint's. pooling: in the place of what the folder says.
     """
     folder = None if adapter is None else adapter_folder(adapter)
     if folder is None or not says_usage(folder):
         folder = checkpoint.folder
-    return read_usage(folder, checkpoint.config.hidden_size)
+    return read_usage(folder, checkpoint.config.hidden_size, pooling)
 
 
 def with_dimension(usage: Usage, truncate_dim: int | None, checkpoint: Checkpoint) -> Usage:
-    """A usage whose vectors have so many of the first numbers; None: as many as it says, or else
-    as the checkpoint's. Raises for more than there are.
+    """A usage whose vectors have so many of the first numbers; None: as many as it says. Raises for
+    more than there are.
     """
     check_at_least_1(truncate_dim=truncate_dim)
     size = checkpoint.config.hidden_size
-    width = truncate_dim or usage.truncate_dim or usage_of(checkpoint, None).truncate_dim or size
+    width = truncate_dim or usage.truncate_dim or size
     if width > size:
         raise LcoError(f"truncate_dim is {width}; the model's vectors have {size}")
     return replace(usage, truncate_dim=None if width == size else width)

@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult
 
 from lco_jax.checkpoint.base import hub_id_of
 from lco_jax.checkpoint.card import About, Section
-from lco_jax.training.instructions import usage_of_run
+from lco_jax.training.instructions import instructions_of_run, pooling_of_run
 from lco_jax.training.objective import LossConfig
 
 Config = Mapping[str, Any]
@@ -116,12 +116,12 @@ def _recipe(config: Config, step: int) -> Section:
 
 def _usage(config: Config) -> list[tuple[str, Any]]:
     """Pooling and the place of instructions, where they are not the paper's."""
-    usage = usage_of_run(config)
+    pooling, instructions = pooling_of_run(config), instructions_of_run(config)
     rows: list[tuple[str, Any]] = []
-    if usage.pooling != "last":
-        rows.append(("model.pooling", usage.pooling))
-    if usage.instructions.prompts:
-        rows.append(("instructions.place", usage.instructions.place))
+    if pooling != "last":
+        rows.append(("model.pooling", pooling))
+    if instructions.prompts:
+        rows.append(("instructions.place", instructions.place))
     return rows
 
 

@@ -1,9 +1,12 @@
 """The instructions of a run's contents, and what its exports say of them."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from lco_jax.checkpoint.hf import Checkpoint
 from lco_jax.checkpoint.sentence_transformers import Usage
+from lco_jax.checkpoint.usage import usage_of, with_dimension
 from lco_jax.core.errors import LcoError
 from lco_jax.data.instructions import INSTRUCTIONS, Instruction, Instructions, SideInstructions
 
@@ -12,11 +15,22 @@ ROLES = ("query", "document")
 _NONE = {"query": "", "document": "", "place": "before"}  # of a run of an earlier version
 
 
-def usage_of_run(config: Config) -> Usage:
-    """How a model that a run has trained is to be used: as it was trained."""
-    pooling = config["model"].get("pooling", "last")
-    width = config.get("export", {}).get("truncate_dim")
-    return Usage(pooling, instructions_of_run(config), width)
+def usage_of_run(config: Config, checkpoint: Checkpoint, truncate_dim: int | None = None) -> Usage:
+    """How a model that a run has trained is to be used: as it was trained.
+
+    checkpoint: its base. truncate_dim: how many of the first numbers vectors have; None: as many as
+    config.export.truncate_dim says, or else the base.
+    """
+    usage = replace(
+        usage_of(checkpoint, None, pooling_of_run(config)), instructions=instructions_of_run(config)
+    )
+    width = truncate_dim or config.get("export", {}).get("truncate_dim")
+    return with_dimension(usage, width, checkpoint)
+
+
+def pooling_of_run(config: Config) -> str:
+    """Which states an embedding is made of."""
+    return config["model"].get("pooling", "last")
 
 
 def instructions_of_run(config: Config) -> Instructions:

@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from lco_jax.checkpoint.store import RunStore
-from lco_jax.checkpoint.usage import with_dimension
 from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath, reaching, read_json, write_json
@@ -54,7 +53,7 @@ def check_dimensions(config: ConfigDict, checkpoint: Checkpoint) -> None:
     """Raise, by key, for a part of a vector that is no part of the model's."""
     LossConfig.of(config).check_dimension(checkpoint.config.hidden_size)
     try:
-        with_dimension(usage_of_run(config), None, checkpoint)
+        usage_of_run(config, checkpoint)
     except LcoError as error:
         raise LcoError(f"config.export.{error}") from error
 
