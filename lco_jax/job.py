@@ -239,7 +239,9 @@ def batches_of(
     instructions = instructions_by_source(config)
     numbers = mixture.content_numbers(sources, config.data.keep_apart if once else "")
     drawn = weights, config.seed, run, once
-    stream = record_stream.record_stream(sources, *drawn, instructions, numbers)
+    stream = record_stream.record_stream(
+        sources, *drawn, instructions=instructions, numbers=numbers
+    )
     if once and not config.train.ignore_duplicates and jax.process_index() == 0:
         for line in mixture.repeats(sources, weights, layout.batch_size, one_source, numbers):
             logger.warning("%s", line)

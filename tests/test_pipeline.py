@@ -380,7 +380,10 @@ def test_equal_positives_are_kept_apart(run, apart):
     }
     weights = {"a": 1.0, "b": 1.0, "c": 1.0}
     numbers = mixture.content_numbers(sources, apart)
-    made = [record_stream(sources, weights, 0, run, 16, given) for given in (numbers, numbers, {})]
+    made = [
+        record_stream(sources, weights, 0, run, 16, numbers=given)
+        for given in (numbers, numbers, {})
+    ]
     once, again, free = ([stream[i] for i in range(16 * 30)] for stream in made)
     assert [one.where for one in once] == [one.where for one in again]
     backwards = [made[1][i].where for i in reversed(range(16 * 30))]

@@ -33,6 +33,7 @@ def record_stream(
     seed: int,
     run: int = 1,
     batch_size: int = 0,
+    *,
     instructions: Mapping[str, SideInstructions] | None = None,
     numbers: mixture.Numbers = MappingProxyType({}),
 ) -> grain.MapDataset:
