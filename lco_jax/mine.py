@@ -44,7 +44,7 @@ from lco_jax.core.files import expanded, on_bucket
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Corpus
 from lco_jax.data.given import in_assets, sources_of
-from lco_jax.data.guide import CONTENTS, VECTORS
+from lco_jax.data.guide_files import CONTENTS, VECTORS
 from lco_jax.data.lines import files_of
 from lco_jax.data.records import Record
 from lco_jax.data.scan import Source

@@ -116,6 +116,20 @@ def brute_force(records, vector, rules, keeps=False):
     return found
 
 
+def not_nearest(records, vector):
+    """How many positives some other candidate, also a record's own negative, scores as high as."""
+    count = 0
+    for record in records:
+        anchor = vector[record["anchor"]].astype(np.float64)
+        own = {record["anchor"]}
+        own |= {one["positive"] for one in records if one["anchor"] == record["anchor"]}
+        own |= {one["anchor"] for one in records if one["positive"] == record["anchor"]}
+        texts = {text for one in records for text in (one["positive"], *negatives_of(one))}
+        best = max(np.float32(anchor @ vector[text].astype(np.float64)) for text in texts - own)
+        count += best >= np.float32(anchor @ vector[record["positive"]].astype(np.float64))
+    return count
+
+
 # ---- the rules
 
 
@@ -248,6 +262,7 @@ def test_mined_records_are_those_of_a_plain_search(tmp_path, run_mine, tiny, fla
         len(one.get("negatives", [])) - (keeps and "negative" in given) < rules.negatives
         for one, given in zip(found, records, strict=True)
     )
+    assert report["positive is not nearest"] == not_nearest(records, vector)
     assert (tmp_path / "mined.report.png").stat().st_size
     assert "negatives written" in out
 
@@ -540,7 +555,7 @@ def test_a_report_goes_on_where_it_was():
         for record in records:
             scores = np.random.default_rng(record).uniform(-1, 1, 9).astype(np.float32)
             choice = choose(-np.sort(-scores), 0.3, PLAIN, record)
-            report.add(-np.sort(-scores), 0.3, choice.chosen, choice.dropped, PLAIN)
+            report.add(-np.sort(-scores), 0.3, False, choice, PLAIN)
         return report
 
     whole = filled(Report(), range(20))
