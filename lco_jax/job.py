@@ -246,8 +246,10 @@ def batches_of(
     stream = record_stream.record_stream(
         sources, *drawn, instructions=instructions, numbers=numbers
     )
-    if once and not config.train.ignore_duplicates and jax.process_index() == 0:
-        for line in mixture.repeats(sources, weights, layout.batch_size, one_source, numbers):
+    if once and jax.process_index() == 0:
+        ignores = config.train.ignore_duplicates
+        of_batches = layout.batch_size, one_source, numbers, ignores
+        for line in mixture.repeats(sources, weights, *of_batches):
             logger.warning("%s", line)
     return pipeline.local_batches(stream, layout, processor, config.data.max_length)
 

@@ -35,7 +35,7 @@ def record_stream(
     batch_size: int = 0,
     *,
     instructions: Mapping[str, SideInstructions] | None = None,
-    numbers: mixture.Numbers = MappingProxyType({}),
+    numbers: mixture.NumbersBySource = MappingProxyType({}),
 ) -> grain.MapDataset:
     """The endless mixture of sources, drawn by weight; each epoch of a source has another order.
 
