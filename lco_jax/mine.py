@@ -11,8 +11,8 @@ content once, of any modality; or, with --corpus, what that holds. An anchor's n
 nearest candidates, without itself, without what any record joins with it, and without what the
 rules drop:
   --skip-top=S    the S nearest
-  --max-ratio=R   what scores R times the positive's score or more (0.95, NV-Embed's rule, unless
-                  --margin is given; "off" for none)
+  --max-ratio=R   what scores R times the positive's score or more (0.95, NV-Retriever's rule,
+                  unless --margin is given; "off" for none)
   --margin=M      what scores more than the positive's score less M
 A score is the cosine of two vectors. Equal are the same texts, and media whose files hold the same
 bytes.
