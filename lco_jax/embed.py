@@ -58,6 +58,7 @@ from lco_jax.core.small_vectors import LEVELS, SIGNS, Storage
 from lco_jax.data.bucket_folder import BucketFolder
 from lco_jax.data.corpus import Contents, Corpus, scan
 from lco_jax.data.folder import Listing, as_id, changes_in_words, rest_in_words
+from lco_jax.data.guide import INPUT_STATE
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.parts import DESCRIPTION, Unit, VectorParts, cut
 from lco_jax.data.range_files import RANGES, read_ranges
@@ -77,7 +78,6 @@ from lco_jax.unit_embedder import UnitEmbedder, open_corpus
 
 ROUNDS = 3  # over units without a good part, before the disk is not trusted any more
 Load = partial[UnitEmbedder]
-INPUT_STATE = "what --input holds"  # among the flags of a work
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -21,6 +21,7 @@ from lco_jax.core.files import AnyPath, local_workdir, on_bucket, reaching, uplo
 from lco_jax.core.sharding import check_mesh, make_mesh
 from lco_jax.data import mixture, pipeline, record_stream
 from lco_jax.data.guide import open_guide
+from lco_jax.data.guide_files import KEY, guide_fingerprint
 from lco_jax.data.held_out import Split, split
 from lco_jax.data.media import MediaConfig
 from lco_jax.data.processor import Processor
@@ -127,7 +128,7 @@ def _check_begun(
     """Raise if the folder holds another run."""
     with reaching(home):
         if has_begun(home):
-            check_same_run(home, config, total_steps, fingerprints(sources))
+            check_same_run(home, config, total_steps, fingerprints(config, sources))
 
 
 def _total_steps(config: ConfigDict, sources: Mapping[str, Source]) -> int:
@@ -158,9 +159,12 @@ def _media_config(config: ConfigDict) -> MediaConfig:
         raise LcoError(f"config.data.{error}") from error
 
 
-def fingerprints(sources: Mapping[str, Source]) -> dict[str, str]:
-    """What tells the records of each source from others."""
-    return {name: fingerprint(source) for name, source in sources.items()}
+def fingerprints(config: ConfigDict, sources: Mapping[str, Source]) -> dict[str, str]:
+    """What tells the records of each source, and the guide of the loss by its key, from others."""
+    found = {name: fingerprint(source) for name, source in sources.items()}
+    if config.loss.guide:
+        found[KEY] = guide_fingerprint(config.loss.guide)
+    return found
 
 
 def open_data(
@@ -220,7 +224,7 @@ def open_layout(
         on_bad=config.data.on_bad,
         generative=generative,
         teacher=bool(config.loss.teacher) and not generative,
-        guide=None if generative else open_guide(config.loss.guide, sources),
+        guide=None if generative else open_guide(config.loss.guide, sources, config.data.on_bad),
     )
     return processor, layout
 
@@ -239,9 +243,13 @@ def batches_of(
     instructions = instructions_by_source(config)
     numbers = mixture.content_numbers(sources, config.data.keep_apart if once else "")
     drawn = weights, config.seed, run, once
-    stream = record_stream.record_stream(sources, *drawn, instructions, numbers)
-    if once and not config.train.ignore_duplicates and jax.process_index() == 0:
-        for line in mixture.repeats(sources, weights, layout.batch_size, one_source, numbers):
+    stream = record_stream.record_stream(
+        sources, *drawn, instructions=instructions, numbers=numbers
+    )
+    if once and jax.process_index() == 0:
+        ignores = config.train.ignore_duplicates
+        of_batches = layout.batch_size, one_source, numbers, ignores
+        for line in mixture.repeats(sources, weights, *of_batches):
             logger.warning("%s", line)
     return pipeline.local_batches(stream, layout, processor, config.data.max_length)
 

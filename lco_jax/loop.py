@@ -79,7 +79,7 @@ def _claim(job: Job) -> RunStore:
     """The checkpoints of the run's folder, which gets the configuration."""
     with reaching(job.home):
         store = RunStore(job.home / "checkpoints", job.config.checkpoint.keep)
-        found = fingerprints(job.sources)
+        found = fingerprints(job.config, job.sources)
         claim_workdir(job.home, job.config, job.total_steps, found, job.layout.objective)
     return store
 

@@ -11,8 +11,8 @@ content once, of any modality; or, with --corpus, what that holds. An anchor's n
 nearest candidates, without itself, without what any record joins with it, and without what the
 rules drop:
   --skip-top=S    the S nearest
-  --max-ratio=R   what scores R times the positive's score or more (0.95, NV-Embed's rule, unless
-                  --margin is given; "off" for none)
+  --max-ratio=R   what scores R times the positive's score or more (0.95, NV-Retriever's rule,
+                  unless --margin is given; "off" for none)
   --margin=M      what scores more than the positive's score less M
 A score is the cosine of two vectors. Equal are the same texts, and media whose files hold the same
 bytes.
@@ -24,6 +24,7 @@ records mined again by other rules embed nothing. After a kill the same command 
 """
 
 import argparse
+import os
 import re
 import signal
 from collections.abc import Iterator, Sequence
@@ -31,19 +32,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 
 from lco_jax import embed
 from lco_jax.checkpoint.hf import open_checkpoint
+from lco_jax.checkpoint.usage import usage_of
 from lco_jax.core.console import progress_bar, say, say_all
 from lco_jax.core.errors import DONE, LcoError, explained, run_main
+from lco_jax.core.files import expanded, on_bucket
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Corpus
-from lco_jax.data.given import sources_of
-from lco_jax.data.guide import CONTENTS, VECTORS
+from lco_jax.data.given import in_assets, sources_of
+from lco_jax.data.guide_files import CONTENTS, VECTORS
+from lco_jax.data.lines import files_of
 from lco_jax.data.records import Record
 from lco_jax.data.scan import Source
-from lco_jax.data.sources import open_source
+from lco_jax.data.sources import jsonl_files, open_source
 from lco_jax.flags import (
     add_corpus_flags,
     add_path,
@@ -55,9 +60,10 @@ from lco_jax.flags import (
 from lco_jax.mining.contents import Lines, Numbers, number_contents
 from lco_jax.mining.miner import Form, Miner
 from lco_jax.mining.nearest import ANCHORS
-from lco_jax.mining.output import MinedLines
+from lco_jax.mining.output import LOCK, MinedLines, check_ours
 from lco_jax.mining.report import Report
 from lco_jax.mining.rules import Rules
+from lco_jax.sentence_methods import all_prompts, document_name, query_name
 
 MAX_RATIO = 0.95
 
@@ -107,18 +113,25 @@ def main() -> int:
     args = make_parser().parse_args()
     signal.signal(signal.SIGTERM, embed.leave_in_order)
     rules = _rules(args)
-    _check_paths(args)
+    _check_output(args)
+    _check_prompts(args)
     keep_compiled()
+    with _held_vectors(args):
+        _mine_all(args, rules)
+    return DONE
+
+
+def _mine_all(args: argparse.Namespace, rules: Rules) -> None:
+    """Do what is not done yet of the whole work."""
     numbers = _numbers(args)
     with MinedLines(args.output, _work(args, numbers, rules)) as lines:
         if found := lines.finished():
             say(f"{args.output} is complete: this very command has written it")
             say(f"what was found: {lines.record}", found)
-            return DONE
+            return
         vectors = _vectors(args)
         report = _mine(args, numbers, vectors, rules, lines)
         _finish(args, report, numbers, rules, lines)
-    return DONE
 
 
 def _rules(args: argparse.Namespace) -> Rules:
@@ -144,14 +157,66 @@ def _rules(args: argparse.Namespace) -> Rules:
     )
 
 
-def _check_paths(args: argparse.Namespace) -> None:
-    """Raise for an output that cannot be; make the folder of vectors."""
+def _check_output(args: argparse.Namespace) -> None:
+    """Raise for an output that cannot be, or that would replace what is not ours."""
     if args.output.suffix != ".jsonl" or args.output.is_dir():
         raise LcoError(f"--output={args.output}: give a file that ends in .jsonl")
+    if args.output.exists():
+        for flag, file in _files_read(args):
+            if file.exists() and os.path.samefile(file, args.output):
+                what = f"is a file of {flag}, which is not to be replaced"
+                raise LcoError(f"--output={args.output} {what}; give another --output")
+    check_ours(args.output)
+
+
+def _files_read(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
+    """Each file of lines that is read, with the flag that names it."""
+    for spec in sources_of(args.input, "--input").values():
+        if spec["kind"] == "jsonl" and not on_bucket(spec["path"]):
+            for file in jsonl_files(expanded(in_assets(spec["path"]))):
+                yield f"--input={args.input}", file
+    if args.corpus is not None and not args.corpus.is_dir():
+        for file in files_of(args.corpus):
+            yield f"--corpus={args.corpus}", file
+
+
+def _check_prompts(args: argparse.Namespace) -> None:
+    """Raise for a model that takes queries and documents by different prompts.
+
+    Every content is embedded once, and may be an anchor here and a positive there.
+    """
+    if args.prompt is not None or args.prompt_name is not None:
+        return
+    instructions = usage_of(open_checkpoint(args.model), args.adapter).instructions
+    prompts = all_prompts(instructions)
+    names = query_name(prompts), document_name(prompts)
+    query, document = (prompts.get(name or instructions.default or "", "") for name in names)
+    if query != document:
+        differ = f"has the prompt {query!r} for queries and {document!r} for documents"
+        once = "every content is embedded once, as an anchor and as a candidate"
+        give = "give --prompt-name=NAME to use one prompt for all"
+        raise LcoError(f"--model={args.model} {differ}, and {once}; {give}")
+
+
+@contextmanager
+def _held_vectors(args: argparse.Namespace) -> Iterator[None]:
+    """The folder of vectors, which is made, and where no other process works meanwhile."""
     if args.vectors is None:
         args.vectors = args.output.with_name(f"{args.output.name}.vectors")
+    lock = filelock.FileLock(args.vectors / LOCK)
     with explained(f"--vectors={args.vectors} cannot be written", OSError):
         args.vectors.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            advice = "wait for it, end it, or give another --vectors"
+            raise LcoError(
+                f"another process works in --vectors={args.vectors}; {advice}"
+            ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 # ---- the contents, and their vectors
@@ -166,7 +231,7 @@ def _numbers(args: argparse.Namespace) -> Numbers:
         corpus = Corpus(args.corpus, root=args.media_root, flag="--corpus", keeps_bad=skips)
     items = None if corpus is None else corpus.items(check_media=args.on_error == "raise")
     with progress_bar(records, desc="reading", unit="record", leave=False, delay=2) as bar:
-        return number_contents(bar, items, args.vectors / CONTENTS)
+        return number_contents(bar, items, args.vectors / CONTENTS, f"--corpus={args.corpus}")
 
 
 def _records(args: argparse.Namespace) -> "_Records":

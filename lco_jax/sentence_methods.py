@@ -4,7 +4,7 @@ Dimensions: N and M vectors, D numbers of each.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,13 +120,12 @@ class SentenceMethods(ABC):
     @property
     def query_prompt(self) -> str | None:
         """The name of the prompt of queries, if there is one."""
-        return "query" if "query" in self.prompts else None
+        return query_name(self.prompts)
 
     @property
     def document_prompt(self) -> str | None:
         """The name of the prompt of documents, if there is one."""
-        names = ("document", "passage", "corpus")
-        return next((name for name in names if name in self.prompts), None)
+        return document_name(self.prompts)
 
     def prompt_of(
         self, prompt_name: str | None = None, prompt: Prompt | None = None
@@ -167,6 +166,17 @@ def all_prompts(instructions: Instructions) -> dict[str, str]:
     prompts stand in their place.
     """
     return {**(PROMPTS if instructions.place == "instead" else {}), **instructions.prompts}
+
+
+def query_name(prompts: Mapping[str, str]) -> str | None:
+    """The name of the prompt of queries, if there is one among these."""
+    return "query" if "query" in prompts else None
+
+
+def document_name(prompts: Mapping[str, str]) -> str | None:
+    """The name of the prompt of documents, if there is one among these."""
+    names = ("document", "passage", "corpus")
+    return next((name for name in names if name in prompts), None)
 
 
 def _comparable(embeddings1: Any, embeddings2: Any) -> tuple[np.ndarray, np.ndarray]:

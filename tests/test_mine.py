@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -17,8 +18,11 @@ import pytest
 from PIL import Image
 
 from lco_jax import OmniEmbedder, mine
+from lco_jax.checkpoint.hf import open_checkpoint
+from lco_jax.checkpoint.sentence_transformers import Usage, write_usage
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import ASSETS
+from lco_jax.data.instructions import Instructions
 from lco_jax.data.sources import open_file
 from lco_jax.mining import nearest
 from lco_jax.mining.contents import Lines, number_contents
@@ -110,6 +114,20 @@ def brute_force(records, vector, rules, keeps=False):
             left = [text for text in left if float(score(text)) <= positive - rules.margin]
         found.append(given + left[: rules.negatives])
     return found
+
+
+def not_nearest(records, vector):
+    """How many positives some other candidate, also a record's own negative, scores as high as."""
+    count = 0
+    for record in records:
+        anchor = vector[record["anchor"]].astype(np.float64)
+        own = {record["anchor"]}
+        own |= {one["positive"] for one in records if one["anchor"] == record["anchor"]}
+        own |= {one["anchor"] for one in records if one["positive"] == record["anchor"]}
+        texts = {text for one in records for text in (one["positive"], *negatives_of(one))}
+        best = max(np.float32(anchor @ vector[text].astype(np.float64)) for text in texts - own)
+        count += best >= np.float32(anchor @ vector[record["positive"]].astype(np.float64))
+    return count
 
 
 # ---- the rules
@@ -244,6 +262,7 @@ def test_mined_records_are_those_of_a_plain_search(tmp_path, run_mine, tiny, fla
         len(one.get("negatives", [])) - (keeps and "negative" in given) < rules.negatives
         for one, given in zip(found, records, strict=True)
     )
+    assert report["positive is not nearest"] == not_nearest(records, vector)
     assert (tmp_path / "mined.report.png").stat().st_size
     assert "negatives written" in out
 
@@ -420,7 +439,108 @@ def test_contents_are_numbered_as_they_come(tmp_path):
     assert [Lines(tmp_path / "contents.jsonl")[number] for number in range(3)] == ["a", "b", "c"]
 
 
-def test_a_second_process_waits(tmp_path):
+def test_changed_negatives_are_other_work(tmp_path):
+    """Also where the contents and the candidates stay the same."""
+    digests = set()
+    for negative in ("c", "d"):
+        records = [
+            {"anchor": "c", "positive": "d"},
+            {"anchor": "d", "positive": "c"},
+            {"anchor": "a", "positive": "b", "negative": negative},
+        ]
+        source = open_file(write(tmp_path / "p.jsonl", records))
+        digests.add(number_contents(source, None, tmp_path / "contents.jsonl").digest)
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize("lines", ["", '[""]\n'])
+def test_a_corpus_of_nothing_is_named_before_anything_is_embedded(tmp_path, run_mine, lines):
+    source = write(tmp_path / "pairs.jsonl", pairs(4))
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text(lines)
+    flags = [f"--input={source}", f"--output={tmp_path / 'm.jsonl'}", "--on-error=skip"]
+    status, _, err = run_mine(*flags, f"--corpus={corpus}")
+    assert status == 2
+    assert f"--corpus={corpus} holds nothing that may become a negative" in err.splitlines()[-1]
+    assert not (tmp_path / "m.jsonl.vectors" / mine.CONTENTS).exists()
+
+
+def test_a_relative_folder_of_media_is_a_corpus(tmp_path, run_mine, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("pictures").mkdir()
+    Image.fromarray(np.zeros((28, 28, 3), np.uint8)).save("pictures/a.png")
+    write(Path("pairs.jsonl"), pairs(4))
+    flags = ["--input=pairs.jsonl", "--output=out/m.jsonl", "--max-ratio=off"]
+    assert run_mine(*flags, "--corpus=pictures")[0] == 0
+    picture = {"image": str(tmp_path / "pictures/a.png")}
+    assert [one["negatives"] for one in lines_of(Path("out/m.jsonl"))] == [[picture]] * 4
+
+
+@pytest.mark.parametrize(
+    ("output", "flags", "words"),
+    [
+        ("pairs.jsonl", [], "--output=pairs.jsonl is a file of --input=pairs.jsonl"),
+        ("link.jsonl", [], "--output=link.jsonl is a file of --input=pairs.jsonl"),
+        ("folder/x.jsonl", ["--input=folder"], "is a file of --input=folder"),
+        ("folder/x.jsonl", ["--corpus=folder/*.jsonl"], "is a file of --corpus=folder/*.jsonl"),
+        ("folder/x.jsonl", [], "no report beside it says that lco mine wrote it as it is"),
+        ("m.jsonl", [], "m.report.json exists and lco mine did not write it"),
+    ],
+)
+def test_what_is_not_ours_is_not_replaced(tmp_path, run_mine, monkeypatch, output, flags, words):
+    monkeypatch.chdir(tmp_path)
+    source = write(Path("pairs.jsonl"), pairs(4))
+    Path("link.jsonl").symlink_to(source)
+    Path("folder").mkdir()
+    shutil.copy(source, "folder/x.jsonl")
+    Path("m.report.json").write_text("{}")
+    before = source.read_bytes()
+    status, _, err = run_mine("--input=pairs.jsonl", f"--output={output}", *flags)
+    assert status == 2
+    assert words in err.splitlines()[-1]
+    assert source.read_bytes() == Path("folder/x.jsonl").read_bytes() == before
+
+
+def test_an_output_that_was_changed_is_not_replaced(tmp_path, run_mine):
+    source, output = write(tmp_path / "pairs.jsonl", pairs(4)), tmp_path / "m.jsonl"
+    flags = [f"--input={source}", f"--output={output}"]
+    assert run_mine(*flags)[0] == 0
+    output.write_text(output.read_text() + "\n")
+    status, _, err = run_mine(*flags)
+    assert status == 2
+    assert "give another --output, or remove it" in err
+
+
+def test_a_model_of_two_prompts_is_mined_with_one_that_is_named(tmp_path, run_mine, cache):
+    checkpoint = open_checkpoint("builtin:tiny")
+    folder = shutil.copytree(checkpoint.folder, tmp_path / "model")
+    prompts = {"query": "Find: ", "document": "Read: "}
+    usage = Usage("last", Instructions(prompts, "before", "document"))
+    write_usage(folder, usage, checkpoint.config.hidden_size)
+    source, output = write(tmp_path / "pairs.jsonl", pairs(4)), tmp_path / "m.jsonl"
+    flags = [f"--input={source}", f"--output={output}", f"--model={folder}"]
+    status, _, err = run_mine(*flags)
+    assert status == 2
+    assert "the prompt 'Find: ' for queries and 'Read: ' for documents" in err.splitlines()[-1]
+    assert "give --prompt-name=NAME to use one prompt for all" in err
+    assert not output.with_name("m.jsonl.vectors").exists()
+    assert run_mine(*flags, "--prompt-name=document")[0] == 0
+    assert len(lines_of(output)) == 4
+
+
+def test_a_folder_of_vectors_is_of_one_process(tmp_path, run_mine):
+    source, folder = write(tmp_path / "pairs.jsonl", pairs(4)), tmp_path / "v"
+    folder.mkdir()
+    flags = [f"--input={source}", f"--output={tmp_path / 'm.jsonl'}", f"--vectors={folder}"]
+    with filelock.FileLock(folder / "_lock"):
+        status, _, err = run_mine(*flags)
+    assert status == 2
+    assert f"another process works in --vectors={folder}" in err.splitlines()[-1]
+    assert not (folder / mine.CONTENTS).exists()
+    assert run_mine(*flags)[0] == 0
+
+
+def test_a_second_process_is_refused(tmp_path):
     with (
         MinedLines(tmp_path / "m.jsonl", {}),
         pytest.raises(LcoError, match="another process writes"),
@@ -435,7 +555,7 @@ def test_a_report_goes_on_where_it_was():
         for record in records:
             scores = np.random.default_rng(record).uniform(-1, 1, 9).astype(np.float32)
             choice = choose(-np.sort(-scores), 0.3, PLAIN, record)
-            report.add(-np.sort(-scores), 0.3, choice.chosen, choice.dropped, PLAIN)
+            report.add(-np.sort(-scores), 0.3, False, choice, PLAIN)
         return report
 
     whole = filled(Report(), range(20))

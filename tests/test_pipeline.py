@@ -1,6 +1,7 @@
 """The stream of records, the batches that processes make of it, and texts that are cut."""
 
 import json
+from itertools import chain, product
 
 import jax
 import numpy as np
@@ -23,7 +24,7 @@ from lco_jax.data.record_stream import record_stream
 from lco_jax.data.records import Record
 from lco_jax.data.scan import ListSource
 from lco_jax.data.sources import JsonlSource
-from lco_jax.job import open_layout
+from lco_jax.job import batches_of, open_layout
 
 PREFIX = Prefixes.of(np.zeros(0, np.int32))
 LAYOUT = Layout(batch_size=8, max_negatives=2, prefix=PREFIX)
@@ -380,7 +381,10 @@ def test_equal_positives_are_kept_apart(run, apart):
     }
     weights = {"a": 1.0, "b": 1.0, "c": 1.0}
     numbers = mixture.content_numbers(sources, apart)
-    made = [record_stream(sources, weights, 0, run, 16, given) for given in (numbers, numbers, {})]
+    made = [
+        record_stream(sources, weights, 0, run, 16, numbers=given)
+        for given in (numbers, numbers, {})
+    ]
     once, again, free = ([stream[i] for i in range(16 * 30)] for stream in made)
     assert [one.where for one in once] == [one.where for one in again]
     backwards = [made[1][i].where for i in reversed(range(16 * 30))]
@@ -410,6 +414,53 @@ def test_few_positives_are_as_far_apart_as_can_be():
     (said,) = mixture.repeats(sources, {"a": 1.0}, 8, True, numbers)
     assert said.startswith("a: 8 records in a batch, and only 3 different positives")
     assert mixture.repeats(sources, {"a": 1.0}, 3, True, numbers) == []
+
+
+def test_few_anchors_are_said():
+    """The column that is short is named; ignore_duplicates helps with positives alone."""
+    records = [Record(f"label {i % 3}", f"text {i}", (), f"a:{i}") for i in range(40)]
+    sources = {"a": ListSource(records)}
+    numbers = mixture.content_numbers(sources, "contents")
+    for ignores in (False, True):
+        (said,) = mixture.repeats(sources, {"a": 1.0}, 8, True, numbers, ignores)
+        assert said.startswith("a: 8 records in a batch, and only 3 different anchors: a batch")
+        assert "ignore_duplicates" not in said
+    swapped = {"a": ListSource([Record(r.positive, r.anchor, (), r.where) for r in records])}
+    numbers = mixture.content_numbers(swapped, "contents")
+    (said,) = mixture.repeats(swapped, {"a": 1.0}, 8, True, numbers)
+    assert "only 3 different positives" in said
+    assert "config.train.ignore_duplicates" in said
+    assert mixture.repeats(swapped, {"a": 1.0}, 8, True, numbers, True) == []
+
+
+@pytest.mark.parametrize("apart", ["", "positives", "contents"])
+def test_the_configuration_keeps_contents_apart(monkeypatch, processor, apart):
+    """Also in the shares of two processes, which together have the batch of one."""
+    records = [Record(f"question {i % 20}", f"label {i % 12}", (), f"a:{i}") for i in range(60)]
+    sources = {"a": ListSource(records)}
+    config = base.get_config()
+    config.train.batch_size, config.data.keep_apart = 8, apart
+    config.data.sources = {"a": {"kind": "jsonl", "path": "unread.jsonl"}}
+    by_where = {record.where: record for record in records}
+
+    def shares(processes):
+        found = []
+        for me in range(processes):
+            monkeypatch.setattr(jax, "process_count", lambda: processes)
+            monkeypatch.setattr(jax, "process_index", lambda me=me: me)
+            batches = batches_of(config, sources, LAYOUT, processor)
+            found.append([batches[number].where for number in range(10)])
+        return found
+
+    (whole,) = shares(1)
+    assert [list(chain(*zip(*pair, strict=True))) for pair in zip(*shares(2), strict=True)] == [
+        list(batch) for batch in whole
+    ]
+    crowded = {"anchor": 0, "positive": 0}
+    for batch, side in product(whole, crowded):
+        crowded[side] += len({getattr(by_where[where], side) for where in batch}) < 8
+    assert (crowded["positive"] == 0) == (apart != "")
+    assert (crowded["anchor"] == 0) == (apart == "contents")
 
 
 def test_a_batch_that_is_larger_than_the_data_has_every_record(tmp_path):

@@ -22,7 +22,7 @@ SPARES = 4  # times a batch: the most records that are looked through for one th
 FEW = 0.01  # of a source's records may repeat others without a word
 BATCHES_REMEMBERED = 64
 Key = tuple[int, int]
-Numbers = Mapping[str, np.ndarray]  # of `content_numbers`
+NumbersBySource = Mapping[str, np.ndarray]  # of `content_numbers`
 
 
 def weights_of(config: Mapping[str, Any], sources: Mapping[str, Source]) -> dict[str, float]:
@@ -183,26 +183,30 @@ def repeats(
     weights: Mapping[str, float],
     batch_size: int,
     one_source: bool,
-    numbers: Numbers = MappingProxyType({}),
+    numbers: NumbersBySource = MappingProxyType({}),
+    ignores_duplicates: bool = False,
 ) -> list[str]:
     """Warnings about records that a source holds twice, or that a batch must hold twice.
 
     one_source: whether all records of a batch come from one source. numbers: of contents that are
-    to be kept apart.
+    to be kept apart. ignores_duplicates: whether the loss has no equal positives as negatives; then
+    these need no warning.
     """
     warnings = []
     for name, source in sources.items():
         share = weights[name] / sum(weights.values())
         wanted = batch_size if one_source else round(batch_size * share)
-        found = _repeats_of(source, wanted, numbers.get(name))
+        found = [] if ignores_duplicates else list(_repeats_of(source, wanted))
+        if name in numbers and wanted <= _different(source):
+            found += _crowded(wanted, numbers[name], ignores_duplicates)
         warnings += [f"{name}: {warning}" for warning in found]
     return warnings
 
 
-def _repeats_of(source: Source, wanted: int, numbers: np.ndarray | None) -> Iterator[str]:
+def _repeats_of(source: Source, wanted: int) -> Iterator[str]:
     """The warnings about a source, of which a batch has `wanted` records."""
     records = len(source)
-    different = records if source.digests is None else len(np.unique(source.digests))
+    different = _different(source)
     if records - different > FEW * records:
         copies = f"{records - different:,} of its {records:,} records repeat an earlier one"
         yield f"{copies}; a batch holds each once, where it can"
@@ -211,6 +215,25 @@ def _repeats_of(source: Source, wanted: int, numbers: np.ndarray | None) -> Iter
         negatives = f"{wanted - different:,} stand there again, as each other's negatives"
         advice = "lower config.train.batch_size, or set config.train.ignore_duplicates"
         yield f"{too_many}: {negatives}; {advice}"
-    elif numbers is not None and wanted > (positives := len(np.unique(numbers[:, -1]))):
-        too_few = f"{wanted:,} records in a batch, and only {positives:,} different positives"
-        yield f"{too_few}: a batch holds some twice; set config.train.ignore_duplicates"
+
+
+def _different(source: Source) -> int:
+    """How many of a source's records differ, as far as is known."""
+    return len(source) if source.digests is None else len(np.unique(source.digests))
+
+
+def _crowded(wanted: int, numbers: np.ndarray, ignores_duplicates: bool) -> Iterator[str]:
+    """The warnings about contents of which there are too few to keep `wanted` records apart.
+
+    numbers: of `content_numbers`, [N, n]; the last column is that of the positives.
+    """
+    names = ("anchors", "positives")[-numbers.shape[1] :]
+    for name, column in zip(names, numbers.T, strict=True):
+        different = len(np.unique(column))
+        if wanted <= different or (ignores_duplicates and name == "positives"):
+            continue
+        advice = "lower config.train.batch_size"
+        if name == "positives":  # the loss knows no equal anchors
+            advice += ", or set config.train.ignore_duplicates"
+        too_few = f"{wanted:,} records in a batch, and only {different:,} different {name}"
+        yield f"{too_few}: a batch holds some twice; {advice}"

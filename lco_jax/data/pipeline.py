@@ -90,6 +90,7 @@ def _prepare(
     """Prepare records, the first of which has the number `offset`, the next `offset + stride`."""
     contents = list(_contents(records, layout.sides))
     results = _process(records, contents, layout, processor, max_length)
+    results = _checked_by_guide(results, records, contents, layout.guide)
     skipped = _skipped(contents, results, layout.on_bad)
     kept = [pair for pair in zip(contents, results, strict=True) if pair[0].record not in skipped]
     good = [one for one, _ in kept]
@@ -104,6 +105,19 @@ def _prepare(
         skipped=tuple(skipped.values()),
         where=tuple(record.where for record in records),
     )
+
+
+def _checked_by_guide(
+    results: Sequence[Processed | LcoError],
+    records: Sequence[Record],
+    contents: Sequence[_Content],
+    guide: GuideVectors | None,
+) -> list[Processed | LcoError]:
+    """The results, with an error for each content of which the guide could read nothing."""
+    if guide is None:
+        return list(results)
+    faults = [guide.fault(one.content, records[one.record].where) for one in contents]
+    return [fault or result for fault, result in zip(faults, results, strict=True)]
 
 
 def _guide_rows(

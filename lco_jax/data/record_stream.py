@@ -33,8 +33,9 @@ def record_stream(
     seed: int,
     run: int = 1,
     batch_size: int = 0,
+    *,
     instructions: Mapping[str, SideInstructions] | None = None,
-    numbers: mixture.Numbers = MappingProxyType({}),
+    numbers: mixture.NumbersBySource = MappingProxyType({}),
 ) -> grain.MapDataset:
     """The endless mixture of sources, drawn by weight; each epoch of a source has another order.
 

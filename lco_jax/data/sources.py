@@ -57,7 +57,7 @@ class JsonlSource(Source):
         check_media: bool = True,
     ):
         self.path = in_assets(str(path))
-        self.files = _jsonl_files(self.path)
+        self.files = jsonl_files(self.path)
         self.roots = [os.path.abspath(media_root or file.parent) for file in self.files]
         self.root = self.roots[0]  # of a single file, or the first
         scan, exists = Scan(on_bad), file_lookup(check_media)
@@ -112,7 +112,8 @@ class JsonlSource(Source):
         return parse_record(given, where, self.roots[which], exists)
 
 
-def _jsonl_files(path: Path) -> list[Path]:
+def jsonl_files(path: Path) -> list[Path]:
+    """The files of a `JsonlSource` of this path."""
     if not path.is_dir():
         return files_of(path)
     found = records_in(path, (".jsonl",))

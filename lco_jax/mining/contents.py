@@ -44,12 +44,16 @@ class Numbers(NamedTuple):
 
 
 def number_contents(
-    records: Iterable[Record], corpus: Iterable[CorpusItem] | None, path: Path
+    records: Iterable[Record],
+    corpus: Iterable[CorpusItem] | None,
+    path: Path,
+    corpus_name: str = "the corpus",
 ) -> Numbers:
     """Number all contents, and write them to `path`, a line each, unless it holds them already.
 
-    corpus: what may become a negative in place of the records' positives and negatives. Raises for
-    media that have no name, which a jsonl cannot hold.
+    corpus: what may become a negative in place of the records' positives and negatives.
+    corpus_name: what errors call it. Raises for media that have no name, which a jsonl cannot hold,
+    and for a corpus that holds no content.
     """
     sides: list[int] = []  # anchor, positive, negatives of one record after another
     counts: list[int] = []
@@ -62,6 +66,9 @@ def number_contents(
             counts.append(len(record.negatives))
         if corpus is not None:
             others = [writer.number(*one) for one in _of_corpus(corpus)]
+    if corpus is not None and not others:
+        needs = "name a file or folder with a text or a medium that can be read"
+        raise LcoError(f"{corpus_name} holds nothing that may become a negative; {needs}")
     _keep(aside, path)
     found = _by_side(np.array(sides, np.int32), np.array(counts, np.int64))
     candidates = None if corpus is None else np.unique(np.array(others, np.int32))
@@ -75,7 +82,7 @@ def _as_numbers(
     anchors, positives, negatives, starts = found
     if candidates is None:
         candidates = np.unique(np.concatenate([positives, negatives]))
-    for array in (anchors, positives, starts, candidates):
+    for array in (anchors, positives, negatives, starts, candidates):
         writer.digest.update(np.ascontiguousarray(array))
     total, digest = len(writer.numbering), writer.digest.hexdigest()
     return Numbers(anchors, positives, negatives, starts, candidates, total, digest)
@@ -117,7 +124,19 @@ def _of_corpus(items: Iterable[CorpusItem]) -> Iterator[tuple[Content, str]]:
             raise LcoError(f"{item.where} is a chat; a negative is a text, media or both")
         content = item.content["text"] if isinstance(item.content, dict) else item.content
         if content:
-            yield content, item.where
+            yield _absolute(content), item.where
+
+
+def _absolute(content: Content) -> Content:
+    """A content whose media have absolute paths: its line is read from another folder."""
+    if isinstance(content, str):
+        return content
+    parts = []
+    for part in content:
+        medium = part[part["type"]]
+        is_path = part["type"] != "text" and isinstance(medium, str) and not ADDRESS.match(medium)
+        parts.append({**part, part["type"]: os.path.abspath(medium)} if is_path else part)
+    return tuple(parts)
 
 
 def _keep(aside: Path, path: Path) -> None:

@@ -83,15 +83,16 @@ class Miner:
     ) -> list[int]:
         """The numbers of a record's negatives. places, scores: [K], of its anchor."""
         numbers = self.numbers.candidates[places]
+        positive = self._score(record, self.numbers.positives[record])
+        is_nearest = not (scores >= positive).any()
         kept: list[int] = []
         if self.form.keeps_given:
             given = self.numbers.negatives_of(record)
             kept = [one for one in given.tolist() if np.isfinite(self.vectors[one]).all()]
             is_new = ~np.isin(numbers, kept)
             numbers, scores = numbers[is_new], scores[is_new]
-        positive = self._score(record, self.numbers.positives[record])
         choice = choose(scores, positive, self.rules, record)
-        report.add(scores, positive, choice.chosen, choice.dropped, self.rules)
+        report.add(scores, positive, is_nearest, choice, self.rules)
         return [*kept, *numbers[choice.chosen].tolist()]
 
     def _score(self, record: int, number: int) -> float:

@@ -25,14 +25,14 @@ class MinedLines:
 
     def __init__(self, output: Path, work: Mapping[str, Any]):
         self.output, self.work = output, dict(work)
-        self.folder = output.with_name(f"{output.name}.partial")
+        self.folder = _partial(output)
         self.done, self.found = 0, None
         self._lock = filelock.FileLock(self.folder / LOCK)
 
     @property
     def record(self) -> Path:
         """The file that says what the output holds."""
-        return self.output.with_suffix(".report.json")
+        return _record(self.output)
 
     @property
     def picture(self) -> Path:
@@ -99,6 +99,32 @@ class MinedLines:
             state = {"work": self.work, "output": _state(self.output)}
             write_json(self.record, {**report, **state})
             shutil.rmtree(self.folder)
+
+
+def check_ours(output: Path) -> None:
+    """Raise where `output`, or the report beside it, is there and no round of mining wrote it.
+
+    An output that was changed since is its owner's.
+    """
+    if (_partial(output) / STATE).exists():  # a round that found nothing of others' was begun
+        return
+    record = _record(output)
+    report = read_own(record, "remove it, or give another --output") if record.exists() else {}
+    if record.exists() and "work" not in report:
+        raise LcoError(f"{record} exists and lco mine did not write it; give another --output")
+    if output.exists() and report.get("output") != _state(output):
+        what = "exists, and no report beside it says that lco mine wrote it as it is"
+        raise LcoError(f"--output={output} {what}; give another --output, or remove it")
+
+
+def _partial(output: Path) -> Path:
+    """The folder of what is done of an output."""
+    return output.with_name(f"{output.name}.partial")
+
+
+def _record(output: Path) -> Path:
+    """The file that says what an output holds."""
+    return output.with_suffix(".report.json")
 
 
 def _state(output: Path) -> str:

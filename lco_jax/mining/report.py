@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from lco_jax.core.pictures import new_figure, save
-from lco_jax.mining.rules import MARGIN, RATIO, RULES, Rules
+from lco_jax.mining.rules import MARGIN, RATIO, RULES, Choice, Rules
 
 BINS = 200  # of a histogram of scores from -1 to 1
 POSITIVES, NEGATIVES = "positives", "negatives"
@@ -46,11 +46,16 @@ class Report:
         self,
         scores: np.ndarray,
         positive: float,
-        chosen: np.ndarray,
-        dropped: dict[str, np.ndarray],
+        is_nearest: bool,
+        choice: Choice,
         rules: Rules,
     ) -> None:
-        """Count a record: its candidates' scores, its positive's, and what `rules.choose` says."""
+        """Count a record: its candidates' scores, its positive's, and what `rules.choose` says.
+
+        is_nearest: whether the positive scores above all that were looked at; a record's own
+        negatives are among these, and not among `scores` where they are kept.
+        """
+        chosen, dropped = choice
         counts = self.counts
         counts["records"] += 1
         counts["looked at"] += int(np.isfinite(scores).sum())
@@ -59,7 +64,7 @@ class Report:
         counts["negatives"] += len(chosen)
         counts["with fewer"] += len(chosen) < rules.negatives
         counts["with none"] += not len(chosen)
-        counts["positive is not nearest"] += bool((scores >= positive).any())
+        counts["positive is not nearest"] += not is_nearest
         self._add_scores(POSITIVES, np.array([positive]))
         self._add_scores(NEGATIVES, scores[chosen])
         for rule, kind in DROPPED.items():

@@ -17,7 +17,7 @@ class Rules:
     """negatives: how many of a record. range: so many nearest candidates are looked at.
 
     skip_top: so many of them are dropped. max_ratio: what scores this part of the positive's score
-    or more is dropped (NV-Embed, arXiv 2407.02883: 0.95); None: nothing is. margin: what scores
+    or more is dropped (NV-Retriever, arXiv 2407.15831: 0.95); None: nothing is. margin: what scores
     more than the positive less this is dropped; None: nothing is.
     sample: draw among those left, in place of the nearest; seed: of that.
     """

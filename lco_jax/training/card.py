@@ -104,7 +104,10 @@ def _recipe(config: Config, step: int) -> Section:
     for part, keys in _SHOWN.items():
         there = [key for key in keys if key in config[part] and f"{part}.{key}" not in unused]
         rows += [(f"{part}.{key}", config[part][key]) for key in there]
-    rows += [(f"loss.{key}", getattr(loss, key)) for key in loss.added]
+    values = {key: getattr(loss, key) for key in loss.added}
+    if loss.guide:
+        values["guide"] = PurePosixPath(loss.guide).name  # no path of this machine
+    rows += [(f"loss.{key}", value) for key, value in values.items()]
     rows += [(f"optimizer.{key}", value) for key, value in config["optimizer"].items()]
     rows += [("model.dtype", config["model"]["dtype"]), ("seed", config["seed"])]
     rows += _usage(config)

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath, on_bucket, read_json
+from lco_jax.data.guide_files import guide_files
 from lco_jax.data.instructions import INSTRUCTIONS
 
 MANY = 10_000  # files of data: to look at more takes too long
@@ -57,7 +58,8 @@ def _has_outputs(home: AnyPath, config: ConfigDict) -> bool:
 
 
 def _files(config: ConfigDict) -> Iterator[Path]:
-    """The files on this disk that the configuration names as data or as the model."""
+    """The files on this disk that the configuration names as data, as a guide or as the model."""
+    yield from guide_files(config.loss.guide)
     texts = [config.model.path, config.eval.path, config.eval.sts]
     for source in config.data.sources.to_dict().values():
         files = {key: value for key, value in source.items() if key not in INSTRUCTIONS}

@@ -82,11 +82,15 @@ def instructions_of_held_out(config: Config, name: str) -> SideInstructions:
 
 
 def refuse_embedding_keys(config: Config) -> None:
-    """Raise for pooling and instructions in generative training, whose anchors ask for themselves
-    and which makes no embeddings.
+    """Raise for pooling, instructions and keep_apart in generative training, whose anchors ask for
+    themselves and which makes no embeddings.
     """
     if config["model"]["pooling"] != "last":
         raise LcoError("config.model.pooling goes with lco_jax.train; pretrain pools nothing")
+    if config["data"]["keep_apart"]:
+        raise LcoError(
+            "config.data.keep_apart goes with lco_jax.train; in pretrain records do not meet"
+        )
     if instructions_by_source(config):
         raise LcoError(
             "config.instructions, and those of config.data.sources, go with lco_jax.train; a "

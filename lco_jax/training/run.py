@@ -14,6 +14,7 @@ from lco_jax.core import lora
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath, reaching, read_json, write_json
 from lco_jax.core.sharding import make_mesh
+from lco_jax.data.guide_files import KEY as GUIDE
 from lco_jax.training.instructions import usage_of_run
 from lco_jax.training.objective import LossConfig
 from lco_jax.training.state import Training
@@ -65,7 +66,7 @@ def check_same_run(
     fingerprints: Mapping[str, str] | None = None,
 ) -> None:
     """Raise, by the first key that differs, if the folder's run has another configuration, or other
-    data. fingerprints: of the sources, by name.
+    data. fingerprints: of the sources by name, and of the guide by its key.
     """
     path = workdir / "config.json"
     if not path.exists():
@@ -87,8 +88,9 @@ def check_same_run(
     for name, found in (fingerprints or {}).items():
         began_with = data.get(name)
         if began_with and found and began_with != found:
+            key = name if name == GUIDE else f"config.data.sources.{name}"
             raise LcoError(
-                f"config.data.sources.{name} has changed since the run in {workdir} began: it had "
+                f"{key} has changed since the run in {workdir} began: it had "
                 f"{began_with}, and has {found}; give another --output, or the data of before to "
                 "resume"
             )
