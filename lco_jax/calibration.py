@@ -83,7 +83,7 @@ def storage_settings(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[s
     """Flag -> value of those that are given, of all that stored vectors depend on. Raises for what
     cannot be, or does not go together.
     """
-    dimension_of(args, checkpoint)
+    dimension = dimension_of(args, checkpoint)
     found: dict[str, Any] = {}
     if args.truncate_dim is not None:
         found["--truncate-dim"] = args.truncate_dim
@@ -99,6 +99,7 @@ def storage_settings(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[s
         return {**found, "--calibration": args.calibration}
     if not args.calibration.is_file():
         raise LcoError(f"--calibration={args.calibration} is no file")
+    read_calibration(args.calibration, dimension)  # raises, before a model is loaded
     holds = fingerprint([(args.calibration.name, args.calibration.stat())])
     return {
         **found,
@@ -162,6 +163,7 @@ def first_vectors(
             [item.content for item in items],
             args.batch_size,
             prompt=args.prompt,
+            prompt_name=args.prompt_name,
             max_length=args.max_length,
             on_error=args.on_error,
             workers=workers,

@@ -18,20 +18,19 @@ with --small-vectors, too, a table of the scores of shorter vectors in fewer bit
 import argparse
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cache, cached_property
+from functools import cache
 from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from lco_jax.calibration import add_size_flags, dimension_of
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from lco_jax.checkpoint.usage import usage_of
 from lco_jax.core.console import progress_bar, say, say_all
-from lco_jax.core.errors import DONE, FAILED, LcoError, explained, run_main
+from lco_jax.core.errors import DONE, FAILED, LcoError, run_main
 from lco_jax.core.extras import install_line
 from lco_jax.core.files import read_json
 from lco_jax.core.shapes import keep_compiled
@@ -44,7 +43,8 @@ from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation.left_out import LeftOut
 from lco_jax.evaluation.local_tasks import KINDS, add_flags, evaluate_and_write, options_of
 from lco_jax.evaluation.vector_sizes import KINDS as SMALL_KINDS
-from lco_jax.evaluation.vector_sizes import as_compared, as_json, compare_and_write, table
+from lco_jax.evaluation.vector_sizes import as_json, compare_and_write, table
+from lco_jax.files_encoder import FilesEncoder
 from lco_jax.flags import (
     add_corpus_flags,
     add_path,
@@ -124,7 +124,7 @@ def evaluate_files(args: argparse.Namespace, media: MediaConfig) -> None:
     """The user's own files, without mteb."""
     options = options_of(args)
     left_out = LeftOut(skips=args.on_error == "skip")
-    encoder = _FilesEncoder(args, media, left_out)
+    encoder = FilesEncoder(args, media, left_out)
     if args.kind == "retrieval":
         options["encode_sides"] = encoder.encode_sides
     model = " + ".join(filter(None, [args.model, args.adapter]))
@@ -148,71 +148,6 @@ def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None}
 
 
-class _FilesEncoder:
-    """What embeds a user's files. A task calls it after it has checked them: only then is the
-    model loaded.
-    """
-
-    def __init__(self, args: argparse.Namespace, media: MediaConfig, left_out: LeftOut):
-        self.args, self.media, self.left_out = args, media, left_out
-
-    @cached_property
-    def checkpoint(self) -> Checkpoint:
-        """The model, which is not loaded yet. Then the output folder exists."""
-        with explained(f"--output={self.args.output} cannot be written", OSError):
-            self.args.output.mkdir(parents=True, exist_ok=True)
-        return open_checkpoint(self.args.model)
-
-    @cached_property
-    def embedder(self) -> OmniEmbedder:
-        """The model."""
-        say_prompts(self.args, self.checkpoint, queries=self.args.kind == "retrieval")
-        return load_embedder(self.args, self.checkpoint, self.media, None)
-
-    def encode(self, contents: list[Any]) -> np.ndarray:
-        """Vectors of contents, in the form that the flags ask for."""
-        return self._as_compared(self._encode(contents, None))
-
-    def encode_sides(self, count: int, contents: list[Any]) -> np.ndarray:
-        """Vectors of `count` queries and of documents; at once where one instruction is of both."""
-        model, left_out = self.embedder, self.left_out
-        names = model.query_prompt, model.document_prompt
-        query, document = map(model.prompt_of, names)
-        if query == document or self.args.prompt is not None:
-            return self._as_compared(self._encode(contents, names[1]))
-        queries = self._encode(contents[:count], names[0])
-        skipped = dict(left_out.inputs)
-        documents = self._encode(contents[count:], names[1])
-        others = {count + i: why for i, why in left_out.inputs.items()}
-        left_out.inputs = skipped | others
-        return self._as_compared(np.concatenate([queries, documents]))
-
-    def _encode(self, contents: list[Any], prompt_name: str | None) -> np.ndarray:
-        """Vectors of contents, whose prompt is that of the flags, of this name, or the default."""
-        args = self.args
-        width = dimension_of(args, self.checkpoint)
-        vectors = self.embedder.encode(
-            contents,
-            args.prompt_name or prompt_name,
-            args.prompt,
-            batch_size=args.batch_size,
-            max_length=args.max_length,
-            on_error=args.on_error,
-            workers=args.workers or 0,
-            show_progress_bar=True,
-            truncate_dim=self.embedder.dimension if args.small_vectors else width,
-        )
-        self.left_out.inputs = dict(self.embedder.skipped)
-        return vectors
-
-    def _as_compared(self, vectors: np.ndarray) -> np.ndarray:
-        """What is left of vectors in the precision that the flags ask for."""
-        if self.args.precision is not None:
-            there = np.isfinite(vectors).all(axis=1)
-            vectors[there] = as_compared(vectors[there], self.args.precision)
-        return vectors
-
-
 def evaluate_tasks(args: argparse.Namespace, media: MediaConfig) -> int:
     """mteb's tasks, and SeaDoc; `FAILED` if one could not be measured."""
     if find_spec("mteb") is None:
@@ -223,8 +158,7 @@ def evaluate_tasks(args: argparse.Namespace, media: MediaConfig) -> int:
 
     tasks = find_tasks(args.benchmark, args.tasks, args.seadoc)
     checkpoint = open_checkpoint(args.model)
-    settings = embedding_settings(args, media, checkpoint) | _given_prompts(args)
-    settings |= _given({"--truncate-dim": args.truncate_dim})
+    settings = _settings(args, checkpoint, media)
     caps = _caps(settings)
     sizes = {
         "modalities": list(checkpoint.backbone.modalities),
@@ -244,6 +178,14 @@ def evaluate_tasks(args: argparse.Namespace, media: MediaConfig) -> int:
     )
     stored.close()
     return FAILED if failed else DONE
+
+
+def _settings(
+    args: argparse.Namespace, checkpoint: Checkpoint, media: MediaConfig
+) -> dict[str, Any]:
+    """Flag -> value of all that the vectors of mteb's tasks depend on."""
+    settings = embedding_settings(args, media, checkpoint) | _given_prompts(args)
+    return settings | _given({"--truncate-dim": args.truncate_dim})
 
 
 def _run_tasks(

@@ -270,12 +270,9 @@ def embedding_settings(
 
 def usage_settings(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
     """Flag or words -> value of how the model is used, without what is the paper's."""
+    check_prompt_name(args, checkpoint)
     usage = usage_of(checkpoint, args.adapter)
     instructions = usage.instructions
-    known = all_prompts(instructions)
-    if args.prompt_name is not None and args.prompt_name not in known:
-        there = ", ".join(known)
-        raise LcoError(f"--prompt-name={args.prompt_name}: the model has the prompts {there}")
     settings = {
         "--prompt-name": args.prompt_name,
         "--prompt-place": args.prompt_place,
@@ -284,6 +281,14 @@ def usage_settings(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str
         "where they stand": instructions.place if instructions.prompts else None,
     }
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def check_prompt_name(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """Raise for a --prompt-name that the model has no prompt of."""
+    known = all_prompts(usage_of(checkpoint, args.adapter).instructions)
+    if args.prompt_name is not None and args.prompt_name not in known:
+        there = ", ".join(known)
+        raise LcoError(f"--prompt-name={args.prompt_name}: the model has the prompts {there}")
 
 
 def say_prompts(args: argparse.Namespace, checkpoint: Checkpoint, queries: bool) -> None:

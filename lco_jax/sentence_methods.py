@@ -12,7 +12,7 @@ import numpy as np
 from lco_jax.arguments import as_vectors
 from lco_jax.core.errors import LcoError
 from lco_jax.data.inputs import Preparation
-from lco_jax.data.instructions import Instruction, Instructions
+from lco_jax.data.instructions import PLACES, Instruction, Instructions
 from lco_jax.data.processor import Processor
 from lco_jax.data.prompts import PROMPTS, Prompt
 from lco_jax.vector_form import unit
@@ -44,6 +44,17 @@ class SentenceMethods(ABC):
         self.prompt_place = instructions.place
         self.default_prompt_name = instructions.default
         self.prompts = all_prompts(instructions)
+
+    @property
+    def prompt_place(self) -> str:
+        """Where prompts stand, one of `instructions.PLACES`; setting another raises."""
+        return self._prompt_place
+
+    @prompt_place.setter
+    def prompt_place(self, place: str) -> None:
+        if place not in PLACES:
+            raise LcoError(f"prompt_place is {place!r:.60}; it is one of: {', '.join(PLACES)}")
+        self._prompt_place = place
 
     @property
     @abstractmethod

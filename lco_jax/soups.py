@@ -14,6 +14,7 @@ from lco_jax.checkpoint.card import About, Section, adapter_card
 from lco_jax.checkpoint.export import write_model
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from lco_jax.checkpoint.peft import write_peft
+from lco_jax.checkpoint.sentence_transformers import Usage
 from lco_jax.checkpoint.usage import common_usage, usage_beside, usage_of, with_dimension
 from lco_jax.core import lora
 from lco_jax.core.console import say
@@ -24,6 +25,7 @@ from lco_jax.embedder import OmniEmbedder
 from lco_jax.evaluation import local_tasks
 from lco_jax.evaluation.plots import plot_spectrum, subject_of
 from lco_jax.merging import dtype_of, shard_bytes, shown, write_merged
+from lco_jax.sides import encode_sides
 from lco_jax.uploads import beside
 
 FLAGS = ("adapters", "models", "weights", "rank", "merge", "greedy", "validate", "kind")
@@ -120,10 +122,10 @@ def _average_adapters(args: argparse.Namespace, weights: list[float]) -> None:
     """Average, choose and reduce as the flags say; then write."""
     checkpoint = open_checkpoint(args.model)
     adapters = soup.read_adapters(args.adapters, checkpoint)
-    common_usage(args.adapters, checkpoint)
+    usage = with_dimension(common_usage(args.adapters, checkpoint), args.truncate_dim, checkpoint)
     report: dict[str, Any] = {"model": args.model}
     if args.greedy:
-        kept, report["greedy"] = _greedy(args, adapters)
+        kept, report["greedy"] = _greedy(args, adapters, usage)
         weights = _equal_weights(kept, len(adapters))
     named = zip(args.adapters, weights, strict=True)
     report["adapters"] = [{"adapter": name, "weight": weight} for name, weight in named]
@@ -133,9 +135,8 @@ def _average_adapters(args: argparse.Namespace, weights: list[float]) -> None:
     if args.rank:
         adapter, spectra = soup.reduce_rank(adapter, args.rank)
         report["relative_error"] = soup.rank_errors(spectra, args.rank)
-    report["rank"] = adapter[1].rank
     about = _about_soup("adapters", args.adapters, weights, _greedy_in_words(args, report))
-    _write_adapter(args, checkpoint, adapter, report, spectra, about)
+    _write_adapter(args, checkpoint, adapter, report, spectra, about, usage)
 
 
 def _write_adapter(
@@ -145,13 +146,14 @@ def _write_adapter(
     report: dict[str, Any],
     spectra: dict[str, np.ndarray] | None,
     about: About,
+    usage: Usage,
 ) -> None:
     """Write an adapter with its report and, of a reduced one, a plot of the singular values; then
     the merged model, if it is asked for.
     """
-    usage = with_dimension(common_usage(args.adapters, checkpoint), args.truncate_dim, checkpoint)
     card = adapter_card(checkpoint, args.model, about, adapter[1], usage)
     write_peft(args.output, *adapter, args.model, card, usage_beside(usage, checkpoint))
+    report["rank"] = adapter[1].rank
     write_json(args.output / "soup.json", report)
     count = sum(1 for one in report["adapters"] if one["weight"])
     say(f"average of {count} adapters, of rank {report['rank']}: {args.output}")
@@ -185,13 +187,17 @@ def _equal_weights(chosen: Sequence[int], count: int) -> list[float]:
 
 
 def _greedy(
-    args: argparse.Namespace, adapters: Sequence[soup.Adapter]
+    args: argparse.Namespace, adapters: Sequence[soup.Adapter], usage: Usage
 ) -> tuple[list[int], list[dict[str, Any]]]:
-    """The adapters that the greedy soup keeps, and its steps. The base is loaded once."""
-    usage = common_usage(args.adapters, open_checkpoint(args.model))
+    """The adapters that the greedy soup keeps, and its steps. The base is loaded once.
+
+    usage: of the soup that is written, as which each is scored.
+    """
     options = {"dtype": dtype_of(args), "pooling": usage.pooling}
     embedder = OmniEmbedder.from_pretrained(args.model, **options)
+    embedder.tokenizer.check_place(usage.instructions.place)
     embedder.set_instructions(usage.instructions)
+    embedder.truncate_dim = usage.truncate_dim
     base = embedder.params["decoder"]
     kept, steps = soup.greedy(len(adapters), partial(_score, args, adapters, embedder, base))
     for step in steps:
@@ -215,7 +221,10 @@ def _score(
     tree = jax.device_put(tree, replicated(embedder.mesh))
     embedder.params = {**embedder.params, "decoder": lora.attach(base, tree, config)}
     encode = partial(embedder.encode, show_progress_bar=True)
-    outcome = local_tasks.evaluate(encode, args.kind, args.validate, **local_tasks.options_of(args))
+    options = local_tasks.options_of(args)
+    if args.kind == "retrieval":
+        options["encode_sides"] = partial(encode_sides, embedder, encode)
+    outcome = local_tasks.evaluate(encode, args.kind, args.validate, **options)
     main_number = local_tasks.KINDS[args.kind][2]
     value = outcome.numbers[main_number]
     names = " + ".join(args.adapters[i] for i in chosen)

@@ -98,6 +98,14 @@ def test_queries_and_documents_have_the_prompts_of_their_names(fresh):
     )
 
 
+@pytest.mark.parametrize("place", ["nowhere", None, 3, ["before"]])
+def test_prompts_stand_at_a_place_that_there_is(fresh, place):
+    says = f"prompt_place is {place!r}; it is one of: instead, system, before, after"
+    with pytest.raises(LcoError, match=re.escape(says)):
+        fresh.prompt_place = place
+    assert fresh.prompt_place == "instead"
+
+
 def test_similarity_of_pairs(tiny):
     a, b = np.eye(3)[[0, 1]], [[2.0, 0, 0], [0, 1, 1]]
     np.testing.assert_allclose(tiny.similarity_pairwise(a, b), [1, 0.5**0.5], atol=1e-6)

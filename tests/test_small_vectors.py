@@ -30,7 +30,7 @@ from lco_jax.core.small_vectors import (
 from lco_jax.data.sources import open_source
 from lco_jax.evaluation.local_tasks import evaluate as evaluate_files
 from lco_jax.evaluation.retrieval import ranks, ranks_of_scores, retrieval
-from lco_jax.evaluation.vector_sizes import Form, compare_and_write, forms
+from lco_jax.evaluation.vector_sizes import Form, as_compared, compare_and_write, forms
 from lco_jax.searching.nearest import Nearest, with_graph
 from lco_jax.train import train
 from lco_jax.training.instructions import usage_of_run
@@ -479,6 +479,16 @@ def test_sts_at_every_size(tmp_path):
     for precision in ("float16", "int8"):
         got = found[Form(32, precision)]["pearson"]
         assert got == pytest.approx(whole["pearson"], abs=0.02)
+
+    def rounded(contents):
+        vectors = drawn(32)(contents)
+        return as_compared(vectors, "int8", vectors)
+
+    # what `--precision=int8` measures
+    assert found[Form(32, "int8")] == {
+        name: pytest.approx(evaluate_files(rounded, "sts", path).numbers[name])
+        for name in ("spearman", "pearson")
+    }
     with pytest.raises(LcoError, match="--small-vectors goes with --kind=retrieval or sts"):
         compare_and_write(drawn(32), "zeroshot", path, tmp_path / "out")
 

@@ -20,6 +20,7 @@ from lco_jax.checkpoint.peft import layer_tensors, match_adapters, read_peft
 from lco_jax.checkpoint.peft_config import CONFIG
 from lco_jax.checkpoint.shapes import abstract_params
 from lco_jax.checkpoint.tensors import is_float
+from lco_jax.checkpoint.usage import check_used_alike
 from lco_jax.core.console import progress_bar
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, resolve
@@ -186,12 +187,13 @@ def average_models(
     """The first checkpoint, and a function that averages the tensors of a key, in float32.
 
     Raises, by key, unless all agree in configuration, tokenizer, tensors' shapes, and in every
-    tensor that holds no floating-point numbers.
+    tensor that holds no floating-point numbers; and unless all are used alike.
     """
     checkpoints = [open_checkpoint(name) for name in names]
     first, *others = checkpoints
     for name, other in zip(names[1:], others, strict=True):
         _check_alike(first, other, f"{name} and {names[0]}")
+    check_used_alike(names, checkpoints)
 
     def average(key: str) -> np.ndarray:
         value = first.tensors.read(key)

@@ -50,3 +50,14 @@ def common_usage(adapters: Sequence[str], checkpoint: Checkpoint) -> Usage:
 def usage_beside(usage: Usage, base: Checkpoint) -> Usage | None:
     """What an adapter's folder has to say of its usage; None where all is as without it."""
     return None if usage == usage_of(base, None) == Usage() else usage
+
+
+def check_used_alike(names: Sequence[str], checkpoints: Sequence[Checkpoint]) -> None:
+    """Raise unless models of these names, which are to be averaged, are all used alike."""
+    usages = [usage_of(checkpoint, None) for checkpoint in checkpoints]
+    for name, usage in zip(names, usages, strict=True):
+        if usage != usages[0]:
+            raise LcoError(
+                f"{names[0]} and {name} differ in pooling, prompts or truncate_dim, as "
+                f"{USAGE_FILES[0]} and {USAGE_FILES[1]} have them, and cannot be averaged"
+            )

@@ -12,6 +12,7 @@ import numpy as np
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import local_copy
+from lco_jax.core.small_vectors import unit
 from lco_jax.core.wheels import fetch
 from lco_jax.data.lines import ending_of
 from lco_jax.evaluation.left_out import Encode, LeftOut, embed_all
@@ -109,7 +110,7 @@ def agreement(encode: Encode, pairs: ScoredPairs, left_out: LeftOut | None = Non
     both = there[:count] & there[count:]
     scores = np.array(pairs.scores)[both].tolist()
     _check_scores(scores, pairs.path, left_out)
-    vectors = vectors.astype(np.float64)
+    vectors = unit(vectors.astype(np.float64))  # those of a few bits are of length 1 nearly
     cosines = (vectors[:count] * vectors[count:]).sum(axis=1)[both]
     if np.ptp(cosines) < 1e-6:
         raise LcoError(

@@ -19,7 +19,6 @@ from lco_jax.core.small_vectors import (
     quantize_embeddings,
     ranges_of,
     shortened,
-    unit,
     words,
 )
 from lco_jax.evaluation.left_out import Encode, EncodeSides, LeftOut, embed_all
@@ -88,15 +87,20 @@ def forms(dimension: int, kinds: Sequence[tuple[str, str]]) -> Iterator[Form]:
 
 
 def stored_as(precision: str, vectors: np.ndarray) -> Storage:
-    """A storage of unit vectors [N, D], calibrated with them themselves."""
+    """A storage of unit vectors [N, D]; the ranges of levels are those of these vectors."""
     ranges = ranges_of(vectors, precision) if precision in LEVELS else None
     return Storage(vectors.shape[1], precision, ranges)
 
 
-def as_compared(vectors: np.ndarray, precision: str) -> np.ndarray:
-    """Unit vectors [N, D] -> what is left of them in a precision, at length 1."""
-    storage = stored_as(precision, vectors)
-    return unit(storage.restore(storage.store(vectors)))
+def as_compared(vectors: np.ndarray, precision: str, ranged: np.ndarray) -> np.ndarray:
+    """Unit vectors [N, D] -> what is left of them in a precision, [N, D], as an index has it: their
+    length is about 1.
+
+    ranged: the vectors [M, D] that the ranges of levels are of: of retrieval the documents alone,
+    else all.
+    """
+    storage = stored_as(precision, ranged)
+    return storage.restore(storage.store(vectors))
 
 
 def retrieval_rows(
@@ -124,11 +128,10 @@ def _ranked(
     if form.reranked not in ("", "query"):
         storage = stored_as(form.reranked, documents)
         return _reranked(queries, documents, storage, relevance)
-    storage = stored_as(form.precision, documents)
     if form.precision == "binary" and form.reranked:
-        return _reranked(queries, documents, storage, relevance)
-    found = storage.restore(storage.store(documents))
-    asked = queries if form.reranked else storage.restore(storage.store(queries))
+        return _reranked(queries, documents, stored_as("binary", documents), relevance)
+    found = as_compared(documents, form.precision, documents)
+    asked = queries if form.reranked else as_compared(queries, form.precision, documents)
     return ranks(asked, found, relevance)
 
 
@@ -169,7 +172,8 @@ def sts_rows(
     vectors, there = embed_all(encode, pairs.first + pairs.second, left_out)
     for form in forms(vectors.shape[1], OF_STS):
         small = np.zeros((len(vectors), form.dimension), np.float32)
-        small[there] = as_compared(shortened(vectors[there], form.dimension), form.precision)
+        cut = shortened(vectors[there], form.dimension)
+        small[there] = as_compared(cut, form.precision, cut)
         found = agreement(_given(small), pairs, left_out)
         yield Row(form, {"spearman": found.spearman, "pearson": found.pearson})
 
