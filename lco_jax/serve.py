@@ -82,7 +82,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="with --allow-remote, also fetch from this machine's own networks",
     )
     page = parser.add_argument_group(
-        "the page of lco search", "what goes with --input and --index; the API's answers stay"
+        "the page of lco search",
+        "It needs --input and --index. The other flags are those of the index, go with these two "
+        "alone, and change no answer of the API.",
     )
     page.add_argument("--input", type=local_path, help="a folder of media, a .jsonl or a .txt")
     page.add_argument("--index", type=local_path, help="the folder of its index")

@@ -35,7 +35,7 @@ from llama_index.embeddings.openai import OpenAIEmbedding
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from lco_jax import LcoError, MediaConfig, OmniEmbedder, make_mesh, serve
+from lco_jax import LcoError, MediaConfig, OmniEmbedder, make_mesh, search, serve
 from lco_jax.checkpoint.export import export_merged
 from lco_jax.checkpoint.sentence_transformers import Usage
 from lco_jax.data.instructions import Instructions
@@ -846,6 +846,73 @@ def test_private_addresses_are_not_asked(host, address):
     assert not host.asked
 
 
+# ---- mistakes of those who start it
+
+
+@pytest.fixture
+def said(run_command, monkeypatch):
+    """What a start says that ends before the model is loaded."""
+
+    def no_model(*args, **options):
+        pytest.fail("the model is loaded")
+
+    monkeypatch.setattr(OmniEmbedder, "from_pretrained", no_model)
+
+    def said(*flags, command=serve):
+        code, _, error = run_command(command, "--port=0", *flags)
+        assert (code, error.count("\n")) == (2, 1), error
+        return error
+
+    return said
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--truncate-dim=8", "--precision=int8", "--calibration=9", "--by-signs", "--ann"],
+)
+def test_flags_of_the_index_go_with_the_page(said, flag):
+    name = flag.partition("=")[0]
+    assert f"{name} is of the page's index; give --input and --index, too" in said(flag)
+
+
+@pytest.fixture
+def page_flags(tmp_path):
+    """Of a page, of one picture."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(PNG)
+    return f"--input={tmp_path / 'in'}", f"--index={tmp_path / 'index'}"
+
+
+@pytest.mark.parametrize("command", [serve, search])
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--prompt-name=web", "--prompt-name=web: the model has the prompts text, image"),
+        ("--truncate-dim=9999", "--truncate-dim=9999: the model's vectors have"),
+        ("--calibration=9", "--calibration goes with --precision=int8 or uint8"),
+        ("--input=in.parquet", "--input=in.parquet: search takes a folder of media, a .jsonl"),
+    ],
+)
+def test_flags_are_checked_before_the_model_is_loaded(said, page_flags, command, flag, says):
+    if flag.startswith("--input"):
+        page_flags = page_flags[1:]
+    assert says in said(*page_flags, flag, command=command)
+
+
+def test_a_prompt_that_the_model_does_not_have_is_refused_without_a_page(said):
+    assert "--prompt-name=web: the model has the prompts text, image" in said("--prompt-name=web")
+
+
+def test_an_index_of_others_is_refused_by_the_flag_that_gave_it(
+    run_command, monkeypatch, load, page_flags, tmp_path
+):
+    monkeypatch.setattr(OmniEmbedder, "from_pretrained", load)
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "vectors.parquet").touch()
+    code, _, error = run_command(serve, "--port=0", *page_flags)
+    assert (code, "is of no index of ours; give another --index\n" in error) == (2, True), error
+
+
 # ---- a real process
 
 
@@ -990,10 +1057,13 @@ def test_the_search_page_is_served_with_the_same_model(tmp_path):
     folder.mkdir()
     for seed in range(3):
         (folder / f"{seed}.png").write_bytes(png(seed))
+    (folder / "torn.png").write_bytes(b"torn")
     running = Process(
         f"--input={folder}", f"--index={tmp_path / 'index'}", "--warm-tokens=0", "--workers=1"
     )
     try:
+        line = running.process.stdout.readline()
+        assert line.startswith(f"3 image: {running.url} (1 skipped: "), line
         assert b"<!doctype html>" in running.get("/")
         assert json.loads(running.get("/about"))["counts"] == {"image": 3}
         fields = {"content-type": "application/x-www-form-urlencoded"}
