@@ -14,7 +14,6 @@ numbers with their signs; with --by-signs, the same are ranked by whatever is st
 """
 
 import argparse
-import socket
 from collections.abc import Mapping, Sequence, Set
 from itertools import islice
 from pathlib import Path
@@ -61,6 +60,7 @@ from lco_jax.flags import (
     workers,
 )
 from lco_jax.searching.library import Entry, Library
+from lco_jax.searching.listening import address_of, listening
 from lco_jax.searching.nearest import EXACT, Nearest, with_graph
 from lco_jax.searching.queries import ModelQueries
 from lco_jax.unit_embedder import embed_units
@@ -117,21 +117,13 @@ def main() -> int:
     args = make_parser().parse_args()
     with explained(f"search needs more packages: {install_line('search')}", ImportError):
         from lco_jax.searching.server import LOOPBACK, Server, http_server
-    if args.input.suffix == ".parquet":
-        raise LcoError(f"--input={args.input}: search takes a folder of media, a .jsonl or a .txt")
     check_index_flags(args)
     with listening(args) as socket_:  # before hours of work
         started = prepare(args)
-        library, notes = started.library, started.notes
-        about = about_index(args, started)
-        server = Server(
-            library, _queries(args, started), about, args.max_upload, media_config(args)
-        )
-        host = f"[{args.host}]" if ":" in args.host else args.host
-        counts = ", ".join(f"{count:,} {kind}" for kind, count in library.counts.items())
-        rest = f" ({notes})" if notes else ""
+        queries, about = _queries(args, started), about_index(args, started)
+        server = Server(started.library, queries, about, args.max_upload, media_config(args))
         # what the command is asked for, however much else is said
-        print(f"{counts}: http://{host}:{socket_.getsockname()[1]}{rest}", flush=True)
+        print(page_line(started, address_of(args, socket_)), flush=True)
         app = server.app(LOOPBACK if args.host in LOOPBACK else ("*",))
         http_server(app).run(sockets=[socket_])
     return DONE
@@ -146,7 +138,7 @@ def _queries(args: argparse.Namespace, started: "Started") -> ModelQueries:
     return queries
 
 
-def query_prompt(args: argparse.Namespace, embedder: OmniEmbedder) -> Prompt | None:
+def query_prompt(args: argparse.Namespace, embedder: OmniEmbedder) -> Prompt:
     """The prompt of queries: that of inputs, if --prompt gives one, or the model's for queries."""
     name = None if args.prompt is not None else args.prompt_name or embedder.query_prompt
     return embedder.prompt_of(name, args.prompt)
@@ -170,14 +162,6 @@ def _stored(storage: Storage, full: int) -> str:
     return f"{storage}" if exact else f"{storage}, cosines are approximate"
 
 
-def listening(args: argparse.Namespace) -> socket.socket:
-    """The socket of --host and --port."""
-    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-    cannot = f"--host={args.host} --port={args.port} cannot be listened on"
-    with explained(cannot, OSError, OverflowError):
-        return socket.create_server((args.host, args.port), family=family)
-
-
 class Started(NamedTuple):
     """What a start has made ready. notes: how vectors are stored if not as the model makes them,
     and what cannot be found, in words; "" if there is nothing to say.
@@ -189,8 +173,17 @@ class Started(NamedTuple):
     notes: str
 
 
-def prepare(args: argparse.Namespace) -> Started:
-    """Bring the index up to date and load it, and the model that embeds queries."""
+def page_line(started: Started, address: str) -> str:
+    """What can be searched at an address, and the notes."""
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in started.library.counts.items())
+    rest = f" ({started.notes})" if started.notes else ""
+    return f"{counts}: {address}{rest}"
+
+
+def prepare(args: argparse.Namespace, flag: str = "--output") -> Started:
+    """Bring the index, which `flag` gave, up to date and load it, and the model for queries."""
+    if args.input.suffix == ".parquet":
+        raise LcoError(f"--input={args.input}: search takes a folder of media, a .jsonl or a .txt")
     media = media_config(args)
     strict = args.on_error == "raise"
     corpus = Corpus(args.input, None, args.media_root, keeps_bad=not strict)
@@ -199,11 +192,11 @@ def prepare(args: argparse.Namespace) -> Started:
     entries = _entries(corpus, items)
     keep_compiled()
     checkpoint = open_checkpoint(args.model)
+    work = embedding_settings(args, media, checkpoint) | storage_settings(args, checkpoint)
+    parts = VectorParts(args.output / "vectors.parquet", work, flag)
+    dimension = dimension_of(args, checkpoint)
     embedder = load_embedder(args, checkpoint, media, None)
     say_prompts(args, checkpoint, queries=True)
-    work = embedding_settings(args, media, checkpoint) | storage_settings(args, checkpoint)
-    parts = VectorParts(args.output / "vectors.parquet", work)
-    dimension = dimension_of(args, checkpoint)
     index, storage = update(parts, entries, found, embedder, args, dimension)
     library, notes = _library(args, entries, index, storage)
     if corpus.listing and corpus.listing.left_out:

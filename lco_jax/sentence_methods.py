@@ -14,7 +14,7 @@ from lco_jax.core.errors import LcoError
 from lco_jax.data.inputs import Preparation
 from lco_jax.data.instructions import PLACES, Instruction, Instructions
 from lco_jax.data.processor import Processor
-from lco_jax.data.prompts import PROMPTS, Prompt
+from lco_jax.data.prompts import PROMPTS, Prompt, summed_up
 from lco_jax.vector_form import unit
 
 
@@ -138,18 +138,16 @@ class SentenceMethods(ABC):
         """The name of the prompt of documents, if there is one."""
         return document_name(self.prompts)
 
-    def prompt_of(
-        self, prompt_name: str | None = None, prompt: Prompt | None = None
-    ) -> Prompt | None:
-        """The prompt that is given, or that has this name, or the default, at its place; None: the
-        reference's alone.
+    def prompt_of(self, prompt_name: str | None = None, prompt: Prompt | None = None) -> Prompt:
+        """The prompt that is given, or that has this name, or the default, at its place;
+        `summed_up`, the reference's alone, where that is no text.
         """
         if prompt is None:
             name = self.default_prompt_name if prompt_name is None else prompt_name
-            prompt = self._named(name) or None
+            prompt = self._named(name) or summed_up
         if not isinstance(prompt, str) or self.prompt_place == "instead":
             return prompt
-        return Instruction(prompt, self.prompt_place) if prompt else None
+        return Instruction(prompt, self.prompt_place) if prompt else summed_up
 
     def preparation(
         self,

@@ -21,7 +21,6 @@ from lco_jax.core.files import local_path
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.inputs import Preparation
 from lco_jax.data.media import MediaConfig
-from lco_jax.data.prompts import Prompt
 from lco_jax.data.tower_rows import Processed
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.flags import (
@@ -31,6 +30,7 @@ from lco_jax.flags import (
     media_config,
     new_parser,
     say_prompts,
+    usage_settings,
     workers,
 )
 from lco_jax.search import (
@@ -38,15 +38,17 @@ from lco_jax.search import (
     about_index,
     add_index_flags,
     check_index_flags,
-    listening,
+    page_line,
     prepare,
     query_prompt,
 )
+from lco_jax.searching.listening import address_of, listening
 
 if TYPE_CHECKING:  # these need the extra
     from starlette.applications import Starlette
 
     from lco_jax.serving.app import Api
+    from lco_jax.serving.contents import PromptRoom
     from lco_jax.serving.engine import Engine
     from lco_jax.serving.metrics import Metrics
 
@@ -79,7 +81,11 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with --allow-remote, also fetch from this machine's own networks",
     )
-    page = parser.add_argument_group("the page of lco search")
+    page = parser.add_argument_group(
+        "the page of lco search",
+        "It needs --input and --index. The other flags are those of the index, go with these two "
+        "alone, and change no answer of the API.",
+    )
     page.add_argument("--input", type=local_path, help="a folder of media, a .jsonl or a .txt")
     page.add_argument("--index", type=local_path, help="the folder of its index")
     add_index_flags(page)
@@ -118,10 +124,11 @@ def main() -> int:
         embedder = _opened(args, media) if started is None else started.embedder
         api = make_api(args, embedder, media, key)
         page = None if started is None else _page(args, started, api, media, hosts)
-        host = f"[{args.host}]" if ":" in args.host else args.host
-        address = f"http://{host}:{socket_.getsockname()[1]}"
+        address = address_of(args, socket_)
         # what the command is asked for, however much else is said
         print(f"{api.names[0]}: {address}/v1/embeddings", flush=True)
+        if started is not None:
+            print(page_line(started, address), flush=True)
         ApiServer(api.app(hosts, page), api, args.timeout).run(sockets=[socket_])
         api.engine.close()
     return DONE
@@ -130,6 +137,7 @@ def main() -> int:
 def _opened(args: argparse.Namespace, media: MediaConfig) -> OmniEmbedder:
     keep_compiled()
     checkpoint = open_checkpoint(args.model)
+    usage_settings(args, checkpoint)  # raises for a prompt that the model does not have
     say_prompts(args, checkpoint, queries=False)
     return load_embedder(args, checkpoint, media, None)
 
@@ -139,7 +147,7 @@ def _indexed(args: argparse.Namespace) -> Started | None:
     if args.input is None:
         return None
     args.output = args.index  # as lco search calls it
-    return prepare(args)
+    return prepare(args, "--index")
 
 
 def _page(
@@ -158,6 +166,8 @@ def _page(
 def _check(args: argparse.Namespace) -> None:
     if (args.input is None) != (args.index is None):
         raise LcoError("the page needs both --input, what is searched, and --index, its index")
+    if args.input is None:
+        _check_no_index_flags(args)
     for name in ("max_upload", "max_held", "max_inputs", "max_texts", "max_media", "timeout"):
         if getattr(args, name) < 1:
             flag = name.replace("_", "-")
@@ -165,6 +175,16 @@ def _check(args: argparse.Namespace) -> None:
     check_index_flags(args)
     if args.warm_tokens < 0:
         raise LcoError(f"--warm-tokens={args.warm_tokens}: it must be at least 0")
+
+
+def _check_no_index_flags(args: argparse.Namespace) -> None:
+    """Raise for a flag of the index, which is not there."""
+    flags = argparse.ArgumentParser()
+    add_index_flags(flags)
+    for name, default in vars(flags.parse_args([])).items():
+        if getattr(args, name) != default:
+            flag = name.replace("_", "-")
+            raise LcoError(f"--{flag} is of the page's index; give --input and --index, too")
 
 
 def make_api(
@@ -179,25 +199,33 @@ def make_api(
     preparation = embedder.preparation(args.prompt_name, args.prompt, args.max_length)
     empty = _prepared(preparation)
     metrics = Metrics()
+    prompts = _prompts(args, embedder)  # before the engine starts: one may be too long
     engine = _engine(args, embedder, preparation, empty, metrics)
     fetch = Fetcher(media, args.allow_private) if args.allow_remote else None
     tokenizer = embedder.tokenizer.tokenizer
     room = embedder.processor.max_tokens - len(empty)
-    reader = Reader(embedder.modalities, tokenizer, room, fetch, _prompts(args, embedder))
+    reader = Reader(embedder.modalities, tokenizer, room, fetch, prompts)
     limits = Limits(args.max_upload, args.max_inputs, args.timeout, args.max_held)
     return Api(engine, reader, metrics, _names(args), limits, key)
 
 
-def _prompts(args: argparse.Namespace, embedder: OmniEmbedder) -> dict[str, Prompt]:
+def _prompts(args: argparse.Namespace, embedder: OmniEmbedder) -> "dict[str, PromptRoom]":
     """Cohere's `input_type` -> the prompt for it, of a model that has one; none with --prompt."""
+    from lco_jax.serving.contents import PromptRoom
+
     if args.prompt is not None or args.prompt_name is not None:
         return {}
     names = {
         "search_query": embedder.query_prompt,
         "search_document": embedder.document_prompt,
     }
-    prompts = {kind: embedder.prompt_of(name) for kind, name in names.items() if name is not None}
-    return {kind: prompt for kind, prompt in prompts.items() if prompt is not None}
+    prompts = {}
+    for kind, name in names.items():
+        if name is not None:
+            preparation = embedder.preparation(name)
+            room = embedder.processor.max_tokens - len(_prepared(preparation))
+            prompts[kind] = PromptRoom(preparation.prompt, room)
+    return prompts
 
 
 def _engine(

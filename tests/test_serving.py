@@ -35,12 +35,17 @@ from llama_index.embeddings.openai import OpenAIEmbedding
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from lco_jax import LcoError, MediaConfig, OmniEmbedder, make_mesh, serve
+from lco_jax import LcoError, MediaConfig, OmniEmbedder, make_mesh, search, serve
+from lco_jax.checkpoint.export import export_merged
+from lco_jax.checkpoint.sentence_transformers import Usage
+from lco_jax.data.instructions import Instructions
 from lco_jax.flags import media_config
+from lco_jax.search import query_prompt
 from lco_jax.serving.app import Limits
 from lco_jax.serving.ending import ApiServer
 from lco_jax.serving.fair import FairQueue
-from lco_jax.serving.fetching import Fetcher
+from lco_jax.serving.fetching import Fetcher, is_public
+from lco_jax.serving.page import EngineQueries
 from lco_jax.serving.shapes import PassShapes
 
 HOSTS = ("127.0.0.1", "localhost")
@@ -105,7 +110,7 @@ def arguments(*more):
 
 
 class Running:
-    """A server in a thread of this process."""
+    """A server in a thread of this process, of the model that the flags name."""
 
     def __init__(self, args, key="", devices=1):
         self.socket = socket.create_server(("127.0.0.1", 0))
@@ -113,7 +118,7 @@ class Running:
         self.url = f"http://127.0.0.1:{self.port}"
         mesh = make_mesh(devices=jax.devices()[:devices])
         media = media_config(args)
-        embedder = OmniEmbedder.from_pretrained("builtin:lab", mesh=mesh, media=media)
+        embedder = OmniEmbedder.from_pretrained(args.model, mesh=mesh, media=media)
         self.api = serve.make_api(args, embedder, media, key)
         self.server = ApiServer(self.api.app(HOSTS), self.api, 30)
         self.thread = threading.Thread(target=self.server.run, args=([self.socket],), daemon=True)
@@ -310,6 +315,78 @@ def test_cohere_cuts_what_is_too_long(server, reference):
         _, _, answer = server.post("/v2/embed", {**body, "truncate": cut})
         expected = reference([{"text": tokenizer.decode(kept)}], truncate_dim=32)
         same(answer["embeddings"]["float"], expected)
+
+
+# ---- the prompts of a model, and how many numbers its vectors have
+
+DOCUMENT = "A document.\n"
+PROMPTS = {
+    "of both": {"query": "Find what this says: ", "document": DOCUMENT},
+    "of documents alone": {"query": "", "document": DOCUMENT},
+    "of which one is long": {"query": "Find what this says, word for word. " * 9, "document": ""},
+}
+
+
+@pytest.fixture(scope="module", params=PROMPTS)
+def prompted(request, tmp_path_factory):
+    """A server of a model that was trained with prompts, whose vectors have 64 numbers."""
+    folder = tmp_path_factory.mktemp("prompted") / "merged"
+    usage = Usage("last", Instructions(PROMPTS[request.param], "before", "document"), 64)
+    export_merged("builtin:lab", folder, dtype="float32", usage=usage)
+    running = Running(arguments(f"--model={folder}"))
+    yield running
+    running.end()
+
+
+def test_inputs_get_the_prompts_of_the_model(prompted):
+    model = prompted.api.engine.embedder
+    plain, queries, documents = (
+        encode([{"text": text} for text in TEXTS])
+        for encode in (model.encode, model.encode_query, model.encode_document)
+    )
+    assert np.abs(queries - documents).max() > 1e-3
+    same(prompted.vectors(input=TEXTS)[0], plain)
+    for kind, expected in (
+        ("search_query", queries),
+        ("search_document", documents),
+        ("classification", plain),
+    ):
+        status, _, answer = prompted.post("/v2/embed", {"texts": TEXTS, "input_type": kind})
+        assert status == 200, answer
+        same(answer["embeddings"]["float"], expected)
+    body = {"images": [uri(PNG, "image/png")], "input_type": "search_query"}
+    _, _, answer = prompted.post("/v2/embed", body)
+    same(answer["embeddings"]["float"], model.encode_query([{"image": PNG}]))
+
+
+def test_queries_of_the_page_get_the_prompt_of_queries(prompted):
+    engine = prompted.api.engine
+    prompt = query_prompt(arguments(), engine.embedder)
+    queries = EngineQueries(engine, 60, prompt, 64)
+    for part, ours in (
+        ({"type": "text", "text": "a dog"}, {"text": "a dog"}),
+        ({"type": "image", "image": PNG}, {"image": PNG}),
+    ):
+        found = queries.embed(queries.prepare([part], "the query"))
+        same(found, engine.embedder.encode_query(ours))
+
+
+def test_clients_are_told_how_many_numbers_they_get(prompted):
+    [about] = json.loads(prompted.get("/v1/models"))["data"][:1]
+    found, _ = prompted.vectors(input="a text")
+    assert (about["dimension"], found.shape) == (64, (1, 64))
+    assert prompted.vectors(input="a text", dimensions=100)[0].shape == (1, 100)
+
+
+@pytest.mark.parametrize("cut", ["START", "END"])
+@pytest.mark.parametrize("kind", ["search_query", "search_document"])
+def test_cohere_cuts_to_the_room_beside_each_prompt(prompted, kind, cut):
+    body = {"texts": ["one two three " * 3000], "input_type": kind, "truncate": cut}
+    status, _, answer = prompted.post("/v2/embed", body)
+    assert status == 200, answer["message"]
+    tokens = answer["meta"]["billed_units"]["input_tokens"]
+    most = prompted.api.engine.embedder.processor.max_tokens
+    assert most - 2 <= tokens <= most, "more was cut than had to be"
 
 
 # ---- official clients
@@ -740,6 +817,26 @@ def test_a_server_fetches_where_that_is_allowed(host, reference):
 
 
 @pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("::ffff:8.8.8.8", True),
+        ("64:ff9b::8.8.8.8", True),
+        ("2002:808:808::1", True),
+        ("::ffff:127.0.0.1", False),
+        ("64:ff9b::10.0.0.1", False),
+        ("64:ff9b::169.254.169.254", False),
+        ("2002:7f00:1::", False),
+        ("2002:c0a8:1::1", False),
+        ("fe80::1%lo", False),
+        ("64:ff9b::224.0.0.1", False),
+    ],
+)
+def test_addresses_that_lead_to_others_are_as_these(address, public):
+    assert is_public(address) == public
+
+
+@pytest.mark.parametrize(
     "address",
     ["localhost", "127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "10.0.0.1", "169.254.169.254", "0"],
 )
@@ -747,6 +844,73 @@ def test_private_addresses_are_not_asked(host, address):
     with pytest.raises(LcoError, match=r"private address|cannot be fetched"):
         Fetcher(MediaConfig())(f"http://{address}:{host.server_port}/a.png", "it")
     assert not host.asked
+
+
+# ---- mistakes of those who start it
+
+
+@pytest.fixture
+def said(run_command, monkeypatch):
+    """What a start says that ends before the model is loaded."""
+
+    def no_model(*args, **options):
+        pytest.fail("the model is loaded")
+
+    monkeypatch.setattr(OmniEmbedder, "from_pretrained", no_model)
+
+    def said(*flags, command=serve):
+        code, _, error = run_command(command, "--port=0", *flags)
+        assert (code, error.count("\n")) == (2, 1), error
+        return error
+
+    return said
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--truncate-dim=8", "--precision=int8", "--calibration=9", "--by-signs", "--ann"],
+)
+def test_flags_of_the_index_go_with_the_page(said, flag):
+    name = flag.partition("=")[0]
+    assert f"{name} is of the page's index; give --input and --index, too" in said(flag)
+
+
+@pytest.fixture
+def page_flags(tmp_path):
+    """Of a page, of one picture."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(PNG)
+    return f"--input={tmp_path / 'in'}", f"--index={tmp_path / 'index'}"
+
+
+@pytest.mark.parametrize("command", [serve, search])
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--prompt-name=web", "--prompt-name=web: the model has the prompts text, image"),
+        ("--truncate-dim=9999", "--truncate-dim=9999: the model's vectors have"),
+        ("--calibration=9", "--calibration goes with --precision=int8 or uint8"),
+        ("--input=in.parquet", "--input=in.parquet: search takes a folder of media, a .jsonl"),
+    ],
+)
+def test_flags_are_checked_before_the_model_is_loaded(said, page_flags, command, flag, says):
+    if flag.startswith("--input"):
+        page_flags = page_flags[1:]
+    assert says in said(*page_flags, flag, command=command)
+
+
+def test_a_prompt_that_the_model_does_not_have_is_refused_without_a_page(said):
+    assert "--prompt-name=web: the model has the prompts text, image" in said("--prompt-name=web")
+
+
+def test_an_index_of_others_is_refused_by_the_flag_that_gave_it(
+    run_command, monkeypatch, load, page_flags, tmp_path
+):
+    monkeypatch.setattr(OmniEmbedder, "from_pretrained", load)
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "vectors.parquet").touch()
+    code, _, error = run_command(serve, "--port=0", *page_flags)
+    assert (code, "is of no index of ours; give another --index\n" in error) == (2, True), error
 
 
 # ---- a real process
@@ -893,10 +1057,13 @@ def test_the_search_page_is_served_with_the_same_model(tmp_path):
     folder.mkdir()
     for seed in range(3):
         (folder / f"{seed}.png").write_bytes(png(seed))
+    (folder / "torn.png").write_bytes(b"torn")
     running = Process(
         f"--input={folder}", f"--index={tmp_path / 'index'}", "--warm-tokens=0", "--workers=1"
     )
     try:
+        line = running.process.stdout.readline()
+        assert line.startswith(f"3 image: {running.url} (1 skipped: "), line
         assert b"<!doctype html>" in running.get("/")
         assert json.loads(running.get("/about"))["counts"] == {"image": 3}
         fields = {"content-type": "application/x-www-form-urlencoded"}

@@ -129,7 +129,7 @@ class Api:
         processor = self.engine.embedder.processor
         about = {
             "max_model_len": processor.max_tokens,
-            "dimension": self.engine.embedder.dimension,
+            "dimension": self.engine.embedder.get_embedding_dimension(),
             "modalities": list(processor.modalities),
         }
         return JSONResponse(openai_form.models(self.names, self.created, about))

@@ -5,8 +5,9 @@ Dimensions: N inputs, D numbers of a vector.
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,8 @@ def read(
 ) -> Asked:
     """The request of a JSON object. dimension, default: as `openai_form.read` has them."""
     check_keys(body, KEYS, "")
-    prompt = reader.prompts.get(_one_of(body, "input_type", INPUT_TYPES) or "")
-    truncate = _one_of(body, "truncate", TRUNCATE) or "END"
+    prompt, room = reader.prompt_room(_one_of(body, "input_type", INPUT_TYPES))
+    cut = partial(reader.cut, end=_one_of(body, "truncate", TRUNCATE) or "END", room=room)
     types = body.get("embedding_types") or ["float"]
     if not isinstance(types, list) or not all(one in TYPES for one in types):
         known = ", ".join(TYPES)
@@ -52,7 +53,7 @@ def read(
     if (dimensions or dimension) % 8 and {"binary", "ubinary"} & set(types):
         raise refused("output_dimension", "must be a multiple of 8 for binary vectors")
     key, given = _given(body)
-    contents = [_content(key, one, f"{key}[{i}]", reader, truncate) for i, one in enumerate(given)]
+    contents = [_content(key, one, f"{key}[{i}]", reader, cut) for i, one in enumerate(given)]
     contents = [content._replace(prompt=prompt) for content in contents]
     return Asked(contents, dimensions, types, given if key == "texts" else None)
 
@@ -75,7 +76,7 @@ def _one_of(body: Mapping[str, Any], key: str, known: tuple[str, ...]) -> str | 
     return value
 
 
-def _content(key: str, given: Any, name: str, reader: Reader, truncate: str) -> Content:
+def _content(key: str, given: Any, name: str, reader: Reader, cut: Callable[[str], str]) -> Content:
     if key == "images":
         return reader.image(given, name)
     if key == "inputs":
@@ -85,7 +86,7 @@ def _content(key: str, given: Any, name: str, reader: Reader, truncate: str) -> 
         return reader.content(given.get("content"), name)
     if not isinstance(given, str):
         raise refused(name, f"is {describe(given)}, and must be a string")
-    return reader.text(given, name, truncate)
+    return reader.text(given, name, cut)
 
 
 # ---- answers

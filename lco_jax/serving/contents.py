@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 from lco_jax.core.errors import is_number
 from lco_jax.data.content import check_text, describe
@@ -22,39 +22,51 @@ PART_TYPES = ("text", *MEDIA)
 Fetch = Callable[[str, str], bytes]  # (address, what errors call it) -> what is there
 
 
+class PromptRoom(NamedTuple):
+    """A prompt, None for the engine's, and how many tokens a text with it may have."""
+
+    prompt: Prompt | None
+    room: int
+
+
 @dataclass(frozen=True)
 class Reader:
     """Reads the inputs of requests.
 
-    modalities: that the model takes. tokenizer: the checkpoint's. room: how many tokens a text may
-    have. fetch: gets what an http(s) address has; None where nothing may be fetched. prompts: of
-    the model, by Cohere's `input_type`.
+    modalities: that the model takes. tokenizer: the checkpoint's. room: how many tokens a text with
+    the engine's prompt may have. fetch: gets what an http(s) address has; None where nothing may be
+    fetched. prompts: of the model, by Cohere's `input_type`.
     """
 
     modalities: tuple[str, ...]
     tokenizer: Any
     room: int
     fetch: Fetch | None = None
-    prompts: Mapping[str, Prompt] = field(default_factory=dict)
+    prompts: Mapping[str, PromptRoom] = field(default_factory=dict)
 
     @cached_property
     def vocabulary(self) -> int:
         """How many token ids there are."""
         return len(self.tokenizer)
 
-    def text(self, given: str, name: str, cut: str = "NONE") -> Content:
-        """A text. cut: the "START" or "END" of a text that is too long is cut off."""
-        return Content(name, lambda: {"text": self._cut(given, cut)}, has_media=False)
+    def prompt_room(self, input_type: str | None) -> PromptRoom:
+        """Of inputs of a type of Cohere's; None: of those that say nothing."""
+        return self.prompts.get(input_type or "", PromptRoom(None, self.room))
 
-    def _cut(self, text: str, end: str) -> str:
+    def text(self, given: str, name: str, cut: Callable[[str], str] = str) -> Content:
+        """A text. cut: shortens it, in the engine's time."""
+        return Content(name, lambda: {"text": cut(given)}, has_media=False)
+
+    def cut(self, text: str, end: str, room: int) -> str:
+        """A text without the "START" or the "END" of it that is beyond so many tokens."""
         # a letter has at most four bytes, of which NFC makes three at most; a token has one or more
-        if end == "NONE" or 12 * len(text) <= self.room:
+        if end == "NONE" or 12 * len(text) <= room:
             return text
         check_text(text, "the text")
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        if len(ids) <= self.room:
+        if len(ids) <= room:
             return text
-        return self.tokenizer.decode(ids[: self.room] if end == "END" else ids[-self.room :])
+        return self.tokenizer.decode(ids[:room] if end == "END" else ids[-room:])
 
     def token_ids(self, given: Sequence[Any], name: str) -> Content:
         """A text that is given as the token ids of the model's own tokenizer."""

@@ -16,6 +16,7 @@ from lco_jax.data.media import CHUNK, SOCKET_SECONDS, MediaConfig, check_bytes, 
 
 REDIRECTS = 5
 MOVED = (301, 302, 303, 307, 308)
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # whose last 32 bits are an IPv4 address
 
 
 class Fetcher:
@@ -71,7 +72,7 @@ class Fetcher:
         addresses = [str(one[4][0]) for one in found]
         if not self.allow_private:
             for one in addresses:
-                if not _is_public(one):
+                if not is_public(one):
                     raise LcoError(f"{label} leads to a private address, which is not fetched")
         return addresses[0]
 
@@ -92,7 +93,15 @@ class Fetcher:
         return bytes(content)
 
 
-def _is_public(address: str) -> bool:
+def is_public(address: str) -> bool:
+    """Whether an IP address is of a network that everybody sees."""
     found = ipaddress.ip_address(address.partition("%")[0])
-    mapped = getattr(found, "ipv4_mapped", None)  # ::ffff:127.0.0.1
-    return (mapped or found).is_global and not found.is_multicast
+    reached = _reached(found) if isinstance(found, ipaddress.IPv6Address) else found
+    return reached.is_global and not reached.is_multicast
+
+
+def _reached(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """The IPv4 address that an IPv6 address leads to, if it does, or itself."""
+    if address in NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
+    return address.ipv4_mapped or address.sixtofour or address

@@ -14,11 +14,11 @@ from lco_jax.vector_form import unit
 class EngineQueries:
     """`searching.queries.Queries` of an engine, which prepares and embeds in its lanes.
 
-    seconds: until a query is given up. prompt: of queries; None: the engine's. dimension: how many
-    of the first numbers a query's vector has, as those of the index.
+    seconds: until a query is given up. prompt: of queries. dimension: how many of the first numbers
+    a query's vector has, as those of the index.
     """
 
-    def __init__(self, engine: Engine, seconds: float, prompt: Prompt | None, dimension: int):
+    def __init__(self, engine: Engine, seconds: float, prompt: Prompt, dimension: int):
         self._engine, self._seconds = engine, seconds
         self._prompt, self._dimension = prompt, dimension
 
