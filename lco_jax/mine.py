@@ -172,8 +172,9 @@ def _check_output(args: argparse.Namespace) -> None:
 def _files_read(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
     """Each file of lines that is read, with the flag that names it."""
     for spec in sources_of(args.input, "--input").values():
-        if spec["kind"] == "jsonl" and not on_bucket(spec["path"]):
-            for file in jsonl_files(expanded(in_assets(spec["path"]))):
+        path = spec.get("path")  # whoever opens the source says what is wrong with it
+        if spec["kind"] == "jsonl" and isinstance(path, str) and not on_bucket(path):
+            for file in jsonl_files(expanded(in_assets(path))):
                 yield f"--input={args.input}", file
     if args.corpus is not None and not args.corpus.is_dir():
         for file in files_of(args.corpus):

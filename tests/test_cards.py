@@ -121,6 +121,9 @@ def test_a_runs_card_has_what_was_added_to_the_loss():
     assert rows["loss.temperatures"] == (0.02, 0.03, 0.04, 0.05)
     assert rows["loss.matryoshka"] == (8, 16)
     assert not {"train.temperature", "loss.coral"} & rows.keys()
+    of_guide = {**loss, "false_negatives": "guide", "guide": "/home/me/vectors/of-mine/"}
+    rows = dict(about_run({**RUN, "loss": of_guide}, {}, 50).sections[1].rows)
+    assert rows["loss.guide"] == "of-mine"
     rows = dict(about_run(RUN, {}, 50).sections[1].rows)
     assert rows["train.temperature"] == 0.03
     assert rows["train.ignore_duplicates"]

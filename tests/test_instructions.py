@@ -31,6 +31,7 @@ from lco_jax.training.instructions import (
     instructions_by_source,
     instructions_of_held_out,
     instructions_of_run,
+    refuse_embedding_keys,
 )
 from lco_jax.training.run import check_config
 
@@ -249,6 +250,22 @@ def test_values_that_no_run_can_have(key, value, says):
         config[section][name] = value
     with pytest.raises(LcoError, match=re.escape(says)):
         check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("model", "pooling", "mean"),
+        ("data", "keep_apart", "positives"),
+        ("instructions", "query", QUERY),
+    ],
+)
+def test_pretrain_refuses_what_it_has_no_use_for(section, key, value):
+    config = get_config()
+    refuse_embedding_keys(config)
+    config[section][key] = value
+    with pytest.raises(LcoError, match=rf"^config\.{section}.* go(es)? with lco_jax\.train"):
+        refuse_embedding_keys(config)
 
 
 # ---- a run
