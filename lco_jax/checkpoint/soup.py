@@ -20,7 +20,7 @@ from lco_jax.checkpoint.peft import layer_tensors, match_adapters, read_peft
 from lco_jax.checkpoint.peft_config import CONFIG
 from lco_jax.checkpoint.shapes import abstract_params
 from lco_jax.checkpoint.tensors import is_float
-from lco_jax.checkpoint.usage import check_used_alike
+from lco_jax.checkpoint.usage import common_usage_of_models
 from lco_jax.core.console import progress_bar
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import read_json, resolve
@@ -193,7 +193,7 @@ def average_models(
     first, *others = checkpoints
     for name, other in zip(names[1:], others, strict=True):
         _check_alike(first, other, f"{name} and {names[0]}")
-    check_used_alike(names, checkpoints)
+    common_usage_of_models(names, checkpoints)  # raises
 
     def average(key: str) -> np.ndarray:
         value = first.tensors.read(key)

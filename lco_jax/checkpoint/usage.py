@@ -36,15 +36,7 @@ def with_dimension(usage: Usage, truncate_dim: int | None, checkpoint: Checkpoin
 
 def common_usage(adapters: Sequence[str], checkpoint: Checkpoint) -> Usage:
     """How the average of adapters is to be used. Raises unless all are used alike."""
-    first, *others = adapters
-    usage = usage_of(checkpoint, first)
-    for other in others:
-        if usage_of(checkpoint, other) != usage:
-            raise LcoError(
-                f"{first} and {other} differ in pooling, prompts or truncate_dim, as "
-                f"{USAGE_FILES[0]} and {USAGE_FILES[1]} have them, and cannot be averaged"
-            )
-    return usage
+    return _alike(adapters, [usage_of(checkpoint, adapter) for adapter in adapters])
 
 
 def usage_beside(usage: Usage, base: Checkpoint) -> Usage | None:
@@ -52,12 +44,17 @@ def usage_beside(usage: Usage, base: Checkpoint) -> Usage | None:
     return None if usage == usage_of(base, None) == Usage() else usage
 
 
-def check_used_alike(names: Sequence[str], checkpoints: Sequence[Checkpoint]) -> None:
-    """Raise unless models of these names, which are to be averaged, are all used alike."""
-    usages = [usage_of(checkpoint, None) for checkpoint in checkpoints]
+def common_usage_of_models(names: Sequence[str], checkpoints: Sequence[Checkpoint]) -> Usage:
+    """How the average of models is to be used. Raises unless all are used alike."""
+    return _alike(names, [usage_of(checkpoint, None) for checkpoint in checkpoints])
+
+
+def _alike(names: Sequence[str], usages: Sequence[Usage]) -> Usage:
+    """The usage that all have, which names call."""
     for name, usage in zip(names, usages, strict=True):
         if usage != usages[0]:
             raise LcoError(
                 f"{names[0]} and {name} differ in pooling, prompts or truncate_dim, as "
                 f"{USAGE_FILES[0]} and {USAGE_FILES[1]} have them, and cannot be averaged"
             )
+    return usages[0]

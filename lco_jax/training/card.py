@@ -104,10 +104,7 @@ def _recipe(config: Config, step: int) -> Section:
     for part, keys in _SHOWN.items():
         there = [key for key in keys if key in config[part] and f"{part}.{key}" not in unused]
         rows += [(f"{part}.{key}", config[part][key]) for key in there]
-    values = {key: getattr(loss, key) for key in loss.added}
-    if loss.guide:
-        values["guide"] = PurePosixPath(loss.guide).name  # no path of this machine
-    rows += [(f"loss.{key}", value) for key, value in values.items()]
+    rows += _added(loss)
     rows += [(f"optimizer.{key}", value) for key, value in config["optimizer"].items()]
     rows += [("model.dtype", config["model"]["dtype"]), ("seed", config["seed"])]
     rows += _usage(config)
@@ -115,6 +112,14 @@ def _recipe(config: Config, step: int) -> Section:
         rows.append(("model.quantize", f"{config['model']['quantize']}, in training"))
     words = "The values that matter, by the keys of lco-jax's configuration."
     return Section("Recipe", words, ("key", "value"), rows)
+
+
+def _added(loss: LossConfig) -> list[tuple[str, Any]]:
+    """What the loss has beside the paper's."""
+    values = {key: getattr(loss, key) for key in loss.added}
+    if loss.guide:
+        values["guide"] = PurePosixPath(loss.guide).name  # no path of this machine
+    return [(f"loss.{key}", value) for key, value in values.items()]
 
 
 def _usage(config: Config) -> list[tuple[str, Any]]:
