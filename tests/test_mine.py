@@ -26,6 +26,7 @@ from lco_jax.data.instructions import Instructions
 from lco_jax.data.sources import open_file
 from lco_jax.mining import nearest
 from lco_jax.mining.contents import Lines, number_contents
+from lco_jax.mining.miner import Form, Miner
 from lco_jax.mining.nearest import Candidates, LeftOut
 from lco_jax.mining.output import MinedLines
 from lco_jax.mining.report import Report
@@ -437,6 +438,18 @@ def test_contents_are_numbered_as_they_come(tmp_path):
     assert numbers.negatives_of(1).tolist() == []
     assert numbers.candidates.tolist() == [0, 1, 2]
     assert [Lines(tmp_path / "contents.jsonl")[number] for number in range(3)] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("keeps_given", [False, True])
+def test_a_given_negative_may_be_nearer_than_the_positive(tmp_path, keeps_given):
+    record = {"anchor": "a", "positive": "b", "negative": "c"}
+    source, contents = write(tmp_path / "p.jsonl", [record]), tmp_path / "contents.jsonl"
+    numbers = number_contents(open_file(source), None, contents)
+    vectors = np.array([[1, 0], [0.6, 0.8], [0.8, 0.6]], np.float32)
+    form, report = Form(str(tmp_path), keeps_given, False), Report()
+    (line,) = Miner(numbers, vectors, Lines(contents), PLAIN, form).lines(0, 1, report)
+    assert line.get("negatives") == (["c"] if keeps_given else None)
+    assert report.counts["positive is not nearest"] == 1
 
 
 def test_changed_negatives_are_other_work(tmp_path):
