@@ -118,9 +118,8 @@ def test_flops_are_those_that_xla_counts(policy):
 
     tokens, rows = 512, (array(24, 32),)
     one = array(tokens)
-    inputs = PackedTokens(
-        one, array(tokens, 3), array(tokens, dtype=jnp.uint32), one, rows, one, array(24), 4
-    )
+    keys, prefix = array(tokens, dtype=jnp.uint32), ((0, 0, 4),)
+    inputs = PackedTokens(one, array(tokens, 3), keys, one, rows, one, array(24), prefix)
     decoder, params = Decoder(config, remat=policy), abstract_params(config)
     adapters = jax.eval_shape(partial(lora.init, params=params, config=settings), jax.random.key(0))
 
