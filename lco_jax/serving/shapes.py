@@ -12,6 +12,7 @@ from tqdm import tqdm
 from lco_jax.core.bins import bucket
 from lco_jax.core.packing import Stream
 from lco_jax.core.stream_shapes import Shape, width_of
+from lco_jax.data.inference import ShapeRule
 from lco_jax.data.tower_rows import Processed
 from lco_jax.embedder import OmniEmbedder
 
@@ -85,7 +86,16 @@ def warm_up(embedder: OmniEmbedder, shapes: PassShapes, text: Processed, longest
     """
     wanted = shapes.of_texts(longest)
     for shape in tqdm(wanted, desc="compiling", unit="shape", disable=None):
-        embedder.shape_of = lambda streams, shape=shape: shape
+        embedder.shape_of = _always(shape)
         jax.block_until_ready(embedder.embed([text]))
     embedder.shape_of = shapes
     return len(wanted)
+
+
+def _always(shape: Shape) -> ShapeRule:
+    """A rule that gives every pass this shape."""
+
+    def rule(streams: Sequence[Stream]) -> Shape:
+        return shape
+
+    return rule
