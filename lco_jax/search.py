@@ -60,7 +60,7 @@ from lco_jax.flags import (
     workers,
 )
 from lco_jax.searching.library import Entry, Library
-from lco_jax.searching.listening import address_of, listening
+from lco_jax.searching.listening import add_listening_flags, address_of, listening
 from lco_jax.searching.nearest import EXACT, Nearest, with_graph
 from lco_jax.searching.queries import ModelQueries
 from lco_jax.unit_embedder import embed_units
@@ -76,12 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = new_parser("search", __doc__)
     add_path(parser, "--input", "a folder of media, a .jsonl or a .txt, as of embed")
     add_path(parser, "--output", "the folder of the index", earlier=["--index"])
-    parser.add_argument(
-        "--port", type=int, default=8765, help="0: any that is free (default: 8765)"
-    )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1)"
-    )
+    add_listening_flags(parser, port=8765)
     parser.add_argument(
         "--max-upload",
         type=int,

@@ -42,7 +42,7 @@ from lco_jax.search import (
     prepare,
     query_prompt,
 )
-from lco_jax.searching.listening import address_of, listening
+from lco_jax.searching.listening import add_listening_flags, address_of, listening
 
 if TYPE_CHECKING:  # these need the extra
     from starlette.applications import Starlette
@@ -59,12 +59,7 @@ logger = logging.getLogger(__name__)
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = new_parser("serve", __doc__)
-    parser.add_argument(
-        "--port", type=int, default=8000, help="0: any that is free (default: 8000)"
-    )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1)"
-    )
+    add_listening_flags(parser, port=8000)
     parser.add_argument(
         "--served-name",
         action="append",

@@ -1,9 +1,19 @@
-"""Where a server listens: the socket of --host and --port, and its URL."""
+"""Where a server listens: --host and --port, their socket, and its URL."""
 
 import argparse
 import socket
 
 from lco_jax.core.errors import explained
+
+
+def add_listening_flags(parser: argparse.ArgumentParser, port: int) -> None:
+    """--host and --port. port: the default."""
+    parser.add_argument(
+        "--port", type=int, default=port, help=f"0: any that is free (default: {port})"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1)"
+    )
 
 
 def listening(args: argparse.Namespace) -> socket.socket:

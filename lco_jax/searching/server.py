@@ -322,17 +322,22 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 def http_server(app: Starlette) -> uvicorn.Server:
     """What answers on sockets: its method `run` does until Ctrl-C."""
+    return uvicorn.Server(http_config(app, Connection, timeout_graceful_shutdown=3))
+
+
+def http_config(app: Starlette, connection: type[Connection], **options: Any) -> uvicorn.Config:
+    """uvicorn's settings for an application. connection: its protocol. options: others."""
     # a client's torn form is no news of the server
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
-    config = uvicorn.Config(
+    return uvicorn.Config(
         app,
-        http=Connection,
+        http=connection,
         ws="none",
         lifespan="off",
         log_config=None,  # its own would close the handlers that a program has
         log_level="error",
+        access_log=False,
         server_header=False,
         headers=HEADERS,
-        timeout_graceful_shutdown=3,
+        **options,
     )
-    return uvicorn.Server(config)

@@ -9,7 +9,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from lco_jax.searching.connections import Connection
-from lco_jax.searching.server import HEADERS
+from lco_jax.searching.server import http_config
 from lco_jax.serving.app import Api
 
 CONNECTIONS = 1024  # that are open at a time
@@ -29,20 +29,9 @@ class ApiServer(uvicorn.Server):
     """
 
     def __init__(self, app: Starlette, api: Api, seconds: float):
-        config = uvicorn.Config(
-            app,
-            http=_Connection,
-            ws="none",
-            lifespan="off",
-            log_config=None,  # its own would close the handlers that a program has
-            log_level="error",
-            access_log=False,
-            server_header=False,
-            headers=HEADERS,
-            timeout_keep_alive=IDLE_SECONDS,
-            timeout_graceful_shutdown=10,  # for who still reads an answer
-        )
-        super().__init__(config)
+        more = {"timeout_keep_alive": IDLE_SECONDS}
+        more["timeout_graceful_shutdown"] = 10  # for who still reads an answer
+        super().__init__(http_config(app, _Connection, **more))
         self.api, self.seconds = api, seconds
         self.signal = 0  # that ended it
         self._ending: asyncio.Task[None] | None = None
