@@ -98,13 +98,22 @@ def _prepare(
         inputs=[result for _, result in kept],
         record=np.array([one.record for one in good], np.int64) * stride + offset,
         side=np.array([one.side for one in good], np.int64),
-        content=np.array([content_number(one.content) for one in good], np.int32),
-        kinds=np.array([modality_bits(one.content) for one in good], np.int32),
-        teacher=np.array([records[one.record].score(one.side) for one in good], np.float32),
-        guide=_guide_rows(layout.guide, records, good),
+        **_labels(records, good, layout.guide),
         skipped=tuple(skipped.values()),
         where=tuple(record.where for record in records),
     )
+
+
+def _labels(
+    records: Sequence[Record], contents: Sequence[_Content], guide: GuideVectors | None
+) -> dict[str, np.ndarray | None]:
+    """What the loss knows of contents, as `LocalBatch` has it."""
+    return {
+        "content": np.array([content_number(one.content) for one in contents], np.int32),
+        "kinds": np.array([modality_bits(one.content) for one in contents], np.int32),
+        "teacher": np.array([records[one.record].score(one.side) for one in contents], np.float32),
+        "guide": _guide_rows(guide, records, contents),
+    }
 
 
 def _checked_by_guide(
