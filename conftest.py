@@ -7,9 +7,9 @@ import os
 import shutil
 import tempfile
 
-# A small training step then compiles in 2 s of CPU time instead of 12, and its numbers differ by
-# rounding. The README's blocks have XLA's defaults, as users do; LCO_JAX_TEST_XLA=default gives
-# them to every test.
+# Programs then compile in a fraction of the time, and their numbers differ by rounding. The
+# README's blocks have XLA's defaults, as users do; LCO_JAX_TEST_XLA=default gives them to every
+# test.
 FAST = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 if os.environ.get("LCO_JAX_TEST_XLA") == "default":
     FAST = ""

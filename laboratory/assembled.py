@@ -297,7 +297,9 @@ def _best(bench: Bench) -> Path:
     if not folder.exists():
         workdir, best = bench.folder / "generator", bench.config.stages[-1]
         run = tuned_of_run(workdir, best)
-        export_merged(run.source, folder, run.parameters, run.lora, "float32")
+        export_merged(
+            run.source, folder, run.parameters, run.lora, "float32", checkpoint=run.checkpoint
+        )
     return folder
 
 

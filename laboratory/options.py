@@ -29,7 +29,6 @@ from lco_jax.vector_form import unit
 
 RECIPE = "recipe"
 SHARES = (1, 2, 4, 8, 16)  # a vector's first 1/n numbers are kept
-HEADS = (0.5, 0.25, 0.125, 0.0625)  # the same, as shares of the vector
 
 
 class Option(NamedTuple):
@@ -115,7 +114,7 @@ def _changes(name: str, bench: Bench) -> dict[str, Any]:
     """What an option changes. The lengths of prefixes depend on the model."""
     if name != "matryoshka":
         return OPTIONS[name].changes
-    return {"loss.matryoshka": tuple(int(share * bench.model.dimension) for share in HEADS)}
+    return {"loss.matryoshka": tuple(bench.model.dimension // share for share in SHARES[1:])}
 
 
 def _texts(bench: Bench, folder: Path, held_out: int) -> Path:

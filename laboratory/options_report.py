@@ -198,7 +198,7 @@ def plot_sizes(path: Path, runs: Sequence[Run]) -> None:
     files, forms = [*runs[0]["small"]], _forms(runs)
     figure = Figure(figsize=(5 * len(files), 4), layout="constrained")
     panels = figure.subplots(1, len(files), squeeze=False)[0]
-    marks = dict(zip((RECIPE, "matryoshka"), (("o", "#555555"), ("^", "#0072b2")), strict=True))
+    marks = {RECIPE: ("o", "#555555"), "matryoshka": ("^", "#0072b2")}
     for axes, file in zip(panels, files, strict=True):
         for shift, name in zip((-0.08, 0.08), _sized(runs), strict=False):
             mark, colour = marks[name]

@@ -157,7 +157,14 @@ def _generate(bench: Bench) -> dict[str, Any]:
     for steps in config.stages:
         if not bench.stage(steps).exists():
             run = tuned_of_run(workdir, steps)
-            export_merged(run.source, bench.stage(steps), run.parameters, run.lora, "float32")
+            export_merged(
+                run.source,
+                bench.stage(steps),
+                run.parameters,
+                run.lora,
+                "float32",
+                checkpoint=run.checkpoint,
+            )
     return {"seconds": time.perf_counter() - began}
 
 

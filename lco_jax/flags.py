@@ -20,11 +20,11 @@ from lco_jax.core.console import say
 from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath, fingerprint, local_path
 from lco_jax.core.quantize import KINDS
-from lco_jax.data.instructions import IN_WORDS, PLACES
+from lco_jax.data.instructions import IN_WORDS, PLACES, Instructions
 from lco_jax.data.media import MediaConfig
 from lco_jax.embedder import OmniEmbedder
 from lco_jax.models.attention import IMPLEMENTATIONS
-from lco_jax.sentence_methods import all_prompts
+from lco_jax.sentence_methods import all_prompts, document_name, query_name
 
 TEXTS_A_UNIT, MEDIA_A_UNIT = 8192, 512  # inputs that are embedded together
 # what numbers among the flags must be at least
@@ -270,9 +270,9 @@ def embedding_settings(
 
 def usage_settings(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
     """Flag or words -> value of how the model is used, without what is the paper's."""
-    check_prompt_name(args, checkpoint)
     usage = usage_of(checkpoint, args.adapter)
     instructions = usage.instructions
+    _check_prompt_name(args, instructions)
     settings = {
         "--prompt-name": args.prompt_name,
         "--prompt-place": args.prompt_place,
@@ -285,7 +285,11 @@ def usage_settings(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str
 
 def check_prompt_name(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
     """Raise for a --prompt-name that the model has no prompt of."""
-    known = all_prompts(usage_of(checkpoint, args.adapter).instructions)
+    _check_prompt_name(args, usage_of(checkpoint, args.adapter).instructions)
+
+
+def _check_prompt_name(args: argparse.Namespace, instructions: Instructions) -> None:
+    known = all_prompts(instructions)
     if args.prompt_name is not None and args.prompt_name not in known:
         there = ", ".join(known)
         raise LcoError(f"--prompt-name={args.prompt_name}: the model has the prompts {there}")
@@ -295,14 +299,13 @@ def say_prompts(args: argparse.Namespace, checkpoint: Checkpoint, queries: bool)
     """Say which instructions inputs have, if any. queries: whether some of them are queries."""
     instructions = usage_of(checkpoint, args.adapter).instructions
     place = args.prompt_place or instructions.place
-    names = {"inputs": args.prompt_name or instructions.default}
+    prompts = all_prompts(instructions)
+    names = {"inputs": None}
     if queries:
-        names = {
-            "queries": args.prompt_name or "query",
-            "documents": args.prompt_name or "document",
-        }
+        names = {"queries": query_name(prompts), "documents": document_name(prompts)}
     for what, name in names.items():
-        text = all_prompts(instructions).get(name or "", "") if args.prompt is None else args.prompt
+        chosen = args.prompt_name or name or instructions.default or ""
+        text = prompts.get(chosen, "") if args.prompt is None else args.prompt
         if text:
             say(f"the instruction of {what} is {text!r} ({IN_WORDS[place]})", aside=True)
 

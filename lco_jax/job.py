@@ -242,14 +242,12 @@ def batches_of(
     once = 0 if layout.generative else layout.batch_size
     instructions = instructions_by_source(config)
     numbers = mixture.content_numbers(sources, config.data.keep_apart if once else "")
-    drawn = weights, config.seed, run, once
     stream = record_stream.record_stream(
-        sources, *drawn, instructions=instructions, numbers=numbers
+        sources, weights, config.seed, run, once, instructions=instructions, numbers=numbers
     )
     if once and jax.process_index() == 0:
-        ignores = config.train.ignore_duplicates
-        of_batches = layout.batch_size, one_source, numbers, ignores
-        for line in mixture.repeats(sources, weights, *of_batches):
+        ignores, size = config.train.ignore_duplicates, layout.batch_size
+        for line in mixture.repeats(sources, weights, size, one_source, numbers, ignores):
             logger.warning("%s", line)
     return pipeline.local_batches(stream, layout, processor, config.data.max_length)
 

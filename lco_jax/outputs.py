@@ -103,7 +103,13 @@ def _export(job: Job, tuned: dict[str, Any], results: dict[str, Any]) -> None:
         beside = usage_beside(usage, job.checkpoint)
         write_peft(job.workdir / "adapter", tuned["decoder"], lora, base, card, beside)
     if config.export.merged:
-        merged = job.workdir / "merged"
-        dtype, checkpoint = config.export.dtype, job.checkpoint
-        options = {"about": about, "checkpoint": checkpoint, "usage": usage}
-        export_merged(base, merged, tuned, lora, dtype, **options)
+        export_merged(
+            base,
+            job.workdir / "merged",
+            tuned,
+            lora,
+            config.export.dtype,
+            about=about,
+            checkpoint=job.checkpoint,
+            usage=usage,
+        )

@@ -15,7 +15,7 @@ from lco_jax.checkpoint.export import write_model
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from lco_jax.checkpoint.peft import write_peft
 from lco_jax.checkpoint.sentence_transformers import Usage
-from lco_jax.checkpoint.usage import common_usage, usage_beside, usage_of, with_dimension
+from lco_jax.checkpoint.usage import common_usage, usage_beside, with_dimension
 from lco_jax.core import lora
 from lco_jax.core.console import say
 from lco_jax.core.errors import LcoError
@@ -99,11 +99,17 @@ def average(args: argparse.Namespace) -> None:
     if args.adapters:
         _average_adapters(args, weights)
         return
-    checkpoint, tensors = soup.average_models(names, weights)
-    about = _about_soup("models", names, weights)
-    usage = with_dimension(usage_of(checkpoint, None), args.truncate_dim, checkpoint)
-    options = {"source": names[0], "about": about, "usage": usage}
-    write_model(checkpoint, args.output, tensors, dtype_of(args), shard_bytes(args), **options)
+    checkpoint, tensors, usage = soup.average_models(names, weights)
+    write_model(
+        checkpoint,
+        args.output,
+        tensors,
+        dtype_of(args),
+        shard_bytes(args),
+        source=names[0],
+        about=_about_soup("models", names, weights),
+        usage=with_dimension(usage, args.truncate_dim, checkpoint),
+    )
     say(f"average of {len(names)} models ({dtype_of(args)}): {args.output}")
 
 

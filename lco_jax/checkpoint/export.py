@@ -102,8 +102,17 @@ def export_merged(
         about = About("This is {base} with what was trained added to its weights.", "tuned")
     projection = np.asarray(tuned["projection"]["weight"]) if "projection" in tuned else None
     merged = _Merged(checkpoint, tuned, config)
-    options = projection, source, about, usage
-    write_model(checkpoint, output, merged, dtype, max_shard_bytes, *options)
+    write_model(
+        checkpoint,
+        output,
+        merged,
+        dtype,
+        max_shard_bytes,
+        projection=projection,
+        source=source,
+        about=about,
+        usage=usage,
+    )
 
 
 def write_model(

@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from lco_jax.checkpoint.peft import layer_tensors, match_adapters, read_peft
 from lco_jax.checkpoint.peft_config import CONFIG
+from lco_jax.checkpoint.sentence_transformers import Usage
 from lco_jax.checkpoint.shapes import abstract_params
 from lco_jax.checkpoint.tensors import is_float
 from lco_jax.checkpoint.usage import common_usage_of_models
@@ -183,8 +184,9 @@ def greedy(
 
 def average_models(
     names: Sequence[str], weights: Sequence[float]
-) -> tuple[Checkpoint, Callable[[str], np.ndarray]]:
-    """The first checkpoint, and a function that averages the tensors of a key, in float32.
+) -> tuple[Checkpoint, Callable[[str], np.ndarray], Usage]:
+    """The first checkpoint, a function that averages the tensors of a key, in float32, and how all
+    are used.
 
     Raises, by key, unless all agree in configuration, tokenizer, tensors' shapes, and in every
     tensor that holds no floating-point numbers; and unless all are used alike.
@@ -193,7 +195,7 @@ def average_models(
     first, *others = checkpoints
     for name, other in zip(names[1:], others, strict=True):
         _check_alike(first, other, f"{name} and {names[0]}")
-    common_usage_of_models(names, checkpoints)  # raises
+    usage = common_usage_of_models(names, checkpoints)
 
     def average(key: str) -> np.ndarray:
         value = first.tensors.read(key)
@@ -208,7 +210,7 @@ def average_models(
             )
         return value
 
-    return first, average
+    return first, average, usage
 
 
 def _check_alike(one: Checkpoint, other: Checkpoint, names: str) -> None:

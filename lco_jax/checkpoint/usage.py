@@ -40,8 +40,11 @@ def common_usage(adapters: Sequence[str], checkpoint: Checkpoint) -> Usage:
 
 
 def usage_beside(usage: Usage, base: Checkpoint) -> Usage | None:
-    """What an adapter's folder has to say of its usage; None where all is as without it."""
-    return None if usage == usage_of(base, None) == Usage() else usage
+    """What an adapter's folder has to say of its usage; None where it and its base are used as the
+    paper's model is.
+    """
+    as_in_the_paper = usage == Usage() and usage_of(base, None) == Usage()
+    return None if as_in_the_paper else usage
 
 
 def common_usage_of_models(names: Sequence[str], checkpoints: Sequence[Checkpoint]) -> Usage:

@@ -49,10 +49,8 @@ class GuideVectors:
             raise LcoError(f"{where}: {KEY}={self.folder} has no vector of a content; {advice}")
         return self.vectors[number]
 
-    def fault(self, content: Content, where: str) -> LcoError | None:
-        """Why a content cannot be used, where it could not be read when it was mined; else None."""
-        if np.isfinite(self(content, where)).all():
-            return None
+    def fault(self, where: str) -> LcoError:
+        """Why a content whose vector is NaN cannot be used."""
         why = f"{KEY}={self.folder} has no vector of a medium that could not be read when it was"
         advice = "mend the medium and mine again, or set config.data.on_bad=skip"
         return LcoError(f"{where}: {why} mined; {advice}")
@@ -68,11 +66,11 @@ class GuideVectors:
         """
         skipped = 0
         for record in progress_bar(records, desc="guide", unit="record", leave=False, delay=2):
-            faults = [self.fault(side, record.where) for side in record.sides]
-            fault = next(filter(None, faults), None)
-            if fault is not None and on_bad == "error":
-                raise fault
-            skipped += fault is not None
+            rows = self.rows((side, record.where) for side in record.sides)
+            is_bad = not np.isfinite(rows).all()
+            if is_bad and on_bad == "error":
+                raise self.fault(record.where)
+            skipped += is_bad
         return skipped
 
 

@@ -90,29 +90,28 @@ def _prepare(
     """Prepare records, the first of which has the number `offset`, the next `offset + stride`."""
     contents = list(_contents(records, layout.sides))
     results = _process(records, contents, layout, processor, max_length)
-    results = _checked_by_guide(results, records, contents, layout.guide)
+    vectors = _guide_vectors(layout.guide, records, contents)
+    results = _checked_by_guide(results, records, contents, layout.guide, vectors)
     skipped = _skipped(contents, results, layout.on_bad)
-    kept = [pair for pair in zip(contents, results, strict=True) if pair[0].record not in skipped]
-    good = [one for one, _ in kept]
+    kept = [i for i, one in enumerate(contents) if one.record not in skipped]
+    good = [contents[i] for i in kept]
     return LocalBatch(
-        inputs=[result for _, result in kept],
+        inputs=[results[i] for i in kept],
         record=np.array([one.record for one in good], np.int64) * stride + offset,
         side=np.array([one.side for one in good], np.int64),
-        **_labels(records, good, layout.guide),
+        guide=None if vectors is None else vectors[kept],
+        **_labels(records, good),
         skipped=tuple(skipped.values()),
         where=tuple(record.where for record in records),
     )
 
 
-def _labels(
-    records: Sequence[Record], contents: Sequence[_Content], guide: GuideVectors | None
-) -> dict[str, np.ndarray | None]:
+def _labels(records: Sequence[Record], contents: Sequence[_Content]) -> dict[str, np.ndarray]:
     """What the loss knows of contents, as `LocalBatch` has it."""
     return {
         "content": np.array([content_number(one.content) for one in contents], np.int32),
         "kinds": np.array([modality_bits(one.content) for one in contents], np.int32),
         "teacher": np.array([records[one.record].score(one.side) for one in contents], np.float32),
-        "guide": _guide_rows(guide, records, contents),
     }
 
 
@@ -121,15 +120,17 @@ def _checked_by_guide(
     records: Sequence[Record],
     contents: Sequence[_Content],
     guide: GuideVectors | None,
+    vectors: np.ndarray | None,
 ) -> list[Processed | LcoError]:
-    """The results, with an error for each content of which the guide could read nothing."""
-    if guide is None:
-        return list(results)
-    faults = [guide.fault(one.content, records[one.record].where) for one in contents]
-    return [fault or result for fault, result in zip(faults, results, strict=True)]
+    """The results, with an error for each content whose vector of the guide is NaN."""
+    checked = list(results)
+    if guide is not None and vectors is not None:
+        for i in np.flatnonzero(~np.isfinite(vectors).all(axis=1)):
+            checked[i] = guide.fault(records[contents[i].record].where)
+    return checked
 
 
-def _guide_rows(
+def _guide_vectors(
     guide: GuideVectors | None, records: Sequence[Record], contents: Sequence[_Content]
 ) -> np.ndarray | None:
     """The guide's vectors of contents, [·, G]; None without a guide."""

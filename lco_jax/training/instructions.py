@@ -58,14 +58,10 @@ def instructions_of_run(config: Config) -> Instructions:
 def instructions_by_source(config: Config) -> dict[str, SideInstructions]:
     """The instructions of each source; {} where a run has none."""
     place, by_source = _given(config)["place"], _texts(config)
-
-    def instruction(text: str) -> Instruction | None:
-        return Instruction(text, place) if text else None
-
     if not any(map(any, by_source.values())):
         return {}
     return {
-        name: (instruction(query), instruction(document))
+        name: (_instruction(query, place), _instruction(document, place))
         for name, (query, document) in by_source.items()
     }
 
@@ -76,9 +72,14 @@ def instructions_of_held_out(config: Config, name: str) -> SideInstructions:
     found = []
     for role in ROLES:
         text = instructions.prompts.get(f"{name}-{role}", instructions.prompts.get(role, ""))
-        found.append(Instruction(text, instructions.place) if text else None)
+        found.append(_instruction(text, instructions.place))
     query, document = found
     return query, document
+
+
+def _instruction(text: str, place: str) -> Instruction | None:
+    """The instruction of a text; None of an empty one."""
+    return Instruction(text, place) if text else None
 
 
 def refuse_embedding_keys(config: Config) -> None:

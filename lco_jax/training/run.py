@@ -15,7 +15,6 @@ from lco_jax.core.errors import LcoError
 from lco_jax.core.files import AnyPath, reaching, read_json, write_json
 from lco_jax.core.sharding import make_mesh
 from lco_jax.data.guide_files import KEY as GUIDE
-from lco_jax.training.instructions import usage_of_run
 from lco_jax.training.objective import LossConfig
 from lco_jax.training.state import Training
 from lco_jax.training.values import ADDED, REMOVED, check_values
@@ -53,10 +52,9 @@ def check_config(config: ConfigDict) -> None:
 def check_dimensions(config: ConfigDict, checkpoint: Checkpoint) -> None:
     """Raise, by key, for a part of a vector that is no part of the model's."""
     LossConfig.of(config).check_dimension(checkpoint.config.hidden_size)
-    try:
-        usage_of_run(config, checkpoint)
-    except LcoError as error:
-        raise LcoError(f"config.export.{error}") from error
+    size, width = checkpoint.config.hidden_size, config.export.truncate_dim
+    if width is not None and width > size:
+        raise LcoError(f"config.export.truncate_dim is {width}; the model's vectors have {size}")
 
 
 def check_same_run(
