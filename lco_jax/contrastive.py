@@ -23,7 +23,7 @@ from lco_jax.models.model import Model
 from lco_jax.outputs import finish
 from lco_jax.results import Results
 from lco_jax.training.folder import held
-from lco_jax.training.instructions import instructions_of_held_out, usage_of_run
+from lco_jax.training.instructions import instructions_of_held_out
 from lco_jax.training.run import check_config
 from lco_jax.training.step import Step, make_train_step
 
@@ -49,7 +49,7 @@ def train(config: ConfigDict, output: str | os.PathLike[str]) -> Results:
 def _train(config: ConfigDict, home: AnyPath) -> dict[str, Any]:
     job = open_job(config, home)
     embedder = OmniEmbedder(job.model, {}, job.processor, job.mesh)  # its programs serve twice
-    embedder.truncate_dim = usage_of_run(config, job.checkpoint).truncate_dim
+    embedder.truncate_dim = job.usage.truncate_dim
     before = _evaluate(job, embedder, job.untrained_params, "before")
     started = loop.begin(job, partial(_make_step, job))
     if not loop.run(started):

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
+from lco_jax.checkpoint.sentence_transformers import Usage
 from lco_jax.core import console
 from lco_jax.core.errors import LcoError, check_keys
 from lco_jax.core.files import AnyPath, local_workdir, on_bucket, reaching, upload
@@ -32,7 +33,7 @@ from lco_jax.models.model import Model
 from lco_jax.run_model import load, towers_for
 from lco_jax.training import tuning
 from lco_jax.training.folder import check_outputs
-from lco_jax.training.instructions import instructions_by_source
+from lco_jax.training.instructions import instructions_by_source, usage_of_run
 from lco_jax.training.metrics import check_packages
 from lco_jax.training.run import check_dimensions, check_same_run, has_begun
 from lco_jax.training.state import Training, warmup_steps
@@ -46,7 +47,8 @@ class Job:
 
     home: the run's folder. workdir: the folder that programs write to: home itself, or a local copy
     of it if home is on a bucket. params: the model's, without adapters. held_out: the records of
-    each held-out file. pairs: those of each file of scored pairs.
+    each held-out file. pairs: those of each file of scored pairs. usage: how what is trained is to
+    be used.
     """
 
     config: ConfigDict
@@ -63,6 +65,7 @@ class Job:
     held_out: dict[str, ListSource]
     pairs: dict[str, ScoredPairs]
     total_steps: int
+    usage: Usage
 
     def tuned_params(self, tuned: dict[str, Any]) -> dict[str, Any]:
         """The model's parameters for inference, with the trainable parameters of a state."""
@@ -119,6 +122,7 @@ def open_job(config: ConfigDict, home: AnyPath, generative: bool = False) -> Job
         held_out=held_out,
         pairs=pairs,
         total_steps=total_steps,
+        usage=usage_of_run(config, checkpoint),
     )
 
 

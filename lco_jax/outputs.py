@@ -19,7 +19,6 @@ from lco_jax.loop import Loop
 from lco_jax.training import tuning
 from lco_jax.training.card import about_run
 from lco_jax.training.finished import report
-from lco_jax.training.instructions import usage_of_run
 from lco_jax.training.metrics import read_metrics
 
 CURVE = ("loss", "learning_rate")  # what the curve shows of a line of metrics
@@ -97,7 +96,7 @@ def _export(job: Job, tuned: dict[str, Any], results: dict[str, Any]) -> None:
     config, lora, base = job.config, job.training.lora, job.config.model.path
     run = json.loads(config.to_json()) | {"total_steps": job.total_steps}
     about = about_run(run, results, job.total_steps)
-    usage = usage_of_run(run, job.checkpoint)
+    usage = job.usage
     if has_adapters(tuned.get("decoder", {})):
         card = adapter_card(job.checkpoint, base, about, lora, usage)
         beside = usage_beside(usage, job.checkpoint)
