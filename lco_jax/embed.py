@@ -69,6 +69,7 @@ from lco_jax.flags import (
     add_corpus_flags,
     add_path,
     add_ray_flags,
+    check_ray,
     embedding_settings,
     media_config,
     new_parser,
@@ -97,6 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Check every input, then embed unit by unit; the output appears when it is complete."""
     args = make_parser().parse_args()
+    check_ray(args)
     with reaching(args.output):
         _check_flags(args)
     signal.signal(signal.SIGTERM, leave_in_order)
@@ -106,8 +108,6 @@ def main() -> int:
 
 def embed(args: argparse.Namespace) -> dict[str, Any]:
     """Embed what the flags name, or find that this is done: the record of it."""
-    if args.ray is None and (args.actors or args.actor_resources):
-        raise LcoError("--actors and --actor-resources go with --ray")
     if args.ray:  # the accelerators are for the actors
         jax.config.update("jax_platforms", "cpu")
     media = media_config(args)

@@ -27,7 +27,7 @@ import argparse
 import os
 import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ import filelock
 import numpy as np
 
 from lco_jax import embed
-from lco_jax.checkpoint.hf import open_checkpoint
+from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from lco_jax.checkpoint.usage import usage_of
 from lco_jax.core.console import progress_bar, say, say_all
 from lco_jax.core.errors import DONE, LcoError, explained, run_main
@@ -53,6 +53,8 @@ from lco_jax.flags import (
     add_corpus_flags,
     add_path,
     add_ray_flags,
+    check_prompt_name,
+    check_ray,
     embedding_settings,
     media_config,
     new_parser,
@@ -112,19 +114,24 @@ def main() -> int:
     """Embed what is not embedded yet, then search and write."""
     args = make_parser().parse_args()
     signal.signal(signal.SIGTERM, embed.leave_in_order)
+    check_ray(args)
     rules = _rules(args)
+    media = media_config(args)
     _check_output(args)
-    _check_prompts(args)
+    checkpoint = open_checkpoint(args.model)
+    check_prompt_name(args, checkpoint)
+    _check_prompts(args, checkpoint)
     keep_compiled()
+    settings = embedding_settings(args, media, checkpoint)
     with _held_vectors(args):
-        _mine_all(args, rules)
+        _mine_all(args, rules, settings)
     return DONE
 
 
-def _mine_all(args: argparse.Namespace, rules: Rules) -> None:
-    """Do what is not done yet of the whole work."""
+def _mine_all(args: argparse.Namespace, rules: Rules, settings: Mapping[str, Any]) -> None:
+    """Do what is not done yet of the whole work. settings: what the vectors depend on."""
     numbers = _numbers(args)
-    with MinedLines(args.output, _work(args, numbers, rules)) as lines:
+    with MinedLines(args.output, _work(args, settings, numbers, rules)) as lines:
         if found := lines.finished():
             say(f"{args.output} is complete: this very command has written it")
             say(f"what was found: {lines.record}", found)
@@ -181,14 +188,14 @@ def _files_read(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
             yield f"--corpus={args.corpus}", file
 
 
-def _check_prompts(args: argparse.Namespace) -> None:
+def _check_prompts(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
     """Raise for a model that takes queries and documents by different prompts.
 
     Every content is embedded once, and may be an anchor here and a positive there.
     """
     if args.prompt is not None or args.prompt_name is not None:
         return
-    instructions = usage_of(open_checkpoint(args.model), args.adapter).instructions
+    instructions = usage_of(checkpoint, args.adapter).instructions
     prompts = all_prompts(instructions)
     names = query_name(prompts), document_name(prompts)
     query, document = (prompts.get(name or instructions.default or "", "") for name in names)
@@ -289,9 +296,10 @@ def _with_origin(message: str, args: argparse.Namespace, path: Path) -> str:
 # ---- the search
 
 
-def _work(args: argparse.Namespace, numbers: Numbers, rules: Rules) -> dict[str, Any]:
-    """Flag -> value of all that the lines depend on."""
-    checkpoint = open_checkpoint(args.model)
+def _work(
+    args: argparse.Namespace, settings: Mapping[str, Any], numbers: Numbers, rules: Rules
+) -> dict[str, Any]:
+    """Flag -> value of all that the lines depend on. settings: what the vectors depend on."""
     return {
         "--input": args.input,
         "what --input and --corpus hold": numbers.digest,
@@ -299,7 +307,7 @@ def _work(args: argparse.Namespace, numbers: Numbers, rules: Rules) -> dict[str,
         "--keep-given": args.keep_given,
         "--scores": args.scores,
         **{f"--{name.replace('_', '-')}": value for name, value in vars(rules).items()},
-        **embedding_settings(args, media_config(args), checkpoint),
+        **settings,
     }
 
 

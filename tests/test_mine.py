@@ -411,6 +411,23 @@ def test_a_mistake_is_one_sentence(tmp_path, run_mine, monkeypatch, flags, words
     assert not (tmp_path / "m.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--prompt-name=none"], "--prompt-name=none: the model has the prompts"),
+        (["--actors=2"], "--actors and --actor-resources go with --ray"),
+        (["--batch-size=0"], "--batch-size=0: it must be at least 1"),
+    ],
+)
+def test_flags_are_checked_before_records_are_read(tmp_path, run_mine, flags, words):
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("no record", encoding="utf-8")
+    status, _, err = run_mine(f"--input={source}", f"--output={tmp_path / 'm.jsonl'}", *flags)
+    assert status == 2
+    assert words in err.splitlines()[-1]
+    assert not (tmp_path / "m.jsonl.vectors").exists()
+
+
 def test_media_without_files_are_refused(tmp_path, run_mine):
     picture = pa.array([{"bytes": b"x", "path": None}])
     table = pa.table({"anchor": ["a"], "positive": picture})
