@@ -106,8 +106,10 @@ def main() -> int:
     return DONE
 
 
-def embed(args: argparse.Namespace) -> dict[str, Any]:
-    """Embed what the flags name, or find that this is done: the record of it."""
+def embed(args: argparse.Namespace, flag: str = "--output") -> dict[str, Any]:
+    """Embed what the flags name, or find that this is done: the record of it. flag: the one that
+    gave the output, for errors.
+    """
     if args.ray:  # the accelerators are for the actors
         jax.config.update("jax_platforms", "cpu")
     media = media_config(args)
@@ -117,7 +119,7 @@ def embed(args: argparse.Namespace) -> dict[str, Any]:
     checkpoint = open_checkpoint(args.model)
     work = _work(args, fingerprint, media, checkpoint)
     say_prompts(args, checkpoint, queries=False)
-    with VectorParts(args.output, work) as parts:
+    with VectorParts(args.output, work, flag) as parts:
         record = parts.finished()
         if record:
             done = f"this very command has made its {record['vectors']:,} vectors"

@@ -28,7 +28,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +275,7 @@ def _vectors(args: argparse.Namespace) -> np.ndarray:
     for name in vars(embedded).keys() & vars(args).keys() - {"input", "output"}:
         setattr(embedded, name, getattr(args, name))
     try:
-        embed.embed(embedded)
+        embed.embed(embedded, "--vectors")
     except LcoError as error:
         raise LcoError(_with_origin(str(error), args, path)) from error
     return np.load(target, mmap_mode="r")
@@ -285,8 +285,9 @@ def _with_origin(message: str, args: argparse.Namespace, path: Path) -> str:
     """An error of embedding; where it names a line of the contents, with the record of that."""
     found = re.search(rf"{re.escape(str(path))}:(\d+)", message)
     if found is None:
-        return message.replace("give another --output", "give another --vectors")
-    content = Lines(path)[int(found[1]) - 1]
+        return message
+    with closing(Lines(path)) as contents:
+        content = contents[int(found[1]) - 1]
     for record in _records(args):
         if content in record.sides:
             return message.replace(found[0], record.where, 1)

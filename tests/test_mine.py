@@ -570,6 +570,20 @@ def test_a_folder_of_vectors_is_of_one_process(tmp_path, run_mine):
     assert run_mine(*flags)[0] == 0
 
 
+def test_errors_of_embedding_name_the_folder_of_vectors(tmp_path, run_mine):
+    source, partial = write(tmp_path / "pairs.jsonl", pairs(4)), tmp_path / "v/vectors.npy.partial"
+    partial.mkdir(parents=True)
+    flags = [f"--input={source}", f"--output={tmp_path / 'm.jsonl'}", f"--vectors={tmp_path / 'v'}"]
+    with filelock.FileLock(partial / "_lock"):
+        status, _, err = run_mine(*flags)
+    assert status == 2
+    assert f"another process writes --vectors={tmp_path / 'v' / mine.VECTORS}" in err
+    (partial / "strange").touch()
+    status, _, err = run_mine(*flags)
+    assert status == 2
+    assert "strange and nothing that says what it is; give another --vectors" in err
+
+
 def test_a_second_process_is_refused(tmp_path):
     with (
         MinedLines(tmp_path / "m.jsonl", {}),
