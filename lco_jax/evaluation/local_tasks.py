@@ -304,23 +304,35 @@ def evaluate(
     means that an option is not given. left_out: what is done with bad records; by default the first
     is raised. It gets what was left out. Raises for a number that is not finite.
     """
+    given = checked_options(kind, path, options)
+    outcome = KINDS[kind][0](encode, Path(path), left_out or LeftOut(), **given)
+    check_finite(outcome.numbers, path)
+    return outcome
+
+
+def checked_options(kind: str, path: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are given. Raises for those that the kind does not take, for a kind that is
+    none, and for a path without files.
+    """
     if kind not in KINDS:
         raise LcoError(f"the kind is {kind!r}; it is one of: {', '.join(KINDS)}")
-    function, takes, _ = KINDS[kind]
     given = {key: value for key, value in options.items() if value is not None}
-    check_keys(given, takes, f"evaluation of kind {kind}")
+    check_keys(given, KINDS[kind][1], f"evaluation of kind {kind}")
     if is_builtin(str(path)):
         if kind != "sts":
             raise LcoError(f"{path} holds scored pairs, and goes with the kind sts")
     else:
         with explained(f"{path} cannot be read", OSError):
             os.stat(files_of(Path(path))[0])
-    outcome = function(encode, Path(path), left_out or LeftOut(), **given)
-    for name, number in outcome.numbers.items():
+    return given
+
+
+def check_finite(numbers: Mapping[str, float], path: str | Path) -> None:
+    """Raise for a number that is not finite."""
+    for name, number in numbers.items():
         if not math.isfinite(number):
             blame = "all vectors are finite, so the scores that it holds are too large"
             raise LcoError(f"{name} of {path} is {number}, which is no score: {blame}")
-    return outcome
 
 
 def evaluate_and_write(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lco_jax.core.errors import LcoError, check_keys, explained
+from lco_jax.core.errors import LcoError, explained
 from lco_jax.core.files import write_json, write_text
 from lco_jax.core.small_vectors import (
     LEVELS,
@@ -22,7 +22,7 @@ from lco_jax.core.small_vectors import (
     words,
 )
 from lco_jax.evaluation.left_out import Encode, EncodeSides, LeftOut, embed_all
-from lco_jax.evaluation.local_tasks import asked_and_documents
+from lco_jax.evaluation.local_tasks import asked_and_documents, check_finite, checked_options
 from lco_jax.evaluation.plots import plot_sizes, subject_of
 from lco_jax.evaluation.retrieval import ranks, ranks_of_scores, retrieval_metrics
 from lco_jax.evaluation.sts import agreement, open_pairs
@@ -184,22 +184,17 @@ def _given(vectors: np.ndarray) -> Encode:
 
 
 class Kind(NamedTuple):
-    """rows: evaluates in every form. options: what it takes. shown: the numbers that the table has,
-    and the picture of the first; JSON has all.
+    """rows: evaluates in every form, with the options of `local_tasks.KINDS`. shown: the numbers
+    that the table has, and the picture of the first; JSON has all.
     """
 
     rows: Callable[..., Iterator[Row]]
-    options: tuple[str, ...]
     shown: tuple[str, ...]
 
 
 KINDS = {
-    "retrieval": Kind(
-        retrieval_rows,
-        ("media_root", "encode_sides"),
-        ("ndcg_at_10", "recall_at_1", "recall_at_10"),
-    ),
-    "sts": Kind(sts_rows, ("media_root", "columns"), ("spearman", "pearson")),
+    "retrieval": Kind(retrieval_rows, ("ndcg_at_10", "recall_at_1", "recall_at_10")),
+    "sts": Kind(sts_rows, ("spearman", "pearson")),
 }
 
 
@@ -218,11 +213,12 @@ def compare_and_write(
     """
     if kind not in KINDS:
         raise LcoError(f"--small-vectors goes with --kind={' or '.join(KINDS)}")
-    function, takes, _ = KINDS[kind]
     left_out = left_out or LeftOut()
-    given = {name: value for name, value in options.items() if value is not None}
-    check_keys(given, takes, f"evaluation of kind {kind}")
-    rows = list(function(encode, Path(path), left_out, **given))
+    given = checked_options(kind, path, options)
+    rows = []
+    for row in KINDS[kind].rows(encode, Path(path), left_out, **given):
+        check_finite(row.numbers, path)
+        rows.append(row)
     about = {"kind": kind, "data": str(path), "proposed": PROPOSED}
     with explained(f"{out} cannot be written", OSError):
         out.mkdir(parents=True, exist_ok=True)
