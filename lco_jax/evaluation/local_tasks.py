@@ -39,23 +39,16 @@ class Outcome(NamedTuple):
     plot: Callable[[Path, str], None]
 
 
-def retrieval(
-    encode: Encode,
-    path: Path,
-    left_out: LeftOut,
-    media_root: Path | None = None,
-    encode_sides: EncodeSides | None = None,
-) -> Outcome:
+def retrieval(encode: Encode, path: Path, left_out: LeftOut, **options: Any) -> Outcome:
     """nDCG@10, MRR@10, recall and hit rate; every document is a candidate for every query.
 
     path: a .jsonl of {"query" or "anchor": content, "document" or "positive": content or
     [content, …], "negative": the same, or absent}. Or a folder as BEIR's: queries.jsonl,
     corpus.jsonl ({"_id", "title", "text", "image", …}) and one of `QRELS` (query-id, corpus-id,
-    score: the grade). A query without a grade above 0 is not asked. encode_sides: in the place
-    of `encode`, where queries may have another instruction than documents.
+    score: the grade). A query without a grade above 0 is not asked. options: those of
+    `asked_and_documents`.
     """
-    asked = asked_and_documents(encode, path, left_out, media_root, encode_sides)
-    queries, candidates, relevance = asked
+    queries, candidates, relevance = asked_and_documents(encode, path, left_out, **options)
     ranked = ranks(queries, candidates, relevance)
     numbers = retrieval_metrics(ranked)
     numbers |= {
@@ -77,7 +70,8 @@ def asked_and_documents(
     encode_sides: EncodeSides | None = None,
 ) -> tuple[np.ndarray, np.ndarray, list[dict[int, float]]]:
     """(vectors of the queries that are asked [N, D], of the documents, of each query {document:
-    grade}). path, encode_sides: as `retrieval` has them.
+    grade}). path: as `retrieval` has it. encode_sides: in the place of `encode`, where queries may
+    have another instruction than documents.
     """
     read = read_beir if path.is_dir() else read_records
     queries, documents, relevance = read(path, media_root, left_out)

@@ -21,7 +21,7 @@ from lco_jax.core.small_vectors import (
     shortened,
     words,
 )
-from lco_jax.evaluation.left_out import Encode, EncodeSides, LeftOut, embed_all
+from lco_jax.evaluation.left_out import Encode, LeftOut, embed_all
 from lco_jax.evaluation.local_tasks import asked_and_documents, check_finite, checked_options
 from lco_jax.evaluation.plots import plot_sizes, subject_of
 from lco_jax.evaluation.retrieval import ranks, ranks_of_scores, retrieval_metrics
@@ -103,16 +103,9 @@ def as_compared(vectors: np.ndarray, precision: str, ranged: np.ndarray) -> np.n
     return storage.restore(storage.store(vectors))
 
 
-def retrieval_rows(
-    encode: Encode,
-    path: Path,
-    left_out: LeftOut,
-    media_root: Path | None = None,
-    encode_sides: EncodeSides | None = None,
-) -> Iterator[Row]:
+def retrieval_rows(encode: Encode, path: Path, left_out: LeftOut, **options: Any) -> Iterator[Row]:
     """Retrieval as `local_tasks.retrieval` has it, in every form."""
-    asked = asked_and_documents(encode, path, left_out, media_root, encode_sides)
-    queries, documents, relevance = asked
+    queries, documents, relevance = asked_and_documents(encode, path, left_out, **options)
     for form in forms(queries.shape[1], OF_RETRIEVAL):
         cut = shortened(queries, form.dimension), shortened(documents, form.dimension)
         yield Row(form, retrieval_metrics(_ranked(form, *cut, relevance)))
@@ -160,15 +153,9 @@ def _reranked(
     return ranks_of_scores(scores(), relevance)
 
 
-def sts_rows(
-    encode: Encode,
-    path: Path,
-    left_out: LeftOut,
-    media_root: Path | None = None,
-    columns: str | None = None,
-) -> Iterator[Row]:
+def sts_rows(encode: Encode, path: Path, left_out: LeftOut, **options: Any) -> Iterator[Row]:
     """Semantic textual similarity as `local_tasks.sts` has it, in every form."""
-    _, pairs = open_pairs(str(path), media_root, columns, left_out)
+    _, pairs = open_pairs(str(path), left_out=left_out, **options)
     vectors, there = embed_all(encode, pairs.first + pairs.second, left_out)
     for form in forms(vectors.shape[1], OF_STS):
         small = np.zeros((len(vectors), form.dimension), np.float32)
