@@ -41,6 +41,7 @@ from lco_jax.checkpoint.usage import usage_of
 from lco_jax.core.console import progress_bar, say, say_all
 from lco_jax.core.errors import DONE, LcoError, explained, run_main
 from lco_jax.core.files import expanded, on_bucket
+from lco_jax.core.locks import LOCK, acquire
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Corpus
 from lco_jax.data.given import in_assets, sources_of
@@ -62,7 +63,7 @@ from lco_jax.flags import (
 from lco_jax.mining.contents import Lines, Numbers, number_contents
 from lco_jax.mining.miner import Form, Miner
 from lco_jax.mining.nearest import ANCHORS
-from lco_jax.mining.output import LOCK, MinedLines, check_ours
+from lco_jax.mining.output import MinedLines, check_ours
 from lco_jax.mining.report import Report
 from lco_jax.mining.rules import Rules
 from lco_jax.sentence_methods import all_prompts, document_name, query_name
@@ -214,13 +215,8 @@ def _held_vectors(args: argparse.Namespace) -> Iterator[None]:
     lock = filelock.FileLock(args.vectors / LOCK)
     with explained(f"--vectors={args.vectors} cannot be written", OSError):
         args.vectors.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            advice = "wait for it, end it, or give another --vectors"
-            raise LcoError(
-                f"another process works in --vectors={args.vectors}; {advice}"
-            ) from error
+        advice = "wait for it, end it, or give another --vectors"
+        acquire(lock, f"another process works in --vectors={args.vectors}; {advice}")
     try:
         yield
     finally:
