@@ -69,6 +69,7 @@ from lco_jax.flags import (
     add_corpus_flags,
     add_path,
     add_ray_flags,
+    check_ray,
     embedding_settings,
     media_config,
     new_parser,
@@ -97,6 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Check every input, then embed unit by unit; the output appears when it is complete."""
     args = make_parser().parse_args()
+    check_ray(args)
     with reaching(args.output):
         _check_flags(args)
     signal.signal(signal.SIGTERM, leave_in_order)
@@ -104,10 +106,10 @@ def main() -> int:
     return DONE
 
 
-def embed(args: argparse.Namespace) -> dict[str, Any]:
-    """Embed what the flags name, or find that this is done: the record of it."""
-    if args.ray is None and (args.actors or args.actor_resources):
-        raise LcoError("--actors and --actor-resources go with --ray")
+def embed(args: argparse.Namespace, flag: str = "--output") -> dict[str, Any]:
+    """Embed what the flags name, or find that this is done: the record of it. flag: the one that
+    gave the output, for errors.
+    """
     if args.ray:  # the accelerators are for the actors
         jax.config.update("jax_platforms", "cpu")
     media = media_config(args)
@@ -117,7 +119,7 @@ def embed(args: argparse.Namespace) -> dict[str, Any]:
     checkpoint = open_checkpoint(args.model)
     work = _work(args, fingerprint, media, checkpoint)
     say_prompts(args, checkpoint, queries=False)
-    with VectorParts(args.output, work) as parts:
+    with VectorParts(args.output, work, flag) as parts:
         record = parts.finished()
         if record:
             done = f"this very command has made its {record['vectors']:,} vectors"

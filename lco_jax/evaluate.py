@@ -221,6 +221,7 @@ def _lazy_encoder(
     modalities: tuple[str, ...],
 ) -> Callable[..., Iterator[EmbeddedBlock]]:
     """`OmniEmbedder.encode_blocks` with the flags' options; the first call loads the model."""
+    dimension = dimension_of(args, checkpoint)
 
     @cache
     def embedder() -> OmniEmbedder:
@@ -246,7 +247,7 @@ def _lazy_encoder(
             names=names,
         )
         for block in blocks:
-            block.vectors = shortened(block.vectors, dimension_of(args, checkpoint))
+            block.vectors = shortened(block.vectors, dimension)
             yield block
 
     return encode_blocks

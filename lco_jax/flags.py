@@ -131,6 +131,12 @@ def add_ray_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_ray(args: argparse.Namespace) -> None:
+    """Raise for flags of actors without --ray."""
+    if args.ray is None and (args.actors or args.actor_resources):
+        raise LcoError("--actors and --actor-resources go with --ray")
+
+
 def _resources(text: str) -> dict[str, float]:
     """{name: amount} of what "TPU=4,CPU=8" says."""
     pairs = [pair.partition("=") for pair in text.split(",")]

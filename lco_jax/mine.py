@@ -27,8 +27,8 @@ import argparse
 import os
 import re
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,12 @@ import filelock
 import numpy as np
 
 from lco_jax import embed
-from lco_jax.checkpoint.hf import open_checkpoint
+from lco_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from lco_jax.checkpoint.usage import usage_of
 from lco_jax.core.console import progress_bar, say, say_all
 from lco_jax.core.errors import DONE, LcoError, explained, run_main
 from lco_jax.core.files import expanded, on_bucket
+from lco_jax.core.locks import LOCK, acquire
 from lco_jax.core.shapes import keep_compiled
 from lco_jax.data.corpus import Corpus
 from lco_jax.data.given import in_assets, sources_of
@@ -53,6 +54,8 @@ from lco_jax.flags import (
     add_corpus_flags,
     add_path,
     add_ray_flags,
+    check_prompt_name,
+    check_ray,
     embedding_settings,
     media_config,
     new_parser,
@@ -60,7 +63,7 @@ from lco_jax.flags import (
 from lco_jax.mining.contents import Lines, Numbers, number_contents
 from lco_jax.mining.miner import Form, Miner
 from lco_jax.mining.nearest import ANCHORS
-from lco_jax.mining.output import LOCK, MinedLines, check_ours
+from lco_jax.mining.output import MinedLines, check_ours
 from lco_jax.mining.report import Report
 from lco_jax.mining.rules import Rules
 from lco_jax.sentence_methods import all_prompts, document_name, query_name
@@ -112,19 +115,24 @@ def main() -> int:
     """Embed what is not embedded yet, then search and write."""
     args = make_parser().parse_args()
     signal.signal(signal.SIGTERM, embed.leave_in_order)
+    check_ray(args)
     rules = _rules(args)
+    media = media_config(args)
     _check_output(args)
-    _check_prompts(args)
+    checkpoint = open_checkpoint(args.model)
+    check_prompt_name(args, checkpoint)
+    _check_prompts(args, checkpoint)
     keep_compiled()
+    settings = embedding_settings(args, media, checkpoint)
     with _held_vectors(args):
-        _mine_all(args, rules)
+        _mine_all(args, rules, settings)
     return DONE
 
 
-def _mine_all(args: argparse.Namespace, rules: Rules) -> None:
-    """Do what is not done yet of the whole work."""
+def _mine_all(args: argparse.Namespace, rules: Rules, settings: Mapping[str, Any]) -> None:
+    """Do what is not done yet of the whole work. settings: what the vectors depend on."""
     numbers = _numbers(args)
-    with MinedLines(args.output, _work(args, numbers, rules)) as lines:
+    with MinedLines(args.output, _work(args, settings, numbers, rules)) as lines:
         if found := lines.finished():
             say(f"{args.output} is complete: this very command has written it")
             say(f"what was found: {lines.record}", found)
@@ -181,14 +189,14 @@ def _files_read(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
             yield f"--corpus={args.corpus}", file
 
 
-def _check_prompts(args: argparse.Namespace) -> None:
+def _check_prompts(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
     """Raise for a model that takes queries and documents by different prompts.
 
     Every content is embedded once, and may be an anchor here and a positive there.
     """
     if args.prompt is not None or args.prompt_name is not None:
         return
-    instructions = usage_of(open_checkpoint(args.model), args.adapter).instructions
+    instructions = usage_of(checkpoint, args.adapter).instructions
     prompts = all_prompts(instructions)
     names = query_name(prompts), document_name(prompts)
     query, document = (prompts.get(name or instructions.default or "", "") for name in names)
@@ -207,13 +215,8 @@ def _held_vectors(args: argparse.Namespace) -> Iterator[None]:
     lock = filelock.FileLock(args.vectors / LOCK)
     with explained(f"--vectors={args.vectors} cannot be written", OSError):
         args.vectors.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            advice = "wait for it, end it, or give another --vectors"
-            raise LcoError(
-                f"another process works in --vectors={args.vectors}; {advice}"
-            ) from error
+        advice = "wait for it, end it, or give another --vectors"
+        acquire(lock, f"another process works in --vectors={args.vectors}; {advice}")
     try:
         yield
     finally:
@@ -268,7 +271,7 @@ def _vectors(args: argparse.Namespace) -> np.ndarray:
     for name in vars(embedded).keys() & vars(args).keys() - {"input", "output"}:
         setattr(embedded, name, getattr(args, name))
     try:
-        embed.embed(embedded)
+        embed.embed(embedded, "--vectors")
     except LcoError as error:
         raise LcoError(_with_origin(str(error), args, path)) from error
     return np.load(target, mmap_mode="r")
@@ -278,8 +281,9 @@ def _with_origin(message: str, args: argparse.Namespace, path: Path) -> str:
     """An error of embedding; where it names a line of the contents, with the record of that."""
     found = re.search(rf"{re.escape(str(path))}:(\d+)", message)
     if found is None:
-        return message.replace("give another --output", "give another --vectors")
-    content = Lines(path)[int(found[1]) - 1]
+        return message
+    with closing(Lines(path)) as contents:
+        content = contents[int(found[1]) - 1]
     for record in _records(args):
         if content in record.sides:
             return message.replace(found[0], record.where, 1)
@@ -289,9 +293,10 @@ def _with_origin(message: str, args: argparse.Namespace, path: Path) -> str:
 # ---- the search
 
 
-def _work(args: argparse.Namespace, numbers: Numbers, rules: Rules) -> dict[str, Any]:
-    """Flag -> value of all that the lines depend on."""
-    checkpoint = open_checkpoint(args.model)
+def _work(
+    args: argparse.Namespace, settings: Mapping[str, Any], numbers: Numbers, rules: Rules
+) -> dict[str, Any]:
+    """Flag -> value of all that the lines depend on. settings: what the vectors depend on."""
     return {
         "--input": args.input,
         "what --input and --corpus hold": numbers.digest,
@@ -299,7 +304,7 @@ def _work(args: argparse.Namespace, numbers: Numbers, rules: Rules) -> dict[str,
         "--keep-given": args.keep_given,
         "--scores": args.scores,
         **{f"--{name.replace('_', '-')}": value for name, value in vars(rules).items()},
-        **embedding_settings(args, media_config(args), checkpoint),
+        **settings,
     }
 
 

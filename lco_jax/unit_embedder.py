@@ -110,9 +110,8 @@ class _Inputs:
                 count += 1
                 yield item.content, item.where
             if count != unit.rows:
-                raise LcoError(
-                    f"--input={self._path} changed meanwhile; start anew with another --output"
-                )
+                anew = "start anew with another output"
+                raise LcoError(f"--input={self._path} changed meanwhile; {anew}")
 
 
 def embed_units(

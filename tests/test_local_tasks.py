@@ -13,6 +13,7 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix
 from lco_jax import LcoError, evaluate
 from lco_jax.evaluation import local_files, local_tasks, retrieval
 from lco_jax.evaluation.left_out import LeftOut
+from lco_jax.evaluation.vector_sizes import compare_and_write
 
 
 def unit(x):
@@ -528,6 +529,27 @@ def test_numbers_that_are_not_finite_are_the_files_fault(tmp_path):
     qrels = "q1\td1\t1.7e308\nq1\td2\t1.7e308\nq1\t7\t1.7e308\n"
     with pytest.raises(LcoError, match=r"^ndcg_at_10 of .*beir is nan, .* it holds are too large$"):
         local_tasks.evaluate(encode, "retrieval", beir(tmp_path / "beir", qrels))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_small_vectors_refuse_what_one_evaluation_refuses(tmp_path):
+    path = write_lines(
+        tmp_path / "p.jsonl",
+        *({"a": f"{i}", "b": "x", "score": 1.7e308 - i * 1e307} for i in range(4)),
+    )
+    out = tmp_path / "out"
+    with pytest.raises(LcoError, match=r"^pearson of .*p\.jsonl is nan, which is no score: all v"):
+        compare_and_write(encode, "sts", path, out)
+    qrels = "q1\td1\t1.7e308\nq1\td2\t1.7e308\nq1\t7\t1.7e308\n"
+    with pytest.raises(LcoError, match=r"^ndcg_at_10 of .*beir is nan, .* it holds are too large$"):
+        compare_and_write(encode, "retrieval", beir(tmp_path / "beir", qrels), out)
+    with pytest.raises(LcoError, match="holds scored pairs, and goes with the kind sts"):
+        compare_and_write(encode, "retrieval", "builtin:stsb-dev", out)
+    with pytest.raises(LcoError, match=r"none\.jsonl cannot be read"):
+        compare_and_write(encode, "sts", tmp_path / "none.jsonl", out)
+    with pytest.raises(LcoError, match="evaluation of kind sts has the unknown key 'template'"):
+        compare_and_write(encode, "sts", path, out, template="{}")
+    assert not out.exists()
 
 
 def test_a_class_whose_templates_cancel_out_is_an_error(tmp_path):

@@ -411,6 +411,23 @@ def test_a_mistake_is_one_sentence(tmp_path, run_mine, monkeypatch, flags, words
     assert not (tmp_path / "m.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--prompt-name=none"], "--prompt-name=none: the model has the prompts"),
+        (["--actors=2"], "--actors and --actor-resources go with --ray"),
+        (["--batch-size=0"], "--batch-size=0: it must be at least 1"),
+    ],
+)
+def test_flags_are_checked_before_records_are_read(tmp_path, run_mine, flags, words):
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("no record", encoding="utf-8")
+    status, _, err = run_mine(f"--input={source}", f"--output={tmp_path / 'm.jsonl'}", *flags)
+    assert status == 2
+    assert words in err.splitlines()[-1]
+    assert not (tmp_path / "m.jsonl.vectors").exists()
+
+
 def test_media_without_files_are_refused(tmp_path, run_mine):
     picture = pa.array([{"bytes": b"x", "path": None}])
     table = pa.table({"anchor": ["a"], "positive": picture})
@@ -551,6 +568,20 @@ def test_a_folder_of_vectors_is_of_one_process(tmp_path, run_mine):
     assert f"another process works in --vectors={folder}" in err.splitlines()[-1]
     assert not (folder / mine.CONTENTS).exists()
     assert run_mine(*flags)[0] == 0
+
+
+def test_errors_of_embedding_name_the_folder_of_vectors(tmp_path, run_mine):
+    source, partial = write(tmp_path / "pairs.jsonl", pairs(4)), tmp_path / "v/vectors.npy.partial"
+    partial.mkdir(parents=True)
+    flags = [f"--input={source}", f"--output={tmp_path / 'm.jsonl'}", f"--vectors={tmp_path / 'v'}"]
+    with filelock.FileLock(partial / "_lock"):
+        status, _, err = run_mine(*flags)
+    assert status == 2
+    assert f"another process writes --vectors={tmp_path / 'v' / mine.VECTORS}" in err
+    (partial / "strange").touch()
+    status, _, err = run_mine(*flags)
+    assert status == 2
+    assert "strange and nothing that says what it is; give another --vectors" in err
 
 
 def test_a_second_process_is_refused(tmp_path):

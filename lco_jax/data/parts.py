@@ -36,6 +36,7 @@ from lco_jax.core.files import (
     write_bytes,
     write_json,
 )
+from lco_jax.core.locks import LOCK, acquire
 from lco_jax.core.small_vectors import Storage
 from lco_jax.data import vectors
 from lco_jax.data.folder import Listing
@@ -44,7 +45,7 @@ from lco_jax.data.skipped import write_skipped
 from lco_jax.data.vectors import difference, same_work
 
 # beside the parts; names that readers of a folder of parquet leave alone
-DESCRIPTION, LISTING, LOCK, ASIDE = "_index.json", "_files.json", "_lock", ".tmp"
+DESCRIPTION, LISTING, ASIDE = "_index.json", "_files.json", ".tmp"
 WORK = b"lco_jax.work"  # in a part's metadata: the digest of the work that made it
 FOOTER = 2**16  # bytes at the end of a part, among which its footer is
 CHECKED_AT_ONCE = 16  # parts; a bucket answers slowly
@@ -176,11 +177,8 @@ class VectorParts:
             return self
         with self._writing():
             path.mkdir(parents=True, exist_ok=True)
-            try:
-                self._lock.acquire(timeout=0)
-            except filelock.Timeout as error:
-                message = f"another process writes {self.flag}={self.output}; wait for it or end it"
-                raise LcoError(message) from error
+            taken = f"another process writes {self.flag}={self.output}; wait for it or end it"
+            acquire(self._lock, taken)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -39,23 +39,16 @@ class Outcome(NamedTuple):
     plot: Callable[[Path, str], None]
 
 
-def retrieval(
-    encode: Encode,
-    path: Path,
-    left_out: LeftOut,
-    media_root: Path | None = None,
-    encode_sides: EncodeSides | None = None,
-) -> Outcome:
+def retrieval(encode: Encode, path: Path, left_out: LeftOut, **options: Any) -> Outcome:
     """nDCG@10, MRR@10, recall and hit rate; every document is a candidate for every query.
 
     path: a .jsonl of {"query" or "anchor": content, "document" or "positive": content or
     [content, …], "negative": the same, or absent}. Or a folder as BEIR's: queries.jsonl,
     corpus.jsonl ({"_id", "title", "text", "image", …}) and one of `QRELS` (query-id, corpus-id,
-    score: the grade). A query without a grade above 0 is not asked. encode_sides: in the place
-    of `encode`, where queries may have another instruction than documents.
+    score: the grade). A query without a grade above 0 is not asked. options: those of
+    `asked_and_documents`.
     """
-    asked = asked_and_documents(encode, path, left_out, media_root, encode_sides)
-    queries, candidates, relevance = asked
+    queries, candidates, relevance = asked_and_documents(encode, path, left_out, **options)
     ranked = ranks(queries, candidates, relevance)
     numbers = retrieval_metrics(ranked)
     numbers |= {
@@ -77,7 +70,8 @@ def asked_and_documents(
     encode_sides: EncodeSides | None = None,
 ) -> tuple[np.ndarray, np.ndarray, list[dict[int, float]]]:
     """(vectors of the queries that are asked [N, D], of the documents, of each query {document:
-    grade}). path, encode_sides: as `retrieval` has them.
+    grade}). path: as `retrieval` has it. encode_sides: in the place of `encode`, where queries may
+    have another instruction than documents.
     """
     read = read_beir if path.is_dir() else read_records
     queries, documents, relevance = read(path, media_root, left_out)
@@ -304,23 +298,35 @@ def evaluate(
     means that an option is not given. left_out: what is done with bad records; by default the first
     is raised. It gets what was left out. Raises for a number that is not finite.
     """
+    given = checked_options(kind, path, options)
+    outcome = KINDS[kind][0](encode, Path(path), left_out or LeftOut(), **given)
+    check_finite(outcome.numbers, path)
+    return outcome
+
+
+def checked_options(kind: str, path: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are given. Raises for those that the kind does not take, for a kind that is
+    none, and for a path without files.
+    """
     if kind not in KINDS:
         raise LcoError(f"the kind is {kind!r}; it is one of: {', '.join(KINDS)}")
-    function, takes, _ = KINDS[kind]
     given = {key: value for key, value in options.items() if value is not None}
-    check_keys(given, takes, f"evaluation of kind {kind}")
+    check_keys(given, KINDS[kind][1], f"evaluation of kind {kind}")
     if is_builtin(str(path)):
         if kind != "sts":
             raise LcoError(f"{path} holds scored pairs, and goes with the kind sts")
     else:
         with explained(f"{path} cannot be read", OSError):
             os.stat(files_of(Path(path))[0])
-    outcome = function(encode, Path(path), left_out or LeftOut(), **given)
-    for name, number in outcome.numbers.items():
+    return given
+
+
+def check_finite(numbers: Mapping[str, float], path: str | Path) -> None:
+    """Raise for a number that is not finite."""
+    for name, number in numbers.items():
         if not math.isfinite(number):
             blame = "all vectors are finite, so the scores that it holds are too large"
             raise LcoError(f"{name} of {path} is {number}, which is no score: {blame}")
-    return outcome
 
 
 def evaluate_and_write(

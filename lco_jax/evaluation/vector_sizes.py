@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lco_jax.core.errors import LcoError, check_keys, explained
+from lco_jax.core.errors import LcoError, explained
 from lco_jax.core.files import write_json, write_text
 from lco_jax.core.small_vectors import (
     LEVELS,
@@ -21,8 +21,8 @@ from lco_jax.core.small_vectors import (
     shortened,
     words,
 )
-from lco_jax.evaluation.left_out import Encode, EncodeSides, LeftOut, embed_all
-from lco_jax.evaluation.local_tasks import asked_and_documents
+from lco_jax.evaluation.left_out import Encode, LeftOut, embed_all
+from lco_jax.evaluation.local_tasks import asked_and_documents, check_finite, checked_options
 from lco_jax.evaluation.plots import plot_sizes, subject_of
 from lco_jax.evaluation.retrieval import ranks, ranks_of_scores, retrieval_metrics
 from lco_jax.evaluation.sts import agreement, open_pairs
@@ -103,16 +103,9 @@ def as_compared(vectors: np.ndarray, precision: str, ranged: np.ndarray) -> np.n
     return storage.restore(storage.store(vectors))
 
 
-def retrieval_rows(
-    encode: Encode,
-    path: Path,
-    left_out: LeftOut,
-    media_root: Path | None = None,
-    encode_sides: EncodeSides | None = None,
-) -> Iterator[Row]:
+def retrieval_rows(encode: Encode, path: Path, left_out: LeftOut, **options: Any) -> Iterator[Row]:
     """Retrieval as `local_tasks.retrieval` has it, in every form."""
-    asked = asked_and_documents(encode, path, left_out, media_root, encode_sides)
-    queries, documents, relevance = asked
+    queries, documents, relevance = asked_and_documents(encode, path, left_out, **options)
     for form in forms(queries.shape[1], OF_RETRIEVAL):
         cut = shortened(queries, form.dimension), shortened(documents, form.dimension)
         yield Row(form, retrieval_metrics(_ranked(form, *cut, relevance)))
@@ -160,15 +153,9 @@ def _reranked(
     return ranks_of_scores(scores(), relevance)
 
 
-def sts_rows(
-    encode: Encode,
-    path: Path,
-    left_out: LeftOut,
-    media_root: Path | None = None,
-    columns: str | None = None,
-) -> Iterator[Row]:
+def sts_rows(encode: Encode, path: Path, left_out: LeftOut, **options: Any) -> Iterator[Row]:
     """Semantic textual similarity as `local_tasks.sts` has it, in every form."""
-    _, pairs = open_pairs(str(path), media_root, columns, left_out)
+    _, pairs = open_pairs(str(path), left_out=left_out, **options)
     vectors, there = embed_all(encode, pairs.first + pairs.second, left_out)
     for form in forms(vectors.shape[1], OF_STS):
         small = np.zeros((len(vectors), form.dimension), np.float32)
@@ -184,22 +171,17 @@ def _given(vectors: np.ndarray) -> Encode:
 
 
 class Kind(NamedTuple):
-    """rows: evaluates in every form. options: what it takes. shown: the numbers that the table has,
-    and the picture of the first; JSON has all.
+    """rows: evaluates in every form, with the options of `local_tasks.KINDS`. shown: the numbers
+    that the table has, and the picture of the first; JSON has all.
     """
 
     rows: Callable[..., Iterator[Row]]
-    options: tuple[str, ...]
     shown: tuple[str, ...]
 
 
 KINDS = {
-    "retrieval": Kind(
-        retrieval_rows,
-        ("media_root", "encode_sides"),
-        ("ndcg_at_10", "recall_at_1", "recall_at_10"),
-    ),
-    "sts": Kind(sts_rows, ("media_root", "columns"), ("spearman", "pearson")),
+    "retrieval": Kind(retrieval_rows, ("ndcg_at_10", "recall_at_1", "recall_at_10")),
+    "sts": Kind(sts_rows, ("spearman", "pearson")),
 }
 
 
@@ -218,11 +200,12 @@ def compare_and_write(
     """
     if kind not in KINDS:
         raise LcoError(f"--small-vectors goes with --kind={' or '.join(KINDS)}")
-    function, takes, _ = KINDS[kind]
     left_out = left_out or LeftOut()
-    given = {name: value for name, value in options.items() if value is not None}
-    check_keys(given, takes, f"evaluation of kind {kind}")
-    rows = list(function(encode, Path(path), left_out, **given))
+    given = checked_options(kind, path, options)
+    rows = []
+    for row in KINDS[kind].rows(encode, Path(path), left_out, **given):
+        check_finite(row.numbers, path)
+        rows.append(row)
     about = {"kind": kind, "data": str(path), "proposed": PROPOSED}
     with explained(f"{out} cannot be written", OSError):
         out.mkdir(parents=True, exist_ok=True)

@@ -11,9 +11,10 @@ import filelock
 
 from lco_jax.core.errors import LcoError, explained
 from lco_jax.core.files import fingerprint, read_own, replace, write_json
+from lco_jax.core.locks import LOCK, acquire
 from lco_jax.data.vectors import difference, same_work
 
-LINES, STATE, LOCK = "lines.jsonl", "state.json", "_lock"
+LINES, STATE = "lines.jsonl", "state.json"
 
 
 class MinedLines:
@@ -50,11 +51,8 @@ class MinedLines:
     def __enter__(self) -> "MinedLines":
         with explained(f"--output={self.output} cannot be written", OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                self._lock.acquire(timeout=0)
-            except filelock.Timeout as error:
-                message = f"another process writes --output={self.output}; wait for it or end it"
-                raise LcoError(message) from error
+            taken = f"another process writes --output={self.output}; wait for it or end it"
+            acquire(self._lock, taken)
             try:
                 self._go_on()
             except BaseException:
