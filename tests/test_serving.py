@@ -34,6 +34,7 @@ from langchain_openai import OpenAIEmbeddings
 from llama_index.embeddings.openai import OpenAIEmbedding
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.exceptions import HTTPException
 
 from lco_jax import LcoError, MediaConfig, OmniEmbedder, make_mesh, search, serve
 from lco_jax.checkpoint.export import export_merged
@@ -41,8 +42,10 @@ from lco_jax.checkpoint.sentence_transformers import Usage
 from lco_jax.data.instructions import Instructions
 from lco_jax.flags import media_config
 from lco_jax.search import query_prompt
+from lco_jax.searching.server import BUSY
 from lco_jax.serving.app import Limits
 from lco_jax.serving.ending import ApiServer
+from lco_jax.serving.engine import Content
 from lco_jax.serving.fair import FairQueue
 from lco_jax.serving.fetching import Fetcher, is_public
 from lco_jax.serving.page import EngineQueries
@@ -636,6 +639,34 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(server, monkeypatch):
         held.free.set()
         assert [one.result()[0] for one in first] == [200] * 3
     until(lambda: server.api.engine.waiting("text") == 0)
+
+
+def test_a_busy_engine_asks_the_page_to_come_again(server, monkeypatch):
+    held = Held(server.api.engine, monkeypatch)
+    queries = EngineQueries(server.api.engine, 0.3, server.api.engine.preparation.prompt, 192)
+    query = queries.prepare([{"type": "text", "text": "a dog"}], "the query")
+    with pytest.raises(HTTPException) as late:
+        queries.embed(query)
+    monkeypatch.setattr(server.api.engine.lanes["text"], "most", 1)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(server.post, "/v1/embeddings", {"input": "a"})
+        until(lambda: server.api.engine.waiting("text") == 1)
+        with pytest.raises(HTTPException) as full:
+            queries.embed(query)
+        held.free.set()
+        assert first.result()[0] == 200
+    for refused in (late, full):
+        assert (refused.value.status_code, refused.value.detail) == (503, BUSY)
+    until(lambda: server.api.engine.waiting("text") == 0)
+
+
+def test_a_querys_own_timeout_is_not_told_as_busy(server):
+    def load():
+        raise TimeoutError("of a test")
+
+    queries = EngineQueries(server.api.engine, 60, server.api.engine.preparation.prompt, 192)
+    with pytest.raises(TimeoutError, match="of a test"):
+        queries.embed(Content("the query", load, has_media=False))
 
 
 def test_a_client_that_goes_away_is_dropped_before_its_pass(server, monkeypatch):
