@@ -641,6 +641,18 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(server, monkeypatch):
     until(lambda: server.api.engine.waiting("text") == 0)
 
 
+def test_a_refusal_has_the_shape_of_what_was_asked(server, monkeypatch):
+    monkeypatch.setattr(server.api, "is_ending", True)
+    ends = "the server ends; ask another one"
+    status, _, answer = server.post("/v1/embeddings", {"input": "a"})
+    assert (status, answer["error"]["message"]) == (503, ends)
+    status, _, answer = server.post("/v2/embed", {"texts": ["a"]})
+    assert (status, answer["message"]) == (503, ends)
+    form = {"content-type": "application/x-www-form-urlencoded"}
+    status, headers, answer = server.post("/search", b"text=a", **form)
+    assert (status, headers["retry-after"], answer) == (503, "5", {"error": ends})
+
+
 def test_a_busy_engine_asks_the_page_to_come_again(server, monkeypatch):
     held = Held(server.api.engine, monkeypatch)
     queries = EngineQueries(server.api.engine, 0.3, server.api.engine.preparation.prompt, 192)
