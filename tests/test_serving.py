@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 
 import av
 import cohere
@@ -601,7 +602,7 @@ def test_a_key_is_asked_for(reference):
         basic = base64.b64encode(b"anyone:a secret").decode()
         assert running.post("/v2/embed", {"texts": ["a"]}, authorization=f"Basic {basic}")[0] == 200
         assert running.get("/health") == b""
-        with pytest.raises(urllib.error.HTTPError):
+        with pytest.raises(urllib.error.HTTPError, match="401"):
             running.get("/metrics")
     finally:
         running.end()
@@ -809,8 +810,8 @@ def test_passes_have_few_shapes(shortest):
     shapes = PassShapes(shortest, 32768)
     assert len(shapes.of_texts(512)) <= 40
     assert len(shapes.widths) < 30
-    assert shapes.width(32768) >= 32768
-    assert all(shapes.width(length) >= length for length in range(1, 32768, 97))
+    assert shapes.widths[-1] >= 32768
+    assert all(one < wider for one, wider in pairwise(shapes.widths))
 
 
 # ---- fetching
@@ -892,7 +893,7 @@ def test_addresses_that_lead_to_others_are_as_these(address, public):
     ["localhost", "127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "10.0.0.1", "169.254.169.254", "0"],
 )
 def test_private_addresses_are_not_asked(host, address):
-    with pytest.raises(LcoError, match=r"private address|cannot be fetched"):
+    with pytest.raises(LcoError, match="leads to a private address"):
         Fetcher(MediaConfig())(f"http://{address}:{host.server_port}/a.png", "it")
     assert not host.asked
 
@@ -1077,9 +1078,7 @@ def test_broken_clients_harm_nobody(process, reference):
     assert not friend.is_alive(), "a request hangs"
     assert not wrong, wrong[0]
     assert second < first + 200e6, "memory grows"
-    metrics = process.get("/metrics").decode()
     until(lambda: 'waiting_inputs{lane="text"} 0.0' in process.get("/metrics").decode())
-    assert "lco_requests_total" in metrics
 
 
 @pytest.mark.slow
