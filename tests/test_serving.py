@@ -517,6 +517,7 @@ def test_a_mistake_is_one_sentence_with_the_place(server, body, param, says):
     error = answer["error"]
     assert status == 400, answer
     assert error["type"] == "invalid_request_error"
+    assert error["code"] == ("context_length_exceeded" if says == "tokens" else None)
     assert says in error["message"]
     assert "\n" not in error["message"]
     if param is not None:
