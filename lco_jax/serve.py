@@ -198,8 +198,7 @@ def make_api(
     engine = _engine(args, embedder, preparation, empty, metrics)
     fetch = Fetcher(media, args.allow_private) if args.allow_remote else None
     tokenizer = embedder.tokenizer.tokenizer
-    room = embedder.processor.max_tokens - len(empty)
-    reader = Reader(embedder.modalities, tokenizer, room, fetch, prompts)
+    reader = Reader(embedder.modalities, tokenizer, _room(embedder, empty), fetch, prompts)
     limits = Limits(args.max_upload, args.max_inputs, args.timeout, args.max_held)
     return Api(engine, reader, metrics, _names(args), limits, key)
 
@@ -218,7 +217,7 @@ def _prompts(args: argparse.Namespace, embedder: OmniEmbedder) -> "dict[str, Pro
     for kind, name in names.items():
         if name is not None:
             preparation = embedder.preparation(name)
-            room = embedder.processor.max_tokens - len(_prepared(preparation))
+            room = _room(embedder, _prepared(preparation))
             prompts[kind] = PromptRoom(preparation.prompt, room)
     return prompts
 
@@ -245,8 +244,9 @@ def _engine(
         batch_size=args.batch_size,
         most={"text": args.max_texts, "media": args.max_media},
     )
-    compiled = warm_up(embedder, shapes, empty, min(args.warm_tokens, longest))
-    logger.info("%d programs are ready, for texts of up to %d tokens", compiled, args.warm_tokens)
+    warmed = min(args.warm_tokens, longest)
+    compiled = warm_up(embedder, shapes, empty, warmed)
+    logger.info("%d programs are ready, for texts of up to %d tokens", compiled, warmed)
     return engine
 
 
@@ -256,6 +256,11 @@ def _prepared(preparation: Preparation) -> Processed:
     if isinstance(text, LcoError):
         raise text
     return text
+
+
+def _room(embedder: OmniEmbedder, empty: Processed) -> int:
+    """How many tokens a text may have. empty: an empty text with the same prompt."""
+    return embedder.processor.max_tokens - len(empty)
 
 
 def _names(args: argparse.Namespace) -> Sequence[str]:

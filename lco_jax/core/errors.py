@@ -27,6 +27,10 @@ class LcoError(Exception):
     """A user's mistake, in one sentence: the file, key, record or flag, and what to do about it."""
 
 
+class TooLong(LcoError):
+    """An input has more tokens than the model takes."""
+
+
 class PeerLost(ConnectionError):
     """Another process of this job is gone, or cannot be reached."""
 

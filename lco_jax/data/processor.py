@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, TooLong
 from lco_jax.core.files import read_json
 from lco_jax.core.hf_config import complete
 from lco_jax.data.codec import MediaCodec
@@ -109,7 +109,7 @@ class Processor:
     def checked(self, processed: Processed, name: str) -> Processed | LcoError:
         """The input, or an error if it is longer than the model's context, or of other tokens."""
         if len(processed) > self.max_tokens:
-            return LcoError(
+            return TooLong(
                 f"{name}: {len(processed)} tokens (template included), and the model takes "
                 f"{self.max_tokens}; cut texts with max_length, and media by their caps"
             )

@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.errors import LcoError, TooLong
 from lco_jax.searching.connections import BoundedBody
 from lco_jax.serving import cohere_form, openai_form
 from lco_jax.serving.contents import Reader
@@ -194,7 +194,7 @@ class Api:
             await self._wait(request, job)
         except LcoError as error:
             name = contents[job.failed].name
-            code = "context_length_exceeded" if " tokens (template" in str(error) else None
+            code = "context_length_exceeded" if isinstance(error, TooLong) else None
             raise Refused(400, str(error), name, code) from error
         finally:
             self.engine.end(contents, job)

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from lco_jax.core.small_vectors import SIGNS, quantize_embeddings, shortened
 from lco_jax.data.content import describe
 from lco_jax.serving.contents import Reader, check_keys, refused
 from lco_jax.serving.engine import Content
-from lco_jax.serving.openai_form import dimensions_of, encoded, shortened
-from lco_jax.vector_form import VectorForm
+from lco_jax.serving.openai_form import dimensions_of, encoded
 
 TYPES = ("float", "int8", "uint8", "binary", "ubinary", "base64")
 INPUT_TYPES = ("search_query", "search_document", "classification", "clustering", "image")
@@ -50,7 +50,7 @@ def read(
         known = ", ".join(TYPES)
         raise refused("embedding_types", f"is {describe(types)}; give a list of these: {known}")
     dimensions = dimensions_of(body, "output_dimension", dimension, default)
-    if (dimensions or dimension) % 8 and {"binary", "ubinary"} & set(types):
+    if (dimensions or dimension) % 8 and set(SIGNS) & set(types):
         raise refused("output_dimension", "must be a multiple of 8 for binary vectors")
     key, given = _given(body)
     contents = [_content(key, one, f"{key}[{i}]", reader, cut) for i, one in enumerate(given)]
@@ -118,8 +118,8 @@ def _quantized(vectors: np.ndarray, kind: str) -> np.ndarray:
     """
     if kind == "float":
         return vectors
-    if kind in ("binary", "ubinary"):
-        return VectorForm(precision=kind).of(vectors, single=False)
+    if kind in SIGNS:
+        return quantize_embeddings(vectors, kind)
     largest = np.abs(vectors).max(axis=1, keepdims=True)
     levels = np.rint(vectors / np.where(largest == 0, 1, largest) * 127)
     return levels.astype(np.int8) if kind == "int8" else (levels + 128).astype(np.uint8)

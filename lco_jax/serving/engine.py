@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lco_jax.core.errors import LcoError
+from lco_jax.core.small_vectors import unit
 from lco_jax.data.inputs import Preparation, Processes, conversation
 from lco_jax.data.prompts import Prompt
 from lco_jax.data.tower_rows import Processed
@@ -29,7 +30,6 @@ from lco_jax.embedder import OmniEmbedder
 from lco_jax.serving.fair import FairQueue
 from lco_jax.serving.metrics import Metrics
 from lco_jax.serving.shapes import PassShapes
-from lco_jax.vector_form import unit
 
 TEXTS_AT_ONCE = 64  # that are prepared together
 NICE = 10  # of the processes that prepare media: texts get the CPUs first

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from lco_jax.core.errors import is_number
+from lco_jax.core.small_vectors import shortened
 from lco_jax.data.content import describe
 from lco_jax.serving.contents import Reader, check_keys, refused
 from lco_jax.serving.engine import Content
-from lco_jax.vector_form import unit
 
 ENCODINGS = ("float", "base64")
 # what a request may say that has one meaning here: key -> the values that mean it
@@ -165,11 +165,6 @@ def _data(vectors: np.ndarray, encoding: str) -> Iterator[str]:
 def encoded(vector: np.ndarray) -> str:
     """Base64 of little-endian float32."""
     return base64.b64encode(vector.astype("<f4").tobytes()).decode()
-
-
-def shortened(vectors: np.ndarray, dimensions: int | None) -> np.ndarray:
-    """The first numbers of each vector, of unit length again."""
-    return vectors if dimensions is None else unit(vectors[:, :dimensions])
 
 
 def models(names: Sequence[str], created: int, about: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,16 @@
 """The search page within a server: its queries go through the server's engine."""
 
 from collections.abc import Sequence
+from concurrent.futures import wait
 from typing import Any
 
 import numpy as np
+from starlette.exceptions import HTTPException
 
-from lco_jax.core.errors import LcoError
+from lco_jax.core.small_vectors import shortened
 from lco_jax.data.prompts import Prompt
+from lco_jax.searching.server import BUSY
 from lco_jax.serving.engine import Content, Engine, Full
-from lco_jax.vector_form import unit
 
 
 class EngineQueries:
@@ -28,15 +30,15 @@ class EngineQueries:
         return Content(name, lambda: list(parts), has_media, self._prompt)
 
     def embed(self, ready: Content) -> np.ndarray:
-        """The unit vector of a query, float32 [D]."""
+        """The unit vector of a query, float32 [D]. Refuses with 503 where the engine is busy."""
         try:
             job = self._engine.start([ready])
         except Full as full:
-            raise LcoError("others keep the model busy; try again in a minute") from full
+            raise HTTPException(503, BUSY) from full
         try:
-            job.answer.result(self._seconds)
-        except TimeoutError as error:
-            raise LcoError("the model is busy; try again in a minute") from error
+            if not wait([job.answer], self._seconds).done:
+                raise HTTPException(503, BUSY)
+            job.answer.result()  # raises what the query failed with
         finally:
             self._engine.end([ready], job)
-        return unit(job.vectors[0][: self._dimension])
+        return shortened(job.vectors[0], self._dimension)

@@ -1,4 +1,4 @@
-"""What a client is told when its request has no answer, in the words of the API it speaks."""
+"""What a client is told when its request has no answer, in the words of what it asked."""
 
 import uuid
 from typing import Any
@@ -28,8 +28,12 @@ class Refused(Exception):
         self.headers = {} if retry_after is None else {"retry-after": str(retry_after)}
 
     def answer(self, path: str) -> Response:
-        """In Cohere's shape below /v2, else in OpenAI's."""
-        body = _in_coheres(self) if path.startswith("/v2/") else _in_openais(self)
+        """In OpenAI's shape below /v1, in Cohere's below /v2, else in that of the search page."""
+        body: dict[str, Any] = {"error": self.message}
+        if path.startswith("/v1/"):
+            body = _in_openais(self)
+        elif path.startswith("/v2/"):
+            body = _in_coheres(self)
         return JSONResponse(body, self.status, self.headers)
 
 

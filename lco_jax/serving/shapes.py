@@ -7,9 +7,9 @@ one by one, and a pass is padded to one of these shapes.
 from collections.abc import Sequence
 
 import jax
-from tqdm import tqdm
 
 from lco_jax.core.bins import bucket
+from lco_jax.core.console import progress_bar
 from lco_jax.core.packing import Stream
 from lco_jax.core.stream_shapes import Shape, width_of
 from lco_jax.data.inference import ShapeRule
@@ -85,7 +85,7 @@ def warm_up(embedder: OmniEmbedder, shapes: PassShapes, text: Processed, longest
     text: a short one. Returns how many programs these are.
     """
     wanted = shapes.of_texts(longest)
-    for shape in tqdm(wanted, desc="compiling", unit="shape", disable=None):
+    for shape in progress_bar(wanted, desc="compiling", unit="shape", disable=not wanted):
         embedder.shape_of = _always(shape)
         jax.block_until_ready(embedder.embed([text]))
     embedder.shape_of = shapes
