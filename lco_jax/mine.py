@@ -61,7 +61,7 @@ from lco_jax.flags import (
     new_parser,
 )
 from lco_jax.mining.contents import Lines, Numbers, number_contents
-from lco_jax.mining.miner import Form, Miner
+from lco_jax.mining.miner import LineForm, Miner
 from lco_jax.mining.nearest import ANCHORS
 from lco_jax.mining.output import MinedLines, check_ours
 from lco_jax.mining.report import Report
@@ -312,7 +312,7 @@ def _mine(
     args: argparse.Namespace, numbers: Numbers, vectors: np.ndarray, rules: Rules, lines: MinedLines
 ) -> Report:
     """Write the lines that are not written."""
-    form = Form(str(args.output.absolute().parent), args.keep_given, args.scores)
+    form = LineForm(str(args.output.absolute().parent), args.keep_given, args.scores)
     contents = Lines(args.vectors / CONTENTS)
     miner = Miner(numbers, vectors, contents, rules, form)
     report, total = Report(lines.found), len(numbers.anchors)

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lco_jax.mining.contents import Lines, Numbers, placed
-from lco_jax.mining.nearest import Candidates, Found, LeftOut, exact
+from lco_jax.mining.nearest import Candidates, Excluded, Found, exact
 from lco_jax.mining.report import Report
 from lco_jax.mining.rules import Rules, choose
 
 
-class Form(NamedTuple):
+class LineForm(NamedTuple):
     """How records are written. folder: of the output, absolute. keeps_given: a record's own
     negatives come before the mined ones. has_scores: with the model's scores as teacher_scores.
     """
@@ -44,7 +44,7 @@ class Miner:
     """vectors: float32 [T, D] of unit length; rows of NaN for contents that could not be read."""
 
     def __init__(
-        self, numbers: Numbers, vectors: np.ndarray, contents: Lines, rules: Rules, form: Form
+        self, numbers: Numbers, vectors: np.ndarray, contents: Lines, rules: Rules, form: LineForm
     ):
         self.numbers, self.vectors, self.contents = numbers, vectors, contents
         self.rules, self.form = rules, form
@@ -74,7 +74,7 @@ class Miner:
         others = np.concatenate(related)
         places = np.searchsorted(candidates, others)
         there = candidates[np.minimum(places, len(candidates) - 1)] == others
-        left_out = LeftOut(rows[there].astype(np.int32), places[there].astype(np.int32))
+        left_out = Excluded(rows[there].astype(np.int32), places[there].astype(np.int32))
         vectors = np.nan_to_num(self.vectors[anchors])
         return self.candidates.nearest(vectors, left_out, self.rules.range)
 
