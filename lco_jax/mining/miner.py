@@ -83,7 +83,7 @@ class Miner:
     ) -> list[int]:
         """The numbers of a record's negatives. places, scores: [K], of its anchor."""
         numbers = self.numbers.candidates[places]
-        positive = self._score(record, self.numbers.positives[record])
+        positive = self._score(record)
         is_nearest = not (scores >= positive).any()
         kept: list[int] = []
         if self.form.keeps_given:
@@ -95,9 +95,10 @@ class Miner:
         report.add(scores, positive, is_nearest, choice, self.rules)
         return [*kept, *numbers[choice.chosen].tolist()]
 
-    def _score(self, record: int, number: int) -> float:
-        """Of a record's anchor with a content."""
-        return float(exact(self.vectors[self.numbers.anchors[record]], self.vectors[number]))
+    def _score(self, record: int) -> float:
+        """Of a record's anchor with its positive."""
+        anchor, positive = self.numbers.anchors[record], self.numbers.positives[record]
+        return float(exact(self.vectors[anchor], self.vectors[positive]))
 
     def _line(self, sides: list[int]) -> dict[str, Any]:
         """sides: the numbers of anchor, positive and negatives."""
