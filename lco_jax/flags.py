@@ -8,7 +8,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -191,7 +191,7 @@ def add_model_flags(
     )
     group = parser.add_argument_group("caps on media")
     for field in fields(MediaConfig):
-        flag, text = _flag(field.name), field.metadata["meaning"]
+        flag, text = flag_of(field.name), field.metadata["meaning"]
         if field.type is bool:
             text = f"{text} (default: {'yes' if field.default else 'no'})"
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
@@ -215,10 +215,7 @@ def workers(args: argparse.Namespace, media: bool, cpus: int | None = None) -> i
 
 def media_config(args: argparse.Namespace) -> MediaConfig:
     """The caps on media. Raises for any number among the flags that makes no sense."""
-    for name, least in LEAST.items():
-        value = getattr(args, name, None)
-        if value is not None and value < least:
-            raise LcoError(f"{_flag(name)}={value}: it must be at least {least}")
+    check_least(args, LEAST)
     given = {field.name: getattr(args, field.name) for field in fields(MediaConfig)}
     if args.prompt is not None and getattr(args, "prompt_name", None) is not None:
         raise LcoError("--prompt and --prompt-name exclude each other; give one")
@@ -229,11 +226,22 @@ def media_config(args: argparse.Namespace) -> MediaConfig:
         raise LcoError(message) from error
 
 
+def check_least(args: argparse.Namespace, least: Mapping[str, int]) -> None:
+    """Raise for a number that is less than it must be. least: name -> bound; a flag that was not
+    given, or that the command does not have, is left alone.
+    """
+    for name, bound in least.items():
+        value = getattr(args, name, None)
+        if value is not None and value < bound:
+            raise LcoError(f"{flag_of(name)}={value}: it must be at least {bound}")
+
+
 def _flag_of_match(found: re.Match[str]) -> str:
-    return _flag(found[1])
+    return flag_of(found[1])
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """The flag that gives an attribute of the parsed command line."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -266,8 +274,8 @@ def embedding_settings(
 ) -> dict[str, Any]:
     """Flag -> value of all that the vector of a given input depends on."""
     names = ("model", "adapter", "dtype", "quantize", "prompt", "max_length")
-    settings = {_flag(name): getattr(args, name) for name in names}
-    settings |= {_flag(field.name): getattr(media, field.name) for field in fields(media)}
+    settings = {flag_of(name): getattr(args, name) for name in names}
+    settings |= {flag_of(field.name): getattr(media, field.name) for field in fields(media)}
     settings["what --model holds"] = _state_of(args.model, checkpoint.folder.name)
     if args.adapter is not None:
         settings["what --adapter holds"] = _state_of(args.adapter, str(args.adapter))

@@ -54,14 +54,16 @@ from lco_jax.flags import (
     add_corpus_flags,
     add_path,
     add_ray_flags,
+    check_least,
     check_prompt_name,
     check_ray,
     embedding_settings,
+    flag_of,
     media_config,
     new_parser,
 )
 from lco_jax.mining.contents import Lines, Numbers, number_contents
-from lco_jax.mining.miner import Form, Miner
+from lco_jax.mining.miner import LineForm, Miner
 from lco_jax.mining.nearest import ANCHORS
 from lco_jax.mining.output import MinedLines, check_ours
 from lco_jax.mining.report import Report
@@ -144,11 +146,7 @@ def _mine_all(args: argparse.Namespace, rules: Rules, settings: Mapping[str, Any
 
 def _rules(args: argparse.Namespace) -> Rules:
     """What the flags say of candidates. Raises for what cannot be."""
-    least = {"negatives": 1, "range": 1, "skip_top": 0, "seed": 0}
-    for name, bound in least.items():
-        if getattr(args, name) < bound:
-            flag = f"--{name.replace('_', '-')}={getattr(args, name)}"
-            raise LcoError(f"{flag}: it must be at least {bound}")
+    check_least(args, {"negatives": 1, "range": 1, "skip_top": 0, "seed": 0})
     ratio = None if args.margin is not None else MAX_RATIO
     if args.max_ratio is not None:
         with explained(f"--max-ratio={args.max_ratio}: give a number, or off", ValueError):
@@ -303,7 +301,7 @@ def _work(
         "--on-error": args.on_error,
         "--keep-given": args.keep_given,
         "--scores": args.scores,
-        **{f"--{name.replace('_', '-')}": value for name, value in vars(rules).items()},
+        **{flag_of(name): value for name, value in vars(rules).items()},
         **settings,
     }
 
@@ -312,7 +310,7 @@ def _mine(
     args: argparse.Namespace, numbers: Numbers, vectors: np.ndarray, rules: Rules, lines: MinedLines
 ) -> Report:
     """Write the lines that are not written."""
-    form = Form(str(args.output.absolute().parent), args.keep_given, args.scores)
+    form = LineForm(str(args.output.absolute().parent), args.keep_given, args.scores)
     contents = Lines(args.vectors / CONTENTS)
     miner = Miner(numbers, vectors, contents, rules, form)
     report, total = Report(lines.found), len(numbers.anchors)

@@ -26,6 +26,7 @@ from lco_jax.embedder import OmniEmbedder
 from lco_jax.flags import (
     MEDIA_A_UNIT,
     add_corpus_flags,
+    check_least,
     load_embedder,
     media_config,
     new_parser,
@@ -163,10 +164,8 @@ def _check(args: argparse.Namespace) -> None:
         raise LcoError("the page needs both --input, what is searched, and --index, its index")
     if args.input is None:
         _check_no_index_flags(args)
-    for name in ("max_upload", "max_held", "max_inputs", "max_texts", "max_media", "timeout"):
-        if getattr(args, name) < 1:
-            flag = name.replace("_", "-")
-            raise LcoError(f"--{flag}={getattr(args, name)}: it must be at least 1")
+    numbers = ("max_upload", "max_held", "max_inputs", "max_texts", "max_media", "timeout")
+    check_least(args, dict.fromkeys(numbers, 1))
     check_index_flags(args)
     if args.warm_tokens < 0:
         raise LcoError(f"--warm-tokens={args.warm_tokens}: it must be at least 0")

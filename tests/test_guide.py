@@ -13,7 +13,7 @@ from lco_jax.checkpoint.hf import open_checkpoint
 from lco_jax.configs import base
 from lco_jax.core.files import fingerprint
 from lco_jax.core.packing import Batch
-from lco_jax.data.guide import INPUT_STATE, GuideVectors, dimension_of, open_guide
+from lco_jax.data.guide import INPUT_STATE, GuideVectors, guide_dimension, open_guide
 from lco_jax.data.guide_files import CONTENTS, VECTORS
 from lco_jax.data.pipeline import _in_first_stream
 from lco_jax.data.sources import open_file
@@ -77,7 +77,7 @@ def test_a_guide_knows_contents_whatever_their_record(records, guide):
     found = GuideVectors(str(guide))
     vectors = np.load(guide / VECTORS)
     contents = [json.loads(line) for line in (guide / CONTENTS).open()]
-    assert dimension_of(str(guide)) == vectors.shape[1]
+    assert guide_dimension(str(guide)) == vectors.shape[1]
     for number in (0, 5, len(contents) - 1):
         np.testing.assert_array_equal(found(contents[number], ""), vectors[number])
     assert found.rows([]).shape == (0, vectors.shape[1])

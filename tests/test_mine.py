@@ -26,8 +26,8 @@ from lco_jax.data.instructions import Instructions
 from lco_jax.data.sources import open_file
 from lco_jax.mining import nearest
 from lco_jax.mining.contents import Lines, number_contents
-from lco_jax.mining.miner import Form, Miner
-from lco_jax.mining.nearest import Candidates, LeftOut
+from lco_jax.mining.miner import LineForm, Miner
+from lco_jax.mining.nearest import Candidates, Excluded
 from lco_jax.mining.output import MinedLines
 from lco_jax.mining.report import Report
 from lco_jax.mining.rules import MARGIN, RATIO, SKIPPED, Rules, choose, highest
@@ -185,7 +185,7 @@ def test_the_search_is_a_sort_of_all_cosines(monkeypatch, block):
     candidates = Candidates(vectors, numbers)
     anchors = vectors[1000:1130]
     places = np.array([[3, 700], [9, 2], [9, 1000]], np.int32)
-    left_out = LeftOut(places[:, 0], places[:, 1])
+    left_out = Excluded(places[:, 0], places[:, 1])
     found = candidates.nearest(anchors, left_out, 50)
     scores = nearest.exact(anchors[:, None], vectors[numbers][None])
     scores[places[:, 0], places[:, 1]] = -np.inf
@@ -200,7 +200,7 @@ def test_an_anchor_finds_the_same_alone():
     vectors = random.normal(size=(700, 16)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     candidates = Candidates(vectors, np.arange(700, dtype=np.int32))
-    none = LeftOut(np.zeros(0, np.int32), np.zeros(0, np.int32))
+    none = Excluded(np.zeros(0, np.int32), np.zeros(0, np.int32))
     together = candidates.nearest(vectors[:300], none, 20)
     alone = candidates.nearest(vectors[299:300], none, 20)
     np.testing.assert_array_equal(together.places[299:], alone.places)
@@ -209,7 +209,7 @@ def test_an_anchor_finds_the_same_alone():
 
 def test_fewer_candidates_than_asked_for():
     vectors = np.eye(4, dtype=np.float32)
-    left_out = LeftOut(np.array([0], np.int32), np.array([0], np.int32))
+    left_out = Excluded(np.array([0], np.int32), np.array([0], np.int32))
     found = Candidates(vectors, np.arange(4, dtype=np.int32)).nearest(vectors[:1], left_out, 100)
     assert found.places.tolist() == [[1, 2, 3, -1]]
     assert found.scores.tolist() == [[0, 0, 0, -np.inf]]
@@ -463,7 +463,7 @@ def test_a_given_negative_may_be_nearer_than_the_positive(tmp_path, keeps_given)
     source, contents = write(tmp_path / "p.jsonl", [record]), tmp_path / "contents.jsonl"
     numbers = number_contents(open_file(source), None, contents)
     vectors = np.array([[1, 0], [0.6, 0.8], [0.8, 0.6]], np.float32)
-    form, report = Form(str(tmp_path), keeps_given, False), Report()
+    form, report = LineForm(str(tmp_path), keeps_given, False), Report()
     (line,) = Miner(numbers, vectors, Lines(contents), PLAIN, form).lines(0, 1, report)
     assert line.get("negatives") == (["c"] if keeps_given else None)
     assert report.counts["positive is not nearest"] == 1

@@ -5,6 +5,7 @@ Dimensions: N vectors, D numbers of each, W stored values of each (⌈D / 8⌉ b
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -98,14 +99,15 @@ def checked_ranges(ranges: Any, dimension: int, where: str = "ranges") -> np.nda
     return found
 
 
-def _steps(ranges: np.ndarray) -> np.ndarray:
-    """The widths of levels, [D]. A dimension without a range has one level."""
-    steps = (ranges[1] - ranges[0]) / 255
-    return np.where(steps == 0, 1, steps)
+def _widths(ranges: np.ndarray) -> np.ndarray:
+    """The widths of levels, [D]; 0 of a dimension without a range."""
+    return (ranges[1] - ranges[0]) / 255
 
 
 def _levels(vectors: np.ndarray, precision: str, ranges: np.ndarray) -> np.ndarray:
-    levels = np.floor((vectors - ranges[0]) / _steps(ranges)).clip(0, 255)
+    widths = _widths(ranges)
+    steps = np.where(widths == 0, 1, widths)  # a dimension without a range has one level
+    levels = np.floor((vectors - ranges[0]) / steps).clip(0, 255)
     return (levels if precision == "uint8" else levels - 128).astype(precision)
 
 
@@ -124,7 +126,8 @@ class Storage:
     def __post_init__(self):
         check_precision(self.precision)
         if self.precision in LEVELS:
-            checked_ranges(self.ranges, self.dimension)
+            ranges = checked_ranges(self.ranges, self.dimension)
+            object.__setattr__(self, "ranges", ranges)
 
     @property
     def width(self) -> int:
@@ -164,17 +167,17 @@ class Storage:
             return (2 * signs.astype(np.float32) - 1) / np.float32(self.dimension**0.5)
         if self.precision not in LEVELS:
             return stored.astype(np.float32)
-        steps, first = self._scale()
+        steps, first = self._scale
         return stored.astype(np.float32) * steps + first
 
+    @cached_property
     def _scale(self) -> tuple[np.ndarray, np.ndarray]:
         """(the widths of levels, 0 of a dimension without a range; the middle of the level that is
         stored as 0), [D] each.
         """
-        least, most = checked_ranges(self.ranges, self.dimension)
-        widths = (most - least) / 255
+        widths = _widths(self.ranges)
         before = 128 if self.precision == "int8" else 0
-        return widths, least + (before + np.float32(0.5)) * widths
+        return widths, self.ranges[0] + (before + np.float32(0.5)) * widths
 
     def bits(self, stored: np.ndarray) -> np.ndarray:
         """The signs of stored vectors, uint8 [N, ⌈D / 8⌉]."""
@@ -199,7 +202,7 @@ class Storage:
             return stored @ query
         restore, weights, constant = self.restore, query, np.float32(0)
         if self.precision in LEVELS:  # the same products, with one pass over what is stored
-            steps, first = self._scale()
+            steps, first = self._scale
             restore, weights, constant = _as_float32, query * steps, first @ query
         found = np.empty(len(stored), np.float32)
         for start in range(0, len(stored), BLOCK):

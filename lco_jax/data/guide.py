@@ -88,7 +88,7 @@ def open_guide(
     return guide
 
 
-def dimension_of(folder: str) -> int:
+def guide_dimension(folder: str) -> int:
     """G; 0 where there is no guide, of which the folder is ""."""
     return _vectors(expanded(folder)).shape[1] if folder else 0
 

@@ -161,11 +161,11 @@ def sts_rows(encode: Encode, path: Path, left_out: LeftOut, **options: Any) -> I
         small = np.zeros((len(vectors), form.dimension), np.float32)
         cut = shortened(vectors[there], form.dimension)
         small[there] = as_compared(cut, form.precision, cut)
-        found = agreement(_given(small), pairs, left_out)
+        found = agreement(_encoded_before(small), pairs, left_out)
         yield Row(form, {"spearman": found.spearman, "pearson": found.pearson})
 
 
-def _given(vectors: np.ndarray) -> Encode:
+def _encoded_before(vectors: np.ndarray) -> Encode:
     """What embeds every input as it was embedded before."""
     return lambda _: vectors
 

@@ -70,16 +70,21 @@ def number_contents(
         needs = "name a file or folder with a text or a medium that can be read"
         raise LcoError(f"{corpus_name} holds nothing that may become a negative; {needs}")
     _keep(aside, path)
-    found = _by_side(np.array(sides, np.int32), np.array(counts, np.int64))
     candidates = None if corpus is None else np.unique(np.array(others, np.int32))
-    return _as_numbers(found, candidates, writer)
+    return _as_numbers(np.array(sides, np.int32), np.array(counts, np.int64), candidates, writer)
 
 
 def _as_numbers(
-    found: tuple[np.ndarray, ...], candidates: np.ndarray | None, writer: "_Writer"
+    sides: np.ndarray, counts: np.ndarray, candidates: np.ndarray | None, writer: "_Writer"
 ) -> Numbers:
-    """All numbers. found: as `_by_side` has them. candidates: by default what records hold."""
-    anchors, positives, negatives, starts = found
+    """All numbers. sides: the anchor, positive and negatives of one record after another; counts:
+    of each record's negatives, [N]. candidates: by default what records hold.
+    """
+    first = np.concatenate([[0], np.cumsum(counts + 2)])[:-1]
+    is_negative = np.ones(len(sides), bool)
+    is_negative[first] = is_negative[first + 1] = False
+    anchors, positives, negatives = sides[first], sides[first + 1], sides[is_negative]
+    starts = np.concatenate([[0], np.cumsum(counts)])
     if candidates is None:
         candidates = np.unique(np.concatenate([positives, negatives]))
     for array in (anchors, positives, negatives, starts, candidates):
@@ -104,15 +109,6 @@ class _Writer:
             self.file.write(line)
             self.digest.update(line)
         return found
-
-
-def _by_side(sides: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, ...]:
-    """(anchors, positives, negatives, where each record's negatives start)."""
-    first = np.concatenate([[0], np.cumsum(counts + 2)])
-    is_negative = np.ones(len(sides), bool)
-    is_negative[first[:-1]] = is_negative[first[:-1] + 1] = False
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    return sides[first[:-1]], sides[first[:-1] + 1], sides[is_negative], starts
 
 
 def _of_corpus(items: Iterable[CorpusItem]) -> Iterator[tuple[Content, str]]:

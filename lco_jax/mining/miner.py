@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lco_jax.mining.contents import Lines, Numbers, placed
-from lco_jax.mining.nearest import Candidates, Found, LeftOut, exact
+from lco_jax.mining.nearest import Candidates, Excluded, Found, exact
 from lco_jax.mining.report import Report
 from lco_jax.mining.rules import Rules, choose
 
 
-class Form(NamedTuple):
+class LineForm(NamedTuple):
     """How records are written. folder: of the output, absolute. keeps_given: a record's own
     negatives come before the mined ones. has_scores: with the model's scores as teacher_scores.
     """
@@ -44,7 +44,7 @@ class Miner:
     """vectors: float32 [T, D] of unit length; rows of NaN for contents that could not be read."""
 
     def __init__(
-        self, numbers: Numbers, vectors: np.ndarray, contents: Lines, rules: Rules, form: Form
+        self, numbers: Numbers, vectors: np.ndarray, contents: Lines, rules: Rules, form: LineForm
     ):
         self.numbers, self.vectors, self.contents = numbers, vectors, contents
         self.rules, self.form = rules, form
@@ -74,7 +74,7 @@ class Miner:
         others = np.concatenate(related)
         places = np.searchsorted(candidates, others)
         there = candidates[np.minimum(places, len(candidates) - 1)] == others
-        left_out = LeftOut(rows[there].astype(np.int32), places[there].astype(np.int32))
+        left_out = Excluded(rows[there].astype(np.int32), places[there].astype(np.int32))
         vectors = np.nan_to_num(self.vectors[anchors])
         return self.candidates.nearest(vectors, left_out, self.rules.range)
 
@@ -83,7 +83,7 @@ class Miner:
     ) -> list[int]:
         """The numbers of a record's negatives. places, scores: [K], of its anchor."""
         numbers = self.numbers.candidates[places]
-        positive = self._score(record, self.numbers.positives[record])
+        positive = self._score(record)
         is_nearest = not (scores >= positive).any()
         kept: list[int] = []
         if self.form.keeps_given:
@@ -95,9 +95,10 @@ class Miner:
         report.add(scores, positive, is_nearest, choice, self.rules)
         return [*kept, *numbers[choice.chosen].tolist()]
 
-    def _score(self, record: int, number: int) -> float:
-        """Of a record's anchor with a content."""
-        return float(exact(self.vectors[self.numbers.anchors[record]], self.vectors[number]))
+    def _score(self, record: int) -> float:
+        """Of a record's anchor with its positive."""
+        anchor, positive = self.numbers.anchors[record], self.numbers.positives[record]
+        return float(exact(self.vectors[anchor], self.vectors[positive]))
 
     def _line(self, sides: list[int]) -> dict[str, Any]:
         """sides: the numbers of anchor, positive and negatives."""

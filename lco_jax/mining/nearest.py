@@ -26,7 +26,7 @@ class Found(NamedTuple):
     scores: np.ndarray
 
 
-class LeftOut(NamedTuple):
+class Excluded(NamedTuple):
     """Pairs that are no candidates, int32 [E] each: the anchor's row in its block, and a place
     among the candidates.
     """
@@ -47,7 +47,7 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def nearest(self, anchors: np.ndarray, left_out: LeftOut, k: int) -> Found:
+    def nearest(self, anchors: np.ndarray, left_out: Excluded, k: int) -> Found:
         """The k nearest candidates of anchors, float32 [A, D], A at most `ANCHORS`.
 
         Products in float32 propose some more than k, and exact scores order them; of equal ones the
@@ -60,7 +60,7 @@ class Candidates:
         places = jnp.full((len(padded), wanted), -1, jnp.int32)
         queries = jnp.asarray(padded)
         order = np.argsort(left_out.places, kind="stable")
-        left_out = LeftOut(left_out.rows[order], left_out.places[order])
+        left_out = Excluded(left_out.rows[order], left_out.places[order])
         for first in range(0, len(self), self.block):
             block = self._block(first)
             rows, columns = self._within(left_out, first, len(padded))
@@ -75,7 +75,7 @@ class Candidates:
         block[: len(numbers)] = self.vectors[numbers]
         return block
 
-    def _within(self, left_out: LeftOut, first: int, absent: int) -> tuple[np.ndarray, np.ndarray]:
+    def _within(self, left_out: Excluded, first: int, absent: int) -> tuple[np.ndarray, np.ndarray]:
         """The pairs that are left out of a block: rows and columns. A power of two of them, so that
         few programs are compiled; the last ones have the row `absent`.
         """

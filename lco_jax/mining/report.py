@@ -90,7 +90,6 @@ class Report:
     def table(self, candidates: int, rules: Rules) -> list[str]:
         """The lines that a person reads. candidates: how many there were."""
         counts = self.counts
-        written = counts["records"] - counts["left out"]
         rows = [
             ("records", counts["records"]),
             ("candidates, each content once", candidates),
@@ -104,7 +103,7 @@ class Report:
         ]
         lines = [f"{name:44}{value:>14,}" for name, value in rows]
         for kind in KINDS:
-            if written and self.scores[kind]["count"]:
+            if self.scores[kind]["count"]:
                 found = _summary(self.scores[kind])
                 limits = f"{found['least']:.3f} to {found['most']:.3f}"
                 lines.append(f"scores of {kind:34}{found['mean']:>14.3f}  ({limits})")

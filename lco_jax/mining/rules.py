@@ -71,4 +71,4 @@ def highest(positive: float, max_ratio: float | None) -> float:
     """
     if max_ratio is None:
         return np.inf
-    return max_ratio * positive if positive > 0 else positive - (1 - max_ratio) * abs(positive)
+    return positive - (1 - max_ratio) * abs(positive)

@@ -16,7 +16,7 @@ from jax import Array
 
 from lco_jax.core.errors import LcoError
 from lco_jax.core.packing import MODALITIES
-from lco_jax.data.guide import dimension_of
+from lco_jax.data.guide import guide_dimension
 from lco_jax.training.losses import Negatives, info_nce
 
 OF_TRAIN = ("temperature", "two_way", "ignore_duplicates")  # what config.train has of it
@@ -110,7 +110,7 @@ class LossConfig:
     @property
     def guide_dimension(self) -> int:
         """The numbers of a vector of the guide; 0 without one."""
-        return dimension_of(self.guide)
+        return guide_dimension(self.guide)
 
     @property
     def first_temperatures(self) -> tuple[float, ...]:
