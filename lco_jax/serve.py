@@ -124,7 +124,7 @@ def main() -> int:
         print(f"{api.names[0]}: {address}/v1/embeddings", flush=True)
         if started is not None:
             print(page_line(started, address), flush=True)
-        ApiServer(api.app(hosts, page), api, args.timeout).run(sockets=[socket_])
+        ApiServer(api.app(hosts, page), api).run(sockets=[socket_])
         api.engine.close()
     return DONE
 

@@ -124,7 +124,7 @@ class Running:
         media = media_config(args)
         embedder = OmniEmbedder.from_pretrained(args.model, mesh=mesh, media=media)
         self.api = serve.make_api(args, embedder, media, key)
-        self.server = ApiServer(self.api.app(HOSTS), self.api, 30)
+        self.server = ApiServer(self.api.app(HOSTS), self.api)
         self.thread = threading.Thread(target=self.server.run, args=([self.socket],), daemon=True)
         self.thread.start()
 
