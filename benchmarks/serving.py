@@ -136,12 +136,12 @@ def _compared(args: argparse.Namespace, servers: list[Server]) -> dict[str, Any]
     if apart > 1e-4:
         raise LcoError(f"the servers' vectors differ by {apart:.1e}")
     sides = _in_turns(args, servers)
-    busiest = "16" if 16 in args.clients else str(args.clients[-1])
-    rates = {name: side[busiest]["requests_a_second"] for name, side in sides.items()}
+    compared_at = "16" if 16 in args.clients else str(args.clients[-1])
+    rates = {name: side[compared_at]["requests_a_second"] for name, side in sides.items()}
     return {
         **sides,
         "apart": apart,
-        "ratio_clients": int(busiest),
+        "ratio_clients": int(compared_at),
         "ratio": rates["ours"] / rates["peer"],
         "ratio_batches": rates["ours"] / rates["without batches"],
     }

@@ -83,7 +83,12 @@ def make_parser() -> argparse.ArgumentParser:
         "alone, and change no answer of the API.",
     )
     page.add_argument("--input", type=local_path, help="a folder of media, a .jsonl or a .txt")
-    page.add_argument("--index", type=local_path, help="the folder of its index")
+    page.add_argument(
+        "--index",
+        dest="output",  # as lco search calls it
+        type=local_path,
+        help="the folder of its index",
+    )
     add_index_flags(page)
     _add_limits(parser)
     add_corpus_flags(parser, on_error="skip", part_size=MEDIA_A_UNIT)
@@ -125,7 +130,7 @@ def main() -> int:
         print(f"{api.names[0]}: {address}/v1/embeddings", flush=True)
         if started is not None:
             print(page_line(started, address), flush=True)
-        ApiServer(api.app(hosts, page), api, args.timeout).run(sockets=[socket_])
+        ApiServer(api.app(hosts, page), api).run(sockets=[socket_])
         api.engine.close()
     return DONE
 
@@ -142,7 +147,6 @@ def _indexed(args: argparse.Namespace) -> Started | None:
     """The index of the page, brought up to date, and the model; None without a page."""
     if args.input is None:
         return None
-    args.output = args.index  # as lco search calls it
     return prepare(args, "--index")
 
 
@@ -160,7 +164,7 @@ def _page(
 
 
 def _check(args: argparse.Namespace) -> None:
-    if (args.input is None) != (args.index is None):
+    if (args.input is None) != (args.output is None):
         raise LcoError("the page needs both --input, what is searched, and --index, its index")
     if args.input is None:
         _check_no_index_flags(args)

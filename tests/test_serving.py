@@ -20,7 +20,7 @@ import wave
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 
@@ -44,7 +44,6 @@ from lco_jax.data.instructions import Instructions
 from lco_jax.flags import media_config
 from lco_jax.search import query_prompt
 from lco_jax.searching.server import BUSY
-from lco_jax.serving.app import Limits
 from lco_jax.serving.ending import ApiServer
 from lco_jax.serving.engine import Content
 from lco_jax.serving.fair import FairQueue
@@ -124,7 +123,7 @@ class Running:
         media = media_config(args)
         embedder = OmniEmbedder.from_pretrained(args.model, mesh=mesh, media=media)
         self.api = serve.make_api(args, embedder, media, key)
-        self.server = ApiServer(self.api.app(HOSTS), self.api, 30)
+        self.server = ApiServer(self.api.app(HOSTS), self.api)
         self.thread = threading.Thread(target=self.server.run, args=([self.socket],), daemon=True)
         self.thread.start()
 
@@ -640,7 +639,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(server, monkeypatch):
     monkeypatch.setattr(server.api.engine.lanes["text"], "most", 3)
     with ThreadPoolExecutor(4) as pool:
         first = [pool.submit(server.post, "/v1/embeddings", {"input": "a"}) for _ in range(3)]
-        until(lambda: server.api.engine.waiting("text") == 3)
+        until(lambda: server.api.engine.under_way("text") == 3)
         status, headers, answer = server.post("/v1/embeddings", {"input": "b"})
         assert (status, answer["error"]["type"]) == (429, "rate_limit_error")
         assert 1 <= int(headers["retry-after"]) <= 60
@@ -648,7 +647,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(server, monkeypatch):
         assert (status, "message" in answer, int(headers["retry-after"]) >= 1) == (429, True, True)
         held.free.set()
         assert [one.result()[0] for one in first] == [200] * 3
-    until(lambda: server.api.engine.waiting("text") == 0)
+    until(lambda: server.api.engine.under_way("text") == 0)
 
 
 def test_a_refusal_has_the_shape_of_what_was_asked(server, monkeypatch):
@@ -672,14 +671,14 @@ def test_a_busy_engine_asks_the_page_to_come_again(server, monkeypatch):
     monkeypatch.setattr(server.api.engine.lanes["text"], "most", 1)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(server.post, "/v1/embeddings", {"input": "a"})
-        until(lambda: server.api.engine.waiting("text") == 1)
+        until(lambda: server.api.engine.under_way("text") == 1)
         with pytest.raises(HTTPException) as full:
             queries.embed(query)
         held.free.set()
         assert first.result()[0] == 200
     for refused in (late, full):
         assert (refused.value.status_code, refused.value.detail) == (503, BUSY)
-    until(lambda: server.api.engine.waiting("text") == 0)
+    until(lambda: server.api.engine.under_way("text") == 0)
 
 
 def test_a_querys_own_timeout_is_not_told_as_busy(server):
@@ -705,10 +704,10 @@ def test_a_client_that_goes_away_is_dropped_before_its_pass(server, monkeypatch)
         for _ in range(8):
             gone.append(socket.create_connection(("127.0.0.1", server.port)))
             gone[-1].sendall(head.encode() + content)
-        until(lambda: server.api.engine.waiting("text") == 401)
+        until(lambda: server.api.engine.under_way("text") == 401)
         for one in gone:
             one.close()
-        until(lambda: server.api.engine.waiting("text") == 1)
+        until(lambda: server.api.engine.under_way("text") == 1)
         held.free.set()
         assert first.result()[0] == 200
         assert server.post("/v1/embeddings", {"input": "last"})[0] == 200
@@ -717,11 +716,11 @@ def test_a_client_that_goes_away_is_dropped_before_its_pass(server, monkeypatch)
 
 def test_a_request_that_takes_too_long_is_given_up(server, monkeypatch):
     held = Held(server.api.engine, monkeypatch)
-    monkeypatch.setattr(server.api, "limits", Limits(seconds=0.3))
+    monkeypatch.setattr(server.api, "limits", replace(server.api.limits, seconds=0.3))
     status, _, answer = server.post("/v1/embeddings", {"input": "a"})
     assert (status, answer["error"]["type"]) == (504, "server_error")
     held.free.set()
-    until(lambda: server.api.engine.waiting("text") == 0)
+    until(lambda: server.api.engine.under_way("text") == 0)
 
 
 def test_one_input_that_fails_in_the_model_fails_alone(server, reference, monkeypatch, caplog):
@@ -739,7 +738,7 @@ def test_one_input_that_fails_in_the_model_fails_alone(server, reference, monkey
     with ThreadPoolExecutor(6) as pool:
         texts = ["one", "two", "a bad one", "three", "four", "five"]
         asked = [pool.submit(server.post, "/v1/embeddings", {"input": text}) for text in texts]
-        until(lambda: server.api.engine.waiting("text") == 6)
+        until(lambda: server.api.engine.under_way("text") == 6)
         free.set()
         answers = [one.result() for one in asked]
     assert [one[0] for one in answers] == [200, 200, 500, 200, 200, 200]
@@ -759,7 +758,7 @@ def test_texts_pass_media_that_are_decoded(server, monkeypatch):
     monkeypatch.setattr(server.api.engine.preparation.processor.codec, "load", slow)
     with ThreadPoolExecutor(2) as pool:
         clip = pool.submit(server.post, "/v1/embeddings", {"input": [{"content": [CLIP]}]})
-        until(lambda: server.api.engine.waiting("media") == 1)
+        until(lambda: server.api.engine.under_way("media") == 1)
         assert server.post("/v1/embeddings", {"input": "a text"})[0] == 200
         assert not clip.done()
         free.set()
@@ -798,7 +797,7 @@ def test_one_text_passes_a_request_with_many(server, monkeypatch):
         many = pool.submit(server.post, "/v1/embeddings", {"input": ["one of many"] * 1000})
         until(lambda: held.passes)
         one = pool.submit(server.post, "/v1/embeddings", {"input": "one"})
-        until(lambda: server.api.engine.waiting("text") == 1001)
+        until(lambda: server.api.engine.under_way("text") == 1001)
         time.sleep(0.5)  # until it is prepared
         held.free.set()
         assert one.result()[0] == 200

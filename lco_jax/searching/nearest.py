@@ -74,16 +74,14 @@ class Nearest:
         """
         if self._signs is not None:
             rows = self._by_signs(query, PROPOSED * k)
+            cosines = self.storage.cosines(self.stored[rows], query)
         elif self.graph is not None:
             rows = np.asarray(self.graph.search(query, 2 * k).keys).astype(np.int64)
-        else:
-            rows = None
-        if rows is None:
-            cosines = self.storage.cosines(self.stored, query)
-            rows = lowest(-cosines, k)
-            cosines = cosines[rows]
-        else:
             cosines = self.storage.cosines(self.stored[rows], query)
+        else:
+            of_all = self.storage.cosines(self.stored, query)
+            rows = lowest(-of_all, k)
+            cosines = of_all[rows]
         order = np.lexsort((rows, -cosines))[:k]
         return rows[order], cosines[order]
 

@@ -43,10 +43,10 @@ logger = logging.getLogger(__name__)
 class Limits:
     """Of a request: bytes, inputs, seconds until its answer. bytes_of_all: of all under way."""
 
-    bytes: int = 100_000_000
-    inputs: int = 2048
-    seconds: float = 120.0
-    bytes_of_all: int = 500_000_000
+    bytes: int
+    inputs: int
+    seconds: float
+    bytes_of_all: int
 
 
 class Api:
@@ -71,7 +71,7 @@ class Api:
         self.under_way = 0  # requests
         self._held = 0  # bytes of requests that are under way
         for lane in LANES:
-            metrics.waiting.labels(lane).set_function(partial(engine.waiting, lane))
+            metrics.waiting.labels(lane).set_function(partial(engine.under_way, lane))
         metrics.programs.set_function(lambda: len(engine.embedder.decoder_shapes))
 
     def app(self, hosts: Sequence[str], page: ASGIApp | None = None) -> Starlette:

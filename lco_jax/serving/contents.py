@@ -93,7 +93,7 @@ class Reader:
         )
 
     def chat(self, given: Any, name: str) -> Content:
-        """Messages that have roles. An empty answer at the end only asks for one, as in vLLM."""
+        """Messages that have roles."""
         if not isinstance(given, list) or not given:
             raise refused(name, f"is {describe(given)}; give a list of messages")
         messages = []

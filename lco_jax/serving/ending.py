@@ -25,15 +25,14 @@ class ApiServer(uvicorn.Server):
     """Answers on sockets until SIGTERM or Ctrl-C. Its method `run` does.
 
     Then new requests are refused, those that are under way are answered, and it ends, after
-    `seconds` at the latest. A second signal ends it at once.
+    the seconds of the API's limits at the latest. A second signal ends it at once.
     """
 
-    def __init__(self, app: Starlette, api: Api, seconds: float):
+    def __init__(self, app: Starlette, api: Api):
         more = {"timeout_keep_alive": IDLE_SECONDS}
         more["timeout_graceful_shutdown"] = 10  # for who still reads an answer
         super().__init__(http_config(app, _Connection, **more))
-        self.api, self.seconds = api, seconds
-        self.signal = 0  # that ended it
+        self.api = api
         self._ending: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -41,7 +40,6 @@ class ApiServer(uvicorn.Server):
         if self.api.is_ending:
             self.force_exit = self.should_exit = True
             return
-        self.signal = sig
         self.api.is_ending = True
         logger.info("%s: %d requests are under way", signal.Signals(sig).name, self.api.under_way)
 
@@ -53,7 +51,7 @@ class ApiServer(uvicorn.Server):
 
     async def _end(self) -> None:
         loop = asyncio.get_running_loop()
-        end = loop.time() + self.seconds
+        end = loop.time() + self.api.limits.seconds
         while self.api.under_way and loop.time() < end:
             await asyncio.sleep(0.05)
         self.should_exit = True

@@ -216,7 +216,7 @@ class Engine:
         """Whether every thread still works. One that ended has left a traceback in the log."""
         return all(thread.is_alive() for thread in self._threads)
 
-    def waiting(self, name: str) -> int:
+    def under_way(self, name: str) -> int:
         """How many inputs of a lane are on their way."""
         return self.lanes[name].accepted
 
