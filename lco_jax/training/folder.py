@@ -10,6 +10,7 @@ import jax
 
 from lco_jax.core.errors import DISK_FULL, LcoError, explained, reason
 from lco_jax.core.files import AnyPath, as_path, check_target, on_bucket, reaching, try_to_write
+from lco_jax.core.locks import acquire
 
 LOCK = ".lock"
 
@@ -29,11 +30,8 @@ def held(output: AnyPath) -> Iterator[AnyPath]:
     with explained(f"--output={home} cannot be written", OSError):
         was_there = home.exists()
         home.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            message = f"another trainer works in {home}; wait for it, end it, or give another"
-            raise LcoError(f"{message} --output") from error
+        advice = "wait for it, end it, or give another --output"
+        acquire(lock, f"another trainer works in {home}; {advice}")
         try_to_write(home)  # a lock can be held of a file that is there already
     try:
         yield home
